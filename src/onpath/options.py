@@ -1,0 +1,206 @@
+"""Options of each method: `method.name` chooses one of these. Data only, no torch.
+
+What a method does is in `methods/`; what the papers say, leave open, and what we chose stands there too.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Divergence = Literal[
+    "reverse_kl", "forward_kl", "jensen_shannon", "sampled_reverse_kl", "cross_entropy", "negative_advantage"
+]
+
+
+class Section(BaseModel):
+    """Base of every config section: unknown keys are errors, values are frozen, docstrings are descriptions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class LossOptions(Section):
+    """The per-token objective; the names are those of `onpath.losses.Objective`."""
+
+    divergence: Divergence = "reverse_kl"
+    """reverse_kl is KL(student‖teacher), forward_kl KL(teacher‖student); sampled_reverse_kl is the policy gradient on the sampled token; cross_entropy and negative_advantage (a control) use no teacher."""
+    beta: float = Field(0.5, gt=0, lt=1)
+    """Teacher's weight in the Jensen-Shannon mixture; jensen_shannon only."""
+    support: Literal["full", "teacher_topk", "student_topk", "union"] = "full"
+    """Vocabulary entries that the divergence runs over."""
+    support_k: int = Field(32, ge=1)
+    """k of a top-k support."""
+    tail: Literal["renormalise", "bucket"] = "renormalise"
+    """What a top-k support does with the mass outside it: drop and renormalise, or one bucket for the rest."""
+    entry_clip: float | None = Field(None, gt=0)
+    """Cap each vocabulary entry's contribution before summing (OPSD uses 0.05); None is off."""
+    token_clip: float | None = Field(None, gt=0)
+    """Cap each token's summed divergence (TRD's baselines use 0.06 to 0.1); None is off."""
+    reweight: Literal["none", "teacher_entropy", "student_entropy", "divergence"] = "none"
+    """Weigh tokens by a statistic of theirs, normalised to mean 1 over the micro-batch-independent total."""
+    first_tokens: int | None = Field(None, ge=1)
+    """Train only on the first so many response tokens; None trains on all."""
+    ppo_clip: float | None = Field(None, gt=0)
+    """Clip range of the importance ratio; sampled_reverse_kl only."""
+    discount: float = Field(0.0, ge=0, le=1)
+    """Weight of future log-ratios in a token's advantage; 0 is the token's own; sampled_reverse_kl only."""
+
+
+class OPDOptions(LossOptions):
+    """On-policy distillation and its token-level baselines."""
+
+    name: Literal["opd"] = "opd"
+    writer: Literal["student", "teacher"] = "student"
+    """Who writes the responses. teacher with divergence cross_entropy is SFT on teacher samples."""
+    off_policy: bool = False
+    """Accept tempered or truncated rollouts, which are not samples of the student's own distribution."""
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether rollouts must come untruncated from the student."""
+        return self.writer == "student" and (not self.off_policy or self.divergence == "sampled_reverse_kl")
+
+
+class OPSDOptions(LossOptions):
+    """Self-distillation with privileged information (arXiv 2601.18734)."""
+
+    name: Literal["opsd"] = "opsd"
+    divergence: Divergence = "forward_kl"
+    """As published; reverse_kl and jensen_shannon as options."""
+    entry_clip: float | None = Field(0.05, gt=0)
+    """Cap each vocabulary entry's contribution before summing; None is off."""
+    weights: Literal["base", "live", "ema"] = "base"
+    """Whose weights the privileged teacher has: the start's (LoRA: adapter off), the student's own, or their moving average."""
+    ema_decay: float = Field(0.99, ge=0, lt=1)
+    """Decay per optimiser step of the moving average; weights ema only."""
+    hint: Literal["solution", "answer"] = "solution"
+    """Which column the teacher is shown."""
+    template: str | None = None
+    """User message of the teacher with slots {problem} and {solution} (or {answer}); None: the gym's or our own."""
+    off_policy: bool = False
+    """Accept tempered or truncated rollouts."""
+
+    @property
+    def on_policy(self) -> bool:
+        return not self.off_policy
+
+
+class TRDOptions(LossOptions):
+    """Trajectory-refined distillation (arXiv 2606.08432)."""
+
+    name: Literal["trd"] = "trd"
+    divergence: Divergence = "forward_kl"
+    """Along the rewrite; cross_entropy is SFT on the rewrites."""
+    teacher: Literal["model", "self"] = "model"
+    """Who rewrites and scores: the teacher model, or the student's own weights shown the reference solution."""
+    weights: Literal["base", "live", "ema"] = "base"
+    """Weights of teacher: self, as for opsd."""
+    ema_decay: float = Field(0.99, ge=0, lt=1)
+    """Decay per optimiser step of the moving average; weights ema only."""
+    reference: bool | None = None
+    """Show the reference solution to the rewriter; None: only with teacher: self."""
+    see_attempt: bool = True
+    """False is the control in which the rewrite is written without seeing the student's attempt."""
+    template: str | None = None
+    """User message of the rewriter with slots {problem}, {attempt} and, with a reference, {solution}; None: the gym's or our own."""
+    rewrite_temperature: float = Field(0.6, ge=0)
+    """Of the rewrite z."""
+    rewrite_top_p: float = Field(1.0, gt=0, le=1)
+    """Of the rewrite z (the authors: 0.95)."""
+    rewrite_max_new_tokens: int | None = Field(None, ge=1)
+    """Longest rewrite; None: rollout.max_new_tokens."""
+    scoring: Literal["rewrite", "plain"] = "rewrite"
+    """Context in which the teacher scores z: the rewrite prompt (faithful), or the plain problem."""
+    offline: bool = False
+    """Rollouts and rewrites of all prompts once, from the starting weights; one pass (the paper's setting)."""
+    paper_compat: bool = False
+    """The authors' rendering: no chat template in the trained text and no EOS supervised."""
+    refine: Literal["all", "wrong_only"] = "all"
+    """wrong_only leaves right attempts as they are and trains only on rewrites of wrong ones."""
+    filter: Literal["none", "drop_harmed", "wrong_to_right"] = "none"
+    """drop_harmed drops right→wrong and unfinished rewrites; wrong_to_right keeps only repaired ones."""
+    best_of: int = Field(1, ge=1)
+    """Rewrites per attempt; the one the student finds likeliest among the verified is kept."""
+    minimal_edit: bool = False
+    """Keep the attempt up to its first error and let the rewriter continue from there."""
+    locate: Literal["checker", "teacher_logprob"] = "checker"
+    """How minimal_edit finds the first error: the task's checker of steps (gym), or the first steep drop of the teacher's log-prob."""
+    gate: bool = True
+    """Before training, rewrite a sample of real rollouts and refuse to go on if that harms them."""
+    gate_prompts: int = Field(64, ge=1)
+    """Rollouts that the gate rewrites."""
+    gate_max_harm: float = Field(0.1, ge=0, le=1)
+    """Largest accepted share of right attempts that the rewriter turns wrong."""
+    cosine_every: int = Field(0, ge=0)
+    """Measure the cosine of consecutive gradients every so many steps; 0 never."""
+
+    @property
+    def on_policy(self) -> bool:
+        return False  # y only seeds the rewrite: the loss runs along z, which nobody takes for a student sample
+
+    @property
+    def shows_reference(self) -> bool:
+        return self.teacher == "self" if self.reference is None else self.reference
+
+    @model_validator(mode="after")
+    def _possible(self) -> "TRDOptions":
+        if self.minimal_edit and not self.see_attempt:
+            raise ValueError("minimal_edit keeps a part of the attempt, so see_attempt must be true")
+        return self
+
+
+class TOPDOptions(LossOptions):
+    """Trajectory-aware OPD: near-future windows, optimal transport, guidance (arXiv 2606.00305)."""
+
+    name: Literal["topd"] = "topd"
+    candidates: Literal["reverse_kl", "teacher_nll", "sampled_gap"] = "reverse_kl"
+    """Per-token loss that ranks positions."""
+    top_share: float = Field(0.0225, gt=0, le=1)
+    """Share of each trajectory's positions that become candidates (at least one)."""
+    min_gap: int = Field(1, ge=1)
+    """Smallest distance between two candidates of one rollout."""
+    max_per_rollout: int = Field(64, ge=1)
+    """Most candidates of one rollout."""
+    max_per_step: int = Field(4096, ge=1)
+    """Most candidates of one optimiser step (per process)."""
+    window: int = Field(50, ge=1)
+    """K, tokens of each near-future window; scale it to the task (the gym: two steps)."""
+    teacher_temperature: float = Field(0.0, ge=0)
+    """Of the teacher's window; 0 is greedy."""
+    student_window: Literal["rollout", "regenerate"] = "rollout"
+    """The student's window: its own rollout, or a fresh sample from the same prefix."""
+    embedding: Literal["student", "teacher"] = "student"
+    """Whose input embeddings give the transport cost."""
+    decide: Literal["quantile", "threshold", "upper_quartile_of_low_loss", "sampled_gap", "random_positions", "all_high_loss"] = "quantile"
+    """How real forks are told from surface mismatches; the last three are control arms."""
+    drop_share: float = Field(0.3, ge=0, lt=1)
+    """quantile: share of candidates with the lowest distance that are dropped."""
+    threshold: float = Field(0.3, ge=0)
+    """threshold: smallest distance of a fork."""
+    plan: Literal["transport", "shuffled", "positional", "teacher_window_ce"] = "transport"
+    """What spreads the guidance: the transport plan, or a control (shuffled plan, identity, cross-entropy on the teacher's own window)."""
+    epsilon: float = Field(0.05, gt=0)
+    """Entropic regularisation of the guidance plan (the distance is exact)."""
+    mass: Literal["row", "literal"] = "row"
+    """row normalises each target to mass 1; literal keeps the plan's 1/K."""
+    guidance_weight: float | Literal["auto"] = 1.0
+    """λ. auto holds |λ∇L_traj| / |∇L_OPD| at auto_ratio."""
+    auto_ratio: float = Field(0.5, gt=0)
+    """Target of guidance_weight: auto."""
+    overlap: Literal["average", "suppress"] = "average"
+    """Two targets at one position: averaged, or forks closer than K/2 suppressed."""
+    guide: bool = True
+    """False leaves only the suppression."""
+    suppress: Literal["none", "low", "high"] = "none"
+    """low caps low-distance high-loss tokens at the median loss; high caps as many drawn from the rest (control)."""
+    off_policy: bool = False
+    """Accept tempered or truncated rollouts."""
+
+    @property
+    def on_policy(self) -> bool:
+        return not self.off_policy
+
+
+Method = OPDOptions | OPSDOptions | TRDOptions | TOPDOptions
+METHOD_OPTIONS: dict[str, type[LossOptions]] = {
+    "opd": OPDOptions, "opsd": OPSDOptions, "trd": TRDOptions, "topd": TOPDOptions,
+}

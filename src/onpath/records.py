@@ -1,0 +1,216 @@
+"""The records that flow through a step. Plain Python, no torch; frozen: a change makes a new record.
+
+    Prompt ──engine──▶ Rollout ──method──▶ Trajectory ──batch──▶ tensors
+                          └──grade──▶ Graded
+
+Token ids are the truth: text is made from ids for people and for graders, never the other way round.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length"]
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One problem of the data set.
+
+    >>> Prompt(id="0", text="7 + 5?", answer="12").question
+    '7 + 5?'
+    """
+
+    id: str
+    """Unique in its data set; results are paired by it."""
+    text: str | None = None
+    """Plain prompt. Exactly one of `text` and `messages` is set."""
+    messages: tuple[Message, ...] | None = None
+    """Chat prompt: `{"role": …, "content": …}` each, the last one from the user."""
+    answer: str | None = None
+    """What the grader compares with; None where there is nothing to grade."""
+    solution: str | None = None
+    """Reference solution: privileged information that only a teacher may see."""
+
+    def __post_init__(self) -> None:
+        if (self.text is None) == (self.messages is None):
+            raise ValueError(f"prompt {self.id!r} needs exactly one of text and messages")
+
+    @property
+    def question(self) -> str:
+        """The problem as one string: the text, or the last user message."""
+        if self.text is not None:
+            return self.text
+        assert self.messages is not None
+        return next((m["content"] for m in reversed(self.messages) if m["role"] == "user"), "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn.
+
+    >>> Sampling(temperature=0.6, top_p=0.95).untruncated
+    False
+    """
+
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 is off."""
+    max_new_tokens: int = 256
+    seed: int = 0
+
+    @property
+    def untruncated(self) -> bool:
+        """Draws from the model's own distribution: what on-policy objectives assume."""
+        return self.temperature == 1.0 and self.top_p == 1.0 and self.top_k == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """One sampled response. `ids` includes the stop token if one was drawn.
+
+    >>> prompt = Prompt(id="0", text="7 + 5?")
+    >>> r = Rollout(prompt=prompt, ids=(4, 5, 2), logprobs=(-0.1, -0.7, -0.2), finish_reason="stop",
+    ...             policy_version=0, sampling=Sampling(), context=(1, 9))
+    >>> len(r.ids) == len(r.logprobs)
+    True
+    """
+
+    prompt: Prompt
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """Of each token under the distribution it was drawn from (after temperature, top-p, top-k), nats."""
+    finish_reason: FinishReason
+    policy_version: int
+    """Number of optimiser steps that the weights had seen."""
+    sampling: Sampling
+    context: tuple[int, ...] = ()
+    """The ids that the response continues: the rendered prompt."""
+    sample: int = 0
+    """Which of the prompt's n samples this is."""
+
+    def __post_init__(self) -> None:
+        if len(self.ids) != len(self.logprobs):
+            raise ValueError(f"rollout of {self.prompt.id!r}: {len(self.ids)} ids, {len(self.logprobs)} logprobs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """Sparse target distributions for consecutive response positions (TOPD).
+
+    >>> g = Guidance(start=2, targets=({5: 1.0}, {7: 0.5, 8: 0.5}))   # positions 2 and 3 of the response
+    >>> [sum(t.values()) for t in g.targets]
+    [1.0, 1.0]
+    """
+
+    start: int
+    """Index into the response of the first target."""
+    targets: tuple[Mapping[int, float], ...]
+    """For each position: token id → probability. The mass of a row may be below 1, never above."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """What a method did to a trajectory, and why.
+
+    >>> Edit(kind="none").kept
+    True
+    """
+
+    kind: str
+    """`none`, `rewrite`, `minimal_edit`, `bridge`, …"""
+    kept: bool = True
+    """False: recorded, but not trained on."""
+    reason: str = ""
+    detail: Mapping[str, Any] = field(default_factory=dict)
+    """JSON-ready values that the method measured (edit distance, length ratio, forks, …)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """Two contexts of different lengths, one shared response: what is trained on.
+
+    The student is conditioned on `student_context + response`, the teacher on `teacher_context + response`;
+    position t of the response is the same token in both.
+
+    >>> t = Trajectory(student_context=(1, 9), teacher_context=(1, 7, 7, 9), response=(4, 2))
+    >>> t.weights is None        # every response token counts once
+    True
+    """
+
+    student_context: tuple[int, ...]
+    teacher_context: tuple[int, ...]
+    response: tuple[int, ...]
+    weights: tuple[float, ...] | None = None
+    """Per response token; None is all ones. Weight 0 drops the token from the loss and from the count."""
+    guidance: tuple[Guidance, ...] = ()
+    origin: Rollout | None = None
+    """The student's rollout that this came from."""
+    edit: Edit = field(default_factory=lambda: Edit(kind="none"))
+    behaviour_logprobs: tuple[float, ...] | None = None
+    """Log-probs under the policy that wrote the response, where the objective corrects for it."""
+
+    def __post_init__(self) -> None:
+        if not self.student_context or not self.teacher_context:
+            raise ValueError("a trajectory needs at least one context token on each side")
+        if self.weights is not None and len(self.weights) != len(self.response):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.response)} response tokens")
+        for g in self.guidance:
+            if g.start < 0 or g.start + len(g.targets) > len(self.response):
+                raise ValueError(f"guidance at {g.start} for {len(g.targets)} positions leaves the response")
+
+    @property
+    def token_weights(self) -> tuple[float, ...]:
+        """Weights with the default spelled out."""
+        return (1.0,) * len(self.response) if self.weights is None else self.weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """A served teacher's top-k log-probs of one response.
+
+    >>> s = Scores(ids=((5, 8),), logprobs=((-0.1, -3.0),), sampled=(-0.1,))
+    >>> 0 <= s.tail_mass()[0] < 1
+    True
+    """
+
+    ids: tuple[tuple[int, ...], ...]
+    """Per response position, the k most likely token ids."""
+    logprobs: tuple[tuple[float, ...], ...]
+    sampled: tuple[float, ...]
+    """Teacher log-prob of the response's own token, nats."""
+
+    def __post_init__(self) -> None:
+        if not len(self.ids) == len(self.logprobs) == len(self.sampled):
+            raise ValueError("scores: ids, logprobs and sampled must have one entry per response token")
+
+    def tail_mass(self) -> tuple[float, ...]:
+        """Probability outside the top k, per position, never below 0."""
+        from math import exp
+
+        return tuple(max(0.0, 1.0 - sum(map(exp, row))) for row in self.logprobs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graded:
+    """A rollout with its verdict.
+
+    >>> prompt = Prompt(id="0", text="7 + 5?", answer="12")
+    >>> r = Rollout(prompt=prompt, ids=(2,), logprobs=(0.0,), finish_reason="stop",
+    ...             policy_version=0, sampling=Sampling())
+    >>> Graded(rollout=r, correct=True, extracted="12").correct
+    True
+    """
+
+    rollout: Rollout
+    correct: bool
+    extracted: str | None
+    """The answer that the grader found in the text; None if there was none."""
+
+
+def token_count(trajectories: Sequence[Trajectory]) -> float:
+    """The loss's denominator before it is summed over processes: total weight of response tokens."""
+    return float(sum(sum(t.token_weights) for t in trajectories))
