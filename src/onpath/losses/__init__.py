@@ -1,0 +1,28 @@
+"""Losses from hidden states and heads, by chunks. docs/objectives.md maps every equation to its function."""
+
+from onpath.losses.chunked import chunked_divergence
+from onpath.losses.fused import fused_objective, token_stats
+from onpath.losses.head import Head
+from onpath.losses.objective import Objective
+from onpath.losses.records import (
+    LossResult,
+    SparseGuidance,
+    StatsRequest,
+    TeacherHidden,
+    TeacherTopK,
+    TokenStats,
+)
+
+__all__ = [
+    "Head",
+    "LossResult",
+    "Objective",
+    "SparseGuidance",
+    "StatsRequest",
+    "TeacherHidden",
+    "TeacherTopK",
+    "TokenStats",
+    "chunked_divergence",
+    "fused_objective",
+    "token_stats",
+]

@@ -1,0 +1,244 @@
+"""The loss of a step: a weighted sum over tokens whose gradient is formed in the forward pass.
+
+Weights and denominator are known before the pass, so nothing has to wait for backward and nothing is computed twice:
+four matrix products over the vocabulary as in the plain loss, three with a frozen head, two without gradients.
+
+Shape suffixes: N tokens, H hidden, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from onpath.losses import engine, shaping
+from onpath.losses.head import Head
+from onpath.losses.objective import Objective
+from onpath.losses.records import (
+    LossResult,
+    SparseGuidance,
+    StatsRequest,
+    Teacher,
+    TeacherTopK,
+    TokenStats,
+    check_shapes,
+)
+
+
+def fused_objective(
+    *,
+    student_hidden: Float[Tensor, "N H"],
+    student_head: Head,
+    teacher: Teacher | None,
+    objective: Objective,
+    weights: Float[Tensor, " N"],
+    denominator: float | Float[Tensor, ""],
+    sampled_ids: Int[Tensor, " N"] | None = None,
+    behaviour_logp: Float[Tensor, " N"] | None = None,
+    advantage: Float[Tensor, " N"] | None = None,
+    sequence_ids: Int[Tensor, " N"] | None = None,
+    guidance: SparseGuidance | None = None,
+    stats: StatsRequest | None = None,
+    chunk_rows: int | None = None,
+) -> LossResult:
+    """Σ_n w_n·D_n / denominator (+ guidance), never holding [N, V].
+
+    Args:
+        student_hidden: last hidden states of the student at the supervised tokens; receives a gradient.
+        student_head: its weight and bias receive gradients if they require them.
+        teacher: hidden states and head, or served top-k log-probs; None for objectives without a teacher.
+        objective: D.
+        weights: w per token. A token of weight 0 gives exactly zero value and gradient, whatever its logits are.
+        denominator: the optimiser step's token count over all micro-batches and processes.
+        sampled_ids: the response's tokens; needed by the objectives of the sampled token.
+        behaviour_logp: log-probs under the policy that drew them, for `sampled`.
+        advantage: replaces log p_T − log p_S in `sampled`.
+        sequence_ids: which response each token belongs to, tokens in order; needed by `discount`, which then costs one
+            more pass of two products, because a token's advantage depends on later chunks.
+        guidance: sparse targets at some tokens, added to the same sum.
+        stats: what to measure beside the loss.
+        chunk_rows: tokens per chunk; None chooses by memory.
+
+    Returns:
+        The scalar to call `backward()` on (any factor of it stays right; a second backward raises), sums, statistics.
+
+    Raises:
+        ValueError: inputs that do not belong together, or an objective that this teacher cannot serve.
+    """
+    _check(
+        student_hidden,
+        student_head,
+        teacher,
+        objective,
+        weights,
+        sampled_ids,
+        behaviour_logp,
+        advantage,
+        guidance,
+    )
+    scaled = weights / denominator
+    if objective.discount and advantage is None:
+        advantage = _discounted_advantage(
+            student_hidden,
+            student_head,
+            teacher,
+            objective,
+            sampled_ids,
+            behaviour_logp,
+            sequence_ids,
+            chunk_rows,
+        )
+    tensors = (student_hidden, student_head.weight, student_head.bias)
+    wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in tensors]
+    inputs = engine.Inputs(
+        student_hidden=student_hidden.detach(),
+        student_head=student_head,
+        teacher=teacher,
+        objective=objective,
+        weights=scaled.detach(),
+        request=stats or StatsRequest(),
+        sampled_ids=sampled_ids,
+        behaviour_logp=behaviour_logp,
+        advantage=advantage,
+        guidance=guidance,
+        grad_hidden=wanted[0],
+        grad_weight=wanted[1],
+        grad_bias=wanted[2],
+        chunk_rows=chunk_rows,
+    )
+    outcome = engine.run(inputs)
+    total = outcome.objective_sum + outcome.guidance_sum
+    if any(wanted):
+        total = _Formed.apply(total, outcome.gradients, *tensors)
+    return LossResult(
+        loss=total,
+        objective_sum=outcome.objective_sum,
+        guidance_sum=outcome.guidance_sum,
+        objective_grad_sq=outcome.gradients.objective_sq,
+        guidance_grad_sq=outcome.gradients.guidance_sq,
+        stats=outcome.token_stats(),
+    )
+
+
+def token_stats(
+    *,
+    student_hidden: Float[Tensor, "N H"],
+    student_head: Head,
+    teacher: Teacher | None,
+    objective: Objective | None = None,
+    sampled_ids: Int[Tensor, " N"] | None = None,
+    stats: StatsRequest | None = None,
+    chunk_rows: int | None = None,
+) -> TokenStats:
+    """The statistics of `fused_objective` without a gradient: two products. `loss` is zero without an objective."""
+    check_shapes(student_hidden, student_head, teacher, {"sampled_ids": sampled_ids})
+    inputs = engine.Inputs(
+        student_hidden=student_hidden.detach(),
+        student_head=student_head,
+        teacher=teacher,
+        objective=objective,
+        weights=None,
+        request=stats or StatsRequest(),
+        sampled_ids=sampled_ids,
+        chunk_rows=chunk_rows,
+    )
+    return engine.run(inputs).token_stats()
+
+
+def _check(
+    student_hidden: Tensor,
+    head: Head,
+    teacher: Teacher | None,
+    objective: Objective,
+    weights: Tensor,
+    sampled_ids: Tensor | None,
+    behaviour_logp: Tensor | None,
+    advantage: Tensor | None,
+    guidance: SparseGuidance | None,
+) -> None:
+    per_token = {
+        "weights": weights, "sampled_ids": sampled_ids, "behaviour_logp": behaviour_logp, "advantage": advantage,
+    }  # fmt: skip
+    check_shapes(student_hidden, head, teacher, per_token)
+    if objective.needs_teacher and teacher is None:
+        raise ValueError(f"{objective.kind} needs a teacher")
+    if not objective.is_divergence and sampled_ids is None:
+        raise ValueError(f"{objective.kind} needs sampled_ids, the response's tokens")
+    if isinstance(teacher, TeacherTopK):
+        _check_served(teacher, objective)
+    if (
+        guidance is not None
+        and guidance.positions.numel()
+        and not 0 <= int(guidance.positions[-1]) < len(weights)
+    ):
+        raise ValueError(f"guidance at position {int(guidance.positions[-1])} of {len(weights)} tokens")
+
+
+def _check_served(teacher: TeacherTopK, objective: Objective) -> None:
+    if objective.is_divergence and objective.support != "teacher_topk":
+        raise ValueError(
+            f"support {objective.support} needs the teacher's log-probs outside its own top k, which a served teacher does not "
+            "send: use support teacher_topk"
+        )
+    if objective.kind == "sampled" and teacher.sampled_logp is None:
+        raise ValueError(
+            "sampled needs the teacher's log-prob of every response token: TeacherTopK.sampled_logp is None"
+        )
+
+
+def _discounted_advantage(
+    student_hidden: Tensor,
+    head: Head,
+    teacher: Teacher | None,
+    objective: Objective,
+    sampled_ids: Tensor | None,
+    behaviour_logp: Tensor | None,
+    sequence_ids: Tensor | None,
+    chunk_rows: int | None,
+) -> Tensor:
+    if sequence_ids is None:
+        raise ValueError(
+            "discount sums advantages along a response: sequence_ids must say which token belongs to which"
+        )
+    found = token_stats(
+        student_hidden=student_hidden,
+        student_head=head,
+        teacher=teacher,
+        sampled_ids=sampled_ids,
+        chunk_rows=chunk_rows,
+    )
+    assert found.teacher_logp is not None
+    assert found.student_logp is not None
+    return shaping.discounted_future_sum(
+        found.teacher_logp - found.student_logp, sequence_ids=sequence_ids, discount=objective.discount
+    )
+
+
+class _Formed(torch.autograd.Function):
+    """Hands over gradients that exist already, times whatever arrives from above."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        total: Tensor,
+        gradients: engine.Gradients,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        ctx.gradients = [gradients.hidden, gradients.weight, gradients.bias]
+        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
+        return total.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "the gradient of fused_objective is formed once: call backward() on its loss only once"
+            )
+        found, ctx.gradients = ctx.gradients, None
+        if above.device.type != "cpu" or above.item() != 1.0:
+            found = [None if g is None else g.mul_(above) for g in found]
+        return None, None, *(None if g is None else g.to(d) for g, d in zip(found, ctx.dtypes, strict=True))

@@ -1,0 +1,124 @@
+"""The output layer as data, and its three matrix products, by chunks of rows.
+
+Shape suffixes: N tokens, C tokens of one chunk, H hidden, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+_UPCAST_BYTES = (
+    64 * 2**20
+)  # of one block of a half-precision weight, in float32, where there is no mixed product
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """Hidden states → logits: z = softcap·tanh(s·(h·Wᵀ + b) / softcap) / T, without the tanh where softcap is None.
+
+    >>> Head(weight=torch.eye(3)).vocabulary
+    3
+    """
+
+    weight: Float[Tensor, "V H"]
+    """With tied embeddings, the embedding itself: its gradient adds up there like any other."""
+    bias: Float[Tensor, " V"] | None = None
+    """−inf masks an entry of the vocabulary, exactly, on this side."""
+    logit_scale: float = 1.0
+    """Cohere's `logit_scale`; for Granite 1 / `logits_scaling`."""
+    softcap: float | None = None
+    """Gemma's `final_logit_softcapping`."""
+    temperature: float = 1.0
+    """Both sides' should agree. Losses are not multiplied by T²."""
+    tokens: int | None = None
+    """Number of real token ids: later rows of `weight` are padding, and take no part in the softmax. None: all rows."""
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be above 0, not {self.temperature}")
+        if self.softcap is not None and self.softcap <= 0:
+            raise ValueError(f"softcap must be above 0 or None, not {self.softcap}")
+        if self.tokens is not None and not 0 < self.tokens <= self.weight.shape[0]:
+            raise ValueError(
+                f"tokens must lie in 1..{self.weight.shape[0]}, the head's rows, not {self.tokens}"
+            )
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of outcomes of the softmax."""
+        return self.weight.shape[0] if self.tokens is None else self.tokens
+
+    @property
+    def factor(self) -> float:
+        """dz / d(h·Wᵀ + b), up to the 1 − tanh² of soft-capping."""
+        return self.logit_scale / self.temperature
+
+    def masks(self) -> bool:
+        """Whether any logit can be −inf (reads the bias once)."""
+        return self.bias is not None and bool(torch.isneginf(self.bias).any())
+
+
+def working_dtype(*tensors: Tensor) -> torch.dtype:
+    """Of logits, softmax and sums: float32, or float64 if an input is."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Of the operands of matrix products.
+
+    Half precision on a GPU if both operands have it or autocast asks for it; products accumulate into float32 there.
+    On a CPU half-precision operands are widened by blocks: exact, and PyTorch has no product of both kinds there.
+    """
+    if hidden.device.type != "cuda":
+        return working_dtype(hidden, weight)
+    if torch.is_autocast_enabled("cuda"):
+        return torch.get_autocast_dtype("cuda")
+    return torch.promote_types(hidden.dtype, weight.dtype)
+
+
+def logits_(head: Head, weight_VH: Tensor, hidden_CH: Tensor, out_CV: Tensor) -> Tensor:
+    """Writes z into `out_CV` (working dtype). `weight_VH`: the head's weight cut to its tokens, in the product's dtype."""
+    if weight_VH.dtype == out_CV.dtype:
+        torch.mm(hidden_CH.to(out_CV.dtype), weight_VH.t(), out=out_CV)
+    elif weight_VH.is_cuda:
+        torch.mm(hidden_CH.to(weight_VH.dtype), weight_VH.t(), out_dtype=out_CV.dtype, out=out_CV)
+    else:
+        hidden_CH = hidden_CH.to(out_CV.dtype)
+        for rows in _weight_blocks(weight_VH):
+            torch.mm(hidden_CH, weight_VH[rows].to(out_CV.dtype).t(), out=out_CV[:, rows])
+    if head.bias is not None:
+        out_CV.add_(head.bias[: head.vocabulary])
+    if head.softcap is not None:
+        out_CV.mul_(head.logit_scale / head.softcap).tanh_().mul_(head.softcap / head.temperature)
+    elif head.factor != 1.0:
+        out_CV.mul_(head.factor)
+    return out_CV
+
+
+def hidden_gradient(grad_CV: Tensor, weight_VH: Tensor) -> Tensor:
+    """grad · W: [C, H] in the working dtype. `grad_CV` in the working or in the product's dtype."""
+    if weight_VH.dtype == grad_CV.dtype:
+        if weight_VH.dtype in (torch.float32, torch.float64):
+            return grad_CV @ weight_VH
+        return torch.mm(grad_CV, weight_VH, out_dtype=torch.float32)
+    grad_CH = grad_CV.new_zeros(grad_CV.shape[0], weight_VH.shape[1])
+    for rows in _weight_blocks(weight_VH):
+        grad_CH.addmm_(grad_CV[:, rows], weight_VH[rows].to(grad_CV.dtype))
+    return grad_CH
+
+
+def add_weight_gradient_(grad_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor) -> None:
+    """grad_VH += gradᵀ · hidden, accumulated in the working dtype: sums rounded to bfloat16 per chunk would be biased."""
+    if grad_CV.dtype == grad_VH.dtype:
+        grad_VH.addmm_(grad_CV.t(), hidden_CH.to(grad_VH.dtype))
+    else:
+        torch.addmm(grad_VH, grad_CV.t(), hidden_CH.to(grad_CV.dtype), out_dtype=grad_VH.dtype, out=grad_VH)
+
+
+def _weight_blocks(weight_VH: Tensor) -> Iterator[slice]:
+    step = max(1, _UPCAST_BYTES // (4 * weight_VH.shape[1]))
+    for start in range(0, weight_VH.shape[0], step):
+        yield slice(start, start + step)

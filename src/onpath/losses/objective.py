@@ -1,0 +1,139 @@
+"""What is minimised at one token, as data. A combination that is known to be wrong cannot be built."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["forward_kl", "reverse_kl", "jensen_shannon", "sampled", "cross_entropy", "negative_advantage"]
+Support = Literal["full", "teacher_topk", "student_topk", "union"]
+Tail = Literal["renormalise", "bucket", "none"]
+Estimator = Literal["policy_gradient", "k1_loss", "k3_loss"]
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """A loss per token, in nats. docs/objectives.md has the equation, the direction and the paper of each.
+
+    >>> Objective(kind="reverse_kl", support="teacher_topk", k=32, tail="none")
+    Traceback (most recent call last):
+    ValueError: reverse_kl on a bare top-k set rewards the student for leaving the set ...
+    """
+
+    kind: Kind = "reverse_kl"
+    """`sampled`: reverse KL from sampled tokens as a policy gradient. `cross_entropy`: plain SFT on the response.
+    `negative_advantage`: a control without a teacher, which pushes unlikely sampled tokens down."""
+    beta: float | None = None
+    """jensen_shannon: the teacher's share of the mixture, strictly between 0 and 1."""
+    support: Support = "full"
+    """Outcomes that a divergence compares: all, the teacher's k likeliest, the student's, or both sets."""
+    k: int | None = None
+    """Size of a top-k set. k ≥ V is the full vocabulary."""
+    tail: Tail = "bucket"
+    """Rest of the mass under a top-k support: one outcome of its own, or left out and both sides renormalised."""
+    entry_clip: float | None = None
+    """Cap on each vocabulary entry's contribution before the sum, nats (OPSD: 0.05)."""
+    token_clip: float | None = None
+    """Cap on the token's loss, nats (0.06-0.1 in the literature); a capped token gives no gradient."""
+    estimator: Estimator = "policy_gradient"
+    """sampled: how the log-ratio is used. Only `policy_gradient` is right; the others are refused, with the reason."""
+    ppo_clip: float | None = None
+    """sampled: ε of PPO's clip, against the behaviour's log-probs."""
+    discount: float = 0.0
+    """sampled: γ of the discounted sum of the following tokens' advantages; 0 is the token alone."""
+    advantage: float = -1.0
+    """negative_advantage: the fixed advantage, below 0."""
+    below_logp: float = -2.302585092994046
+    """negative_advantage: applies to sampled tokens whose student log-prob is below this, nats (default: p < 0.1)."""
+
+    def __post_init__(self) -> None:
+        _check_divergence(self)
+        _check_support(self)
+        _check_sampled(self)
+        for name in ("entry_clip", "token_clip", "ppo_clip"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0 (or None for no clip), not {value}")
+
+    @property
+    def is_divergence(self) -> bool:
+        """Compares distributions, not the sampled token alone."""
+        return self.kind in DIVERGENCES
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.is_divergence or self.kind == "sampled"
+
+
+def _check_divergence(o: Objective) -> None:
+    if (o.kind == "jensen_shannon") != (o.beta is not None):
+        raise ValueError(f"beta belongs to jensen_shannon and only to it: kind is {o.kind}, beta is {o.beta}")
+    if o.beta is not None and not 0 < o.beta < 1:
+        raise ValueError(
+            f"jensen_shannon at beta {o.beta} is zero everywhere: the mixture is one of its two sides; "
+            "use forward_kl (TRL's beta = 0) or reverse_kl (TRL's beta = 1)"
+        )
+    if o.entry_clip is not None and not o.is_divergence:
+        raise ValueError(
+            f"entry_clip caps the terms of a sum over the vocabulary, and {o.kind} has no such sum"
+        )
+    if o.token_clip is not None and not o.is_divergence:
+        raise ValueError(
+            f"token_clip caps a divergence, which is at least 0; {o.kind} is not one: use ppo_clip for sampled"
+        )
+
+
+def _check_support(o: Objective) -> None:
+    if o.support == "full":
+        if o.k is not None:
+            raise ValueError(
+                "k is the size of a top-k support, and support is full: set support, or leave k out"
+            )
+        return
+    if o.kind == "sampled":
+        raise ValueError(
+            "a top-k KL used as an advantage gives a zero expected gradient (it does not depend on the sampled token, so it "
+            "is a baseline): differentiate the KL itself, kind reverse_kl, or use sampled with support full"
+        )
+    if not o.is_divergence:
+        raise ValueError(f"{o.kind} looks at the sampled token alone: support must be full")
+    if o.k is None or o.k < 1:
+        raise ValueError(f"support {o.support} needs k, the size of the set, at least 1, not {o.k}")
+    if o.k == 1 and o.tail == "renormalise":
+        raise ValueError(
+            "one renormalised outcome has probability 1 on both sides, so the loss is zero: use tail bucket"
+        )
+    if o.tail == "none":
+        _refuse_bare_set(o)
+
+
+def _refuse_bare_set(o: Objective) -> None:
+    if o.kind == "reverse_kl":
+        raise ValueError(
+            "reverse_kl on a bare top-k set rewards the student for leaving the set (it lowers the sum by moving its mass "
+            "outside): use tail bucket or renormalise"
+        )
+    raise ValueError(
+        f"{o.kind} on a bare top-k set compares two masses that are not distributions, so it can be negative and is not least "
+        "at p_S = p_T: use tail bucket or renormalise"
+    )
+
+
+def _check_sampled(o: Objective) -> None:
+    if o.kind != "sampled":
+        if o.ppo_clip is not None or o.discount != 0.0 or o.estimator != "policy_gradient":
+            raise ValueError(f"ppo_clip, discount and estimator belong to kind sampled, not to {o.kind}")
+    elif o.estimator == "k1_loss":
+        raise ValueError(
+            "back-propagating log p_S − log p_T of the sampled token drops the teacher from the gradient, whose expectation is "
+            "then zero: use the policy_gradient estimator"
+        )
+    elif o.estimator == "k3_loss":
+        raise ValueError(
+            "back-propagating the k3 estimator gives the gradient of the forward KL, not of the reverse KL, with unbounded "
+            "variance: use the policy_gradient estimator, or kind forward_kl"
+        )
+    if not 0 <= o.discount <= 1:
+        raise ValueError(f"discount must lie in [0, 1], not {o.discount}")
+    if o.kind == "negative_advantage" and o.advantage >= 0:
+        raise ValueError(f"advantage must be below 0 for negative_advantage, not {o.advantage}")

@@ -1,0 +1,164 @@
+"""What goes into and comes out of one pass over the vocabulary.
+
+Shape suffixes: N tokens, k of a top-k set, G guided tokens, M entries of a sparse target, H hidden.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from onpath.losses.head import Head
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherHidden:
+    """A teacher in this process: its last hidden states and its head. Never receives a gradient."""
+
+    hidden: Float[Tensor, "N H"]
+    head: Head
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherTopK:
+    """A teacher behind a wire: the log-probs of its k likeliest tokens.
+
+    >>> t = TeacherTopK(ids=torch.tensor([[5, 8]]), logp=torch.tensor([[-0.1, -3.0]]))
+    >>> round(t.tail_mass().item(), 4)
+    0.0454
+    """
+
+    ids: Int[Tensor, "N k"]
+    """Distinct in each row."""
+    logp: Float[Tensor, "N k"]
+    """At full-vocabulary normalisation, nats; −inf pads a row that has fewer entries."""
+    tail: Float[Tensor, " N"] | None = None
+    """Probability outside the set; None: what `logp` leaves."""
+    sampled_logp: Float[Tensor, " N"] | None = None
+    """Of the response's own token."""
+
+    def tail_mass(self) -> Float[Tensor, " N"]:
+        """`tail`, or 1 − Σ p, never below 0."""
+        if self.tail is not None:
+            return self.tail
+        return (1 - self.logp.double().exp().sum(-1)).clamp_min(0).to(self.logp.dtype)
+
+
+Teacher = TeacherHidden | TeacherTopK
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseGuidance:
+    """TOPD's targets ỹ: adds strength·weight·Σ_m ỹ_m·(log ỹ_m − log p_S(id_m)) at some tokens (arXiv 2606.00305)."""
+
+    positions: Int[Tensor, " G"]
+    """Rows of the student's hidden states, strictly increasing."""
+    ids: Int[Tensor, "G M"]
+    """Token ids; the same id may appear twice in a row, its masses add up in the gradient."""
+    probs: Float[Tensor, "G M"]
+    """ỹ, zero where padded; the mass of a row is above 0 and at most 1 (literal 1/K, or 1)."""
+    strength: float = 1.0
+    """λ."""
+    norms: bool = True
+    """Measure the two gradients' norms apart: one more matrix product over the guided rows."""
+
+    def __post_init__(self) -> None:
+        if self.ids.shape != self.probs.shape or self.positions.shape[0] != self.ids.shape[0]:
+            raise ValueError("guidance: positions [G], ids [G, M] and probs [G, M] must agree in G and M")
+        if self.positions.numel() > 1 and not bool((self.positions.diff() > 0).all()):
+            raise ValueError(
+                "guidance: positions must be strictly increasing (merge the targets of one token first)"
+            )
+        if bool((self.probs < 0).any()) or bool((self.probs.sum(-1) > 1 + 1e-4).any()):
+            raise ValueError("guidance: probs must be at least 0 and sum to at most 1 in each row")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatsRequest:
+    """What to measure beside the loss."""
+
+    mass_ids: Int[Tensor, " E"] | None = None
+    """Token ids whose total teacher probability is wanted (TRD's epistemic mass)."""
+    top_k: int = 0
+    """Size of the two top-k sets; 0: neither sets nor overlap."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenStats:
+    """Per token, detached, nats. None: not measured, or not measurable from this teacher.
+
+    With a served teacher the divergences and the teacher's entropy are those of its set plus one bucket: lower bounds.
+    """
+
+    loss: Float[Tensor, " N"]
+    """Of the objective after clips, before weights; without guidance."""
+    student_entropy: Float[Tensor, " N"]
+    reverse_kl: Float[Tensor, " N"] | None = None
+    forward_kl: Float[Tensor, " N"] | None = None
+    teacher_entropy: Float[Tensor, " N"] | None = None
+    student_logp: Float[Tensor, " N"] | None = None
+    """Of the sampled token."""
+    teacher_logp: Float[Tensor, " N"] | None = None
+    teacher_mass: Float[Tensor, " N"] | None = None
+    """Teacher probability of `StatsRequest.mass_ids`."""
+    overlap: Float[Tensor, " N"] | None = None
+    """Share of the k likeliest tokens that both have in common."""
+    student_top_ids: Int[Tensor, "N k"] | None = None
+    student_top_logp: Float[Tensor, "N k"] | None = None
+    teacher_top_ids: Int[Tensor, "N k"] | None = None
+    teacher_top_logp: Float[Tensor, "N k"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossResult:
+    """One pass's sum and what was measured on the way."""
+
+    loss: Float[Tensor, ""]
+    """Objective plus guidance, summed and divided by the denominator: call `backward()` on it, once."""
+    objective_sum: Float[Tensor, ""]
+    """Weighted sum of the objective alone, detached, divided by the denominator."""
+    guidance_sum: Float[Tensor, ""]
+    """Weighted sum of the guidance (strength included), detached, divided by the denominator; 0 without guidance."""
+    objective_grad_sq: Float[Tensor, ""] | None
+    """‖∂objective_sum/∂hidden‖²: sums over micro-batches. None without guidance norms or without gradients."""
+    guidance_grad_sq: Float[Tensor, ""] | None
+    """‖∂guidance_sum/∂hidden‖² (strength included)."""
+    stats: TokenStats
+
+
+def check_shapes(
+    student_hidden: Tensor, head: Head, teacher: Teacher | None, per_token: dict[str, Tensor | None]
+) -> None:
+    """Raises ValueError where two inputs cannot belong together."""
+    count = student_hidden.shape[0]
+    if student_hidden.shape[1] != head.weight.shape[1]:
+        raise ValueError(
+            f"student hidden width {student_hidden.shape[1]} ≠ head width {head.weight.shape[1]}"
+        )
+    if isinstance(teacher, TeacherHidden):
+        if teacher.hidden.shape[0] != count:
+            raise ValueError(
+                f"{count} student tokens but {teacher.hidden.shape[0]} teacher tokens: they must be aligned"
+            )
+        if teacher.hidden.shape[1] != teacher.head.weight.shape[1]:
+            raise ValueError(
+                f"teacher hidden width {teacher.hidden.shape[1]} ≠ head width {teacher.head.weight.shape[1]}"
+            )
+        if teacher.head.vocabulary != head.vocabulary:
+            raise ValueError(
+                f"student has {head.vocabulary} outcomes, teacher {teacher.head.vocabulary}: if the surplus is padding, "
+                "set Head.tokens on both sides to the number of real token ids"
+            )
+    elif isinstance(teacher, TeacherTopK) and teacher.ids.shape[0] != count:
+        raise ValueError(
+            f"{count} student tokens but {teacher.ids.shape[0]} served rows: they must be aligned"
+        )
+    for name, value in per_token.items():
+        if value is not None and value.shape[0] != count:
+            raise ValueError(f"{name} has {value.shape[0]} entries for {count} tokens")
+    if per_token.get("sampled_ids") is not None:
+        ids = per_token["sampled_ids"]
+        assert ids is not None
+        if ids.numel() and not bool(torch.logical_and(ids >= 0, ids < head.vocabulary).all()):
+            raise ValueError(f"sampled_ids must lie in 0..{head.vocabulary - 1}")
