@@ -153,7 +153,8 @@ def _rows(source: str, limit: int | None, split_default: str) -> Iterator[_Row]:
     looks_like_path = file_like or source.startswith(("/", "./", "../", "~"))
     if looks_like_path or not _HUB_NAME.fullmatch(source):
         raise UserError(f"{source!r}: no such file or directory; a source is {SOURCES}")
-    return _hub_rows(base or source, split if base else split_default)
+    name, _, split = source.partition(":")  # a slice of a split has colons too: name:test[:100]
+    return _hub_rows(name, split or split_default)
 
 
 def _gym_rows(source: str, limit: int | None) -> Iterator[_Row]:

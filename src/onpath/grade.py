@@ -95,20 +95,24 @@ class ExactGrader(Grader):
     name: GraderName = "exact"
 
     def _judge(self, text: str, answer: str) -> Verdict:
-        lines = [line for line in text.splitlines() if line.strip()]
-        extracted = " ".join(lines[-1].split()) if lines else None
+        extracted = _last_line(text)
         return Verdict(correct=extracted == " ".join(answer.split()), extracted=extracted)
 
 
+def _last_line(text: str) -> str | None:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return " ".join(lines[-1].split()) if lines else None
+
+
 class GymGrader(Grader):
-    """The gym's own checker."""
+    """The gym's own checker; what it shows as extracted is the last line."""
 
     name: GraderName = "gym"
 
     def _judge(self, text: str, answer: str) -> Verdict:
         from onpath import gym
 
-        return Verdict(correct=gym.grade(text, answer), extracted=gym.extract(text))
+        return Verdict(correct=gym.grade(text, answer), extracted=_last_line(text))
 
 
 class MathGrader(Grader):

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Divergence = Literal[
-    "reverse_kl", "forward_kl", "jensen_shannon", "sampled_reverse_kl", "cross_entropy", "negative_advantage"
+    "reverse_kl", "forward_kl", "jensen_shannon", "sampled", "cross_entropy", "negative_advantage"
 ]
 
 
@@ -22,7 +22,7 @@ class LossOptions(Section):
     """The per-token objective; the names are those of `onpath.losses.Objective`."""
 
     divergence: Divergence = "reverse_kl"
-    """reverse_kl is KL(student‖teacher), forward_kl KL(teacher‖student); sampled_reverse_kl is the policy gradient on the sampled token; cross_entropy and negative_advantage (a control) use no teacher."""
+    """reverse_kl is KL(student‖teacher), forward_kl KL(teacher‖student); sampled is the policy gradient on the sampled token; cross_entropy and negative_advantage (a control) use no teacher."""
     beta: float = Field(0.5, gt=0, lt=1)
     """Teacher's weight in the Jensen-Shannon mixture; jensen_shannon only."""
     support: Literal["full", "teacher_topk", "student_topk", "union"] = "full"
@@ -40,9 +40,9 @@ class LossOptions(Section):
     first_tokens: int | None = Field(None, ge=1)
     """Train only on the first so many response tokens; None trains on all."""
     ppo_clip: float | None = Field(None, gt=0)
-    """Clip range of the importance ratio; sampled_reverse_kl only."""
+    """Clip range of the importance ratio; sampled only."""
     discount: float = Field(0.0, ge=0, le=1)
-    """Weight of future log-ratios in a token's advantage; 0 is the token's own; sampled_reverse_kl only."""
+    """Weight of future log-ratios in a token's advantage; 0 is the token's own; sampled only."""
 
 
 class OPDOptions(LossOptions):
@@ -57,7 +57,7 @@ class OPDOptions(LossOptions):
     @property
     def on_policy(self) -> bool:
         """Whether rollouts must come untruncated from the student."""
-        return self.writer == "student" and (not self.off_policy or self.divergence == "sampled_reverse_kl")
+        return self.writer == "student" and (not self.off_policy or self.divergence == "sampled")
 
 
 class OPSDOptions(LossOptions):

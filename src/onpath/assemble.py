@@ -1,0 +1,267 @@
+"""From a config to the parts of a run. Cheap checks come first: nothing large loads before the data is known to be good."""
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from onpath import distributed
+from onpath.config import Config
+from onpath.data import LoadedPrompts, load_prompts
+from onpath.engines.hf import HFEngine
+from onpath.errors import UserError
+from onpath.grade import Grader, make_grader
+from onpath.losses import Head, Objective
+from onpath.methods import Method, Tools, make_method
+from onpath.models import (
+    check_vocabulary,
+    context_length,
+    head_of,
+    load_model,
+    load_tokenizer,
+    locate,
+    pick_device,
+    stop_ids,
+    unwrapped,
+)  # fmt: skip
+from onpath.options import LossOptions, OPSDOptions, TRDOptions
+from onpath.prompts import TEMPLATES
+from onpath.records import Prompt, Sampling
+from onpath.render import Renderer
+from onpath.teacher import ModelTeacher, SelfTeacher, Teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Everything that the steps of a run work with."""
+
+    config: Config
+    pool: tuple[Prompt, ...]
+    evals: dict[str, tuple[Prompt, ...]]
+    skipped: int
+    """Bad rows left out (data.skip_bad)."""
+    tokenizer: PreTrainedTokenizerBase
+    renderer: Renderer
+    student: nn.Module
+    teacher: Teacher
+    engine: HFEngine
+    method: Method
+    grader: Grader
+    grader_name: str
+    objective: Objective
+    sampling: Sampling
+    vocabulary: int
+    device: torch.device
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def head(self) -> Head:
+        """The student's output layer."""
+        return head_of(self.student, self.vocabulary)
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """bfloat16 forward passes if optim.bf16 asks for them."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.optim.bf16)
+
+
+def assemble(config: Config) -> Parts:
+    """Loads and checks everything that a run needs.
+
+    Raises:
+        UserError: in one sentence, whatever the user can fix.
+    """
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    objective = objective_of(config.method)
+    loaded, evals = load_data(config)
+    tokenizer = load_tokenizer(config.student, "student.model")
+    device = distributed.local_device(pick_device(config.student.device))
+    distributed.start(device)
+    renderer = make_renderer(config, tokenizer)
+    base = load_model(config.student, "student.model", device)
+    stops = stop_ids(base, tokenizer)
+    check_prompt_lengths(config, renderer, context_length(base), [*loaded.prompts, *(p for e in evals.values() for p in e)])
+    student = trainable(config, base)
+    vocabulary, warnings = shared_vocabulary(config, tokenizer)
+    teacher = make_teacher(config, student, vocabulary, device)
+    grader_name = choose_grader(config)
+    sampling = Sampling(
+        temperature=config.rollout.temperature, top_p=config.rollout.top_p, top_k=config.rollout.top_k,
+        max_new_tokens=config.rollout.max_new_tokens, seed=config.run.seed,
+    )  # fmt: skip
+
+    def engine_over(model: nn.Module) -> HFEngine:
+        return HFEngine(
+            model, renderer, stop_ids=stops, batch_tokens=config.rollout.batch_tokens, bf16=config.optim.bf16,
+            vocabulary=vocabulary,
+        )  # fmt: skip
+
+    engine, grader = engine_over(student), make_grader(grader_name)
+    tools = Tools(
+        student=engine, writer=engine_over(teacher.model), teacher=teacher, renderer=renderer, grader=grader,
+        sampling=sampling, templates=templates_for(config), vocabulary=vocabulary,
+    )  # fmt: skip
+    return Parts(
+        config=config, pool=loaded.prompts, evals=evals, skipped=loaded.skipped, tokenizer=tokenizer, renderer=renderer,
+        student=student, teacher=teacher, engine=engine, method=make_method(config.method, tools), grader=grader,
+        grader_name=grader_name, objective=objective, sampling=sampling, vocabulary=vocabulary, device=device,
+        warnings=tuple(warnings),
+    )  # fmt: skip
+
+
+def objective_of(options: LossOptions) -> Objective:
+    """The loss that a method's options describe; a combination that is known to be wrong is a `UserError`."""
+    top_k = options.support != "full"
+    try:
+        return Objective(
+            kind=options.divergence,
+            beta=options.beta if options.divergence == "jensen_shannon" else None,
+            support=options.support,
+            k=options.support_k if top_k else None,
+            tail=options.tail,
+            entry_clip=options.entry_clip,
+            token_clip=options.token_clip,
+            ppo_clip=options.ppo_clip,
+            discount=options.discount,
+        )
+    except ValueError as error:
+        raise UserError(f"method: {error}") from None
+
+
+def load_data(config: Config) -> tuple[LoadedPrompts, dict[str, tuple[Prompt, ...]]]:
+    """The training pool and the evaluation sets."""
+    data = config.data
+    pool = load_prompts(data.train, limit=data.limit, skip_bad=data.skip_bad)
+    if isinstance(config.method, OPSDOptions) or (isinstance(config.method, TRDOptions) and config.method.shows_reference):
+        column = config.method.hint if isinstance(config.method, OPSDOptions) else "solution"
+        lacking = [p.id for p in pool.prompts if not (getattr(p, column) or "").strip()]
+        if lacking:
+            raise UserError(
+                f"{data.train}: method.name {config.method.name} needs a {column} for every prompt, but {len(lacking)} of "
+                f"{len(pool.prompts)} have none, the first with id {lacking[0]!r}"
+            )
+    evals = {
+        name: load_prompts(source, limit=data.eval_limit, skip_bad=data.skip_bad, split_default="test").prompts
+        for name, source in data.eval.items()
+    }
+    for name, prompts in evals.items():
+        missing = [p.id for p in prompts if p.answer is None]
+        if missing:
+            raise UserError(
+                f"data.eval.{name}: {len(missing)} of its {len(prompts)} problems have no answer, the first with id "
+                f"{missing[0]!r}; add the column answer"
+            )
+    return pool, evals
+
+
+def make_renderer(config: Config, tokenizer: PreTrainedTokenizerBase) -> Renderer:
+    thinking = config.data.enable_thinking
+    return Renderer(
+        tokenizer, template=config.data.template, system=config.data.system,
+        template_options=None if thinking is None else {"enable_thinking": thinking},
+    )  # fmt: skip
+
+
+def check_prompt_lengths(config: Config, renderer: Renderer, room: int, prompts: Sequence[Prompt]) -> None:
+    """Every prompt and its response must fit the model before the first step, not at the thousandth."""
+    new = max(config.rollout.max_new_tokens, config.eval.max_new_tokens)
+    for prompt in prompts:
+        length = len(renderer.ids(prompt))
+        if length + new > room:
+            raise UserError(
+                f"prompt {prompt.id!r} has {length} tokens; with {new} new ones it does not fit the student's context of "
+                f"{room}: drop it, or lower rollout.max_new_tokens and eval.max_new_tokens"
+            )
+
+
+def trainable(config: Config, base: nn.Module) -> nn.Module:
+    """The student with gradients on: on all weights, or on a new LoRA adapter."""
+    section = config.student
+    if section.gradient_checkpointing:
+        unwrapped(base).gradient_checkpointing_enable({"use_reentrant": False})
+    if section.lora_rank == 0:
+        return base.requires_grad_(True)
+    torch.manual_seed(config.run.seed)
+    lora = LoraConfig(
+        r=section.lora_rank, lora_alpha=section.lora_alpha, target_modules=section.lora_targets, task_type="CAUSAL_LM",
+        lora_dropout=0.0,
+    )  # fmt: skip
+    try:
+        model: nn.Module = get_peft_model(base, lora)
+    except ValueError as error:
+        raise UserError(f"student.lora_targets: {str(error).splitlines()[0]}") from None
+    if section.gradient_checkpointing:
+        unwrapped(model).enable_input_require_grads()
+    return model
+
+
+def shared_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, list[str]]:
+    """Number of ids that student and teacher share, and what looks odd about the pair."""
+    own = isinstance(config.method, OPSDOptions) or (isinstance(config.method, TRDOptions) and config.method.teacher == "self")
+    ids = tokenizer.get_vocab()
+    if own:
+        return max(ids.values()) + 1, []
+    check_vocabulary(ids, load_tokenizer(config.teacher, "teacher.model").get_vocab())
+    same = Path(locate(config.student.model)).resolve() == Path(locate(config.teacher.model)).resolve()
+    warning = f"teacher.model is the student's own directory ({config.student.model}): the loss starts at 0 and teaches nothing"
+    return max(ids.values()) + 1, [warning] if same else []
+
+
+def make_teacher(config: Config, student: nn.Module, vocabulary: int, device: torch.device) -> ModelTeacher | SelfTeacher:
+    """Another model, or the student itself."""
+    method = config.method
+    if isinstance(method, OPSDOptions) or (isinstance(method, TRDOptions) and method.teacher == "self"):
+        return SelfTeacher(student, weights=method.weights, decay=method.ema_decay, vocabulary=vocabulary)
+    where = pick_device(config.teacher.device, otherwise=device)
+    return ModelTeacher(load_model(config.teacher, "teacher.model", where), vocabulary=vocabulary)
+
+
+def choose_grader(config: Config) -> str:
+    """`auto`: the gym's checker for gym data, else math."""
+    if config.eval.grader != "auto":
+        return config.eval.grader
+    sources = [config.data.train, *config.data.eval.values()]
+    return "gym" if all(s.startswith("gym:") for s in sources) else "math"
+
+
+def templates_for(config: Config) -> dict[str, str]:
+    """Privileged prompts: the gym's own language for gym data, else our wording."""
+    if not config.data.train.startswith("gym:"):
+        return TEMPLATES
+    from onpath import gym
+
+    return {**TEMPLATES, **gym.TEMPLATES}
+
+
+def make_optimizer(parts: Parts) -> tuple[torch.optim.AdamW, Callable[[int], None]]:
+    """AdamW, and the function that sets the learning rate of a step."""
+    config = parts.config.optim
+    trained = [p for p in parts.student.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps)
+
+    def schedule(step: int) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * rate(step, parts.config)
+
+    return optimizer, schedule
+
+
+def rate(step: int, config: Config) -> float:
+    """Learning rate of step `step` (from 0) as a share of the peak: linear warm-up, then the schedule."""
+    optim = config.optim
+    warm = math.ceil(optim.warmup * optim.steps)
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    done = (step - warm) / max(1, optim.steps - warm)
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[optim.schedule]
+    return optim.min_lr_ratio + (1 - optim.min_lr_ratio) * shape

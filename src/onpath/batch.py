@@ -1,0 +1,105 @@
+"""Trajectories → tensors. The one place that shifts, pads, masks and counts.
+
+Position t of a response of length L after a context of length C is predicted at index C − 1 + t of the sequence.
+Student and teacher have contexts of different lengths, so each has its own index for the same t; everything later
+works on N = all response tokens of the batch, laid end to end.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from onpath.records import Trajectory
+
+# B rows, S and T padded lengths of student and teacher, N response tokens.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Padded ids of both sides, and where in them each response token is predicted."""
+
+    student_ids_BS: Tensor
+    student_mask_BS: Tensor
+    teacher_ids_BT: Tensor
+    teacher_mask_BT: Tensor
+    student_at_N: Tensor
+    """Index into the flattened [B·S] of the position that predicts the token."""
+    teacher_at_N: Tensor
+    """Index into the flattened [B·T] of the position that predicts the token."""
+    token_N: Tensor
+    """The response token itself."""
+    weight_N: Tensor
+    """Its weight in the loss; 0 drops it from the sum and from the count."""
+    row_N: Tensor
+    """Which trajectory it belongs to."""
+    step_N: Tensor
+    """Its index in the response."""
+    trajectories: tuple[Trajectory, ...]
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device."""
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        return Batch(**moved)
+
+    def by_row(self, value_N: Tensor) -> list[list[float]]:
+        """Per-token values as one list per trajectory."""
+        sizes = [len(t.response) for t in self.trajectories]
+        return [part.tolist() for part in value_N.cpu().split(sizes)]
+
+
+def collate(trajectories: Sequence[Trajectory], *, device: torch.device | None = None) -> Batch:
+    """Right-padded tensors. The pad id is 0 and never read: the mask hides it, and no index points at it."""
+    student = [t.student_context + t.response for t in trajectories]
+    teacher = [t.teacher_context + t.response for t in trajectories]
+    student_ids, student_mask = _pad_right(student)
+    teacher_ids, teacher_mask = _pad_right(teacher)
+    lengths = torch.tensor([len(t.response) for t in trajectories])
+    row_N = torch.repeat_interleave(torch.arange(len(trajectories)), lengths)
+    step_N = torch.cat([torch.arange(n) for n in lengths.tolist()]) if len(row_N) else row_N
+    batch = Batch(
+        student_ids_BS=student_ids,
+        student_mask_BS=student_mask,
+        teacher_ids_BT=teacher_ids,
+        teacher_mask_BT=teacher_mask,
+        student_at_N=_predicting(row_N, step_N, [len(t.student_context) for t in trajectories], student_ids.shape[1]),
+        teacher_at_N=_predicting(row_N, step_N, [len(t.teacher_context) for t in trajectories], teacher_ids.shape[1]),
+        token_N=torch.tensor([i for t in trajectories for i in t.response], dtype=torch.long),
+        weight_N=torch.tensor([w for t in trajectories for w in t.token_weights], dtype=torch.float32),
+        row_N=row_N,
+        step_N=step_N,
+        trajectories=tuple(trajectories),
+    )
+    return batch if device is None else batch.to(device)
+
+
+def micro_batches(trajectories: Sequence[Trajectory], *, max_tokens: int) -> Iterator[list[Trajectory]]:
+    """Trajectories of similar length together, longest first, within a budget of padded tokens per side.
+
+    Empty responses train nothing and are left out. A trajectory longer than the budget makes a batch of its own.
+    """
+
+    def length(t: Trajectory) -> int:
+        return max(len(t.student_context), len(t.teacher_context)) + len(t.response)
+
+    rows: list[Trajectory] = []
+    for trajectory in sorted((t for t in trajectories if t.response), key=length, reverse=True):
+        if rows and (len(rows) + 1) * length(rows[0]) > max_tokens:
+            yield rows
+            rows = []
+        rows.append(trajectory)
+    if rows:
+        yield rows
+
+
+def _pad_right(rows: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+    longest = max(map(len, rows))
+    ids = torch.tensor([[*r, *[0] * (longest - len(r))] for r in rows])
+    mask = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in rows])
+    return ids, mask
+
+
+def _predicting(row_N: Tensor, step_N: Tensor, context_lengths: Sequence[int], width: int) -> Tensor:
+    """Flat index of the position before each token: the last context position for the first one."""
+    return row_N * width + torch.tensor(context_lengths)[row_N] - 1 + step_N

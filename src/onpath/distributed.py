@@ -1,0 +1,88 @@
+"""Data parallelism with torch's own collectives: every rank takes its share of the prompts, sums go over all ranks.
+
+Losses are sums over a count that is known beforehand, so gradients are *summed*, never averaged: the result is
+that of one process whatever the number of ranks.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+T = TypeVar("T")
+
+
+def start(device: torch.device) -> None:
+    """Joins the process group of torchrun, if there is one (gloo on CPU, nccl on GPUs)."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(local_device(device))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def stop() -> None:
+    """Leaves the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def local_device(device: torch.device) -> torch.device:
+    """The GPU of this rank on its host; other devices unchanged."""
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return device
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share(items: Sequence[T]) -> list[T]:
+    """This rank's items: every world-th one."""
+    return list(items[rank() :: world()])
+
+
+def gather(items: Sequence[T]) -> list[T]:
+    """All ranks' items, in the order that `share` took them from."""
+    if world() == 1:
+        return list(items)
+    parts: list[list[T]] = [[] for _ in range(world())]
+    dist.all_gather_object(parts, list(items))
+    longest = max(map(len, parts))
+    return [part[i] for i in range(longest) for part in parts if i < len(part)]
+
+
+def total(values: Iterable[float], device: torch.device) -> list[float]:
+    """Each value summed over all ranks, in float64."""
+    sums = torch.tensor(list(values), dtype=torch.float64, device=device)
+    if world() > 1:
+        dist.all_reduce(sums)
+    return [float(v) for v in sums]
+
+
+def sum_gradients(model: nn.Module) -> None:
+    """Adds up the gradients of all ranks, in one flat message per dtype."""
+    if world() == 1:
+        return
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
+        if p.grad is None:  # a rank whose share was empty
+            p.grad = torch.zeros_like(p)
+    for dtype in sorted({p.dtype for p in trained}, key=str):
+        grads = [p.grad for p in trained if p.dtype == dtype and p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            grad.copy_(part.view_as(grad))
+
+
+def barrier() -> None:
+    if world() > 1:
+        dist.barrier()

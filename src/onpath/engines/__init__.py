@@ -1,0 +1,1 @@
+"""Engines write tokens: one protocol, one file each."""

@@ -1,0 +1,100 @@
+"""Measures one optimiser step: sums with counts, divided only when a line is written."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from onpath import distributed
+from onpath.batch import Batch
+from onpath.losses import LossResult
+from onpath.methods import Prepared
+from onpath.records import Graded, Rollout
+
+STAGES = ("sample", "correct", "score", "train", "sync")
+PER_TOKEN = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy", "student_logp", "teacher_logp")
+"""Statistics of the loss's own pass that are averaged per step and stored per token."""
+_NATS = {"reverse_kl": "reverse_kl_nats", "forward_kl": "forward_kl_nats", "student_entropy": "student_entropy_nats",
+         "teacher_entropy": "teacher_entropy_nats"}  # fmt: skip
+
+
+class Stopwatch:
+    """Seconds by stage; on a GPU each stage waits for its kernels, so that they are not billed to the next."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        begun = self._now()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + self._now() - begun
+
+    @staticmethod
+    def _now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+@dataclass(kw_only=True)
+class Meter:
+    """What one optimiser step did, on this process."""
+
+    watch: Stopwatch
+    rollouts: Sequence[Rollout]
+    prepared: Prepared
+    denominator: float
+    """Response tokens (total weight) of all processes."""
+    graded: Sequence[Graded] = ()
+    grad_norm: float = 0.0
+    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    per_token: dict[int, dict[str, list[float]]] = field(default_factory=dict)
+    """id() of a trajectory → statistic → one value per response token."""
+
+    def add(self, batch: Batch, result: LossResult) -> None:
+        """One micro-batch."""
+        counted = batch.weight_N != 0
+        self.sums["loss"] += float(result.loss.detach())
+        self.sums["objective"] += float(result.objective_sum)
+        self.sums["guidance"] += float(result.guidance_sum)
+        self.sums["counted"] += float(counted.sum())
+        if result.objective_grad_sq is not None and result.guidance_grad_sq is not None:
+            self.sums["objective_grad_sq"] += float(result.objective_grad_sq)
+            self.sums["guidance_grad_sq"] += float(result.guidance_grad_sq)
+        for name in PER_TOKEN:
+            value_N = getattr(result.stats, name)
+            if value_N is None:
+                continue
+            self.sums[name] += float(value_N[counted].double().sum())
+            for trajectory, values in zip(batch.trajectories, batch.by_row(value_N), strict=True):
+                self.per_token.setdefault(id(trajectory), {})[name] = values
+
+    def row(self, device: torch.device) -> dict[str, Any]:
+        """The step's metrics over all processes."""
+        verdicts = [g.correct for g in self.graded]
+        lengths = [len(r.ids) for r in self.rollouts]
+        mine = {
+            **{k: self.sums[k] for k in ("loss", "counted", *_NATS)},
+            "rollouts": len(lengths), "generated": sum(lengths), "right": sum(verdicts), "graded": len(verdicts),
+            "finished": sum(r.finish_reason == "stop" for r in self.rollouts),
+        }  # fmt: skip
+        all_of = dict(zip(mine, distributed.total(mine.values(), device), strict=True))
+        counted, rollouts = max(all_of["counted"], 1.0), max(all_of["rollouts"], 1.0)
+        row: dict[str, Any] = {"loss": all_of["loss"], "tokens": int(all_of["counted"])}
+        row |= {label: all_of[name] / counted for name, label in _NATS.items() if name in self.sums}
+        row |= {
+            "accuracy": all_of["right"] / all_of["graded"] if all_of["graded"] else None,
+            "mean_length": all_of["generated"] / rollouts,
+            "finished": all_of["finished"] / rollouts,
+            "student_tokens_generated": int(all_of["generated"]),
+            "grad_norm": self.grad_norm,
+        }
+        if "guidance_grad_sq" in self.sums:
+            ratio = self.sums["guidance_grad_sq"] / max(self.sums["objective_grad_sq"], 1e-30)
+            row |= {"guidance": self.sums["guidance"], "guidance_grad_ratio": ratio**0.5}
+        return row | dict(self.prepared.metrics) | {"seconds": {k: round(v, 4) for k, v in self.watch.seconds.items()}}

@@ -1,0 +1,19 @@
+"""One published method, one small file, one signature: rollouts in, trajectories out."""
+
+from onpath.methods.base import Method, Prepared, Tools
+from onpath.methods.opd import OPD
+from onpath.methods.opsd import OPSD
+from onpath.options import LossOptions, OPDOptions, OPSDOptions
+
+__all__ = ["Method", "Prepared", "Tools", "make_method"]
+
+
+def make_method(options: LossOptions, tools: Tools) -> Method:
+    """The method that the options belong to."""
+    match options:
+        case OPDOptions():
+            return OPD(options, tools)
+        case OPSDOptions():
+            return OPSD(options, tools)
+        case _:
+            raise NotImplementedError(type(options).__name__)

@@ -1,0 +1,137 @@
+"""Loading Hugging Face models, and the two halves that onpath uses of them: decoder and head."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
+
+from onpath.config import Student, Teacher
+from onpath.errors import UserError
+from onpath.losses import Head
+
+hf_logging.disable_progress_bar()  # onpath shows its own progress
+# Models whose logits are not plainly hidden @ head.T say so in their config under these names.
+_SOFTCAP, _MULTIPLY, _DIVIDE = "final_logit_softcapping", "logit_scale", "logits_scaling"
+
+
+def locate(name: str) -> str:
+    """`gym:student` → the bundled directory; anything else unchanged."""
+    if not name.startswith("gym:"):
+        return name
+    from onpath import gym
+
+    role = name.removeprefix("gym:")
+    if role not in ("student", "teacher"):
+        raise UserError(f"{name}: the bundled models are gym:student and gym:teacher")
+    return str(gym.model_dir(role))
+
+
+def pick_device(name: str, otherwise: torch.device | None = None) -> torch.device:
+    """`auto` → `otherwise`, else the first GPU, else the CPU."""
+    if name != "auto":
+        return torch.device(name)
+    return otherwise or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_model(section: Student | Teacher, key: str, device: torch.device) -> PreTrainedModel:
+    """A causal LM from safetensors, in evaluation mode, without gradients.
+
+    Raises:
+        UserError: nothing readable there; `key` names the option.
+    """
+    where = _existing(section.model, key)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            where, dtype=getattr(torch, section.dtype), trust_remote_code=section.trust_remote_code, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}: cannot load a causal LM from {section.model}: {_first_line(error)}") from None
+    except Exception as error:  # safetensors' own error type for a damaged file
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise UserError(f"{key}: {section.model} is damaged: {_first_line(error)}") from None
+    return model.to(device).eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def load_tokenizer(section: Student | Teacher, key: str) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model."""
+    where = _existing(section.model, key)
+    try:
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=section.trust_remote_code)  # type: ignore[no-any-return]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{key}: cannot load a tokenizer from {section.model}: {_first_line(error)}") from None
+
+
+def _existing(name: str, key: str) -> str:
+    where = locate(name)
+    looks_local = where.startswith((".", "/", "~")) or where.count("/") > 1
+    if looks_local and not Path(where).expanduser().is_dir():
+        raise UserError(f"{key}: there is no directory {name}")
+    return str(Path(where).expanduser()) if Path(where).expanduser().is_dir() else where
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def check_vocabulary(student: Mapping[str, int], teacher: Mapping[str, int]) -> None:
+    """Both must map every token to the same id; sizes say nothing.
+
+    Raises:
+        UserError: naming up to five tokens that differ.
+    """
+    differing = [t for t in {**student, **teacher} if student.get(t) != teacher.get(t)]
+    if differing:
+        shown = "; ".join(
+            f"{t!r} is {student.get(t, 'absent')} for the student, {teacher.get(t, 'absent')} for the teacher"
+            for t in differing[:5]
+        )
+        raise UserError(
+            f"student and teacher must share one vocabulary, but {len(differing)} tokens differ: {shown}; "
+            "choose a teacher of the student's model family"
+        )
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, key: str = "student.model") -> frozenset[int]:
+    """Every id that ends a response: the generation config's and the tokenizer's EOS."""
+    listed = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = set([listed] if isinstance(listed, int) else listed or [])
+    if isinstance(tokenizer.eos_token_id, int):
+        ids.add(tokenizer.eos_token_id)
+    if not ids:
+        raise UserError(f"{key}: neither its tokenizer nor its generation config names an EOS token, so responses could never end")
+    return frozenset(ids)
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """Most positions that the model was made for."""
+    return int(model.config.get_text_config().max_position_embeddings)
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a peft wrapper (its layers still adapted), or the model itself."""
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    assert isinstance(inner, PreTrainedModel)
+    return inner
+
+
+def head_of(model: nn.Module, vocabulary: int | None = None) -> Head:
+    """The map from hidden states to logits; rows beyond `vocabulary` are padding and take no part."""
+    inner = unwrapped(model)
+    config: Mapping[str, Any] = inner.config.get_text_config().to_dict()
+    layer = inner.get_output_embeddings()
+    scale = float(config.get(_MULTIPLY) or 1.0) / float(config.get(_DIVIDE) or 1.0)
+    return Head(
+        weight=layer.weight, bias=layer.bias, logit_scale=scale, softcap=config.get(_SOFTCAP), tokens=vocabulary
+    )
+
+
+def hidden_states(model: nn.Module, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Last hidden states [B, T, H] of right-padded ids; the head is applied elsewhere, in chunks."""
+    decoder = unwrapped(model).get_decoder()
+    output = decoder(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
+    return output.last_hidden_state  # type: ignore[no-any-return]

@@ -1,0 +1,262 @@
+"""A run's directory: opened or gone on with, its files, its checkpoints, its final model."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from onpath import checkpoint, distributed
+from onpath.assemble import Parts
+from onpath.config import Config
+from onpath.errors import UserError
+from onpath.evaluate import EvalResult, evaluate
+from onpath.log import Display, JsonLines, Tracker, flatten, open_trackers, read_lines
+from onpath.meter import Meter
+from onpath.records import Graded, Prompt, Rollout, Sampling
+from onpath.store import trajectory_row, write_parquet
+
+_PACKAGES = ("onpath", "torch", "transformers", "peft", "datasets", "safetensors", "numpy")
+
+
+@dataclass(kw_only=True)
+class Run:
+    """The files of one run. Only the first process writes."""
+
+    directory: Path
+    parts: Parts
+    metrics: JsonLines
+    evals: JsonLines
+    trackers: list[Tracker] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the final model is there: it is written last."""
+        return (self.directory / "model").is_dir()
+
+    def resume(self, optimizer: torch.optim.Optimizer) -> int:
+        """Steps done by earlier processes; weights, optimiser and files are set back to there."""
+        loaded = checkpoint.load(
+            self.directory / "checkpoints", model=self.parts.student, optimizer=optimizer, extra=self.parts.method.state()
+        )
+        done = loaded.step if loaded else 0
+        if loaded:
+            self.notes.append(f"going on from {loaded.path} (step {done})")
+            self.notes += [f"checkpoint {name} is damaged or incomplete and was passed over" for name in loaded.broken]
+        if distributed.rank() == 0:
+            self.metrics.rewind(step=done)
+            self.evals.rewind(step=done if done else -1)
+        self.parts.engine.sync_weights(done)
+        return done
+
+    def announce(self, display: Display, done: int) -> None:
+        """What people should know before the first step."""
+        config = self.parts.config
+        if self.parts.skipped:
+            self.notes.append(f"{self.parts.skipped} bad rows of {config.data.train} were skipped")
+        for warning in self.parts.warnings:
+            display.say(f"warning: {warning}")
+        for note in self.notes:
+            display.say(note)
+        display.say(
+            f"{config.run.name}: {config.method.name}, {len(self.parts.pool):,} prompts, steps {done + 1} to "
+            f"{config.optim.steps} → {self.directory}"
+        )
+
+    def log(self, step: int, meter: Meter, *, lr: float) -> dict[str, Any]:
+        """The step's line of metrics.jsonl."""
+        row = {"step": step, **meter.row(self.parts.device), "lr": lr, "policy_version": step}
+        if distributed.rank() == 0:
+            self.metrics.write(row)
+            for tracker in self.trackers:
+                tracker.log(flatten(row), step)
+        return row
+
+    def checkpoint(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Saves the complete state, then removes old ones."""
+        if distributed.rank() == 0:
+            root = self.directory / "checkpoints"
+            checkpoint.save(
+                root, step=step, model=self.parts.student, optimizer=optimizer, extra=self.parts.method.state()
+            )
+            checkpoint.prune(root, keep=self.parts.config.run.keep)
+        distributed.barrier()
+
+    def save_model(self) -> Path:
+        """Final weights: complete or not at all."""
+        target, config = self.directory / "model", self.parts.config
+        if distributed.rank() == 0 and not target.exists():
+            try:
+                if config.student.lora_merge and config.student.lora_rank:
+                    self._save(self.directory / "merged", merged=True)
+                self._save(target, merged=False)
+            except OSError as error:
+                raise UserError(f"{target}: cannot write: {error}; free some space and start the same command again") from None
+        distributed.barrier()
+        return target
+
+    def _save(self, target: Path, *, merged: bool) -> None:
+        temporary = target.with_name(f".{target.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        model: Any = self.parts.student
+        if merged:
+            model.merge_adapter()
+            plain = model.get_base_model()
+            state = {k.replace(".base_layer", ""): v for k, v in plain.state_dict().items() if "lora_" not in k}
+            plain.save_pretrained(temporary, state_dict=state)
+            model.unmerge_adapter()
+        else:
+            model.save_pretrained(temporary)
+        self.parts.tokenizer.save_pretrained(temporary)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+
+
+def open_run(config: Config, parts: Parts) -> Run:
+    """Makes the run's directory, or checks that the one there belongs to this config.
+
+    Raises:
+        UserError: it belongs to another config (the differing keys are named), or cannot be written.
+    """
+    directory = Path(config.run.dir) / config.run.name
+    if distributed.rank() == 0:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            _claim(directory, config)
+            _write(directory / "environment.json", json.dumps(environment(parts), indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"run.dir: cannot write to {directory}: {error.strerror or error}") from None
+    distributed.barrier()
+    run = Run(
+        directory=directory, parts=parts, metrics=JsonLines(directory / "metrics.jsonl"),
+        evals=JsonLines(directory / "eval.jsonl"),
+    )  # fmt: skip
+    if distributed.rank() == 0 and not run.finished:
+        run.trackers = open_trackers(
+            config.run.trackers, directory=directory, name=config.run.name, config=config.model_dump(mode="json")
+        )
+    return run
+
+
+def _claim(directory: Path, config: Config) -> None:
+    path = directory / "config.yaml"
+    if not path.exists():
+        _write(path, config.to_yaml())
+        return
+    theirs, ours = yaml.safe_load(path.read_text()), config.model_dump(mode="json")
+    differing = [k for k in sorted({*_keys(theirs), *_keys(ours)}) if _at(theirs, k) != _at(ours, k)]
+    if differing:
+        key = differing[0]
+        raise UserError(
+            f"{directory} belongs to a run with another config ({len(differing)} keys differ, first {key}: "
+            f"{_at(theirs, key)!r} there, {_at(ours, key)!r} here); choose another run.name or remove it"
+        )
+
+
+def _keys(tree: dict[str, Any]) -> list[str]:
+    return [f"{section}.{key}" for section, options in tree.items() for key in (options or {})]
+
+
+def _at(tree: dict[str, Any], dotted: str) -> Any:
+    section, _, key = dotted.partition(".")
+    return (tree.get(section) or {}).get(key)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def environment(parts: Parts) -> dict[str, Any]:
+    """Versions, device, commit, seeds: what it takes to repeat a run. Nothing of the process's environment."""
+    commit = None
+    with suppress(OSError, subprocess.SubprocessError):
+        here = Path(__file__).parent
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5, check=True
+        ).stdout.strip()
+    cuda = parts.device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in _PACKAGES},
+        "device": torch.cuda.get_device_name(parts.device) if cuda else platform.processor() or platform.machine(),
+        "processes": distributed.world(),
+        "threads": torch.get_num_threads(),
+        "git_commit": commit,
+        "seeds": {"run": parts.config.run.seed, "eval": parts.config.eval.seed},
+        "skipped_rows": parts.skipped,
+        "grader": parts.grader_name,
+    }
+
+
+def evaluate_all(parts: Parts, run: Run, display: Display, *, step: int) -> list[EvalResult]:
+    """Every evaluation set with the weights as they are; one line of eval.jsonl each."""
+    section, results = parts.config.eval, []
+    sampling = Sampling(
+        temperature=section.temperature, top_p=section.top_p, top_k=section.top_k, max_new_tokens=section.max_new_tokens,
+        seed=section.seed,
+    )  # fmt: skip
+
+    def generate(prompts: Sequence[Prompt], n: int) -> list[Rollout]:
+        mine = parts.engine.generate(distributed.share(prompts), sampling, n=n)
+        by_prompt = [tuple(mine[i : i + n]) for i in range(0, len(mine), n)]
+        return [r for group in distributed.gather(by_prompt) for r in group]
+
+    for split, prompts in parts.evals.items():
+        result, graded = evaluate(
+            prompts, generate, parts.renderer.text, parts.grader, n=section.n, k=section.k, step=step, split=split
+        )
+        results.append(result)
+        if distributed.rank() == 0:
+            run.evals.write(result.to_json())
+            write_parquet(run.directory / "evals" / f"{split}_step_{step:06d}.parquet", [_eval_row(parts, g) for g in graded])
+            low, high = result.ci95
+            for tracker in run.trackers:
+                tracker.log(flatten({f"eval/{split}": result.to_json()}), step)
+            display.say(
+                f"eval {split} at step {step}: avg@{result.n} {result.avg_at_k:.1%} [{low:.1%}, {high:.1%}]  "
+                f"pass@{result.k} {result.pass_at_k:.1%}  {result.problems:,} problems"
+            )
+    return results
+
+
+def _eval_row(parts: Parts, graded: Graded) -> dict[str, Any]:
+    rollout = graded.rollout
+    return {
+        "id": rollout.prompt.id, "sample": rollout.sample, "correct": graded.correct, "extracted": graded.extracted,
+        "length": len(rollout.ids), "finish_reason": rollout.finish_reason, "text": parts.renderer.text(rollout.ids),
+        "ids": list(rollout.ids),
+    }  # fmt: skip
+
+
+def store_step(parts: Parts, run: Run, meter: Meter, step: int, *, last: bool) -> None:
+    """What the step trained on, as Parquet, every so many steps."""
+    every = parts.config.run.trajectories_every
+    if not every or not (last or step == 1 or step % every == 0):
+        return
+    verdict = {id(g.rollout): g.correct for g in meter.graded}
+    rows = [
+        trajectory_row(
+            t, step=step, renderer=parts.renderer, correct=verdict.get(id(t.origin)), values=meter.per_token.get(id(t), {})
+        )
+        for t in meter.prepared.trajectories
+    ]
+    rows = distributed.gather(rows)
+    if distributed.rank() == 0:
+        write_parquet(run.directory / "trajectories" / f"step_{step:06d}.parquet", rows)
+
+
+def saved_evaluations(run: Run, step: int) -> list[dict[str, Any]]:
+    """Lines of eval.jsonl at a step."""
+    return [row for row in read_lines(run.evals.path) if row["step"] == step]

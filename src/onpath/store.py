@@ -1,0 +1,69 @@
+"""What was trained on, as Parquet: one file per stored step, readable with pandas."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from onpath.errors import UserError
+from onpath.records import Trajectory
+from onpath.render import Renderer
+
+
+def trajectory_row(
+    trajectory: Trajectory, *, step: int, renderer: Renderer, correct: bool | None, values: Mapping[str, Sequence[float]]
+) -> dict[str, Any]:
+    """One trajectory as plain values. `values`: per-token numbers by name, as long as the response."""
+    origin = trajectory.origin
+    return {
+        "step": step,
+        "prompt_id": origin.prompt.id if origin else None,
+        "sample": origin.sample if origin else None,
+        "prompt": origin.prompt.question if origin else None,
+        "answer": origin.prompt.answer if origin else None,
+        "correct": correct,
+        "student_context": list(trajectory.student_context),
+        "teacher_context": list(trajectory.teacher_context),
+        "response": list(trajectory.response),
+        "response_text": renderer.text(trajectory.response),
+        "tokens": renderer.tokens(trajectory.response),
+        "weights": list(trajectory.token_weights),
+        "origin_response": list(origin.ids) if origin else None,
+        "origin_text": renderer.text(origin.ids) if origin else None,
+        "origin_logprobs": list(origin.logprobs) if origin else None,
+        "finish_reason": origin.finish_reason if origin else None,
+        "policy_version": origin.policy_version if origin else None,
+        "edit": trajectory.edit.kind,
+        "kept": trajectory.edit.kept,
+        "reason": trajectory.edit.reason,
+        "detail": json.dumps(dict(trajectory.edit.detail)),
+        **{name: list(v) for name, v in values.items()},
+    }
+
+
+def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Complete or not at all.
+
+    Raises:
+        UserError: the disk is full or not writable.
+    """
+    temporary = path.with_suffix(f".tmp-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist([dict(r) for r in rows]), temporary)
+        os.replace(temporary, path)
+    except (OSError, pa.ArrowException) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot write: {error}; free some space and start the same command again") from None
+
+
+def read_trajectories(run: Path) -> list[dict[str, Any]]:
+    """All stored rows of a run, oldest step first."""
+    rows: list[dict[str, Any]] = []
+    for path in sorted((run / "trajectories").glob("step_*.parquet")):
+        rows += pq.read_table(path).to_pylist()
+    return rows

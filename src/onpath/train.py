@@ -1,0 +1,172 @@
+"""The story: on-policy distillation of trajectories, one step after another.
+
+    sample    the student writes                        engine.generate     → rollouts
+    correct   the method edits or annotates them        method.prepare      → trajectories
+    score     the teacher reads them                    teacher.hidden      → hidden states
+    train     divergence × weights ÷ global count       fused_objective     → gradients, clip, AdamW
+    sync      the new weights to the engine             engine.sync_weights → policy version + 1
+
+Every random draw is a pure function of (seed, step), so a run that is killed and started again goes on exactly.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from onpath import distributed
+from onpath.assemble import Parts, assemble, make_optimizer
+from onpath.batch import Batch, collate, micro_batches
+from onpath.config import Config
+from onpath.data import prompts_of_step
+from onpath.log import Display
+from onpath.losses import LossResult, TeacherHidden, fused_objective
+from onpath.meter import Meter, Stopwatch
+from onpath.models import hidden_states
+from onpath.records import Graded, Rollout, token_count
+from onpath.runs import Run, evaluate_all, open_run, saved_evaluations, store_step
+from onpath.shape import loss_inputs, shaped
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a finished run leaves."""
+
+    directory: Path
+    """The run's directory; its files are listed in the README."""
+    model: Path
+    """Final weights in Hugging Face format (a LoRA run: the adapter)."""
+    steps: int
+    evaluations: tuple[dict[str, Any], ...]
+    """The final step's lines of eval.jsonl, one per evaluation set."""
+
+
+def train(config: Config, *, quiet: bool = False) -> RunResult:
+    """Runs a config to its end, going on where an earlier process of the same config stopped.
+
+    Args:
+        config: see `onpath.config`.
+        quiet: no progress display; files are written all the same.
+
+    Raises:
+        UserError: something that the user can fix, in one sentence; nothing finished is lost.
+    """
+    try:
+        parts = assemble(config)
+        run = open_run(config, parts)
+        if not run.finished:
+            optimise(parts, run, quiet=quiet)
+            run.save_model()
+        return RunResult(
+            directory=run.directory,
+            model=run.directory / "model",
+            steps=config.optim.steps,
+            evaluations=tuple(saved_evaluations(run, config.optim.steps)),
+        )
+    finally:
+        distributed.stop()
+
+
+def optimise(parts: Parts, run: Run, *, quiet: bool) -> None:
+    """All optimiser steps that are left, with the evaluations and checkpoints that fall due."""
+    config = parts.config
+    optimizer, schedule = make_optimizer(parts)
+    done = run.resume(optimizer)
+    with Display(steps=config.optim.steps, done=done, quiet=quiet or distributed.rank() > 0) as display:
+        run.announce(display, done)
+        if done == 0 and config.eval.start:
+            evaluate_all(parts, run, display, step=0)
+        for step in range(done, config.optim.steps):
+            schedule(step)
+            meter = one_step(parts, optimizer, step)
+            row = run.log(step + 1, meter, lr=optimizer.param_groups[0]["lr"])
+            display.step(row)
+            last = step + 1 == config.optim.steps
+            if last or (config.eval.every and (step + 1) % config.eval.every == 0):
+                evaluate_all(parts, run, display, step=step + 1)
+            store_step(parts, run, meter, step + 1, last=last)
+            if last or (config.run.save_every and (step + 1) % config.run.save_every == 0):
+                run.checkpoint(step + 1, optimizer)
+
+
+def one_step(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> Meter:
+    """Sample, correct, score, train, sync: one optimiser step."""
+    config, watch = parts.config, Stopwatch()
+    with watch("sample"):
+        rollouts = sample(parts, step)
+    with watch("correct"):
+        prepared = parts.method.prepare(rollouts, step=step)
+        kept = shaped(parts, [t for t in prepared.trajectories if t.edit.kept])
+        (denominator,) = distributed.total([token_count(kept)], parts.device)
+    with watch("grade"):
+        verdicts = graded(parts, rollouts)
+    meter = Meter(watch=watch, rollouts=rollouts, prepared=prepared, denominator=denominator, graded=verdicts)
+    parts.student.train()
+    for micro in micro_batches(kept, max_tokens=config.optim.micro_batch_tokens):
+        batch = collate(micro, device=parts.device)
+        with watch("score"):
+            teacher = TeacherHidden(hidden=parts.teacher.hidden(batch), head=parts.teacher.head)
+        with watch("train"):
+            result = loss_of(parts, batch, teacher, denominator)
+            result.loss.backward()
+        meter.add(batch, result)
+    with watch("train"):
+        distributed.sum_gradients(parts.student)
+        trained = [p for p in parts.student.parameters() if p.requires_grad]
+        meter.grad_norm = float(torch.nn.utils.clip_grad_norm_(trained, config.optim.max_grad_norm, error_if_nonfinite=True))
+        if denominator:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        parts.method.after_step()
+    with watch("sync"):
+        parts.engine.sync_weights(step + 1)
+    return meter
+
+
+def sample(parts: Parts, step: int) -> list[Rollout]:
+    """This process's rollouts of one step: the student's own samples."""
+    prompts = prompts_of_step(parts.pool, size=parts.config.rollout.prompts, seed=parts.config.run.seed, step=step)
+    keys = [f"step {step}/{place}" for place in range(len(prompts))]
+    mine = distributed.share(list(zip(prompts, keys, strict=True)))
+    return parts.engine.generate(
+        [prompt for prompt, _ in mine], parts.sampling, n=parts.config.rollout.n, keys=[key for _, key in mine]
+    )
+
+
+def graded(parts: Parts, rollouts: Sequence[Rollout]) -> list[Graded]:
+    """Verdicts on the rollouts that can be graded: the training accuracy."""
+    known = [r for r in rollouts if r.prompt.answer is not None]
+    verdicts = parts.grader.grade_many([(parts.renderer.text(r.ids), r.prompt.answer or "") for r in known])
+    return [
+        Graded(rollout=r, correct=v.correct, extracted=v.extracted) for r, v in zip(known, verdicts, strict=True)
+    ]
+
+
+def loss_of(parts: Parts, batch: Batch, teacher: TeacherHidden, denominator: float) -> LossResult:
+    """Weighted sum of the objective over the batch's response tokens ÷ the step's global count."""
+    with parts.autocast():
+        hidden_BSH = hidden_states(parts.student, batch.student_ids_BS, batch.student_mask_BS)
+    return fused_objective(
+        student_hidden=hidden_BSH.flatten(0, 1)[batch.student_at_N],
+        student_head=parts.head,
+        teacher=teacher,
+        objective=parts.objective,
+        sampled_ids=batch.token_N,
+        weights=batch.weight_N,
+        denominator=denominator,
+        **loss_inputs(parts, batch),
+    )
+
+
+class _CallableModule(ModuleType):
+    """Makes `onpath.train(config)` work whether the name means the function or, once imported, this module."""
+
+    def __call__(self, config: Config, *, quiet: bool = False) -> RunResult:
+        return train(config, quiet=quiet)
+
+
+sys.modules[__name__].__class__ = _CallableModule
