@@ -19,7 +19,9 @@ from onpath import config as config_module
 from onpath.config import Config
 
 CHARACTERS = ["<pad>", "<bos>", "<eos>", "<sol>", *"0123456789+-=?; abcdefghijklmnopqrstuvwxyz.:"]
-TEMPLATE = "<bos>{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<sol>{% endif %}"
+TEMPLATE = (
+    "<bos>{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<sol>{% endif %}"
+)
 
 
 def make_tokenizer(tokens: list[str] = CHARACTERS) -> PreTrainedTokenizerFast:
@@ -28,22 +30,39 @@ def make_tokenizer(tokens: list[str] = CHARACTERS) -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     core.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", additional_special_tokens=["<sol>"]
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        additional_special_tokens=["<sol>"],
     )
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
 
-def make_model(seed: int, *, hidden: int = 32, vocabulary: int = len(CHARACTERS), tied: bool = True) -> Qwen3ForCausalLM:
-    """Two random layers; logits spread enough that sampling, divergences and gradients have something to tell."""
+def make_model(
+    seed: int, *, hidden: int = 32, vocabulary: int = len(CHARACTERS), tied: bool = True
+) -> Qwen3ForCausalLM:
+    """Two random layers; logits spread enough that sampling, divergences and gradients have something to
+    tell."""
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(
         Qwen3Config(
-            vocab_size=vocabulary, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2,
-            num_attention_heads=2, num_key_value_heads=1, head_dim=hidden // 2, max_position_embeddings=256,
-            tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.2,
+            vocab_size=vocabulary,
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=hidden // 2,
+            max_position_embeddings=256,
+            tie_word_embeddings=tied,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+            initializer_range=0.2,
         )
-    )  # fmt: skip
+    )
     model.generation_config.eos_token_id = 2
     model.generation_config.pad_token_id = 0
     return model.eval()
@@ -76,7 +95,12 @@ def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty sums with answers and solutions; prompts of unequal length."""
     path = tmp_path_factory.mktemp("data") / "sums.jsonl"
     rows = [
-        {"id": str(i), "prompt": f"{i}+{7 * i}=?", "answer": str(8 * i), "solution": f"{i} plus {7 * i} is {8 * i}"}
+        {
+            "id": str(i),
+            "prompt": f"{i}+{7 * i}=?",
+            "answer": str(8 * i),
+            "solution": f"{i} plus {7 * i} is {8 * i}",
+        }
         for i in range(40)
     ]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))

@@ -1,4 +1,5 @@
-"""From a config to the parts of a run. Cheap checks come first: nothing large loads before the data is known to be good."""
+"""From a config to the parts of a run. Cheap checks come first: nothing large loads before the data is known
+to be good."""
 
 import contextlib
 import math
@@ -29,7 +30,7 @@ from onpath.models import (
     pick_device,
     stop_ids,
     unwrapped,
-)  # fmt: skip
+)
 from onpath.options import LossOptions, OPSDOptions, TRDOptions
 from onpath.prompts import TEMPLATES
 from onpath.records import Prompt, Sampling
@@ -86,33 +87,61 @@ def assemble(config: Config) -> Parts:
     renderer = make_renderer(config, tokenizer)
     base = load_model(config.student, "student.model", device)
     stops = stop_ids(base, tokenizer)
-    check_prompt_lengths(config, renderer, context_length(base), [*loaded.prompts, *(p for e in evals.values() for p in e)])
+    check_prompt_lengths(
+        config, renderer, context_length(base), [*loaded.prompts, *(p for e in evals.values() for p in e)]
+    )
     student = trainable(config, base)
     vocabulary, warnings = shared_vocabulary(config, tokenizer)
     teacher = make_teacher(config, student, vocabulary, device)
     grader_name = choose_grader(config)
     sampling = Sampling(
-        temperature=config.rollout.temperature, top_p=config.rollout.top_p, top_k=config.rollout.top_k,
-        max_new_tokens=config.rollout.max_new_tokens, seed=config.run.seed,
-    )  # fmt: skip
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        top_k=config.rollout.top_k,
+        max_new_tokens=config.rollout.max_new_tokens,
+        seed=config.run.seed,
+    )
 
     def engine_over(model: nn.Module) -> HFEngine:
         return HFEngine(
-            model, renderer, stop_ids=stops, batch_tokens=config.rollout.batch_tokens, bf16=config.optim.bf16,
+            model,
+            renderer,
+            stop_ids=stops,
+            batch_tokens=config.rollout.batch_tokens,
+            bf16=config.optim.bf16,
             vocabulary=vocabulary,
-        )  # fmt: skip
+        )
 
     engine, grader = engine_over(student), make_grader(grader_name)
     tools = Tools(
-        student=engine, writer=engine_over(teacher.model), teacher=teacher, renderer=renderer, grader=grader,
-        sampling=sampling, templates=templates_for(config), vocabulary=vocabulary,
-    )  # fmt: skip
+        student=engine,
+        writer=engine_over(teacher.model),
+        teacher=teacher,
+        renderer=renderer,
+        grader=grader,
+        sampling=sampling,
+        templates=templates_for(config),
+        vocabulary=vocabulary,
+    )
     return Parts(
-        config=config, pool=loaded.prompts, evals=evals, skipped=loaded.skipped, tokenizer=tokenizer, renderer=renderer,
-        student=student, teacher=teacher, engine=engine, method=make_method(config.method, tools), grader=grader,
-        grader_name=grader_name, objective=objective, sampling=sampling, vocabulary=vocabulary, device=device,
+        config=config,
+        pool=loaded.prompts,
+        evals=evals,
+        skipped=loaded.skipped,
+        tokenizer=tokenizer,
+        renderer=renderer,
+        student=student,
+        teacher=teacher,
+        engine=engine,
+        method=make_method(config.method, tools),
+        grader=grader,
+        grader_name=grader_name,
+        objective=objective,
+        sampling=sampling,
+        vocabulary=vocabulary,
+        device=device,
         warnings=tuple(warnings),
-    )  # fmt: skip
+    )
 
 
 def objective_of(options: LossOptions) -> Objective:
@@ -138,23 +167,29 @@ def load_data(config: Config) -> tuple[LoadedPrompts, dict[str, tuple[Prompt, ..
     """The training pool and the evaluation sets."""
     data = config.data
     pool = load_prompts(data.train, limit=data.limit, skip_bad=data.skip_bad)
-    if isinstance(config.method, OPSDOptions) or (isinstance(config.method, TRDOptions) and config.method.shows_reference):
+    if isinstance(config.method, OPSDOptions) or (
+        isinstance(config.method, TRDOptions) and config.method.shows_reference
+    ):
         column = config.method.hint if isinstance(config.method, OPSDOptions) else "solution"
         lacking = [p.id for p in pool.prompts if not (getattr(p, column) or "").strip()]
         if lacking:
             raise UserError(
-                f"{data.train}: method.name {config.method.name} needs a {column} for every prompt, but {len(lacking)} of "
+                f"{data.train}: method.name {config.method.name} needs a {column} for every prompt, but "
+                f"{len(lacking)} of "
                 f"{len(pool.prompts)} have none, the first with id {lacking[0]!r}"
             )
     evals = {
-        name: load_prompts(source, limit=data.eval_limit, skip_bad=data.skip_bad, split_default="test").prompts
+        name: load_prompts(
+            source, limit=data.eval_limit, skip_bad=data.skip_bad, split_default="test"
+        ).prompts
         for name, source in data.eval.items()
     }
     for name, prompts in evals.items():
         missing = [p.id for p in prompts if p.answer is None]
         if missing:
             raise UserError(
-                f"data.eval.{name}: {len(missing)} of its {len(prompts)} problems have no answer, the first with id "
+                f"data.eval.{name}: {len(missing)} of its {len(prompts)} problems have no answer, the first "
+                f"with id "
                 f"{missing[0]!r}; add the column answer"
             )
     return pool, evals
@@ -163,9 +198,11 @@ def load_data(config: Config) -> tuple[LoadedPrompts, dict[str, tuple[Prompt, ..
 def make_renderer(config: Config, tokenizer: PreTrainedTokenizerBase) -> Renderer:
     thinking = config.data.enable_thinking
     return Renderer(
-        tokenizer, template=config.data.template, system=config.data.system,
+        tokenizer,
+        template=config.data.template,
+        system=config.data.system,
         template_options=None if thinking is None else {"enable_thinking": thinking},
-    )  # fmt: skip
+    )
 
 
 def check_prompt_lengths(config: Config, renderer: Renderer, room: int, prompts: Sequence[Prompt]) -> None:
@@ -175,7 +212,8 @@ def check_prompt_lengths(config: Config, renderer: Renderer, room: int, prompts:
         length = len(renderer.ids(prompt))
         if length + new > room:
             raise UserError(
-                f"prompt {prompt.id!r} has {length} tokens; with {new} new ones it does not fit the student's context of "
+                f"prompt {prompt.id!r} has {length} tokens; with {new} new ones it does not fit the "
+                f"student's context of "
                 f"{room}: drop it, or lower rollout.max_new_tokens and eval.max_new_tokens"
             )
 
@@ -189,9 +227,12 @@ def trainable(config: Config, base: nn.Module) -> nn.Module:
         return base.requires_grad_(True)
     torch.manual_seed(config.run.seed)
     lora = LoraConfig(
-        r=section.lora_rank, lora_alpha=section.lora_alpha, target_modules=section.lora_targets, task_type="CAUSAL_LM",
+        r=section.lora_rank,
+        lora_alpha=section.lora_alpha,
+        target_modules=section.lora_targets,
+        task_type="CAUSAL_LM",
         lora_dropout=0.0,
-    )  # fmt: skip
+    )
     try:
         model: nn.Module = get_peft_model(base, lora)
     except ValueError as error:
@@ -203,17 +244,24 @@ def trainable(config: Config, base: nn.Module) -> nn.Module:
 
 def shared_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, list[str]]:
     """Number of ids that student and teacher share, and what looks odd about the pair."""
-    own = isinstance(config.method, OPSDOptions) or (isinstance(config.method, TRDOptions) and config.method.teacher == "self")
+    own = isinstance(config.method, OPSDOptions) or (
+        isinstance(config.method, TRDOptions) and config.method.teacher == "self"
+    )
     ids = tokenizer.get_vocab()
     if own:
         return max(ids.values()) + 1, []
     check_vocabulary(ids, load_tokenizer(config.teacher, "teacher.model").get_vocab())
     same = Path(locate(config.student.model)).resolve() == Path(locate(config.teacher.model)).resolve()
-    warning = f"teacher.model is the student's own directory ({config.student.model}): the loss starts at 0 and teaches nothing"
+    warning = (
+        f"teacher.model is the student's own directory ({config.student.model}): "
+        "the loss starts at 0 and teaches nothing"
+    )
     return max(ids.values()) + 1, [warning] if same else []
 
 
-def make_teacher(config: Config, student: nn.Module, vocabulary: int, device: torch.device) -> ModelTeacher | SelfTeacher:
+def make_teacher(
+    config: Config, student: nn.Module, vocabulary: int, device: torch.device
+) -> ModelTeacher | SelfTeacher:
     """Another model, or the student itself."""
     method = config.method
     if isinstance(method, OPSDOptions) or (isinstance(method, TRDOptions) and method.teacher == "self"):
@@ -247,7 +295,9 @@ def make_optimizer(parts: Parts) -> tuple[torch.optim.AdamW, Callable[[int], Non
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps)
+    optimizer = torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps
+    )
 
     def schedule(step: int) -> None:
         for group in optimizer.param_groups:
@@ -263,5 +313,7 @@ def rate(step: int, config: Config) -> float:
     if step < warm:
         return (step + 1) / (warm + 1)
     done = (step - warm) / max(1, optim.steps - warm)
-    shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[optim.schedule]
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[
+        optim.schedule
+    ]
     return optim.min_lr_ratio + (1 - optim.min_lr_ratio) * shape

@@ -1,7 +1,9 @@
 """Trajectories → tensors. The one place that shifts, pads, masks and counts.
 
-Position t of a response of length L after a context of length C is predicted at index C − 1 + t of the sequence.
-Student and teacher have contexts of different lengths, so each has its own index for the same t; everything later
+Position t of a response of length L after a context of length C is predicted at index C − 1 + t of the
+sequence.
+Student and teacher have contexts of different lengths, so each has its own index for the same t; everything
+later
 works on N = all response tokens of the batch, laid end to end.
 """
 
@@ -63,8 +65,12 @@ def collate(trajectories: Sequence[Trajectory], *, device: torch.device | None =
         student_mask_BS=student_mask,
         teacher_ids_BT=teacher_ids,
         teacher_mask_BT=teacher_mask,
-        student_at_N=_predicting(row_N, step_N, [len(t.student_context) for t in trajectories], student_ids.shape[1]),
-        teacher_at_N=_predicting(row_N, step_N, [len(t.teacher_context) for t in trajectories], teacher_ids.shape[1]),
+        student_at_N=_predicting(
+            row_N, step_N, [len(t.student_context) for t in trajectories], student_ids.shape[1]
+        ),
+        teacher_at_N=_predicting(
+            row_N, step_N, [len(t.teacher_context) for t in trajectories], teacher_ids.shape[1]
+        ),
         token_N=torch.tensor([i for t in trajectories for i in t.response], dtype=torch.long),
         weight_N=torch.tensor([w for t in trajectories for w in t.token_weights], dtype=torch.float32),
         row_N=row_N,
@@ -77,7 +83,8 @@ def collate(trajectories: Sequence[Trajectory], *, device: torch.device | None =
 def micro_batches(trajectories: Sequence[Trajectory], *, max_tokens: int) -> Iterator[list[Trajectory]]:
     """Trajectories of similar length together, longest first, within a budget of padded tokens per side.
 
-    Empty responses train nothing and are left out. A trajectory longer than the budget makes a batch of its own.
+    Empty responses train nothing and are left out. A trajectory longer than the budget makes a batch of its
+    own.
     """
 
     def length(t: Trajectory) -> int:

@@ -1,7 +1,8 @@
 """Exact resume: everything that a step depends on, written beside its place and then renamed.
 
 Rollouts and data order are pure functions of (seed, step), so the state is small: trained weights, optimiser,
-the method's own tensors, and the step. Tensors are safetensors, the rest JSON: nothing loaded here can run code.
+the method's own tensors, and the step. Tensors are safetensors, the rest JSON: nothing loaded here can run
+code.
 """
 
 import hashlib
@@ -33,7 +34,9 @@ class Loaded:
     """Newer checkpoints that were found damaged and passed over."""
 
 
-def save(root: Path, *, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, extra: Mapping[str, Tensor]) -> Path:
+def save(
+    root: Path, *, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, extra: Mapping[str, Tensor]
+) -> Path:
     """Writes `root/step_N`, complete or not at all.
 
     Args:
@@ -50,23 +53,31 @@ def save(root: Path, *, step: int, model: nn.Module, optimizer: torch.optim.Opti
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        save_file({k: p.detach().contiguous() for k, p in _trained(model).items()}, temporary / "model.safetensors")
+        save_file(
+            {k: p.detach().contiguous() for k, p in _trained(model).items()}, temporary / "model.safetensors"
+        )
         save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
         save_file({k: v.detach().contiguous() for k, v in extra.items()}, temporary / "method.safetensors")
         digests = {f.name: _digest(f) for f in sorted(temporary.iterdir())}
         (temporary / "state.json").write_text(json.dumps({"step": step, "blake2b": digests}, indent=1) + "\n")
         _sync(temporary)
-        if target.exists():  # written before a crash that lost nothing else: the same step gives the same state
+        if (
+            target.exists()
+        ):  # written before a crash that lost nothing else: the same step gives the same state
             shutil.rmtree(target)
         os.replace(temporary, target)
         _sync_directory(root)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"{root}: cannot write the checkpoint of step {step}: {error}; free some space and start again") from None
+        raise UserError(
+            f"{root}: cannot write the checkpoint of step {step}: {error}; free some space and start again"
+        ) from None
     return target
 
 
-def load(root: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, extra: Mapping[str, Tensor]) -> Loaded | None:
+def load(
+    root: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, extra: Mapping[str, Tensor]
+) -> Loaded | None:
     """Restores the newest complete checkpoint in place; None if there is none.
 
     Damaged ones (a killed writer, a bad disk) are passed over and named in `Loaded.broken`.
@@ -80,7 +91,9 @@ def load(root: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, extr
         weights = load_file(path / "model.safetensors")
         trained = _trained(model)
         if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in trained.items()}:
-            raise UserError(f"{path}: holds other weights than this model trains; use another run.name or remove it")
+            raise UserError(
+                f"{path}: holds other weights than this model trains; use another run.name or remove it"
+            )
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(weights[name])
@@ -89,7 +102,10 @@ def load(root: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, extr
         _restore_optimizer(model, optimizer, load_file(path / "optimizer.safetensors"))
         return Loaded(step=int(state["step"]), path=path, broken=tuple(broken))
     if broken:
-        raise UserError(f"{root}: none of its checkpoints is readable ({', '.join(broken)}); remove them to start from step 0")
+        raise UserError(
+            f"{root}: none of its checkpoints is readable ({', '.join(broken)}); remove them to start from "
+            f"step 0"
+        )
     return None
 
 
@@ -118,7 +134,9 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     }
 
 
-def _restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def _restore_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+) -> None:
     trained = _trained(model)
     for key, value in tensors.items():
         kind, _, name = key.partition(".")

@@ -24,7 +24,8 @@ class Student(Section):
     model: str = "gym:student"
     """Directory or hub name of a causal LM in Hugging Face format, or gym:student."""
     dtype: DType = "float32"
-    """Of the weights that train. bfloat16 without LoRA loses small updates: prefer float32 with optim.bf16."""
+    """Of the weights that train. bfloat16 without LoRA loses small updates: prefer float32 with optim.bf16.
+    """
     device: str = "auto"
     """auto takes the GPU if there is one; else a torch device such as cpu or cuda:0."""
     lora_rank: int = Field(0, ge=0)
@@ -57,14 +58,15 @@ class Data(Section):
     """JSONL or Parquet file, `datasets` directory or name (name:split), or gym:train."""
     limit: int | None = Field(None, ge=1)
     """Use only the first so many training prompts (a finite pool, shuffled by run.seed each epoch)."""
-    eval: dict[str, str] = {"test": "gym:test"}
+    eval: dict[str, str] = Field({"test": "gym:test"})
     """Evaluation sets: split name → source, as for data.train."""
     eval_limit: int | None = Field(None, ge=1)
     """Use only the first so many problems of each evaluation set."""
     skip_bad: bool = False
     """Skip unreadable rows, print and store how many; otherwise the first one stops the run."""
     template: Literal["auto", "chat", "plain"] = "auto"
-    """auto: the tokenizer's chat template if it has one; plain: the text itself after BOS, if the tokenizer has one."""
+    """auto: the tokenizer's chat template if it has one; plain: the text itself after BOS, if the tokenizer
+    has one."""
     system: str | None = None
     """System message put before every chat prompt that has none."""
     enable_thinking: bool | None = None
@@ -126,7 +128,8 @@ class Optim(Section):
 
 class Eval(Section):
     grader: Literal["auto", "gym", "math", "exact"] = "auto"
-    """auto: gym for gym data, else math (math-verify in a process of its own). exact: the last line, stripped."""
+    """auto: gym for gym data, else math (math-verify in a process of its own). exact: the last line,
+    stripped."""
     every: int = Field(0, ge=0)
     """Evaluate every so many steps; 0 only at the start and the end."""
     start: bool = True
@@ -160,8 +163,9 @@ class Run(Section):
     """Checkpoints kept; older ones are removed."""
     trajectories_every: int = Field(10, ge=0)
     """Store what was trained on every so many steps (and at the first and the last); 0 never."""
-    trackers: list[Literal["tensorboard", "trackio", "wandb"]] = []
-    """Also log there (extra onpath[trackers]); JSON lines are always written. wandb runs offline unless WANDB_MODE says otherwise."""
+    trackers: list[Literal["tensorboard", "trackio", "wandb"]] = Field([])
+    """Also log there (extra onpath[trackers]); JSON lines are always written. wandb runs offline unless
+    WANDB_MODE says otherwise."""
     threads: int = Field(0, ge=0)
     """torch's CPU threads per process; 0 leaves torch's choice."""
 
@@ -182,18 +186,29 @@ class Config(Section):
     @classmethod
     def _default_method(cls, value: Any) -> Any:
         """`method: {divergence: …}` without a name means opd."""
-        if isinstance(value, Mapping) and isinstance(value.get("method"), Mapping) and "name" not in value["method"]:
+        if (
+            isinstance(value, Mapping)
+            and isinstance(value.get("method"), Mapping)
+            and "name" not in value["method"]
+        ):
             return {**value, "method": {"name": "opd", **value["method"]}}
         return value
 
     @model_validator(mode="after")
     def _possible(self) -> "Config":
         if self.eval.k > self.eval.n:
-            raise ValueError(f"eval.k is {self.eval.k}, but eval.n gives only {self.eval.n} samples per problem; raise eval.n or lower eval.k")
-        if self.method.on_policy and not (self.rollout.temperature == 1 and self.rollout.top_p == 1 and self.rollout.top_k == 0):
             raise ValueError(
-                f"method.name {self.method.name} assumes untruncated samples of the student: rollout.temperature must be 1, "
-                f"rollout.top_p 1 and rollout.top_k 0, not {self.rollout.temperature:g}, {self.rollout.top_p:g} and {self.rollout.top_k}"
+                f"eval.k is {self.eval.k}, but eval.n gives only {self.eval.n} samples per problem; raise "
+                f"eval.n or lower eval.k"
+            )
+        if self.method.on_policy and not (
+            self.rollout.temperature == 1 and self.rollout.top_p == 1 and self.rollout.top_k == 0
+        ):
+            raise ValueError(
+                f"method.name {self.method.name} assumes untruncated samples of the student: "
+                f"rollout.temperature must be 1, "
+                f"rollout.top_p 1 and rollout.top_k 0, not {self.rollout.temperature:g}, "
+                f"{self.rollout.top_p:g} and {self.rollout.top_k}"
             )
         return self
 
@@ -244,7 +259,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _override(data: dict[str, Any], dotted: str, text: str) -> None:
     section, _, key = dotted.partition(".")
     if not key or section not in Config.model_fields:
-        raise UserError(f"--{dotted}: options are --section.key value; {_nearest(section, Config.model_fields)}")
+        raise UserError(
+            f"--{dotted}: options are --section.key value; {_nearest(section, Config.model_fields)}"
+        )
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:

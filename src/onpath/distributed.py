@@ -1,6 +1,8 @@
-"""Data parallelism with torch's own collectives: every rank takes its share of the prompts, sums go over all ranks.
+"""Data parallelism with torch's own collectives: every rank takes its share of the prompts, sums go over all
+ranks.
 
-Losses are sums over a count that is known beforehand, so gradients are *summed*, never averaged: the result is
+Losses are sums over a count that is known beforehand, so gradients are *summed*, never averaged: the result
+is
 that of one process whatever the number of ranks.
 """
 

@@ -29,7 +29,10 @@ class JsonLines:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
         except OSError as error:
-            raise UserError(f"{self.path}: cannot write: {error.strerror}; free some space and start the same command again") from None
+            raise UserError(
+                f"{self.path}: cannot write: {error.strerror}; free some space and start the same command "
+                f"again"
+            ) from None
 
     def rewind(self, *, step: int) -> None:
         """Drops the lines after `step`, and a half-written last line: a resumed run writes them again."""
@@ -95,9 +98,14 @@ class _Wandb:
         import wandb
 
         self.run = wandb.init(
-            project="onpath", name=name, id=name.replace("/", "-"), resume="allow", config=dict(config), dir=str(directory),
+            project="onpath",
+            name=name,
+            id=name.replace("/", "-"),
+            resume="allow",
+            config=dict(config),
+            dir=str(directory),
             mode=os.environ.get("WANDB_MODE", "offline"),
-        )  # fmt: skip
+        )
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self.run.log(dict(values), step=step)
@@ -136,7 +144,8 @@ def flatten(row: Metrics, prefix: str = "") -> dict[str, float]:
 
 
 class Display:
-    """Progress for people: a live bar on a terminal, a plain line now and then elsewhere, nothing if quiet."""
+    """Progress for people: a live bar on a terminal, a plain line now and then elsewhere, nothing if "
+    "quiet."""
 
     def __init__(self, *, steps: int, done: int, quiet: bool = False, console: Console | None = None) -> None:
         self.console = console or Console(file=sys.stderr, quiet=quiet)
@@ -144,16 +153,25 @@ class Display:
         self.live = self.console.is_terminal and not quiet
         self._started = self._printed = time.monotonic()
         self._bar = Progress(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.description}"),
-            TextColumn("left"), TimeRemainingColumn(compact=True), console=self.console, transient=True, disable=not self.live,
-        )  # fmt: skip
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}"),
+            TextColumn("left"),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+            transient=True,
+            disable=not self.live,
+        )
         self._task = self._bar.add_task("", total=steps, completed=done)
 
     def __enter__(self) -> "Display":
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.stop()
 
     def step(self, row: Metrics) -> None:
@@ -164,7 +182,9 @@ class Display:
             text += f"  accuracy {row['accuracy']:.1%}"
         text += f"  {row['tokens'] / max(seconds, 1e-9):,.0f} tok/s"
         self._bar.update(self._task, completed=row["step"], description=text)
-        if not self.live and (row["step"] in (self.first + 1, self.steps) or time.monotonic() - self._printed > 5):
+        if not self.live and (
+            row["step"] in (self.first + 1, self.steps) or time.monotonic() - self._printed > 5
+        ):
             self._printed = time.monotonic()
             each = (self._printed - self._started) / (row["step"] - self.first)
             left = (self.steps - row["step"]) * each

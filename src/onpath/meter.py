@@ -18,12 +18,17 @@ from onpath.records import Graded, Rollout
 STAGES = ("sample", "correct", "score", "train", "sync")
 PER_TOKEN = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy", "student_logp", "teacher_logp")
 """Statistics of the loss's own pass that are averaged per step and stored per token."""
-_NATS = {"reverse_kl": "reverse_kl_nats", "forward_kl": "forward_kl_nats", "student_entropy": "student_entropy_nats",
-         "teacher_entropy": "teacher_entropy_nats"}  # fmt: skip
+_NATS = {
+    "reverse_kl": "reverse_kl_nats",
+    "forward_kl": "forward_kl_nats",
+    "student_entropy": "student_entropy_nats",
+    "teacher_entropy": "teacher_entropy_nats",
+}
 
 
 class Stopwatch:
-    """Seconds by stage; on a GPU each stage waits for its kernels, so that they are not billed to the next."""
+    """Seconds by stage; on a GPU each stage waits for its kernels, so that they are not billed to the "
+    "next."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
@@ -80,9 +85,12 @@ class Meter:
         lengths = [len(r.ids) for r in self.rollouts]
         mine = {
             **{k: self.sums[k] for k in ("loss", "counted", *_NATS)},
-            "rollouts": len(lengths), "generated": sum(lengths), "right": sum(verdicts), "graded": len(verdicts),
+            "rollouts": len(lengths),
+            "generated": sum(lengths),
+            "right": sum(verdicts),
+            "graded": len(verdicts),
             "finished": sum(r.finish_reason == "stop" for r in self.rollouts),
-        }  # fmt: skip
+        }
         all_of = dict(zip(mine, distributed.total(mine.values(), device), strict=True))
         counted, rollouts = max(all_of["counted"], 1.0), max(all_of["rollouts"], 1.0)
         row: dict[str, Any] = {"loss": all_of["loss"], "tokens": int(all_of["counted"])}
@@ -97,4 +105,8 @@ class Meter:
         if "guidance_grad_sq" in self.sums:
             ratio = self.sums["guidance_grad_sq"] / max(self.sums["objective_grad_sq"], 1e-30)
             row |= {"guidance": self.sums["guidance"], "guidance_grad_ratio": ratio**0.5}
-        return row | dict(self.prepared.metrics) | {"seconds": {k: round(v, 4) for k, v in self.watch.seconds.items()}}
+        return (
+            row
+            | dict(self.prepared.metrics)
+            | {"seconds": {k: round(v, 4) for k, v in self.watch.seconds.items()}}
+        )

@@ -46,10 +46,15 @@ def load_model(section: Student | Teacher, key: str, device: torch.device) -> Pr
     where = _existing(section.model, key)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            where, dtype=getattr(torch, section.dtype), trust_remote_code=section.trust_remote_code, use_safetensors=True
+            where,
+            dtype=getattr(torch, section.dtype),
+            trust_remote_code=section.trust_remote_code,
+            use_safetensors=True,
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"{key}: cannot load a causal LM from {section.model}: {_first_line(error)}") from None
+        raise UserError(
+            f"{key}: cannot load a causal LM from {section.model}: {_first_line(error)}"
+        ) from None
     except Exception as error:  # safetensors' own error type for a damaged file
         if type(error).__name__ != "SafetensorError":
             raise
@@ -61,9 +66,12 @@ def load_tokenizer(section: Student | Teacher, key: str) -> PreTrainedTokenizerB
     """The tokenizer beside a model."""
     where = _existing(section.model, key)
     try:
-        return AutoTokenizer.from_pretrained(where, trust_remote_code=section.trust_remote_code)  # type: ignore[no-any-return]
+        # type: ignore[no-any-return]
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{key}: cannot load a tokenizer from {section.model}: {_first_line(error)}") from None
+        raise UserError(
+            f"{key}: cannot load a tokenizer from {section.model}: {_first_line(error)}"
+        ) from None
 
 
 def _existing(name: str, key: str) -> str:
@@ -96,14 +104,19 @@ def check_vocabulary(student: Mapping[str, int], teacher: Mapping[str, int]) -> 
         )
 
 
-def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, key: str = "student.model") -> frozenset[int]:
+def stop_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, key: str = "student.model"
+) -> frozenset[int]:
     """Every id that ends a response: the generation config's and the tokenizer's EOS."""
     listed = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = set([listed] if isinstance(listed, int) else listed or [])
     if isinstance(tokenizer.eos_token_id, int):
         ids.add(tokenizer.eos_token_id)
     if not ids:
-        raise UserError(f"{key}: neither its tokenizer nor its generation config names an EOS token, so responses could never end")
+        raise UserError(
+            f"{key}: neither its tokenizer nor its generation config names an EOS token, so responses could "
+            f"never end"
+        )
     return frozenset(ids)
 
 
@@ -126,7 +139,11 @@ def head_of(model: nn.Module, vocabulary: int | None = None) -> Head:
     layer = inner.get_output_embeddings()
     scale = float(config.get(_MULTIPLY) or 1.0) / float(config.get(_DIVIDE) or 1.0)
     return Head(
-        weight=layer.weight, bias=layer.bias, logit_scale=scale, softcap=config.get(_SOFTCAP), tokens=vocabulary
+        weight=layer.weight,
+        bias=layer.bias,
+        logit_scale=scale,
+        softcap=config.get(_SOFTCAP),
+        tokens=vocabulary,
     )
 
 

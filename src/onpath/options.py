@@ -13,16 +13,20 @@ Divergence = Literal[
 
 
 class Section(BaseModel):
-    """Base of every config section: unknown keys are errors, values are frozen, docstrings are descriptions."""
+    """Base of every config section: unknown keys are errors, values are frozen, docstrings are "
+    "descriptions."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
 
 
 class LossOptions(Section):
     """The per-token objective; the names are those of `onpath.losses.Objective`."""
 
     divergence: Divergence = "reverse_kl"
-    """reverse_kl is KL(student‖teacher), forward_kl KL(teacher‖student); sampled is the policy gradient on the sampled token; cross_entropy and negative_advantage (a control) use no teacher."""
+    """reverse_kl is KL(student‖teacher), forward_kl KL(teacher‖student); sampled is the policy gradient on
+    the sampled token; cross_entropy and negative_advantage (a control) use no teacher."""
     beta: float = Field(0.5, gt=0, lt=1)
     """Teacher's weight in the Jensen-Shannon mixture; jensen_shannon only."""
     support: Literal["full", "teacher_topk", "student_topk", "union"] = "full"
@@ -30,7 +34,8 @@ class LossOptions(Section):
     support_k: int = Field(32, ge=1)
     """k of a top-k support."""
     tail: Literal["renormalise", "bucket"] = "renormalise"
-    """What a top-k support does with the mass outside it: drop and renormalise, or one bucket for the rest."""
+    """What a top-k support does with the mass outside it: drop and renormalise, or one bucket for the rest.
+    """
     entry_clip: float | None = Field(None, gt=0)
     """Cap each vocabulary entry's contribution before summing (OPSD uses 0.05); None is off."""
     token_clip: float | None = Field(None, gt=0)
@@ -69,13 +74,15 @@ class OPSDOptions(LossOptions):
     entry_clip: float | None = Field(0.05, gt=0)
     """Cap each vocabulary entry's contribution before summing; None is off."""
     weights: Literal["base", "live", "ema"] = "base"
-    """Whose weights the privileged teacher has: the start's (LoRA: adapter off), the student's own, or their moving average."""
+    """Whose weights the privileged teacher has: the start's (LoRA: adapter off), the student's own, or their
+    moving average."""
     ema_decay: float = Field(0.99, ge=0, lt=1)
     """Decay per optimiser step of the moving average; weights ema only."""
     hint: Literal["solution", "answer"] = "solution"
     """Which column the teacher is shown."""
     template: str | None = None
-    """User message of the teacher with slots {problem} and {solution} (or {answer}); None: the gym's or our own."""
+    """User message of the teacher with slots {problem} and {solution} (or {answer}); None: the gym's or our
+    own."""
     off_policy: bool = False
     """Accept tempered or truncated rollouts."""
 
@@ -91,7 +98,8 @@ class TRDOptions(LossOptions):
     divergence: Divergence = "forward_kl"
     """Along the rewrite; cross_entropy is SFT on the rewrites."""
     teacher: Literal["model", "self"] = "model"
-    """Who rewrites and scores: the teacher model, or the student's own weights shown the reference solution."""
+    """Who rewrites and scores: the teacher model, or the student's own weights shown the reference solution.
+    """
     weights: Literal["base", "live", "ema"] = "base"
     """Weights of teacher: self, as for opsd."""
     ema_decay: float = Field(0.99, ge=0, lt=1)
@@ -101,7 +109,8 @@ class TRDOptions(LossOptions):
     see_attempt: bool = True
     """False is the control in which the rewrite is written without seeing the student's attempt."""
     template: str | None = None
-    """User message of the rewriter with slots {problem}, {attempt} and, with a reference, {solution}; None: the gym's or our own."""
+    """User message of the rewriter with slots {problem}, {attempt} and, with a reference, {solution}; None:
+    the gym's or our own."""
     rewrite_temperature: float = Field(0.6, ge=0)
     """Of the rewrite z."""
     rewrite_top_p: float = Field(1.0, gt=0, le=1)
@@ -111,7 +120,8 @@ class TRDOptions(LossOptions):
     scoring: Literal["rewrite", "plain"] = "rewrite"
     """Context in which the teacher scores z: the rewrite prompt (faithful), or the plain problem."""
     offline: bool = False
-    """Rollouts and rewrites of all prompts once, from the starting weights; one pass (the paper's setting)."""
+    """Rollouts and rewrites of all prompts once, from the starting weights; one pass (the paper's setting).
+    """
     paper_compat: bool = False
     """The authors' rendering: no chat template in the trained text and no EOS supervised."""
     refine: Literal["all", "wrong_only"] = "all"
@@ -123,7 +133,8 @@ class TRDOptions(LossOptions):
     minimal_edit: bool = False
     """Keep the attempt up to its first error and let the rewriter continue from there."""
     locate: Literal["checker", "teacher_logprob"] = "checker"
-    """How minimal_edit finds the first error: the task's checker of steps (gym), or the first steep drop of the teacher's log-prob."""
+    """How minimal_edit finds the first error: the task's checker of steps (gym), or the first steep drop of
+    the teacher's log-prob."""
     gate: bool = True
     """Before training, rewrite a sample of real rollouts and refuse to go on if that harms them."""
     gate_prompts: int = Field(64, ge=1)
@@ -135,7 +146,9 @@ class TRDOptions(LossOptions):
 
     @property
     def on_policy(self) -> bool:
-        return False  # y only seeds the rewrite: the loss runs along z, which nobody takes for a student sample
+        return (
+            False  # y only seeds the rewrite: the loss runs along z, which nobody takes for a student sample
+        )
 
     @property
     def shows_reference(self) -> bool:
@@ -170,14 +183,22 @@ class TOPDOptions(LossOptions):
     """The student's window: its own rollout, or a fresh sample from the same prefix."""
     embedding: Literal["student", "teacher"] = "student"
     """Whose input embeddings give the transport cost."""
-    decide: Literal["quantile", "threshold", "upper_quartile_of_low_loss", "sampled_gap", "random_positions", "all_high_loss"] = "quantile"
+    decide: Literal[
+        "quantile",
+        "threshold",
+        "upper_quartile_of_low_loss",
+        "sampled_gap",
+        "random_positions",
+        "all_high_loss",
+    ] = "quantile"
     """How real forks are told from surface mismatches; the last three are control arms."""
     drop_share: float = Field(0.3, ge=0, lt=1)
     """quantile: share of candidates with the lowest distance that are dropped."""
     threshold: float = Field(0.3, ge=0)
     """threshold: smallest distance of a fork."""
     plan: Literal["transport", "shuffled", "positional", "teacher_window_ce"] = "transport"
-    """What spreads the guidance: the transport plan, or a control (shuffled plan, identity, cross-entropy on the teacher's own window)."""
+    """What spreads the guidance: the transport plan, or a control (shuffled plan, identity, cross-entropy on
+    the teacher's own window)."""
     epsilon: float = Field(0.05, gt=0)
     """Entropic regularisation of the guidance plan (the distance is exact)."""
     mass: Literal["row", "literal"] = "row"
@@ -191,7 +212,8 @@ class TOPDOptions(LossOptions):
     guide: bool = True
     """False leaves only the suppression."""
     suppress: Literal["none", "low", "high"] = "none"
-    """low caps low-distance high-loss tokens at the median loss; high caps as many drawn from the rest (control)."""
+    """low caps low-distance high-loss tokens at the median loss; high caps as many drawn from the rest
+    (control)."""
     off_policy: bool = False
     """Accept tempered or truncated rollouts."""
 
@@ -202,5 +224,8 @@ class TOPDOptions(LossOptions):
 
 Method = OPDOptions | OPSDOptions | TRDOptions | TOPDOptions
 METHOD_OPTIONS: dict[str, type[LossOptions]] = {
-    "opd": OPDOptions, "opsd": OPSDOptions, "trd": TRDOptions, "topd": TOPDOptions,
+    "opd": OPDOptions,
+    "opsd": OPSDOptions,
+    "trd": TRDOptions,
+    "topd": TOPDOptions,
 }

@@ -94,7 +94,9 @@ class Rollout:
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.logprobs):
-            raise ValueError(f"rollout of {self.prompt.id!r}: {len(self.ids)} ids, {len(self.logprobs)} logprobs")
+            raise ValueError(
+                f"rollout of {self.prompt.id!r}: {len(self.ids)} ids, {len(self.logprobs)} logprobs"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

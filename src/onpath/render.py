@@ -30,7 +30,9 @@ class Renderer:
         template_options: Mapping[str, Any] | None = None,
     ) -> None:
         if template == "chat" and not tokenizer.chat_template:
-            raise UserError("data.template is chat, but the student's tokenizer has no chat template; use plain")
+            raise UserError(
+                "data.template is chat, but the student's tokenizer has no chat template; use plain"
+            )
         self.tokenizer = tokenizer
         self.chat = template == "chat" or (template == "auto" and bool(tokenizer.chat_template))
         self.system = system
@@ -41,8 +43,11 @@ class Renderer:
         if self.chat:
             rendered = self.tokenizer.apply_chat_template(
                 [dict(m) for m in self._messages(prompt)],
-                add_generation_prompt=True, tokenize=True, return_dict=False, **self.template_options,
-            )  # fmt: skip
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+                **self.template_options,
+            )
             return tuple(rendered)
         if prompt.messages is not None:
             raise UserError(

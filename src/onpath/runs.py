@@ -47,12 +47,17 @@ class Run:
     def resume(self, optimizer: torch.optim.Optimizer) -> int:
         """Steps done by earlier processes; weights, optimiser and files are set back to there."""
         loaded = checkpoint.load(
-            self.directory / "checkpoints", model=self.parts.student, optimizer=optimizer, extra=self.parts.method.state()
+            self.directory / "checkpoints",
+            model=self.parts.student,
+            optimizer=optimizer,
+            extra=self.parts.method.state(),
         )
         done = loaded.step if loaded else 0
         if loaded:
             self.notes.append(f"going on from {loaded.path} (step {done})")
-            self.notes += [f"checkpoint {name} is damaged or incomplete and was passed over" for name in loaded.broken]
+            self.notes += [
+                f"checkpoint {name} is damaged or incomplete and was passed over" for name in loaded.broken
+            ]
         if distributed.rank() == 0:
             self.metrics.rewind(step=done)
             self.evals.rewind(step=done if done else -1)
@@ -87,7 +92,11 @@ class Run:
         if distributed.rank() == 0:
             root = self.directory / "checkpoints"
             checkpoint.save(
-                root, step=step, model=self.parts.student, optimizer=optimizer, extra=self.parts.method.state()
+                root,
+                step=step,
+                model=self.parts.student,
+                optimizer=optimizer,
+                extra=self.parts.method.state(),
             )
             checkpoint.prune(root, keep=self.parts.config.run.keep)
         distributed.barrier()
@@ -101,7 +110,9 @@ class Run:
                     self._save(self.directory / "merged", merged=True)
                 self._save(target, merged=False)
             except OSError as error:
-                raise UserError(f"{target}: cannot write: {error}; free some space and start the same command again") from None
+                raise UserError(
+                    f"{target}: cannot write: {error}; free some space and start the same command again"
+                ) from None
         distributed.barrier()
         return target
 
@@ -112,7 +123,9 @@ class Run:
         if merged:
             model.merge_adapter()
             plain = model.get_base_model()
-            state = {k.replace(".base_layer", ""): v for k, v in plain.state_dict().items() if "lora_" not in k}
+            state = {
+                k.replace(".base_layer", ""): v for k, v in plain.state_dict().items() if "lora_" not in k
+            }
             plain.save_pretrained(temporary, state_dict=state)
             model.unmerge_adapter()
         else:
@@ -138,12 +151,17 @@ def open_run(config: Config, parts: Parts) -> Run:
             raise UserError(f"run.dir: cannot write to {directory}: {error.strerror or error}") from None
     distributed.barrier()
     run = Run(
-        directory=directory, parts=parts, metrics=JsonLines(directory / "metrics.jsonl"),
+        directory=directory,
+        parts=parts,
+        metrics=JsonLines(directory / "metrics.jsonl"),
         evals=JsonLines(directory / "eval.jsonl"),
-    )  # fmt: skip
+    )
     if distributed.rank() == 0 and not run.finished:
         run.trackers = open_trackers(
-            config.run.trackers, directory=directory, name=config.run.name, config=config.model_dump(mode="json")
+            config.run.trackers,
+            directory=directory,
+            name=config.run.name,
+            config=config.model_dump(mode="json"),
         )
     return run
 
@@ -179,7 +197,8 @@ def _write(path: Path, text: str) -> None:
 
 
 def environment(parts: Parts) -> dict[str, Any]:
-    """Versions, device, commit, seeds: what it takes to repeat a run. Nothing of the process's environment."""
+    """Versions, device, commit, seeds: what it takes to repeat a run. Nothing of the process's "
+    "environment."""
     commit = None
     with suppress(OSError, subprocess.SubprocessError):
         here = Path(__file__).parent
@@ -190,7 +209,9 @@ def environment(parts: Parts) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "packages": {name: version(name) for name in _PACKAGES},
-        "device": torch.cuda.get_device_name(parts.device) if cuda else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(parts.device)
+        if cuda
+        else platform.processor() or platform.machine(),
         "processes": distributed.world(),
         "threads": torch.get_num_threads(),
         "git_commit": commit,
@@ -204,9 +225,12 @@ def evaluate_all(parts: Parts, run: Run, display: Display, *, step: int) -> list
     """Every evaluation set with the weights as they are; one line of eval.jsonl each."""
     section, results = parts.config.eval, []
     sampling = Sampling(
-        temperature=section.temperature, top_p=section.top_p, top_k=section.top_k, max_new_tokens=section.max_new_tokens,
+        temperature=section.temperature,
+        top_p=section.top_p,
+        top_k=section.top_k,
+        max_new_tokens=section.max_new_tokens,
         seed=section.seed,
-    )  # fmt: skip
+    )
 
     def generate(prompts: Sequence[Prompt], n: int) -> list[Rollout]:
         mine = parts.engine.generate(distributed.share(prompts), sampling, n=n)
@@ -215,12 +239,22 @@ def evaluate_all(parts: Parts, run: Run, display: Display, *, step: int) -> list
 
     for split, prompts in parts.evals.items():
         result, graded = evaluate(
-            prompts, generate, parts.renderer.text, parts.grader, n=section.n, k=section.k, step=step, split=split
+            prompts,
+            generate,
+            parts.renderer.text,
+            parts.grader,
+            n=section.n,
+            k=section.k,
+            step=step,
+            split=split,
         )
         results.append(result)
         if distributed.rank() == 0:
             run.evals.write(result.to_json())
-            write_parquet(run.directory / "evals" / f"{split}_step_{step:06d}.parquet", [_eval_row(parts, g) for g in graded])
+            write_parquet(
+                run.directory / "evals" / f"{split}_step_{step:06d}.parquet",
+                [_eval_row(parts, g) for g in graded],
+            )
             low, high = result.ci95
             for tracker in run.trackers:
                 tracker.log(flatten({f"eval/{split}": result.to_json()}), step)
@@ -234,10 +268,15 @@ def evaluate_all(parts: Parts, run: Run, display: Display, *, step: int) -> list
 def _eval_row(parts: Parts, graded: Graded) -> dict[str, Any]:
     rollout = graded.rollout
     return {
-        "id": rollout.prompt.id, "sample": rollout.sample, "correct": graded.correct, "extracted": graded.extracted,
-        "length": len(rollout.ids), "finish_reason": rollout.finish_reason, "text": parts.renderer.text(rollout.ids),
+        "id": rollout.prompt.id,
+        "sample": rollout.sample,
+        "correct": graded.correct,
+        "extracted": graded.extracted,
+        "length": len(rollout.ids),
+        "finish_reason": rollout.finish_reason,
+        "text": parts.renderer.text(rollout.ids),
         "ids": list(rollout.ids),
-    }  # fmt: skip
+    }
 
 
 def store_step(parts: Parts, run: Run, meter: Meter, step: int, *, last: bool) -> None:
@@ -248,7 +287,11 @@ def store_step(parts: Parts, run: Run, meter: Meter, step: int, *, last: bool) -
     verdict = {id(g.rollout): g.correct for g in meter.graded}
     rows = [
         trajectory_row(
-            t, step=step, renderer=parts.renderer, correct=verdict.get(id(t.origin)), values=meter.per_token.get(id(t), {})
+            t,
+            step=step,
+            renderer=parts.renderer,
+            correct=verdict.get(id(t.origin)),
+            values=meter.per_token.get(id(t), {}),
         )
         for t in meter.prepared.trajectories
     ]

@@ -1,4 +1,5 @@
-"""What stands between a method's trajectories and the loss: truncation, token weights, inputs of the objective."""
+"""What stands between a method's trajectories and the loss: truncation, token weights, inputs of the
+objective."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,16 +32,21 @@ def truncated(trajectory: Trajectory, length: int) -> Trajectory:
         trajectory,
         response=trajectory.response[:length],
         weights=None if trajectory.weights is None else trajectory.weights[:length],
-        guidance=tuple(replace(g, targets=g.targets[: length - g.start]) for g in trajectory.guidance if g.start < length),
+        guidance=tuple(
+            replace(g, targets=g.targets[: length - g.start]) for g in trajectory.guidance if g.start < length
+        ),
         behaviour_logprobs=None if behaviour is None else behaviour[:length],
     )
 
 
 def reweighted(parts: Parts, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-    """Weights in proportion to a statistic of each token, with mean 1 over the step's tokens of all processes."""
-    name = {"teacher_entropy": "teacher_entropy", "student_entropy": "student_entropy", "divergence": "reverse_kl"}[
-        parts.config.method.reweight
-    ]
+    """Weights in proportion to a statistic of each token, with mean 1 over the step's tokens of all
+    processes."""
+    name = {
+        "teacher_entropy": "teacher_entropy",
+        "student_entropy": "student_entropy",
+        "divergence": "reverse_kl",
+    }[parts.config.method.reweight]
     found: list[tuple[Trajectory, list[float]]] = []
     for batch, stats in scored(parts, trajectories):
         found += zip(batch.trajectories, batch.by_row(getattr(stats, name)), strict=True)

@@ -15,7 +15,12 @@ from onpath.render import Renderer
 
 
 def trajectory_row(
-    trajectory: Trajectory, *, step: int, renderer: Renderer, correct: bool | None, values: Mapping[str, Sequence[float]]
+    trajectory: Trajectory,
+    *,
+    step: int,
+    renderer: Renderer,
+    correct: bool | None,
+    values: Mapping[str, Sequence[float]],
 ) -> dict[str, Any]:
     """One trajectory as plain values. `values`: per-token numbers by name, as long as the response."""
     origin = trajectory.origin
@@ -58,7 +63,9 @@ def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         os.replace(temporary, path)
     except (OSError, pa.ArrowException) as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot write: {error}; free some space and start the same command again") from None
+        raise UserError(
+            f"{path}: cannot write: {error}; free some space and start the same command again"
+        ) from None
 
 
 def read_trajectories(run: Path) -> list[dict[str, Any]]:

@@ -21,7 +21,8 @@ class Teacher(Protocol):
     head: Head
 
     def hidden(self, batch: Batch) -> Tensor:
-        """Hidden states [N, H] that predict each response token in the teacher's context, on the batch's device."""
+        """Hidden states [N, H] that predict each response token in the teacher's context, on the batch's
+        device."""
         ...
 
 
@@ -42,12 +43,18 @@ class ModelTeacher:
 class SelfTeacher:
     """The student's own weights as teacher (OPSD, TRD with teacher: self).
 
-    `base`: the starting weights, by switching a LoRA adapter off, else from a frozen copy. `live`: the weights as
+    `base`: the starting weights, by switching a LoRA adapter off, else from a frozen copy. `live`: the
+    weights as
     they are. `ema`: a copy that follows with `decay` at each `follow()`.
     """
 
     def __init__(
-        self, student: nn.Module, *, weights: Literal["base", "live", "ema"], decay: float = 0.99, vocabulary: int | None = None
+        self,
+        student: nn.Module,
+        *,
+        weights: Literal["base", "live", "ema"],
+        decay: float = 0.99,
+        vocabulary: int | None = None,
     ) -> None:
         import copy
 
@@ -85,7 +92,8 @@ class SelfTeacher:
                 mine.lerp_(theirs.to(mine.dtype), 1 - self.decay)
 
     def state(self) -> dict[str, Tensor]:
-        """What a resumed run cannot recompute: the average. A base copy is made anew from the starting weights."""
+        """What a resumed run cannot recompute: the average. A base copy is made anew from the starting
+        weights."""
         return {f"ema.{k}": p for k, p in self.model.named_parameters()} if self.weights == "ema" else {}
 
 

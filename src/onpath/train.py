@@ -6,7 +6,8 @@
     train     divergence × weights ÷ global count       fused_objective     → gradients, clip, AdamW
     sync      the new weights to the engine             engine.sync_weights → policy version + 1
 
-Every random draw is a pure function of (seed, step), so a run that is killed and started again goes on exactly.
+Every random draw is a pure function of (seed, step), so a run that is killed and started again goes on
+exactly.
 """
 
 import sys
@@ -117,7 +118,9 @@ def one_step(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> Meter
     with watch("train"):
         distributed.sum_gradients(parts.student)
         trained = [p for p in parts.student.parameters() if p.requires_grad]
-        meter.grad_norm = float(torch.nn.utils.clip_grad_norm_(trained, config.optim.max_grad_norm, error_if_nonfinite=True))
+        meter.grad_norm = float(
+            torch.nn.utils.clip_grad_norm_(trained, config.optim.max_grad_norm, error_if_nonfinite=True)
+        )
         if denominator:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -129,11 +132,16 @@ def one_step(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> Meter
 
 def sample(parts: Parts, step: int) -> list[Rollout]:
     """This process's rollouts of one step: the student's own samples."""
-    prompts = prompts_of_step(parts.pool, size=parts.config.rollout.prompts, seed=parts.config.run.seed, step=step)
+    prompts = prompts_of_step(
+        parts.pool, size=parts.config.rollout.prompts, seed=parts.config.run.seed, step=step
+    )
     keys = [f"step {step}/{place}" for place in range(len(prompts))]
     mine = distributed.share(list(zip(prompts, keys, strict=True)))
     return parts.engine.generate(
-        [prompt for prompt, _ in mine], parts.sampling, n=parts.config.rollout.n, keys=[key for _, key in mine]
+        [prompt for prompt, _ in mine],
+        parts.sampling,
+        n=parts.config.rollout.n,
+        keys=[key for _, key in mine],
     )
 
 
@@ -142,7 +150,8 @@ def graded(parts: Parts, rollouts: Sequence[Rollout]) -> list[Graded]:
     known = [r for r in rollouts if r.prompt.answer is not None]
     verdicts = parts.grader.grade_many([(parts.renderer.text(r.ids), r.prompt.answer or "") for r in known])
     return [
-        Graded(rollout=r, correct=v.correct, extracted=v.extracted) for r, v in zip(known, verdicts, strict=True)
+        Graded(rollout=r, correct=v.correct, extracted=v.extracted)
+        for r, v in zip(known, verdicts, strict=True)
     ]
 
 
@@ -163,7 +172,8 @@ def loss_of(parts: Parts, batch: Batch, teacher: TeacherHidden, denominator: flo
 
 
 class _CallableModule(ModuleType):
-    """Makes `onpath.train(config)` work whether the name means the function or, once imported, this module."""
+    """Makes `onpath.train(config)` work whether the name means the function or, once imported, this "
+    "module."""
 
     def __call__(self, config: Config, *, quiet: bool = False) -> RunResult:
         return train(config, quiet=quiet)

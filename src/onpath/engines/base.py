@@ -43,7 +43,9 @@ class Engine(Protocol):
         """One completion per prefix. `keys` name the requests: a draw depends on (seed, key) alone."""
         ...
 
-    def score(self, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
+    def score(
+        self, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> list[tuple[float, ...]]:
         """Log-probs of each response token under the model itself (temperature 1), nats."""
         ...
 

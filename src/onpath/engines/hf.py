@@ -59,14 +59,22 @@ class HFEngine:
         keys = [p.id for p in prompts] if keys is None else keys
         contexts = [self.renderer.ids(p) for p in prompts]
         jobs = [(p, i, ids) for p, ids in zip(prompts, contexts, strict=True) for i in range(n)]
-        done = self.continue_from([j[2] for j in jobs], sampling, keys=[f"{key}/{i}" for key in keys for i in range(n)])
+        done = self.continue_from(
+            [j[2] for j in jobs], sampling, keys=[f"{key}/{i}" for key in keys for i in range(n)]
+        )
         return [
             Rollout(
-                prompt=p, sample=i, context=ids, ids=c.ids, logprobs=c.logprobs, finish_reason=c.finish_reason,
-                policy_version=self.policy_version, sampling=sampling,
+                prompt=p,
+                sample=i,
+                context=ids,
+                ids=c.ids,
+                logprobs=c.logprobs,
+                finish_reason=c.finish_reason,
+                policy_version=self.policy_version,
+                sampling=sampling,
             )
             for (p, i, ids), c in zip(jobs, done, strict=True)
-        ]  # fmt: skip
+        ]
 
     def continue_from(
         self, prefixes: Sequence[Sequence[int]], sampling: Sampling, *, keys: Sequence[str] | None = None
@@ -85,14 +93,18 @@ class HFEngine:
             self.model.train(was_training)
         return [results[i] for i in range(len(prefixes))]
 
-    def score(self, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
+    def score(
+        self, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> list[tuple[float, ...]]:
         """See `Engine.score`."""
         pairs = [(tuple(c), tuple(r)) for c, r in zip(contexts, responses, strict=True)]
         results: dict[int, tuple[float, ...]] = {}
         with torch.no_grad(), self._autocast():
             for rows in self._batches([len(c) + len(r) for c, r in pairs], 0):
                 ids_BT, mask_BT = _pad([c + r for c, r in (pairs[i] for i in rows)], self.device, left=False)
-                logits_BTV = unwrapped(self.model)(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
+                logits_BTV = unwrapped(self.model)(
+                    input_ids=ids_BT, attention_mask=mask_BT, use_cache=False
+                ).logits
                 for b, i in enumerate(rows):
                     context, response = pairs[i]
                     span = slice(len(context) - 1, len(context) + len(response) - 1)
@@ -109,7 +121,8 @@ class HFEngine:
         longest, room = max((len(p) for p in prefixes), default=0), context_length(unwrapped(self.model))
         if longest + sampling.max_new_tokens > room:
             raise UserError(
-                f"a prompt of {longest} tokens and {sampling.max_new_tokens} new ones do not fit the model's context of "
+                f"a prompt of {longest} tokens and {sampling.max_new_tokens} new ones do not fit the model's "
+                f"context of "
                 f"{room}; shorten the prompt or lower max_new_tokens"
             )
 
@@ -132,13 +145,17 @@ class HFEngine:
         return logits if self.vocabulary is None else logits[..., : self.vocabulary]
 
     @torch.inference_mode()
-    def _write(self, prefixes: Sequence[Sequence[int]], sampling: Sampling, keys: Sequence[str]) -> list[Completion]:
+    def _write(
+        self, prefixes: Sequence[Sequence[int]], sampling: Sampling, keys: Sequence[str]
+    ) -> list[Completion]:
         """One batch, token by token."""
         model, limit = unwrapped(self.model), sampling.max_new_tokens
         ids_BT, mask_BT = _pad(prefixes, self.device, left=True)
         padded = bool((mask_BT == 0).any())  # without padding, no mask: the causal fast path
         position_B = mask_BT.sum(-1)
-        uniform_BL = torch.from_numpy(np.stack([noise(sampling.seed, key, limit) for key in keys])).to(self.device)
+        uniform_BL = torch.from_numpy(np.stack([noise(sampling.seed, key, limit) for key in keys])).to(
+            self.device
+        )
         tokens_BL = torch.zeros(len(keys), limit, dtype=torch.long, device=self.device)
         logps_BL = torch.zeros(len(keys), limit, device=self.device)
         length_B = torch.full((len(keys),), limit, device=self.device)
@@ -148,9 +165,13 @@ class HFEngine:
         for t in range(limit):
             with self._autocast():
                 logits_BV = model(
-                    input_ids=step_ids, position_ids=step_pos, attention_mask=mask_BT if padded else None,
-                    past_key_values=cache, use_cache=True, logits_to_keep=1,
-                ).logits[:, -1]  # fmt: skip
+                    input_ids=step_ids,
+                    position_ids=step_pos,
+                    attention_mask=mask_BT if padded else None,
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                ).logits[:, -1]
             drawn_B, logp_B = draw(self._cut(logits_BV), sampling, uniform_BL[alive, t])
             tokens_BL[alive, t], logps_BL[alive, t] = drawn_B, logp_B
             writing = length_B[alive] > t
@@ -165,18 +186,24 @@ class HFEngine:
             if left < _COMPACT_BELOW * len(alive):
                 keep = writing.nonzero().squeeze(-1)
                 cache.batch_select_indices(keep)
-                alive, mask_BT, step_ids, step_pos = alive[keep], mask_BT[keep], step_ids[keep], step_pos[keep]
+                alive, mask_BT, step_ids, step_pos = (
+                    alive[keep],
+                    mask_BT[keep],
+                    step_ids[keep],
+                    step_pos[keep],
+                )
         return self._completions(tokens_BL, logps_BL, length_B)
 
     def _completions(self, tokens_BL: Tensor, logps_BL: Tensor, length_B: Tensor) -> list[Completion]:
         rows = zip(tokens_BL.tolist(), logps_BL.tolist(), length_B.tolist(), strict=True)
         return [
             Completion(
-                ids=tuple(ids[:n]), logprobs=tuple(logps[:n]),
+                ids=tuple(ids[:n]),
+                logprobs=tuple(logps[:n]),
                 finish_reason="stop" if ids[n - 1] in self.stop_ids else "length",
             )
             for ids, logps, n in rows
-        ]  # fmt: skip
+        ]
 
 
 def noise(seed: int, key: str, length: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
@@ -188,7 +215,8 @@ def noise(seed: int, key: str, length: int) -> np.ndarray[tuple[int], np.dtype[n
 def draw(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens [B] and their log-probs [B] under the truncated, tempered distribution, by inverse CDF.
 
-    One uniform per token; tokens of probability 0 are never drawn. Temperature 0 takes the likeliest token, with
+    One uniform per token; tokens of probability 0 are never drawn. Temperature 0 takes the likeliest token,
+    with
     log-prob 0: the distribution drawn from has one entry.
     """
     logits_BV = logits_BV.float()
@@ -198,7 +226,9 @@ def draw(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor) -> tuple[Tens
     logp_BV = truncate(logits_BV / sampling.temperature, sampling).log_softmax(-1)
     cdf_BV = logp_BV.exp().double().cumsum(-1)
     token_B = torch.searchsorted(cdf_BV, uniform_B[:, None] * cdf_BV[:, -1:], right=True).squeeze(-1)
-    token_B = torch.where(token_B < logp_BV.shape[-1], token_B, logp_BV.argmax(-1))  # rounding at the very end
+    token_B = torch.where(
+        token_B < logp_BV.shape[-1], token_B, logp_BV.argmax(-1)
+    )  # rounding at the very end
     return token_B, logp_BV.gather(-1, token_B[:, None]).squeeze(-1)
 
 
@@ -211,7 +241,9 @@ def truncate(logits_BV: Tensor, sampling: Sampling) -> Tensor:
         sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True)
         p_BV = sorted_BV.softmax(-1)
         drop_BV = p_BV.cumsum(-1) - p_BV >= sampling.top_p
-        logits_BV = logits_BV.masked_fill(torch.zeros_like(drop_BV).scatter(-1, order_BV, drop_BV), -torch.inf)
+        logits_BV = logits_BV.masked_fill(
+            torch.zeros_like(drop_BV).scatter(-1, order_BV, drop_BV), -torch.inf
+        )
     return logits_BV
 
 

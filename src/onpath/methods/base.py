@@ -102,5 +102,8 @@ def needed(prompt: Prompt, column: str, why: str) -> str:
 
     value: str | None = getattr(prompt, column)
     if value is None or not value.strip():
-        raise UserError(f"prompt {prompt.id!r} has no {column}, which {why} needs; add the column {column} to the training data")
+        raise UserError(
+            f"prompt {prompt.id!r} has no {column}, which {why} needs; add the column {column} to the "
+            f"training data"
+        )
     return value

@@ -1,9 +1,12 @@
-"""OPD, the base: the student writes, the teacher scores each token (GKD, arXiv 2306.13649; TOPD's stage 2, arXiv 2606.00305).
+"""OPD, the base: the student writes, the teacher scores each token (GKD, arXiv 2306.13649; TOPD's stage 2,
+arXiv 2606.00305).
 
     y ~ p_S(·|x),  T = 1, untruncated
-    L = Σ_t KL(p_S(·|x,y_<t) ‖ p_T(·|x,y_<t)) / Σ_t 1        over the whole batch, no gradient through sampling
+    L = Σ_t KL(p_S(·|x,y_<t) ‖ p_T(·|x,y_<t)) / Σ_t 1        over the whole batch, no gradient through
+    sampling
 
-Token-level remedies (clips, top-k supports, reweighting, truncation) are options of the loss, not of the trajectory.
+Token-level remedies (clips, top-k supports, reweighting, truncation) are options of the loss, not of the
+trajectory.
 `writer: teacher` is the off-policy control: with cross_entropy, SFT on the teacher's samples.
 """
 
@@ -32,7 +35,11 @@ class OPD(Stateless):
         keys = [f"{r.prompt.id}/{r.sample}/teacher" for r in rollouts]
         written = self.tools.writer.continue_from([r.context for r in rollouts], sampling, keys=keys)
         trajectories = [
-            replace(own_response(r), response=c.ids, behaviour_logprobs=None, edit=Edit(kind="teacher_sample"))
+            replace(
+                own_response(r), response=c.ids, behaviour_logprobs=None, edit=Edit(kind="teacher_sample")
+            )
             for r, c in zip(rollouts, written, strict=True)
         ]
-        return Prepared(trajectories=trajectories, metrics={"teacher_tokens": sum(len(c.ids) for c in written)})
+        return Prepared(
+            trajectories=trajectories, metrics={"teacher_tokens": sum(len(c.ids) for c in written)}
+        )
