@@ -1,0 +1,45 @@
+"""The gym: the embedded default task, with a tiny teacher and student that need no model hub.
+
+    >>> from onpath import gym
+    >>> row = gym.rows("test", 1)[0]
+    >>> gym.grade(row["solution"], row["answer"])
+    True
+
+`import onpath.gym` is light: only `main`'s training and measuring load torch.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from onpath.gym.check import TokenLabel, first_error, first_error_token, grade, label_tokens
+from onpath.gym.mixture import TEMPLATES
+from onpath.gym.tasks import rows
+from onpath.gym.vocab import ONSET_WORDS, tokenize
+
+__all__ = [
+    "ONSET_WORDS",
+    "TEMPLATES",
+    "TokenLabel",
+    "first_error",
+    "first_error_token",
+    "grade",
+    "label_tokens",
+    "main",
+    "model_dir",
+    "rows",
+    "tokenize",
+]
+
+
+def model_dir(name: Literal["student", "teacher"]) -> Path:
+    """Directory of a bundled checkpoint, in Hugging Face format."""
+    if name not in ("student", "teacher"):
+        raise ValueError(f"the gym bundles a student and a teacher; not {name!r}")
+    return Path(__file__).parent / "bundled" / name
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The `onpath gym` subcommand: `tasks`, `train`, `measure`."""
+    from onpath.gym.command import run
+
+    return run(argv)

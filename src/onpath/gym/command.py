@@ -1,0 +1,73 @@
+"""`onpath gym`: write the tasks, make the bundled models anew, measure the gym's properties."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from onpath.errors import UserError
+from onpath.gym.tasks import SIZES, rows
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `onpath gym`."""
+    top = argparse.ArgumentParser(prog="onpath gym", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True)
+    tasks = commands.add_parser("tasks", help="write problems as JSON lines: id, prompt, answer, solution")
+    tasks.add_argument("--split", choices=sorted(SIZES), default="train", help="which split (default: train)")
+    tasks.add_argument("--n", type=int, default=500, help="how many problems (default: 500)")
+    tasks.add_argument("--seed", type=int, default=0, help="same seed, same problems (default: 0)")
+    tasks.add_argument("--out", type=Path, help="file to write (default: standard output)")
+    train = commands.add_parser("train", help="make teacher and student anew, from scratch")
+    train.add_argument("--out", type=Path, required=True, help="directory for teacher/ and student/")
+    train.add_argument("--seed", type=int, default=0, help="of weights and demonstrations (default: 0)")
+    train.add_argument("--quick", action="store_true", help="a run of seconds that only shows that it works")
+    measure = commands.add_parser("measure", help="measure the properties that the gym promises")
+    measure.add_argument(
+        "--models", type=Path, help="directory with teacher/ and student/ (default: bundled)"
+    )
+    measure.add_argument("--out", type=Path, help="directory for properties.json and properties.md")
+    measure.add_argument("--scale", type=float, default=1.0, help="factor on all sample sizes (default: 1)")
+    return top
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; the exit code."""
+    arguments = parser().parse_args(argv)
+    actions = {"tasks": _tasks, "train": _train, "measure": _measure}
+    actions[arguments.command](arguments)
+    return 0
+
+
+def _tasks(arguments: argparse.Namespace) -> None:
+    if arguments.n < 1:
+        raise UserError(f"--n must be at least 1, not {arguments.n}")
+    text = "".join(json.dumps(row) + "\n" for row in rows(arguments.split, arguments.n, arguments.seed))
+    if arguments.out is None:
+        sys.stdout.write(text)
+    else:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(text)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from onpath.gym.recipe import make_models
+
+    make_models(arguments.out, seed=arguments.seed, quick=arguments.quick)
+
+
+def _measure(arguments: argparse.Namespace) -> None:
+    from onpath.gym import measure, model_dir
+
+    home = {
+        role: arguments.models / role if arguments.models else model_dir(role)
+        for role in ("teacher", "student")
+    }
+    for role, path in home.items():
+        if not (path / "config.json").is_file():
+            raise UserError(f"no {role} in {path}; `onpath gym train --out DIR` makes one")
+    numbers = measure.measure(home, scale=arguments.scale, log=lambda line: print(line, file=sys.stderr))
+    print(measure.markdown(numbers))
+    if arguments.out is not None:
+        measure.write(numbers, arguments.out)
