@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-import reference
+from tests import reference
 from onpath.losses import (
     Head,
     Objective,

@@ -1,5 +1,6 @@
 """Losses from hidden states and heads, by chunks. docs/objectives.md maps every equation to its function."""
 
+from onpath.losses import shaping
 from onpath.losses.chunked import chunked_divergence
 from onpath.losses.fused import fused_objective, token_stats
 from onpath.losses.head import Head
@@ -24,5 +25,6 @@ __all__ = [
     "TokenStats",
     "chunked_divergence",
     "fused_objective",
+    "shaping",
     "token_stats",
 ]

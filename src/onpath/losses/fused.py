@@ -165,8 +165,15 @@ def _check(
         raise ValueError(f"{objective.kind} needs a teacher")
     if not objective.is_divergence and sampled_ids is None:
         raise ValueError(f"{objective.kind} needs sampled_ids, the response's tokens")
+    if objective.ppo_clip is not None and behaviour_logp is None:
+        raise ValueError("ppo_clip compares with the policy that drew the tokens: without behaviour_logp it never clips")
     if isinstance(teacher, TeacherTopK):
-        _check_served(teacher, objective)
+        _check_served(teacher, objective, head)
+    elif teacher is not None and teacher.head.temperature != head.temperature:
+        raise ValueError(
+            f"student at temperature {head.temperature:g} against teacher at {teacher.head.temperature:g}: the loss would not "
+            "be least where the models agree; use one temperature on both sides"
+        )
     if (
         guidance is not None
         and guidance.positions.numel()
@@ -175,7 +182,9 @@ def _check(
         raise ValueError(f"guidance at position {int(guidance.positions[-1])} of {len(weights)} tokens")
 
 
-def _check_served(teacher: TeacherTopK, objective: Objective) -> None:
+def _check_served(teacher: TeacherTopK, objective: Objective, head: Head) -> None:
+    if head.temperature != 1.0 and objective.needs_teacher:
+        raise ValueError(f"served log-probs are at temperature 1, the student's head at {head.temperature:g}: set it to 1")
     if objective.is_divergence and objective.support != "teacher_topk":
         raise ValueError(
             f"support {objective.support} needs the teacher's log-probs outside its own top k, which a served teacher does not "
