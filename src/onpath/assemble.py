@@ -17,7 +17,7 @@ from onpath.config import Config
 from onpath.data import LoadedPrompts, load_prompts
 from onpath.engines.hf import HFEngine
 from onpath.errors import UserError
-from onpath.grade import Grader, make_grader
+from onpath.grade import Grader, grader_for
 from onpath.losses import Head, Objective
 from onpath.methods import Method, Tools, make_method
 from onpath.models import (
@@ -54,7 +54,6 @@ class Parts:
     engine: HFEngine
     method: Method
     grader: Grader
-    grader_name: str
     objective: Objective
     sampling: Sampling
     vocabulary: int
@@ -93,7 +92,7 @@ def assemble(config: Config) -> Parts:
     student = trainable(config, base)
     vocabulary, warnings = shared_vocabulary(config, tokenizer)
     teacher = make_teacher(config, student, vocabulary, device)
-    grader_name = choose_grader(config)
+    grader = grader_for(config.eval.grader, [config.data.train, *config.data.eval.values()])
     sampling = Sampling(
         temperature=config.rollout.temperature,
         top_p=config.rollout.top_p,
@@ -112,7 +111,7 @@ def assemble(config: Config) -> Parts:
             vocabulary=vocabulary,
         )
 
-    engine, grader = engine_over(student), make_grader(grader_name)
+    engine = engine_over(student)
     tools = Tools(
         student=engine,
         writer=engine_over(teacher.model),
@@ -135,7 +134,6 @@ def assemble(config: Config) -> Parts:
         engine=engine,
         method=make_method(config.method, tools),
         grader=grader,
-        grader_name=grader_name,
         objective=objective,
         sampling=sampling,
         vocabulary=vocabulary,
@@ -268,14 +266,6 @@ def make_teacher(
         return SelfTeacher(student, weights=method.weights, decay=method.ema_decay, vocabulary=vocabulary)
     where = pick_device(config.teacher.device, otherwise=device)
     return ModelTeacher(load_model(config.teacher, "teacher.model", where), vocabulary=vocabulary)
-
-
-def choose_grader(config: Config) -> str:
-    """`auto`: the gym's checker for gym data, else math."""
-    if config.eval.grader != "auto":
-        return config.eval.grader
-    sources = [config.data.train, *config.data.eval.values()]
-    return "gym" if all(s.startswith("gym:") for s in sources) else "math"
 
 
 def templates_for(config: Config) -> dict[str, str]:

@@ -286,7 +286,8 @@ def _sentence(error: ValidationError) -> str:
         case "extra_forbidden":
             return f"unknown key {key}; {_nearest(loc[-1], _keys_beside(loc, error))}"
         case "union_tag_invalid":
-            return f"method.name is {first['input'].get('name')!r}; it must be one of {', '.join(METHOD_OPTIONS)}"
+            known = ", ".join(METHOD_OPTIONS)
+            return f"method.name is {first['input'].get('name')!r}; it must be one of {known}"
         case "value_error":
             return f"{key + ': ' if key else ''}{first['ctx']['error']}"
         case _:

@@ -1,10 +1,12 @@
 """Loading Hugging Face models, and the two halves that onpath uses of them: decoder and head."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
@@ -44,6 +46,9 @@ def load_model(section: Student | Teacher, key: str, device: torch.device) -> Pr
         UserError: nothing readable there; `key` names the option.
     """
     where = _existing(section.model, key)
+    adapter = where if (Path(where) / "adapter_config.json").is_file() else None
+    if adapter:
+        where = _base_of(Path(adapter), key)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             where,
@@ -59,7 +64,14 @@ def load_model(section: Student | Teacher, key: str, device: torch.device) -> Pr
         if type(error).__name__ != "SafetensorError":
             raise
         raise UserError(f"{key}: {section.model} is damaged: {_first_line(error)}") from None
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     return model.to(device).eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def _base_of(adapter: Path, key: str) -> str:
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    return _existing(str(base), f"{key}: the base of adapter {adapter}")
 
 
 def load_tokenizer(section: Student | Teacher, key: str) -> PreTrainedTokenizerBase:

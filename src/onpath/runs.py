@@ -19,11 +19,11 @@ from onpath import checkpoint, distributed
 from onpath.assemble import Parts
 from onpath.config import Config
 from onpath.errors import UserError
-from onpath.evaluate import EvalResult, evaluate
+from onpath.evaluate import EvalResult, evaluate, write_details
 from onpath.log import Display, JsonLines, Tracker, flatten, open_trackers, read_lines
 from onpath.meter import Meter
-from onpath.records import Graded, Prompt, Rollout, Sampling
-from onpath.store import trajectory_row, write_parquet
+from onpath.records import Prompt, Rollout, Sampling
+from onpath.store import sample_row, trajectory_row, write_parquet
 
 _PACKAGES = ("onpath", "torch", "transformers", "peft", "datasets", "safetensors", "numpy")
 
@@ -217,7 +217,7 @@ def environment(parts: Parts) -> dict[str, Any]:
         "git_commit": commit,
         "seeds": {"run": parts.config.run.seed, "eval": parts.config.eval.seed},
         "skipped_rows": parts.skipped,
-        "grader": parts.grader_name,
+        "grader": parts.grader.name,
     }
 
 
@@ -251,9 +251,10 @@ def evaluate_all(parts: Parts, run: Run, display: Display, *, step: int) -> list
         results.append(result)
         if distributed.rank() == 0:
             run.evals.write(result.to_json())
+            write_details(run.directory / "evals" / f"{split}_step_{step:06d}.jsonl", result)
             write_parquet(
                 run.directory / "evals" / f"{split}_step_{step:06d}.parquet",
-                [_eval_row(parts, g) for g in graded],
+                [sample_row(g, parts.renderer) for g in graded],
             )
             low, high = result.ci95
             for tracker in run.trackers:
@@ -263,20 +264,6 @@ def evaluate_all(parts: Parts, run: Run, display: Display, *, step: int) -> list
                 f"pass@{result.k} {result.pass_at_k:.1%}  {result.problems:,} problems"
             )
     return results
-
-
-def _eval_row(parts: Parts, graded: Graded) -> dict[str, Any]:
-    rollout = graded.rollout
-    return {
-        "id": rollout.prompt.id,
-        "sample": rollout.sample,
-        "correct": graded.correct,
-        "extracted": graded.extracted,
-        "length": len(rollout.ids),
-        "finish_reason": rollout.finish_reason,
-        "text": parts.renderer.text(rollout.ids),
-        "ids": list(rollout.ids),
-    }
 
 
 def store_step(parts: Parts, run: Run, meter: Meter, step: int, *, last: bool) -> None:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from onpath.errors import UserError
-from onpath.records import Trajectory
+from onpath.records import Graded, Trajectory
 from onpath.render import Renderer
 
 
@@ -47,6 +47,21 @@ def trajectory_row(
         "reason": trajectory.edit.reason,
         "detail": json.dumps(dict(trajectory.edit.detail)),
         **{name: list(v) for name, v in values.items()},
+    }
+
+
+def sample_row(graded: Graded, renderer: Renderer) -> dict[str, Any]:
+    """One graded sample as plain values."""
+    rollout = graded.rollout
+    return {
+        "id": rollout.prompt.id,
+        "sample": rollout.sample,
+        "correct": graded.correct,
+        "extracted": graded.extracted,
+        "length": len(rollout.ids),
+        "finish_reason": rollout.finish_reason,
+        "text": renderer.text(rollout.ids),
+        "ids": list(rollout.ids),
     }
 
 

@@ -1,0 +1,217 @@
+"""The command line. Exit codes: 0 done, 2 the user can fix it (one sentence on stderr), 1 a fault of ours.
+
+Subcommands import what they need when they run, so that `onpath --help` and `onpath config` stay light.
+"""
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+from onpath import __version__
+from onpath import config as configuration
+from onpath.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand and returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["gym"]:
+        from onpath import gym
+
+        return _guarded(lambda: gym.main(arguments[1:]))
+    parser = make_parser()
+    options, rest = parser.parse_known_args(arguments)
+    overrides = _overrides(rest, parser) if getattr(options, "takes_overrides", False) else []
+    if rest and not getattr(options, "takes_overrides", False):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return _guarded(lambda: options.run(options, overrides))
+
+
+def _guarded(run: Any) -> int:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a warning at every fork otherwise
+    try:
+        return int(run() or 0)
+    except UserError as error:
+        print(f"onpath: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("onpath: interrupted; start the same command again to go on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader (head, less) has left
+        return 0
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All subcommands with their options."""
+    parser = argparse.ArgumentParser(
+        prog="onpath", description="On-policy distillation that corrects whole trajectories."
+    )
+    parser.add_argument("--version", action="version", version=f"onpath {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_demo(commands)
+    _add_train(commands)
+    _add_eval(commands)
+    _add_inspect(commands)
+    _add_config(commands)
+    # Its own parser answers `onpath gym --help`; here it only shows in the list.
+    commands.add_parser(
+        "gym", help="make the gym's tasks, train its models anew, measure them", add_help=False
+    )
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="distil the bundled student from the bundled teacher and show what happened",
+        description="Distils the bundled student from the bundled teacher on the gym; shows what happened.",
+    )
+    demo.add_argument("--quick", action="store_true", help="at most a minute: fewer steps, fewer problems")
+    demo.add_argument("--dir", default="runs", help="where the run directory goes (default: runs)")
+    demo.set_defaults(run=_demo)
+
+
+def _demo(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
+    from onpath.demo import demo
+
+    return demo(quick=options.quick, directory=options.dir)
+
+
+def _add_train(commands: Any) -> None:
+    train = commands.add_parser(
+        "train",
+        help="run a config to its end, or go on where it stopped",
+        usage="onpath train [CONFIG.yaml] [--section.key value ...]",
+        description="Runs a config to its end; the same command goes on where a stopped run was.",
+        epilog=_options_text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train.add_argument(
+        "config", nargs="?", metavar="CONFIG.yaml", help="sections as below (default: the gym)"
+    )
+    train.add_argument("--quiet", action="store_true", help="no progress display")
+    train.set_defaults(run=_train, takes_overrides=True)
+
+
+def _train(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
+    config = configuration.load(options.config, overrides)
+    from onpath.train import train
+
+    result = train(config, quiet=options.quiet)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"model: {result.model}")
+    return 0
+
+
+def _add_eval(commands: Any) -> None:
+    command = commands.add_parser(
+        "eval",
+        help="grade a model's samples: avg@k, pass@k, intervals",
+        description="Samples and grades a Hugging Face model directory, a gym model or a LoRA adapter.",
+    )
+    command.add_argument(
+        "model", metavar="MODEL", help="directory or hub name, gym:student, gym:teacher, adapter"
+    )
+    command.add_argument("--data", required=True, metavar="F", help="problems with answers: as data.eval")
+    command.add_argument("--against", metavar="MODEL", help="a second model, compared on the same problems")
+    command.add_argument("--n", type=int, help="samples per problem (default: k)")
+    command.add_argument("--k", type=int, default=4, help="pass@k (default: 4)")
+    command.add_argument("--limit", type=int, help="only the first so many problems")
+    command.add_argument("--grader", default="auto", choices=["auto", "gym", "math", "exact"])
+    command.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1)")
+    command.add_argument("--top-p", type=float, default=1.0, help="default: 1")
+    command.add_argument("--top-k", type=int, default=0, help="default: off")
+    command.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
+    command.add_argument("--batch-tokens", type=int, default=32_768, help="tokens in one generation batch")
+    command.add_argument("--seed", type=int, default=1234, help="of the samples (default: 1234)")
+    command.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:0")
+    command.add_argument("--out", metavar="DIR", help="write eval.json and the graded samples there")
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    command.set_defaults(run=_eval)
+
+
+def _eval(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
+    from onpath.evalrun import run_eval
+
+    return run_eval(options)
+
+
+def _add_inspect(commands: Any) -> None:
+    command = commands.add_parser(
+        "inspect",
+        help="look at what a run trained on: coloured tokens, edits, forks",
+        description="Shows a run's stored trajectories, tokens coloured by a quantity.",
+    )
+    command.add_argument("directory", metavar="RUN_DIR")
+    command.add_argument("--step", type=int, help="only this step (default: the last stored one)")
+    command.add_argument("--only", choices=["right", "wrong", "edited", "forks"], help="filter")
+    command.add_argument(
+        "--colour", default="reverse_kl", help="per-token column to colour by (default: reverse_kl)"
+    )
+    command.add_argument("--limit", type=int, default=5, help="how many (default: 5)")
+    command.add_argument("--json", action="store_true", help="JSON lines for machines")
+    command.set_defaults(run=_inspect)
+
+
+def _inspect(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
+    from onpath.inspection import run_inspect
+
+    return run_inspect(options)
+
+
+def _add_config(commands: Any) -> None:
+    command = commands.add_parser(
+        "config",
+        help="print the resolved defaults, or the JSON schema",
+        usage="onpath config [CONFIG.yaml] [--schema] [--section.key value ...]",
+        description="Prints the resolved config: defaults, then the file, then the overrides.",
+        epilog=_options_text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("config", nargs="?", metavar="CONFIG.yaml")
+    command.add_argument("--schema", action="store_true", help="print the JSON schema instead")
+    command.set_defaults(run=_config, takes_overrides=True)
+
+
+def _config(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
+    if options.schema:
+        print(json.dumps(configuration.json_schema(), indent=2))
+    else:
+        print(configuration.load(options.config, overrides).to_yaml(), end="")
+    return 0
+
+
+def _options_text() -> str:
+    lines = ["options of a config (YAML: section, then key; command line: --section.key value):", ""]
+    for key, kind, default, text in configuration.describe():
+        lines += [f"  {key}  ({kind}; default {default})", f"      {text}"]
+    return "\n".join(lines).replace("%", "%%")
+
+
+def _overrides(rest: Sequence[str], parser: argparse.ArgumentParser) -> list[tuple[str, str]]:
+    """`--a.b 1 --c.d=2` → pairs."""
+    pairs, items = [], iter(rest)
+    for item in items:
+        name, equals, value = item.removeprefix("--").partition("=")
+        if not item.startswith("--") or "." not in name:
+            parser.error(f"unrecognized argument {item}: options of the config are --section.key value")
+        if not equals:
+            following = next(items, None)
+            if following is None:
+                parser.error(f"{item} needs a value")
+            value = following
+        pairs.append((name, value))
+    return pairs
+
+
+if __name__ == "__main__":
+    sys.exit(main())
