@@ -1,4 +1,4 @@
-"""Imports onpath from the built wheel, not from src, and checks that the import is light and the data is inside."""
+"""Checks the built wheel: it imports by itself and lightly, and its data is inside."""
 
 import subprocess
 import sys

@@ -13,7 +13,7 @@ _RAMP = ((255, 243, 214), (254, 217, 142), (254, 153, 41), (217, 95, 14), (153, 
 
 
 def coloured(tokens: Sequence[str], values: Sequence[float], *, colour: bool = True) -> Text:
-    """Tokens with a background by value (nats); without colour, ⟦token value⟧ where the value is 1 or more."""
+    """Tokens with a background by value (nats); without colour ⟦token value⟧ from 1 nat on."""
     text = Text()
     for token, value in zip(tokens, values, strict=True):
         shown = token.replace("\n", "⏎\n")
