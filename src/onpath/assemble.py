@@ -226,7 +226,7 @@ def trainable(config: Config, base: nn.Module) -> nn.Module:
     torch.manual_seed(config.run.seed)
     lora = LoraConfig(
         r=section.lora_rank,
-        lora_alpha=section.lora_alpha,
+        lora_alpha=section.lora_alpha,  # type: ignore[arg-type]  # peft divides, and takes floats
         target_modules=section.lora_targets,
         task_type="CAUSAL_LM",
         lora_dropout=0.0,

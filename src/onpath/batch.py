@@ -1,14 +1,13 @@
 """Trajectories → tensors. The one place that shifts, pads, masks and counts.
 
 Position t of a response of length L after a context of length C is predicted at index C − 1 + t of the
-sequence.
-Student and teacher have contexts of different lengths, so each has its own index for the same t; everything
-later
-works on N = all response tokens of the batch, laid end to end.
+sequence. Student and teacher have contexts of different lengths, so each has its own index for the same t;
+everything later works on N = all response tokens of the batch, laid end to end.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +41,9 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        moved: dict[str, Any] = {
+            k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()
+        }
         return Batch(**moved)
 
     def by_row(self, value_N: Tensor) -> list[list[float]]:

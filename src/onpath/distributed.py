@@ -2,8 +2,7 @@
 ranks.
 
 Losses are sums over a count that is known beforehand, so gradients are *summed*, never averaged: the result
-is
-that of one process whatever the number of ranks.
+is that of one process whatever the number of ranks.
 """
 
 import os

@@ -59,7 +59,7 @@ def _matches(row: dict[str, Any], only: str | None) -> bool:
         case "wrong":
             return row["correct"] is False
         case "edited":
-            return row["edit"] != "none"
+            return bool(row["edit"] != "none")
         case "forks":
             return bool(json.loads(row["detail"]).get("forks"))
         case _:

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -114,7 +114,11 @@ class _Wandb:
         self.run.finish()
 
 
-_TRACKERS = {"tensorboard": _TensorBoard, "trackio": _Trackio, "wandb": _Wandb}
+_TRACKERS: dict[str, Callable[[Path, str, Metrics], Tracker]] = {
+    "tensorboard": _TensorBoard,
+    "trackio": _Trackio,
+    "wandb": _Wandb,
+}
 
 
 def open_trackers(names: Sequence[str], *, directory: Path, name: str, config: Metrics) -> list[Tracker]:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftModel
@@ -27,9 +27,9 @@ def locate(name: str) -> str:
     from onpath import gym
 
     role = name.removeprefix("gym:")
-    if role not in ("student", "teacher"):
-        raise UserError(f"{name}: the bundled models are gym:student and gym:teacher")
-    return str(gym.model_dir(role))
+    if role in ("student", "teacher"):
+        return str(gym.model_dir(cast(Literal["student", "teacher"], role)))
+    raise UserError(f"{name}: the bundled models are gym:student and gym:teacher")
 
 
 def pick_device(name: str, otherwise: torch.device | None = None) -> torch.device:
@@ -66,7 +66,9 @@ def load_model(section: Student | Teacher, key: str, device: torch.device) -> Pr
         raise UserError(f"{key}: {section.model} is damaged: {_first_line(error)}") from None
     if adapter:
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    return model.to(device).eval().requires_grad_(False)  # type: ignore[no-any-return]
+    frozen: PreTrainedModel = model.eval().requires_grad_(False)
+    nn.Module.to(frozen, device)  # in place; transformers' own `to` is untyped
+    return frozen
 
 
 def _base_of(adapter: Path, key: str) -> str:
@@ -78,7 +80,6 @@ def load_tokenizer(section: Student | Teacher, key: str) -> PreTrainedTokenizerB
     """The tokenizer beside a model."""
     where = _existing(section.model, key)
     try:
-        # type: ignore[no-any-return]
         return AutoTokenizer.from_pretrained(where, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
@@ -139,7 +140,7 @@ def context_length(model: PreTrainedModel) -> int:
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a peft wrapper (its layers still adapted), or the model itself."""
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(inner, PreTrainedModel)
     return inner
 

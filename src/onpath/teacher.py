@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Literal, Protocol
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from onpath.batch import Batch
@@ -18,7 +19,10 @@ from onpath.models import head_of, hidden_states
 class Teacher(Protocol):
     """Scores the response positions of a batch."""
 
-    head: Head
+    @property
+    def head(self) -> Head:
+        """The map from its hidden states to logits."""
+        ...
 
     def hidden(self, batch: Batch) -> Tensor:
         """Hidden states [N, H] that predict each response token in the teacher's context, on the batch's
@@ -44,8 +48,7 @@ class SelfTeacher:
     """The student's own weights as teacher (OPSD, TRD with teacher: self).
 
     `base`: the starting weights, by switching a LoRA adapter off, else from a frozen copy. `live`: the
-    weights as
-    they are. `ema`: a copy that follows with `decay` at each `follow()`.
+    weights as they are. `ema`: a copy that follows with `decay` at each `follow()`.
     """
 
     def __init__(
@@ -59,7 +62,7 @@ class SelfTeacher:
         import copy
 
         self.student, self.weights, self.decay = student, weights, decay
-        self.adapter = weights == "base" and hasattr(student, "peft_config")
+        self.adapter = weights == "base" and isinstance(student, PeftModel)
         shares = weights == "live" or self.adapter
         self.model = student if shares else copy.deepcopy(student).eval().requires_grad_(False)
         self._vocabulary = vocabulary
@@ -74,7 +77,8 @@ class SelfTeacher:
         """The model as the teacher has it: adapter off for `base` under LoRA, no dropout."""
         was_training = self.model.training
         self.model.eval()
-        with self.model.disable_adapter() if self.adapter else contextlib.nullcontext():
+        adapted = isinstance(self.model, PeftModel) and self.adapter
+        with self.model.disable_adapter() if adapted else contextlib.nullcontext():
             yield self.model
         self.model.train(was_training)
 

@@ -216,8 +216,7 @@ def draw(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor) -> tuple[Tens
     """Tokens [B] and their log-probs [B] under the truncated, tempered distribution, by inverse CDF.
 
     One uniform per token; tokens of probability 0 are never drawn. Temperature 0 takes the likeliest token,
-    with
-    log-prob 0: the distribution drawn from has one entry.
+    with log-prob 0: the distribution drawn from has one entry.
     """
     logits_BV = logits_BV.float()
     if sampling.temperature == 0:
