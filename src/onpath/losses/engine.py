@@ -117,6 +117,7 @@ def run(inputs: Inputs) -> Outcome:
         gradients=gradients,
     )
     if count == 0:
+        outcome.stats = {"student_entropy": like.new_zeros(0)}
         return outcome
     pieces: list[rows.Stats] = []
     student_VH, teacher_VH = _cut_weights(inputs)
@@ -352,47 +353,49 @@ def _products(
     weight_VH: Tensor,
     guided: _Guided | None,
 ) -> None:
+    """Gradients of a chunk from ∂/∂z, row by row still without its weight."""
     vocabulary, factor = weight_VH.shape[0], inputs.student_head.factor
-    product = weight_VH.dtype if weight_VH.is_cuda else grad_CV.dtype
     scale_C = scale_C * factor
+    apart = into.objective_sq is not None
+    if apart or guided is None:
+        _add_hidden(into, here, grad_CV, scale_C, weight_VH)
     if guided is not None:
         guidance_gV = torch.cat(guided.gradients)
         guided_scale = weights_C[guided.rows] * factor
         guidance_gV[guided_scale == 0] = 0.0
-        if into.objective_sq is not None and into.guidance_sq is not None:
-            _separate_norms(
-                into, here, grad_CV, scale_C, guidance_gV, guided, guided_scale, weight_VH, product
-            )
+        if apart:
+            _add_guided_hidden(into, here, guided.rows, guidance_gV, guided_scale, weight_VH)
         grad_CV.mul_(scale_C[:, None])
         grad_CV.index_add_(0, guided.rows, guidance_gV.mul_(guided_scale[:, None]))
         scale_C = torch.ones_like(scale_C)
-    operand_CV = grad_CV.to(product)
-    if into.hidden is not None and (guided is None or into.objective_sq is None):
-        into.hidden[here] = heads.hidden_gradient(operand_CV, weight_VH).mul_(scale_C[:, None])
+        if not apart:
+            _add_hidden(into, here, grad_CV, scale_C, weight_VH)
     if into.weight is not None:
         scaled_CH = inputs.student_hidden[here].to(grad_CV.dtype) * scale_C[:, None]
-        heads.add_weight_gradient_(into.weight[:vocabulary], operand_CV, scaled_CH)
+        heads.add_weight_gradient_(into.weight[:vocabulary], _operand(grad_CV, weight_VH), scaled_CH)
     if into.bias is not None:
         into.bias[:vocabulary] += scale_C @ grad_CV
 
 
-def _separate_norms(
-    into: Gradients,
-    here: slice,
-    grad_CV: Tensor,
-    scale_C: Tensor,
-    guidance_gV: Tensor,
-    guided: _Guided,
-    guided_scale: Tensor,
-    weight_VH: Tensor,
-    product: torch.dtype,
-) -> None:
-    """The hidden gradient in two parts, for their norms; their sum is the gradient."""
-    assert into.objective_sq is not None
-    assert into.guidance_sq is not None
-    objective_CH = heads.hidden_gradient(grad_CV.to(product), weight_VH).mul_(scale_C[:, None])
-    guidance_gH = heads.hidden_gradient(guidance_gV.to(product), weight_VH).mul_(guided_scale[:, None])
-    into.objective_sq += objective_CH.square().sum()
-    into.guidance_sq += guidance_gH.square().sum()
+def _operand(grad_CV: Tensor, weight_VH: Tensor) -> Tensor:
+    return grad_CV.to(weight_VH.dtype) if weight_VH.is_cuda else grad_CV
+
+
+def _add_hidden(into: Gradients, here: slice, grad_CV: Tensor, scale_C: Tensor, weight_VH: Tensor) -> None:
+    if into.hidden is None and into.objective_sq is None:
+        return
+    grad_CH = heads.hidden_gradient(_operand(grad_CV, weight_VH), weight_VH).mul_(scale_C[:, None])
+    if into.objective_sq is not None:
+        into.objective_sq += grad_CH.square().sum()
     if into.hidden is not None:
-        into.hidden[here] = objective_CH.index_add_(0, guided.rows, guidance_gH)
+        into.hidden[here] = grad_CH
+
+
+def _add_guided_hidden(
+    into: Gradients, here: slice, rows_g: Tensor, grad_gV: Tensor, scale_g: Tensor, weight_VH: Tensor
+) -> None:
+    assert into.guidance_sq is not None
+    grad_gH = heads.hidden_gradient(_operand(grad_gV, weight_VH), weight_VH).mul_(scale_g[:, None])
+    into.guidance_sq += grad_gH.square().sum()
+    if into.hidden is not None:
+        into.hidden[here] = into.hidden[here].index_add(0, rows_g, grad_gH)

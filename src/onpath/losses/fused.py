@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from onpath.losses import engine, shaping
-from onpath.losses.head import Head
+from onpath.losses.head import Head, working_dtype
 from onpath.losses.objective import Objective
 from onpath.losses.records import (
     LossResult,
@@ -33,7 +33,7 @@ def fused_objective(
     teacher: Teacher | None,
     objective: Objective,
     weights: Float[Tensor, " N"],
-    denominator: float | Float[Tensor, ""],
+    denominator: float | int | Float[Tensor, ""],
     sampled_ids: Int[Tensor, " N"] | None = None,
     behaviour_logp: Float[Tensor, " N"] | None = None,
     advantage: Float[Tensor, " N"] | None = None,
@@ -77,7 +77,7 @@ def fused_objective(
         advantage,
         guidance,
     )
-    scaled = weights / denominator
+    scaled = weights.to(working_dtype(student_hidden, student_head.weight)) / denominator
     if objective.discount and advantage is None:
         advantage = _discounted_advantage(
             student_hidden,

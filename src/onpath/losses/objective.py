@@ -1,7 +1,7 @@
 """What is minimised at one token, as data. A combination that is known to be wrong cannot be built."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Kind = Literal["forward_kl", "reverse_kl", "jensen_shannon", "sampled", "cross_entropy", "negative_advantage"]
 Support = Literal["full", "teacher_topk", "student_topk", "union"]
@@ -47,6 +47,9 @@ class Objective:
     """negative_advantage: applies to sampled tokens whose student log-prob is below this, nats (default: p < 0.1)."""
 
     def __post_init__(self) -> None:
+        for name, known in (("kind", Kind), ("support", Support), ("tail", Tail), ("estimator", Estimator)):
+            if getattr(self, name) not in get_args(known):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, not {getattr(self, name)!r}")
         _check_divergence(self)
         _check_support(self)
         _check_sampled(self)
@@ -99,7 +102,7 @@ def _check_support(o: Objective) -> None:
         raise ValueError(f"{o.kind} looks at the sampled token alone: support must be full")
     if o.k is None or o.k < 1:
         raise ValueError(f"support {o.support} needs k, the size of the set, at least 1, not {o.k}")
-    if o.k == 1 and o.tail == "renormalise":
+    if o.k == 1 and o.tail == "renormalise" and o.support != "union":
         raise ValueError(
             "one renormalised outcome has probability 1 on both sides, so the loss is zero: use tail bucket"
         )

@@ -1,0 +1,129 @@
+"""Objectives that are known to be wrong cannot be built, and the wrongness of the first three is real."""
+
+import pytest
+import torch
+
+from onpath import divergence
+from onpath.losses import Head, Objective, SparseGuidance
+
+REFUSED = [
+    ({"kind": "sampled", "estimator": "k1_loss"}, "drops the teacher"),
+    ({"kind": "sampled", "estimator": "k3_loss"}, "forward KL"),
+    ({"kind": "sampled", "support": "teacher_topk", "k": 8}, "zero expected gradient"),
+    ({"kind": "reverse_kl", "support": "teacher_topk", "k": 8, "tail": "none"}, "leaving the set"),
+    ({"kind": "forward_kl", "support": "teacher_topk", "k": 8, "tail": "none"}, "can be negative"),
+    ({"kind": "reverse_kl", "support": "teacher_topk", "k": 1, "tail": "renormalise"}, "zero"),
+    ({"kind": "reverse_kl", "support": "teacher_topk"}, "needs k"),
+    ({"kind": "reverse_kl", "k": 8}, "support is full"),
+    ({"kind": "cross_entropy", "support": "teacher_topk", "k": 8}, "sampled token alone"),
+    ({"kind": "jensen_shannon"}, "beta"),
+    ({"kind": "jensen_shannon", "beta": 0.0}, "zero everywhere"),
+    ({"kind": "jensen_shannon", "beta": 1.0}, "zero everywhere"),
+    ({"kind": "reverse_kl", "beta": 0.5}, "beta"),
+    ({"kind": "sampled", "entry_clip": 0.1}, "entry_clip"),
+    ({"kind": "sampled", "token_clip": 0.1}, "ppo_clip"),
+    ({"kind": "reverse_kl", "ppo_clip": 0.1}, "belong to kind sampled"),
+    ({"kind": "reverse_kl", "discount": 0.1}, "belong to kind sampled"),
+    ({"kind": "sampled", "discount": 1.5}, "discount"),
+    ({"kind": "reverse_kl", "entry_clip": 0.0}, "above 0"),
+    ({"kind": "negative_advantage", "advantage": 1.0}, "below 0"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=lambda x: str(x))
+def test_wrong_combinations_are_refused_in_one_sentence(options, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        Objective(**options)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("change", [{"kind": "kl"}, {"support": "top"}, {"tail": "drop"}], ids=str)
+def test_an_unknown_name_is_refused(change):
+    """By us, or under these tests already by the type checker."""
+    with pytest.raises(Exception, match=next(iter(change))):
+        Objective(**change)
+
+
+@pytest.fixture
+def pair() -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return torch.log_softmax(torch.randn(8, generator=g, dtype=torch.float64), -1), torch.randn(
+        8, generator=g, dtype=torch.float64
+    )
+
+
+def test_why_k1_as_a_loss_is_refused(pair):
+    """Its expected gradient is zero, and each sample's gradient is the same for every teacher."""
+    teacher, z = pair
+    z = z.requires_grad_()
+    p = torch.softmax(z, -1).detach()
+    (expected,) = torch.autograd.grad((p * (torch.log_softmax(z, -1) - teacher)).sum(), z)
+    assert expected.abs().max() < 1e-14
+
+
+def test_why_k3_as_a_loss_is_refused(pair):
+    """E[∇(r − 1 − log r)], r = p_T/p_S, is the gradient of the forward KL."""
+    teacher, z = pair
+    z = z.requires_grad_()
+    p = torch.softmax(z, -1).detach()
+    gap = teacher - torch.log_softmax(z, -1)
+    (k3,) = torch.autograd.grad((p * (gap.exp() - 1 - gap)).sum(), z)
+    student = lambda: torch.log_softmax(z, -1)  # noqa: E731
+    (forward,) = torch.autograd.grad(divergence.forward_kl(teacher_logp=teacher, student_logp=student()), z)
+    (reverse,) = torch.autograd.grad(divergence.reverse_kl(teacher_logp=teacher, student_logp=student()), z)
+    torch.testing.assert_close(k3, forward)
+    assert not torch.allclose(k3, reverse, rtol=1e-2)
+
+
+def test_why_a_top_k_advantage_is_refused(pair):
+    """The same number for every token that could be drawn: Σ_y p(y)·A·∇log p(y) = 0."""
+    teacher, z = pair
+    z = z.requires_grad_()
+    ids = teacher.topk(3).indices
+    p = torch.softmax(z, -1).detach()
+    advantage = -(p[ids] * (p[ids].log() - teacher[ids])).sum()
+    (expected,) = torch.autograd.grad((p * advantage * torch.log_softmax(z, -1)).sum(), z)
+    assert expected.abs().max() < 1e-14 < advantage.abs()
+
+
+def test_why_a_bare_reverse_kl_is_refused(pair):
+    """Descending it moves the student's mass out of the set, away from a teacher that it matched; with a bucket not."""
+    teacher, _ = pair
+    ids = teacher.topk(3).indices
+    z = teacher.clone().requires_grad_()
+    for _ in range(50):
+        s = torch.log_softmax(z, -1)
+        (grad,) = torch.autograd.grad((s[ids].exp() * (s[ids] - teacher[ids])).sum(), z)
+        z = (z - grad).detach().requires_grad_()
+    mass = torch.softmax(z, -1)[ids].sum().item()
+    assert mass < 0.5 * teacher[ids].exp().sum().item()
+    reverse = divergence.reverse_kl(teacher_logp=teacher, student_logp=torch.log_softmax(z, -1))
+    assert reverse.item() > 0.1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"positions": torch.tensor([2, 1])},
+        {"positions": torch.tensor([1, 1])},
+        {"probs": torch.tensor([[0.7, 0.7], [1.0, 0.0]])},
+        {"probs": torch.tensor([[-0.1, 0.7], [1.0, 0.0]])},
+        {"ids": torch.tensor([[1, 2]])},
+    ],
+    ids=str,
+)
+def test_wrong_guidance_is_refused(change):
+    right = {
+        "positions": torch.tensor([1, 2]),
+        "ids": torch.tensor([[1, 2], [3, 0]]),
+        "probs": torch.tensor([[0.5, 0.5], [1.0, 0.0]]),
+    }
+    SparseGuidance(**right)
+    with pytest.raises(Exception, match=r"guidance|probs|Type-check"):
+        SparseGuidance(**{**right, **change})
+
+
+@pytest.mark.parametrize("change", [{"temperature": 0.0}, {"softcap": 0.0}, {"tokens": 0}, {"tokens": 4}], ids=str)
+def test_wrong_heads_are_refused(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        Head(weight=torch.eye(3), **change)
