@@ -3,6 +3,7 @@ to be good."""
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -232,7 +233,10 @@ def trainable(config: Config, base: nn.Module) -> nn.Module:
         lora_dropout=0.0,
     )
     try:
-        model: nn.Module = get_peft_model(base, lora)
+        with warnings.catch_warnings():
+            # peft asks transformers for a name that transformers has renamed; nobody here can change that.
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+            model: nn.Module = get_peft_model(base, lora)
     except ValueError as error:
         raise UserError(f"student.lora_targets: {str(error).splitlines()[0]}") from None
     if section.gradient_checkpointing:

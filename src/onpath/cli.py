@@ -15,6 +15,8 @@ from onpath import __version__
 from onpath import config as configuration
 from onpath.errors import UserError
 
+TAKES_OVERRIDES = ("train", "config")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns its exit code."""
@@ -23,11 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from onpath import gym
 
         return _guarded(lambda: gym.main(arguments[1:]))
-    parser = make_parser()
-    options, rest = parser.parse_known_args(arguments)
-    overrides = _overrides(rest, parser) if getattr(options, "takes_overrides", False) else []
-    if rest and not getattr(options, "takes_overrides", False):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    overrides: list[tuple[str, str]] = []
+    if arguments[:1] and arguments[0] in TAKES_OVERRIDES:
+        arguments, overrides = split_overrides(arguments)
+    options = make_parser().parse_args(arguments)
     return _guarded(lambda: options.run(options, overrides))
 
 
@@ -98,7 +99,7 @@ def _add_train(commands: Any) -> None:
         "config", nargs="?", metavar="CONFIG.yaml", help="sections as below (default: the gym)"
     )
     train.add_argument("--quiet", action="store_true", help="no progress display")
-    train.set_defaults(run=_train, takes_overrides=True)
+    train.set_defaults(run=_train)
 
 
 def _train(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
@@ -179,7 +180,7 @@ def _add_config(commands: Any) -> None:
     )
     command.add_argument("config", nargs="?", metavar="CONFIG.yaml")
     command.add_argument("--schema", action="store_true", help="print the JSON schema instead")
-    command.set_defaults(run=_config, takes_overrides=True)
+    command.set_defaults(run=_config)
 
 
 def _config(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
@@ -197,20 +198,22 @@ def _options_text() -> str:
     return "\n".join(lines).replace("%", "%%")
 
 
-def _overrides(rest: Sequence[str], parser: argparse.ArgumentParser) -> list[tuple[str, str]]:
-    """`--a.b 1 --c.d=2` → pairs."""
-    pairs, items = [], iter(rest)
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Takes `--section.key value` and `--section.key=value` out of the arguments; argparse sees the rest."""
+    rest: list[str] = []
+    pairs: list[tuple[str, str]] = []
+    items = iter(arguments)
     for item in items:
         name, equals, value = item.removeprefix("--").partition("=")
         if not item.startswith("--") or "." not in name:
-            parser.error(f"unrecognized argument {item}: options of the config are --section.key value")
-        if not equals:
-            following = next(items, None)
-            if following is None:
-                parser.error(f"{item} needs a value")
-            value = following
-        pairs.append((name, value))
-    return pairs
+            rest.append(item)
+            continue
+        following = value if equals else next(items, None)
+        if following is None:
+            print(f"onpath: {item} needs a value: --section.key value", file=sys.stderr)
+            raise SystemExit(2)
+        pairs.append((name, following))
+    return rest, pairs
 
 
 if __name__ == "__main__":

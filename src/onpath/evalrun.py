@@ -86,6 +86,8 @@ def _write(
 
 def _print(report: dict[str, Any]) -> None:
     console = Console(file=sys.stdout)
+    if not console.is_terminal:
+        console = Console(file=sys.stdout, width=160)  # a file or a pipe cuts nothing off
     table = Table(box=None, pad_edge=False)
     for column in (
         "model",

@@ -10,10 +10,12 @@ from typing import Literal, Protocol
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from onpath.batch import Batch
+from onpath.engines.branches import Past
 from onpath.losses import Head
-from onpath.models import head_of, hidden_states
+from onpath.models import head_of, hidden_states, unwrapped
 
 
 class Teacher(Protocol):
@@ -42,6 +44,23 @@ class ModelTeacher:
     def hidden(self, batch: Batch) -> Tensor:
         """See `Teacher.hidden`."""
         return _teacher_positions(self.model, batch, self.device)
+
+    @torch.no_grad()
+    def remembering(self, batch: Batch) -> tuple[Tensor, Past | None]:
+        """`hidden`, and the keys and values from which continuations can start; None where they cannot."""
+        if not Past.possible(self.model):
+            return self.hidden(batch), None
+        model = unwrapped(self.model)
+        cache = DynamicCache(config=model.config)
+        ids_BT = batch.teacher_ids_BT.to(self.device)
+        hidden_BTH = model.get_decoder()(
+            input_ids=ids_BT,
+            attention_mask=batch.teacher_mask_BT.to(self.device),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        found_NH = hidden_BTH.flatten(0, 1)[batch.teacher_at_N.to(self.device)]
+        return found_NH.to(batch.token_N.device), Past(cache=cache, ids_BT=ids_BT)
 
 
 class SelfTeacher:
@@ -78,7 +97,7 @@ class SelfTeacher:
         was_training = self.model.training
         self.model.eval()
         adapted = isinstance(self.model, PeftModel) and self.adapter
-        with self.model.disable_adapter() if adapted else contextlib.nullcontext():
+        with self.model.disable_adapter() if adapted else contextlib.nullcontext():  # type: ignore[operator]
             yield self.model
         self.model.train(was_training)
 
