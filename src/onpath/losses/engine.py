@@ -96,6 +96,7 @@ class _Guided:
     rows: Tensor  # [g]
     ids: Tensor  # [g, M]
     probs: Tensor  # [g, M]
+    weights: Tensor  # [g]
     strength: float
     values: list[Tensor] = field(default_factory=list)
     gradients: list[Tensor] = field(default_factory=list)  # [·, V] blocks, in the order of rows
@@ -137,7 +138,7 @@ def run(inputs: Inputs) -> Outcome:
             assert teacher_VH is not None
             hidden_CH = inputs.teacher.hidden[here]
             teacher_CV = heads.logits_(inputs.teacher.head, teacher_VH, hidden_CH, buffers.teacher[:size])
-        guided = _guided(inputs, here)
+        guided = _guided(inputs, here, weights_N)
         values, chunk_stats = _by_blocks(inputs, here, student_CV, teacher_CV, buffers, block, masked, guided)
         pieces += chunk_stats
         _close_chunk(inputs, outcome, here, values, weights_N[here], student_CV, student_VH, guided)
@@ -194,7 +195,7 @@ def _buffers(inputs: Inputs, like: Tensor, chunk: int, block: int) -> _Buffers:
     )
 
 
-def _guided(inputs: Inputs, here: slice) -> _Guided | None:
+def _guided(inputs: Inputs, here: slice, weights_N: Tensor) -> _Guided | None:
     guidance = inputs.guidance
     if guidance is None:
         return None
@@ -206,10 +207,12 @@ def _guided(inputs: Inputs, here: slice) -> _Guided | None:
     probs = guidance.probs[first:last].to(
         heads.working_dtype(inputs.student_hidden, inputs.student_head.weight)
     )
+    at = guidance.positions[first:last]
     return _Guided(
-        rows=guidance.positions[first:last] - here.start,
+        rows=at - here.start,
         ids=guidance.ids[first:last],
         probs=probs,
+        weights=weights_N[at] if guidance.weights is None else guidance.weights[first:last].to(probs.dtype),
         strength=guidance.strength,
     )
 
@@ -330,9 +333,8 @@ def _close_chunk(
     outcome.values[here] = values_C
     outcome.objective_sum += torch.where(live_C, weights_C * values_C, 0.0).sum()
     if guided is not None:
-        guided_weights = weights_C[guided.rows]
-        products = guided_weights * torch.cat(guided.values)
-        outcome.guidance_sum += torch.where(guided_weights != 0, products, 0.0).sum()
+        products = guided.weights * torch.cat(guided.values)
+        outcome.guidance_sum += torch.where(guided.weights != 0, products, 0.0).sum()
     if not inputs.any_grad:
         return
     if objective is None:
@@ -340,7 +342,7 @@ def _close_chunk(
     dead_C = scale_C == 0
     if bool(dead_C.any()):
         grad_CV[dead_C] = 0.0  # never 0 · inf
-    _products(inputs, outcome.gradients, here, grad_CV, scale_C, weights_C, weight_VH, guided)
+    _products(inputs, outcome.gradients, here, grad_CV, scale_C, weight_VH, guided)
 
 
 def _products(
@@ -349,7 +351,6 @@ def _products(
     here: slice,
     grad_CV: Tensor,
     scale_C: Tensor,
-    weights_C: Tensor,
     weight_VH: Tensor,
     guided: _Guided | None,
 ) -> None:
@@ -361,7 +362,7 @@ def _products(
         _add_hidden(into, here, grad_CV, scale_C, weight_VH)
     if guided is not None:
         guidance_gV = torch.cat(guided.gradients)
-        guided_scale = weights_C[guided.rows] * factor
+        guided_scale = guided.weights * factor
         guidance_gV[guided_scale == 0] = 0.0
         if apart:
             _add_guided_hidden(into, here, guided.rows, guidance_gV, guided_scale, weight_VH)

@@ -6,6 +6,7 @@ four matrix products over the vocabulary as in the plain loss, three with a froz
 Shape suffixes: N tokens, H hidden, V vocabulary.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -78,6 +79,8 @@ def fused_objective(
         guidance,
     )
     scaled = weights.to(working_dtype(student_hidden, student_head.weight)) / denominator
+    if guidance is not None and guidance.weights is not None:
+        guidance = replace(guidance, weights=guidance.weights / denominator)
     if objective.discount and advantage is None:
         advantage = _discounted_advantage(
             student_hidden,

@@ -58,6 +58,8 @@ class SparseGuidance:
     """Token ids; the same id may appear twice in a row, its masses add up in the gradient."""
     probs: Float[Tensor, "G M"]
     """ỹ, zero where padded; the mass of a row is above 0 and at most 1 (literal 1/K, or 1)."""
+    weights: Float[Tensor, " G"] | None = None
+    """Of the guided tokens in the sum; None: the same as in the objective."""
     strength: float = 1.0
     """λ."""
     norms: bool = True
