@@ -14,12 +14,16 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from onpath import distributed
+from onpath.cache import Cache, CachedEngine, weights_digest
 from onpath.config import Config
+from onpath.cosine import GradientCosine
 from onpath.data import LoadedPrompts, load_prompts
+from onpath.engines.base import Engine
 from onpath.engines.hf import HFEngine
 from onpath.errors import UserError
 from onpath.grade import Grader, grader_for
 from onpath.losses import Head, Objective
+from onpath.measure import Measure
 from onpath.methods import Method, Tools, make_method
 from onpath.models import (
     check_vocabulary,
@@ -33,7 +37,7 @@ from onpath.models import (
     unwrapped,
 )
 from onpath.options import LossOptions, OPSDOptions, TRDOptions
-from onpath.prompts import TEMPLATES
+from onpath.prompts import EPISTEMIC_WORDS, TEMPLATES
 from onpath.records import Prompt, Sampling
 from onpath.render import Renderer
 from onpath.teacher import ModelTeacher, SelfTeacher, Teacher
@@ -53,12 +57,18 @@ class Parts:
     student: nn.Module
     teacher: Teacher
     engine: HFEngine
+    sampler: Engine
+    """Writes the rollouts that are trained on: the engine, or what the starting weights wrote (offline)."""
     method: Method
     grader: Grader
     objective: Objective
     sampling: Sampling
     vocabulary: int
     device: torch.device
+    measure: Measure
+    cosine: GradientCosine
+    cache: Cache | None = None
+    """What the starting weights wrote, of an offline method."""
     warnings: tuple[str, ...] = field(default=())
 
     @property
@@ -113,15 +123,28 @@ def assemble(config: Config) -> Parts:
         )
 
     engine = engine_over(student)
+    cache, sampler, writer = offline_cache(config, engine, engine_over(teacher.model))
+    measure = Measure(
+        student=student,
+        teacher=teacher,
+        vocabulary=vocabulary,
+        device=device,
+        max_tokens=config.optim.micro_batch_tokens,
+        bf16=config.optim.bf16,
+    )
     tools = Tools(
         student=engine,
-        writer=engine_over(teacher.model),
+        writer=writer,
         teacher=teacher,
         renderer=renderer,
         grader=grader,
         sampling=sampling,
         templates=templates_for(config),
         vocabulary=vocabulary,
+        measure=measure,
+        room=context_length(unwrapped(teacher.model)),
+        first_error=checker_of(config),
+        onset_ids=onset_ids(config, tokenizer),
     )
     return Parts(
         config=config,
@@ -133,12 +156,16 @@ def assemble(config: Config) -> Parts:
         student=student,
         teacher=teacher,
         engine=engine,
+        sampler=sampler,
         method=make_method(config.method, tools),
         grader=grader,
         objective=objective,
         sampling=sampling,
         vocabulary=vocabulary,
         device=device,
+        measure=measure,
+        cosine=GradientCosine(student, every=config.method.cosine_every),
+        cache=cache,
         warnings=tuple(warnings),
     )
 
@@ -166,10 +193,7 @@ def load_data(config: Config) -> tuple[LoadedPrompts, dict[str, tuple[Prompt, ..
     """The training pool and the evaluation sets."""
     data = config.data
     pool = load_prompts(data.train, limit=data.limit, skip_bad=data.skip_bad)
-    if isinstance(config.method, OPSDOptions) or (
-        isinstance(config.method, TRDOptions) and config.method.shows_reference
-    ):
-        column = config.method.hint if isinstance(config.method, OPSDOptions) else "solution"
+    for column in config.method.needs:
         lacking = [p.id for p in pool.prompts if not (getattr(p, column) or "").strip()]
         if lacking:
             raise UserError(
@@ -207,6 +231,8 @@ def make_renderer(config: Config, tokenizer: PreTrainedTokenizerBase) -> Rendere
 def check_prompt_lengths(config: Config, renderer: Renderer, room: int, prompts: Sequence[Prompt]) -> None:
     """Every prompt and its response must fit the model before the first step, not at the thousandth."""
     new = max(config.rollout.max_new_tokens, config.eval.max_new_tokens)
+    if isinstance(config.method, TRDOptions):
+        new = max(new, config.method.rewrite_max_new_tokens or 0)
     for prompt in prompts:
         length = len(renderer.ids(prompt))
         if length + new > room:
@@ -279,6 +305,40 @@ def templates_for(config: Config) -> dict[str, str]:
     from onpath import gym
 
     return {**TEMPLATES, **gym.TEMPLATES}
+
+
+def checker_of(config: Config) -> Callable[[str, str], int | None] | None:
+    """The task's checker of steps, where it has one."""
+    if not config.data.train.startswith("gym:"):
+        return None
+    from onpath import gym
+
+    return gym.first_error
+
+
+def onset_ids(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """First tokens of the words that open a correction, with and without a space before them."""
+    asked = config.method.epistemic if isinstance(config.method, OPSDOptions | TRDOptions) else None
+    words = EPISTEMIC_WORDS if asked is None else asked
+    if asked is None and config.data.train.startswith("gym:"):
+        from onpath import gym
+
+        words = gym.ONSET_WORDS
+    spellings = [spelling for word in words for spelling in (word, f" {word}") if spelling.strip()]
+    first = {tokenizer(s, add_special_tokens=False)["input_ids"][0] for s in spellings}
+    return tuple(sorted(first - {tokenizer.unk_token_id}))
+
+
+def offline_cache(config: Config, student: HFEngine, writer: HFEngine) -> tuple[Cache | None, Engine, Engine]:
+    """The cache, the sampler and the writer: caching engines where the starting weights write everything."""
+    if not (isinstance(config.method, TRDOptions) and config.method.offline):
+        return None, student, writer
+    cache = Cache(Path(config.run.dir) / config.run.name / "cache")
+    sampler, kept = (
+        CachedEngine(engine, cache, weights=weights_digest(engine.model), renderer=engine.renderer)
+        for engine in (student, writer)
+    )
+    return cache, sampler, kept
 
 
 def make_optimizer(parts: Parts) -> tuple[torch.optim.AdamW, Callable[[int], None]]:

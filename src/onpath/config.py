@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from onpath.errors import UserError
-from onpath.options import METHOD_OPTIONS, Method, OPDOptions, Section
+from onpath.options import METHOD_OPTIONS, Method, OPDOptions, OPSDOptions, Section, TRDOptions
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -209,6 +209,16 @@ class Config(Section):
                 f"rollout.temperature must be 1, "
                 f"rollout.top_p 1 and rollout.top_k 0, not {self.rollout.temperature:g}, "
                 f"{self.rollout.top_p:g} and {self.rollout.top_k}"
+            )
+        gym, method = self.data.train.startswith("gym:"), self.method
+        if isinstance(method, TRDOptions) and method.minimal_edit and method.locate == "checker" and not gym:
+            raise ValueError(
+                f"method.locate: checker needs a task with a checker of steps, as the gym is, not "
+                f"{self.data.train}; use teacher_logprob"
+            )
+        if isinstance(method, OPSDOptions) and method.hint == "answer" and method.template is None and gym:
+            raise ValueError(
+                "method.hint: answer is a prompt that the gym's models were never shown; use hint: solution"
             )
         return self
 

@@ -57,6 +57,8 @@ class Meter:
     """Response tokens (total weight) of all processes."""
     graded: Sequence[Graded] = ()
     grad_norm: float = 0.0
+    gradient_cosine: float | None = None
+    """Of this step's gradient and the last one's, before clipping."""
     sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     per_token: dict[int, dict[str, list[float]]] = field(default_factory=dict)
     """id() of a trajectory → statistic → one value per response token."""
@@ -90,6 +92,9 @@ class Meter:
             "right": sum(verdicts),
             "graded": len(verdicts),
             "finished": sum(r.finish_reason == "stop" for r in self.rollouts),
+            **self.prepared.totals,
+            **{f"sum of {k}": total for k, (total, _) in self.prepared.means.items()},
+            **{f"count of {k}": count for k, (_, count) in self.prepared.means.items()},
         }
         all_of = dict(zip(mine, distributed.total(mine.values(), device), strict=True))
         counted, rollouts = max(all_of["counted"], 1.0), max(all_of["rollouts"], 1.0)
@@ -101,7 +106,13 @@ class Meter:
             "finished": all_of["finished"] / rollouts,
             "student_tokens_generated": int(all_of["generated"]),
             "grad_norm": self.grad_norm,
+            **{k: int(all_of[k]) for k in self.prepared.totals},
         }
+        for k in self.prepared.means:
+            count = all_of[f"count of {k}"]
+            row[k] = all_of[f"sum of {k}"] / count if count else None
+        if self.gradient_cosine is not None:
+            row["gradient_cosine"] = self.gradient_cosine
         if "guidance_grad_sq" in self.sums:
             ratio = self.sums["guidance_grad_sq"] / max(self.sums["objective_grad_sq"], 1e-30)
             row |= {"guidance": self.sums["guidance"], "guidance_grad_ratio": ratio**0.5}

@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from onpath.prompts import check_slots
+
 Divergence = Literal[
     "reverse_kl", "forward_kl", "jensen_shannon", "sampled", "cross_entropy", "negative_advantage"
 ]
@@ -48,6 +50,13 @@ class LossOptions(Section):
     """Clip range of the importance ratio; sampled only."""
     discount: float = Field(0.0, ge=0, le=1)
     """Weight of future log-ratios in a token's advantage; 0 is the token's own; sampled only."""
+    cosine_every: int = Field(0, ge=0)
+    """Measure the cosine of consecutive steps' gradients every so many steps (keeps one copy); 0 never."""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Columns that every training prompt must have."""
+        return ()
 
 
 class OPDOptions(LossOptions):
@@ -85,10 +94,25 @@ class OPSDOptions(LossOptions):
     own."""
     off_policy: bool = False
     """Accept tempered or truncated rollouts."""
+    epistemic: tuple[str, ...] | None = None
+    """Words whose teacher probability is logged as epistemic mass; None: the gym's onset or TRD's list."""
+    diagnose_every: int = Field(1, ge=0)
+    """Measure divergence by verdict, epistemic mass and perplexities every so many steps (one more forward
+    pass of both models along y); 0 never."""
 
     @property
     def on_policy(self) -> bool:
         return not self.off_policy
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (self.hint,)
+
+    @model_validator(mode="after")
+    def _slots(self) -> "OPSDOptions":
+        if self.template is not None:
+            check_slots(self.template, {"problem", self.hint})
+        return self
 
 
 class TRDOptions(LossOptions):
@@ -117,17 +141,22 @@ class TRDOptions(LossOptions):
     """Of the rewrite z (the authors: 0.95)."""
     rewrite_max_new_tokens: int | None = Field(None, ge=1)
     """Longest rewrite; None: rollout.max_new_tokens."""
+    rewrite_prompt_tokens: int | None = Field(None, ge=1)
+    """Longest rewrite prompt: the attempt, then the reference, lose their ends until it fits; None: what the
+    rewriter's context leaves."""
     scoring: Literal["rewrite", "plain"] = "rewrite"
     """Context in which the teacher scores z: the rewrite prompt (faithful), or the plain problem."""
     offline: bool = False
-    """Rollouts and rewrites of all prompts once, from the starting weights; one pass (the paper's setting).
-    """
+    """Rollouts and rewrites of each prompt once, from the starting weights (the paper's setting; one pass
+    where optim.steps × rollout.prompts is the pool)."""
     paper_compat: bool = False
     """The authors' rendering: no chat template in the trained text and no EOS supervised."""
     refine: Literal["all", "wrong_only"] = "all"
     """wrong_only leaves right attempts as they are and trains only on rewrites of wrong ones."""
     filter: Literal["none", "drop_harmed", "wrong_to_right"] = "none"
     """drop_harmed drops right→wrong and unfinished rewrites; wrong_to_right keeps only repaired ones."""
+    unfinished: Literal["keep", "drop"] = "keep"
+    """Rewrites cut by rewrite_max_new_tokens: trained on as far as they go, or dropped."""
     best_of: int = Field(1, ge=1)
     """Rewrites per attempt; the one the student finds likeliest among the verified is kept."""
     minimal_edit: bool = False
@@ -135,14 +164,19 @@ class TRDOptions(LossOptions):
     locate: Literal["checker", "teacher_logprob"] = "checker"
     """How minimal_edit finds the first error: the task's checker of steps (gym), or the first steep drop of
     the teacher's log-prob."""
+    locate_drop: float = Field(4.0, gt=0)
+    """teacher_logprob: nats by which a token must be likelier to the student than to the teacher."""
     gate: bool = True
     """Before training, rewrite a sample of real rollouts and refuse to go on if that harms them."""
     gate_prompts: int = Field(64, ge=1)
     """Rollouts that the gate rewrites."""
     gate_max_harm: float = Field(0.1, ge=0, le=1)
     """Largest accepted share of right attempts that the rewriter turns wrong."""
-    cosine_every: int = Field(0, ge=0)
-    """Measure the cosine of consecutive gradients every so many steps; 0 never."""
+    epistemic: tuple[str, ...] | None = None
+    """Words whose teacher probability is logged as epistemic mass; None: the gym's onset or TRD's list."""
+    diagnose_every: int = Field(1, ge=0)
+    """Measure support gap, divergence by verdict, epistemic mass and perplexities every so many steps (one
+    more forward pass of both models along y and z); 0 never."""
 
     @property
     def on_policy(self) -> bool:
@@ -154,10 +188,28 @@ class TRDOptions(LossOptions):
     def shows_reference(self) -> bool:
         return self.teacher == "self" if self.reference is None else self.reference
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        judges = self.refine != "all" or self.filter != "none"
+        return ("solution",) * self.shows_reference + ("answer",) * judges
+
+    @property
+    def slots(self) -> frozenset[str]:
+        """What the rewriter is shown."""
+        shown = {"problem": True, "attempt": self.see_attempt, "solution": self.shows_reference}
+        return frozenset(slot for slot, is_shown in shown.items() if is_shown)
+
     @model_validator(mode="after")
     def _possible(self) -> "TRDOptions":
         if self.minimal_edit and not self.see_attempt:
             raise ValueError("minimal_edit keeps a part of the attempt, so see_attempt must be true")
+        if self.scoring == "plain" and self.teacher == "self":
+            raise ValueError(
+                "scoring is plain and teacher is self: on the plain problem the teacher is the student "
+                "itself, which teaches nothing; use scoring: rewrite"
+            )
+        if self.template is not None:
+            check_slots(self.template, self.slots)
         return self
 
 
@@ -166,7 +218,7 @@ class TOPDOptions(LossOptions):
 
     name: Literal["topd"] = "topd"
     candidates: Literal["reverse_kl", "teacher_nll", "sampled_gap"] = "reverse_kl"
-    """Per-token loss that ranks positions."""
+    """Per-token loss that ranks positions; sampled_gap is log p_S − log p_T of the sampled token."""
     top_share: float = Field(0.0225, gt=0, le=1)
     """Share of each trajectory's positions that become candidates (at least one)."""
     min_gap: int = Field(1, ge=1)
@@ -174,15 +226,20 @@ class TOPDOptions(LossOptions):
     max_per_rollout: int = Field(64, ge=1)
     """Most candidates of one rollout."""
     max_per_step: int = Field(4096, ge=1)
-    """Most candidates of one optimiser step (per process)."""
+    """Most candidates of one optimiser step (per process); all rollouts give up the same share."""
     window: int = Field(50, ge=1)
     """K, tokens of each near-future window; scale it to the task (the gym: two steps)."""
     teacher_temperature: float = Field(0.0, ge=0)
     """Of the teacher's window; 0 is greedy."""
     student_window: Literal["rollout", "regenerate"] = "rollout"
-    """The student's window: its own rollout, or a fresh sample from the same prefix."""
-    embedding: Literal["student", "teacher"] = "student"
-    """Whose input embeddings give the transport cost."""
+    """What D compares with: the student's own rollout, or a fresh sample from the same prefix. Guidance follows the
+    rollout in both cases."""
+    reuse_cache: bool = True
+    """Windows start from the keys and values of the teacher's scoring pass; false reads each prefix anew."""
+    embedding: Literal["student", "teacher", "student_layer"] = "student"
+    """Vectors of the transport cost: the input embeddings of either, or the student's hidden states in context."""
+    embedding_layer: int = -1
+    """student_layer: which hidden states, counted as transformers does (0 the embeddings, -1 the last)."""
     decide: Literal[
         "quantile",
         "threshold",
@@ -191,35 +248,50 @@ class TOPDOptions(LossOptions):
         "random_positions",
         "all_high_loss",
     ] = "quantile"
-    """How real forks are told from surface mismatches; the last three are control arms."""
+    """How real forks are told from surface mismatches: D above its quantile drop_share, above threshold, or above
+    the upper quartile of D at low-loss positions (the paper). Arms: the sampled log-ratio above its quantile
+    drop_share; positions drawn at random; all candidates."""
     drop_share: float = Field(0.3, ge=0, lt=1)
-    """quantile: share of candidates with the lowest distance that are dropped."""
+    """quantile, sampled_gap, random_positions: share of candidates that are dropped."""
+    quantile_decay: float = Field(0.9, ge=0, lt=1)
+    """The quantile is a moving average over steps with this decay; 0 is that of the step alone."""
     threshold: float = Field(0.3, ge=0)
     """threshold: smallest distance of a fork."""
     plan: Literal["transport", "shuffled", "positional", "teacher_window_ce"] = "transport"
-    """What spreads the guidance: the transport plan, or a control (shuffled plan, identity, cross-entropy on
-    the teacher's own window)."""
+    """What spreads the guidance: the transport plan, or a control (its columns shuffled, token i to token i, or
+    cross-entropy along the teacher's own window spliced in after y_<t)."""
     epsilon: float = Field(0.05, gt=0)
     """Entropic regularisation of the guidance plan (the distance is exact)."""
     mass: Literal["row", "literal"] = "row"
-    """row normalises each target to mass 1; literal keeps the plan's 1/K."""
+    """row scales each target to mass 1; literal keeps the plan's 1/K."""
     guidance_weight: float | Literal["auto"] = 1.0
-    """λ. auto holds |λ∇L_traj| / |∇L_OPD| at auto_ratio."""
+    """λ. auto holds |λ∇L_traj| / |∇L_OPD|, at the hidden states, at auto_ratio."""
     auto_ratio: float = Field(0.5, gt=0)
     """Target of guidance_weight: auto."""
     overlap: Literal["average", "suppress"] = "average"
-    """Two targets at one position: averaged, or forks closer than K/2 suppressed."""
+    """Targets that meet at one position are averaged; suppress first drops forks closer than K/2 to one of larger
+    D."""
     guide: bool = True
     """False leaves only the suppression."""
     suppress: Literal["none", "low", "high"] = "none"
-    """low caps low-distance high-loss tokens at the median loss; high caps as many drawn from the rest
-    (control)."""
+    """low caps surface mismatches among the candidates at the rollout's median loss; high caps as many of the
+    others, drawn at random (control)."""
+    record_above: float = Field(0.05, ge=0, le=1)
+    """Entries of a plan, as a share of their row, that are stored with the trajectories."""
     off_policy: bool = False
     """Accept tempered or truncated rollouts."""
 
     @property
     def on_policy(self) -> bool:
         return not self.off_policy
+
+    @model_validator(mode="after")
+    def _possible(self) -> "TOPDOptions":
+        if self.guidance_weight != "auto" and self.guidance_weight < 0:
+            raise ValueError(f"guidance_weight must be at least 0, not {self.guidance_weight:g}")
+        if not self.guide and self.suppress == "none":
+            raise ValueError("guide false without suppress changes nothing: use method.name opd, or set suppress")
+        return self
 
 
 Method = OPDOptions | OPSDOptions | TRDOptions | TOPDOptions

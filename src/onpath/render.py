@@ -8,6 +8,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from onpath.errors import UserError
+from onpath.prompts import check_slots
 from onpath.records import Message, Prompt
 
 
@@ -96,12 +97,8 @@ def fill(template: str, **slots: str) -> str:
         UserError: the template lacks a slot, or has one that nobody fills.
     """
     try:
-        parts = list(Formatter().parse(template))
+        check_slots(template, set(slots))
     except ValueError as error:
-        raise UserError(f"template {template[:60]!r}: {error}; write literal braces doubled") from None
-    found = {name for _, name, _, _ in parts if name is not None}
-    if found != set(slots):
-        need = ", ".join(f"{{{s}}}" for s in sorted(slots))
-        have = ", ".join(f"{{{s}}}" for s in sorted(found)) or "none"
-        raise UserError(f"template {template[:60]!r} must have exactly the slots {need}; it has {have}")
+        raise UserError(str(error)) from None
+    parts = Formatter().parse(template)
     return "".join(literal + (slots[name] if name is not None else "") for literal, name, _, _ in parts)

@@ -9,9 +9,7 @@ import torch
 
 from onpath import distributed
 from onpath.assemble import Parts
-from onpath.batch import Batch, collate, micro_batches
-from onpath.losses import TeacherHidden, TokenStats, token_stats
-from onpath.models import hidden_states
+from onpath.batch import Batch
 from onpath.records import Trajectory
 
 
@@ -48,31 +46,13 @@ def reweighted(parts: Parts, trajectories: Sequence[Trajectory]) -> list[Traject
         "divergence": "reverse_kl",
     }[parts.config.method.reweight]
     found: list[tuple[Trajectory, list[float]]] = []
-    for batch, stats in scored(parts, trajectories):
+    for batch, stats in parts.measure.batches(trajectories):
         found += zip(batch.trajectories, batch.by_row(getattr(stats, name)), strict=True)
     raw = [[w * s for w, s in zip(t.token_weights, values, strict=True)] for t, values in found]
     count = sum(sum(t.token_weights) for t, _ in found)
     weight, tokens = distributed.total([sum(map(sum, raw)), count], parts.device)
     scale = tokens / weight if weight > 0 else 0.0
     return [replace(t, weights=tuple(w * scale for w in row)) for (t, _), row in zip(found, raw, strict=True)]
-
-
-@torch.no_grad()
-def scored(parts: Parts, trajectories: Sequence[Trajectory]) -> list[tuple[Batch, TokenStats]]:
-    """Per-token statistics of student and teacher, without gradients: one forward pass of each."""
-    pairs = []
-    for micro in micro_batches(trajectories, max_tokens=parts.config.optim.micro_batch_tokens):
-        batch = collate(micro, device=parts.device)
-        with parts.autocast():
-            hidden_BSH = hidden_states(parts.student, batch.student_ids_BS, batch.student_mask_BS)
-        stats = token_stats(
-            student_hidden=hidden_BSH.flatten(0, 1)[batch.student_at_N],
-            student_head=parts.head,
-            teacher=TeacherHidden(hidden=parts.teacher.hidden(batch), head=parts.teacher.head),
-            sampled_ids=batch.token_N,
-        )
-        pairs.append((batch, stats))
-    return pairs
 
 
 def loss_inputs(parts: Parts, batch: Batch) -> dict[str, Any]:

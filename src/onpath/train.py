@@ -29,6 +29,7 @@ from onpath.losses import LossResult, TeacherHidden, fused_objective
 from onpath.meter import Meter, Stopwatch
 from onpath.models import hidden_states
 from onpath.records import Graded, Rollout, token_count
+from onpath.refine import gate
 from onpath.runs import Run, evaluate_all, open_run, saved_evaluations, store_step
 from onpath.shape import loss_inputs, shaped
 
@@ -76,9 +77,12 @@ def optimise(parts: Parts, run: Run, *, quiet: bool) -> None:
     """All optimiser steps that are left, with the evaluations and checkpoints that fall due."""
     config = parts.config
     optimizer, schedule = make_optimizer(parts)
+    write_ahead(parts)
     done = run.resume(optimizer)
     with Display(steps=config.optim.steps, done=done, quiet=quiet or distributed.rank() > 0) as display:
         run.announce(display, done)
+        if done == 0:
+            gate(parts, run, display)
         if done == 0 and config.eval.start:
             evaluate_all(parts, run, display, step=0)
         for step in range(done, config.optim.steps):
@@ -117,6 +121,7 @@ def one_step(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> Meter
         meter.add(batch, result)
     with watch("train"):
         distributed.sum_gradients(parts.student)
+        meter.gradient_cosine = parts.cosine(step)
         trained = [p for p in parts.student.parameters() if p.requires_grad]
         meter.grad_norm = float(
             torch.nn.utils.clip_grad_norm_(trained, config.optim.max_grad_norm, error_if_nonfinite=True)
@@ -130,6 +135,15 @@ def one_step(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> Meter
     return meter
 
 
+def write_ahead(parts: Parts) -> None:
+    """Offline methods: the starting weights write everything that the run will train on, before a checkpoint
+    replaces them."""
+    if parts.cache is not None:
+        for step in range(parts.config.optim.steps):
+            parts.method.prepare(sample(parts, step), step=step)
+        parts.cache.sealed = True
+
+
 def sample(parts: Parts, step: int) -> list[Rollout]:
     """This process's rollouts of one step: the student's own samples."""
     prompts = prompts_of_step(
@@ -137,7 +151,7 @@ def sample(parts: Parts, step: int) -> list[Rollout]:
     )
     keys = [f"step {step}/{place}" for place in range(len(prompts))]
     mine = distributed.share(list(zip(prompts, keys, strict=True)))
-    return parts.engine.generate(
+    return parts.sampler.generate(
         [prompt for prompt, _ in mine],
         parts.sampling,
         n=parts.config.rollout.n,

@@ -3,7 +3,8 @@
 from onpath.methods.base import Method, Prepared, Tools
 from onpath.methods.opd import OPD
 from onpath.methods.opsd import OPSD
-from onpath.options import LossOptions, OPDOptions, OPSDOptions
+from onpath.methods.trd import TRD
+from onpath.options import LossOptions, OPDOptions, OPSDOptions, TRDOptions
 
 __all__ = ["Method", "Prepared", "Tools", "make_method"]
 
@@ -15,5 +16,7 @@ def make_method(options: LossOptions, tools: Tools) -> Method:
             return OPD(options, tools)
         case OPSDOptions():
             return OPSD(options, tools)
+        case TRDOptions():
+            return TRD(options, tools)
         case _:
             raise NotImplementedError(type(options).__name__)

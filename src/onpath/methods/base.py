@@ -1,6 +1,7 @@
 """What a method is: it turns rollouts into trajectories. Everything else is the same for all of them."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -8,8 +9,9 @@ from torch import Tensor
 
 from onpath.engines.base import Engine
 from onpath.grade import Grader
+from onpath.measure import Measure
 from onpath.records import Prompt, Rollout, Sampling, Trajectory
-from onpath.render import Renderer
+from onpath.render import Renderer, fill, with_question
 from onpath.teacher import SelfTeacher, Teacher
 
 
@@ -30,6 +32,14 @@ class Tools:
     """User messages of privileged prompts: `hint`, `hint_answer`, `rewrite`, `rewrite_with_reference`."""
     vocabulary: int
     """Number of token ids that student and teacher share."""
+    measure: Measure
+    """Per-token statistics of student and teacher."""
+    room: int
+    """Most tokens, prompt and response, that the writer takes."""
+    first_error: Callable[[str, str], int | None] | None = None
+    """The task's checker of steps: (problem, response) → characters before the first error."""
+    onset_ids: tuple[int, ...] = ()
+    """First tokens of the words that open a correction."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +50,10 @@ class Prepared:
     """To train on, and with `edit.kept` false those recorded only."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
     """Added to the step's line of metrics.jsonl."""
+    means: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Likewise, as (sum, count) of this process: divided after both are summed over all processes."""
+    totals: Mapping[str, float] = field(default_factory=dict)
+    """Likewise, summed over all processes."""
 
 
 class Method(Protocol):
@@ -90,6 +104,24 @@ def own_response(rollout: Rollout, *, teacher_context: Sequence[int] | None = No
         origin=rollout,
         behaviour_logprobs=rollout.logprobs,
     )
+
+
+def privileged_context(prompt: Prompt, template: str, column: str, tools: Tools) -> tuple[int, ...]:
+    """Ids of a prompt that also shows `column` (solution or answer)."""
+    slots = {"problem": prompt.question, column: needed(prompt, column, "the privileged prompt")}
+    return tools.renderer.ids(with_question(prompt, fill(template, **slots)))
+
+
+def judging_context(rollout: Rollout, *, reference: bool, tools: Tools) -> tuple[int, ...]:
+    """Where a teacher that has not seen y reads it: after the problem, or after problem and reference."""
+    if not reference:
+        return rollout.context
+    return privileged_context(rollout.prompt, tools.templates["hint"], "solution", tools)
+
+
+def acting(teacher: Teacher) -> contextlib.AbstractContextManager[object]:
+    """While the writer writes in the teacher's name: a `self` teacher has its adapter off, if it must."""
+    return teacher.acting() if isinstance(teacher, SelfTeacher) else contextlib.nullcontext()
 
 
 def needed(prompt: Prompt, column: str, why: str) -> str:

@@ -1,0 +1,91 @@
+"""What a step's edits did, as sums with counts (see `Prepared.means`)."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import exp
+
+from onpath.measure import Values
+from onpath.methods.base import Tools, judging_context, own_response
+from onpath.methods.edits import CELLS, Rewrite
+from onpath.records import Trajectory
+
+Means = dict[str, tuple[float, float]]
+
+
+def _mean(values: Sequence[float | bool]) -> tuple[float, float]:
+    return float(sum(values)), float(len(values))
+
+
+def edit_means(rewrites: Sequence[Rewrite], trajectories: Sequence[Trajectory]) -> Means:
+    """Accuracies, the four cells, lengths and what looks wrong: all that needs no model."""
+    judged = [w for w in rewrites if w.cell]
+    written = [(w, t) for w, t in zip(rewrites, trajectories, strict=True) if w.kind != "none"]
+    tokens_y, tokens_z = sum(len(w.attempt.ids) for w, _ in written), sum(len(w.ids) for w, _ in written)
+    return {
+        "accuracy_y": _mean([w.attempt_right is True for w in judged]),
+        "accuracy_z": _mean([w.right is True for w in judged]),
+        **{cell: _mean([w.cell == cell for w in judged]) for cell in CELLS},
+        "length_ratio": (float(tokens_z), float(tokens_y)),
+        "edit_distance_tokens": _mean([t.edit.detail["edit_distance"] for _, t in written]),
+        "unfinished_z": _mean([not w.finished for w, _ in written]),
+        **{
+            f"{flaw}_z": _mean([t.edit.detail[flaw] for _, t in written])
+            for flaw in ("empty", "identical", "foreign")
+        },
+        "kept_z": _mean([t.edit.kept for t in trajectories]),
+    }
+
+
+def token_means(
+    read: Sequence[Trajectory], verdicts: Sequence[bool | None], *, tools: Tools
+) -> tuple[Means, list[Values]]:
+    """Along y, in the contexts given: divergence by verdict, epistemic mass, perplexity gap."""
+    values = tools.measure(read, mass_ids=tools.onset_ids)
+    means: Means = {}
+    for name, wanted in (("right", True), ("wrong", False)):
+        kl = [
+            x for v, ok in zip(values, verdicts, strict=True) if ok is wanted for x in v.get("reverse_kl", ())
+        ]
+        means[f"reverse_kl_y_{name}_nats"] = _mean(kl)
+    return means | response_means(values, "y"), values
+
+
+def response_means(values: Sequence[Values], name: str) -> Means:
+    """Of one kind of response: the teacher's mass on openings of a correction, and by how much the teacher's
+    perplexity exceeds the student's."""
+    read = [v for v in values if v.get("student_logp")]
+    return {
+        f"epistemic_mass_{name}": _mean([x for v in read for x in v.get("teacher_mass", ())]),
+        f"perplexity_gap_{name}": _mean(
+            [_perplexity(v["teacher_logp"]) - _perplexity(v["student_logp"]) for v in read]
+        ),
+    }
+
+
+def measured(
+    rewrites: Sequence[Rewrite], trajectories: Sequence[Trajectory], *, reference: bool, tools: Tools
+) -> tuple[list[Trajectory], Means]:
+    """Both responses read by both models, y by a teacher that has not seen it: trajectories with the
+    student's log-probs in their edits, and means."""
+    attempts = [w.attempt for w in rewrites]
+    unseen = [judging_context(r, reference=reference, tools=tools) for r in attempts]
+    read = [own_response(r, teacher_context=c) for r, c in zip(attempts, unseen, strict=True)]
+    means, along_y = token_means(read, [w.attempt_right for w in rewrites], tools=tools)
+    along_z = tools.measure(trajectories, mass_ids=tools.onset_ids)
+    gaps, noted = [], []
+    for t, w, y, z in zip(trajectories, rewrites, along_y, along_z, strict=True):
+        ours = {
+            f"student_logp_{name}": sum(v["student_logp"]) / len(v["student_logp"])
+            for name, v in (("y", y), ("z", z))
+            if v
+        }
+        if y:
+            ours["reverse_kl_y_nats"] = sum(y["reverse_kl"]) / len(y["reverse_kl"])
+        if y and z and w.kind != "none":
+            gaps.append(ours["student_logp_z"] - ours["student_logp_y"])
+        noted.append(replace(t, edit=replace(t.edit, detail={**t.edit.detail, **ours})))
+    return noted, {**means, **response_means(along_z, "z"), "support_gap_nats": _mean(gaps)}
+
+
+def _perplexity(logps: Sequence[float]) -> float:
+    return exp(-sum(logps) / len(logps))

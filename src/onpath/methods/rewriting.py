@@ -1,0 +1,148 @@
+"""How z is written: the rewrite prompt, trimmed to its budget, and what the teacher writes after it.
+
+Every draw depends on (seed, when, prompt, sample) alone, so that a resumed run and any number of processes
+rewrite alike.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from onpath.errors import UserError
+from onpath.methods.base import Tools, acting, needed
+from onpath.methods.edits import Rewrite, verdicts
+from onpath.methods.locate import first_errors
+from onpath.options import TRDOptions
+from onpath.records import Rollout, Sampling
+from onpath.render import fill, with_question
+
+_NAMES = {
+    frozenset({"problem", "attempt"}): "rewrite",
+    frozenset({"problem", "attempt", "solution"}): "rewrite_with_reference",
+    frozenset({"problem", "solution"}): "hint",
+}
+
+
+class Rewriter:
+    """Attempts in, rewrites out.
+
+    Raises:
+        UserError: minimal edits without a way to find the first error.
+    """
+
+    def __init__(self, options: TRDOptions, tools: Tools) -> None:
+        if options.minimal_edit and options.locate == "checker" and tools.first_error is None:
+            raise UserError(
+                "method.locate: checker needs a task with a checker of steps, as the gym is; use "
+                "teacher_logprob"
+            )
+        self.options, self.tools = options, tools
+        self.new_tokens = options.rewrite_max_new_tokens or tools.sampling.max_new_tokens
+        self.room = min(options.rewrite_prompt_tokens or tools.room, tools.room - self.new_tokens)
+        named = "{problem}" if options.slots == {"problem"} else tools.templates[_NAMES[options.slots]]
+        self.template = options.template or named
+
+    def __call__(self, attempts: Sequence[Rollout], *, when: str) -> list[Rewrite]:
+        """One rewrite of each attempt, judged; `when` names the draw (the step)."""
+        right = verdicts(self.tools.grader, self.tools.renderer, [(r, r.ids) for r in attempts])
+        plans = [
+            self.plan(r, ok, at) for r, ok, at in zip(attempts, right, self.errors(attempts), strict=True)
+        ]
+        todo = [plan for plan in plans if plan.kind != "none"]
+        best = iter(self.choose(self.write(todo, when=when)))
+        return [self.left_alone(plan) if plan.kind == "none" else next(best) for plan in plans]
+
+    def errors(self, attempts: Sequence[Rollout]) -> list[int | None]:
+        """Tokens before each first error, where they will be kept; else 0: nothing is."""
+        if self.options.minimal_edit:
+            return first_errors(attempts, self.options, self.tools)
+        return [0] * len(attempts)
+
+    def plan(self, attempt: Rollout, right: bool | None, error: int | None) -> Rewrite:
+        """What to do with an attempt: the kind of edit, the prompt, and the tokens of y to keep."""
+        untouched = right is True and self.options.refine == "wrong_only"
+        if error is None and right is not False:
+            untouched = True
+        kept = error or 0  # wrong, but no error found: rewritten from the start
+        context, trimmed = self.prompt(attempt, room=self.room - kept)
+        kind = "none" if untouched else "minimal_edit" if self.options.minimal_edit else "rewrite"
+        detail = {**trimmed, **({"kept_tokens": kept} if self.options.minimal_edit else {})}
+        return Rewrite(
+            attempt=attempt, context=context, ids=attempt.ids[:kept], finished=False, attempt_right=right,
+            kind=kind, detail=detail,
+        )  # fmt: skip
+
+    def prompt(self, attempt: Rollout, *, room: int) -> tuple[tuple[int, ...], dict[str, int]]:
+        """Ids of the rewrite prompt; too long, the attempt loses its end, then the reference does.
+
+        Raises:
+            UserError: it does not fit with both of them gone.
+        """
+        tokenizer, text = self.tools.renderer.tokenizer, self.tools.renderer.text
+        parts = {"attempt": list(attempt.ids)}
+        if "solution" in self.options.slots:
+            solution = needed(attempt.prompt, "solution", "the rewriter's reference")
+            parts["solution"] = list(tokenizer(solution, add_special_tokens=False)["input_ids"])
+        whole = {"attempt": text(attempt.ids), "solution": attempt.prompt.solution or ""}
+        cut = dict.fromkeys(parts, 0)
+        while True:
+            slots = {k: text(v[: len(v) - cut[k]]) if cut[k] else whole[k] for k, v in parts.items()}
+            slots = {k: v for k, v in slots.items() if k in self.options.slots}
+            question = fill(self.template, problem=attempt.prompt.question, **slots)
+            ids = self.tools.renderer.ids(with_question(attempt.prompt, question))
+            if len(ids) <= room:
+                return ids, {f"{k}_tokens_trimmed": n for k, n in cut.items() if n}
+            part = next((k for k, v in parts.items() if k in slots and cut[k] < len(v)), None)
+            if part is None:
+                raise UserError(
+                    f"prompt {attempt.prompt.id!r}: its rewrite prompt has {len(ids)} tokens with attempt "
+                    f"and reference cut away, but only {room} fit; shorten the prompt or the template, or "
+                    f"lower method.rewrite_max_new_tokens ({self.new_tokens})"
+                )
+            cut[part] = min(len(parts[part]), cut[part] + len(ids) - room)
+
+    def write(self, plans: Sequence[Rewrite], *, when: str) -> list[list[Rewrite]]:
+        """`best_of` rewrites of each plan, judged."""
+        options, n = self.options, self.options.best_of
+        sampling = Sampling(
+            temperature=options.rewrite_temperature, top_p=options.rewrite_top_p,
+            max_new_tokens=self.new_tokens, seed=self.tools.sampling.seed,
+        )  # fmt: skip
+        jobs = [(plan, i) for plan in plans for i in range(n)]
+        with acting(self.tools.teacher):
+            written = self.tools.writer.continue_from(
+                [p.context + p.ids for p, _ in jobs],
+                sampling,
+                keys=[f"{when}/{p.attempt.prompt.id}/{p.attempt.sample}/rewrite {i}" for p, i in jobs],
+            )
+        drafts = []
+        for (plan, _), done in zip(jobs, written, strict=True):
+            ids = (plan.ids + done.ids)[: self.new_tokens]
+            whole = done.finish_reason == "stop" and len(ids) == len(plan.ids) + len(done.ids)
+            detail = {**plan.detail, "teacher_tokens": len(done.ids)}
+            drafts.append(replace(plan, ids=ids, finished=whole, detail=detail))
+        right = verdicts(self.tools.grader, self.tools.renderer, [(d.attempt, d.ids) for d in drafts])
+        drafts = [replace(d, right=ok) for d, ok in zip(drafts, right, strict=True)]
+        return [drafts[i : i + n] for i in range(0, len(drafts), n)]
+
+    def choose(self, groups: Sequence[Sequence[Rewrite]]) -> list[Rewrite]:
+        """Of each group the verified one (else any) that the student finds likeliest per token."""
+        if self.options.best_of == 1:
+            return [group[0] for group in groups]
+        flat = [d for group in groups for d in group]
+        logps = self.tools.student.score([d.attempt.context for d in flat], [d.ids for d in flat])
+        likely = {id(d): sum(row) / max(1, len(row)) for d, row in zip(flat, logps, strict=True)}
+        chosen = []
+        for group in groups:
+            best = max(group, key=lambda d: (d.right is True, likely[id(d)]))
+            spent = {
+                "candidates": len(group),
+                "verified": sum(d.right is True for d in group),
+                "teacher_tokens": sum(d.detail["teacher_tokens"] for d in group),
+            }
+            chosen.append(replace(best, detail={**best.detail, **spent}))
+        return chosen
+
+    def left_alone(self, plan: Rewrite) -> Rewrite:
+        """z = y."""
+        y = plan.attempt
+        return replace(plan, ids=y.ids, finished=y.finish_reason == "stop", right=plan.attempt_right)
