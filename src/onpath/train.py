@@ -10,6 +10,7 @@ Every random draw is a pure function of (seed, step), so a run that is killed an
 exactly.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from onpath.assemble import Parts, assemble, make_optimizer
 from onpath.batch import Batch, collate, micro_batches
 from onpath.config import Config
 from onpath.data import prompts_of_step
+from onpath.errors import UserError
 from onpath.log import Display
 from onpath.losses import LossResult, TeacherHidden, fused_objective
 from onpath.meter import Meter, Stopwatch
@@ -111,7 +113,7 @@ def one_step(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> Meter
         verdicts = graded(parts, rollouts)
     meter = Meter(watch=watch, rollouts=rollouts, prepared=prepared, denominator=denominator, graded=verdicts)
     parts.student.train()
-    for micro in micro_batches(kept, max_tokens=config.optim.micro_batch_tokens):
+    for micro in micro_batches(kept if denominator else [], max_tokens=config.optim.micro_batch_tokens):
         batch = collate(micro, device=parts.device)
         with watch("score"):
             teacher = TeacherHidden(hidden=parts.teacher.hidden(batch), head=parts.teacher.head)
@@ -123,9 +125,12 @@ def one_step(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> Meter
         distributed.sum_gradients(parts.student)
         meter.gradient_cosine = parts.cosine(step)
         trained = [p for p in parts.student.parameters() if p.requires_grad]
-        meter.grad_norm = float(
-            torch.nn.utils.clip_grad_norm_(trained, config.optim.max_grad_norm, error_if_nonfinite=True)
-        )
+        meter.grad_norm = float(torch.nn.utils.clip_grad_norm_(trained, config.optim.max_grad_norm))
+        if not math.isfinite(meter.grad_norm):
+            raise UserError(
+                f"step {step + 1}: the gradient is not finite; go on from the last checkpoint with another "
+                "run.name and a lower optim.lr, or float32 instead of bf16"
+            )
         if denominator:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
