@@ -38,14 +38,15 @@ def test_an_invisible_error_and_its_consequences() -> None:
     assert labels[first].visible is False
     assert gym.first_error(PROMPT, wrong) == 0
     assert sum(label.kind == "error" for label in labels) == 1
-    # c: 62 - a72 = c90: the operand's 7 and the result's 9 follow from the error, their second digits are true.
+    # The operand's 7 and the result's 9 follow from the error; their second digits are true.
     step = gym.tokenize(wrong)[11:23]
     assert "".join(step) == "c: 62 - a72 = c90; "
     assert "".join(SHORT[label.kind] for label in labels[11:23]) == "?....q.h.qrh"
 
 
 def test_a_visible_error_noticed_and_mended() -> None:
-    text = "a: 35 + 47 = a82; b: a82 * 3 = b246; wait b: a82 * 3 = b46; c: 62 - a82 = c80; d: b46 + c80 = d26; ans 26"
+    text = "a: 35 + 47 = a82; b: a82 * 3 = b246; wait b: a82 * 3 = b46; "
+    text += "c: 62 - a82 = c80; d: b46 + c80 = d26; ans 26"
     tokens = gym.tokenize(text)
     labels = gym.label_tokens(PROMPT, tokens)
     errors = [i for i, label in enumerate(labels) if label.kind == "error"]

@@ -23,8 +23,8 @@ STUDENT = Recipe(role="student", tokens=12_000_000)
 TEACHER_FIRST = Recipe(role="teacher", tokens=7_500_000, decay=0.0)
 TEACHER_SECOND = Recipe(role="teacher", tokens=9_000_000, decay=0.5)
 POOL = 8000
-QUICK_TOKENS = 20_000
-QUICK_POOL = 40
+QUICK_TOKENS = 6_000
+QUICK_POOL = 10
 
 Log = Callable[[str], None]
 

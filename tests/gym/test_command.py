@@ -1,0 +1,49 @@
+"""`onpath gym`: its subcommands at test size."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from onpath import gym
+from onpath.errors import UserError
+
+
+def test_importing_the_gym_is_light() -> None:
+    use = "import sys, onpath.gym; onpath.gym.rows('test', 2); "
+    code = use + "assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_tasks_writes_the_rows(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "hard.jsonl"
+    assert gym.main(["tasks", "--split", "hard", "--n", "5", "--seed", "3", "--out", str(out)]) == 0
+    assert [json.loads(line) for line in out.read_text().splitlines()] == gym.rows("hard", 5, 3)
+
+
+def test_tasks_prints_without_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    gym.main(["tasks", "--n", "2"])
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_bad_arguments_are_the_users_to_mend(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--n must be"):
+        gym.main(["tasks", "--n", "0"])
+    with pytest.raises(UserError, match="no teacher in"):
+        gym.main(["measure", "--models", str(tmp_path)])
+
+
+def test_quick_training_makes_two_models_that_load(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert gym.main(["train", "--out", str(tmp_path), "--quick"]) == 0
+    for name in ("student", "teacher"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert len(AutoTokenizer.from_pretrained(tmp_path / name)) == model.config.vocab_size
+
+
+def test_an_unknown_model_is_named() -> None:
+    with pytest.raises(ValueError, match="not 'judge'"):
+        gym.model_dir("judge")  # type: ignore[arg-type]

@@ -1,0 +1,63 @@
+"""The bundled checkpoints are what the README says."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from onpath import gym
+from onpath.gym.sample import context_ids, sample
+from onpath.gym.vocab import EOS, IDS
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {
+        name: AutoModelForCausalLM.from_pretrained(gym.model_dir(name)).eval()
+        for name in ("student", "teacher")
+    }
+
+
+def accuracy(model, split: str, n: int, temperature: float) -> float:
+    torch.manual_seed(0)
+    data = gym.rows(split, n)
+    made = sample(model, [row["prompt"] for row in data], temperature=temperature)
+    return sum(gym.grade("".join(t), row["answer"]) for t, row in zip(made, data, strict=True)) / n
+
+
+def test_bundled_files_are_small_and_hold_no_code() -> None:
+    files = [path for name in ("student", "teacher") for path in Path(gym.model_dir(name)).iterdir()]
+    assert sum(path.stat().st_size for path in files) < 20e6
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".jinja"}
+
+
+def test_teacher_is_nearly_always_right(models) -> None:
+    assert accuracy(models["teacher"], "test", 64, 0) >= 0.95
+
+
+def test_student_has_room_to_win_and_to_lose(models) -> None:
+    assert 0.25 <= accuracy(models["student"], "test", 192, 1.0) <= 0.65
+
+
+def test_sampling_ends_by_itself_and_the_teachers_samples_hold_no_error(models) -> None:
+    torch.manual_seed(0)
+    data = gym.rows("test", 48)
+    made = sample(models["teacher"], [row["prompt"] for row in data])
+    assert all(tokens[-1] == EOS for tokens in made)
+    wrong = [gym.first_error_token(row["prompt"], t) for row, t in zip(data, made, strict=True)]
+    assert sum(at is not None for at in wrong) <= 4
+
+
+def test_context_is_the_chat_templates() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(gym.model_dir("student"))
+    row = gym.rows("hard", 1)[0]
+    user = [{"role": "user", "content": row["prompt"]}]
+    ids = tokenizer.apply_chat_template(user, add_generation_prompt=True, return_dict=False)
+    assert ids == context_ids(row["prompt"])
+
+
+def test_stop_and_padding_are_in_the_generation_config(models) -> None:
+    for model in models.values():
+        assert model.generation_config.eos_token_id == IDS[EOS]
+        assert model.generation_config.pad_token_id == IDS["<pad>"]
