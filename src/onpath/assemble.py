@@ -65,7 +65,8 @@ class Parts:
     sampling: Sampling
     vocabulary: int
     device: torch.device
-    measure: Measure
+    tools: Tools
+    """What the method works with."""
     cosine: GradientCosine
     cache: Cache | None = None
     """What the starting weights wrote, of an offline method."""
@@ -163,7 +164,7 @@ def assemble(config: Config) -> Parts:
         sampling=sampling,
         vocabulary=vocabulary,
         device=device,
-        measure=measure,
+        tools=tools,
         cosine=GradientCosine(student, every=config.method.cosine_every),
         cache=cache,
         warnings=tuple(warnings),

@@ -81,6 +81,14 @@ class Meter:
             for trajectory, values in zip(batch.trajectories, batch.by_row(value_N), strict=True):
                 self.per_token.setdefault(id(trajectory), {})[name] = values
 
+    def measured(self, device: torch.device) -> dict[str, float]:
+        """Of guidance, over all processes: its part of the loss, and |λ∇L_traj| / |∇L_OPD|."""
+        names = ("guidance", "guidance_grad_sq", "objective_grad_sq")
+        guidance, above, below = distributed.total([self.sums[k] for k in names], device)
+        if below == 0:
+            return {}
+        return {"guidance": guidance, "guidance_grad_ratio": (above / below) ** 0.5}
+
     def row(self, device: torch.device) -> dict[str, Any]:
         """The step's metrics over all processes."""
         verdicts = [g.correct for g in self.graded]
@@ -113,9 +121,7 @@ class Meter:
             row[k] = all_of[f"sum of {k}"] / count if count else None
         if self.gradient_cosine is not None:
             row["gradient_cosine"] = self.gradient_cosine
-        if "guidance_grad_sq" in self.sums:
-            ratio = self.sums["guidance_grad_sq"] / max(self.sums["objective_grad_sq"], 1e-30)
-            row |= {"guidance": self.sums["guidance"], "guidance_grad_ratio": ratio**0.5}
+        row |= self.measured(device)
         return (
             row
             | dict(self.prepared.metrics)

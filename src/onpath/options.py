@@ -232,12 +232,12 @@ class TOPDOptions(LossOptions):
     teacher_temperature: float = Field(0.0, ge=0)
     """Of the teacher's window; 0 is greedy."""
     student_window: Literal["rollout", "regenerate"] = "rollout"
-    """What D compares with: the student's own rollout, or a fresh sample from the same prefix. Guidance follows the
-    rollout in both cases."""
+    """What D compares with: the student's own rollout, or a fresh sample from the same prefix. Guidance
+    follows the rollout in both cases."""
     reuse_cache: bool = True
     """Windows start from the keys and values of the teacher's scoring pass; false reads each prefix anew."""
     embedding: Literal["student", "teacher", "student_layer"] = "student"
-    """Vectors of the transport cost: the input embeddings of either, or the student's hidden states in context."""
+    """Vectors of the cost: input embeddings of either model, or the student's hidden states in context."""
     embedding_layer: int = -1
     """student_layer: which hidden states, counted as transformers does (0 the embeddings, -1 the last)."""
     decide: Literal[
@@ -248,9 +248,9 @@ class TOPDOptions(LossOptions):
         "random_positions",
         "all_high_loss",
     ] = "quantile"
-    """How real forks are told from surface mismatches: D above its quantile drop_share, above threshold, or above
-    the upper quartile of D at low-loss positions (the paper). Arms: the sampled log-ratio above its quantile
-    drop_share; positions drawn at random; all candidates."""
+    """How real forks are told from surface mismatches: D above its quantile drop_share, above threshold, or
+    above the upper quartile of D at low-loss positions (the paper). Arms: the sampled log-ratio above its
+    quantile drop_share; positions drawn at random; all candidates."""
     drop_share: float = Field(0.3, ge=0, lt=1)
     """quantile, sampled_gap, random_positions: share of candidates that are dropped."""
     quantile_decay: float = Field(0.9, ge=0, lt=1)
@@ -258,8 +258,8 @@ class TOPDOptions(LossOptions):
     threshold: float = Field(0.3, ge=0)
     """threshold: smallest distance of a fork."""
     plan: Literal["transport", "shuffled", "positional", "teacher_window_ce"] = "transport"
-    """What spreads the guidance: the transport plan, or a control (its columns shuffled, token i to token i, or
-    cross-entropy along the teacher's own window spliced in after y_<t)."""
+    """What spreads the guidance: the transport plan, or a control (its columns shuffled, token i to token i,
+    or cross-entropy along the teacher's own window spliced in after y_<t)."""
     epsilon: float = Field(0.05, gt=0)
     """Entropic regularisation of the guidance plan (the distance is exact)."""
     mass: Literal["row", "literal"] = "row"
@@ -269,8 +269,8 @@ class TOPDOptions(LossOptions):
     auto_ratio: float = Field(0.5, gt=0)
     """Target of guidance_weight: auto."""
     overlap: Literal["average", "suppress"] = "average"
-    """Targets that meet at one position are averaged; suppress first drops forks closer than K/2 to one of larger
-    D."""
+    """Targets that meet at one position are averaged; suppress first drops forks closer than K/2 to one of
+    larger D."""
     guide: bool = True
     """False leaves only the suppression."""
     suppress: Literal["none", "low", "high"] = "none"
@@ -290,7 +290,9 @@ class TOPDOptions(LossOptions):
         if self.guidance_weight != "auto" and self.guidance_weight < 0:
             raise ValueError(f"guidance_weight must be at least 0, not {self.guidance_weight:g}")
         if not self.guide and self.suppress == "none":
-            raise ValueError("guide false without suppress changes nothing: use method.name opd, or set suppress")
+            raise ValueError(
+                "guide false without suppress changes nothing: use method.name opd, or set suppress"
+            )
         return self
 
 

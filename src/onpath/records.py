@@ -214,5 +214,5 @@ class Graded:
 
 
 def token_count(trajectories: Sequence[Trajectory]) -> float:
-    """The loss's denominator before it is summed over processes: total weight of response tokens."""
-    return float(sum(sum(t.token_weights) for t in trajectories))
+    """The loss's denominator before it is summed over processes: response tokens whose weight is not 0."""
+    return float(sum(w != 0 for t in trajectories for w in t.token_weights))

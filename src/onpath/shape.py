@@ -5,11 +5,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from onpath import distributed
 from onpath.assemble import Parts
 from onpath.batch import Batch
+from onpath.losses import SparseGuidance, TeacherHidden
+from onpath.methods import Prepared
+from onpath.models import hidden_states
+from onpath.options import TOPDOptions
 from onpath.records import Trajectory
 
 
@@ -46,7 +52,7 @@ def reweighted(parts: Parts, trajectories: Sequence[Trajectory]) -> list[Traject
         "divergence": "reverse_kl",
     }[parts.config.method.reweight]
     found: list[tuple[Trajectory, list[float]]] = []
-    for batch, stats in parts.measure.batches(trajectories):
+    for batch, stats in parts.tools.measure.batches(trajectories):
         found += zip(batch.trajectories, batch.by_row(getattr(stats, name)), strict=True)
     raw = [[w * s for w, s in zip(t.token_weights, values, strict=True)] for t, values in found]
     count = sum(sum(t.token_weights) for t, _ in found)
@@ -55,9 +61,29 @@ def reweighted(parts: Parts, trajectories: Sequence[Trajectory]) -> list[Traject
     return [replace(t, weights=tuple(w * scale for w in row)) for (t, _), row in zip(found, raw, strict=True)]
 
 
-def loss_inputs(parts: Parts, batch: Batch) -> dict[str, Any]:
+def teacher_states(parts: Parts, batch: Batch, prepared: Prepared) -> TeacherHidden:
+    """What the teacher makes of the batch, unless the method has asked already."""
+    known_NH = prepared.readings.teacher_hidden(batch)
+    return TeacherHidden(
+        hidden=parts.teacher.hidden(batch) if known_NH is None else known_NH, head=parts.teacher.head
+    )
+
+
+def student_states(parts: Parts, batch: Batch, prepared: Prepared) -> Tensor:
+    """The student's hidden states [N, H] with their graph, unless the method has read them with it."""
+    known_NH = prepared.readings.student_hidden(batch)
+    if known_NH is not None:
+        return known_NH
+    with parts.autocast():
+        hidden_BSH = hidden_states(parts.student, batch.student_ids_BS, batch.student_mask_BS)
+    return hidden_BSH.flatten(0, 1)[batch.student_at_N]
+
+
+def loss_inputs(parts: Parts, batch: Batch, prepared: Prepared) -> dict[str, Any]:
     """What some objectives need beside hidden states, tokens and weights."""
     inputs: dict[str, Any] = {}
+    if isinstance(parts.config.method, TOPDOptions) and parts.config.method.guide:
+        inputs["guidance"] = sparse_guidance(batch, strength=prepared.guidance_weight)
     if parts.objective.kind == "sampled":
         behaviour = [t.behaviour_logprobs for t in batch.trajectories]
         if parts.objective.ppo_clip is not None:
@@ -66,3 +92,26 @@ def loss_inputs(parts: Parts, batch: Batch) -> dict[str, Any]:
         if parts.objective.discount:
             inputs["sequence_ids"] = batch.row_N
     return inputs
+
+
+def sparse_guidance(batch: Batch, *, strength: float) -> SparseGuidance:
+    """The trajectories' guidance as tensors: one row per guided token, padded with mass 0, or no row."""
+    starts = np.cumsum([0, *(len(t.response) for t in batch.trajectories)]).tolist()
+    rows = [
+        (first + g.start + i, target)
+        for first, t in zip(starts, batch.trajectories, strict=False)
+        for g in t.guidance
+        for i, target in enumerate(g.targets)
+    ]
+    widest = max((len(target) for _, target in rows), default=1)
+    pads = [widest - len(target) for _, target in rows]
+    ids = [[*target, *[0] * pad] for (_, target), pad in zip(rows, pads, strict=True)]
+    probs = [[*target.values(), *[0.0] * pad] for (_, target), pad in zip(rows, pads, strict=True)]
+    device = batch.token_N.device
+    return SparseGuidance(
+        positions=torch.tensor([p for p, _ in rows], dtype=torch.long, device=device),
+        ids=torch.tensor(ids, dtype=torch.long, device=device).reshape(-1, widest),
+        probs=torch.tensor(probs, dtype=torch.float32, device=device).reshape(-1, widest),
+        weights=torch.ones(len(rows), device=device),
+        strength=strength,
+    )

@@ -29,11 +29,11 @@ from onpath.errors import UserError
 from onpath.log import Display
 from onpath.losses import LossResult, TeacherHidden, fused_objective
 from onpath.meter import Meter, Stopwatch
-from onpath.models import hidden_states
+from onpath.methods import Prepared
 from onpath.records import Graded, Rollout, token_count
 from onpath.refine import gate
 from onpath.runs import Run, evaluate_all, open_run, saved_evaluations, store_step
-from onpath.shape import loss_inputs, shaped
+from onpath.shape import loss_inputs, shaped, student_states, teacher_states
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,9 +116,9 @@ def one_step(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> Meter
     for micro in micro_batches(kept if denominator else [], max_tokens=config.optim.micro_batch_tokens):
         batch = collate(micro, device=parts.device)
         with watch("score"):
-            teacher = TeacherHidden(hidden=parts.teacher.hidden(batch), head=parts.teacher.head)
+            teacher = teacher_states(parts, batch, prepared)
         with watch("train"):
-            result = loss_of(parts, batch, teacher, denominator)
+            result = loss_of(parts, batch, teacher, prepared, denominator)
             result.loss.backward()
         meter.add(batch, result)
     with watch("train"):
@@ -134,7 +134,7 @@ def one_step(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> Meter
         if denominator:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        parts.method.after_step()
+        parts.method.after_step(meter.measured(parts.device))
     with watch("sync"):
         parts.engine.sync_weights(step + 1)
     return meter
@@ -174,19 +174,19 @@ def graded(parts: Parts, rollouts: Sequence[Rollout]) -> list[Graded]:
     ]
 
 
-def loss_of(parts: Parts, batch: Batch, teacher: TeacherHidden, denominator: float) -> LossResult:
+def loss_of(
+    parts: Parts, batch: Batch, teacher: TeacherHidden, prepared: Prepared, denominator: float
+) -> LossResult:
     """Weighted sum of the objective over the batch's response tokens ÷ the step's global count."""
-    with parts.autocast():
-        hidden_BSH = hidden_states(parts.student, batch.student_ids_BS, batch.student_mask_BS)
     return fused_objective(
-        student_hidden=hidden_BSH.flatten(0, 1)[batch.student_at_N],
+        student_hidden=student_states(parts, batch, prepared),
         student_head=parts.head,
         teacher=teacher,
         objective=parts.objective,
         sampled_ids=batch.token_N,
         weights=batch.weight_N,
         denominator=denominator,
-        **loss_inputs(parts, batch),
+        **loss_inputs(parts, batch, prepared),
     )
 
 

@@ -123,9 +123,7 @@ def _write(
                 past_key_values=cache,
                 use_cache=True,
             ).logits
-        drawn_R, logp_R = draw(
-            logits_BCV[real_BC][:, : engine.vocabulary], sampling, uniform_NL[index_R, t]
-        )
+        drawn_R, logp_R = draw(logits_BCV[real_BC][:, : engine.vocabulary], sampling, uniform_NL[index_R, t])
         tokens_NL[index_R, t], logps_NL[index_R, t] = drawn_R, logp_R
         writing_R = writing_R & ~torch.isin(drawn_R, stops)
         if not bool(writing_R.any()):
@@ -138,6 +136,9 @@ def _selected(cache: DynamicCache, rows: Sequence[int], cut: int, *, rows_of_pas
     chosen = slice(None) if list(rows) == list(range(rows_of_past)) else list(rows)
     mine = DynamicCache()
     for i, layer in enumerate(cache.layers):
+        assert isinstance(layer, DynamicLayer), "Past.possible was asked"
+        assert layer.keys is not None
+        assert layer.values is not None
         mine.update(layer.keys[chosen, :, :cut], layer.values[chosen, :, :cut], i)
     return mine
 

@@ -3,8 +3,9 @@
 from onpath.methods.base import Method, Prepared, Tools
 from onpath.methods.opd import OPD
 from onpath.methods.opsd import OPSD
+from onpath.methods.topd import TOPD
 from onpath.methods.trd import TRD
-from onpath.options import LossOptions, OPDOptions, OPSDOptions, TRDOptions
+from onpath.options import LossOptions, OPDOptions, OPSDOptions, TOPDOptions, TRDOptions
 
 __all__ = ["Method", "Prepared", "Tools", "make_method"]
 
@@ -18,5 +19,7 @@ def make_method(options: LossOptions, tools: Tools) -> Method:
             return OPSD(options, tools)
         case TRDOptions():
             return TRD(options, tools)
+        case TOPDOptions():
+            return TOPD(options, tools)
         case _:
             raise NotImplementedError(type(options).__name__)

@@ -10,6 +10,7 @@ from torch import Tensor
 from onpath.engines.base import Engine
 from onpath.grade import Grader
 from onpath.measure import Measure
+from onpath.reading import Readings
 from onpath.records import Prompt, Rollout, Sampling, Trajectory
 from onpath.render import Renderer, fill, with_question
 from onpath.teacher import SelfTeacher, Teacher
@@ -54,6 +55,10 @@ class Prepared:
     """Likewise, as (sum, count) of this process: divided after both are summed over all processes."""
     totals: Mapping[str, float] = field(default_factory=dict)
     """Likewise, summed over all processes."""
+    readings: Readings = field(default_factory=Readings)
+    """Hidden states that the method has computed already and the loss can use."""
+    guidance_weight: float = 1.0
+    """λ of the trajectories' guidance."""
 
 
 class Method(Protocol):
@@ -63,8 +68,8 @@ class Method(Protocol):
         """Edits or annotates the rollouts of one optimiser step (of this process)."""
         ...
 
-    def after_step(self) -> None:
-        """Called once after each optimiser step."""
+    def after_step(self, measured: Mapping[str, float]) -> None:
+        """Called once after each optimiser step, with what it measured (`Meter.measured`)."""
         ...
 
     def state(self) -> Mapping[str, Tensor]:
@@ -75,7 +80,7 @@ class Method(Protocol):
 class Stateless:
     """The two calls that most methods have no use for."""
 
-    def after_step(self) -> None:
+    def after_step(self, measured: Mapping[str, float]) -> None:
         return
 
     def state(self) -> Mapping[str, Tensor]:
@@ -87,7 +92,7 @@ class SelfTaught:
 
     teacher: Teacher
 
-    def after_step(self) -> None:
+    def after_step(self, measured: Mapping[str, float]) -> None:
         if isinstance(self.teacher, SelfTeacher):
             self.teacher.follow()
 
@@ -95,14 +100,16 @@ class SelfTaught:
         return self.teacher.state() if isinstance(self.teacher, SelfTeacher) else {}
 
 
-def own_response(rollout: Rollout, *, teacher_context: Sequence[int] | None = None) -> Trajectory:
-    """The student's rollout as it is, scored in the teacher's context (default: the student's)."""
+def own_response(
+    rollout: Rollout, *, teacher_context: Sequence[int] | None = None, length: int | None = None
+) -> Trajectory:
+    """The student's rollout, or its first tokens, in the teacher's context (default: the student's)."""
     return Trajectory(
         student_context=rollout.context,
         teacher_context=rollout.context if teacher_context is None else tuple(teacher_context),
-        response=rollout.ids,
+        response=rollout.ids[:length],
         origin=rollout,
-        behaviour_logprobs=rollout.logprobs,
+        behaviour_logprobs=rollout.logprobs[:length],
     )
 
 
