@@ -63,7 +63,7 @@ def demo_config(*, quick: bool, directory: str) -> Config:
             },
             "rollout": {"prompts": 64, "max_new_tokens": 112},
             "optim": {"steps": 12 if quick else 60, "lr": 1e-3},
-            "eval": {"n": 4, "k": 4, "max_new_tokens": 112},
+            "eval": {"n": 4, "k": 4, "max_new_tokens": 112, "every": 0 if quick else 20},
             "run": {"name": NAME, "dir": directory, "save_every": 0, "trajectories_every": 0},
         }
     )
@@ -126,12 +126,10 @@ def _print_trajectories(console: Console, run: Path, config: Config) -> None:
 def _print_one(
     console: Console, label: str, tokens: Sequence[str], values: Sequence[float], question: str
 ) -> None:
-    error = gym.first_error("".join(question), "".join(t for t in tokens if not t.startswith("<")))
-    verdict = Text(
-        "  ✗ first error marked" if error is not None else "  ✓",
-        style="red" if error is not None else "green",
-    )
-    text = coloured(tokens, values, colour=console.color_system is not None)
+    error = gym.first_error_token(question, list(tokens))
+    marked = [f"▸{t}" if i == error else t for i, t in enumerate(tokens)]
+    verdict = Text("  ✓", style="green") if error is None else Text("  ✗ first error at ▸", style="red")
+    text = coloured(marked, values, colour=console.color_system is not None)
     console.print(Text(f"  {label} "), text, verdict, sep="", soft_wrap=True)
 
 
