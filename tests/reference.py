@@ -1,7 +1,9 @@
-"""Float64 references, written another way than the library: row by row, outcome by outcome, from probabilities.
+"""Float64 references, written another way than the library: row by row, outcome by outcome, from
+probabilities.
 
-Nothing here is shared with `onpath.divergence` or `onpath.losses`, and nothing is clever: a set is a Python set, a sum is
-a loop, a Jensen-Shannon divergence is a difference of entropies. Gradients come from autograd through plain logits.
+Nothing here is shared with `onpath.divergence` or `onpath.losses`, and nothing is clever: a set is a Python
+set, a sum is a loop, a Jensen-Shannon divergence is a difference of entropies. Gradients come from autograd
+through plain logits.
 """
 
 import math
@@ -94,7 +96,9 @@ def _chosen(p: Tensor, q: Tensor, support: str, k: int | None) -> list[int]:
     }[support]
 
 
-def weighted_sum(z_student: Tensor, z_teacher: Tensor, weights: Tensor, denominator: float, **options: object) -> Tensor:
+def weighted_sum(
+    z_student: Tensor, z_teacher: Tensor, weights: Tensor, denominator: float, **options: object
+) -> Tensor:
     """Σ_n w_n·D_n / denominator, tokens of weight 0 left out."""
     total = torch.zeros((), dtype=torch.float64)
     for s, t, w in zip(z_student, z_teacher, weights, strict=True):

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests import reference
 from onpath import divergence
+from tests import reference
 
 KINDS = {
     "forward_kl": lambda t, s: divergence.forward_kl(teacher_logp=t, student_logp=s),
@@ -94,7 +94,9 @@ def test_jensen_shannon_is_bounded_and_tends_to_the_kls():
     t, s = logp(1.0, 0.0), logp(0.0, 1.0)
     for beta in (0.2, 0.5):
         limit = -beta * math.log(beta) - (1 - beta) * math.log(1 - beta)
-        assert divergence.jensen_shannon(teacher_logp=t, student_logp=s, beta=beta).item() == pytest.approx(limit)
+        assert divergence.jensen_shannon(teacher_logp=t, student_logp=s, beta=beta).item() == pytest.approx(
+            limit
+        )
     t, s = logp(0.7, 0.3), logp(0.4, 0.6)
     near = 1e-6
     js = lambda beta: divergence.jensen_shannon(teacher_logp=t, student_logp=s, beta=beta).item()  # noqa: E731
@@ -116,7 +118,11 @@ def test_gradient_check(kind, clip):
     z = torch.randn(2, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
     def value(z_t: torch.Tensor, z_s: torch.Tensor) -> torch.Tensor:
-        both = {"teacher_logp": torch.log_softmax(z_t, -1), "student_logp": torch.log_softmax(z_s, -1), "entry_clip": clip}
+        both = {
+            "teacher_logp": torch.log_softmax(z_t, -1),
+            "student_logp": torch.log_softmax(z_s, -1),
+            "entry_clip": clip,
+        }
         if kind == "jensen_shannon":
             return divergence.jensen_shannon(**both, beta=0.3)
         return getattr(divergence, kind)(**both)
@@ -182,7 +188,9 @@ def test_entry_clip_caps_each_contribution():
     assert divergence.forward_kl(**both, entry_clip=0.05).item() == pytest.approx(0.05 + terms[1])
     assert divergence.forward_kl(**both, entry_clip=10.0).item() == pytest.approx(sum(terms))
     leaf = s.clone().requires_grad_()
-    (grad,) = torch.autograd.grad(divergence.forward_kl(teacher_logp=t, student_logp=leaf, entry_clip=0.05), leaf)
+    (grad,) = torch.autograd.grad(
+        divergence.forward_kl(teacher_logp=t, student_logp=leaf, entry_clip=0.05), leaf
+    )
     assert grad.tolist() == pytest.approx([0.0, -0.1])
 
 
@@ -193,9 +201,6 @@ def test_entropy_and_cross_entropy():
     assert divergence.cross_entropy(target_p=y, student_logp=p).item() == pytest.approx(0.5 * math.log(2))
     want = 0.5 * math.log(0.5) - 0.5 * math.log(0.5)
     assert divergence.sparse_forward_kl(target_p=y, student_logp=p).item() == pytest.approx(want)
-
-
-
 
 
 @pytest.fixture
@@ -218,7 +223,7 @@ def test_sampled_loss_has_the_exact_expectation_and_gradient(enumerable):
     torch.testing.assert_close((p * losses).sum().detach(), exact.detach())
     (got,) = torch.autograd.grad((p * losses).sum(), z)
     torch.testing.assert_close(got, want)
-    # What the fixture must be able to tell apart: the log-ratio back-propagated directly has no gradient in expectation.
+    # The fixture can tell: the log-ratio back-propagated directly has no gradient in expectation.
     student = torch.log_softmax(z, -1)
     (direct,) = torch.autograd.grad((p * (student - teacher)).sum(), z)
     assert direct.abs().max() < 1e-12 < want.abs().max() / 1e6
@@ -241,10 +246,18 @@ def test_sampled_loss_corrects_for_an_older_policy(enumerable):
 
 @pytest.mark.parametrize(
     ("gap", "ratio", "flows"),
-    [(1.0, 1.3, False), (1.0, 0.7, True), (-1.0, 1.3, True), (-1.0, 0.7, False), (1.0, 1.1, True), (-1.0, 0.9, True)],
+    [
+        (1.0, 1.3, False),
+        (1.0, 0.7, True),
+        (-1.0, 1.3, True),
+        (-1.0, 0.7, False),
+        (1.0, 1.1, True),
+        (-1.0, 0.9, True),
+    ],
 )
 def test_ppo_clip_stops_tokens_that_have_moved_far_enough(gap, ratio, flows):
-    """Advantage `gap` = log p_T − log p_S; at ε = 0.2 the gradient stops beyond 1.2 upwards, below 0.8 downwards."""
+    """Advantage `gap` = log p_T − log p_S; at ε = 0.2 the gradient stops beyond 1.2 upwards, below 0.8
+    downwards."""
     student = torch.tensor([-1.0], dtype=torch.float64, requires_grad=True)
     loss = divergence.sampled_reverse_kl_loss(
         teacher_logp=torch.tensor([-1.0 + gap], dtype=torch.float64),

@@ -1,4 +1,4 @@
-"""The promised form: a value per token, recomputed by chunk in backward. Against plain autograd and against TRL."""
+"""The promised form, a value per token, recomputed by chunk in backward: against plain autograd and TRL."""
 
 import pytest
 import torch
@@ -11,13 +11,22 @@ from onpath.losses import Head, Objective, TeacherHidden, chunked_divergence, fu
 KINDS = [("forward_kl", None), ("reverse_kl", None), ("jensen_shannon", 0.3)]
 
 
-def random(n: int, h: int, g: int, v: int, seed: int, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
+def random(
+    n: int, h: int, g: int, v: int, seed: int, dtype: torch.dtype = torch.float64
+) -> dict[str, torch.Tensor]:
     draw = torch.Generator().manual_seed(seed)
-    shapes = {"student_hidden": (n, h), "student_head": (v, h), "teacher_hidden": (n, g), "teacher_head": (v, g)}
+    shapes = {
+        "student_hidden": (n, h),
+        "student_head": (v, h),
+        "teacher_hidden": (n, g),
+        "teacher_head": (v, g),
+    }
     return {name: torch.randn(*shape, generator=draw, dtype=dtype) for name, shape in shapes.items()}
 
 
-def plain(p: dict[str, torch.Tensor], kind: str, beta: float | None, entry_clip: float | None = None) -> torch.Tensor:
+def plain(
+    p: dict[str, torch.Tensor], kind: str, beta: float | None, entry_clip: float | None = None
+) -> torch.Tensor:
     both = {
         "teacher_logp": torch.log_softmax(p["teacher_hidden"] @ p["teacher_head"].t(), -1),
         "student_logp": torch.log_softmax(p["student_hidden"] @ p["student_head"].t(), -1),
@@ -62,7 +71,9 @@ def test_gradient_check(kind, beta):
 
     def value(hidden, head):
         rest = {"teacher_hidden": p["teacher_hidden"], "teacher_head": p["teacher_head"]}
-        return chunked_divergence(student_hidden=hidden, student_head=head, kind=kind, beta=beta, chunk_rows=2, **rest)
+        return chunked_divergence(
+            student_hidden=hidden, student_head=head, kind=kind, beta=beta, chunk_rows=2, **rest
+        )
 
     assert torch.autograd.gradcheck(value, leaves)
 
@@ -114,12 +125,15 @@ def test_wrong_calls_say_why(change, message):
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_parity_with_trl(beta, dtype):
-    """TRL's per-token divergence, weighted by a mask and divided by a global count, and its student gradients.
+    """TRL's per-token divergence, weighted by a mask and divided by a global count, and its student
+    gradients.
 
     TRL's β = 0 is our forward_kl and its β = 1 our reverse_kl; inside (0, 1) the two definitions agree.
     """
     trl = pytest.importorskip("trl.trainer.distillation_trainer")
-    kind, ours_beta = {0.0: ("forward_kl", None), 1.0: ("reverse_kl", None)}.get(beta, ("jensen_shannon", beta))
+    kind, ours_beta = {0.0: ("forward_kl", None), 1.0: ("reverse_kl", None)}.get(
+        beta, ("jensen_shannon", beta)
+    )
     n, scale = 37, {"logit_scale": 0.7, "softcap": 4.0, "temperature": 1.5}
     mask = (torch.arange(n) % 5 != 0).view(1, n)
     found = []
@@ -146,7 +160,9 @@ def test_parity_with_trl(beta, dtype):
             result = fused_objective(
                 student_hidden=p["student_hidden"],
                 student_head=Head(weight=p["student_head"], **scale),
-                teacher=TeacherHidden(hidden=p["teacher_hidden"], head=Head(weight=p["teacher_head"], **scale)),
+                teacher=TeacherHidden(
+                    hidden=p["teacher_hidden"], head=Head(weight=p["teacher_head"], **scale)
+                ),
                 objective=Objective(kind=kind, beta=ours_beta),
                 weights=mask[0].to(dtype),
                 denominator=50.0,

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 
-from tests import reference
 from onpath.losses import (
     Head,
     Objective,
@@ -17,6 +16,7 @@ from onpath.losses import (
     fused_objective,
     token_stats,
 )
+from tests import reference
 
 N, H, G, V = 7, 5, 6, 11
 
@@ -37,7 +37,11 @@ def problem() -> dict[str, torch.Tensor]:
     }
 
 
-HEADS = {"plain": {}, "full": {"logit_scale": 0.7, "softcap": 3.0, "temperature": 1.7}, "scaled": {"logit_scale": 0.5, "temperature": 2.0}}
+HEADS = {
+    "plain": {},
+    "full": {"logit_scale": 0.7, "softcap": 3.0, "temperature": 1.7},
+    "scaled": {"logit_scale": 0.5, "temperature": 2.0},
+}
 OBJECTIVES = [
     {"kind": "forward_kl"},
     {"kind": "reverse_kl"},
@@ -47,9 +51,17 @@ OBJECTIVES = [
     {"kind": "jensen_shannon", "beta": 0.8, "entry_clip": 0.02},
     {"kind": "reverse_kl", "token_clip": 1.0},
     *(
-        {"kind": kind, "support": support, "k": 3, "tail": tail, **({"beta": 0.3} if kind == "jensen_shannon" else {})}
+        {
+            "kind": kind,
+            "support": support,
+            "k": 3,
+            "tail": tail,
+            **({"beta": 0.3} if kind == "jensen_shannon" else {}),
+        }
         for kind, support, tail in itertools.product(
-            ["forward_kl", "reverse_kl", "jensen_shannon"], ["teacher_topk", "student_topk", "union"], ["bucket", "renormalise"]
+            ["forward_kl", "reverse_kl", "jensen_shannon"],
+            ["teacher_topk", "student_topk", "union"],
+            ["bucket", "renormalise"],
         )
     ),
     {"kind": "reverse_kl", "support": "union", "k": 4, "entry_clip": 0.1, "token_clip": 0.5},
@@ -64,7 +76,9 @@ def run(problem, objective, head_options, *, dtype=torch.float64, chunk_rows=Non
     hidden, weight, bias = leaves(problem, dtype)
     teacher = TeacherHidden(
         hidden=problem["teacher_hidden"].to(dtype),
-        head=Head(weight=problem["teacher_weight"].to(dtype), bias=problem["teacher_bias"].to(dtype), **head_options),
+        head=Head(
+            weight=problem["teacher_weight"].to(dtype), bias=problem["teacher_bias"].to(dtype), **head_options
+        ),
     )
     result = fused_objective(
         student_hidden=hidden,
@@ -83,7 +97,9 @@ def run(problem, objective, head_options, *, dtype=torch.float64, chunk_rows=Non
 def plain_logits(problem, tensors, head_options):
     hidden, weight, bias = tensors
     z_student = reference.logits(hidden, weight, bias=bias, **head_options)
-    z_teacher = reference.logits(problem["teacher_hidden"], problem["teacher_weight"], bias=problem["teacher_bias"], **head_options)
+    z_teacher = reference.logits(
+        problem["teacher_hidden"], problem["teacher_weight"], bias=problem["teacher_bias"], **head_options
+    )
     return z_student, z_teacher
 
 
@@ -91,7 +107,9 @@ def plain_logits(problem, tensors, head_options):
 @pytest.mark.parametrize("head", HEADS)
 def test_value_and_gradients_equal_the_reference(problem, options, head):
     tensors = leaves(problem)
-    want = reference.weighted_sum(*plain_logits(problem, tensors, HEADS[head]), problem["weights"], 5.0, **options)
+    want = reference.weighted_sum(
+        *plain_logits(problem, tensors, HEADS[head]), problem["weights"], 5.0, **options
+    )
     wanted_grads = torch.autograd.grad(want, tensors)
     for chunk_rows in (None, 1, 3):
         result, ours = run(problem, Objective(**options), HEADS[head], chunk_rows=chunk_rows)
@@ -115,7 +133,9 @@ def targets(problem) -> tuple[dict[int, dict[int, float]], SparseGuidance]:
 
 @pytest.mark.parametrize("norms", [True, False])
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("options", [OBJECTIVES[1], OBJECTIVES[6], OBJECTIVES[7]], ids=["full", "token_clip", "topk"])
+@pytest.mark.parametrize(
+    "options", [OBJECTIVES[1], OBJECTIVES[6], OBJECTIVES[7]], ids=["full", "token_clip", "topk"]
+)
 def test_guidance_adds_its_value_and_gradient(problem, options, head, norms):
     rows, guidance = targets(problem)
     tensors = leaves(problem)
@@ -126,7 +146,9 @@ def test_guidance_adds_its_value_and_gradient(problem, options, head, norms):
     grad_guided = torch.autograd.grad(guided, tensors)
     guidance = SparseGuidance(**{**vars(guidance), "norms": norms})
     for chunk_rows in (None, 1, 3):
-        result, ours = run(problem, Objective(**options), HEADS[head], guidance=guidance, chunk_rows=chunk_rows)
+        result, ours = run(
+            problem, Objective(**options), HEADS[head], guidance=guidance, chunk_rows=chunk_rows
+        )
         result.loss.backward()
         torch.testing.assert_close(result.objective_sum, objective.detach())
         torch.testing.assert_close(result.guidance_sum, guided.detach())
@@ -145,7 +167,9 @@ def test_statistics_come_out_of_the_same_pass(problem):
     z_student, z_teacher = plain_logits(problem, tensors, HEADS["full"])
     q, p = torch.softmax(z_student.detach(), -1), torch.softmax(z_teacher, -1)
     request = StatsRequest(mass_ids=torch.tensor([1, 4]), top_k=3)
-    result, _ = run(problem, Objective(kind="jensen_shannon", beta=0.4), HEADS["full"], stats=request, chunk_rows=3)
+    result, _ = run(
+        problem, Objective(kind="jensen_shannon", beta=0.4), HEADS["full"], stats=request, chunk_rows=3
+    )
     stats = result.stats
     for n in range(N):
         a, b = p[n].numpy(), q[n].numpy()
@@ -185,7 +209,9 @@ def served(problem, k: int, pad: int = 0) -> TeacherTopK:
     best = logp.topk(k)
     ids = torch.cat([best.indices, torch.zeros(N, pad, dtype=torch.long)], -1)
     values = torch.cat([best.values, torch.full((N, pad), -torch.inf, dtype=torch.float64)], -1)
-    return TeacherTopK(ids=ids, logp=values, sampled_logp=logp.gather(-1, problem["ids"][:, None]).squeeze(-1))
+    return TeacherTopK(
+        ids=ids, logp=values, sampled_logp=logp.gather(-1, problem["ids"][:, None]).squeeze(-1)
+    )
 
 
 @pytest.mark.parametrize("pad", [0, 2])
@@ -211,7 +237,10 @@ def test_top_k_of_everything_is_exact(problem, support, tail):
     full, full_tensors = run(problem, Objective(kind="reverse_kl"), {})
     topk, topk_tensors = run(problem, Objective(kind="reverse_kl", support=support, k=V, tail=tail), {})
     everything, served_tensors = run(
-        problem, Objective(kind="reverse_kl", support="teacher_topk", k=V, tail=tail), {}, teacher=served(problem, V)
+        problem,
+        Objective(kind="reverse_kl", support="teacher_topk", k=V, tail=tail),
+        {},
+        teacher=served(problem, V),
     )
     for result in (full, topk, everything):
         result.loss.backward()
@@ -225,13 +254,17 @@ def test_top_k_of_everything_is_exact(problem, support, tail):
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jensen_shannon"])
 @pytest.mark.parametrize("clip", [None, 0.05])
 def test_masked_vocabulary_is_as_if_it_were_absent(problem, kind, clip):
-    """−inf in both biases at two outcomes: same loss and gradients as with those rows removed, nothing for the rows."""
+    """−inf in both biases at two outcomes: same loss and gradients as with those rows removed, nothing for
+    the rows."""
     objective = Objective(kind=kind, beta=0.3 if kind == "jensen_shannon" else None, entry_clip=clip)
     kept = [0, 1, 2, 3, 4, 5, 7, 8, 10]
     masked = {**problem, "bias": problem["bias"].clone(), "teacher_bias": problem["teacher_bias"].clone()}
     for name in ("bias", "teacher_bias"):
         masked[name][[6, 9]] = -torch.inf
-    small = {n: problem[n][kept] if n in ("weight", "bias", "teacher_weight", "teacher_bias") else problem[n] for n in problem}
+    small = {
+        n: problem[n][kept] if n in ("weight", "bias", "teacher_weight", "teacher_bias") else problem[n]
+        for n in problem
+    }
     small["ids"] = problem["ids"].clamp(max=8)
     masked["ids"] = torch.tensor(kept)[small["ids"]]
     want, want_tensors = run(small, objective, {})
@@ -249,12 +282,18 @@ def test_padding_rows_of_a_head_take_no_part(problem):
     """`tokens` on both sides, with different numbers of rows: as if the rows were not there."""
     problem = {**problem, "ids": problem["ids"].clamp(max=V - 3)}
     result, tensors = run(problem, Objective(kind="reverse_kl"), {"tokens": V - 2})
-    wider = {**problem, "teacher_weight": torch.cat([problem["teacher_weight"], torch.ones(3, G, dtype=torch.float64)])}
+    wider = {
+        **problem,
+        "teacher_weight": torch.cat([problem["teacher_weight"], torch.ones(3, G, dtype=torch.float64)]),
+    }
     wider["teacher_bias"] = torch.cat([problem["teacher_bias"], torch.ones(3, dtype=torch.float64)])
     other, _ = run(wider, Objective(kind="reverse_kl"), {"tokens": V - 2})
     result.loss.backward()
     want = reference.weighted_sum(
-        *(z[:, : V - 2] for z in plain_logits(problem, leaves(problem), {})), problem["weights"], 5.0, kind="reverse_kl"
+        *(z[:, : V - 2] for z in plain_logits(problem, leaves(problem), {})),
+        problem["weights"],
+        5.0,
+        kind="reverse_kl",
     )
     torch.testing.assert_close(result.loss.detach(), want.detach())
     torch.testing.assert_close(other.loss, result.loss)
@@ -263,7 +302,9 @@ def test_padding_rows_of_a_head_take_no_part(problem):
         run(wider, Objective(kind="reverse_kl"), {})
 
 
-@pytest.mark.parametrize("options", [OBJECTIVES[0], OBJECTIVES[7], {"kind": "sampled"}, {"kind": "cross_entropy"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [OBJECTIVES[0], OBJECTIVES[7], {"kind": "sampled"}, {"kind": "cross_entropy"}], ids=str
+)
 def test_all_weights_zero_gives_exactly_zero_whatever_the_logits(problem, options):
     broken = {**problem, "weights": torch.zeros(N, dtype=torch.float64), "hidden": problem["hidden"].clone()}
     broken["hidden"][2] = torch.inf
@@ -276,7 +317,7 @@ def test_all_weights_zero_gives_exactly_zero_whatever_the_logits(problem, option
 
 
 def test_a_dead_token_with_an_infinite_loss_leaves_the_rest_alone(problem):
-    """Weight 0 where the teacher excludes what the student allows: the others' loss and gradients are untouched."""
+    """Weight 0 where the teacher excludes what the student allows: the others are untouched."""
     teacher_topk = served(problem, V)
     teacher_topk.logp[2, 0] = -torch.inf
     objective = Objective(kind="forward_kl", support="teacher_topk", k=V, tail="renormalise")
@@ -295,7 +336,9 @@ def test_one_token_and_no_token(problem):
     result.loss.backward()
     want = reference.weighted_sum(*plain_logits(one, leaves(one), {}), one["weights"], 5.0, kind="reverse_kl")
     torch.testing.assert_close(result.loss.detach(), want.detach())
-    none = {n: t[:0] if n in ("hidden", "teacher_hidden", "weights", "ids") else t for n, t in problem.items()}
+    none = {
+        n: t[:0] if n in ("hidden", "teacher_hidden", "weights", "ids") else t for n, t in problem.items()
+    }
     result, tensors = run(none, Objective(kind="reverse_kl"), {})
     result.loss.backward()
     assert result.loss.item() == 0.0
@@ -317,8 +360,16 @@ def test_frozen_parts_get_no_gradient_and_change_no_other(problem):
     want, want_tensors = run(problem, Objective(kind="reverse_kl"), {})
     want.loss.backward()
     hidden = problem["hidden"].clone().requires_grad_()
-    teacher = TeacherHidden(hidden=problem["teacher_hidden"], head=Head(weight=problem["teacher_weight"], bias=problem["teacher_bias"]))
-    options = {"teacher": teacher, "objective": Objective(kind="reverse_kl"), "weights": problem["weights"], "denominator": 5.0}
+    teacher = TeacherHidden(
+        hidden=problem["teacher_hidden"],
+        head=Head(weight=problem["teacher_weight"], bias=problem["teacher_bias"]),
+    )
+    options = {
+        "teacher": teacher,
+        "objective": Objective(kind="reverse_kl"),
+        "weights": problem["weights"],
+        "denominator": 5.0,
+    }
     frozen = Head(weight=problem["weight"], bias=problem["bias"])
     result = fused_objective(student_hidden=hidden, student_head=frozen, **options)
     result.loss.backward()
@@ -347,7 +398,9 @@ def test_tied_embeddings_add_both_gradients(problem):
             ).loss
         else:
             z_teacher = reference.logits(teacher.hidden, teacher.head.weight)
-            loss = reference.weighted_sum(hidden @ embedding.t(), z_teacher, problem["weights"], 5.0, kind="forward_kl")
+            loss = reference.weighted_sum(
+                hidden @ embedding.t(), z_teacher, problem["weights"], 5.0, kind="forward_kl"
+            )
         loss.backward()
         grads.append(embedding.grad)
     torch.testing.assert_close(grads[0], grads[1])
@@ -372,8 +425,8 @@ def test_a_teacher_that_is_the_student_gives_zero_everywhere(problem):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("options", OBJECTIVES[:4], ids=str)
 def test_lower_precision_stays_within_its_tolerance(problem, options, dtype, tolerance):
-    """Against float64 on the same rounded inputs, as a share of the largest gradient: what remains is our arithmetic
-    and the rounding of the result itself (bfloat16 has 8 bits)."""
+    """Against float64 on the same rounded inputs, as a share of the largest gradient: what remains is our
+    arithmetic and the rounding of the result itself (bfloat16 has 8 bits)."""
     rounded = {n: t if n == "ids" else t.to(dtype).double() for n, t in problem.items()}
     want, want_tensors = run(rounded, Objective(**options), HEADS["full"])
     got, got_tensors = run(problem, Objective(**options), HEADS["full"], dtype=dtype)
@@ -392,7 +445,10 @@ CHANGES = [
     ({"kind": "reverse_kl"}, {"kind": "reverse_kl", "entry_clip": 0.05}),
     ({"kind": "reverse_kl"}, {"kind": "reverse_kl", "token_clip": 1.0}),
     *(
-        ({"kind": "reverse_kl", "support": a, "k": 2, "tail": "bucket"}, {"kind": "reverse_kl", "support": b, "k": 2, "tail": "bucket"})
+        (
+            {"kind": "reverse_kl", "support": a, "k": 2, "tail": "bucket"},
+            {"kind": "reverse_kl", "support": b, "k": 2, "tail": "bucket"},
+        )
         for a, b in itertools.combinations(["teacher_topk", "student_topk", "union"], 2)
     ),
     ({"kind": "reverse_kl"}, {"kind": "reverse_kl", "support": "union", "k": 3}),
@@ -428,3 +484,25 @@ def test_every_head_parameter_changes_the_loss(problem, name):
     base, _ = run(problem, Objective(kind="reverse_kl"), {})
     other, _ = run(problem, Objective(kind="reverse_kl"), {name: 2.0})
     assert base.loss.item() != pytest.approx(other.loss.item(), rel=1e-3)
+
+
+def test_guidance_may_have_weights_of_its_own(problem):
+    """A token of weight 0 in the objective is guided all the same, and the other way round."""
+    rows, guidance = targets(problem)
+    own = torch.tensor([0.0, 2.0, 0.5], dtype=torch.float64)
+    tensors = leaves(problem)
+    z_student, z_teacher = plain_logits(problem, tensors, {})
+    spread = torch.zeros(N, dtype=torch.float64).index_copy(0, guidance.positions, own)
+    want = reference.weighted_sum(z_student, z_teacher, problem["weights"], 5.0, kind="reverse_kl")
+    guided = reference.guidance_sum(z_student, spread, 5.0, rows, 0.7)
+    result, ours = run(
+        problem,
+        Objective(kind="reverse_kl"),
+        {},
+        guidance=SparseGuidance(**{**vars(guidance), "weights": own}),
+    )
+    result.loss.backward()
+    torch.testing.assert_close(result.guidance_sum, guided.detach())
+    for a, b in zip(ours, torch.autograd.grad(want + guided, tensors), strict=True):
+        torch.testing.assert_close(a.grad, b)
+    assert problem["weights"][2] == 0.0 != own[1]

@@ -87,7 +87,8 @@ def test_why_a_top_k_advantage_is_refused(pair):
 
 
 def test_why_a_bare_reverse_kl_is_refused(pair):
-    """Descending it moves the student's mass out of the set, away from a teacher that it matched; with a bucket not."""
+    """Descending it moves the student's mass out of the set, away from a teacher that it matched; with a
+    bucket not."""
     teacher, _ = pair
     ids = teacher.topk(3).indices
     z = teacher.clone().requires_grad_()
@@ -123,7 +124,9 @@ def test_wrong_guidance_is_refused(change):
         SparseGuidance(**{**right, **change})
 
 
-@pytest.mark.parametrize("change", [{"temperature": 0.0}, {"softcap": 0.0}, {"tokens": 0}, {"tokens": 4}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"temperature": 0.0}, {"softcap": 0.0}, {"tokens": 0}, {"tokens": 4}], ids=str
+)
 def test_wrong_heads_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         Head(weight=torch.eye(3), **change)

@@ -1,4 +1,4 @@
-"""Objectives of the sampled token, through the fused pass: policy gradient, cross-entropy, and the control."""
+"""Objectives of the sampled token through the fused pass: policy gradient, cross-entropy, the control."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ H, V = 4, 6
 
 @pytest.fixture
 def enumerated() -> dict[str, torch.Tensor]:
-    """One hidden state repeated for every token of the vocabulary; the weights are the student's probabilities."""
+    """One hidden state, to be repeated for every token of the vocabulary."""
     g = torch.Generator().manual_seed(7)
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
     return {"hidden": draw(H), "weight": draw(V, H), "teacher_hidden": draw(H), "teacher_weight": draw(V, H)}
@@ -56,7 +56,9 @@ def test_expectation_over_the_vocabulary_is_the_exact_kl_and_its_gradient(enumer
 def test_expectation_under_an_older_policy(enumerated):
     value, grad_hidden, grad_weight, student, _ = exact(enumerated)
     behaviour = torch.log_softmax(0.5 * student.flip(0), -1)
-    result, got_hidden, got_weight = fused(enumerated, Objective(kind="sampled"), behaviour.exp(), behaviour_logp=behaviour)
+    result, got_hidden, got_weight = fused(
+        enumerated, Objective(kind="sampled"), behaviour.exp(), behaviour_logp=behaviour
+    )
     torch.testing.assert_close(result.loss.detach(), value)
     torch.testing.assert_close(got_hidden, grad_hidden)
     torch.testing.assert_close(got_weight, grad_weight)
@@ -72,7 +74,10 @@ def test_ppo_clip_equals_the_pure_function(enumerated):
     (slope,) = torch.autograd.grad(losses.sum(), leaf)
     assert 0 < int((slope == 0).sum()) < V
     result, _, got = fused(
-        enumerated, Objective(kind="sampled", ppo_clip=0.2), torch.ones(V, dtype=torch.float64), behaviour_logp=behaviour
+        enumerated,
+        Objective(kind="sampled", ppo_clip=0.2),
+        torch.ones(V, dtype=torch.float64),
+        behaviour_logp=behaviour,
     )
     torch.testing.assert_close(result.stats.loss, losses.detach())
     grad_z = torch.diag(slope) - slope[:, None] * student.exp()
@@ -101,9 +106,13 @@ def test_discount_sums_the_advantages_that_follow(enumerated):
 def test_served_log_probs_of_the_sampled_tokens_are_enough(enumerated):
     value, grad_hidden, grad_weight, student, teacher = exact(enumerated)
     served = TeacherTopK(
-        ids=teacher.topk(2).indices.expand(V, 2), logp=teacher.topk(2).values.expand(V, 2), sampled_logp=teacher
+        ids=teacher.topk(2).indices.expand(V, 2),
+        logp=teacher.topk(2).values.expand(V, 2),
+        sampled_logp=teacher,
     )
-    result, got_hidden, got_weight = fused(enumerated, Objective(kind="sampled"), student.exp(), teacher=served)
+    result, got_hidden, got_weight = fused(
+        enumerated, Objective(kind="sampled"), student.exp(), teacher=served
+    )
     torch.testing.assert_close(result.loss.detach(), value)
     torch.testing.assert_close(got_hidden, grad_hidden)
     torch.testing.assert_close(got_weight, grad_weight)
@@ -165,7 +174,9 @@ def test_calls_that_cannot_work_say_why(enumerated, objective, change, message):
 
 def test_a_served_teacher_refuses_what_it_cannot_know(enumerated):
     weights = torch.ones(V, dtype=torch.float64)
-    served = TeacherTopK(ids=torch.zeros(V, 1, dtype=torch.long), logp=torch.full((V, 1), -0.1, dtype=torch.float64))
+    served = TeacherTopK(
+        ids=torch.zeros(V, 1, dtype=torch.long), logp=torch.full((V, 1), -0.1, dtype=torch.float64)
+    )
     for support, more in (("full", {}), ("student_topk", {"k": 2}), ("union", {"k": 2})):
         with pytest.raises(ValueError, match="does not send"):
             fused(enumerated, Objective(kind="reverse_kl", support=support, **more), weights, teacher=served)
@@ -181,7 +192,9 @@ def test_two_temperatures_are_refused(enumerated):
         "weights": torch.ones(1, dtype=torch.float64),
         "denominator": 1.0,
     }
-    teacher = TeacherHidden(hidden=enumerated["teacher_hidden"][None], head=Head(weight=enumerated["teacher_weight"]))
+    teacher = TeacherHidden(
+        hidden=enumerated["teacher_hidden"][None], head=Head(weight=enumerated["teacher_weight"])
+    )
     with pytest.raises(ValueError, match="temperature"):
         fused_objective(teacher=teacher, **options)
     served = TeacherTopK(ids=torch.tensor([[1]]), logp=torch.tensor([[-0.1]], dtype=torch.float64))

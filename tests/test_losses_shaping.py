@@ -14,7 +14,9 @@ def test_first_tokens():
 
 def test_clip_factor_makes_the_minimum():
     values = torch.tensor([0.0, 0.5, 2.0, 1e30])
-    torch.testing.assert_close(values * shaping.clip_factor(values, cap=1.0), torch.tensor([0.0, 0.5, 1.0, 1.0]))
+    torch.testing.assert_close(
+        values * shaping.clip_factor(values, cap=1.0), torch.tensor([0.0, 0.5, 1.0, 1.0])
+    )
 
 
 def test_median_cap_uses_each_responses_own_median():

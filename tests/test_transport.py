@@ -1,4 +1,5 @@
-"""Plans and distances against POT, at unequal lengths, in batches with padding, and where nothing need be solved."""
+"""Plans and distances against POT, at unequal lengths, in batches with padding, and where nothing need be
+solved."""
 
 import math
 
@@ -24,7 +25,9 @@ def pot_distance(cost: torch.Tensor) -> float:
 
 def assert_marginals(plan: torch.Tensor, n: int, m: int, total: float = 1e-12) -> None:
     assert (plan >= 0).all()
-    torch.testing.assert_close(plan[:n, :m].sum(0), torch.full((m,), 1 / m, dtype=plan.dtype), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(
+        plan[:n, :m].sum(0), torch.full((m,), 1 / m, dtype=plan.dtype), rtol=1e-6, atol=1e-9
+    )
     assert (plan[:n, :m].sum(1) - 1 / n).abs().sum() <= total
     assert plan.sum().item() == pytest.approx(1.0, abs=1e-6)
     assert plan[n:].abs().sum() == 0
@@ -78,7 +81,9 @@ def test_float32_reaches_the_same_plan():
         single = optimal_transport(cost.float(), epsilon=epsilon)
         assert single.dtype == torch.float32
         assert_marginals(single, 12, 9, total=3e-5)
-        torch.testing.assert_close(single.double(), optimal_transport(cost, epsilon=epsilon), rtol=0, atol=2e-5)
+        torch.testing.assert_close(
+            single.double(), optimal_transport(cost, epsilon=epsilon), rtol=0, atol=2e-5
+        )
 
 
 def test_epsilon_spreads_the_plan_and_costs_more():
@@ -113,7 +118,9 @@ def test_a_padded_batch_equals_its_problems_one_by_one(epsilon):
 
 def test_more_windows_than_one_group():
     """Groups, and windows that converge in different rounds, do not mix."""
-    cost = random_cost(300, 30, 30, seed=6) * torch.linspace(0.1, 2.0, 300, dtype=torch.float64)[:, None, None]
+    cost = (
+        random_cost(300, 30, 30, seed=6) * torch.linspace(0.1, 2.0, 300, dtype=torch.float64)[:, None, None]
+    )
     whole = optimal_transport(cost, epsilon=0.05)
     for w in (0, 111, 299):
         torch.testing.assert_close(whole[w], optimal_transport(cost[w], epsilon=0.05), rtol=0, atol=1e-9)
@@ -156,7 +163,9 @@ def test_window_distance_equals_pots(embedding, k, j):
     g = torch.Generator().manual_seed(k * 10 + j)
     s, t = torch.randint(0, 40, (k,), generator=g), torch.randint(0, 40, (j,), generator=g)
     distance, plan = window_divergence(student_ids=s, teacher_ids=t, embedding=embedding)
-    assert distance.item() == pytest.approx(pot_distance(token_cost(student_ids=s, teacher_ids=t, embedding=embedding)), abs=1e-6)
+    assert distance.item() == pytest.approx(
+        pot_distance(token_cost(student_ids=s, teacher_ids=t, embedding=embedding)), abs=1e-6
+    )
     assert_marginals(plan, k, j, total=1e-6)
     other, transposed = window_divergence(student_ids=t, teacher_ids=s, embedding=embedding)
     assert other.item() == pytest.approx(distance.item(), abs=1e-6)
@@ -189,10 +198,20 @@ def test_a_batch_of_windows_of_many_lengths(embedding, epsilon):
     t[3, :4], n[3], m[3] = s[3, :4].flip(0), 4, 4
     s[4, :5], n[4], m[4] = t[4], 5, 5
     distance, plan = window_divergence(
-        student_ids=s, teacher_ids=t, embedding=embedding, epsilon=epsilon, student_lengths=n, teacher_lengths=m
+        student_ids=s,
+        teacher_ids=t,
+        embedding=embedding,
+        epsilon=epsilon,
+        student_lengths=n,
+        teacher_lengths=m,
     )
     for w in range(12):
-        one = {"student_ids": s[w, : n[w]], "teacher_ids": t[w, : m[w]], "embedding": embedding, "epsilon": epsilon}
+        one = {
+            "student_ids": s[w, : n[w]],
+            "teacher_ids": t[w, : m[w]],
+            "embedding": embedding,
+            "epsilon": epsilon,
+        }
         alone, alone_plan = window_divergence(**one)
         assert distance[w].item() == pytest.approx(alone.item(), abs=1e-5)
         assert_marginals(plan[w], int(n[w]), int(m[w]), total=2e-5)
@@ -214,7 +233,9 @@ def test_other_futures_are_farther_and_order_does_not_matter(embedding):
 def test_zero_embeddings_and_gradients(embedding):
     table = embedding.clone().requires_grad_()
     table.data[0] = 0.0
-    distance, plan = window_divergence(student_ids=torch.tensor([0, 1]), teacher_ids=torch.tensor([0, 2]), embedding=table)
+    distance, plan = window_divergence(
+        student_ids=torch.tensor([0, 1]), teacher_ids=torch.tensor([0, 2]), embedding=table
+    )
     assert math.isfinite(distance.item())
     assert not distance.requires_grad
     assert not plan.requires_grad

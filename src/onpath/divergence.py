@@ -2,15 +2,17 @@
 
 Shape suffixes: V vocabulary (or any finite set of outcomes); `*batch` any leading dimensions.
 
-Every function takes log-probabilities (not logits) and returns nats, unreduced, in float32 (float64 if an input is
-float64). Zero-probability outcomes, log-prob −inf, follow the usual conventions: 0·log(0/q) = 0, and p·log(p/0) = +inf
-for p > 0. Where both sides are −inf (masked vocabulary), value and gradient are exactly zero.
+Every function takes log-probabilities (not logits) and returns nats, unreduced, in float32 (float64 if an
+input is float64). Zero-probability outcomes, log-prob −inf, follow the usual conventions: 0·log(0/q) = 0, and
+p·log(p/0) = +inf for p > 0. Where both sides are −inf (masked vocabulary), value and gradient are exactly
+zero.
 
-`entry_clip` caps each outcome's contribution before the sum, Σ_v min(f_v, c), as OPSD does (arXiv 2601.18734): a capped
-outcome gives no gradient. The result is then no divergence: it can be negative.
+`entry_clip` caps each outcome's contribution before the sum, Σ_v min(f_v, c), as OPSD does (arXiv
+2601.18734): a capped outcome gives no gradient. The result is then no divergence: it can be negative.
 
 KL(a‖b) = Σ a·log(a/b). **Forward** is KL(teacher‖student), mass-covering; **reverse** is KL(student‖teacher),
-mode-seeking. Gradients flow to whatever requires them: detach the teacher's log-probs if it is not to be trained.
+mode-seeking. Gradients flow to whatever requires them: detach the teacher's log-probs if it is not to be
+trained.
 """
 
 import math
@@ -28,8 +30,8 @@ def forward_kl(
 ) -> Float[Tensor, "*batch"]:
     """KL(p_T‖p_S) = Σ_v p_T(v)·(log p_T(v) − log p_S(v)), nats.
 
-    The distillation loss of Hinton et al. (arXiv 1503.02531) less the teacher's entropy, and OPSD's (arXiv 2601.18734).
-    +inf where the student gives no probability to an outcome that the teacher allows.
+    The distillation loss of Hinton et al. (arXiv 1503.02531) less the teacher's entropy, and OPSD's (arXiv
+    2601.18734). +inf where the student gives no probability to an outcome that the teacher allows.
 
     >>> p, q = torch.tensor([0.75, 0.25]).log(), torch.tensor([0.5, 0.5]).log()
     >>> round(forward_kl(teacher_logp=p, student_logp=q).item(), 4)       # 0.75·log 1.5 + 0.25·log 0.5
@@ -67,11 +69,11 @@ def jensen_shannon(
 ) -> Float[Tensor, "*batch"]:
     """Generalised Jensen-Shannon divergence: β·KL(p_T‖m) + (1−β)·KL(p_S‖m), m = β·p_T + (1−β)·p_S, nats.
 
-    Finite always, at most the entropy of (β, 1−β), hence log 2 at β = ½. Swapping teacher and student is the same as
-    replacing β by 1−β. At β = 0 and 1 the mixture is one of the two and the equation gives exactly zero: it does *not*
-    turn into a KL there (divided by β it tends to the forward KL as β → 0, divided by 1−β to the reverse KL as β → 1).
-    TRL's `beta` is the same inside (0, 1), but its 0 means forward KL and its 1 reverse KL.
-    GKD, arXiv 2306.13649, eq. 1.
+    Finite always, at most the entropy of (β, 1−β), hence log 2 at β = ½. Swapping teacher and student is the
+    same as replacing β by 1−β. At β = 0 and 1 the mixture is one of the two and the equation gives exactly
+    zero: it does *not* turn into a KL there (divided by β it tends to the forward KL as β → 0, divided by 1−β
+    to the reverse KL as β → 1). TRL's `beta` is the same inside (0, 1), but its 0 means forward KL and its 1
+    reverse KL. GKD, arXiv 2306.13649, eq. 1.
 
     Raises:
         ValueError: β outside [0, 1].
@@ -107,7 +109,7 @@ def entropy(*, logp: Float[Tensor, "*batch V"]) -> Float[Tensor, "*batch"]:
 def cross_entropy(
     *, target_p: Float[Tensor, "*batch V"], student_logp: Float[Tensor, "*batch V"]
 ) -> Float[Tensor, "*batch"]:
-    """−Σ_v y(v)·log p_S(v), nats, for targets y ≥ 0 that need not sum to 1. y(v) = 0 adds nothing, even at −inf.
+    """−Σ_v y(v)·log p_S(v), nats; targets y ≥ 0 need not sum to 1. y(v) = 0 adds nothing, even at −inf.
 
     >>> y, q = torch.tensor([0.5, 0.0]), torch.tensor([0.5, 0.5]).log()
     >>> round(cross_entropy(target_p=y, student_logp=q).item(), 4)
@@ -122,13 +124,12 @@ def sparse_forward_kl(
 ) -> Float[Tensor, "*batch"]:
     """Σ_v y(v)·(log y(v) − log p_S(v)), nats: KL(y‖p_S) when y has mass 1, TOPD's L_traj (arXiv 2606.00305).
 
-    With less mass (TOPD's literal 1/K per row) it is no divergence any more and may be negative; its gradient is that of
-    the cross-entropy either way, since the entropy of the target is constant.
+    With less mass (TOPD's literal 1/K per row) it is no divergence any more and may be negative; its gradient
+    is that of the cross-entropy either way, since the entropy of the target is constant.
     """
     target_p, student_logp = _working_precision(target_p, student_logp)
-    return torch.special.xlogy(target_p, target_p).sum(-1) + cross_entropy(
-        target_p=target_p, student_logp=student_logp
-    )
+    negative_entropy: Tensor = torch.special.xlogy(target_p, target_p).sum(-1)
+    return negative_entropy + cross_entropy(target_p=target_p, student_logp=student_logp)
 
 
 def sampled_reverse_kl_loss(
@@ -143,22 +144,25 @@ def sampled_reverse_kl_loss(
 
     A = stop_gradient(log p_T(y) − log p_S(y)) is the advantage of the sampled token y, and
     r = p_S(y) / stop_gradient(p_S(y)) = 1 carries the gradient. Over y ~ p_S, with both log-probs of full
-    distributions, E[value] = KL(p_S‖p_T) and E[gradient] = ∇KL(p_S‖p_T): A's own gradient has expectation zero, so it is
-    left out. Schulman's k1, used as an advantage.
+    distributions, E[value] = KL(p_S‖p_T) and E[gradient] = ∇KL(p_S‖p_T): A's own gradient has expectation
+    zero, so it is left out. Schulman's k1, used as an advantage.
 
     Args:
         teacher_logp: of the sampled tokens.
         student_logp: of the same tokens; the gradient flows here alone.
         behaviour_logp: under the policy that drew them, where that is not the student as it is now. Then
-            r = p_S(y) / p_behaviour(y), which corrects the expectation for tokens drawn from the older policy.
-        ppo_clip: ε of PPO's clip, the larger of −r·A and −clip(r, 1−ε, 1+ε)·A: no gradient from tokens that have
-            already moved that far in the direction of their advantage. Without `behaviour_logp` r is 1: nothing is clipped.
+            r = p_S(y) / p_behaviour(y), which corrects the expectation for tokens drawn from the older
+            policy.
+        ppo_clip: ε of PPO's clip, the larger of −r·A and −clip(r, 1−ε, 1+ε)·A: no gradient from tokens that
+            have already moved that far in the direction of their advantage. Without `behaviour_logp` r is 1:
+            nothing is clipped.
         advantage: used in place of A (discounted future sums, for instance). Detached.
 
-    A token that the student cannot draw (log-prob −inf) gives exactly zero, as its probability does in the expectation.
+    A token that the student cannot draw (log-prob −inf) gives exactly zero, as its probability does in the
+    expectation.
 
     >>> t, s = torch.tensor([-0.5]), torch.tensor([-1.5], requires_grad=True)
-    >>> loss = sampled_reverse_kl_loss(teacher_logp=t, student_logp=s)       # the teacher likes it more: push up
+    >>> loss = sampled_reverse_kl_loss(teacher_logp=t, student_logp=s)     # the teacher likes it more
     >>> loss.sum().backward(); round(loss.item(), 4), s.grad.item()
     (-1.0, -1.0)
     """
@@ -181,13 +185,13 @@ def sampled_reverse_kl_loss(
 
 
 def _working_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """All in one dtype: float64 if any is, else float32. Half precision cannot hold a log-softmax over a vocabulary."""
+    """All in float64 if any is, else float32: half precision cannot hold log-probs of a vocabulary."""
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
     return tuple(x.to(dtype) for x in tensors)
 
 
 def _kl_terms(p_logp: Tensor, q_logp: Tensor) -> Tensor:
-    """p·(log p − log q) for each outcome; masked before any arithmetic, so that no gradient is 0·inf = NaN."""
+    """p·(log p − log q) per outcome; masked before any arithmetic, so that no gradient is 0·inf = NaN."""
     outside = p_logp.isneginf()
     p_logp, q_logp = p_logp.masked_fill(outside, 0.0), q_logp.masked_fill(outside, 0.0)
     return (p_logp.exp() * (p_logp - q_logp)).masked_fill(outside, 0.0)

@@ -1,11 +1,12 @@
-"""Optimal transport between two short windows of tokens: how far apart two near futures are (TOPD, arXiv 2606.00305).
+"""Optimal transport between two short windows of tokens: how far apart two near futures are (TOPD, arXiv
+2606.00305).
 
     plan = argmin_γ Σ_ij γ_ij·cost_ij,   γ ≥ 0,  Σ_j γ_ij = 1/K,  Σ_i γ_ij = 1/J        (uniform marginals)
 
-Exact plans come from scipy: an assignment where both windows are equally long, an assignment over repeated rows and
-columns where the lengths have a small common multiple, a linear programme otherwise. With `epsilon` the entropy-smoothed
-plan comes from Sinkhorn's iterations over all windows at once, in the log domain with rescaling in between (Schmitzer,
-arXiv 1610.06519). Plans carry no gradient.
+Exact plans come from scipy: an assignment where both windows are equally long, an assignment over repeated
+rows and columns where the lengths have a small common multiple, a linear programme otherwise. With `epsilon`
+the entropy-smoothed plan comes from Sinkhorn's iterations over all windows at once, in the log domain with
+rescaling in between (Schmitzer, arXiv 1610.06519). Plans carry no gradient.
 
 Shape suffixes: W windows, K tokens of one window, J of the other, V vocabulary, H embedding.
 """
@@ -40,12 +41,12 @@ def optimal_transport(
     Args:
         cost: finite. Any leading dimensions; each [K, J] is a problem of its own.
         epsilon: None is exact; above 0 adds −ε·H(γ), which spreads the plan. In the unit of the cost.
-        row_lengths, column_lengths: numbers of real rows and columns, at least 1; the rest is padding, gets no mass, and
-            its cost is not read. None: all.
+        row_lengths, column_lengths: numbers of real rows and columns, at least 1; the rest is padding, gets
+            no mass, and its cost is not read. None: all.
 
     Returns:
-        γ in the cost's dtype and on its device. Columns sum to 1/J exactly; rows to 1/K exactly, or within 1e-5 in total
-        with `epsilon`.
+        γ in the cost's dtype and on its device. Columns sum to 1/J exactly; rows to 1/K exactly, or within
+        1e-5 in total with `epsilon`.
 
     Raises:
         ValueError: an epsilon that is not above 0, or a cost that is not finite.
@@ -77,15 +78,19 @@ def window_divergence(
     student_lengths: Int[Tensor, "*batch"] | None = None,
     teacher_lengths: Int[Tensor, "*batch"] | None = None,
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch K J"]]:
-    """D = Σ_ij γ_ij·(1 − cos(e(S_i), e(T_j))) and γ, for one pair of windows or many at once (padded, with lengths).
+    """D = Σ_ij γ_ij·(1 − cos(e(S_i), e(T_j))) and γ, for one pair of windows or many at once (padded, with
+    lengths).
 
-    D lies in [0, 2]; it is 0 for windows of the same tokens in any order, and then the exact plan is found without
+    D lies in [0, 2]; it is 0 for windows of the same tokens in any order, and then the exact plan is found
+    without
     solving anything: identical windows give the diagonal, permuted ones a permutation.
 
     Args:
         student_ids, teacher_ids: token ids; padding may be any valid id.
-        embedding: token embeddings; the cosine is of rows e(v), a zero row has cosine 0 with everything but itself.
-        epsilon: None is exact; else as in `optimal_transport`. D is then Σ γ·cost of the smoothed plan, without its
+        embedding: token embeddings; the cosine is of rows e(v), a zero row has cosine 0 with everything but
+            itself.
+        epsilon: None is exact; else as in `optimal_transport`. D is then Σ γ·cost of the smoothed plan,
+            without its
             entropy term: at least the exact D, and above 0 also for identical windows.
         student_lengths, teacher_lengths: real tokens of each window, at least 1. None: all.
 
@@ -112,9 +117,13 @@ def window_divergence(
 
 
 def token_cost(
-    *, student_ids: Int[Tensor, "*batch K"], teacher_ids: Int[Tensor, "*batch J"], embedding: Float[Tensor, "V H"]
+    *,
+    student_ids: Int[Tensor, "*batch K"],
+    teacher_ids: Int[Tensor, "*batch J"],
+    embedding: Float[Tensor, "V H"],
 ) -> Float[Tensor, "*batch K J"]:
-    """1 − cos(e(S_i), e(T_j)), in [0, 2]; exactly 0 for the same token, in float32 (float64 for such embeddings)."""
+    """1 − cos(e(S_i), e(T_j)), in [0, 2], exactly 0 for the same token; float32, or float64 for such
+    embeddings."""
     dtype = torch.float64 if embedding.dtype == torch.float64 else torch.float32
     used, back = torch.cat([student_ids.flatten(), teacher_ids.flatten()]).unique(return_inverse=True)
     unit = torch.nn.functional.normalize(embedding.detach()[used].to(dtype), dim=-1)
@@ -150,7 +159,9 @@ def _exact_screened(cost_WKJ: Tensor, s_WK: Tensor, t_WJ: Tensor, n_W: Tensor, m
     plan_WKJ[same_W, :size, :size] = diagonal.to(cost_WKJ.dtype)
     w, k = inside_WK[permuted_W].nonzero(as_tuple=True)
     at = permuted_W.nonzero().squeeze(-1)[w]
-    plan_WKJ[at, order_s.indices[permuted_W][w, k], order_t.indices[permuted_W][w, k]] = 1.0 / n_W[at].to(cost_WKJ.dtype)
+    plan_WKJ[at, order_s.indices[permuted_W][w, k], order_t.indices[permuted_W][w, k]] = 1.0 / n_W[at].to(
+        cost_WKJ.dtype
+    )
     rest_W = ~(same_W | permuted_W)
     if bool(rest_W.any()):
         plan_WKJ[rest_W] = optimal_transport(
@@ -171,10 +182,10 @@ def _exact(cost_WKJ: Tensor, n_W: Tensor, m_W: Tensor) -> Tensor:
     return torch.from_numpy(plan).to(cost_WKJ)
 
 
-def _solve(cost_nm: NDArray[np.float64]) -> NDArray[np.float64] | float:
+def _solve(cost_nm: NDArray[np.float64]) -> NDArray[np.float64]:
     n, m = cost_nm.shape
     if n == 1 or m == 1:
-        return 1.0 / (n * m)
+        return np.full((n, m), 1.0 / (n * m))
     if n == m:
         plan = np.zeros((n, n))
         plan[linear_sum_assignment(cost_nm)] = 1.0 / n
@@ -184,7 +195,7 @@ def _solve(cost_nm: NDArray[np.float64]) -> NDArray[np.float64] | float:
 
 
 def _solve_replicated(cost_nm: NDArray[np.float64], size: int) -> NDArray[np.float64]:
-    """Every row size/n times and every column size/m times: now each copy has the mass 1/size on both sides."""
+    """Every row size/n times, every column size/m times: each copy has mass 1/size on both sides."""
     n, m = cost_nm.shape
     rows, columns = np.arange(size) // (size // n), np.arange(size) // (size // m)
     i, j = linear_sum_assignment(cost_nm[rows[:, None], columns])
@@ -197,19 +208,24 @@ def _solve_programme(cost_nm: NDArray[np.float64]) -> NDArray[np.float64]:
     """In units of 1/(n·m), where supplies and demands are whole numbers, and so is the simplex's solution."""
     n, m = cost_nm.shape
     sums = sparse.vstack(
-        [sparse.kron(sparse.eye(n), np.ones((1, m))), sparse.kron(np.ones((1, n)), sparse.eye(m))], format="csr"
+        [sparse.kron(sparse.eye(n), np.ones((1, m))), sparse.kron(np.ones((1, n)), sparse.eye(m))],
+        format="csr",
     )
     totals = np.concatenate([np.full(n, float(m)), np.full(m, float(n))])
     found = linprog(cost_nm.ravel(), A_eq=sums, b_eq=totals, method="highs-ds")
     assert found.success, f"transport between {n} and {m} tokens: {found.message}"
-    return np.round(found.x.reshape(n, m)) / (n * m)
+    whole: NDArray[np.float64] = np.round(found.x.reshape(n, m))
+    plan: NDArray[np.float64] = whole / (n * m)
+    return plan
 
 
 def _sinkhorn(cost_WKJ: Tensor, n_W: Tensor, m_W: Tensor, epsilon: float) -> Tensor:
-    """Potentials f, g with γ = exp(f_i + g_j − cost_ij/ε), refined by scalings u, v of that kernel's rows and columns.
+    """Potentials f, g with γ = exp(f_i + g_j − cost_ij/ε), refined by scalings u, v of that kernel's rows and
+    columns.
 
-    Windows leave as they converge. Updates of the others are over-relaxed by ω = 2/(1 + √(1−η)) where η is the rate at
-    which their error has just fallen (Thibault et al., arXiv 1711.01851); a window whose error rose goes back to ω = 1.
+    Windows leave as they converge. Updates of the others are over-relaxed by ω = 2/(1 + √(1−η)) where η is
+    the rate at which their error has just fallen (Thibault et al., arXiv 1711.01851); a window whose error
+    rose goes back to ω = 1.
     """
     windows, rows, columns = cost_WKJ.shape
     sharp = windows > 0 and float(cost_WKJ.max() - cost_WKJ.min()) > _SINGLE * epsilon
@@ -242,8 +258,10 @@ def _sinkhorn(cost_WKJ: Tensor, n_W: Tensor, m_W: Tensor, epsilon: float) -> Ten
     return plan_WKJ.to(cost_WKJ.dtype)
 
 
-def _scalings(kernel_WKJ: Tensor, a_WK: Tensor, b_WJ: Tensor, omega_W1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """u, v after `_ABSORB` iterations from 1, the last one exact in its columns, and the rows' sums after it."""
+def _scalings(
+    kernel_WKJ: Tensor, a_WK: Tensor, b_WJ: Tensor, omega_W1: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """u, v after `_ABSORB` iterations from 1, the last exact in its columns, and the rows' sums after it."""
     across_WJK = kernel_WKJ.mT.contiguous()
     tiny = torch.finfo(kernel_WKJ.dtype).tiny
     relaxed = bool((omega_W1 != 1.0).any())

@@ -1,7 +1,8 @@
 """A divergence per token from hidden states and heads, as an ordinary differentiable function.
 
-For losses whose weights are not known before the forward pass: the gradient has to wait for them, so backward computes
-the logits again, chunk by chunk (six products in all). The step itself uses `fused_objective`, which needs four.
+For losses whose weights are not known before the forward pass: the gradient has to wait for them, so backward
+computes the logits again, chunk by chunk (six products in all). The step itself uses `fused_objective`, which
+needs four.
 
 Shape suffixes: N tokens, H, G hidden widths of student and teacher, V vocabulary.
 """
@@ -32,7 +33,8 @@ def chunked_divergence(
     """D(p_T, p_S) per token, nats; [N, V] is never held. See `onpath.divergence` for the three equations.
 
     Args:
-        student_hidden, student_head: receive gradients; a head is a weight, or a `Head` with bias, scale, soft-cap.
+        student_hidden, student_head: receive gradients; a head is a weight, or a `Head` with bias, scale,
+            soft-cap.
         teacher_hidden, teacher_head: constants. The widths may differ, the vocabularies may not.
         kind: the divergence; `jensen_shannon` needs `beta`, the teacher's share of the mixture, in (0, 1).
         entry_clip: cap on each vocabulary entry's contribution, nats.
@@ -42,8 +44,8 @@ def chunked_divergence(
         ValueError: shapes that do not fit, an unknown kind, a beta without jensen_shannon or outside (0, 1).
 
     >>> h, w = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    >>> d = chunked_divergence(student_hidden=h, student_head=w, teacher_hidden=h, teacher_head=2 * w, kind="reverse_kl")
-    >>> round(d.item(), 4)                                     # KL(softmax(1, 0) ‖ softmax(2, 0))
+    >>> both = {"student_hidden": h, "student_head": w, "teacher_hidden": h, "teacher_head": 2 * w}
+    >>> round(chunked_divergence(**both, kind="reverse_kl").item(), 4)   # KL(softmax(1, 0) ‖ softmax(2, 0))
     0.0826
     """
     if kind not in ("forward_kl", "reverse_kl", "jensen_shannon"):

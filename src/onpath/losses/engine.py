@@ -17,6 +17,7 @@ from torch import Tensor
 
 from onpath.losses import head as heads
 from onpath.losses import rows
+from onpath.losses.guided import Guided, guided_rows
 from onpath.losses.head import Head
 from onpath.losses.objective import Objective
 from onpath.losses.records import (
@@ -89,19 +90,6 @@ class _Buffers:
     scratch: tuple[Tensor, ...]  # [R, V] each
 
 
-@dataclass(kw_only=True)
-class _Guided:
-    """Guidance that falls into one chunk; rows count from the chunk's start."""
-
-    rows: Tensor  # [g]
-    ids: Tensor  # [g, M]
-    probs: Tensor  # [g, M]
-    weights: Tensor  # [g]
-    strength: float
-    values: list[Tensor] = field(default_factory=list)
-    gradients: list[Tensor] = field(default_factory=list)  # [·, V] blocks, in the order of rows
-
-
 @torch.no_grad()
 def run(inputs: Inputs) -> Outcome:
     """The whole pass. No autograd graph is made or needed."""
@@ -138,7 +126,7 @@ def run(inputs: Inputs) -> Outcome:
             assert teacher_VH is not None
             hidden_CH = inputs.teacher.hidden[here]
             teacher_CV = heads.logits_(inputs.teacher.head, teacher_VH, hidden_CH, buffers.teacher[:size])
-        guided = _guided(inputs, here, weights_N)
+        guided = guided_rows(inputs.guidance, here, weights_N)
         values, chunk_stats = _by_blocks(inputs, here, student_CV, teacher_CV, buffers, block, masked, guided)
         pieces += chunk_stats
         _close_chunk(inputs, outcome, here, values, weights_N[here], student_CV, student_VH, guided)
@@ -195,28 +183,6 @@ def _buffers(inputs: Inputs, like: Tensor, chunk: int, block: int) -> _Buffers:
     )
 
 
-def _guided(inputs: Inputs, here: slice, weights_N: Tensor) -> _Guided | None:
-    guidance = inputs.guidance
-    if guidance is None:
-        return None
-    first, last = torch.searchsorted(
-        guidance.positions, guidance.positions.new_tensor([here.start, here.stop])
-    ).tolist()
-    if first == last:
-        return None
-    probs = guidance.probs[first:last].to(
-        heads.working_dtype(inputs.student_hidden, inputs.student_head.weight)
-    )
-    at = guidance.positions[first:last]
-    return _Guided(
-        rows=at - here.start,
-        ids=guidance.ids[first:last],
-        probs=probs,
-        weights=weights_N[at] if guidance.weights is None else guidance.weights[first:last].to(probs.dtype),
-        strength=guidance.strength,
-    )
-
-
 def _by_blocks(
     inputs: Inputs,
     here: slice,
@@ -225,7 +191,7 @@ def _by_blocks(
     buffers: _Buffers,
     block_rows: int,
     masked: bool,
-    guided: _Guided | None,
+    guided: Guided | None,
 ) -> tuple[Tensor, list[rows.Stats]]:
     """Values [C] and statistics of a chunk; the gradient replaces `student_CV`."""
     values: list[Tensor] = []
@@ -234,13 +200,15 @@ def _by_blocks(
         stats = rows.measure(block, inputs.request)
         found.append(stats)
         if guided is not None:
-            _guide(guided, block, at, slope_RV, gradient=inputs.any_grad)
+            guided.add(block, at, slope_RV, gradient=inputs.any_grad)
         if inputs.objective is None:
             values.append(torch.zeros_like(stats["student_entropy"]))
             continue
         values.append(rows.evaluate(block, inputs.objective, stats, gradient=inputs.any_grad))
         if slope_RV is not None and inputs.any_grad:
             block.student_logp.mul_(slope_RV)
+        if guided is not None:
+            guided.store(teacher_CV)
     return torch.cat(values), found
 
 
@@ -295,24 +263,6 @@ def _served(teacher: Teacher | None, row: slice) -> TeacherTopK | None:
     )
 
 
-def _guide(guided: _Guided, block: rows.Block, at: slice, slope_RV: Tensor | None, *, gradient: bool) -> None:
-    """λ·Σ_m ỹ_m(log ỹ_m − s_m) for the guided rows of a block, and its gradient λ·(mass·p_S − ỹ). Before `evaluate`."""
-    first, last = torch.searchsorted(guided.rows, guided.rows.new_tensor([at.start, at.stop])).tolist()
-    if first == last:
-        return
-    local, ids, probs = guided.rows[first:last] - at.start, guided.ids[first:last], guided.probs[first:last]
-    logp = block.student_logp[local].gather(-1, ids)
-    guided.values.append(
-        guided.strength * rows.divergence.sparse_forward_kl(target_p=probs, student_logp=logp)
-    )
-    if gradient:
-        grad_gV = block.student_p[local] * probs.sum(-1, keepdim=True)
-        grad_gV.scatter_add_(-1, ids, -probs)
-        if slope_RV is not None:
-            grad_gV.mul_(slope_RV[local])
-        guided.gradients.append(grad_gV.mul_(guided.strength))
-
-
 def _close_chunk(
     inputs: Inputs,
     outcome: Outcome,
@@ -321,7 +271,7 @@ def _close_chunk(
     weights_C: Tensor,
     grad_CV: Tensor,
     weight_VH: Tensor,
-    guided: _Guided | None,
+    guided: Guided | None,
 ) -> None:
     """Clips, weights, sums and the two gradient products of a chunk."""
     live_C = weights_C != 0
@@ -352,7 +302,7 @@ def _products(
     grad_CV: Tensor,
     scale_C: Tensor,
     weight_VH: Tensor,
-    guided: _Guided | None,
+    guided: Guided | None,
 ) -> None:
     """Gradients of a chunk from ∂/∂z, row by row still without its weight."""
     vocabulary, factor = weight_VH.shape[0], inputs.student_head.factor
@@ -361,7 +311,7 @@ def _products(
     if apart or guided is None:
         _add_hidden(into, here, grad_CV, scale_C, weight_VH)
     if guided is not None:
-        guidance_gV = torch.cat(guided.gradients)
+        guidance_gV = guided.gradient()
         guided_scale = guided.weights * factor
         guidance_gV[guided_scale == 0] = 0.0
         if apart:

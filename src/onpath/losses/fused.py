@@ -1,7 +1,8 @@
 """The loss of a step: a weighted sum over tokens whose gradient is formed in the forward pass.
 
-Weights and denominator are known before the pass, so nothing has to wait for backward and nothing is computed twice:
-four matrix products over the vocabulary as in the plain loss, three with a frozen head, two without gradients.
+Weights and denominator are known before the pass, so nothing has to wait for backward and nothing is computed
+twice: four matrix products over the vocabulary as in the plain loss, three with a frozen head, two without
+gradients.
 
 Shape suffixes: N tokens, H hidden, V vocabulary.
 """
@@ -50,19 +51,21 @@ def fused_objective(
         student_head: its weight and bias receive gradients if they require them.
         teacher: hidden states and head, or served top-k log-probs; None for objectives without a teacher.
         objective: D.
-        weights: w per token. A token of weight 0 gives exactly zero value and gradient, whatever its logits are.
+        weights: w per token. A token of weight 0 gives exactly zero value and gradient, whatever its logits
+            are.
         denominator: the optimiser step's token count over all micro-batches and processes.
         sampled_ids: the response's tokens; needed by the objectives of the sampled token.
         behaviour_logp: log-probs under the policy that drew them, for `sampled`.
         advantage: replaces log p_T − log p_S in `sampled`.
-        sequence_ids: which response each token belongs to, tokens in order; needed by `discount`, which then costs one
-            more pass of two products, because a token's advantage depends on later chunks.
+        sequence_ids: which response each token belongs to, tokens in order; needed by `discount`, which then
+            costs one more pass of two products, because a token's advantage depends on later chunks.
         guidance: sparse targets at some tokens, added to the same sum.
         stats: what to measure beside the loss.
         chunk_rows: tokens per chunk; None chooses by memory.
 
     Returns:
-        The scalar to call `backward()` on (any factor of it stays right; a second backward raises), sums, statistics.
+        The scalar to call `backward()` on (any factor of it stays right; a second backward raises), sums,
+        statistics.
 
     Raises:
         ValueError: inputs that do not belong together, or an objective that this teacher cannot serve.
@@ -80,7 +83,7 @@ def fused_objective(
     )
     scaled = weights.to(working_dtype(student_hidden, student_head.weight)) / denominator
     if guidance is not None and guidance.weights is not None:
-        guidance = replace(guidance, weights=guidance.weights / denominator)
+        guidance = replace(guidance, weights=guidance.weights.to(scaled.dtype) / denominator)
     if objective.discount and advantage is None:
         advantage = _discounted_advantage(
             student_hidden,
@@ -134,7 +137,7 @@ def token_stats(
     stats: StatsRequest | None = None,
     chunk_rows: int | None = None,
 ) -> TokenStats:
-    """The statistics of `fused_objective` without a gradient: two products. `loss` is zero without an objective."""
+    """The statistics of `fused_objective` without a gradient; `loss` is zero without an objective."""
     check_shapes(student_hidden, student_head, teacher, {"sampled_ids": sampled_ids})
     inputs = engine.Inputs(
         student_hidden=student_hidden.detach(),
@@ -161,20 +164,26 @@ def _check(
     guidance: SparseGuidance | None,
 ) -> None:
     per_token = {
-        "weights": weights, "sampled_ids": sampled_ids, "behaviour_logp": behaviour_logp, "advantage": advantage,
-    }  # fmt: skip
+        "weights": weights,
+        "sampled_ids": sampled_ids,
+        "behaviour_logp": behaviour_logp,
+        "advantage": advantage,
+    }
     check_shapes(student_hidden, head, teacher, per_token)
     if objective.needs_teacher and teacher is None:
         raise ValueError(f"{objective.kind} needs a teacher")
     if not objective.is_divergence and sampled_ids is None:
         raise ValueError(f"{objective.kind} needs sampled_ids, the response's tokens")
     if objective.ppo_clip is not None and behaviour_logp is None:
-        raise ValueError("ppo_clip compares with the policy that drew the tokens: without behaviour_logp it never clips")
+        raise ValueError(
+            "ppo_clip compares with the policy that drew the tokens: without behaviour_logp it never clips"
+        )
     if isinstance(teacher, TeacherTopK):
         _check_served(teacher, objective, head)
     elif teacher is not None and teacher.head.temperature != head.temperature:
         raise ValueError(
-            f"student at temperature {head.temperature:g} against teacher at {teacher.head.temperature:g}: the loss would not "
+            f"student at temperature {head.temperature:g} against teacher at {teacher.head.temperature:g}: "
+            f"the loss would not "
             "be least where the models agree; use one temperature on both sides"
         )
     if (
@@ -187,10 +196,13 @@ def _check(
 
 def _check_served(teacher: TeacherTopK, objective: Objective, head: Head) -> None:
     if head.temperature != 1.0 and objective.needs_teacher:
-        raise ValueError(f"served log-probs are at temperature 1, the student's head at {head.temperature:g}: set it to 1")
+        raise ValueError(
+            f"served log-probs are at temperature 1, the student's head at {head.temperature:g}: set it to 1"
+        )
     if objective.is_divergence and objective.support != "teacher_topk":
         raise ValueError(
-            f"support {objective.support} needs the teacher's log-probs outside its own top k, which a served teacher does not "
+            f"support {objective.support} needs the teacher's log-probs outside its own top k, which a "
+            f"served teacher does not "
             "send: use support teacher_topk"
         )
     if objective.kind == "sampled" and teacher.sampled_logp is None:

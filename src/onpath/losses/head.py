@@ -17,7 +17,8 @@ _UPCAST_BYTES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """Hidden states → logits: z = softcap·tanh(s·(h·Wᵀ + b) / softcap) / T, without the tanh where softcap is None.
+    """Hidden states → logits: z = softcap·tanh(s·(h·Wᵀ + b) / softcap) / T, without the tanh where softcap is
+    None.
 
     >>> Head(weight=torch.eye(3)).vocabulary
     3
@@ -34,7 +35,8 @@ class Head:
     temperature: float = 1.0
     """Both sides' should agree. Losses are not multiplied by T²."""
     tokens: int | None = None
-    """Number of real token ids: later rows of `weight` are padding, and take no part in the softmax. None: all rows."""
+    """Number of real token ids: later rows of `weight` are padding, and take no part in the softmax. None:
+    all rows."""
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
@@ -69,8 +71,9 @@ def working_dtype(*tensors: Tensor) -> torch.dtype:
 def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """Of the operands of matrix products.
 
-    Half precision on a GPU if both operands have it or autocast asks for it; products accumulate into float32 there.
-    On a CPU half-precision operands are widened by blocks: exact, and PyTorch has no product of both kinds there.
+    Half precision on a GPU if both operands have it or autocast asks for it; products accumulate into float32
+    there. On a CPU half-precision operands are widened by blocks: exact, and PyTorch has no product of both
+    kinds there.
     """
     if hidden.device.type != "cuda":
         return working_dtype(hidden, weight)
@@ -80,7 +83,8 @@ def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def logits_(head: Head, weight_VH: Tensor, hidden_CH: Tensor, out_CV: Tensor) -> Tensor:
-    """Writes z into `out_CV` (working dtype). `weight_VH`: the head's weight cut to its tokens, in the product's dtype."""
+    """Writes z into `out_CV` (working dtype). `weight_VH`: the head's weight cut to its tokens, in the
+    product's dtype."""
     if weight_VH.dtype == out_CV.dtype:
         torch.mm(hidden_CH.to(out_CV.dtype), weight_VH.t(), out=out_CV)
     elif weight_VH.is_cuda:
@@ -111,7 +115,8 @@ def hidden_gradient(grad_CV: Tensor, weight_VH: Tensor) -> Tensor:
 
 
 def add_weight_gradient_(grad_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor) -> None:
-    """grad_VH += gradᵀ · hidden, accumulated in the working dtype: sums rounded to bfloat16 per chunk would be biased."""
+    """grad_VH += gradᵀ · hidden, accumulated in the working dtype: sums rounded to bfloat16 per chunk would
+    be biased."""
     if grad_CV.dtype == grad_VH.dtype:
         grad_VH.addmm_(grad_CV.t(), hidden_CH.to(grad_VH.dtype))
     else:

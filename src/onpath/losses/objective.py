@@ -21,8 +21,8 @@ class Objective:
     """
 
     kind: Kind = "reverse_kl"
-    """`sampled`: reverse KL from sampled tokens as a policy gradient. `cross_entropy`: plain SFT on the response.
-    `negative_advantage`: a control without a teacher, which pushes unlikely sampled tokens down."""
+    """`sampled`: reverse KL from sampled tokens as a policy gradient. `cross_entropy`: plain SFT on the
+    response. `negative_advantage`: a control without a teacher, which pushes unlikely sampled tokens down."""
     beta: float | None = None
     """jensen_shannon: the teacher's share of the mixture, strictly between 0 and 1."""
     support: Support = "full"
@@ -30,13 +30,13 @@ class Objective:
     k: int | None = None
     """Size of a top-k set. k ≥ V is the full vocabulary."""
     tail: Tail = "bucket"
-    """Rest of the mass under a top-k support: one outcome of its own, or left out and both sides renormalised."""
+    """Mass outside a top-k support: one outcome of its own, or dropped and both sides renormalised."""
     entry_clip: float | None = None
     """Cap on each vocabulary entry's contribution before the sum, nats (OPSD: 0.05)."""
     token_clip: float | None = None
     """Cap on the token's loss, nats (0.06-0.1 in the literature); a capped token gives no gradient."""
     estimator: Estimator = "policy_gradient"
-    """sampled: how the log-ratio is used. Only `policy_gradient` is right; the others are refused, with the reason."""
+    """sampled: how the log-ratio is used. Only `policy_gradient` is right; the others are refused."""
     ppo_clip: float | None = None
     """sampled: ε of PPO's clip, against the behaviour's log-probs."""
     discount: float = 0.0
@@ -44,12 +44,14 @@ class Objective:
     advantage: float = -1.0
     """negative_advantage: the fixed advantage, below 0."""
     below_logp: float = -2.302585092994046
-    """negative_advantage: applies to sampled tokens whose student log-prob is below this, nats (default: p < 0.1)."""
+    """negative_advantage: for sampled tokens with a student log-prob below this, nats (here p < 0.1)."""
 
     def __post_init__(self) -> None:
         for name, known in (("kind", Kind), ("support", Support), ("tail", Tail), ("estimator", Estimator)):
             if getattr(self, name) not in get_args(known):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, not {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{name} must be one of {', '.join(get_args(known))}, not {getattr(self, name)!r}"
+                )
         _check_divergence(self)
         _check_support(self)
         _check_sampled(self)
@@ -82,7 +84,8 @@ def _check_divergence(o: Objective) -> None:
         )
     if o.token_clip is not None and not o.is_divergence:
         raise ValueError(
-            f"token_clip caps a divergence, which is at least 0; {o.kind} is not one: use ppo_clip for sampled"
+            f"token_clip caps a divergence, which is at least 0; {o.kind} is not one: use ppo_clip for "
+            f"sampled"
         )
 
 
@@ -95,7 +98,8 @@ def _check_support(o: Objective) -> None:
         return
     if o.kind == "sampled":
         raise ValueError(
-            "a top-k KL used as an advantage gives a zero expected gradient (it does not depend on the sampled token, so it "
+            "a top-k KL used as an advantage gives a zero expected gradient (it does not depend on the "
+            "sampled token, so it "
             "is a baseline): differentiate the KL itself, kind reverse_kl, or use sampled with support full"
         )
     if not o.is_divergence:
@@ -113,11 +117,13 @@ def _check_support(o: Objective) -> None:
 def _refuse_bare_set(o: Objective) -> None:
     if o.kind == "reverse_kl":
         raise ValueError(
-            "reverse_kl on a bare top-k set rewards the student for leaving the set (it lowers the sum by moving its mass "
+            "reverse_kl on a bare top-k set rewards the student for leaving the set (it lowers the sum by "
+            "moving its mass "
             "outside): use tail bucket or renormalise"
         )
     raise ValueError(
-        f"{o.kind} on a bare top-k set compares two masses that are not distributions, so it can be negative and is not least "
+        f"{o.kind} on a bare top-k set compares two masses that are not distributions, so it can be "
+        f"negative and is not least "
         "at p_S = p_T: use tail bucket or renormalise"
     )
 
@@ -128,12 +134,14 @@ def _check_sampled(o: Objective) -> None:
             raise ValueError(f"ppo_clip, discount and estimator belong to kind sampled, not to {o.kind}")
     elif o.estimator == "k1_loss":
         raise ValueError(
-            "back-propagating log p_S − log p_T of the sampled token drops the teacher from the gradient, whose expectation is "
+            "back-propagating log p_S − log p_T of the sampled token drops the teacher from the gradient, "
+            "whose expectation is "
             "then zero: use the policy_gradient estimator"
         )
     elif o.estimator == "k3_loss":
         raise ValueError(
-            "back-propagating the k3 estimator gives the gradient of the forward KL, not of the reverse KL, with unbounded "
+            "back-propagating the k3 estimator gives the gradient of the forward KL, not of the reverse "
+            "KL, with unbounded "
             "variance: use the policy_gradient estimator, or kind forward_kl"
         )
     if not 0 <= o.discount <= 1:

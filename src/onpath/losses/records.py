@@ -50,7 +50,7 @@ Teacher = TeacherHidden | TeacherTopK
 
 @dataclass(frozen=True, kw_only=True)
 class SparseGuidance:
-    """TOPD's targets ỹ: adds strength·weight·Σ_m ỹ_m·(log ỹ_m − log p_S(id_m)) at some tokens (arXiv 2606.00305)."""
+    """TOPD's targets ỹ (arXiv 2606.00305): adds strength·weight·Σ_m ỹ_m·(log ỹ_m − log p_S(id_m))."""
 
     positions: Int[Tensor, " G"]
     """Rows of the student's hidden states, strictly increasing."""
@@ -68,6 +68,8 @@ class SparseGuidance:
     def __post_init__(self) -> None:
         if self.ids.shape != self.probs.shape or self.positions.shape[0] != self.ids.shape[0]:
             raise ValueError("guidance: positions [G], ids [G, M] and probs [G, M] must agree in G and M")
+        if self.weights is not None and self.weights.shape != self.positions.shape:
+            raise ValueError("guidance: weights must have one entry per position")
         if self.positions.numel() > 1 and not bool((self.positions.diff() > 0).all()):
             raise ValueError(
                 "guidance: positions must be strictly increasing (merge the targets of one token first)"
@@ -90,7 +92,8 @@ class StatsRequest:
 class TokenStats:
     """Per token, detached, nats. None: not measured, or not measurable from this teacher.
 
-    With a served teacher the divergences and the teacher's entropy are those of its set plus one bucket: lower bounds.
+    With a served teacher the divergences and the teacher's entropy are those of its set plus one bucket:
+    lower bounds.
     """
 
     loss: Float[Tensor, " N"]
@@ -121,9 +124,9 @@ class LossResult:
     objective_sum: Float[Tensor, ""]
     """Weighted sum of the objective alone, detached, divided by the denominator."""
     guidance_sum: Float[Tensor, ""]
-    """Weighted sum of the guidance (strength included), detached, divided by the denominator; 0 without guidance."""
+    """The same of the guidance, strength included; 0 without guidance."""
     objective_grad_sq: Float[Tensor, ""] | None
-    """‖∂objective_sum/∂hidden‖²: sums over micro-batches. None without guidance norms or without gradients."""
+    """‖∂objective_sum/∂hidden‖², adds up over micro-batches; None without guidance or without gradients."""
     guidance_grad_sq: Float[Tensor, ""] | None
     """‖∂guidance_sum/∂hidden‖² (strength included)."""
     stats: TokenStats
@@ -149,7 +152,8 @@ def check_shapes(
             )
         if teacher.head.vocabulary != head.vocabulary:
             raise ValueError(
-                f"student has {head.vocabulary} outcomes, teacher {teacher.head.vocabulary}: if the surplus is padding, "
+                f"student has {head.vocabulary} outcomes, teacher {teacher.head.vocabulary}: if the "
+                f"surplus is padding, "
                 "set Head.tokens on both sides to the number of real token ids"
             )
     elif isinstance(teacher, TeacherTopK) and teacher.ids.shape[0] != count:

@@ -1,11 +1,12 @@
-"""A few rows of logits at a time: softmax, statistics, and the objective's gradient in place of the student's logits.
+"""A few rows of logits at a time: softmax, statistics, and the objective's gradient in place of the student's
+logits.
 
-On a CPU these passes cost what the memory they touch costs, so a block is as many rows as stay in the cache, and every
-operation writes into a buffer that exists already.
+On a CPU these passes cost what the memory they touch costs, so a block is as many rows as stay in the cache,
+and every operation writes into a buffer that exists already.
 
-Shape suffixes: R rows of one block, V vocabulary, k of a top-k set. In formulas s = log p_S, t = log p_T, both over V,
-and the gradient is with respect to z, the student's logits after scale, soft-cap and temperature: if g = ∂D/∂s
-entry by entry, then ∂D/∂z = g − p_S·Σg.
+Shape suffixes: R rows of one block, V vocabulary, k of a top-k set. In formulas s = log p_S, t = log p_T,
+both over V, and the gradient is with respect to z, the student's logits after scale, soft-cap and
+temperature: if g = ∂D/∂s entry by entry, then ∂D/∂z = g − p_S·Σg.
 """
 
 from dataclasses import dataclass
@@ -48,7 +49,8 @@ def log_softmax_(z_RV: Tensor) -> Tensor:
 
 
 def measure(block: Block, request: StatsRequest) -> Stats:
-    """Everything that TokenStats wants, and p_S, p_T and the gap left in the scratch buffers for `differentiate`."""
+    """Everything that TokenStats wants, and p_S, p_T and the gap left in the scratch buffers for
+    `differentiate`."""
     s_RV, t_RV = block.student_logp, block.teacher_logp
     p_RV = torch.exp(s_RV, out=block.student_p)
     stats: Stats = {"student_entropy": divergence.entropy(logp=s_RV) if block.masked else -_dot(p_RV, s_RV)}
@@ -88,7 +90,7 @@ def _measure_teacher(block: Block, request: StatsRequest, t_RV: Tensor) -> Stats
 
 
 def evaluate(block: Block, objective: Objective, stats: Stats, *, gradient: bool) -> Tensor:
-    """The objective's value [R]; with `gradient`, ∂value/∂z replaces `block.student_logp`. After `measure`."""
+    """The value [R], after `measure`; with `gradient`, ∂value/∂z replaces `block.student_logp`."""
     if not objective.is_divergence:
         return _sampled_token(block, objective, stats, gradient)
     if not topk.is_full(objective, block.student_logp.shape[-1]) or block.served is not None:
@@ -129,7 +131,8 @@ def _jensen_shannon(block: Block, objective: Objective, gradient: bool) -> Tenso
 
 
 def _log_mixture(block: Block, beta: float) -> Tensor:
-    """log(β·p_T + (1−β)·p_S) in `gap`. Where both underflow, both weights are zero, and any finite value will do."""
+    """log(β·p_T + (1−β)·p_S) in `gap`; where both underflow, both weights are 0 and any finite value will
+    do."""
     m_RV = torch.mul(block.student_p, 1 - beta, out=block.gap).add_(block.teacher_p, alpha=beta)
     return m_RV.clamp_min_(torch.finfo(m_RV.dtype).tiny).log_()
 
@@ -140,6 +143,7 @@ def _entry_clipped(block: Block, objective: Objective, gradient: bool) -> Tensor
         block.student_logp, block.teacher_logp, block.student_p, block.teacher_p, block.gap,
     )  # fmt: skip
     assert t_RV is not None
+    assert objective.entry_clip is not None
     if objective.kind == "forward_kl":  # f = q(t − s), g = −q
         terms_RV = torch.mul(q_RV, gap_RV, out=t_RV).neg_()
         slope_RV = q_RV.neg_()
@@ -210,4 +214,5 @@ def _dot(a_RV: Tensor, b_RV: Tensor) -> Tensor:
     """Σ_v a·b for each row, without a third [R, V]."""
     if a_RV.device.type == "cpu" and a_RV.shape[-1] >= _ROW_DOT_MIN:
         return torch.stack([torch.dot(a, b) for a, b in zip(a_RV, b_RV, strict=True)])
-    return torch.linalg.vecdot(a_RV, b_RV)
+    sums: Tensor = torch.linalg.vecdot(a_RV, b_RV)
+    return sums

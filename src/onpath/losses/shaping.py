@@ -1,8 +1,9 @@
 """Weights and advantages per token: pure functions of detached per-token values.
 
-Each returns factors to multiply with each other and with a trajectory's own weights; none changes the loss's denominator,
-which is the count of tokens before shaping. Value-dependent clips that need no other token (`Objective.entry_clip`,
-`Objective.token_clip`) happen inside the pass; what compares tokens (medians, quantiles, means) needs the values of all
+Each returns factors to multiply with each other and with a trajectory's own weights; none changes the loss's
+denominator, which is the count of tokens before shaping. Value-dependent clips that need no other token
+(`Objective.entry_clip`, `Objective.token_clip`) happen inside the pass; what compares tokens (medians,
+quantiles, means) needs the values of all
 of them first: take them from `token_stats`, then hand the product to `fused_objective` as weights.
 
 Shape suffixes: N tokens, the responses one after the other; S sequences, T longest of them.
@@ -25,10 +26,11 @@ def first_tokens(positions: Int[Tensor, " N"], *, n: int) -> Float[Tensor, " N"]
 
 
 def clip_factor(values: Float[Tensor, " N"], *, cap: float | Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """min(1, cap / value): multiplied into a loss it makes the value min(value, cap) and shrinks its gradient alike.
+    """min(1, cap / value): multiplied into a loss it makes the value min(value, cap) and shrinks its gradient
+    alike.
 
-    Unlike `Objective.token_clip`, whose capped tokens give no gradient, a token above the cap still pulls, at the cap's
-    strength.
+    Unlike `Objective.token_clip`, whose capped tokens give no gradient, a token above the cap still pulls, at
+    the cap's strength.
 
     >>> clip_factor(torch.tensor([0.5, 4.0]), cap=1.0).tolist()
     [1.0, 0.25]
@@ -42,8 +44,8 @@ def median_cap(
 ) -> Float[Tensor, " N"]:
     """min(1, median / value) at the selected tokens, 1 elsewhere; the median is the response's own.
 
-    TOPD's suppression of high-loss tokens at no real fork (arXiv 2606.00305). An even count has the mean of the middle
-    two.
+    TOPD's suppression of high-loss tokens at no real fork (arXiv 2606.00305). An even count has the mean of
+    the middle two.
 
     >>> median_cap(torch.tensor([1.0, 2.0, 8.0]), selected=torch.tensor([False, False, True]),
     ...            sequence_ids=torch.tensor([0, 0, 0])).tolist()
@@ -57,7 +59,8 @@ def median_cap(
 
 
 def proportional(values: Float[Tensor, " N"], *, mean: float | Float[Tensor, ""]) -> Float[Tensor, " N"]:
-    """value / mean: entropy- or divergence-weighted loss with mean weight 1, given the mean over all the step's tokens.
+    """value / mean: entropy- or divergence-weighted loss with mean weight 1, given the mean over all the
+    step's tokens.
 
     The mean is an argument, as a denominator is, so that weights do not depend on how a batch was split.
 
@@ -70,7 +73,8 @@ def proportional(values: Float[Tensor, " N"], *, mean: float | Float[Tensor, ""]
 def top_share(values: Float[Tensor, " N"], *, share: float) -> Float[Tensor, " N"]:
     """1 for the given share of tokens with the largest values (rounded up, ties by position), else 0.
 
-    With the student's entropy: training on the forking tokens alone (arXiv 2506.01939: 20%; TIP, arXiv 2604.14084: 50%).
+    With the student's entropy: training on the forking tokens alone (arXiv 2506.01939: 20%; TIP, arXiv
+    2604.14084: 50%).
 
     >>> top_share(torch.tensor([0.1, 0.9, 0.5, 0.2]), share=0.5).tolist()
     [0.0, 1.0, 1.0, 0.0]
@@ -84,9 +88,14 @@ def top_share(values: Float[Tensor, " N"], *, share: float) -> Float[Tensor, " N
 
 
 def confident_and_wrong(
-    student_entropy: Float[Tensor, " N"], divergence: Float[Tensor, " N"], *, entropy_share: float, divergence_share: float
+    student_entropy: Float[Tensor, " N"],
+    divergence: Float[Tensor, " N"],
+    *,
+    entropy_share: float,
+    divergence_share: float,
 ) -> Float[Tensor, " N"]:
-    """1 for high-divergence tokens among those of low student entropy, else 0: TIP's third quadrant (arXiv 2604.14084).
+    """1 for high-divergence tokens among those of low student entropy, else 0: TIP's third quadrant (arXiv
+    2604.14084).
 
     Args:
         entropy_share: share of tokens that count as high-entropy; they are left out.
@@ -104,7 +113,8 @@ def discounted_future_sum(
 ) -> Float[Tensor, " N"]:
     """Σ_{u≥t} γ^{u−t}·value_u within each sequence; the tokens of one sequence stand together and in order.
 
-    With values log p_T − log p_S of sampled tokens and γ = 1 this is the advantage of the whole trajectory's reverse KL.
+    With values log p_T − log p_S of sampled tokens and γ = 1 this is the advantage of the whole trajectory's
+    reverse KL.
 
     >>> values = torch.tensor([1.0, 2.0, 4.0])
     >>> discounted_future_sum(values, sequence_ids=torch.tensor([0, 0, 1]), discount=0.5).tolist()

@@ -1,4 +1,5 @@
-"""Divergences on a few outcomes: the teacher's likeliest tokens, the student's, or both, and what to do with the rest.
+"""Divergences on a few outcomes: the teacher's likeliest tokens, the student's, or both, and what to do with
+the rest.
 
 Shape suffixes: R rows, V vocabulary, k outcomes of the set, B blocks of the vocabulary.
 """
@@ -19,7 +20,8 @@ def is_full(objective: Objective, vocabulary: int) -> bool:
 
 
 def largest(x_RV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest values and their indices, sorted. On a CPU only within the k blocks of the largest maxima: exact."""
+    """The k largest values and their indices, sorted. On a CPU only within the k blocks of the largest
+    maxima: exact."""
     rows, vocabulary = x_RV.shape
     k, blocks = min(k, vocabulary), vocabulary // _BLOCK
     if x_RV.device.type != "cpu" or blocks < 8 * k:
@@ -86,7 +88,7 @@ def evaluate(
 
 
 def measure_served(served: TeacherTopK, *, student_logp: Tensor, student_p: Tensor) -> dict[str, Tensor]:
-    """What a served top-k allows: divergences and entropy over its outcomes plus one bucket (lower bounds)."""
+    """What a served top-k allows: values over its outcomes plus one bucket, which are lower bounds."""
     ids_Rk, valid_Rk, teacher_Rk = _served_set(served, student_logp.dtype)
     student_Rk = student_logp.gather(-1, ids_Rk).masked_fill(~valid_Rk, -torch.inf)
     teacher = torch.cat([teacher_Rk, _log_mass(served.tail_mass().to(student_logp.dtype))[:, None]], -1)
@@ -133,7 +135,8 @@ def _choose(objective: Objective, teacher_RV: Tensor, student_RV: Tensor) -> tup
 
 
 def _served_set(served: TeacherTopK, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, validity, log-probs. A padded column (−inf) borrows the id of the row's likeliest entry and does not count."""
+    """Ids, validity, log-probs. A padded column (−inf) borrows the id of the row's likeliest entry and does
+    not count."""
     valid_Rk = ~served.logp.isneginf()
     likeliest = served.ids.gather(-1, served.logp.argmax(-1, keepdim=True))
     return torch.where(valid_Rk, served.ids, likeliest), valid_Rk, served.logp.to(dtype)
@@ -148,5 +151,6 @@ def _mass_outside(p_RV: Tensor, ids_Rk: Tensor) -> Tensor:
 
 
 def _log_mass(mass_R: Tensor) -> Tensor:
-    """Floored at the smallest normal number, so that a tail that underflows on one side gives a large value, not inf."""
+    """Floored at the smallest normal number, so that a tail that underflows on one side gives a large value,
+    not inf."""
     return mass_R.clamp_min(torch.finfo(mass_R.dtype).tiny).log()
