@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from transformers import PreTrainedModel
 
 from onpath import config as configuration
 from onpath import gym
@@ -19,10 +20,12 @@ from onpath.config import Config, Student
 from onpath.data import load_prompts
 from onpath.evaluate import compare
 from onpath.log import read_lines
+from onpath.measure import Measure
 from onpath.models import load_model, load_tokenizer, pick_device
+from onpath.records import Trajectory
 from onpath.render import Renderer
-from onpath.scoring import score_pairs
 from onpath.show import coloured, legend
+from onpath.teacher import ModelTeacher
 from onpath.train import train
 
 NAME = "demo"
@@ -107,11 +110,9 @@ def _print_trajectories(console: Console, run: Path, config: Config) -> None:
     trained = load_model(Student(model=str(run / "model")), "demo", device)
     renderer = Renderer(load_tokenizer(section, "demo"))
     contexts = [renderer.ids(prompts[p.id]) for p in pairs]
-    before = score_pairs(
-        student, teacher, [(c, p.before["ids"]) for c, p in zip(contexts, pairs, strict=True)]
-    )
+    before = _kl(student, teacher, [(c, p.before["ids"]) for c, p in zip(contexts, pairs, strict=True)])
     order = sorted(range(len(pairs)), key=lambda i: -max(before[i]))[:3]
-    after = score_pairs(trained, teacher, [(contexts[i], pairs[i].after["ids"]) for i in order])
+    after = _kl(trained, teacher, [(contexts[i], pairs[i].after["ids"]) for i in order])
     console.print()
     console.print(legend(console, "reverse KL at the token"))
     for i, values in zip(order, after, strict=True):
@@ -121,6 +122,21 @@ def _print_trajectories(console: Console, run: Path, config: Config) -> None:
         )
         _print_one(console, "before", renderer.tokens(pairs[i].before["ids"]), before[i], prompt.question)
         _print_one(console, "after ", renderer.tokens(pairs[i].after["ids"]), values, prompt.question)
+
+
+def _kl(
+    student: PreTrainedModel, teacher: PreTrainedModel, pairs: Sequence[tuple[tuple[int, ...], Sequence[int]]]
+) -> list[list[float]]:
+    """Reverse KL per response token, nats."""
+    measure = Measure(
+        student=student,
+        teacher=ModelTeacher(teacher),
+        vocabulary=student.config.vocab_size,
+        device=student.device,
+        max_tokens=16_384,
+    )
+    read = [Trajectory(student_context=c, teacher_context=c, response=tuple(r)) for c, r in pairs]
+    return [values["reverse_kl"] for values in measure(read)]
 
 
 def _print_one(
