@@ -198,9 +198,8 @@ def load_data(config: Config) -> tuple[LoadedPrompts, dict[str, tuple[Prompt, ..
         lacking = [p.id for p in pool.prompts if not (getattr(p, column) or "").strip()]
         if lacking:
             raise UserError(
-                f"{data.train}: method.name {config.method.name} needs a {column} for every prompt, but "
-                f"{len(lacking)} of "
-                f"{len(pool.prompts)} have none, the first with id {lacking[0]!r}"
+                f"{data.train}: method.name {config.method.name} needs the column {column} for every "
+                f"prompt, but {len(lacking)} of {len(pool.prompts)} have none, the first with id {lacking[0]!r}"
             )
     evals = {
         name: load_prompts(

@@ -1,0 +1,1 @@
+"""Experiments on a student and a teacher that need no training."""
