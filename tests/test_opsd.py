@@ -147,7 +147,9 @@ def test_missing_columns_stop_before_models_load(
         config = tiny(
             method__name="opsd", method__hint=hint, data__train=str(path), student__model="/nowhere"
         )
-        with pytest.raises(UserError, match=f"opsd needs the column {column} for .* 1 of 2|line 2: .* is empty"):
+        with pytest.raises(
+            UserError, match=f"opsd needs the column {column} for .* 1 of 2|line 2: .* is empty"
+        ):
             assemble(config)
 
 

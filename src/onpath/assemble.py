@@ -199,7 +199,8 @@ def load_data(config: Config) -> tuple[LoadedPrompts, dict[str, tuple[Prompt, ..
         if lacking:
             raise UserError(
                 f"{data.train}: method.name {config.method.name} needs the column {column} for every "
-                f"prompt, but {len(lacking)} of {len(pool.prompts)} have none, the first with id {lacking[0]!r}"
+                f"prompt, but {len(lacking)} of {len(pool.prompts)} have none, the first with id "
+                f"{lacking[0]!r}"
             )
     evals = {
         name: load_prompts(
