@@ -21,6 +21,7 @@ from onpath.data import LoadedPrompts, load_prompts
 from onpath.engines.base import Engine
 from onpath.engines.hf import HFEngine
 from onpath.errors import UserError
+from onpath.evaluate import check
 from onpath.grade import Grader, grader_for
 from onpath.losses import Head, Objective
 from onpath.measure import Measure
@@ -209,13 +210,7 @@ def load_data(config: Config) -> tuple[LoadedPrompts, dict[str, tuple[Prompt, ..
         for name, source in data.eval.items()
     }
     for name, prompts in evals.items():
-        missing = [p.id for p in prompts if p.answer is None]
-        if missing:
-            raise UserError(
-                f"data.eval.{name}: {len(missing)} of its {len(prompts)} problems have no answer, the first "
-                f"with id "
-                f"{missing[0]!r}; add the column answer"
-            )
+        check(prompts, n=config.eval.n, k=config.eval.k, split=name)
     return pool, evals
 
 
