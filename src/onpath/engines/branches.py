@@ -104,7 +104,8 @@ def _write(
     real_BC = columns.index_BC >= 0
     index_R, length_BC = columns.index_BC[real_BC], columns.length_BC
     cut = int(length_BC.max()) - 1
-    cache = _selected(past.cache, columns.rows, cut, rows_of_past=len(past.ids_BT))
+    room = sampling.max_new_tokens * length_BC.shape[1]
+    cache = _selected(past.cache, columns.rows, cut=cut, room=room, of=len(past.ids_BT))
     ids_BT = past.ids_BT[list(columns.rows)]
     step_BC = ids_BT.gather(1, length_BC - 1)
     prefix_BCT = torch.arange(cut, device=ids_BT.device) < (length_BC - 1)[..., None]
@@ -131,15 +132,42 @@ def _write(
         step_BC = torch.zeros_like(step_BC).masked_scatter(real_BC, drawn_R)
 
 
-def _selected(cache: DynamicCache, rows: Sequence[int], cut: int, *, rows_of_past: int) -> DynamicCache:
-    """A cache over the first `cut` tokens of some rows; the one it comes from stays as it is."""
-    chosen = slice(None) if list(rows) == list(range(rows_of_past)) else list(rows)
+class _Roomy(DynamicLayer):
+    """Keys and values with room for what comes: written in place, where a DynamicLayer copies all each time."""
+
+    def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
+        super().__init__()
+        self.size = keys.shape[-2]
+        shape = (*keys.shape[:2], self.size + room, keys.shape[-1])
+        self.keys, self.values = keys.new_empty(shape), values.new_empty(shape)
+        self.keys[:, :, : self.size], self.values[:, :, : self.size] = keys, values
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """See `DynamicLayer.update`."""
+        assert self.keys is not None
+        assert self.values is not None
+        end = self.size + key_states.shape[-2]
+        self.keys[:, :, self.size : end], self.values[:, :, self.size : end] = key_states, value_states
+        self.size = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def get_seq_length(self) -> int:
+        """See `DynamicLayer.get_seq_length`."""
+        return self.size
+
+
+def _selected(cache: DynamicCache, rows: Sequence[int], *, cut: int, room: int, of: int) -> DynamicCache:
+    """A cache over the first `cut` tokens of some of `of` rows; the one it comes from stays as it is."""
+    chosen = slice(None) if list(rows) == list(range(of)) else list(rows)
     mine = DynamicCache()
-    for i, layer in enumerate(cache.layers):
+    for layer in cache.layers:
         assert isinstance(layer, DynamicLayer), "Past.possible was asked"
         assert layer.keys is not None
         assert layer.values is not None
-        mine.update(layer.keys[chosen, :, :cut], layer.values[chosen, :, :cut], i)
+        mine.layers.append(_Roomy(layer.keys[chosen, :, :cut], layer.values[chosen, :, :cut], room))
     return mine
 
 

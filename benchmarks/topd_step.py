@@ -1,0 +1,165 @@
+"""One optimiser step of TOPD against one of OPD: the same student, teacher, prompts, rollouts and optimiser.
+
+    python benchmarks/topd_step.py [--pairs 40] [--threads 1]
+
+One process, pairs in order A B, B A; both sides of a pair sample the same rollouts (one seed, and a learning
+rate so small that the weights hardly move). TOPD's extra work is split by its own clock: reading with both
+models (which the loss then does not repeat), windows, transport, targets.
+"""
+
+import argparse
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from common import Spread, environment, environment_line, write
+
+STAGES = ("sample", "correct", "score", "train")
+PARTS = ("read", "windows", "transport", "targets")
+WARM_UP = 3
+
+
+def settings(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Plain OPD on the gym, nobody grading."""
+    from onpath import gym
+
+    rows = [{"id": r["id"], "prompt": r["prompt"]} for r in gym.rows("train", options.prompts)]
+    data = directory / "prompts.jsonl"
+    data.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return {
+        "student": {"device": "cpu"},
+        "teacher": {"device": "cpu"},
+        "data": {"train": str(data), "eval": {}},
+        "rollout": {"prompts": options.prompts},
+        "optim": {"steps": 1000, "lr": 1e-7, "schedule": "constant", "warmup": 0.0,
+                  "micro_batch_tokens": options.micro_batch_tokens},
+        "run": {"dir": str(directory / "runs"), "name": "step"},
+    }  # fmt: skip
+
+
+def measure(directory: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Seconds of both sides of each pair."""
+    from onpath import config
+    from onpath.assemble import assemble, make_optimizer
+    from onpath.methods import make_method
+    from onpath.train import one_step
+
+    base = settings(directory, options)
+    plain = assemble(config.build(base))
+    method = {"name": "topd", "window": options.window, "reuse_cache": not options.no_cache}
+    changed = config.build({**base, "method": method})
+    guided = replace(plain, config=changed, method=make_method(changed.method, plain.tools))
+    optimizer, _ = make_optimizer(plain)
+    rows: list[dict[str, Any]] = []
+    for pair in range(WARM_UP + options.pairs):
+        row: dict[str, Any] = {}
+        for name, parts in [("opd", plain), ("topd", guided)][:: 1 if pair % 2 else -1]:
+            begun = time.perf_counter()
+            meter = one_step(parts, optimizer, pair)
+            row[name] = {"step": time.perf_counter() - begun, **meter.watch.seconds}
+            if name == "topd":
+                row["topd"] |= meter.prepared.metrics["topd_seconds"]
+                row["counts"] = {
+                    "tokens": sum(len(r.ids) for r in meter.rollouts),
+                    **{k: meter.prepared.totals[k] for k in ("fork_candidates", "forks", "teacher_tokens")},
+                }
+        rows.append(row)
+    return rows[WARM_UP:]
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians and quartiles of seconds, and of paired ratios."""
+    plain = [r["opd"]["step"] for r in rows]
+    seconds = {
+        side: {k: vars(Spread.of([r[side][k] for r in rows])) for k in ("step", *STAGES)}
+        for side in ("opd", "topd")
+    }
+    return {
+        "seconds": seconds,
+        "parts": {k: vars(Spread.of([r["topd"][k] for r in rows])) for k in PARTS},
+        "share_of_opd_step": {k: Spread.of([r["topd"][k] / p for r, p in zip(rows, plain, strict=True)]).median for k in PARTS},
+        "ratio": vars(Spread.of([r["topd"]["step"] / p for r, p in zip(rows, plain, strict=True)])),
+        "counts": {k: Spread.of([r["counts"][k] for r in rows]).median for k in rows[0]["counts"]},
+    }  # fmt: skip
+
+
+def markdown(data: Mapping[str, Any]) -> str:
+    """The table that is committed."""
+    found, s = data["summary"], data["settings"]
+
+    def cell(value: Mapping[str, float]) -> str:
+        return f"{1000 * value['median']:.0f} [{1000 * value['low']:.0f}, {1000 * value['high']:.0f}]"
+
+    lines = [
+        "# One step of TOPD against one of OPD",
+        "",
+        f"`python benchmarks/topd_step.py {s['command']}`: {environment_line(data['environment'])}. The gym's bundled "
+        f"models, {s['prompts']} prompts, K = {s['window']}, {s['micro_batch_tokens']} tokens per micro-batch; per step "
+        f"{found['counts']['tokens']:.0f} response tokens, {found['counts']['fork_candidates']:.0f} candidates, "
+        f"{found['counts']['forks']:.0f} forks, {found['counts']['teacher_tokens']:.0f} window tokens.",
+        "",
+        "| ms, median [quartiles] | OPD | TOPD |",
+        "|---|---|---|",
+    ]
+    for key in (*STAGES, "step"):
+        lines.append(
+            f"| {key} | {cell(found['seconds']['opd'][key])} | {cell(found['seconds']['topd'][key])} |"
+        )
+    r = found["ratio"]
+    lines += [
+        "",
+        f"Ratio of paired steps: median **{r['median']:.3f}** [{r['low']:.3f}, {r['high']:.3f}], n = {r['n']}.",
+        "",
+        "| TOPD's `correct` | ms | share of OPD's step |",
+        "|---|---|---|",
+    ]
+    for key in PARTS:
+        lines.append(f"| {key} | {cell(found['parts'][key])} | {found['share_of_opd_step'][key]:.1%} |")
+    lines += [
+        "",
+        "`read` is the student's and the teacher's forward pass, which score and train then leave out.",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--window", type=int, default=24)
+    parser.add_argument("--micro-batch-tokens", type=int, default=16_384)
+    parser.add_argument(
+        "--no-cache", action="store_true", help="windows read each prefix anew; writes no results"
+    )
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    logging.disable(logging.WARNING)
+    with tempfile.TemporaryDirectory() as name:
+        rows = measure(Path(name), options)
+    shown = ("pairs", "threads", "prompts", "window", "micro_batch_tokens")
+    command = " ".join(f"--{k.replace('_', '-')} {getattr(options, k)}" for k in shown)
+    data = {
+        "environment": environment(),
+        "settings": {**{k: getattr(options, k) for k in shown}, "command": command},
+        "summary": summary(rows),
+        "pairs": rows,
+    }
+    if options.no_cache:
+        print(markdown(data))
+    else:
+        write("topd_step", data, markdown(data))
+
+
+if __name__ == "__main__":
+    main()
