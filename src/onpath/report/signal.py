@@ -1,0 +1,151 @@
+"""Signals of a run as charts: by position and outcome, TRD's four cells, TOPD's loss against distance."""
+
+from collections.abc import Callable, Iterator, Sequence
+from statistics import fmean, median
+from typing import Any
+
+from onpath.report import charts
+from onpath.report.charts import Chart
+from onpath.report.stored import Row
+from onpath.report.text import was_changed
+
+CELLS = ("right_to_right", "right_to_wrong", "wrong_to_right", "wrong_to_wrong")
+SHOWN = {
+    *CELLS,
+    *("accuracy_y", "accuracy_z", "length_ratio", "epistemic_mass_y", "epistemic_mass_z"),
+    *("reverse_kl_y_right_nats", "reverse_kl_y_wrong_nats", "guidance_grad_ratio"),
+}
+"""Metrics that have a chart of their own."""
+EXPLAINED = (
+    "Along the stored responses, by token position and by whether the student's rollout was right. Bands: 95%, over "
+    "trajectories. Late positions come from long responses only."
+)
+REWRITES_EXPLAINED = (
+    "The student's attempt y, and the teacher's rewrite z that is trained on. Long rewrites that became short, or right "
+    "attempts that became wrong, are the two ways in which rewriting does harm."
+)
+FORKS_EXPLAINED = (
+    "At each candidate position student and teacher continue from the same prefix; D is the transport distance of the two "
+    "near futures. High loss with low D is another wording of the same future, high loss with high D a real fork."
+)
+MOST_POINTS = 2500
+"""Forks in the scatter; the histograms count all."""
+_QUANTITIES = (
+    ("reverse_kl", "Reverse KL by position", "nats"),
+    ("student_entropy", "Student's entropy by position", "nats"),
+    ("teacher_entropy", "Teacher's entropy by position", "nats"),
+    ("teacher_logp", "Teacher's log-prob of the token by position", "nats"),
+)
+_OUTCOME = {True: "right", False: "wrong", None: "not graded"}
+
+
+def of_rows(rows: Sequence[Row]) -> Iterator[Chart | None]:
+    """Divergence, entropy and teacher log-prob by position and outcome."""
+    for key, title, unit in _QUANTITIES:
+        held = [(_OUTCOME[row.get("correct")], row[key]) for row in rows if row.get(key)]
+        order = [pair for name in _OUTCOME.values() for pair in held if pair[0] == name]
+        drawn = [
+            charts.series(name, x, y, low=low, high=high) for name, x, y, low, high in charts.by_position(order)
+        ]
+        yield charts.lines(title, drawn, x="token of the response", unit=unit)
+
+
+def of_rewrites(metrics: Sequence[Row], rows: Sequence[Row]) -> list[Chart | None]:
+    """Cells as a flow, accuracies and lengths over steps, ratios of stored rewrites."""
+    steps = [row["step"] for row in metrics]
+
+    def curve(key: str, name: str) -> charts.Series | None:
+        values = [row.get(key) for row in metrics]
+        return charts.series(name, steps, values) if any(v is not None for v in values) else None
+
+    changed = [row for row in rows if was_changed(row) and row["response"]]
+    groups: dict[str, list[float]] = {}
+    for row in changed:
+        ratio = len(row["response"]) / max(1, len(row["origin_response"]))
+        groups.setdefault(f"attempt {_OUTCOME[row.get('correct')]}", []).append(ratio)
+    return [
+        flow(metrics),
+        charts.lines("Accuracy of y and z", [curve("accuracy_y", "attempt y"), curve("accuracy_z", "rewrite z")], unit="%"),
+        charts.histogram("Length ratio |z| / |y|", groups, x="|z| / |y|", help="Stored rewrites, by the attempt's outcome."),
+        charts.lines("Length ratio by step", [curve("length_ratio", "|z| / |y|")], help="Tokens of z over tokens of y."),
+        charts.lines(
+            "Epistemic mass", [curve("epistemic_mass_y", "along y"), curve("epistemic_mass_z", "along z")],
+            help="Teacher's probability of words that open a correction, mean over tokens.",
+        ),
+        charts.lines(
+            "Reverse KL along y", [curve("reverse_kl_y_right_nats", "y right"), curve("reverse_kl_y_wrong_nats", "y wrong")],
+            unit="nats", help="How much of the loss comes from attempts that are wrong.",
+        ),
+    ]  # fmt: skip
+
+
+def flow(metrics: Sequence[Row]) -> Chart | None:
+    """What became of right and wrong attempts, mean over the steps."""
+    held = [row for row in metrics if all(row.get(cell) is not None for cell in CELLS)]
+    if not held:
+        return None
+    shares = {cell: fmean(row[cell] for row in held) for cell in CELLS}
+    text = f"Shares of all judged attempts, mean over {len(held):,} steps."
+    return {"kind": "flow", "title": "From attempt to rewrite", "help": text, "cells": shares}
+
+
+def of_forks(rows: Sequence[Row], truth: Callable[[str, Sequence[str]], list[str]] | None) -> list[Chart | None]:
+    """Loss against D with named quadrants, and D by decision and by what the token is."""
+    found = [(row, fork) for row in rows for fork in row["detail"].get("forks") or () if _finite(fork)]
+    if not found:
+        return []
+    by_decision: dict[str, list[float]] = {}
+    by_kind: dict[str, list[float]] = {}
+    for row, fork in found:
+        by_decision.setdefault(fork["decision"], []).append(fork["distance"])
+        if truth is not None:
+            kind = truth(row.get("prompt") or "", row["tokens"])[fork["position"]]
+            by_kind.setdefault(kind, []).append(fork["distance"])
+    return [
+        scatter(found),
+        charts.histogram("Distance D by decision", by_decision, x="D", help="D of all stored candidates."),
+        charts.histogram("Distance D by what the token is", by_kind, x="D", help="The task's own truth about the token."),
+    ]
+
+
+def scatter(found: Sequence[tuple[Row, dict[str, Any]]]) -> Chart:
+    """Candidates by loss and D. The horizontal line is where decisions change, the vertical one the median loss."""
+    every = -(-len(found) // MOST_POINTS)
+    points = [
+        [_digits(f["loss"]), _digits(f["distance"]), f["decision"], row.get("prompt_id"), row.get("sample"), row["step"],
+         f["position"]]
+        for row, f in found[::every]
+    ]  # fmt: skip
+    forks = [f["distance"] for _, f in found if f["decision"] == "fork"]
+    surface = [f["distance"] for _, f in found if f["decision"] == "surface"]
+    split = (min(forks) + max(surface)) / 2 if forks and surface else median(f["distance"] for _, f in found)
+    help_text = f"{len(points):,} of {len(found):,} stored candidates." if every > 1 else "Every stored candidate."
+    return {
+        "kind": "scatter", "title": "Loss against near-future distance",
+        "help": help_text + " Choose a point to open its trajectory.",
+        "x": "loss, nats", "y": "distance D", "points": points,
+        "split": [_digits(median(f["loss"] for _, f in found)), _digits(split)],
+        "quadrants": ["surface mismatch", "real fork", "agreement", "quiet fork"],
+        "pearson": _digits(pearson([f["loss"] for _, f in found], [f["distance"] for _, f in found])),
+    }  # fmt: skip
+
+
+def pearson(x: Sequence[float], y: Sequence[float]) -> float:
+    """Correlation of two lists; 0 where one of them does not vary.
+
+    >>> round(pearson([1, 2, 3], [2, 4, 6]), 6)
+    1.0
+    """
+    mx, my = fmean(x), fmean(y)
+    cross = sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True))
+    spread = (sum((a - mx) ** 2 for a in x) * sum((b - my) ** 2 for b in y)) ** 0.5
+    return cross / spread if spread else 0.0
+
+
+def _finite(fork: dict[str, Any]) -> bool:
+    distance = fork.get("distance")
+    return isinstance(distance, float) and distance == distance and fork.get("loss") is not None
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.4g}")

@@ -1,0 +1,132 @@
+"""Stored trajectories, read with care: a damaged file is named, a huge run is sampled. No torch."""
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from onpath.errors import UserError
+
+Row = dict[str, Any]
+
+NOT_QUANTITIES = ("weights", "origin_logprobs")
+"""Columns of one number per token that are not read off the models along the response."""
+_UNUSED = ("student_context", "teacher_context")
+_BATCH = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A sample of what a run stored."""
+
+    rows: tuple[Row, ...]
+    """As `store.trajectory_row` wrote them, `detail` parsed; contexts left out."""
+    total: int
+    """Rows in all files."""
+    steps: tuple[int, ...]
+    """Stored steps."""
+
+
+def trajectory_files(run: Path) -> list[Path]:
+    """Parquet files of a run, oldest step first."""
+    return sorted((run / "trajectories").glob("step_*.parquet"))
+
+
+def step_of(path: Path) -> int:
+    """The step in a file's name.
+
+    >>> step_of(Path("step_000012.parquet"))
+    12
+    """
+    digits = path.stem.removeprefix("step_")
+    if not digits.isdecimal():
+        raise UserError(f"{path}: not a file of stored trajectories; they are named step_NNNNNN.parquet")
+    return int(digits)
+
+
+def sample(run: Path, *, rows: int, tokens: int) -> Stored:
+    """At most so many rows and response tokens, drawn evenly over the files, the same at every call.
+
+    Raises:
+        UserError: a file is damaged or foreign.
+    """
+    files = trajectory_files(run)
+    chosen = _thin(files, rows)
+    drawn: list[Row] = []
+    for path in chosen:
+        drawn += _draw(path, rows=rows // len(chosen), tokens=tokens // len(chosen))
+    total = sum(_opened(path).metadata.num_rows for path in files)
+    return Stored(rows=tuple(drawn), total=total, steps=tuple(map(step_of, files)))
+
+
+def _thin(files: Sequence[Path], most: int) -> list[Path]:
+    """Evenly spaced, the first and the last included."""
+    if len(files) <= most:
+        return list(files)
+    if most == 1:
+        return [files[-1]]
+    return [files[round(i * (len(files) - 1) / (most - 1))] for i in range(most)]
+
+
+def _draw(path: Path, *, rows: int, tokens: int) -> list[Row]:
+    count = _opened(path).metadata.num_rows
+    wanted = set(random.Random(path.name).sample(range(count), min(count, max(1, rows))))
+    drawn: list[Row] = []
+    left = tokens
+    for row in read_rows(path, wanted=wanted):
+        if drawn and left < len(row["response"]):
+            break
+        left -= len(row["response"])
+        drawn.append(row)
+    return drawn
+
+
+def read_rows(path: Path, *, wanted: set[int] | None = None, contexts: bool = False) -> Iterator[Row]:
+    """Rows of one file in order, all or those with a wanted index; a batch in memory at a time.
+
+    Raises:
+        UserError: damaged, or not what a run stores.
+    """
+    file, start = _opened(path), 0
+    columns = [c for c in file.schema_arrow.names if contexts or c not in _UNUSED]
+    missing = {"step", "tokens", "response", "edit", "detail"} - set(columns)
+    if missing:
+        raise UserError(f"{path}: not stored trajectories: it lacks the column {min(missing)}")
+    try:
+        for batch in file.iter_batches(batch_size=_BATCH, columns=columns):
+            here = [i for i in range(batch.num_rows) if wanted is None or start + i in wanted]
+            start += batch.num_rows
+            for row in batch.take(pa.array(here, pa.int64())).to_pylist() if here else ():
+                yield {**row, "detail": json.loads(row["detail"] or "{}")}
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise _damaged(path, error) from None
+
+
+def quantities(row: Row) -> list[str]:
+    """Names of the per-token quantities that a row holds.
+
+    >>> quantities({"response": [4, 2], "reverse_kl": [0.1, 0.2], "weights": [1.0, 1.0], "edit": "none"})
+    ['reverse_kl']
+    """
+    return [
+        name
+        for name, value in row.items()
+        if name not in NOT_QUANTITIES and isinstance(value, list) and value and isinstance(value[0], float)
+    ]
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = str(error).split("\n")[0].rstrip(". ")
+    return UserError(f"{path}: damaged or not Parquet ({reason}); remove it, or run that step again")

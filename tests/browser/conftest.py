@@ -1,0 +1,53 @@
+"""Headless Chromium for the report's tests; without one (and without the right to install it) they are skipped."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--force-device-scale-factor=1",
+    "--hide-scrollbars",
+)  # fmt: skip
+INSTALL = "apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver fonts-dejavu-core"
+
+
+def find_chromium() -> tuple[str, str] | None:
+    """Paths of browser and driver."""
+    browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    return (browser, driver) if browser and driver else None
+
+
+@pytest.fixture(scope="session")
+def chromium() -> tuple[str, str]:
+    """Debian's Chromium, installed here where it is missing and we are root."""
+    if find_chromium() is None and os.geteuid() == 0 and shutil.which("apt-get"):
+        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        subprocess.run(["bash", "-c", INSTALL], env=environment, capture_output=True, timeout=600, check=False)
+    found = find_chromium()
+    if found is None:
+        pytest.skip("needs chromium and chromedriver; as root on Debian they are installed by this test")
+    return found
+
+
+@pytest.fixture
+def driver(chromium: tuple[str, str], tmp_path: Path) -> Iterator[Any]:
+    """A browser with a fresh profile; it logs its console and every request."""
+    selenium = pytest.importorskip("selenium", reason="needs selenium: pip install selenium")
+    assert selenium
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium[0]
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1280,900"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    made = webdriver.Chrome(options=options, service=Service(chromium[1]))
+    yield made
+    made.quit()
