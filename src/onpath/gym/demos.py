@@ -12,8 +12,9 @@ from onpath.gym.vocab import ANSWER, EOS, EQUALS, NAMES, ONSET_WORDS, SEPARATORS
 
 Pieces = list[tuple[str, bool]]
 
-TEACHER_SLIP = 0.002
-"""How often the teacher writes a surface form of the student's."""
+TEACHER_SLIP = {"+": 0.02, "-": 0.0, "*": 0.002}
+"""How often the teacher writes a surface form of the student's. Unequal, so that habits are loud by as many degrees
+as errors are: with one rate of 0.002 everywhere the loudest 5% of tokens held almost errors only."""
 # The student's habits depend on the operation, so that they are as many-valued as its errors are.
 STUDENT_ARROW = {"+": 0.6, "-": 0.95, "*": 0.8}
 STUDENT_SEPARATOR = {"+": (0.2, 0.75, 0.05), "-": (0.05, 0.1, 0.85), "*": (0.3, 0.6, 0.1)}
@@ -115,11 +116,12 @@ class Writer:
         return self.beliefs.result(rng, node, left, right, self.scale)
 
     def _equals(self, rng: random.Random, op: str) -> str:
-        arrow = STUDENT_ARROW[op] if self.student_style else TEACHER_SLIP
+        arrow = STUDENT_ARROW[op] if self.student_style else TEACHER_SLIP[op]
         return EQUALS[rng.random() < arrow]
 
     def _separator(self, rng: random.Random, op: str) -> str:
-        slips = (1 - 2 * TEACHER_SLIP, TEACHER_SLIP, TEACHER_SLIP)
+        slip = TEACHER_SLIP[op] / 2
+        slips = (1 - 2 * slip, slip, slip)
         return rng.choices(SEPARATORS, STUDENT_SEPARATOR[op] if self.student_style else slips)[0]
 
 

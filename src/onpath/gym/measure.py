@@ -56,10 +56,14 @@ def number(group: str, name: str, values: Iterable[float], seed: int = 0) -> Num
     data = torch.tensor(list(values), dtype=torch.float64)
     if len(data) == 0:
         return Number(group=group, name=name, value=float("nan"), low=float("nan"), high=float("nan"), n=0)
+    mean = data.mean().item()
+    if len(data) > 3000:  # a bootstrap of so many would tell the same and take gigabytes
+        half = 1.96 * data.std().item() / len(data) ** 0.5
+        return Number(group=group, name=name, value=mean, low=mean - half, high=mean + half, n=len(data))
     generator = torch.Generator().manual_seed(seed)
     means = data[torch.randint(len(data), (1000, len(data)), generator=generator)].mean(1)
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Number(group=group, name=name, value=data.mean().item(), low=low, high=high, n=len(data))
+    return Number(group=group, name=name, value=mean, low=low, high=high, n=len(data))
 
 
 def pass_at(k: int, n: int, c: int) -> float:
@@ -70,13 +74,13 @@ def pass_at(k: int, n: int, c: int) -> float:
     return 1.0 - fail
 
 
-def accuracy(models: dict[str, Any], problems: int, k: int) -> list[Number]:
+def accuracy(models: dict[str, Any], problems: int, samples: dict[str, int]) -> list[Number]:
     """Greedy, average and pass@k accuracy of both models on the test and hard splits."""
     out = []
     for split in ("test", "hard"):
         data = rows(split, problems)
         for role, model in models.items():
-            group = f"accuracy, {split}"
+            group, k = f"accuracy, {split}", samples[role]
             greedy = sample(model, [r["prompt"] for r in data], temperature=0)
             hits = [float(grade("".join(t), r["answer"])) for t, r in zip(greedy, data, strict=True)]
             out.append(number(group, f"{role} greedy", hits))
@@ -330,7 +334,7 @@ def measure(
     torch.manual_seed(0)
     models = {role: AutoModelForCausalLM.from_pretrained(path).eval() for role, path in directories.items()}
     size = max(8, int(300 * scale))
-    out = accuracy(models, size, 16)
+    out = accuracy(models, size, {"student": 16, "teacher": 4})
     log(f"accuracy measured on {size} problems per split")
     found = attempts(models["student"], size, 4)
     out += task_facts(found, size) + refining(models, found, size)

@@ -21,7 +21,7 @@ from onpath.gym.tasks import random_problem
 
 STUDENT = Recipe(role="student", tokens=12_000_000)
 TEACHER_FIRST = Recipe(role="teacher", tokens=7_500_000, decay=0.0)
-TEACHER_SECOND = Recipe(role="teacher", tokens=9_000_000, decay=0.5)
+TEACHER_SECOND = Recipe(role="teacher", tokens=5_000_000, decay=0.7)
 POOL = 8000
 QUICK_TOKENS = 6_000
 QUICK_POOL = 10
