@@ -19,7 +19,8 @@ from onpath.engines.base import Completion
 from onpath.errors import UserError
 from onpath.grade import Verdict
 from onpath.methods import make_method
-from onpath.methods.edits import Rewrite, edit_distance, is_foreign
+from onpath.methods.compare import edit_distance, is_foreign
+from onpath.methods.edits import Rewrite
 from onpath.methods.trd import TRD
 from onpath.options import TRDOptions
 from onpath.records import Prompt, Rollout, Sampling

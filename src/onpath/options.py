@@ -97,8 +97,8 @@ class OPSDOptions(LossOptions):
     epistemic: tuple[str, ...] | None = None
     """Words whose teacher probability is logged as epistemic mass; None: the gym's onset or TRD's list."""
     diagnose_every: int = Field(1, ge=0)
-    """Measure divergence by verdict, epistemic mass and perplexities every so many steps (one more forward
-    pass of both models along y); 0 never."""
+    """Measure divergence by verdict, epistemic mass and perplexities every so many steps (the loss uses the
+    same forward passes); 0 never."""
 
     @property
     def on_policy(self) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from onpath.batch import Batch, collate, micro_batches
 from onpath.engines.branches import Past
-from onpath.losses import TeacherHidden, TokenStats, token_stats
+from onpath.losses import StatsRequest, TeacherHidden, TokenStats, token_stats
 from onpath.measure import Measure
 from onpath.models import head_of, hidden_states
 from onpath.records import Trajectory
@@ -72,7 +72,12 @@ class Reading:
 
 
 def read(
-    models: Measure, trajectories: Sequence[Trajectory], *, into: Readings | None = None, past: bool = False
+    models: Measure,
+    trajectories: Sequence[Trajectory],
+    *,
+    into: Readings | None = None,
+    past: bool = False,
+    mass_ids: Sequence[int] = (),
 ) -> Iterator[Reading]:
     """Micro-batch by micro-batch; trajectories without a response are left out.
 
@@ -80,7 +85,9 @@ def read(
         models: the student that trains and the teacher that scores.
         into: receives what the loss can use again. None keeps nothing.
         past: also give the teacher's keys and values, if its attention allows it.
+        mass_ids: token ids whose total teacher probability is wanted.
     """
+    request = StatsRequest(mass_ids=torch.tensor(mass_ids, device=models.device) if mass_ids else None)
     micros = list(micro_batches(trajectories, max_tokens=models.max_tokens))
     graph = into is not None and len(micros) == 1
     for micro in micros:
@@ -95,6 +102,7 @@ def read(
             student_head=head_of(models.student, models.vocabulary),
             teacher=TeacherHidden(hidden=teacher_NH, head=models.teacher.head),
             sampled_ids=batch.token_N,
+            stats=request,
         )
         yield Reading(batch=batch, stats=stats, past=memory)
 

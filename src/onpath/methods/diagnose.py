@@ -7,6 +7,7 @@ from math import exp
 from onpath.measure import Values
 from onpath.methods.base import Tools, judging_context, own_response
 from onpath.methods.edits import CELLS, Rewrite
+from onpath.reading import Readings, read
 from onpath.records import Trajectory
 
 Means = dict[str, tuple[float, float]]
@@ -36,18 +37,24 @@ def edit_means(rewrites: Sequence[Rewrite], trajectories: Sequence[Trajectory]) 
     }
 
 
-def token_means(
-    read: Sequence[Trajectory], verdicts: Sequence[bool | None], *, tools: Tools
-) -> tuple[Means, list[Values]]:
-    """Along y, in the contexts given: divergence by verdict, epistemic mass, perplexity gap."""
-    values = tools.measure(read, mass_ids=tools.onset_ids)
+def read_along(
+    trajectories: Sequence[Trajectory], tools: Tools, *, into: Readings | None = None
+) -> list[Values]:
+    """Per-token statistics of each trajectory; none where the response is empty."""
+    readings = read(tools.measure, trajectories, into=into, mass_ids=tools.onset_ids)
+    by_id = {id(t): values for reading in readings for t, values in reading.by_trajectory()}
+    return [by_id.get(id(t), {}) for t in trajectories]
+
+
+def token_means(values: Sequence[Values], verdicts: Sequence[bool | None]) -> Means:
+    """Along y: divergence by verdict, epistemic mass, perplexity gap."""
     means: Means = {}
     for name, wanted in (("right", True), ("wrong", False)):
         kl = [
             x for v, ok in zip(values, verdicts, strict=True) if ok is wanted for x in v.get("reverse_kl", ())
         ]
         means[f"reverse_kl_y_{name}_nats"] = _mean(kl)
-    return means | response_means(values, "y"), values
+    return means | response_means(values, "y")
 
 
 def response_means(values: Sequence[Values], name: str) -> Means:
@@ -64,14 +71,15 @@ def response_means(values: Sequence[Values], name: str) -> Means:
 
 def measured(
     rewrites: Sequence[Rewrite], trajectories: Sequence[Trajectory], *, reference: bool, tools: Tools
-) -> tuple[list[Trajectory], Means]:
+) -> tuple[list[Trajectory], Means, Readings]:
     """Both responses read by both models, y by a teacher that has not seen it: trajectories with the
-    student's log-probs in their edits, and means."""
+    student's log-probs in their edits, means, and what the loss can use again."""
+    readings = Readings()
     attempts = [w.attempt for w in rewrites]
     unseen = [judging_context(r, reference=reference, tools=tools) for r in attempts]
-    read = [own_response(r, teacher_context=c) for r, c in zip(attempts, unseen, strict=True)]
-    means, along_y = token_means(read, [w.attempt_right for w in rewrites], tools=tools)
-    along_z = tools.measure(trajectories, mass_ids=tools.onset_ids)
+    own = [own_response(r, teacher_context=c) for r, c in zip(attempts, unseen, strict=True)]
+    along_y, along_z = read_along(own, tools), read_along(trajectories, tools, into=readings)
+    means = token_means(along_y, [w.attempt_right for w in rewrites])
     gaps, noted = [], []
     for t, w, y, z in zip(trajectories, rewrites, along_y, along_z, strict=True):
         ours = {
@@ -84,7 +92,8 @@ def measured(
         if y and z and w.kind != "none":
             gaps.append(ours["student_logp_z"] - ours["student_logp_y"])
         noted.append(replace(t, edit=replace(t.edit, detail={**t.edit.detail, **ours})))
-    return noted, {**means, **response_means(along_z, "z"), "support_gap_nats": _mean(gaps)}
+    means |= {**response_means(along_z, "z"), "support_gap_nats": _mean(gaps)}
+    return noted, means, readings
 
 
 def _perplexity(logps: Sequence[float]) -> float:

@@ -1,14 +1,11 @@
-"""What was done to a rollout, as a record; verdicts, filters, and measures of an edit. Plain Python and
-numpy."""
+"""What was done to a rollout, as a record; verdicts and filters."""
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from onpath.grade import Grader
+from onpath.methods.compare import edit_distance, is_foreign
 from onpath.options import TRDOptions
 from onpath.records import Edit, Rollout
 from onpath.render import Renderer
@@ -93,36 +90,3 @@ def as_edit(rewrite: Rewrite, options: TRDOptions, renderer: Renderer) -> Edit:
         **rewrite.detail,
     }
     return Edit(kind=rewrite.kind, kept=not reason, reason=reason or "kept", detail=detail)
-
-
-def edit_distance(a: Sequence[int], b: Sequence[int]) -> int:
-    """Fewest insertions, deletions and substitutions of tokens that make b of a.
-
-    Row by row; insertions within a row are a running minimum: d_j = min_{k ≤ j} (d'_k + j − k).
-
-    >>> edit_distance((1, 2, 3), (1, 3, 4))
-    2
-    """
-    target, steps = np.asarray(b, dtype=np.int64), np.arange(len(b) + 1)
-    row = steps.copy()
-    for i, token in enumerate(a, start=1):
-        candidate = row + 1
-        candidate[0] = i
-        np.minimum(candidate[1:], row[:-1] + (target != token), out=candidate[1:])
-        row = np.minimum.accumulate(candidate - steps) + steps
-    return int(row[-1])
-
-
-def is_foreign(text: str, *, known: str) -> bool:
-    """Whether most letters of a text belong to scripts (Latin, Cyrillic, CJK, …) that `known` does not use.
-
-    >>> is_foreign("сумма равна 12", known="7 + 5 = ?  so it is 12")
-    True
-    """
-    letters = [_script(c) for c in text if c.isalpha()]
-    homely = {_script(c) for c in known if c.isalpha()}
-    return bool(homely) and sum(s not in homely for s in letters) * 2 > len(letters)
-
-
-def _script(letter: str) -> str:
-    return unicodedata.name(letter, "?").split()[0]

@@ -12,7 +12,7 @@ from onpath.render import Renderer
 def first_errors(attempts: Sequence[Rollout], options: TRDOptions, tools: Tools) -> list[int | None]:
     """Number of tokens that stand before the first error, for each attempt; None: no error found."""
     if options.locate == "checker":
-        assert tools.first_error is not None, "checked when the method was made"
+        assert tools.first_error is not None, "the config refuses checker where the task has none"
         offsets = [tools.first_error(r.prompt.question, tools.renderer.text(r.ids)) for r in attempts]
         return [
             None if at is None else tokens_before(tools.renderer, r.ids, at)

@@ -12,9 +12,10 @@ gym).
 from collections.abc import Sequence
 
 from onpath.methods.base import Prepared, SelfTaught, Tools, own_response, privileged_context
-from onpath.methods.diagnose import token_means
+from onpath.methods.diagnose import read_along, token_means
 from onpath.methods.edits import verdicts
 from onpath.options import OPSDOptions
+from onpath.reading import Readings
 from onpath.records import Rollout
 
 
@@ -32,8 +33,9 @@ class OPSD(SelfTaught):
         if not self.options.diagnose_every or step % self.options.diagnose_every:
             return Prepared(trajectories=trajectories)
         right = verdicts(self.tools.grader, self.tools.renderer, [(r, r.ids) for r in rollouts])
-        means, _ = token_means(trajectories, right, tools=self.tools)
-        return Prepared(trajectories=trajectories, means=means)
+        readings = Readings()  # the loss reads no model again
+        means = token_means(read_along(trajectories, self.tools, into=readings), right)
+        return Prepared(trajectories=trajectories, means=means, readings=readings)
 
     def teacher_context(self, rollout: Rollout) -> tuple[int, ...]:
         """Ids of the privileged prompt."""

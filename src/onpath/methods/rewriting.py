@@ -7,39 +7,22 @@ rewrite alike.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from onpath.errors import UserError
-from onpath.methods.base import Tools, acting, needed
+from onpath.methods.base import Tools, acting
 from onpath.methods.edits import Rewrite, verdicts
 from onpath.methods.locate import first_errors
+from onpath.methods.rewrite_prompt import RewritePrompt
 from onpath.options import TRDOptions
 from onpath.records import Rollout, Sampling
-from onpath.render import fill, with_question
-
-_NAMES = {
-    frozenset({"problem", "attempt"}): "rewrite",
-    frozenset({"problem", "attempt", "solution"}): "rewrite_with_reference",
-    frozenset({"problem", "solution"}): "hint",
-}
 
 
 class Rewriter:
-    """Attempts in, rewrites out.
-
-    Raises:
-        UserError: minimal edits without a way to find the first error.
-    """
+    """Attempts in, rewrites out."""
 
     def __init__(self, options: TRDOptions, tools: Tools) -> None:
-        if options.minimal_edit and options.locate == "checker" and tools.first_error is None:
-            raise UserError(
-                "method.locate: checker needs a task with a checker of steps, as the gym is; use "
-                "teacher_logprob"
-            )
         self.options, self.tools = options, tools
         self.new_tokens = options.rewrite_max_new_tokens or tools.sampling.max_new_tokens
         self.room = min(options.rewrite_prompt_tokens or tools.room, tools.room - self.new_tokens)
-        named = "{problem}" if options.slots == {"problem"} else tools.templates[_NAMES[options.slots]]
-        self.template = options.template or named
+        self.prompt = RewritePrompt(options, tools)
 
     def __call__(self, attempts: Sequence[Rollout], *, when: str) -> list[Rewrite]:
         """One rewrite of each attempt, judged; `when` names the draw (the step)."""
@@ -70,35 +53,6 @@ class Rewriter:
             attempt=attempt, context=context, ids=attempt.ids[:kept], finished=False, attempt_right=right,
             kind=kind, detail=detail,
         )  # fmt: skip
-
-    def prompt(self, attempt: Rollout, *, room: int) -> tuple[tuple[int, ...], dict[str, int]]:
-        """Ids of the rewrite prompt; too long, the attempt loses its end, then the reference does.
-
-        Raises:
-            UserError: it does not fit with both of them gone.
-        """
-        tokenizer, text = self.tools.renderer.tokenizer, self.tools.renderer.text
-        parts = {"attempt": list(attempt.ids)}
-        if "solution" in self.options.slots:
-            solution = needed(attempt.prompt, "solution", "the rewriter's reference")
-            parts["solution"] = list(tokenizer(solution, add_special_tokens=False)["input_ids"])
-        whole = {"attempt": text(attempt.ids), "solution": attempt.prompt.solution or ""}
-        cut = dict.fromkeys(parts, 0)
-        while True:
-            slots = {k: text(v[: len(v) - cut[k]]) if cut[k] else whole[k] for k, v in parts.items()}
-            slots = {k: v for k, v in slots.items() if k in self.options.slots}
-            question = fill(self.template, problem=attempt.prompt.question, **slots)
-            ids = self.tools.renderer.ids(with_question(attempt.prompt, question))
-            if len(ids) <= room:
-                return ids, {f"{k}_tokens_trimmed": n for k, n in cut.items() if n}
-            part = next((k for k, v in parts.items() if k in slots and cut[k] < len(v)), None)
-            if part is None:
-                raise UserError(
-                    f"prompt {attempt.prompt.id!r}: its rewrite prompt has {len(ids)} tokens with attempt "
-                    f"and reference cut away, but only {room} fit; shorten the prompt or the template, or "
-                    f"lower method.rewrite_max_new_tokens ({self.new_tokens})"
-                )
-            cut[part] = min(len(parts[part]), cut[part] + len(ids) - room)
 
     def write(self, plans: Sequence[Rewrite], *, when: str) -> list[list[Rewrite]]:
         """`best_of` rewrites of each plan, judged."""

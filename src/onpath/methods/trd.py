@@ -25,6 +25,7 @@ from onpath.methods.diagnose import edit_means, measured
 from onpath.methods.edits import Rewrite, as_edit
 from onpath.methods.rewriting import Rewriter
 from onpath.options import TRDOptions
+from onpath.reading import Readings
 from onpath.records import Prompt, Rollout, Trajectory
 from onpath.render import Renderer
 
@@ -46,13 +47,20 @@ class TRD(SelfTaught):
                 f"step {step + 1}: the rewriter returned no text for any of {len(trajectories)} attempts, "
                 "so there is nothing to train on; look at method.template and at what the teacher writes"
             )
-        means = edit_means(rewrites, trajectories)
+        means, readings = edit_means(rewrites, trajectories), Readings()
         if self.options.diagnose_every and step % self.options.diagnose_every == 0:
             reference = self.options.shows_reference
-            trajectories, more = measured(rewrites, trajectories, reference=reference, tools=self.tools)
+            trajectories, more, readings = measured(
+                rewrites, trajectories, reference=reference, tools=self.tools
+            )
             means |= more
         written = float(sum(w.detail.get("teacher_tokens", 0) for w in rewrites))
-        return Prepared(trajectories=trajectories, means=means, totals={"teacher_tokens_generated": written})
+        return Prepared(
+            trajectories=trajectories,
+            means=means,
+            readings=readings,
+            totals={"teacher_tokens_generated": written},
+        )
 
     def trajectory(self, w: Rewrite) -> Trajectory:
         """What is trained on: x on the student's side, the rewrite prompt on the teacher's, z on both."""

@@ -1,0 +1,55 @@
+"""The prompt that asks for a rewrite, trimmed to its budget."""
+
+from onpath.errors import UserError
+from onpath.methods.base import Tools, needed
+from onpath.options import TRDOptions
+from onpath.records import Rollout
+from onpath.render import fill, with_question
+
+_NAMES = {
+    frozenset({"problem", "attempt"}): "rewrite",
+    frozenset({"problem", "attempt", "solution"}): "rewrite_with_reference",
+    frozenset({"problem", "solution"}): "hint",
+}
+
+
+class RewritePrompt:
+    """Attempts in, contexts out."""
+
+    def __init__(self, options: TRDOptions, tools: Tools) -> None:
+        named = "{problem}" if options.slots == {"problem"} else tools.templates[_NAMES[options.slots]]
+        self.template, self.slots, self.renderer = options.template or named, options.slots, tools.renderer
+
+    def __call__(self, attempt: Rollout, *, room: int) -> tuple[tuple[int, ...], dict[str, int]]:
+        """Ids of at most `room` tokens, and how many tokens it took: too long, the attempt loses its end,
+        then the reference does.
+
+        Raises:
+            UserError: it does not fit with both of them gone.
+        """
+        whole = {"attempt": self.renderer.text(attempt.ids)} if "attempt" in self.slots else {}
+        tokens = {"attempt": list(attempt.ids)} if whole else {}
+        if "solution" in self.slots:
+            whole["solution"] = needed(attempt.prompt, "solution", "the rewriter's reference")
+            tokens["solution"] = self.renderer.tokenizer(whole["solution"], add_special_tokens=False)[
+                "input_ids"
+            ]
+        cut = dict.fromkeys(tokens, 0)
+        while True:
+            shown = {k: self._shortened(tokens[k], n) if n else whole[k] for k, n in cut.items()}
+            question = fill(self.template, problem=attempt.prompt.question, **shown)
+            ids = self.renderer.ids(with_question(attempt.prompt, question))
+            if len(ids) <= room:
+                return ids, {f"{k}_tokens_trimmed": n for k, n in cut.items() if n}
+            part = next((k for k, n in cut.items() if n < len(tokens[k])), None)
+            if part is None:
+                raise UserError(
+                    f"prompt {attempt.prompt.id!r}: its rewrite prompt has {len(ids)} tokens with attempt "
+                    f"and "
+                    f"reference cut away, but only {room} fit; shorten the prompt or the template, or change "
+                    "method.rewrite_prompt_tokens or method.rewrite_max_new_tokens"
+                )
+            cut[part] = min(len(tokens[part]), cut[part] + len(ids) - room)
+
+    def _shortened(self, tokens: list[int], n: int) -> str:
+        return self.renderer.text(tokens[: len(tokens) - n])
