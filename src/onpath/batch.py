@@ -14,6 +14,8 @@ from torch import Tensor
 
 from onpath.records import Trajectory
 
+_BUSY_TOKENS = 2048  # padded tokens of a micro-batch from which the shape of another one is worth its calls
+_SIMILAR = 0.95  # share of the longest row's length: shorter rows then go to the next micro-batch
 # B rows, S and T padded lengths of student and teacher, N response tokens.
 
 
@@ -84,8 +86,9 @@ def collate(trajectories: Sequence[Trajectory], *, device: torch.device | None =
 def micro_batches(trajectories: Sequence[Trajectory], *, max_tokens: int) -> Iterator[list[Trajectory]]:
     """Trajectories of similar length together, longest first, within a budget of padded tokens per side.
 
-    Empty responses train nothing and are left out. A trajectory longer than the budget makes a batch of its
-    own.
+    A batch that is large enough to keep the hardware busy also ends where padding would begin to cost more
+    than another pass. Empty responses train nothing and are left out. A trajectory longer than the budget
+    makes a batch of its own.
     """
 
     def length(t: Trajectory) -> int:
@@ -93,7 +96,9 @@ def micro_batches(trajectories: Sequence[Trajectory], *, max_tokens: int) -> Ite
 
     rows: list[Trajectory] = []
     for trajectory in sorted((t for t in trajectories if t.response), key=length, reverse=True):
-        if rows and (len(rows) + 1) * length(rows[0]) > max_tokens:
+        longest = length(rows[0]) if rows else 0
+        shorter = len(rows) * longest >= _BUSY_TOKENS and length(trajectory) < _SIMILAR * longest
+        if rows and (shorter or (len(rows) + 1) * longest > max_tokens):
             yield rows
             rows = []
         rows.append(trajectory)

@@ -8,11 +8,13 @@ A decoding loop of our own, not `generate`: the log-probs of the distribution dr
 import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from onpath.engines.base import Completion
 from onpath.errors import UserError
@@ -22,6 +24,8 @@ from onpath.render import Renderer
 
 # B rows, T tokens so far, V vocabulary.
 _COMPACT_BELOW = 0.75  # drop finished rows once fewer than this share of the batch is still writing
+_LOOK_EVERY = {"cpu": 1}  # tokens between two looks at who is still writing: each look waits for a GPU
+_ROOM_MIN = 64  # tokens for which a full cache layer grows, at least
 
 
 class HFEngine:
@@ -50,6 +54,7 @@ class HFEngine:
         self.stop_ids, self.bf16, self.vocabulary = stop_ids, bf16, vocabulary
         self.policy_version = 0
         self.device = next(model.parameters()).device
+        self._look_every = _LOOK_EVERY.get(self.device.type, 8)
         self._stop = torch.tensor(sorted(stop_ids), device=self.device)
 
     def generate(
@@ -151,59 +156,103 @@ class HFEngine:
         """One batch, token by token."""
         model, limit = unwrapped(self.model), sampling.max_new_tokens
         ids_BT, mask_BT = _pad(prefixes, self.device, left=True)
+        step_ids, step_pos = ids_BT, (mask_BT.cumsum(-1) - 1).clamp(min=0)
         padded = bool((mask_BT == 0).any())  # without padding, no mask: the causal fast path
-        position_B = mask_BT.sum(-1)
-        uniform_BL = torch.from_numpy(np.stack([noise(sampling.seed, key, limit) for key in keys])).to(
-            self.device
-        )
+        seen_BL = torch.cat([mask_BT, mask_BT.new_ones(len(keys), limit)], dim=1)
+        ready = attends_plainly(model)  # takes the finished mask of a decoding step, else makes its own
+        cache = roomy_cache(model)
+        uniform_BL = torch.from_numpy(np.stack([noise(sampling.seed, key, limit) for key in keys]))
+        uniform_BL = uniform_BL.to(self.device)
         tokens_BL = torch.zeros(len(keys), limit, dtype=torch.long, device=self.device)
         logps_BL = torch.zeros(len(keys), limit, device=self.device)
-        length_B = torch.full((len(keys),), limit, device=self.device)
-        alive = torch.arange(len(keys), device=self.device)  # which row each row of the shrunk batch is
-        cache = DynamicCache(config=model.config)
-        step_ids, step_pos = ids_BT, (mask_BT.cumsum(-1) - 1).clamp(min=0)
+        row_B = torch.arange(len(keys), device=self.device)  # which result each row of the shrunk batch is
+        writing_B = torch.ones(len(keys), dtype=torch.bool, device=self.device)
         for t in range(limit):
+            mask = seen_BL[:, : ids_BT.shape[1] + t] if padded else None
             with self._autocast():
                 logits_BV = model(
                     input_ids=step_ids,
                     position_ids=step_pos,
-                    attention_mask=mask_BT if padded else None,
+                    attention_mask=mask[:, None, None].bool() if mask is not None and ready and t else mask,
                     past_key_values=cache,
                     use_cache=True,
                     logits_to_keep=1,
                 ).logits[:, -1]
-            drawn_B, logp_B = draw(self._cut(logits_BV), sampling, uniform_BL[alive, t])
-            tokens_BL[alive, t], logps_BL[alive, t] = drawn_B, logp_B
-            writing = length_B[alive] > t
-            length_B[alive] = torch.where(writing & torch.isin(drawn_B, self._stop), t + 1, length_B[alive])
-            writing = length_B[alive] > t + 1
-            left = int(writing.sum())
-            if left == 0 or t + 1 == limit:
+            drawn_B, logp_B = draw(self._cut(logits_BV), sampling, uniform_BL[:, t])
+            tokens_BL[row_B, t], logps_BL[row_B, t] = drawn_B, logp_B
+            writing_B &= (drawn_B[:, None] != self._stop).all(-1)
+            step_ids, step_pos = drawn_B[:, None], step_pos[:, -1:] + 1
+            if (t + 1) % self._look_every:
+                continue
+            left = int(writing_B.sum())
+            if left == 0:
                 break
-            if padded:
-                mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), 1)], dim=1)
-            step_ids, step_pos = drawn_B[:, None], (position_B[alive] + t)[:, None]
-            if left < _COMPACT_BELOW * len(alive):
-                keep = writing.nonzero().squeeze(-1)
+            if left < _COMPACT_BELOW * len(row_B):
+                keep = writing_B.nonzero().squeeze(-1)
                 cache.batch_select_indices(keep)
-                alive, mask_BT, step_ids, step_pos = (
-                    alive[keep],
-                    mask_BT[keep],
-                    step_ids[keep],
-                    step_pos[keep],
-                )
-        return self._completions(tokens_BL, logps_BL, length_B)
+                state = (row_B, writing_B, seen_BL, uniform_BL, step_ids, step_pos)
+                row_B, writing_B, seen_BL, uniform_BL, step_ids, step_pos = (x[keep] for x in state)
+        return self._completions(tokens_BL, logps_BL)
 
-    def _completions(self, tokens_BL: Tensor, logps_BL: Tensor, length_B: Tensor) -> list[Completion]:
-        rows = zip(tokens_BL.tolist(), logps_BL.tolist(), length_B.tolist(), strict=True)
+    def _completions(self, tokens_BL: Tensor, logps_BL: Tensor) -> list[Completion]:
+        """Each row up to its first stop. Whatever was written after it is not part of the sample."""
+        stops_BL = torch.isin(tokens_BL, self._stop)
+        stopped_B = stops_BL.any(-1)
+        length_B = torch.where(stopped_B, stops_BL.int().argmax(-1) + 1, tokens_BL.shape[1])
+        columns = (tokens_BL.tolist(), logps_BL.tolist(), length_B.tolist(), stopped_B.tolist())
         return [
             Completion(
-                ids=tuple(ids[:n]),
-                logprobs=tuple(logps[:n]),
-                finish_reason="stop" if ids[n - 1] in self.stop_ids else "length",
+                ids=tuple(ids[:n]), logprobs=tuple(logps[:n]), finish_reason="stop" if stopped else "length"
             )
-            for ids, logps, n in rows
+            for ids, logps, n, stopped in zip(*columns, strict=True)
         ]
+
+
+class _Room(DynamicLayer):
+    """Keys and values in tensors with room for more: a `DynamicLayer` copies all of them at every token."""
+
+    _room: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Appends; see `DynamicLayer.update`."""
+        begin = self.get_seq_length()
+        end = begin + key_states.shape[-2]
+        if self._room is None or end > self._room[0].shape[-2]:
+            self._grow(key_states, value_states, begin, end)
+        assert self._room is not None
+        for room, new in zip(self._room, (key_states, value_states), strict=True):
+            room[:, :, begin:end] = new
+        self.keys, self.values = (room[:, :, :end] for room in self._room)
+        return self.keys, self.values
+
+    def _grow(self, key_states: Tensor, value_states: Tensor, begin: int, end: int) -> None:
+        room = end + max(_ROOM_MIN, end // 4)
+        grown = tuple(x.new_empty(*x.shape[:2], room, x.shape[3]) for x in (key_states, value_states))
+        if self._room is not None:
+            for new, old in zip(grown, self._room, strict=True):
+                new[:, :, :begin] = old[:, :, :begin]
+        self._room = (grown[0], grown[1])
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only these rows."""
+        if self._room is not None:
+            length = self.get_seq_length()
+            self._room = (self._room[0][indices], self._room[1][indices])
+            self.keys, self.values = (room[:, :, :length] for room in self._room)
+
+
+def roomy_cache(model: PreTrainedModel) -> DynamicCache:
+    """The model's own kind of cache; its layers of plain attention with room."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [_Room() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def attends_plainly(model: PreTrainedModel) -> bool:
+    """Full attention in every layer through torch's own kernel: it takes a mask that we have made."""
+    plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+    return plain and model.config._attn_implementation == "sdpa" and not model.config.to_dict().get("alibi")
 
 
 def noise(seed: int, key: str, length: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
@@ -224,10 +273,10 @@ def draw(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor) -> tuple[Tens
         return best_B, torch.zeros_like(best_B, dtype=torch.float32)
     logp_BV = truncate(logits_BV / sampling.temperature, sampling).log_softmax(-1)
     cdf_BV = logp_BV.exp().double().cumsum(-1)
-    token_B = torch.searchsorted(cdf_BV, uniform_B[:, None] * cdf_BV[:, -1:], right=True).squeeze(-1)
-    token_B = torch.where(
-        token_B < logp_BV.shape[-1], token_B, logp_BV.argmax(-1)
-    )  # rounding at the very end
+    total_B1 = cdf_BV[:, -1:]
+    below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))  # rounding must not reach the total
+    point_B1 = torch.minimum(uniform_B[:, None] * total_B1, below_B1)
+    token_B = torch.searchsorted(cdf_BV, point_B1, right=True).squeeze(-1)
     return token_B, logp_BV.gather(-1, token_B[:, None]).squeeze(-1)
 
 
