@@ -60,6 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_train(commands)
     _add_eval(commands)
+    _add_study(commands)
     _add_inspect(commands)
     _add_config(commands)
     # Its own parser answers `onpath gym --help`; here it only shows in the list.
@@ -144,6 +145,26 @@ def _eval(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
     from onpath.evalrun import run_eval
 
     return run_eval(options)
+
+
+def _add_study(commands: Any) -> None:
+    command = commands.add_parser(
+        "study",
+        help="compare arms over seeds: runs, intervals, paired differences",
+        description="Runs arms × seeds from one YAML; the same command continues a stopped study.",
+    )
+    command.add_argument(
+        "config", metavar="CONFIG.yaml", help="base, arms, seeds, budget, tune, evals, parallel"
+    )
+    command.add_argument("--quiet", action="store_true", help="no progress display")
+    command.set_defaults(run=_study)
+
+
+def _study(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
+    from onpath.study import run_study
+
+    print(f"study: {run_study(options.config, quiet=options.quiet)}")
+    return 0
 
 
 def _add_inspect(commands: Any) -> None:

@@ -1,0 +1,181 @@
+"""A study's results as tables: on the terminal and in Markdown, from the same cells."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Row = Mapping[str, Any]
+
+HOW = (
+    "avg@n is the share of all samples that are right, pass@k the unbiased estimate for k of them. Intervals "
+    "are 95%. With two or more seeds they cover problems and seeds (crossed random effects: two-way analysis "
+    "of variance, t with Satterthwaite's degrees of freedom); with one seed, problems only (bootstrap). "
+    "Differences are paired: the same problems, the same seeds. *higher* and *lower* hold at 5% after Holm's "
+    "correction over the arms of a table; all else is inside the noise, whatever the order of the means."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sheet:
+    """A titled table of text; the first column is left-aligned."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def sheets(data: Row) -> Iterator[Sheet]:
+    """All tables of a study."""
+    for split in data["study"]["splits"]:
+        yield _scores(data, split)
+    yield _costs(data)
+    if data["tuning"]:
+        yield _tuning(data)
+
+
+def _scores(data: Row, split: str) -> Sheet:
+    study, base = data["study"], data["study"]["base_arm"]
+    n, k = study["n"], study["k"]
+    return Sheet(
+        title=f"{split}: {study['problems'][split]:,} problems, {n} samples each",
+        columns=(
+            "arm",
+            "seeds",
+            f"avg@{n}",
+            "95%",
+            f"− {base}",
+            "95%",
+            "",
+            f"pass@{k}",
+            "95%",
+            f"− {base}",
+            "95%",
+            "",
+            "length",
+        ),
+        rows=tuple(
+            (
+                arm["arm"],
+                str(len(arm["seeds"]) or "-"),
+                *_measure(arm["evals"][split]["avg_at_k"]),
+                *_measure(arm["evals"][split]["pass_at_k"]),
+                f"{arm['evals'][split]['mean_length']:.1f}",
+            )
+            for arm in data["arms"]
+        ),
+    )
+
+
+def _measure(row: Row) -> tuple[str, ...]:
+    gap = row["difference"]
+    own = (f"{row['mean']:.1%}", _interval(row["ci95"]))
+    if gap is None:
+        return (*own, "", "", "")
+    return (*own, f"{gap['mean']:+.1%}", _interval(gap["ci95"], signed=True), gap["verdict"])
+
+
+def _interval(bounds: Sequence[float], *, signed: bool = False) -> str:
+    low, high = (f"{100 * b:+.1f}" if signed else f"{100 * b:.1f}" for b in bounds)
+    return f"{low} to {high}"
+
+
+def _costs(data: Row) -> Sheet:
+    return Sheet(
+        title="cost, mean per run",
+        columns=(
+            "arm",
+            "steps",
+            "lr",
+            "tokens updated",
+            "written by student",
+            "written by teacher",
+            "training s",
+        ),
+        rows=tuple(
+            (
+                arm["arm"],
+                f"{arm['steps']:,}",
+                f"{arm['lr']:g}",
+                f"{arm['updated_tokens']:,.0f}",
+                f"{arm['tokens_generated_student']:,.0f}",
+                f"{arm['tokens_generated_teacher']:,.0f}",
+                f"{arm['wall_seconds']:,.1f}",
+            )
+            for arm in data["arms"]
+            if arm["kind"] == "train"
+        ),
+    )
+
+
+def _tuning(data: Row) -> Sheet:
+    rates = sorted({tried["lr"] for arm in data["tuning"] for tried in arm["grid"]})
+    tune = data["study"]["tune"]
+    return Sheet(
+        title=f"learning rates: avg@{tune['n']} on {tune['limit']:,} problems of {tune['split']}",
+        columns=("arm", *(f"{rate:g}" for rate in rates), "chosen"),
+        rows=tuple(
+            (
+                arm["arm"],
+                *(_score_at(arm, rate) for rate in rates),
+                "none" if arm["chosen"] is None else f"{arm['chosen']:g}{' (edge)' * arm['at_edge']}",
+            )
+            for arm in data["tuning"]
+        ),
+    )
+
+
+def _score_at(arm: Row, rate: float) -> str:
+    score = next((tried["avg_at_k"] for tried in arm["grid"] if tried["lr"] == rate), None)
+    return "failed" if score is None else f"{score:.1%}"
+
+
+def sentences(data: Row) -> list[str]:
+    """Who is ahead, if anybody is."""
+    said = []
+    for split, row in data["leaders"].items():
+        if row is None:
+            continue
+        top, near = row["highest"], row["not_told_apart"]
+        rest = (
+            f"no winner: inside the noise of it are {', '.join(near)}" if near else "ahead of every other arm"
+        )
+        said.append(f"{split}: the highest mean is {top}'s, {row['mean']:.1%}; {rest}.")
+    return said
+
+
+def print_study(console: Console, data: Row) -> None:
+    """Tables, sentences and notes on a terminal."""
+    for sheet in sheets(data):
+        table = Table(title=sheet.title, title_justify="left", box=None, pad_edge=False)
+        for place, column in enumerate(sheet.columns):
+            table.add_column(column, justify="right" if place else "left", no_wrap=True)
+        for row in sheet.rows:
+            table.add_row(*row)
+        console.print(table)
+        console.print()
+    for text in [*sentences(data), *(f"note: {note}" for note in data["notes"])]:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def markdown(data: Row) -> str:
+    """study.md."""
+    study, machine = data["study"], data["environment"]
+    parts = [f"# {study['name']}", f"`{study['command']}`", HOW]
+    budget = study["budget"]
+    stop = "optim.steps of the config" if budget is None else f"{budget['amount']:,} {budget['measure']}"
+    parts.append(
+        f"Budget: {stop}. Seeds: {', '.join(map(str, study['seeds']))}. Grader: {study['grader']}. "
+        f"Device: {machine['device']}, threads of each run: {machine['threads']}. "
+        f"Commit: {machine['git_commit'] or 'unknown'}."
+    )
+    parts.append(
+        "\n".join(f"- {text}" for text in [*sentences(data), *(f"Note: {n}" for n in data["notes"])])
+    )
+    for sheet in sheets(data):
+        lines = [sheet.columns, ("---", *["--:"] * (len(sheet.columns) - 1)), *sheet.rows]
+        parts.append(f"## {sheet.title}")
+        parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+    return "\n\n".join(part for part in parts if part) + "\n"
