@@ -1,4 +1,4 @@
-"""Run and study directories for the report's tests, written without a model: every number is a function of a seed."""
+"""Run and study directories for the report's tests, without a model: every number is a function of a seed."""
 
 import json
 import random
@@ -11,28 +11,64 @@ from onpath.store import write_parquet
 
 HOSTILE = (
     "</script><script>window.hacked = 1</script>",
-    "<img src=x onerror=\"window.hacked = 1\">",
+    '<img src=x onerror="window.hacked = 1">',
     "\u202eright to left\u202c \u200f",
     "👩‍🔬 \u2028 \u2029 &amp; ]]> <!-- \u0000 \ud800",
     "{{data}} {{script}}",
-)  # fmt: skip
+)
 CELLS = ("right_to_right", "right_to_wrong", "wrong_to_right", "wrong_to_wrong")
-WORDS = ["a: ", "3", "5", " + ", "4", "7", " = ", " -> ", "a", "b", "8", "2", "; ", ", so ", "ans ", "b: ", " * ", "wait "]
-QUANTITIES = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy", "student_logp", "teacher_logp")
+WORDS = [
+    "a: ",
+    "3",
+    "5",
+    " + ",
+    "4",
+    "7",
+    " = ",
+    " -> ",
+    "a",
+    "b",
+    "8",
+    "2",
+    "; ",
+    ", so ",
+    "ans ",
+    "b: ",
+    " * ",
+    "wait ",
+]
+QUANTITIES = (
+    "reverse_kl",
+    "forward_kl",
+    "student_entropy",
+    "teacher_entropy",
+    "student_logp",
+    "teacher_logp",
+)
 
 
 def make_run(
-    root: Path, *, steps: int = 12, rows: int = 12, length: int = 40, hostile: bool = False, finished: bool = True
+    root: Path,
+    *,
+    steps: int = 12,
+    rows: int = 12,
+    length: int = 40,
+    hostile: bool = False,
+    finished: bool = True,
 ) -> Path:
     """A run with metrics, evaluations and three stored steps of rewrites, forks and plain rollouts."""
     draw = random.Random(f"{steps} {rows} {length}")
     root.mkdir(parents=True, exist_ok=True)
     name = HOSTILE[0] if hostile else root.name
     config = {
-        "student": {"model": "gym:student"}, "teacher": {"model": "gym:teacher"}, "data": {"train": "sums.jsonl"},
-        "method": {"name": "topd"}, "rollout": {"prompts": 64, "n": 1}, "optim": {"steps": steps, "lr": 1e-3},
+        "student": {"model": "gym:student"},
+        "teacher": {"model": "gym:teacher"},
+        "data": {"train": "sums.jsonl"},
+        "method": {"name": "topd"},
+        "rollout": {"prompts": 64, "n": 1},
+        "optim": {"steps": steps, "lr": 1e-3},
         "run": {"name": name, "seed": 0},
-    }  # fmt: skip
+    }
     (root / "config.yaml").write_text(yaml.safe_dump(config))
     (root / "environment.json").write_text(json.dumps({"packages": {"onpath": "0.1.0"}, "grader": "exact"}))
     done = steps if finished else steps // 2
@@ -55,22 +91,53 @@ def metrics_row(draw: random.Random, step: int, steps: int) -> dict[str, Any]:
     part = step / steps
     shares = [0.4 + 0.2 * part, 0.02, 0.3 - 0.1 * part, 0.28 - 0.1 * part]
     return {
-        "step": step, "loss": 1 - 0.5 * part, "tokens": 2000 + step, "reverse_kl_nats": 0.6 * 0.2**part + 0.02 * draw.random(),
-        "forward_kl_nats": 0.5 * 0.3**part, "student_entropy_nats": 0.5 - 0.2 * part, "teacher_entropy_nats": 0.2,
-        "accuracy": 0.4 + 0.4 * part + 0.05 * draw.random(), "mean_length": 40 - 3 * part, "finished": 0.98,
-        "student_tokens_generated": 2100, "grad_norm": 1.5 - part, "lr": 1e-3, "policy_version": step,
-        **dict(zip(CELLS, shares, strict=True)), "accuracy_y": shares[0] + shares[1], "accuracy_z": shares[0] + shares[2],
-        "length_ratio": 0.9, "epistemic_mass_y": 0.007, "epistemic_mass_z": 0.002, "guidance_grad_ratio": 0.5,
-        "seconds": {"sample": 0.8, "correct": 1.1 + 0.2 * draw.random(), "score": 0.3, "train": 0.9, "sync": 0.0, "grade": 0.1},
-    }  # fmt: skip
+        "step": step,
+        "loss": 1 - 0.5 * part,
+        "tokens": 2000 + step,
+        "reverse_kl_nats": 0.6 * 0.2**part + 0.02 * draw.random(),
+        "forward_kl_nats": 0.5 * 0.3**part,
+        "student_entropy_nats": 0.5 - 0.2 * part,
+        "teacher_entropy_nats": 0.2,
+        "accuracy": 0.4 + 0.4 * part + 0.05 * draw.random(),
+        "mean_length": 40 - 3 * part,
+        "finished": 0.98,
+        "student_tokens_generated": 2100,
+        "grad_norm": 1.5 - part,
+        "lr": 1e-3,
+        "policy_version": step,
+        **dict(zip(CELLS, shares, strict=True)),
+        "accuracy_y": shares[0] + shares[1],
+        "accuracy_z": shares[0] + shares[2],
+        "length_ratio": 0.9,
+        "epistemic_mass_y": 0.007,
+        "epistemic_mass_z": 0.002,
+        "guidance_grad_ratio": 0.5,
+        "seconds": {
+            "sample": 0.8,
+            "correct": 1.1 + 0.2 * draw.random(),
+            "score": 0.3,
+            "train": 0.9,
+            "sync": 0.0,
+            "grade": 0.1,
+        },
+    }
 
 
 def eval_row(part: float, step: int) -> dict[str, Any]:
     middle = 0.42 + 0.4 * part
     return {
-        "step": step, "split": "test", "n": 4, "k": 4, "problems": 500, "avg_at_k": middle, "ci95": [middle - 0.03, middle + 0.03],
-        "pass_at_k": middle + 0.1, "pass_at_k_ci95": [middle + 0.07, middle + 0.12], "mean_length": 39.0, "finished": 0.99,
-    }  # fmt: skip
+        "step": step,
+        "split": "test",
+        "n": 4,
+        "k": 4,
+        "problems": 500,
+        "avg_at_k": middle,
+        "ci95": [middle - 0.03, middle + 0.03],
+        "pass_at_k": middle + 0.1,
+        "pass_at_k_ci95": [middle + 0.07, middle + 0.12],
+        "mean_length": 39.0,
+        "finished": 0.99,
+    }
 
 
 def trajectory(draw: random.Random, step: int, i: int, length: int, hostile: bool) -> dict[str, Any]:
@@ -82,23 +149,51 @@ def trajectory(draw: random.Random, step: int, i: int, length: int, hostile: boo
     values = {name: [draw.expovariate(1.2) ** 2 for _ in tokens] for name in QUANTITIES}
     values |= {name: [-v for v in values[name]] for name in ("student_logp", "teacher_logp")}
     row: dict[str, Any] = {
-        "step": step, "prompt_id": f"p{i}", "sample": 0, "prompt": HOSTILE[i % len(HOSTILE)] if hostile else f"{i} + 7 = ?",
-        "answer": str(i + 7), "correct": right, "student_context": [1, 2], "teacher_context": [1, 2], "response": ids,
-        "response_text": "".join(tokens), "tokens": tokens, "weights": [1.0] * length, "origin_response": ids,
-        "origin_text": "".join(tokens), "origin_logprobs": values["student_logp"], "finish_reason": "stop",
-        "policy_version": step - 1, "edit": "none", "kept": True, "reason": "", "detail": {}, **values,
-    }  # fmt: skip
+        "step": step,
+        "prompt_id": f"p{i}",
+        "sample": 0,
+        "prompt": HOSTILE[i % len(HOSTILE)] if hostile else f"{i} + 7 = ?",
+        "answer": str(i + 7),
+        "correct": right,
+        "student_context": [1, 2],
+        "teacher_context": [1, 2],
+        "response": ids,
+        "response_text": "".join(tokens),
+        "tokens": tokens,
+        "weights": [1.0] * length,
+        "origin_response": ids,
+        "origin_text": "".join(tokens),
+        "origin_logprobs": values["student_logp"],
+        "finish_reason": "stop",
+        "policy_version": step - 1,
+        "edit": "none",
+        "kept": True,
+        "reason": "",
+        "detail": {},
+        **values,
+    }
     if kind == "rewrite":
         y = [t if draw.random() < 0.8 else draw.choice(WORDS) for t in range(len(WORDS))]
-        row |= {"origin_response": [t if isinstance(t, int) else WORDS.index(t) for t in y], "edit": "rewrite"}
+        row |= {
+            "origin_response": [t if isinstance(t, int) else WORDS.index(t) for t in y],
+            "edit": "rewrite",
+        }
         row["origin_text"] = "".join(WORDS[t] for t in row["origin_response"])
-        row["detail"] = {"attempt_right": right, "right": True, "edit_distance": 5, "length_ratio": length / len(y)}
+        row["detail"] = {
+            "attempt_right": right,
+            "right": True,
+            "edit_distance": 5,
+            "length_ratio": length / len(y),
+        }
     if kind == "forks":
         places = sorted(draw.sample(range(length), max(2, length // 45)))
-        row["detail"] = {"forks": [fork(draw, tokens, values["reverse_kl"], at, n) for n, at in enumerate(places)]}
-    return {k: safe(v) if isinstance(v, str) else v for k, v in (row | {"detail": json.dumps(row["detail"])}).items()} | {
-        "tokens": [safe(t) for t in tokens]
-    }
+        row["detail"] = {
+            "forks": [fork(draw, tokens, values["reverse_kl"], at, n) for n, at in enumerate(places)]
+        }
+    return {
+        k: safe(v) if isinstance(v, str) else v
+        for k, v in (row | {"detail": json.dumps(row["detail"])}).items()
+    } | {"tokens": [safe(t) for t in tokens]}
 
 
 def safe(text: str) -> str:
@@ -113,7 +208,13 @@ def fork(draw: random.Random, tokens: list[str], losses: list[float], at: int, n
     plan = [[i, i, 0.85] for i in range(len(ours))] + [[i, i + 1, 0.15] for i in range(len(ours) - 1)]
     decision = ("fork", "surface")[n % 2]
     return {
-        "position": at, "decision": decision, "loss": losses[at], "sampled_gap": draw.gauss(1, 1),
-        "distance": 0.15 + 0.3 * (decision == "fork") + 0.1 * draw.random(), "weight": 1.0,
-        "student_tokens": ours, "teacher_tokens": theirs, "plan": plan if decision == "fork" else [],
-    }  # fmt: skip
+        "position": at,
+        "decision": decision,
+        "loss": losses[at],
+        "sampled_gap": draw.gauss(1, 1),
+        "distance": 0.15 + 0.3 * (decision == "fork") + 0.1 * draw.random(),
+        "weight": 1.0,
+        "student_tokens": ours,
+        "teacher_tokens": theirs,
+        "plan": plan if decision == "fork" else [],
+    }

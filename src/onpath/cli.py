@@ -61,6 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_eval(commands)
     _add_study(commands)
+    _add_report(commands)
     _add_inspect(commands)
     _add_config(commands)
     # Its own parser answers `onpath gym --help`; here it only shows in the list.
@@ -167,6 +168,23 @@ def _study(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
     return 0
 
 
+def _add_report(commands: Any) -> None:
+    command = commands.add_parser(
+        "report",
+        help="one self-contained HTML page of a run or a study",
+        description="Writes one HTML page with curves, comparisons and trajectories; it loads nothing.",
+    )
+    command.add_argument("directory", metavar="DIR", help="of a run or of a study")
+    command.add_argument("--out", metavar="FILE", help="default: DIR/report.html")
+    command.set_defaults(run=_report)
+
+
+def _report(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
+    from onpath.report import run_report
+
+    return run_report(options)
+
+
 def _add_inspect(commands: Any) -> None:
     command = commands.add_parser(
         "inspect",
@@ -175,7 +193,18 @@ def _add_inspect(commands: Any) -> None:
     )
     command.add_argument("directory", metavar="RUN_DIR")
     command.add_argument("--step", type=int, help="only this step (default: the last stored one)")
-    command.add_argument("--only", choices=["right", "wrong", "edited", "forks"], help="filter")
+    command.add_argument(
+        "--only",
+        choices=["right", "wrong", "repaired", "harmed", "edited", "dropped", "forks"],
+        help="filter: by verdict, wrong → right, right → wrong, rewritten, not trained on, with real forks",
+    )
+    command.add_argument("--id", metavar="PROMPT_ID", help="only trajectories of this prompt")
+    command.add_argument(
+        "--sort",
+        default="stored",
+        choices=["stored", "kl", "length"],
+        help="largest first (default: as stored)",
+    )
     command.add_argument(
         "--colour", default="reverse_kl", help="per-token column to colour by (default: reverse_kl)"
     )

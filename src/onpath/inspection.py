@@ -3,81 +3,116 @@
 import argparse
 import json
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from onpath.errors import UserError
-from onpath.show import coloured, legend
-from onpath.store import read_trajectories
+from onpath.report.stored import Row, quantities, read_rows, step_of, trajectory_files
+from onpath.report.text import cell, known_tokens, origin_tokens, was_changed
+from onpath.show import coloured, forks, legend, rewritten
+
+VERDICTS = {True: "right", False: "wrong", None: "not graded"}
+_MATCHES: dict[str | None, Callable[[Row], bool]] = {
+    "right": lambda row: row["correct"] is True,
+    "wrong": lambda row: row["correct"] is False,
+    "repaired": lambda row: cell(row) == "wrong_to_right",
+    "harmed": lambda row: cell(row) == "right_to_wrong",
+    "edited": lambda row: row["edit"] != "none",
+    "dropped": lambda row: not row["kept"],
+    "forks": lambda row: any(f["decision"] == "fork" for f in row["detail"].get("forks") or ()),
+    None: lambda row: True,
+}
+_SORT_KEYS: dict[str, Callable[[Row], float]] = {
+    "kl": lambda row: -max(row.get("reverse_kl") or [0.0]),
+    "length": lambda row: -len(row["response"]),
+}
 
 
 def run_inspect(options: argparse.Namespace) -> int:
     """Prints the trajectories that the options ask for."""
-    rows = select(options)
+    stored = stored_rows(options)
+    rows = select(stored, options)
     if options.json:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False))
         return 0
     console = Console(file=sys.stdout)
+    if not console.is_terminal:
+        console = Console(file=sys.stdout, width=120, color_system=None)
+    if not rows:
+        console.print("no stored trajectory matches", highlight=False)
+        return 0
     console.print(legend(console, options.colour))
+    known = known_tokens(stored)
     for row in rows:
-        show_row(console, row, options.colour)
+        show_row(console, row, options.colour, known)
     return 0
 
 
-def select(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Stored rows after the filters.
+def stored_rows(options: argparse.Namespace) -> list[Row]:
+    """All rows of the step that is asked for.
 
     Raises:
-        UserError: no such run, nothing stored, no such step or column.
+        UserError: no such run, nothing stored, no such step, or a damaged file.
     """
     directory = Path(options.directory)
     if not (directory / "config.yaml").is_file():
         raise UserError(f"{directory}: not a run directory (it has no config.yaml)")
-    rows = read_trajectories(directory)
-    if not rows:
+    files = {step_of(path): path for path in trajectory_files(directory)}
+    if not files:
         raise UserError(f"{directory}: no stored trajectories; train with run.trajectories_every above 0")
-    steps = sorted({r["step"] for r in rows})
-    step = steps[-1] if options.step is None else options.step
-    if step not in steps:
-        raise UserError(f"--step {step} is not stored; there are {', '.join(map(str, steps))}")
-    numeric = sorted(k for k, v in rows[0].items() if isinstance(v, list) and v and isinstance(v[0], float))
-    if options.colour not in numeric:
+    step = max(files) if options.step is None else options.step
+    if step not in files:
+        raise UserError(f"--step {step} is not stored; there are {', '.join(map(str, files))}")
+    return list(read_rows(files[step], contexts=True))
+
+
+def select(rows: Sequence[Row], options: argparse.Namespace) -> list[Row]:
+    """Rows after the filters, in the order asked for, as many as asked for.
+
+    Raises:
+        UserError: no such per-token column or prompt.
+    """
+    names = sorted({name for row in rows for name in quantities(row)})
+    if names and options.colour not in names:
+        raise UserError(f"--colour {options.colour}: no such per-token column; there are {', '.join(names)}")
+    if options.id is not None and all(row["prompt_id"] != options.id for row in rows):
         raise UserError(
-            f"--colour {options.colour}: no such per-token column; there are {', '.join(numeric)}"
+            f"--id {options.id}: no such prompt at this step; the first one is {rows[0]['prompt_id']!r}"
         )
-    return [r for r in rows if r["step"] == step and _matches(r, options.only)][: options.limit]
+    matching = [r for r in rows if _MATCHES[options.only](r) and options.id in (None, r["prompt_id"])]
+    if options.sort != "stored":
+        matching.sort(key=_SORT_KEYS[options.sort])
+    return matching[: options.limit]
 
 
-def _matches(row: dict[str, Any], only: str | None) -> bool:
-    match only:
-        case "right":
-            return row["correct"] is True
-        case "wrong":
-            return row["correct"] is False
-        case "edited":
-            return bool(row["edit"] != "none")
-        case "forks":
-            return bool(json.loads(row["detail"]).get("forks"))
-        case _:
-            return True
-
-
-def show_row(console: Console, row: dict[str, Any], quantity: str) -> None:
-    """One trajectory: problem, verdict, edit, tokens."""
+def show_row(console: Console, row: Row, quantity: str, known: dict[int, str]) -> None:
+    """One trajectory: problem, verdict, edit, tokens, what was changed, forks with both futures."""
     colour = console.color_system is not None
-    verdict = {True: "right", False: "wrong", None: "not graded"}[row["correct"]]
     console.print()
     console.print(Text(str(row["prompt"]), style="bold"), Text(f"   answer {row['answer']}", style="dim"))
-    head = f"step {row['step']}  {row['prompt_id']}  {verdict}  {row['finish_reason']}  edit {row['edit']}"
-    console.print(Text(f"{head} {row['reason']}".rstrip(), style="dim"))
-    values = row[quantity]
+    console.print(Text("  ".join(facts(row)), style="dim"))
+    values = row.get(quantity)
     if values is None:  # recorded only: not scored
-        console.print(Text(row["response_text"]), soft_wrap=True)
+        say(console, [Text(row["response_text"])])
     else:
-        console.print(coloured(row["tokens"], values, colour=colour), soft_wrap=True)
-    if row["edit"] != "none" and row["origin_text"] != row["response_text"]:
-        console.print(Text(f"was: {row['origin_text']}", style="dim"), soft_wrap=True)
+        say(console, [coloured(row["tokens"], values, colour=colour)])
+    if was_changed(row):
+        say(console, rewritten(origin_tokens(row, known), row["tokens"], colour=colour))
+    say(console, forks(row["detail"].get("forks") or (), colour=colour))
+
+
+def facts(row: Row) -> list[str]:
+    """What stands above the tokens."""
+    verdict = cell(row).replace("_to_", " → ") if was_changed(row) else VERDICTS[row["correct"]]
+    edit = f"edit {row['edit']} {row['reason']}".rstrip()
+    return [f"step {row['step']}", str(row["prompt_id"]), verdict, str(row["finish_reason"]), edit]
+
+
+def say(console: Console, lines: Iterable[Text]) -> None:
+    """Text as it is: no markup, no wrapping of ours."""
+    for line in lines:
+        console.print(line, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Headless Chromium for the report's tests; without one (and without the right to install it) they are skipped."""
+"""Headless Chromium for the report's tests; skipped where there is none and we may not install it."""
 
 import os
 import shutil
@@ -10,11 +10,20 @@ from typing import Any
 import pytest
 
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--force-device-scale-factor=1",
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--force-device-scale-factor=1",
     "--hide-scrollbars",
-)  # fmt: skip
-INSTALL = "apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver fonts-dejavu-core"
+)
+PACKAGES = "chromium chromium-driver fonts-dejavu-core"
+INSTALL = f"apt-get update -qq && apt-get install -y -qq --no-install-recommends {PACKAGES}"
 
 
 def find_chromium() -> tuple[str, str] | None:
@@ -28,7 +37,9 @@ def chromium() -> tuple[str, str]:
     """Debian's Chromium, installed here where it is missing and we are root."""
     if find_chromium() is None and os.geteuid() == 0 and shutil.which("apt-get"):
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        subprocess.run(["bash", "-c", INSTALL], env=environment, capture_output=True, timeout=600, check=False)
+        subprocess.run(
+            ["bash", "-c", INSTALL], env=environment, capture_output=True, timeout=600, check=False
+        )
     found = find_chromium()
     if found is None:
         pytest.skip("needs chromium and chromedriver; as root on Debian they are installed by this test")

@@ -1,4 +1,4 @@
-"""`onpath report`: one self-contained page of a run or a study. Charts are inline SVG of our own; see docs/report.md."""
+"""`onpath report`: one self-contained page of a run or a study; docs/report.md says what is on it."""
 
 import argparse
 from pathlib import Path

@@ -1,9 +1,9 @@
-"""Charts as data: what the page's scripts draw. A chart is a mapping with `kind`, `title`, `help` and its numbers.
+"""Charts as data, which the page's scripts draw: mappings with `kind`, `title`, `help` and numbers.
 
-    lines      series of (x, y) with optional low and high        stack      shares of a whole by x
-    histogram  counts by bin, one series per group                scatter    points with groups and quadrants
-    flow       2 × 2 shares, left to right                        intervals  a mean and its interval per row
-    table      columns and rows
+lines      series of (x, y) with optional low and high        stack      shares of a whole by x
+histogram  counts by bin, one series per group                scatter    points with groups and quadrants
+flow       2 × 2 shares, left to right                        intervals  a mean and its interval per row
+table      columns and rows
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,11 +44,19 @@ def lines(
     unit: str = "",
     zero: bool = True,
 ) -> Chart | None:
-    """None where there is nothing to draw. `unit` `%` shows shares as percentages; `zero` starts the axis at 0."""
+    """None where there is nothing to draw. Unit `%`: shares as percentages; `zero`: the axis starts at 0."""
     drawn = [s for s in all_series if s and any(v is not None for v in s["y"])]
     if not drawn:
         return None
-    return {"kind": "lines", "title": title, "help": help, "x": x, "unit": unit, "zero": zero, "series": drawn}
+    return {
+        "kind": "lines",
+        "title": title,
+        "help": help,
+        "x": x,
+        "unit": unit,
+        "zero": zero,
+        "series": drawn,
+    }
 
 
 def stack(title: str, all_series: Sequence[Series], *, help: str = "", unit: str = "") -> Chart | None:
@@ -56,7 +64,14 @@ def stack(title: str, all_series: Sequence[Series], *, help: str = "", unit: str
     drawn = [s for s in all_series if any(s["y"])]
     if not drawn:
         return None
-    return {"kind": "stack", "title": title, "help": help, "x": "optimiser step", "unit": unit, "series": drawn}
+    return {
+        "kind": "stack",
+        "title": title,
+        "help": help,
+        "x": "optimiser step",
+        "unit": unit,
+        "series": drawn,
+    }
 
 
 def histogram(
@@ -85,7 +100,7 @@ def histogram(
 def by_position(
     rows: Sequence[tuple[str, Sequence[float]]], *, bins: int = 40
 ) -> list[tuple[str, list[float], list[float | None], list[float | None], list[float | None]]]:
-    """(group, position, mean, low, high): mean over tokens with its 95% interval, normal over trajectories' means.
+    """(group, position, mean, low, high): 95% intervals, normal over the means of trajectories.
 
     Args:
         rows: (group, one value per response token).

@@ -1,6 +1,6 @@
 """Trajectories as the page embeds them: tokens as indices into one table, numbers as base64 of float16.
 
-A page of 200 trajectories of 1,000 tokens with six numbers each would be 8 MB as decimal text; so it is 4. Half
+200 trajectories of 1,000 tokens with six numbers each would be 8 MB of decimal text; so they are 4. Half
 floats carry three digits, which is what the page shows.
 """
 
@@ -19,7 +19,14 @@ PLAN_SHARE = 0.1
 """Transport entries below this share of a student's token are not drawn."""
 _LONGEST_PROMPT = 20_000  # characters
 _MOST_STRINGS = 2**16  # what an index of two bytes can name
-_FORK = {"position": "at", "decision": "decision", "loss": "loss", "sampled_gap": "gap", "distance": "d", "weight": "w"}
+_FORK = {
+    "position": "at",
+    "decision": "decision",
+    "loss": "loss",
+    "sampled_gap": "gap",
+    "distance": "d",
+    "weight": "w",
+}
 
 
 @dataclass
@@ -52,7 +59,8 @@ def pack_all(
         known: token id → display string, for rollouts that were rewritten.
         labels: (prompt, tokens) → one kind per token, where the task knows the truth.
     """
-    table, packed, spent = Vocabulary(), [], 0
+    table, spent = Vocabulary(), 0
+    packed: list[dict[str, Any]] = []
     for row in rows:
         one = pack(row, table, known, labels)
         spent += len(json.dumps(one))

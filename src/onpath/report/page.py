@@ -11,11 +11,14 @@ SCRIPTS = ("base", "chart", "plots", "tokens", "forks", "viewer", "main")
 """Files in `assets`, in the order in which they are joined."""
 
 
+NOTHING_ELSE = "base-uri 'none'; form-action 'none'"
+
+
 def page(data: dict[str, Any]) -> str:
-    """The whole document. Its policy forbids every request and every script but ours, whatever the data holds."""
+    """The whole document. Its policy forbids every request and every script but ours."""
     script = joined_script()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; {NOTHING_ELSE}"
     parts = {"policy": policy, "style": asset("page.css"), "script": script, "data": script_json(data)}
     before, *rest = asset("page.html").split("{{")
     return before + "".join(parts[name] + text for name, text in (piece.split("}}", 1) for piece in rest))

@@ -1,7 +1,7 @@
 """What the page shows of one run: facts, curves, signals, trajectories."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,24 @@ BUDGET = 4_700_000
 """Bytes of packed trajectories: with the rest a page stays below 5 MB."""
 
 _CURVES = (
-    ("Reverse KL", "nats per token", (("reverse_kl_nats", "KL(student‖teacher)"), ("forward_kl_nats", "KL(teacher‖student)")),
-     "How far the student is from the teacher along what was trained on."),
-    ("Entropy", "nats per token", (("student_entropy_nats", "student"), ("teacher_entropy_nats", "teacher")),
-     "A student that collapses loses entropy faster than its teacher has reason to."),
-    ("Gradient norm", "", (("grad_norm", "before clipping"),), "A spike that does not come down again is a warning."),
-    ("Response length", "tokens", (("mean_length", "rollouts"),), "Mean tokens of a rollout, the stop token included."),
-)  # fmt: skip
+    (
+        "Divergence",
+        "nats per token",
+        (
+            ("reverse_kl_nats", "reverse KL(student‖teacher)"),
+            ("forward_kl_nats", "forward KL(teacher‖student)"),
+        ),
+        "How far the student is from the teacher along what was trained on.",
+    ),
+    (
+        "Entropy",
+        "nats per token",
+        (("student_entropy_nats", "student"), ("teacher_entropy_nats", "teacher")),
+        "A student that collapses loses entropy faster than its teacher.",
+    ),
+    ("Gradient norm", "", (("grad_norm", "before clipping"),), "A spike that stays is a warning."),
+    ("Response length", "tokens", (("mean_length", "rollouts"),), "Mean tokens of a rollout, with its end."),
+)
 _SHOWN_ELSEWHERE = {
     *("step", "tokens", "accuracy", "policy_version", "student_tokens_generated"),
     *(key for _, _, keys, _ in _CURVES for key, _ in keys),
@@ -62,14 +73,16 @@ def gather_run(directory: Path) -> dict[str, Any]:
             section("Signal", signal.of_rows(stored.rows), signal.EXPLAINED),
             section("Rewrites", signal.of_rewrites(metrics, stored.rows), signal.REWRITES_EXPLAINED),
             section("Forks", signal.of_forks(stored.rows, truth_of(config)), signal.FORKS_EXPLAINED),
-            section("Everything else that was logged", others(metrics), "As in metrics.jsonl, by its name there."),
+            section(
+                "Everything else that was logged", others(metrics), "As in metrics.jsonl, by its name there."
+            ),
         ],
         "vocabulary": strings,
         "trajectories": shown,
     }
 
 
-def section(title: str, drawn: Sequence[Chart | None], text: str) -> dict[str, Any]:
+def section(title: str, drawn: Iterable[Chart | None], text: str) -> dict[str, Any]:
     """Charts under a heading; those with nothing to draw are left out."""
     return {"title": title, "text": text, "charts": [chart for chart in drawn if chart]}
 
@@ -134,27 +147,37 @@ def tiles(metrics: Sequence[Row], evals: Sequence[Row]) -> list[dict[str, str]]:
         first, last = mine[0], mine[-1]
         low, high = last["ci95"]
         before = f"{first['avg_at_k']:.1%} → " if len(mine) > 1 else ""
-        found.append({
-            "label": f"avg@{last['n']}, {split}",
-            "value": f"{before}{last['avg_at_k']:.1%}",
-            "note": f"95% interval {low:.1%} to {high:.1%} over {last['problems']:,} problems",
-        })  # fmt: skip
+        found.append(
+            {
+                "label": f"avg@{last['n']}, {split}",
+                "value": f"{before}{last['avg_at_k']:.1%}",
+                "note": f"95% interval {low:.1%} to {high:.1%} over {last['problems']:,} problems",
+            }
+        )
     kl = [row["reverse_kl_nats"] for row in metrics if row.get("reverse_kl_nats") is not None]
     if kl:
-        found.append({
-            "label": "reverse KL", "value": f"{kl[0]:.3g} → {kl[-1]:.3g}",
-            "note": "nats per token, first and last step",
-        })  # fmt: skip
+        found.append(
+            {
+                "label": "reverse KL",
+                "value": f"{kl[0]:.3g} → {kl[-1]:.3g}",
+                "note": "nats per token, first and last step",
+            }
+        )
     if metrics:
         written = sum(row.get("student_tokens_generated", 0) for row in metrics)
-        found.append({
-            "label": "tokens trained on", "value": f"{sum(row['tokens'] for row in metrics):,}",
-            "note": f"{len(metrics):,} steps; the student wrote {written:,}",
-        })  # fmt: skip
+        found.append(
+            {
+                "label": "tokens trained on",
+                "value": f"{sum(row['tokens'] for row in metrics):,}",
+                "note": f"{len(metrics):,} steps; the student wrote {written:,}",
+            }
+        )
     return found
 
 
-def notes(directory: Path, config: dict[str, Any], metrics: Sequence[Row], stored: Stored, shown: int) -> list[str]:
+def notes(
+    directory: Path, config: dict[str, Any], metrics: Sequence[Row], stored: Stored, shown: int
+) -> list[str]:
     """What a reader must know before believing the page."""
     found = []
     steps = at(config, "optim.steps")
@@ -164,8 +187,8 @@ def notes(directory: Path, config: dict[str, Any], metrics: Sequence[Row], store
         found.append("No trajectories are stored (run.trajectories_every: 0), so there are none to look at.")
     elif shown < stored.total:
         found.append(
-            f"A sample: {shown:,} of {stored.total:,} stored trajectories can be looked at; the statistics below are "
-            f"over {len(stored.rows):,}."
+            f"A sample: {shown:,} of {stored.total:,} stored trajectories can be looked at; "
+            f"the statistics below are over {len(stored.rows):,}."
         )
     return found
 
@@ -182,18 +205,19 @@ def learning(metrics: Sequence[Row], evals: Sequence[Row]) -> list[Chart | None]
     stages = dict.fromkeys(stage for row in metrics for stage in row.get("seconds", {}))
     k = evals[0]["k"] if evals else 1
     return [
-        charts.lines("Accuracy", accuracy, unit="%", help="Share of right answers: rollouts, and unseen problems."),
+        charts.lines("Accuracy", accuracy, unit="%", help="Share of right answers."),
         charts.lines(f"pass@{k}", passes, unit="%", help=f"At least one of {k} samples is right."),
         *(
-            charts.lines(title, [charts.series(name, steps, column(metrics, key)) for key, name in keys], unit=unit, help=text)
+            charts.lines(title, [logged(metrics, *one) for one in keys], unit=unit, help=text)
             for title, unit, keys, text in _CURVES
         ),
         charts.stack(
             "Seconds by stage",
             [charts.series(s, steps, [r.get("seconds", {}).get(s, 0.0) for r in metrics]) for s in stages],
-            unit="s", help="Where a step's time goes.",
+            unit="s",
+            help="Where a step's time goes.",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def evaluation(name: str, rows: Sequence[Row], value: str, interval: str) -> charts.Series:
@@ -201,6 +225,13 @@ def evaluation(name: str, rows: Sequence[Row], value: str, interval: str) -> cha
     low, high = ([row[interval][side] for row in rows] for side in (0, 1))
     x = [row["step"] for row in rows]
     return charts.series(name, x, [row[value] for row in rows], low=low, high=high, marks=True)
+
+
+def logged(metrics: Sequence[Row], key: str, name: str) -> charts.Series | None:
+    """One number over the steps; None where it was never logged."""
+    values = column(metrics, key)
+    drawn = any(v is not None for v in values)
+    return charts.series(name, [row["step"] for row in metrics], values) if drawn else None
 
 
 def column(metrics: Sequence[Row], key: str) -> list[float | None]:
@@ -211,11 +242,10 @@ def column(metrics: Sequence[Row], key: str) -> list[float | None]:
 
 def others(metrics: Sequence[Row]) -> Iterator[Chart | None]:
     """A curve for each number that no chart above has shown: what a new method logs appears by itself."""
-    steps = [row["step"] for row in metrics]
     names = dict.fromkeys(k for row in metrics for k, v in row.items() if isinstance(v, int | float))
     for name in names:
         if name not in _SHOWN_ELSEWHERE | signal.SHOWN:
-            yield charts.lines(name, [charts.series(name, steps, column(metrics, name))], zero=False)
+            yield charts.lines(name, [logged(metrics, name, name)], zero=False)
 
 
 def truth_of(config: dict[str, Any]) -> Callable[[str, Sequence[str]], list[str]] | None:

@@ -1,6 +1,6 @@
 """Signals of a run as charts: by position and outcome, TRD's four cells, TOPD's loss against distance."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
@@ -10,23 +10,25 @@ from onpath.report.stored import Row
 from onpath.report.text import was_changed
 
 CELLS = ("right_to_right", "right_to_wrong", "wrong_to_right", "wrong_to_wrong")
+Truth = Callable[[str, Sequence[str]], list[str]]
+"""(prompt, tokens) → what each token is."""
 SHOWN = {
     *CELLS,
     *("accuracy_y", "accuracy_z", "length_ratio", "epistemic_mass_y", "epistemic_mass_z"),
-    *("reverse_kl_y_right_nats", "reverse_kl_y_wrong_nats", "guidance_grad_ratio"),
+    *("reverse_kl_y_right_nats", "reverse_kl_y_wrong_nats"),
 }
 """Metrics that have a chart of their own."""
 EXPLAINED = (
-    "Along the stored responses, by token position and by whether the student's rollout was right. Bands: 95%, over "
-    "trajectories. Late positions come from long responses only."
+    "Along the stored responses, by token position and by whether the student's rollout was right. Bands: "
+    "95%, over trajectories. Late positions come from long responses only."
 )
 REWRITES_EXPLAINED = (
-    "The student's attempt y, and the teacher's rewrite z that is trained on. Long rewrites that became short, or right "
-    "attempts that became wrong, are the two ways in which rewriting does harm."
+    "The student's attempt y, and the teacher's rewrite z that is trained on. Long attempts that became "
+    "short, and right ones that became wrong, are the two ways in which rewriting does harm."
 )
 FORKS_EXPLAINED = (
-    "At each candidate position student and teacher continue from the same prefix; D is the transport distance of the two "
-    "near futures. High loss with low D is another wording of the same future, high loss with high D a real fork."
+    "At each candidate position student and teacher go on from the same prefix; D is the distance of "
+    "the two near futures. High loss with low D is another wording of the same future, with high D a real fork."
 )
 MOST_POINTS = 2500
 """Forks in the scatter; the histograms count all."""
@@ -35,6 +37,22 @@ _QUANTITIES = (
     ("student_entropy", "Student's entropy by position", "nats"),
     ("teacher_entropy", "Teacher's entropy by position", "nats"),
     ("teacher_logp", "Teacher's log-prob of the token by position", "nats"),
+)
+_REWRITES = (
+    ("Accuracy of y and z", "%", {"accuracy_y": "attempt y", "accuracy_z": "rewrite z"}, ""),
+    ("Length ratio by step", "", {"length_ratio": "|z| / |y|"}, "Tokens of z over tokens of y."),
+    (
+        "Epistemic mass",
+        "",
+        {"epistemic_mass_y": "along y", "epistemic_mass_z": "along z"},
+        "Teacher's probability of words that open a correction, mean over tokens.",
+    ),
+    (
+        "Reverse KL along y",
+        "nats",
+        {"reverse_kl_y_right_nats": "y right", "reverse_kl_y_wrong_nats": "y wrong"},
+        "How much of the loss comes from attempts that are wrong.",
+    ),
 )
 _OUTCOME = {True: "right", False: "wrong", None: "not graded"}
 
@@ -45,38 +63,29 @@ def of_rows(rows: Sequence[Row]) -> Iterator[Chart | None]:
         held = [(_OUTCOME[row.get("correct")], row[key]) for row in rows if row.get(key)]
         order = [pair for name in _OUTCOME.values() for pair in held if pair[0] == name]
         drawn = [
-            charts.series(name, x, y, low=low, high=high) for name, x, y, low, high in charts.by_position(order)
+            charts.series(name, x, y, low=low, high=high)
+            for name, x, y, low, high in charts.by_position(order)
         ]
         yield charts.lines(title, drawn, x="token of the response", unit=unit)
 
 
 def of_rewrites(metrics: Sequence[Row], rows: Sequence[Row]) -> list[Chart | None]:
     """Cells as a flow, accuracies and lengths over steps, ratios of stored rewrites."""
-    steps = [row["step"] for row in metrics]
-
-    def curve(key: str, name: str) -> charts.Series | None:
-        values = [row.get(key) for row in metrics]
-        return charts.series(name, steps, values) if any(v is not None for v in values) else None
-
-    changed = [row for row in rows if was_changed(row) and row["response"]]
     groups: dict[str, list[float]] = {}
-    for row in changed:
-        ratio = len(row["response"]) / max(1, len(row["origin_response"]))
-        groups.setdefault(f"attempt {_OUTCOME[row.get('correct')]}", []).append(ratio)
-    return [
-        flow(metrics),
-        charts.lines("Accuracy of y and z", [curve("accuracy_y", "attempt y"), curve("accuracy_z", "rewrite z")], unit="%"),
-        charts.histogram("Length ratio |z| / |y|", groups, x="|z| / |y|", help="Stored rewrites, by the attempt's outcome."),
-        charts.lines("Length ratio by step", [curve("length_ratio", "|z| / |y|")], help="Tokens of z over tokens of y."),
-        charts.lines(
-            "Epistemic mass", [curve("epistemic_mass_y", "along y"), curve("epistemic_mass_z", "along z")],
-            help="Teacher's probability of words that open a correction, mean over tokens.",
-        ),
-        charts.lines(
-            "Reverse KL along y", [curve("reverse_kl_y_right_nats", "y right"), curve("reverse_kl_y_wrong_nats", "y wrong")],
-            unit="nats", help="How much of the loss comes from attempts that are wrong.",
-        ),
-    ]  # fmt: skip
+    for row in rows:
+        if was_changed(row) and row["response"]:
+            ratio = len(row["response"]) / max(1, len(row["origin_response"]))
+            groups.setdefault(f"attempt {_OUTCOME[row.get('correct')]}", []).append(ratio)
+    ratios = charts.histogram("Length ratio of stored rewrites", groups, x="|z| / |y|")
+    return [flow(metrics), ratios, *(curves(metrics, *one) for one in _REWRITES)]
+
+
+def curves(metrics: Sequence[Row], title: str, unit: str, keys: Mapping[str, str], text: str) -> Chart | None:
+    """Several logged numbers in one chart."""
+    steps = [row["step"] for row in metrics]
+    held = {key: [row.get(key) for row in metrics] for key in keys}
+    drawn = [charts.series(keys[key], steps, values) for key, values in held.items() if set(values) != {None}]
+    return charts.lines(title, drawn, unit=unit, help=text)
 
 
 def flow(metrics: Sequence[Row]) -> Chart | None:
@@ -89,7 +98,7 @@ def flow(metrics: Sequence[Row]) -> Chart | None:
     return {"kind": "flow", "title": "From attempt to rewrite", "help": text, "cells": shares}
 
 
-def of_forks(rows: Sequence[Row], truth: Callable[[str, Sequence[str]], list[str]] | None) -> list[Chart | None]:
+def of_forks(rows: Sequence[Row], truth: Truth | None) -> list[Chart | None]:
     """Loss against D with named quadrants, and D by decision and by what the token is."""
     found = [(row, fork) for row in rows for fork in row["detail"].get("forks") or () if _finite(fork)]
     if not found:
@@ -104,30 +113,37 @@ def of_forks(rows: Sequence[Row], truth: Callable[[str, Sequence[str]], list[str
     return [
         scatter(found),
         charts.histogram("Distance D by decision", by_decision, x="D", help="D of all stored candidates."),
-        charts.histogram("Distance D by what the token is", by_kind, x="D", help="The task's own truth about the token."),
+        charts.histogram(
+            "Distance D by what the token is", by_kind, x="D", help="As the task's checker says."
+        ),
     ]
 
 
 def scatter(found: Sequence[tuple[Row, dict[str, Any]]]) -> Chart:
-    """Candidates by loss and D. The horizontal line is where decisions change, the vertical one the median loss."""
+    """Candidates by loss and D. Lines: the median loss, and the D at which decisions change."""
     every = -(-len(found) // MOST_POINTS)
     points = [
-        [_digits(f["loss"]), _digits(f["distance"]), f["decision"], row.get("prompt_id"), row.get("sample"), row["step"],
-         f["position"]]
+        [_digits(f["loss"]), _digits(f["distance"]), f["decision"], *where, f["position"]]
         for row, f in found[::every]
-    ]  # fmt: skip
+        for where in [(row.get("prompt_id"), row.get("sample"), row["step"])]
+    ]
     forks = [f["distance"] for _, f in found if f["decision"] == "fork"]
     surface = [f["distance"] for _, f in found if f["decision"] == "surface"]
     split = (min(forks) + max(surface)) / 2 if forks and surface else median(f["distance"] for _, f in found)
-    help_text = f"{len(points):,} of {len(found):,} stored candidates." if every > 1 else "Every stored candidate."
+    help_text = (
+        f"{len(points):,} of {len(found):,} stored candidates." if every > 1 else "Every stored candidate."
+    )
     return {
-        "kind": "scatter", "title": "Loss against near-future distance",
+        "kind": "scatter",
+        "title": "Loss against near-future distance",
         "help": help_text + " Choose a point to open its trajectory.",
-        "x": "loss, nats", "y": "distance D", "points": points,
+        "x": "loss, nats",
+        "y": "distance D",
+        "points": points,
         "split": [_digits(median(f["loss"] for _, f in found)), _digits(split)],
         "quadrants": ["surface mismatch", "real fork", "agreement", "quiet fork"],
         "pearson": _digits(pearson([f["loss"] for _, f in found], [f["distance"] for _, f in found])),
-    }  # fmt: skip
+    }
 
 
 def pearson(x: Sequence[float], y: Sequence[float]) -> float:
