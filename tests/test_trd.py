@@ -370,14 +370,16 @@ def test_diagnostics_by_another_way(parts: Parts) -> None:
     method = make_method(TRDOptions(template=TEMPLATE), replace(parts.tools, onset_ids=(5, 9)))
     prepared = method.prepare(attempts, step=0)
     student, teacher = parts.student.eval(), parts.teacher.model
-    rows: dict[str, list[Any]] = {k: [] for k in ("y_s", "z_s", "y_t", "z_t", "mass_y", "mass_z", "kl")}
+    rows: dict[str, list[Any]] = {
+        k: [] for k in ("y_s", "z_s", "token_gap_y", "token_gap_z", "mass_y", "mass_z", "kl")
+    }
     for t in prepared.trajectories:
         y = t.origin
         for which, context, response in (("y", y.context, y.ids), ("z", t.teacher_context, t.response)):
             ours = logps(student, t.student_context, response)
             theirs = logps(teacher, context, response)
             rows[f"{which}_s"].append(ours[range(len(response)), response].mean().item())
-            rows[f"{which}_t"].append(theirs[range(len(response)), response].mean().item())
+            rows[f"token_gap_{which}"] += (ours - theirs)[range(len(response)), response].tolist()
             rows[f"mass_{which}"] += theirs[:, [5, 9]].exp().sum(-1).tolist()
             if which == "y":
                 rows["kl"] += (ours.exp() * (ours - theirs)).sum(-1).tolist()
@@ -397,9 +399,8 @@ def test_diagnostics_by_another_way(parts: Parts) -> None:
     assert of("reverse_kl_y_wrong_nats") == pytest.approx(mean(rows["kl"]), abs=1e-5)
     assert prepared.means["reverse_kl_y_right_nats"] == (0, 0)
     for which in "yz":
-        gap = mean(torch.tensor(rows[f"{which}_t"]).neg().exp().tolist())
-        gap -= mean(torch.tensor(rows[f"{which}_s"]).neg().exp().tolist())
-        assert of(f"perplexity_gap_{which}") == pytest.approx(gap, rel=1e-4)
+        gap = mean(rows[f"token_gap_{which}"])
+        assert of(f"log_perplexity_gap_{which}_nats") == pytest.approx(gap, abs=1e-5)
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import exp
 
 from onpath.measure import Values
 from onpath.methods.base import Tools, judging_context, own_response
@@ -59,13 +58,15 @@ def token_means(values: Sequence[Values], verdicts: Sequence[bool | None]) -> Me
 
 def response_means(values: Sequence[Values], name: str) -> Means:
     """Of one kind of response: the teacher's mass on openings of a correction, and by how much the teacher's
-    perplexity exceeds the student's."""
-    read = [v for v in values if v.get("student_logp")]
+    log perplexity exceeds the student's, both over all tokens."""
+    gaps = [
+        s - t
+        for v in values
+        for s, t in zip(v.get("student_logp", ()), v.get("teacher_logp", ()), strict=True)
+    ]
     return {
-        f"epistemic_mass_{name}": _mean([x for v in read for x in v.get("teacher_mass", ())]),
-        f"perplexity_gap_{name}": _mean(
-            [_perplexity(v["teacher_logp"]) - _perplexity(v["student_logp"]) for v in read]
-        ),
+        f"epistemic_mass_{name}": _mean([x for v in values for x in v.get("teacher_mass", ())]),
+        f"log_perplexity_gap_{name}_nats": _mean(gaps),
     }
 
 
@@ -94,7 +95,3 @@ def measured(
         noted.append(replace(t, edit=replace(t.edit, detail={**t.edit.detail, **ours})))
     means |= {**response_means(along_z, "z"), "support_gap_nats": _mean(gaps)}
     return noted, means, readings
-
-
-def _perplexity(logps: Sequence[float]) -> float:
-    return exp(-sum(logps) / len(logps))
