@@ -102,6 +102,15 @@ def test_why_a_bare_reverse_kl_is_refused(pair):
     assert reverse.item() > 0.1
 
 
+def test_why_a_bare_forward_kl_is_refused(pair):
+    """It is negative for a student that puts more mass on the set, so p_S = p_T is not its minimum."""
+    teacher, _ = pair
+    ids = teacher.topk(3).indices
+    p = teacher[ids].exp()
+    student_logp = (p / p.sum()).log()
+    assert (p * (teacher[ids] - student_logp)).sum().item() < -0.05
+
+
 @pytest.mark.parametrize(
     "change",
     [

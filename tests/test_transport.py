@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from onpath import transport
 from onpath.transport import optimal_transport, token_cost, window_divergence
+from onpath.transportation import transportation
 
 
 def random_cost(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -46,12 +47,31 @@ def test_exact_plans_cost_what_pot_says(n, m):
 
 
 def test_both_ways_to_an_exact_unequal_plan_agree(monkeypatch):
-    cost = random_cost(6, 10, seed=3)
+    cost = random_cost(3, 6, 10, seed=3)
     replicated = optimal_transport(cost)
     monkeypatch.setattr(transport, "_REPLICATED", 0)
-    programme = optimal_transport(cost)
-    assert (replicated * cost).sum().item() == pytest.approx((programme * cost).sum().item(), abs=1e-12)
-    assert_marginals(programme, 6, 10)
+    paths = optimal_transport(cost)
+    torch.testing.assert_close(
+        (replicated * cost).sum((1, 2)), (paths * cost).sum((1, 2)), rtol=0, atol=1e-12
+    )
+    assert_marginals(paths[1], 6, 10)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 9),
+    m=st.integers(1, 9),
+    windows=st.integers(1, 5),
+    levels=st.sampled_from([1, 2, 4, 1000]),
+    seed=st.integers(0, 999),
+)
+def test_shortest_paths_in_lockstep_are_optimal(n, m, windows, levels, seed):
+    """Also with ties, equal sizes, and a single row or column; each window as if it were alone."""
+    cost = (random_cost(windows, n, m, seed=seed) * levels).floor() / levels - 0.5
+    plan = torch.from_numpy(transportation(cost.numpy()))
+    for w in range(windows):
+        assert_marginals(plan[w], n, m)
+        assert (plan[w] * cost[w]).sum().item() == pytest.approx(pot_distance(cost[w]), rel=1e-9, abs=1e-9)
 
 
 @settings(max_examples=60, deadline=None)

@@ -3,25 +3,28 @@
 
     plan = argmin_γ Σ_ij γ_ij·cost_ij,   γ ≥ 0,  Σ_j γ_ij = 1/K,  Σ_i γ_ij = 1/J        (uniform marginals)
 
-Exact plans come from scipy: an assignment where both windows are equally long, an assignment over repeated
-rows and columns where the lengths have a small common multiple, a linear programme otherwise. With `epsilon`
-the entropy-smoothed plan comes from Sinkhorn's iterations over all windows at once, in the log domain with
-rescaling in between (Schmitzer, arXiv 1610.06519). Plans carry no gradient.
+Exact plans: scipy's assignment where both windows are equally long, the same over repeated
+rows and columns where the lengths have a small common multiple, shortest augmenting paths otherwise
+(`transportation`). With `epsilon` the entropy-smoothed plan comes from Sinkhorn's iterations over all windows
+at once, in the log domain with rescaling in between (Schmitzer, arXiv 1610.06519). Plans carry no gradient.
 
 Shape suffixes: W windows, K tokens of one window, J of the other, V vocabulary, H embedding.
 """
 
 import math
+from collections import defaultdict
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
-from scipy import sparse
-from scipy.optimize import linear_sum_assignment, linprog
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-_REPLICATED = 160  # largest assignment that stands in for a linear programme
+from onpath.transportation import transportation
+
+_REPLICATED = 72  # largest assignment over repeated rows and columns
+_LOCKSTEP = 256  # windows of unequal length that are solved together
 _CACHED = 2**18  # entries of the windows that Sinkhorn works on together: what a CPU's cache holds
 _ABSORB = 40  # iterations between two rescalings
 _TOLERANCE = 1e-5  # of the row marginals, as a share of 1/K, summed over rows
@@ -177,45 +180,30 @@ def _sorted_tokens(ids_WK: Tensor, inside_WK: Tensor) -> torch.return_types.sort
 def _exact(cost_WKJ: Tensor, n_W: Tensor, m_W: Tensor) -> Tensor:
     costs = cost_WKJ.double().cpu().numpy()
     plan = np.zeros(costs.shape)
+    unequal: dict[tuple[int, int], list[int]] = defaultdict(list)
     for w, (n, m) in enumerate(zip(n_W.tolist(), m_W.tolist(), strict=True)):
-        plan[w, :n, :m] = _solve(costs[w, :n, :m])
+        if n == 1 or m == 1:
+            plan[w, :n, :m] = 1.0 / (n * m)
+        elif n == m:
+            plan[w][linear_sum_assignment(costs[w, :n, :m])] = 1.0 / n
+        elif math.lcm(n, m) <= _REPLICATED:
+            plan[w, :n, :m] = _replicated(costs[w, :n, :m], math.lcm(n, m))
+        else:
+            unequal[n, m].append(w)
+    for (n, m), windows in unequal.items():
+        for start in range(0, len(windows), _LOCKSTEP):
+            some = windows[start : start + _LOCKSTEP]
+            plan[some, :n, :m] = transportation(costs[some, :n, :m])
     return torch.from_numpy(plan).to(cost_WKJ)
 
 
-def _solve(cost_nm: NDArray[np.float64]) -> NDArray[np.float64]:
-    n, m = cost_nm.shape
-    if n == 1 or m == 1:
-        return np.full((n, m), 1.0 / (n * m))
-    if n == m:
-        plan = np.zeros((n, n))
-        plan[linear_sum_assignment(cost_nm)] = 1.0 / n
-        return plan
-    size = math.lcm(n, m)
-    return _solve_replicated(cost_nm, size) if size <= _REPLICATED else _solve_programme(cost_nm)
-
-
-def _solve_replicated(cost_nm: NDArray[np.float64], size: int) -> NDArray[np.float64]:
+def _replicated(cost_nm: NDArray[np.float64], size: int) -> NDArray[np.float64]:
     """Every row size/n times, every column size/m times: each copy has mass 1/size on both sides."""
     n, m = cost_nm.shape
     rows, columns = np.arange(size) // (size // n), np.arange(size) // (size // m)
     i, j = linear_sum_assignment(cost_nm[rows[:, None], columns])
     plan = np.zeros((n, m))
     np.add.at(plan, (rows[i], columns[j]), 1.0 / size)
-    return plan
-
-
-def _solve_programme(cost_nm: NDArray[np.float64]) -> NDArray[np.float64]:
-    """In units of 1/(n·m), where supplies and demands are whole numbers, and so is the simplex's solution."""
-    n, m = cost_nm.shape
-    sums = sparse.vstack(
-        [sparse.kron(sparse.eye(n), np.ones((1, m))), sparse.kron(np.ones((1, n)), sparse.eye(m))],
-        format="csr",
-    )
-    totals = np.concatenate([np.full(n, float(m)), np.full(m, float(n))])
-    found = linprog(cost_nm.ravel(), A_eq=sums, b_eq=totals, method="highs-ds")
-    assert found.success, f"transport between {n} and {m} tokens: {found.message}"
-    whole: NDArray[np.float64] = np.round(found.x.reshape(n, m))
-    plan: NDArray[np.float64] = whole / (n * m)
     return plan
 
 
