@@ -52,12 +52,18 @@ def run_study(path: str | Path, *, quiet: bool = False) -> Path:
     with locked(study.directory) as lock, _terminable():
         _claim(study)
         slots = slots_for(study.parallel, study.base.student.device)
-        progress = Progress(console=Console(file=sys.stderr, quiet=quiet), processes=slots.processes)
+        stages = plan.stages(study)
+        progress = Progress(
+            console=Console(file=sys.stderr, quiet=quiet),
+            processes=slots.processes,
+            total=sum(map(len, stages)),
+        )
         failed: dict[str, str] = {}
 
         def run(jobs: list[Job]) -> list[Job]:
             plan.check_existing(jobs)
-            progress.total += len(jobs)
+            progress.ahead = [job for stage in stages[1:] for job in stage]
+            del stages[:1]
             failed.update(run_jobs(jobs, slots, progress, study=study.directory, lock=lock))
             return jobs
 

@@ -67,11 +67,23 @@ def difference(differences_SP: NDArray[np.float64]) -> Estimate:
     if problems == 1:
         return Estimate(mean=mean, ci95=(-1.0, 1.0), over=BOTH, p_value=1.0)
     variance, freedom = crossed_variance(differences_SP)
-    if variance == 0:  # equal everywhere: the same value twice, as in stats.difference_interval
-        return Estimate(mean=mean, ci95=(mean, mean), over=BOTH, p_value=float(mean == 0))
     half = float(stdtrit(freedom, 0.975)) * variance**0.5
-    p_value = float(2 * stdtr(freedom, -abs(mean) / variance**0.5))
-    return Estimate(mean=mean, ci95=(mean - half, mean + half), over=BOTH, p_value=p_value)
+    return Estimate(mean=mean, ci95=(mean - half, mean + half), over=BOTH, p_value=p_value(differences_SP))
+
+
+def p_value(differences_SP: NDArray[np.float64]) -> float:
+    """Two-sided, of a mean paired difference being 0, by t alone: quick, for many pairs."""
+    runs, problems = differences_SP.shape
+    if problems == 1:
+        return 1.0
+    if runs == 1:
+        variance, freedom = float(np.var(differences_SP, ddof=1)) / problems, float(problems - 1)
+    else:
+        variance, freedom = crossed_variance(differences_SP)
+    mean = float(differences_SP.mean())
+    if variance == 0:
+        return float(mean == 0)
+    return float(2 * stdtr(freedom, -abs(mean) / variance**0.5))
 
 
 def crossed_variance(values_SP: NDArray[np.float64]) -> tuple[float, float]:

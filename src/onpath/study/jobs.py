@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -95,23 +94,26 @@ class Progress:
 
     console: Console
     processes: int
+    ahead: list[Job] = field(default_factory=list)
+    """Of later stages."""
     total: int = 0
     done: int = 0
-    took: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """Arm → seconds of its jobs that ran from beginning to end here."""
+    took: list[tuple[Job, float]] = field(default_factory=list)
+    """Jobs that ran from beginning to end here, with their seconds."""
 
     def seconds_left(self, waiting: Sequence[Job], running: Sequence["_Running"]) -> float | None:
-        """None where nothing is known yet."""
-        known = [seconds for all_of in self.took.values() for seconds in all_of]
-        known += [r.elapsed / r.share for r in running if r.share > 0]
+        """None where nothing is known yet. A job takes what those of its arm took at its stage, or else at
+        any stage, or else what all jobs took."""
+        known = self.took + [(r.job, r.elapsed / r.share) for r in running if r.share > 0]
         if not known:
             return None
 
         def cost(job: Job) -> float:
-            return mean(self.took.get(job.arm) or known)
+            alike = [(j.stage == job.stage, seconds) for j, seconds in known if j.arm == job.arm]
+            return mean([s for same, s in alike if same] or [s for _, s in alike] or [s for _, s in known])
 
-        work = sum(cost(j) for j in waiting) + sum(cost(r.job) * (1 - r.share) for r in running)
-        return work / self.processes
+        work = sum(cost(j) for j in (*waiting, *self.ahead) if not j.finished)
+        return (work + sum(cost(r.job) * (1 - min(r.share, 1)) for r in running)) / self.processes
 
     def say(self, text: str) -> None:
         """One line."""
@@ -178,9 +180,9 @@ def run_jobs(
 
 
 def _start(job: Job, slots: Slots, slot: int, study: Path, lock: int) -> _Running:
-    kind = job.directory.parent.name
     config, log = (
-        study / part / f"{kind}-{job.name}{end}" for part, end in (("configs", ".yaml"), ("logs", ".txt"))
+        study / part / f"{job.stage}-{job.name}{end}"
+        for part, end in (("configs", ".yaml"), ("logs", ".txt"))
     )
     for path in (config, log):
         path.parent.mkdir(exist_ok=True)
@@ -216,15 +218,13 @@ def _finish(
         shutil.rmtree(job.directory / "checkpoints", ignore_errors=True)  # nobody goes on from a finished run
         outcome = f"{ended.elapsed:,.0f} s"
         if not ended.resumed:
-            progress.took[job.arm].append(ended.elapsed)
+            progress.took.append((job, ended.elapsed))
     left = _left(progress, waiting, running)
-    progress.say(
-        f"{progress.done}/{progress.total}  {job.directory.parent.name}/{job.name}  {outcome}  {left}"
-    )
+    progress.say(f"{progress.done}/{progress.total}  {job.stage}/{job.name}  {outcome}  {left}")
 
 
 def _left(progress: Progress, waiting: Sequence[Job], running: Sequence[_Running]) -> str:
-    if not waiting and not running:
+    if not (waiting or running or progress.ahead):
         return ""
     seconds = progress.seconds_left(waiting, running)
     return (

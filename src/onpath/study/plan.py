@@ -37,6 +37,11 @@ class Job:
         return self.config.run.name
 
     @property
+    def stage(self) -> str:
+        """pilots, tuning or runs."""
+        return Path(self.config.run.dir).name
+
+    @property
     def directory(self) -> Path:
         return Path(self.config.run.dir) / self.config.run.name
 
@@ -151,6 +156,12 @@ def runs(study: StudyConfig, steps: Mapping[str, int], rates: Mapping[str, float
             optim = {"steps": steps[arm]} | ({"lr": rates[arm]} if study.tune else {})
             jobs.append(_job(study, arm, seed, "runs", f"{arm}-seed{seed}", {"optim": optim}))
     return jobs
+
+
+def stages(study: StudyConfig) -> list[list[Job]]:
+    """All jobs before anything is measured: for counting, their steps and rates are made up."""
+    steps, rates = dict.fromkeys(study.trained, 1), dict.fromkeys(study.trained, 1.0)
+    return [pilots(study), tuning(study, steps), runs(study, steps, rates)]
 
 
 def _light(changes: dict[str, Any]) -> dict[str, Any]:

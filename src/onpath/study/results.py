@@ -14,7 +14,7 @@ from onpath.log import read_lines
 from onpath.stats import pass_at_k
 from onpath.study.budget import Used, missed, used
 from onpath.study.config import StudyConfig
-from onpath.study.intervals import PROBLEMS_ONLY, Estimate, difference, estimate, holm
+from onpath.study.intervals import PROBLEMS_ONLY, Estimate, difference, estimate, holm, p_value
 from onpath.study.plan import TUNING_SPLIT, Job
 
 MEASURES = ("avg_at_k", "pass_at_k")
@@ -207,13 +207,10 @@ def _leaders(study: StudyConfig, by_arm: Mapping[str, Scores]) -> dict[str, Any]
         return None
     means = {a: float(np.stack(list(by_arm[a].values())).mean()) for a in names}
     top = max(names, key=lambda a: means[a])
-    apart = {
-        pair: d
-        for pair in combinations(names, 2)
-        if (d := paired(by_arm[pair[0]], by_arm[pair[1]])) is not None
-    }
-    p_values = dict(zip(apart, holm([difference(d).p_value or 0.0 for d in apart.values()]), strict=True))
-    near = [a for a in names if a != top and p_values.get((a, top), p_values.get((top, a), 1.0)) >= LEVEL]
+    gaps = {(a, b): paired(by_arm[a], by_arm[b]) for a, b in combinations(names, 2)}
+    known = {pair: gap for pair, gap in gaps.items() if gap is not None}
+    adjusted = dict(zip(known, holm([p_value(gap) for gap in known.values()]), strict=True))
+    near = [a for a in names if a != top and adjusted.get((a, top), adjusted.get((top, a), 1.0)) >= LEVEL]
     return {"measure": "avg_at_k", "highest": top, "mean": means[top], "not_told_apart": near}
 
 

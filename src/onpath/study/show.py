@@ -30,38 +30,24 @@ class Sheet:
 def sheets(data: Row) -> Iterator[Sheet]:
     """All tables of a study."""
     for split in data["study"]["splits"]:
-        yield _scores(data, split)
+        for measure in ("avg_at_k", "pass_at_k"):
+            yield _scores(data, split, measure)
     yield _costs(data)
     if data["tuning"]:
         yield _tuning(data)
 
 
-def _scores(data: Row, split: str) -> Sheet:
+def _scores(data: Row, split: str, measure: str) -> Sheet:
     study, base = data["study"], data["study"]["base_arm"]
-    n, k = study["n"], study["k"]
+    name = f"avg@{study['n']}" if measure == "avg_at_k" else f"pass@{study['k']}"
     return Sheet(
-        title=f"{split}: {study['problems'][split]:,} problems, {n} samples each",
-        columns=(
-            "arm",
-            "seeds",
-            f"avg@{n}",
-            "95%",
-            f"− {base}",
-            "95%",
-            "",
-            f"pass@{k}",
-            "95%",
-            f"− {base}",
-            "95%",
-            "",
-            "length",
-        ),
+        title=f"{split}, {name}: {study['problems'][split]:,} problems, {study['n']} samples each",
+        columns=("arm", "seeds", name, "95%", f"− {base}", "95%", "", "length"),
         rows=tuple(
             (
                 arm["arm"],
                 str(len(arm["seeds"]) or "-"),
-                *_measure(arm["evals"][split]["avg_at_k"]),
-                *_measure(arm["evals"][split]["pass_at_k"]),
+                *_measure(arm["evals"][split][measure]),
                 f"{arm['evals'][split]['mean_length']:.1f}",
             )
             for arm in data["arms"]
@@ -149,7 +135,8 @@ def sentences(data: Row) -> list[str]:
 def print_study(console: Console, data: Row) -> None:
     """Tables, sentences and notes on a terminal."""
     for sheet in sheets(data):
-        table = Table(title=sheet.title, title_justify="left", box=None, pad_edge=False)
+        console.print(sheet.title, style="bold", highlight=False, soft_wrap=True)
+        table = Table(box=None, pad_edge=False)
         for place, column in enumerate(sheet.columns):
             table.add_column(column, justify="right" if place else "left", no_wrap=True)
         for row in sheet.rows:
