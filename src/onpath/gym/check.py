@@ -30,7 +30,8 @@ class TokenLabel:
 
     kind: Kind
     visible: bool | None = None
-    """Of an error: can be seen without computing (not two digits, a wrong copy, an impossible step)."""
+    """Of an error: it is malformed (a result not of two digits, a step that cannot be taken, garbage). A wrong
+    result or a wrong copy in range is invisible to who does not compute or look up again."""
     recovery: bool = False
     """Belongs to a way back: the onset (`wait `) or the step that is done again after it."""
 
@@ -128,7 +129,11 @@ class _Reader:
     def _copied(token: str, expected: str, right: str) -> TokenLabel:
         if token == right:
             return TokenLabel("copied")
-        return TokenLabel("consequence") if token == expected else TokenLabel("error", visible=True)
+        return (
+            TokenLabel("consequence")
+            if token == expected
+            else TokenLabel("error", visible=token not in DIGITS)
+        )
 
     def _result(self, node: Node, tokens: list[str]) -> list[TokenLabel]:
         """Equals sign, name, digits, separator."""

@@ -13,8 +13,8 @@ from onpath.gym.vocab import ANSWER, EOS, EQUALS, NAMES, ONSET_WORDS, SEPARATORS
 Pieces = list[tuple[str, bool]]
 
 TEACHER_SLIP = {"+": 0.02, "-": 0.0, "*": 0.002}
-"""How often the teacher writes a surface form of the student's. Unequal, so that habits are loud by as many degrees
-as errors are: with one rate of 0.002 everywhere the loudest 5% of tokens held almost errors only."""
+"""How often the teacher writes a surface form of the student's. Unequal, so that habits are as many-valued in
+loss as errors are: with 0.002 everywhere, 5% of the loudest 2.25% of tokens were habits."""
 # The student's habits depend on the operation, so that they are as many-valued as its errors are.
 STUDENT_ARROW = {"+": 0.6, "-": 0.95, "*": 0.8}
 STUDENT_SEPARATOR = {"+": (0.2, 0.75, 0.05), "-": (0.05, 0.1, 0.85), "*": (0.3, 0.6, 0.1)}
