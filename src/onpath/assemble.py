@@ -94,7 +94,7 @@ def assemble(config: Config) -> Parts:
     objective = objective_of(config.method)
     loaded, evals = load_data(config)
     tokenizer = load_tokenizer(config.student, "student.model")
-    device = distributed.local_device(pick_device(config.student.device))
+    device = distributed.local_device(pick_device(config.student.device, "student.device"))
     distributed.start(device)
     renderer = make_renderer(config, tokenizer)
     base = load_model(config.student, "student.model", device)
@@ -290,7 +290,7 @@ def make_teacher(
     method = config.method
     if isinstance(method, OPSDOptions) or (isinstance(method, TRDOptions) and method.teacher == "self"):
         return SelfTeacher(student, weights=method.weights, decay=method.ema_decay, vocabulary=vocabulary)
-    where = pick_device(config.teacher.device, otherwise=device)
+    where = pick_device(config.teacher.device, "teacher.device", otherwise=device)
     return ModelTeacher(load_model(config.teacher, "teacher.model", where), vocabulary=vocabulary)
 
 

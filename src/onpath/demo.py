@@ -105,7 +105,7 @@ def _print_trajectories(console: Console, run: Path, config: Config) -> None:
     """The three problems that changed most: wrong before, right after, the largest KL at one token."""
     pairs = _pairs(run, config.optim.steps)
     prompts = {p.id: p for p in load_prompts("gym:test", limit=config.data.eval_limit).prompts}
-    section, device = Student(), pick_device("auto")
+    section, device = Student(), pick_device("auto", "demo")
     student, teacher = (load_model(Student(model=m), "demo", device) for m in ("gym:student", "gym:teacher"))
     trained = load_model(Student(model=str(run / "model")), "demo", device)
     renderer = Renderer(load_tokenizer(section, "demo"))

@@ -51,7 +51,7 @@ def evaluate_model(
     """One model's result, its graded samples, and the renderer that reads them."""
     section = Student(model=name, dtype=options.dtype, device=options.device)
     tokenizer = load_tokenizer(section, "MODEL")
-    model = load_model(section, "MODEL", pick_device(options.device))
+    model = load_model(section, "MODEL", pick_device(options.device, "--device"))
     renderer = Renderer(tokenizer)
     engine = HFEngine(
         model, renderer, stop_ids=stop_ids(model, tokenizer, "MODEL"), batch_tokens=options.batch_tokens

@@ -16,6 +16,13 @@ from onpath.errors import UserError
 from onpath.losses import Head
 
 hf_logging.disable_progress_bar()  # onpath shows its own progress
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "spiece.model",
+)
 # Models whose logits are not plainly hidden @ head.T say so in their config under these names.
 _SOFTCAP, _MULTIPLY, _DIVIDE = "final_logit_softcapping", "logit_scale", "logits_scaling"
 
@@ -32,11 +39,16 @@ def locate(name: str) -> str:
     raise UserError(f"{name}: the bundled models are gym:student and gym:teacher")
 
 
-def pick_device(name: str, otherwise: torch.device | None = None) -> torch.device:
-    """`auto` → `otherwise`, else the first GPU, else the CPU."""
-    if name != "auto":
-        return torch.device(name)
-    return otherwise or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def pick_device(name: str, key: str, otherwise: torch.device | None = None) -> torch.device:
+    """`auto` → `otherwise`, else the first GPU, else the CPU. `key` names the option in errors."""
+    if name == "auto":
+        return otherwise or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch's ways to say: unknown, not built, not there
+        raise UserError(f"{key} is {name}, which torch cannot use here: {_first_line(error)}") from None
+    return device
 
 
 def load_model(section: Student | Teacher, key: str, device: torch.device) -> PreTrainedModel:
@@ -79,6 +91,11 @@ def _base_of(adapter: Path, key: str) -> str:
 def load_tokenizer(section: Student | Teacher, key: str) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model."""
     where = _existing(section.model, key)
+    if Path(where).is_dir() and not any((Path(where) / f).is_file() for f in _TOKENIZER_FILES):
+        # transformers would make an empty one without a word
+        raise UserError(
+            f"{key}: {section.model} has no tokenizer; save one there (tokenizer.save_pretrained)"
+        )
     try:
         return AutoTokenizer.from_pretrained(where, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:

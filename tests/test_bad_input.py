@@ -1,0 +1,246 @@
+"""Bad input: one sentence that names what is wrong, exit code 2, no traceback, nothing half-written."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onpath.cli import main
+from onpath.config import Config
+from tests.conftest import CHARACTERS, make_model, make_tokenizer
+
+Break = Callable[["Case"], None]
+
+
+class Case:
+    """A config that would run, ready to be broken."""
+
+    def __init__(self, config: Config, root: Path) -> None:
+        self.root = root
+        self.data: dict[str, dict[str, Any]] = config.model_dump(mode="json")
+        self.overrides: list[str] = []
+        self.text: str | None = None
+        for side in ("student", "teacher"):
+            shutil.copytree(self.data[side]["model"], root / side)
+            self.data[side]["model"] = str(root / side)
+        self.train = root / "train.jsonl"
+        shutil.copy(self.data["data"]["train"], self.train)
+        self.data["data"] |= {"train": str(self.train), "eval": {"test": str(self.train)}}
+        self.run = Path(self.data["run"]["dir"]) / self.data["run"]["name"]
+
+    def set(self, dotted: str, value: object) -> None:
+        section, key = dotted.split(".")
+        if dotted == "method.name":
+            self.data["method"] = {}
+        self.data[section][key] = value
+
+    def rows(self, *rows: object) -> None:
+        self.train.write_text("".join(r if isinstance(r, str) else json.dumps(r) + "\n" for r in rows))
+
+    def arguments(self) -> list[str]:
+        path = self.root / "config.yaml"
+        path.write_text(json.dumps(self.data) if self.text is None else self.text)
+        return ["train", str(path), "--quiet", *self.overrides]
+
+
+def changed_tokenizer(case: Case) -> None:
+    other = [*CHARACTERS[:4], *reversed(CHARACTERS[4:14]), *CHARACTERS[14:]]
+    make_tokenizer(other).save_pretrained(case.root / "teacher")
+
+
+def no_eos(case: Case) -> None:
+    for name in ("tokenizer_config.json", "generation_config.json", "config.json"):
+        path = case.root / "student" / name
+        settings = json.loads(path.read_text())
+        for key in ("eos_token", "eos_token_id"):
+            settings.pop(key, None)
+        path.write_text(json.dumps(settings))
+
+
+def half_the_weights(case: Case) -> None:
+    path = case.root / "student" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def other_config_there(case: Case) -> None:
+    case.run.mkdir(parents=True)
+    (case.run / "config.yaml").write_text("optim: {lr: 0.5}\n")
+
+
+def directory_is_a_file(case: Case) -> None:
+    case.run.parent.parent.mkdir(parents=True, exist_ok=True)
+    case.run.parent.write_text("")
+
+
+def longer_context(case: Case) -> None:
+    case.rows({"prompt": "1" * 250, "answer": "1"})
+
+
+CASES: dict[str, tuple[Break, str]] = {
+    "invalid YAML": (
+        lambda c: setattr(c, "text", "optim:\n  lr: [1\n"),
+        r"config\.yaml, line \d+: not valid YAML",
+    ),
+    "not a mapping": (lambda c: setattr(c, "text", "- 1\n"), r"must be a mapping of sections"),
+    "wrong section": (lambda c: c.data.update(optimizer={}), r"unknown key optimizer; did you mean optim\?"),
+    "wrong key": (lambda c: c.set("optim.learning_rate", 1), r"unknown key optim\.learning_rate"),
+    "misspelt key": (lambda c: c.overrides.extend(["--rollout.promts", "3"]), r"did you mean prompts\?"),
+    "wrong type": (lambda c: c.set("optim.steps", "many"), r"optim\.steps is 'many'"),
+    "out of range": (lambda c: c.set("optim.lr", -1), r"optim\.lr is -1: input should be greater than 0"),
+    "wrong method": (
+        lambda c: c.set("method.name", "grpo"),
+        r"method\.name is 'grpo'; .*opd, opsd, trd, topd",
+    ),
+    "key of another method": (
+        lambda c: (c.set("method.name", "opd"), c.set("method.window", 5))[0],
+        r"unknown key method\.window",
+    ),
+    "k above n": (lambda c: c.set("eval.k", 9), r"eval\.k is 9, but eval\.n gives only 2"),
+    "tempered rollouts": (lambda c: c.set("rollout.temperature", 0.7), r"assumes untruncated samples"),
+    "bare top-k advantage": (
+        lambda c: (c.set("method.divergence", "sampled"), c.set("method.support", "teacher_topk"))[0],
+        r"zero expected gradient",
+    ),
+    "override without value": (lambda c: c.overrides.append("--optim.lr"), r"--optim\.lr needs a value"),
+    "missing data file": (lambda c: c.train.unlink(), r"train\.jsonl.*no such file"),
+    "bad JSON line": (
+        lambda c: c.rows({"prompt": "1", "answer": "1"}, "{oops\n"),
+        r"train\.jsonl, line 2: .*skip_bad",
+    ),
+    "missing column": (lambda c: c.rows({"question": "1"}), r"line 1: .*prompt"),
+    "wrong prompt type": (lambda c: c.rows({"prompt": 3, "answer": "1"}), r"line 1: .*prompt"),
+    "empty data": (lambda c: c.rows(), r"no prompts to use"),
+    "same id twice": (
+        lambda c: c.rows(
+            {"id": "a", "prompt": "1", "answer": "1"}, {"id": "a", "prompt": "2", "answer": "2"}
+        ),
+        r"line 2: id 'a'",
+    ),
+    "pool too small": (lambda c: c.set("data.limit", 3), r"rollout\.prompts is 8, but there are only 3"),
+    "eval without answers": (lambda c: c.rows(*({"prompt": str(i)} for i in range(9))), r"have no answer"),
+    "prompt too long": (longer_context, r"does not fit the student's context of 256"),
+    "opsd without solution": (
+        lambda c: (
+            c.set("method.name", "opsd"),
+            c.rows(*({"prompt": str(i), "answer": "1"} for i in range(9))),
+        )[0],
+        r"needs the column solution for every prompt, but 9 of 9 have none",
+    ),
+    "no such model": (
+        lambda c: c.set("student.model", "./nowhere"),
+        r"student\.model: there is no directory",
+    ),
+    "no model inside": (lambda c: (c.root / "teacher" / "config.json").unlink(), r"teacher\.model"),
+    "no tokenizer": (
+        lambda c: [(c.root / "student" / f).unlink() for f in ("tokenizer.json", "tokenizer_config.json")],
+        r"student\.model: .* has no tokenizer",
+    ),
+    "damaged weights": (half_the_weights, r"student\.model"),
+    "other vocabulary": (
+        changed_tokenizer,
+        r"one vocabulary, but 10 tokens differ: ('.' is \d+ .*; ){5}choose",
+    ),
+    "no EOS": (no_eos, r"EOS"),
+    "LoRA on nothing": (
+        lambda c: (c.set("student.lora_rank", 2), c.set("student.lora_targets", ["nothing"]))[0],
+        r"student\.lora_targets",
+    ),
+    "unknown device": (lambda c: c.set("student.device", "gpu"), r"student\.device"),
+    "tracker not known": (lambda c: c.set("run.trackers", ["mlflow"]), r"run\.trackers"),
+    "run of another config": (other_config_there, r"belongs to a run with another config"),
+    "directory is a file": (directory_is_a_file, r"cannot write"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_sentence_and_exit_2(
+    name: str, tiny: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = Case(tiny(), tmp_path)
+    break_it, expected = CASES[name]
+    break_it(case)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != "config.yaml"}
+    try:
+        code = main(case.arguments())
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    said = capsys.readouterr()
+    assert code == 2, said.err
+    assert "Traceback" not in said.err
+    sentence = said.err.strip()
+    assert sentence.startswith("onpath: ")
+    assert "\n" not in sentence, "one sentence, one line"
+    assert re.search(expected, sentence), sentence
+    after = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != "config.yaml"}
+    assert {p: after.get(p) for p in before} == before, "what was there stays as it was"
+    assert not (case.run / "metrics.jsonl").exists()
+    assert not (case.run / "model").exists()
+
+
+def test_the_unbroken_case_runs(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    case = Case(tiny(), tmp_path)
+    assert main(case.arguments()) == 0
+    assert (case.run / "model").is_dir()
+
+
+def test_teacher_equal_to_student_is_warned_about(
+    tiny: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = Case(tiny(), tmp_path)
+    case.set("teacher.model", case.data["student"]["model"])
+    assert main([a for a in case.arguments() if a != "--quiet"]) == 0
+    assert "teacher.model is the student's own directory" in capsys.readouterr().err
+
+
+def test_no_space_for_a_checkpoint(
+    tiny: Callable[..., Config],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The disk fills up at step 4: exit 2, the checkpoint of step 2 is whole, and the run can go on from it."""
+    from onpath import checkpoint
+
+    case = Case(tiny(), tmp_path)
+    case.data["optim"]["steps"], case.data["run"]["save_every"] = 4, 2
+    real, calls = checkpoint.save_file, []
+
+    def full(tensors: Any, path: Any, **options: Any) -> None:
+        calls.append(path)
+        if "step_4" in str(path):
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        real(tensors, path, **options)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    assert main(case.arguments()) == 2
+    assert "cannot write the checkpoint of step 4" in capsys.readouterr().err
+    assert [p.name for p in (case.run / "checkpoints").iterdir()] == ["step_2"]
+    monkeypatch.setattr(checkpoint, "save_file", real)
+    assert main(case.arguments()) == 0
+    assert calls
+
+
+def test_eval_and_inspect_say_what_is_wrong(
+    model_dirs: dict[str, Path], data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = str(model_dirs["student"])
+    for arguments, expected in (
+        (["eval", "./nowhere", "--data", str(data_file)], "MODEL: there is no directory"),
+        (["eval", student, "--data", "none.jsonl"], "no such file"),
+        (["eval", student, "--data", str(data_file), "--n", "2", "--k", "3"], "--k is 3"),
+        (["inspect", str(tmp_path)], "not a run directory"),
+    ):
+        assert main(arguments) == 2
+        assert expected in capsys.readouterr().err
+
+
+def test_wider_padding_is_no_difference(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    """Vocabularies are compared by token and id, never by the number of rows of the embedding."""
+    case = Case(tiny(), tmp_path)
+    make_model(1, hidden=48, vocabulary=len(CHARACTERS) + 16).save_pretrained(tmp_path / "teacher")
+    assert main(case.arguments()) == 0

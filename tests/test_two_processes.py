@@ -1,0 +1,44 @@
+"""Two gloo processes under torchrun give what one process gives."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from onpath.config import Config
+from onpath.log import read_lines
+from onpath.train import train
+
+COLUMNS = ("loss", "tokens", "reverse_kl_nats", "student_entropy_nats", "grad_norm", "mean_length", "lr")
+
+
+def torchrun(config: Config, tmp_path: Path, *, processes: int) -> Path:
+    path = tmp_path / f"{config.run.name}.yaml"
+    path.write_text(config.to_yaml())
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=0",
+               "--standalone", "-m", "onpath", "train", str(path), "--quiet"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return Path(config.run.dir) / config.run.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prompts", [7, 1])  # an odd share; a rank that has nothing to do
+def test_two_processes_are_one(prompts: int, tiny: Callable[..., Config], tmp_path: Path) -> None:
+    options = {"rollout__prompts": prompts, "optim__steps": 3, "eval__start": True}
+    one = train(tiny(**options, run__name="one"), quiet=True).directory
+    two = torchrun(tiny(**options, run__name="two"), tmp_path, processes=2)
+    rows = [read_lines(run / "metrics.jsonl") for run in (one, two)]
+    assert len(rows[0]) == len(rows[1]) == 3
+    for a, b in zip(*rows, strict=True):
+        assert {k: a[k] for k in COLUMNS} == pytest.approx({k: b[k] for k in COLUMNS}, rel=1e-5, abs=1e-7)
+    evals = [read_lines(run / "eval.jsonl") for run in (one, two)]
+    assert evals[0] == evals[1]
+    weights = [load_file(run / "model" / "model.safetensors") for run in (one, two)]
+    for name, tensor in weights[0].items():
+        assert tensor.allclose(weights[1][name], rtol=1e-4, atol=2e-6), name
