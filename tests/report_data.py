@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from onpath.store import write_parquet
+from onpath.store import read_trajectories, write_parquet
 
 HOSTILE = (
     "</script><script>window.hacked = 1</script>",
@@ -218,3 +218,75 @@ def fork(draw: random.Random, tokens: list[str], losses: list[float], at: int, n
         "teacher_tokens": theirs,
         "plan": plan if decision == "fork" else [],
     }
+
+
+def trajectory_rows(run: Path) -> list[dict[str, Any]]:
+    """What `make_run` stored, `detail` parsed."""
+    return [{**row, "detail": json.loads(row["detail"])} for row in read_trajectories(run)]
+
+
+def make_study(root: Path) -> Path:
+    """Two arms, two seeds of the first, one split of two problems with two samples each."""
+    rows, arms = [], []
+    for arm, seeds in (("opd", (0, 1)), ("trd <b>", (0,))):
+        for seed in seeds:
+            name = f"runs/{arm[:3]}-{seed}"
+            run = make_run(root / name, steps=4 + 2 * seed, rows=3)
+            write_lines(run / "eval.jsonl", [eval_row(0.1 * seed, 4)])
+            write_details(run / "evals" / "test_step_000004.jsonl")
+            rows.append({"arm": arm, "seed": seed, "run": name, "evals": {"test": eval_row(0.1 * seed, 4)}})
+        mean = 0.42 + 0.05 * (arm != "opd")
+        apart = {
+            "mean": 0.05,
+            "ci95": [-0.01, 0.11],
+            "p_value": 0.1,
+            "p_holm": 0.1,
+            "verdict": "inside the noise",
+        }
+        measured = {
+            "mean": mean,
+            "ci95": [mean - 0.05, mean + 0.05],
+            "difference": apart if arm != "opd" else None,
+        }
+        used = {
+            "updated_tokens": 9e3,
+            "tokens_generated_student": 8e3,
+            "tokens_generated_teacher": 1e3,
+            "wall_seconds": 9.5,
+        }
+        evals = {"test": {"avg_at_k": measured, "pass_at_k": measured, "mean_length": 39.0, "finished": 1.0}}
+        arms.append(
+            {
+                "arm": arm,
+                "kind": "train",
+                "runs": len(seeds),
+                "seeds": list(seeds),
+                "steps": 4,
+                "evals": evals,
+                **used,
+            }
+        )
+    about = {
+        "name": "study",
+        "base_arm": "opd",
+        "seeds": [0, 1, 7],
+        "splits": ["test"],
+        "problems": {"test": 2},
+        "n": 2,
+        "k": 2,
+    }
+    notes = ["opd has no finished run for seed 7"]
+    (root / "study.json").write_text(json.dumps({"study": about, "rows": rows, "arms": arms, "notes": notes}))
+    return root
+
+
+def write_details(path: Path) -> None:
+    """Three problems, two samples each: both right, one right, none right."""
+    path.parent.mkdir(exist_ok=True)
+    shared = {"digest": "", "lengths": [9, 9], "finished": [True, True], "grader": "exact", "sampling": {}}
+    rows = [
+        {"id": "a", "correct": [True, True]},
+        {"id": "b", "correct": [True, False]},
+        {"id": "c", "correct": [False, False]},
+    ]
+    write_lines(path, [{**row, **shared} for row in rows])

@@ -27,8 +27,8 @@ REWRITES_EXPLAINED = (
     "short, and right ones that became wrong, are the two ways in which rewriting does harm."
 )
 FORKS_EXPLAINED = (
-    "At each candidate position student and teacher go on from the same prefix; D is the distance of "
-    "the two near futures. High loss with low D is another wording of the same future, with high D a real fork."
+    "At each candidate position student and teacher go on from the same prefix; D is how far apart the two near "
+    "futures are. High loss with low D is another wording of the same future, with high D a real fork."
 )
 MOST_POINTS = 2500
 """Forks in the scatter; the histograms count all."""
@@ -103,7 +103,7 @@ def of_forks(rows: Sequence[Row], truth: Truth | None) -> list[Chart | None]:
     found = [(row, fork) for row in rows for fork in row["detail"].get("forks") or () if _finite(fork)]
     if not found:
         return []
-    by_decision: dict[str, list[float]] = {}
+    by_decision: dict[str, list[float]] = {name: [] for name in ("surface", "fork", "too_close", "reference")}
     by_kind: dict[str, list[float]] = {}
     for row, fork in found:
         by_decision.setdefault(fork["decision"], []).append(fork["distance"])
@@ -135,7 +135,7 @@ def scatter(found: Sequence[tuple[Row, dict[str, Any]]]) -> Chart:
     )
     return {
         "kind": "scatter",
-        "title": "Loss against near-future distance",
+        "title": "Loss against distance",
         "help": help_text + " Choose a point to open its trajectory.",
         "x": "loss, nats",
         "y": "distance D",

@@ -56,12 +56,13 @@ def sample(run: Path, *, rows: int, tokens: int) -> Stored:
         UserError: a file is damaged or foreign.
     """
     files = trajectory_files(run)
+    steps = tuple(map(step_of, files))
     chosen = _thin(files, rows)
     drawn: list[Row] = []
     for path in chosen:
         drawn += _draw(path, rows=rows // len(chosen), tokens=tokens // len(chosen))
     total = sum(_opened(path).metadata.num_rows for path in files)
-    return Stored(rows=tuple(drawn), total=total, steps=tuple(map(step_of, files)))
+    return Stored(rows=tuple(drawn), total=total, steps=steps)
 
 
 def _thin(files: Sequence[Path], most: int) -> list[Path]:

@@ -1,6 +1,6 @@
 // Line, stack and histogram charts: a frame with axes, a crosshair that follows pointer and arrow keys, the numbers.
 
-const FRAME = { width: 380, height: 210, left: 46, right: 10, top: 8, bottom: 32 };
+const FRAME = { width: 300, height: 186, left: 40, right: 8, top: 8, bottom: 32 };
 FRAME.innerWidth = FRAME.width - FRAME.left - FRAME.right;
 FRAME.innerHeight = FRAME.height - FRAME.top - FRAME.bottom;
 
@@ -36,7 +36,7 @@ function extent(values, zero) {
     high = Math.max(high, v);
   }
   if (!Number.isFinite(low)) return [0, 1];
-  if (low === high) return [low - (zero ? 0 : 0.5), high + (high === 0 || !zero ? 0.5 : 0)];
+  if (low === high) return low === 0 ? [0, 1] : [low - Math.abs(low) / 2, high + Math.abs(high) / 2];
   const room = 0.04 * (high - low);
   return [zero && low === 0 ? 0 : low - room, zero && high === 0 ? 0 : high + room];
 }
@@ -182,10 +182,10 @@ function chartCard(spec, picture, { stops, x, say, table, names, plain }) {
   return card(spec, frame, { names, readout, table });
 }
 
-function card(spec, body, { names = [], readout = null, table = null, wide = false }) {
+function card(spec, body, { names = [], readout = null, table = null, wide = "" }) {
   const legend = names.length > 1 ? el("p", { class: "legend" }, names.map((name, i) => el("span", { class: `key c${i % 7}${i > 6 ? " dashed" : ""}` }, name))) : null;
   const unit = spec.unit && spec.unit !== "%" ? el("small", {}, ` ${spec.unit}`) : null;
-  return el("figure", { class: `card${wide ? " wide" : ""}`, "data-kind": spec.kind },
+  return el("figure", { class: `card ${wide}`, "data-kind": spec.kind },
     el("figcaption", {}, el("h3", {}, spec.title, unit), spec.help ? el("p", {}, spec.help) : null),
     body, legend, readout, table ? numbersOf(table) : null);
 }

@@ -67,7 +67,8 @@ function quadrants(spec, x, y) {
 
 function flowChart(spec) {
   const c = spec.cells;
-  const height = 150;
+  const height = 130;
+  const width = 330;
   const nodes = { y: { right: c.right_to_right + c.right_to_wrong }, z: { right: c.right_to_right + c.wrong_to_right } };
   const gap = 14;
   const size = (share) => share * (height - gap);
@@ -80,7 +81,7 @@ function flowChart(spec) {
     const b = start.z[to] + used.z[to];
     used.y[from] += h;
     used.z[to] += h;
-    return svg("path", { class: `ribbon ${name}`, d: `M112 ${a}C190 ${a} 190 ${b} 268 ${b}V${b + h}C190 ${b + h} 190 ${a + h} 112 ${a + h}Z` }, svg("title", {}, `${from} → ${to}: ${number(c[name], "%")}`));
+    return svg("path", { class: `ribbon ${name}`, d: `M94 ${a}C165 ${a} 165 ${b} 236 ${b}V${b + h}C165 ${b + h} 165 ${a + h} 94 ${a + h}Z` }, svg("title", {}, `${from} → ${to}: ${number(c[name], "%")}`));
   });
   const bars = ["y", "z"].flatMap((side) => ["right", "wrong"].map((kind) => {
     const share = kind === "right" ? nodes[side].right : 1 - nodes[side].right;
@@ -88,22 +89,23 @@ function flowChart(spec) {
     const top = start[side][kind];
     const words = `${left ? "attempt" : "rewrite"} ${kind}`;
     return svg("g", { class: `node ${kind}` },
-      svg("rect", { x: left ? 104 : 268, y: top, width: 8, height: Math.max(1, size(share)) }),
-      svg("text", { x: left ? 98 : 282, y: top + size(share) / 2, "text-anchor": left ? "end" : "start" }, words),
-      svg("text", { x: left ? 98 : 282, y: top + size(share) / 2 + 13, "text-anchor": left ? "end" : "start", class: "strong" }, number(share, "%")));
+      svg("rect", { x: left ? 86 : 236, y: top, width: 8, height: Math.max(1, size(share)) }),
+      svg("text", { x: left ? 80 : 250, y: top + size(share) / 2, "text-anchor": left ? "end" : "start" }, words),
+      svg("text", { x: left ? 80 : 250, y: top + size(share) / 2 + 13, "text-anchor": left ? "end" : "start", class: "strong" }, number(share, "%")));
   }));
   const words = Object.entries(c).map(([name, share]) => `${name.replace("_to_", " → ")} ${number(share, "%")}`).join(" · ");
-  const frame = svg("svg", { viewBox: `0 0 ${FRAME.width} ${height + 24}`, role: "img", "aria-label": `${spec.title}: ${words}` }, ribbons, bars);
+  const frame = svg("svg", { viewBox: `0 0 ${width} ${height + 24}`, role: "img", "aria-label": `${spec.title}: ${words}` }, ribbons, bars);
   return card(spec, frame, { readout: el("p", { class: "readout" }, words), table: [["cell", "share"], ...Object.entries(c)] });
 }
 
 // Rows with a mean, its interval and the single values behind it; a line at `reference`.
 function intervalsChart(spec) {
   const rowHeight = 26;
-  const left = 128;
+  const left = 170;
+  const width = 560;
   const height = spec.rows.length * rowHeight + 34;
   const [low, high] = extent(spec.rows.flatMap((r) => [r.low, r.high, r.mean, ...(r.points || [])]).concat(spec.reference ?? []), false);
-  const x = scale(low, high, left, FRAME.width - 12);
+  const x = scale(low, high, left, width - 12);
   const bottom = spec.rows.length * rowHeight + 6;
   const grid = ticks(low, high, 4).map((t) => svg("g", { class: "axes" },
     svg("line", { x1: x(t), x2: x(t), y1: 4, y2: bottom }),
@@ -118,16 +120,16 @@ function intervalsChart(spec) {
       svg("title", {}, `${visible(r.name)}: ${number(r.mean, spec.unit)} [${number(r.low, spec.unit)}, ${number(r.high, spec.unit)}]`));
   });
   const reference = spec.reference === null || spec.reference === undefined ? null : svg("line", { class: "split", x1: x(spec.reference), x2: x(spec.reference), y1: 4, y2: bottom });
-  const frame = svg("svg", { viewBox: `0 0 ${FRAME.width} ${height}`, role: "img", "aria-label": spec.title }, grid, reference, rows,
-    svg("text", { class: "axes label", x: (left + FRAME.width - 12) / 2, y: height - 4, "text-anchor": "middle" }, spec.x));
+  const frame = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": spec.title }, grid, reference, rows,
+    svg("text", { class: "axes label", x: (left + width - 12) / 2, y: height - 4, "text-anchor": "middle" }, spec.x));
   const table = [["", "mean", "low", "high", "values"], ...spec.rows.map((r) => [r.name, r.mean, r.low, r.high, (r.points || []).join(" ")])];
-  return card(spec, frame, { table });
+  return card(spec, frame, { table, wide: "half" });
 }
 
 function tableChart(spec) {
   const cells = (row, tag) => row.map((cell, i) => el(tag, { class: i ? "num" : null, scope: tag === "th" ? "col" : null }, visible(cell ?? "–")));
   const body = el("div", { class: "scroll", tabindex: "0" }, el("table", {}, el("thead", {}, el("tr", {}, cells(spec.columns, "th"))), el("tbody", {}, spec.rows.map((row) => el("tr", {}, cells(row, "td"))))));
-  return card(spec, body, { table: [spec.columns, ...spec.rows], wide: true });
+  return card(spec, body, { table: [spec.columns, ...spec.rows], wide: "wide" });
 }
 
 const CHARTS = { lines: lineChart, stack: stackChart, histogram: histogramChart, scatter: scatterChart, flow: flowChart, intervals: intervalsChart, table: tableChart };

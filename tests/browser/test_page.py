@@ -1,0 +1,241 @@
+"""The page in a real browser: it draws, answers to pointer and keyboard, runs only itself, is fast."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onpath.report import write_report
+from tests.report_data import make_run, make_study
+
+# Chromium's own wall time swings with the machine; the page's time between two of its events hardly does.
+FIRST_PAINT_MS = 1000
+INTERACTION_MS = 100
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("pages")
+    made = {
+        "plain": make_run(root / "plain"),
+        "hostile": make_run(root / "hostile", hostile=True),
+        "study": make_study(root / "study"),
+    }
+    return {name: write_report(run) for name, run in made.items()}
+
+
+@pytest.fixture
+def look(driver: Any) -> Callable[[Path], Any]:
+    """Opens a page and waits until it has drawn itself."""
+
+    def opened(page: Path) -> Any:
+        driver.get(page.as_uri())
+        end = time.monotonic() + 60
+        while driver.execute_script("return document.documentElement.dataset.ready") != "yes":
+            assert time.monotonic() < end, driver.get_log("browser")
+            time.sleep(0.05)
+        return driver
+
+    return opened
+
+
+def requests_of(driver: Any) -> list[str]:
+    messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    return [url for url in urls if not url.startswith(("chrome:", "data:", "about:"))]
+
+
+def text(driver: Any, css: str) -> str:
+    return driver.execute_script("return document.querySelector(arguments[0])?.textContent ?? ''", css)
+
+
+def count(driver: Any, css: str) -> int:
+    return driver.execute_script("return document.querySelectorAll(arguments[0]).length", css)
+
+
+def click(driver: Any, css: str) -> None:
+    driver.execute_script(
+        "const n = document.querySelector(arguments[0]); n.scrollIntoView({block: 'center', behavior: 'instant'})",
+        css,
+    )
+    driver.find_element("css selector", css).click()
+
+
+def press(driver: Any, css: str, *keys: str) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    driver.execute_script("document.querySelector(arguments[0]).focus()", css)
+    for key in keys:
+        driver.switch_to.active_element.send_keys(getattr(Keys, key, key))
+
+
+@pytest.mark.parametrize("name", ["plain", "hostile", "study"])
+def test_draws_without_errors_requests_or_foreign_scripts(
+    name: str, look: Any, pages: dict[str, Path]
+) -> None:
+    driver = look(pages[name])
+    assert count(driver, "figure.card") >= 6
+    assert count(driver, ".list li") > 3
+    for place in range(count(driver, ".list li")):
+        driver.execute_script("document.querySelectorAll('.list li')[arguments[0]].click()", place)
+    driver.execute_script("for (const d of document.querySelectorAll('details')) d.open = true")
+    assert driver.execute_script("return window.hacked ?? null") is None
+    assert count(driver, "img, iframe, object, link[href]") == 0
+    assert requests_of(driver) == [pages[name].as_uri()]
+    assert [entry["message"] for entry in driver.get_log("browser")] == []
+
+
+def test_hostile_text_is_shown_as_text(look: Any, pages: dict[str, Path]) -> None:
+    driver = look(pages["hostile"])
+    assert text(driver, "h1") == "</script><script>window.hacked = 1</script>"
+    everything = text(driver, ".tokens") + text(driver, ".detail") + text(driver, ".list")
+    assert '<img src=x onerror="window.hacked = 1">' in everything
+    assert "⟨202E⟩right to left⟨202C⟩" in everything
+    assert "👩‍🔬" in everything
+    assert "\u202e" not in driver.execute_script("return document.getElementById('page').textContent")
+
+
+def test_filters_search_and_sorting(look: Any, pages: dict[str, Path]) -> None:
+    driver = look(pages["plain"])
+    assert text(driver, ".chooser > .hint") == "36 of 36 trajectories"
+    driver.execute_script("document.querySelector('input[value=repaired]').click()")
+    assert count(driver, ".list li") == int(text(driver, "input[value=repaired] + span small"))
+    assert count(driver, ".list .outcome.wrong_to_right") == count(driver, ".list li") > 0
+    driver.execute_script("document.querySelector('input[value=forks]').click()")
+    assert 0 < count(driver, ".list li") < 36
+    driver.execute_script("document.querySelector('input[value=all]').click()")
+    driver.find_element("css selector", "input[type=search]").send_keys("11 + 7")
+    assert count(driver, ".list li") == 3  # one of each stored step
+    driver.find_element("css selector", "input[type=search]").send_keys("no such text")
+    assert "No trajectory matches" in text(driver, ".detail")
+
+
+def test_keyboard_alone_reaches_tokens_numbers_and_forks(look: Any, pages: dict[str, Path]) -> None:
+    driver = look(pages["plain"])
+    driver.execute_script("document.querySelector('input[value=forks]').click()")
+    before = text(driver, ".detail .head")
+    press(driver, ".list", "ARROW_DOWN")
+    assert text(driver, ".detail .head") != before
+    press(driver, ".list", "ENTER")
+    assert driver.execute_script("return document.activeElement.className") == "tokens"
+    press(driver, ".tokens", "ARROW_RIGHT", "ARROW_RIGHT")
+    assert text(driver, ".panel dt") == "token 2"
+    press(driver, ".tokens", "HOME", "f", "ENTER")
+    assert "at token" in text(driver, ".fork-panel h4")
+    press(driver, ".futures", "ARROW_DOWN", "ARROW_DOWN")
+    assert text(driver, ".fork-panel .readout").startswith("student’s token 1")
+    press(driver, ".futures", "ARROW_RIGHT")
+    assert text(driver, ".fork-panel .readout").startswith("teacher’s token 1")
+
+
+def test_hover_shows_the_numbers_of_a_token(look: Any, pages: dict[str, Path]) -> None:
+    from selenium.webdriver import ActionChains
+
+    driver = look(pages["plain"])
+    driver.execute_script(
+        "document.querySelector('.tokens').scrollIntoView({block: 'center', behavior: 'instant'})"
+    )
+    ActionChains(driver).move_to_element(driver.find_element("css selector", ".t[data-i='7']")).perform()
+    assert text(driver, ".panel dt") == "token 7"
+    assert "reverse KL(student‖teacher)" in text(driver, ".panel")
+
+
+def test_forks_open_with_both_futures_and_their_transport(look: Any, pages: dict[str, Path]) -> None:
+    driver = look(pages["plain"])
+    driver.execute_script("document.querySelector('input[value=forks]').click()")
+    click(driver, ".t.mark-fork")
+    assert count(driver, ".future.student li") == count(driver, ".future.teacher li") > 0
+    assert count(driver, ".link") >= count(driver, ".future.student li")
+    driver.execute_script(
+        "document.querySelector('.future li').dispatchEvent(new Event('pointerover', {bubbles: true}))"
+    )
+    assert 0 < count(driver, ".link.off") < count(driver, ".link")
+    click(driver, ".fork-panel header button")
+    assert count(driver, ".fork-panel") == 0
+
+
+def test_rewrite_stands_beside_the_attempt(look: Any, pages: dict[str, Path]) -> None:
+    driver = look(pages["plain"])
+    driver.execute_script("document.querySelector('input[value=edited]').click()")
+    assert count(driver, "del") > 0
+    assert count(driver, "ins") > 0
+    z = driver.execute_script("return document.querySelectorAll('.diff .text')[1].textContent")
+    assert z == text(driver, ".tokens")
+
+
+def test_colours_follow_the_quantity(look: Any, pages: dict[str, Path]) -> None:
+    driver = look(pages["plain"])
+    classes = "return [...document.querySelectorAll('.t')].map(t => t.className).join()"
+    before = driver.execute_script(classes)
+    driver.execute_script(
+        "const s = document.querySelector('.toolbar select'); s.value = 'gap'; s.dispatchEvent(new Event('change'))"
+    )
+    after = driver.execute_script(classes)
+    assert before != after
+    assert "n" in {
+        name[0] for one in after.split(",") for name in one.split()[1:]
+    }  # below zero: the cold side
+
+
+def test_a_point_of_the_scatter_opens_its_trajectory(look: Any, pages: dict[str, Path]) -> None:
+    driver = look(pages["plain"])
+    figure = "figure[data-kind=scatter] svg"
+    press(driver, figure, "END", "ENTER")
+    position = text(driver, "figure[data-kind=scatter] .readout").rsplit(" ", 1)[-1]
+    assert text(driver, ".fork-panel h4").endswith(f"at token {position}")
+
+
+def test_curves_read_their_values_and_give_their_numbers(look: Any, pages: dict[str, Path]) -> None:
+    driver = look(pages["plain"])
+    press(driver, "figure.card svg", "HOME")
+    assert text(driver, "figure.card .readout").startswith("optimiser step 0")
+    press(driver, "figure.card svg", "END")
+    assert text(driver, "figure.card .readout").startswith("optimiser step 12")
+    driver.execute_script("document.querySelector('figure .numbers').open = true")
+    time.sleep(0.2)
+    assert text(driver, "figure .numbers pre").startswith("optimiser step\tseries\tvalue")
+
+
+def test_theme_can_be_switched(look: Any, pages: dict[str, Path]) -> None:
+    driver = look(pages["plain"])
+    colour = "return getComputedStyle(document.body).backgroundColor"
+    before = driver.execute_script(colour)
+    driver.execute_script("document.getElementById('theme').click()")
+    assert driver.execute_script(colour) != before
+
+
+@pytest.mark.parametrize("name", ["plain", "study"])
+def test_phone_has_no_sideways_scroll(name: str, look: Any, pages: dict[str, Path]) -> None:
+    driver = look(pages[name])
+    size = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    driver.get(pages[name].as_uri())
+    time.sleep(0.5)
+    assert driver.execute_script("return document.documentElement.scrollWidth") <= 360
+
+
+@pytest.mark.slow
+def test_two_hundred_trajectories_of_a_thousand_tokens_stay_fast(look: Any, tmp_path: Path) -> None:
+    page = write_report(make_run(tmp_path / "big", rows=67, length=1000))
+    assert 3.5e6 < page.stat().st_size < 5e6
+    paints, choices = [], []
+    for _ in range(3):
+        driver = look(page)
+        paints.append(driver.execute_script("return performance.getEntriesByType('paint').at(-1).startTime"))
+        for action in (
+            "document.querySelectorAll('.list li')[7].click()",
+            "document.querySelector('.tokens').dispatchEvent(new KeyboardEvent('keydown', {key: 'End'}))",
+            "const s = document.querySelector('.toolbar select'); s.value = 'gap'; s.dispatchEvent(new Event('change'))",
+            "document.querySelector('input[value=wrong]').click()",
+        ):
+            choices.append(
+                driver.execute_script(
+                    f"const t = performance.now(); {{{action}}} return performance.now() - t"
+                )
+            )
+    assert int(text(driver, "input[value=all] + span small").replace(",", "")) >= 200
+    assert min(paints) < FIRST_PAINT_MS, paints
+    assert sorted(choices)[len(choices) // 2] < INTERACTION_MS, choices
