@@ -30,8 +30,8 @@ class TokenLabel:
 
     kind: Kind
     visible: bool | None = None
-    """Of an error: it is malformed (a result not of two digits, a step that cannot be taken, garbage). A wrong
-    result or a wrong copy in range is invisible to who does not compute or look up again."""
+    """Of an error: it is malformed (a result not of two digits, a step that cannot be taken, garbage).
+    A wrong result or a wrong copy in range is invisible to whoever does not compute it again."""
     recovery: bool = False
     """Belongs to a way back: the onset (`wait `) or the step that is done again after it."""
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -232,10 +233,13 @@ def loudness(models: dict[str, Any], found: Sequence[Attempt]) -> tuple[list[Num
         for slot in ("equals", "separator"):
             at = [x[f"habit_{role}"][slot] for x in tokens if slot in x[f"habit_{role}"]]
             out.append(number("habit", f"{role}'s probability of the student's {slot} forms", at))
-    for after in ("visible error", "invisible error", "right step"):
+    for after in ("unreduced result", "malformed step", "invisible error", "right step"):
         mass = (x["onset"] for x in tokens if x["onset_after"] == after)
-        out.append(number("onset", f"teacher's onset mass after a {after}", mass))
+        out.append(number("onset", f"teacher's onset mass after: {after}", mass))
+    loudest = sorted(tokens, key=lambda x: -x["reverse_kl"])[: max(1, round(0.0225 * len(tokens)))]
     for kind in ("error", "consequence", "right", "habit", "choice", "copied"):
+        share = (float(x["label"].kind == kind) for x in loudest)
+        out.append(number("loudness", f"share of {kind} in the top 2.25% by reverse KL", share))
         part = [x for x in tokens if x["label"].kind == kind]
         for signal in ("reverse_kl", "log_ratio"):
             out.append(number("loudness", f"{signal} at {kind} tokens, nats", (x[signal] for x in part)))
@@ -259,7 +263,8 @@ def _closed_step(attempt: Attempt, i: int) -> str | None:
     labels = attempt.labels[start : i + 1]
     wrong = next((la for la in labels if la.kind == "error"), None)
     if wrong is not None:
-        return "visible error" if wrong.visible else "invisible error"
+        unreduced = re.search(r"[a-h]\d{3,}", "".join(attempt.tokens[start : i + 1]))
+        return "unreduced result" if unreduced else "malformed step" if wrong.visible else "invisible error"
     return "right step" if all(la.kind != "consequence" for la in labels) else None
 
 
