@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from onpath.batch import collate, micro_batches
 from onpath.engines.base import Completion
 from onpath.errors import UserError
-from onpath.models import context_length, unwrapped
-from onpath.records import Prompt, Rollout, Sampling
+from onpath.losses import token_stats
+from onpath.models import context_length, head_of, hidden_states, unwrapped
+from onpath.records import Prompt, Rollout, Sampling, Trajectory
 from onpath.render import Renderer
 
 # B rows, T tokens so far, V vocabulary.
@@ -102,21 +104,29 @@ class HFEngine:
         self, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
     ) -> list[tuple[float, ...]]:
         """See `Engine.score`."""
-        pairs = [(tuple(c), tuple(r)) for c, r in zip(contexts, responses, strict=True)]
+        read = [
+            Trajectory(student_context=tuple(c), teacher_context=tuple(c), response=tuple(r))
+            for c, r in zip(contexts, responses, strict=True)
+        ]
         results: dict[int, tuple[float, ...]] = {}
-        with torch.no_grad(), self._autocast():
-            for rows in self._batches([len(c) + len(r) for c, r in pairs], 0):
-                ids_BT, mask_BT = _pad([c + r for c, r in (pairs[i] for i in rows)], self.device, left=False)
-                logits_BTV = unwrapped(self.model)(
-                    input_ids=ids_BT, attention_mask=mask_BT, use_cache=False
-                ).logits
-                for b, i in enumerate(rows):
-                    context, response = pairs[i]
-                    span = slice(len(context) - 1, len(context) + len(response) - 1)
-                    logp_TV = self._cut(logits_BTV[b, span]).float().log_softmax(-1)
-                    taken = logp_TV.gather(-1, torch.tensor(response, device=self.device)[:, None])
-                    results[i] = tuple(taken.squeeze(-1).tolist())
-        return [results[i] for i in range(len(pairs))]
+        was_training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            for rows in micro_batches(read, max_tokens=self.batch_tokens):
+                batch = collate(rows, device=self.device)
+                with self._autocast():
+                    hidden_BTH = hidden_states(self.model, batch.student_ids_BS, batch.student_mask_BS)
+                stats = token_stats(
+                    student_hidden=hidden_BTH.flatten(0, 1)[batch.student_at_N],
+                    student_head=head_of(self.model, self.vocabulary),
+                    teacher=None,
+                    sampled_ids=batch.token_N,
+                )
+                assert stats.student_logp is not None
+                values = batch.by_row(stats.student_logp)
+                results |= {id(t): tuple(v) for t, v in zip(rows, values, strict=True)}
+        self.model.train(was_training)
+        return [results.get(id(t), ()) for t in read]
 
     def sync_weights(self, version: int) -> None:
         """Nothing to copy: the engine reads the weights that train."""
@@ -155,7 +165,7 @@ class HFEngine:
     ) -> list[Completion]:
         """One batch, token by token."""
         model, limit = unwrapped(self.model), sampling.max_new_tokens
-        ids_BT, mask_BT = _pad(prefixes, self.device, left=True)
+        ids_BT, mask_BT = _pad(prefixes, self.device)
         step_ids, step_pos = ids_BT, (mask_BT.cumsum(-1) - 1).clamp(min=0)
         padded = bool((mask_BT == 0).any())  # without padding, no mask: the causal fast path
         seen_BL = torch.cat([mask_BT, mask_BT.new_ones(len(keys), limit)], dim=1)
@@ -295,11 +305,10 @@ def truncate(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     return logits_BV
 
 
-def _pad(rows: Sequence[Sequence[int]], device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:
-    """Ids [B, T] and mask [B, T]; the pad id is 0, and the mask hides it."""
+def _pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Left-padded ids [B, T] and mask [B, T]; the pad id is 0, and the mask hides it."""
     longest = max(len(r) for r in rows)
     gaps = [[0] * (longest - len(r)) for r in rows]
-    ids = [[*g, *r] if left else [*r, *g] for r, g in zip(rows, gaps, strict=True)]
-    ones = [[1] * len(r) for r in rows]
-    mask = [[*g, *o] if left else [*o, *g] for o, g in zip(ones, gaps, strict=True)]
+    ids = [[*g, *r] for r, g in zip(rows, gaps, strict=True)]
+    mask = [[*g, *[1] * len(r)] for r, g in zip(rows, gaps, strict=True)]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
