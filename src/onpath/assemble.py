@@ -37,7 +37,7 @@ from onpath.models import (
     stop_ids,
     unwrapped,
 )
-from onpath.options import LossOptions, OPSDOptions, TRDOptions
+from onpath.options import OPSDOptions, TRDOptions
 from onpath.prompts import EPISTEMIC_WORDS, TEMPLATES
 from onpath.records import Prompt, Sampling
 from onpath.render import Renderer
@@ -91,7 +91,7 @@ def assemble(config: Config) -> Parts:
     """
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    objective = objective_of(config.method)
+    objective = config.method.objective()
     loaded, evals = load_data(config)
     tokenizer = load_tokenizer(config.student, "student.model")
     device = distributed.local_device(pick_device(config.student.device, "student.device"))
@@ -170,25 +170,6 @@ def assemble(config: Config) -> Parts:
         cache=cache,
         warnings=tuple(warnings),
     )
-
-
-def objective_of(options: LossOptions) -> Objective:
-    """The loss that a method's options describe; a combination that is known to be wrong is a `UserError`."""
-    top_k = options.support != "full"
-    try:
-        return Objective(
-            kind=options.divergence,
-            beta=options.beta if options.divergence == "jensen_shannon" else None,
-            support=options.support,
-            k=options.support_k if top_k else None,
-            tail=options.tail,
-            entry_clip=options.entry_clip,
-            token_clip=options.token_clip,
-            ppo_clip=options.ppo_clip,
-            discount=options.discount,
-        )
-    except ValueError as error:
-        raise UserError(f"method: {error}") from None
 
 
 def load_data(config: Config) -> tuple[LoadedPrompts, dict[str, tuple[Prompt, ...]]]:

@@ -196,6 +196,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> "Config":
+        try:
+            self.method.objective()
+        except ValueError as error:
+            raise ValueError(f"method: {error}") from None
         if self.eval.k > self.eval.n:
             raise ValueError(
                 f"eval.k is {self.eval.k}, but eval.n gives only {self.eval.n} samples per problem; raise "

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from onpath.objective import Objective
 from onpath.prompts import check_slots
 
 Divergence = Literal[
@@ -35,7 +36,7 @@ class LossOptions(Section):
     """Vocabulary entries that the divergence runs over."""
     support_k: int = Field(32, ge=1)
     """k of a top-k support."""
-    tail: Literal["renormalise", "bucket"] = "renormalise"
+    tail: Literal["renormalise", "bucket"] = "bucket"
     """What a top-k support does with the mass outside it: drop and renormalise, or one bucket for the rest.
     """
     entry_clip: float | None = Field(None, gt=0)
@@ -50,6 +51,25 @@ class LossOptions(Section):
     """Clip range of the importance ratio; sampled only."""
     discount: float = Field(0.0, ge=0, le=1)
     """Weight of future log-ratios in a token's advantage; 0 is the token's own; sampled only."""
+
+    def objective(self) -> Objective:
+        """The loss that these options describe.
+
+        Raises:
+            ValueError: a combination that is known to be wrong, with the reason.
+        """
+        return Objective(
+            kind=self.divergence,
+            beta=self.beta if self.divergence == "jensen_shannon" else None,
+            support=self.support,
+            k=self.support_k if self.support != "full" else None,
+            tail=self.tail,
+            entry_clip=self.entry_clip,
+            token_clip=self.token_clip,
+            ppo_clip=self.ppo_clip,
+            discount=self.discount,
+        )
+
     cosine_every: int = Field(0, ge=0)
     """Measure the cosine of consecutive steps' gradients every so many steps (keeps one copy); 0 never."""
 

@@ -4,7 +4,6 @@ from onpath.losses import shaping
 from onpath.losses.chunked import chunked_divergence
 from onpath.losses.fused import fused_objective, token_stats
 from onpath.losses.head import Head
-from onpath.losses.objective import Objective
 from onpath.losses.records import (
     LossResult,
     SparseGuidance,
@@ -13,6 +12,7 @@ from onpath.losses.records import (
     TeacherTopK,
     TokenStats,
 )
+from onpath.objective import Objective
 
 __all__ = [
     "Head",

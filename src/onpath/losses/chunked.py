@@ -15,8 +15,8 @@ from torch import Tensor
 
 from onpath.losses import engine
 from onpath.losses.head import Head
-from onpath.losses.objective import Objective
 from onpath.losses.records import StatsRequest, TeacherHidden, check_shapes
+from onpath.objective import Objective
 
 
 def chunked_divergence(

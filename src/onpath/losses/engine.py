@@ -19,7 +19,6 @@ from onpath.losses import head as heads
 from onpath.losses import rows
 from onpath.losses.guided import Guided, guided_rows
 from onpath.losses.head import Head
-from onpath.losses.objective import Objective
 from onpath.losses.records import (
     SparseGuidance,
     StatsRequest,
@@ -28,6 +27,7 @@ from onpath.losses.records import (
     TeacherTopK,
     TokenStats,
 )
+from onpath.objective import Objective
 
 _CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}  # of one [C, V] buffer
 _BLOCK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}  # of one [R, V] buffer: on a CPU what the cache holds

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from onpath.losses import engine, shaping
 from onpath.losses.head import Head, working_dtype
-from onpath.losses.objective import Objective
 from onpath.losses.records import (
     LossResult,
     SparseGuidance,
@@ -26,6 +25,7 @@ from onpath.losses.records import (
     TokenStats,
     check_shapes,
 )
+from onpath.objective import Objective
 
 
 def fused_objective(
