@@ -19,6 +19,7 @@ from onpath.log import read_lines
 from onpath.train import train
 
 GOLDEN = Path(__file__).parent / "golden"
+TRD = {"method__name": "trd", "method__template": "{problem} {attempt}", "method__gate": False}
 SETTINGS: dict[str, dict[str, Any]] = {
     "opd_reverse_kl": {},
     "opd_forward_kl": {"method__divergence": "forward_kl"},
@@ -28,6 +29,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "opd_lora": {"student__lora_rank": 4},
     "opsd_base": {"method__name": "opsd"},
     "opsd_ema": {"method__name": "opsd", "method__weights": "ema", "method__ema_decay": 0.9},
+    "trd": TRD,
+    "trd_self": {**TRD, "method__teacher": "self", "method__template": "{solution} {problem} {attempt}"},
+    "trd_offline_compat": {**TRD, "method__offline": True, "method__paper_compat": True},
 }
 COLUMNS = ("loss", "tokens", "reverse_kl_nats", "grad_norm", "lr")
 
