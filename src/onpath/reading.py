@@ -1,8 +1,8 @@
 """One look at the response tokens with both models before the loss, which then need not look again.
 
 The weights do not move between a method's `prepare` and the loss of the same step, so the teacher's hidden
-states are kept for the loss always, and the student's with their graph where one micro-batch holds the whole
-step. (The graphs of several would be in memory together.)
+states are kept for the loss always, and the student's with their graphs where the whole step fits into the
+budget of one micro-batch.
 
 Shape suffixes: B rows, S padded length, N response tokens, H hidden.
 """
@@ -30,18 +30,20 @@ class Readings:
     """Hidden states of one step, handed to the loss."""
 
     teacher: dict[Key, Tensor] = field(default_factory=dict)
-    student: dict[Key, Tensor] = field(default_factory=dict)
-    """With graph; emptied by the first batch that uses them, since a graph can be walked back once."""
+    student: list[dict[Key, Tensor]] = field(default_factory=list)
+    """One entry per graph; it goes with the first batch that uses it: a graph is walked back once."""
 
     def teacher_hidden(self, batch: Batch) -> Tensor | None:
         """[N, H], or None if a trajectory of the batch was not read."""
         return _gathered(self.teacher, [(t.teacher_context, t.response) for t in batch.trajectories])
 
     def student_hidden(self, batch: Batch) -> Tensor | None:
-        """[N, H] with the graph of the reading, or None if it was not kept, or is used up."""
-        found = _gathered(self.student, [(t.student_context, t.response) for t in batch.trajectories])
+        """[N, H] with the graphs of the reading, or None if they were not kept, or are used up."""
+        keys = [(t.student_context, t.response) for t in batch.trajectories]
+        used = [graph for graph in self.student if any(key in graph for key in keys)]
+        found = _gathered({key: row for graph in used for key, row in graph.items()}, keys)
         if found is not None:
-            self.student = {}
+            self.student = [graph for graph in self.student if not any(graph is u for u in used)]
         return found
 
 
@@ -53,22 +55,28 @@ def _gathered(known: dict[Key, Tensor], keys: Sequence[Key]) -> Tensor | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """One micro-batch as both models see it."""
+    """Some trajectories as both models see them: as many micro-batches as fit into the budget of one."""
 
-    batch: Batch
-    stats: TokenStats
-    past: Past | None
-    """The teacher's keys and values, where continuations can start from them; as large as the micro-batch."""
+    batches: tuple[Batch, ...]
+    stats: tuple[TokenStats, ...]
+    pasts: tuple[Past, ...]
+    """The teacher's keys and values per batch, for continuations; none if its attention does not allow it."""
+
+    @property
+    def trajectories(self) -> list[Trajectory]:
+        """In the order of the rows of `pasts`."""
+        return [t for batch in self.batches for t in batch.trajectories]
 
     def by_trajectory(self) -> Iterator[tuple[Trajectory, dict[str, list[float]]]]:
         """Each trajectory with its per-token statistics."""
-        rows = {
-            name: self.batch.by_row(value_N)
-            for name, value_N in vars(self.stats).items()
-            if isinstance(value_N, Tensor) and value_N.ndim == 1
-        }
-        for b, trajectory in enumerate(self.batch.trajectories):
-            yield trajectory, {name: values[b] for name, values in rows.items()}
+        for batch, stats in zip(self.batches, self.stats, strict=True):
+            rows = {
+                name: batch.by_row(value_N)
+                for name, value_N in vars(stats).items()
+                if isinstance(value_N, Tensor) and value_N.ndim == 1
+            }
+            for b, trajectory in enumerate(batch.trajectories):
+                yield trajectory, {name: values[b] for name, values in rows.items()}
 
 
 def read(
@@ -79,32 +87,45 @@ def read(
     past: bool = False,
     mass_ids: Sequence[int] = (),
 ) -> Iterator[Reading]:
-    """Micro-batch by micro-batch; trajectories without a response are left out.
+    """Both models along the trajectories; those without a response are left out.
 
     Args:
         models: the student that trains and the teacher that scores.
         into: receives what the loss can use again. None keeps nothing.
-        past: also give the teacher's keys and values, if its attention allows it.
+        past: also give the teacher's keys and values.
         mass_ids: token ids whose total teacher probability is wanted.
     """
     request = StatsRequest(mass_ids=torch.tensor(mass_ids, device=models.device) if mass_ids else None)
-    micros = list(micro_batches(trajectories, max_tokens=models.max_tokens))
-    graph = into is not None and len(micros) == 1
-    for micro in micros:
-        batch = collate(micro, device=models.device)
-        student_NH = _student(models, batch, graph=graph)
-        teacher_NH, memory = _teacher(models, batch, past=past)
-        if into is not None:
-            into.teacher |= _by_key(teacher_NH, batch, [t.teacher_context for t in micro])
-            into.student |= _by_key(student_NH, batch, [t.student_context for t in micro]) if graph else {}
-        stats = token_stats(
-            student_hidden=student_NH,
-            student_head=head_of(models.student, models.vocabulary),
-            teacher=TeacherHidden(hidden=teacher_NH, head=models.teacher.head),
-            sampled_ids=batch.token_N,
-            stats=request,
-        )
-        yield Reading(batch=batch, stats=stats, past=memory)
+    micros = micro_batches(trajectories, max_tokens=models.max_tokens)
+    groups = _grouped([collate(m, device=models.device) for m in micros], models.max_tokens)
+    graph = into is not None and len(groups) == 1
+    for group in groups:
+        stats, pasts = [], []
+        for batch in group:
+            student_NH = _student(models, batch, graph=graph)
+            teacher_NH, memory = _teacher(models, batch, past=past)
+            if into is not None:
+                into.teacher |= _by_key(teacher_NH, batch, [t.teacher_context for t in batch.trajectories])
+            if into is not None and graph:
+                contexts = [t.student_context for t in batch.trajectories]
+                into.student.append(_by_key(student_NH, batch, contexts))
+            pasts += [] if memory is None else [memory]
+            stats.append(_stats(models, batch, student_NH, teacher_NH, request))
+        yield Reading(batches=tuple(group), stats=tuple(stats), pasts=tuple(pasts))
+
+
+def _grouped(batches: Sequence[Batch], max_tokens: int) -> list[list[Batch]]:
+    """Consecutive batches whose padded tokens fit together; one that does not fit is a group of its own."""
+    groups: list[list[Batch]] = []
+    room = 0
+    for batch in batches:
+        size = max(batch.student_ids_BS.numel(), batch.teacher_ids_BT.numel())
+        if size > room:
+            groups.append([])
+            room = max_tokens
+        groups[-1].append(batch)
+        room -= size
+    return groups
 
 
 def _student(models: Measure, batch: Batch, *, graph: bool) -> Tensor:
@@ -123,6 +144,18 @@ def _teacher(models: Measure, batch: Batch, *, past: bool) -> tuple[Tensor, Past
     if past and isinstance(models.teacher, ModelTeacher):
         return models.teacher.remembering(batch)
     return models.teacher.hidden(batch), None
+
+
+def _stats(
+    models: Measure, batch: Batch, student_NH: Tensor, teacher_NH: Tensor, request: StatsRequest
+) -> TokenStats:
+    return token_stats(
+        student_hidden=student_NH,
+        student_head=head_of(models.student, models.vocabulary),
+        teacher=TeacherHidden(hidden=teacher_NH, head=models.teacher.head),
+        sampled_ids=batch.token_N,
+        stats=request,
+    )
 
 
 def _by_key(hidden_NH: Tensor, batch: Batch, contexts: Sequence[tuple[int, ...]]) -> dict[Key, Tensor]:

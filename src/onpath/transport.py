@@ -36,6 +36,7 @@ def optimal_transport(
     cost: Float[Tensor, "*batch K J"],
     *,
     epsilon: float | None = None,
+    tolerance: float = _TOLERANCE,
     row_lengths: Int[Tensor, "*batch"] | None = None,
     column_lengths: Int[Tensor, "*batch"] | None = None,
 ) -> Float[Tensor, "*batch K J"]:
@@ -44,12 +45,13 @@ def optimal_transport(
     Args:
         cost: finite. Any leading dimensions; each [K, J] is a problem of its own.
         epsilon: None is exact; above 0 adds −ε·H(γ), which spreads the plan. In the unit of the cost.
+        tolerance: with epsilon, how far the rows' sums may be off, summed over rows (the mass is 1).
         row_lengths, column_lengths: numbers of real rows and columns, at least 1; the rest is padding, gets
             no mass, and its cost is not read. None: all.
 
     Returns:
         γ in the cost's dtype and on its device. Columns sum to 1/J exactly; rows to 1/K exactly, or within
-        1e-5 in total with `epsilon`.
+        `tolerance` in total with `epsilon`.
 
     Raises:
         ValueError: an epsilon that is not above 0, or a cost that is not finite.
@@ -68,7 +70,10 @@ def optimal_transport(
     cost_WKJ = cost_WKJ.masked_fill(~inside_WKJ, 0.0)
     if not bool(cost_WKJ.isfinite().all()):
         raise ValueError("optimal_transport needs finite costs")
-    plan_WKJ = _exact(cost_WKJ, n_W, m_W) if epsilon is None else _sinkhorn(cost_WKJ, n_W, m_W, epsilon)
+    if epsilon is None:
+        plan_WKJ = _exact(cost_WKJ, n_W, m_W)
+    else:
+        plan_WKJ = _sinkhorn(cost_WKJ, n_W, m_W, epsilon, tolerance)
     return plan_WKJ.reshape(*batch, rows, columns)
 
 
@@ -78,6 +83,7 @@ def window_divergence(
     teacher_ids: Int[Tensor, "*batch J"],
     embedding: Float[Tensor, "V H"],
     epsilon: float | None = None,
+    tolerance: float = _TOLERANCE,
     student_lengths: Int[Tensor, "*batch"] | None = None,
     teacher_lengths: Int[Tensor, "*batch"] | None = None,
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch K J"]]:
@@ -93,8 +99,8 @@ def window_divergence(
         embedding: token embeddings; the cosine is of rows e(v), a zero row has cosine 0 with everything but
             itself.
         epsilon: None is exact; else as in `optimal_transport`. D is then Σ γ·cost of the smoothed plan,
-            without its
-            entropy term: at least the exact D, and above 0 also for identical windows.
+            without its entropy term: at least the exact D, and above 0 also for identical windows.
+        tolerance: as in `optimal_transport`.
         student_lengths, teacher_lengths: real tokens of each window, at least 1. None: all.
 
     Returns:
@@ -114,7 +120,9 @@ def window_divergence(
     if epsilon is None:
         plan_WKJ = _exact_screened(cost_WKJ, s_WK, t_WJ, n_W, m_W)
     else:
-        plan_WKJ = optimal_transport(cost_WKJ, epsilon=epsilon, row_lengths=n_W, column_lengths=m_W)
+        plan_WKJ = optimal_transport(
+            cost_WKJ, epsilon=epsilon, tolerance=tolerance, row_lengths=n_W, column_lengths=m_W
+        )
     distance_W = (plan_WKJ * cost_WKJ).sum((-1, -2))
     return distance_W.reshape(batch), plan_WKJ.reshape(*batch, rows, columns)
 
@@ -207,7 +215,7 @@ def _replicated(cost_nm: NDArray[np.float64], size: int) -> NDArray[np.float64]:
     return plan
 
 
-def _sinkhorn(cost_WKJ: Tensor, n_W: Tensor, m_W: Tensor, epsilon: float) -> Tensor:
+def _sinkhorn(cost_WKJ: Tensor, n_W: Tensor, m_W: Tensor, epsilon: float, tolerance: float) -> Tensor:
     """Potentials f, g with γ = exp(f_i + g_j − cost_ij/ε), refined by scalings u, v of that kernel's rows and
     columns.
 
@@ -240,7 +248,7 @@ def _sinkhorn(cost_WKJ: Tensor, n_W: Tensor, m_W: Tensor, epsilon: float) -> Ten
             plan_WKJ[at] = kernel.mul_(u[:, :, None]).mul_(v[:, None, :])
             f_WK[at] += _log_inside(u)
             g_WJ[at] += _log_inside(v)
-        open_W = open_W[error_W[open_W] > _TOLERANCE]
+        open_W = open_W[error_W[open_W] > tolerance]
         if not len(open_W):
             break
     return plan_WKJ.to(cost_WKJ.dtype)

@@ -24,6 +24,8 @@ from onpath.records import Edit, Guidance, Rollout, Sampling, Trajectory
 from onpath.teacher import ModelTeacher
 from onpath.transport import window_divergence
 
+_TOLERANCE = 1e-3  # of Sinkhorn's rows, which are normalised anyway: targets move by 2e-4 (total variation)
+
 
 def horizon(rollout: Rollout, position: int, window: int) -> int:
     """Tokens of a window: K, but no further than a rollout that ran out of room could look."""
@@ -130,12 +132,11 @@ def teacher_futures(
     reading: Reading | None,
 ) -> list[Completion]:
     """What the teacher writes after y_<t: from its scoring pass if that was kept, else reading y_<t anew."""
-    past = reading.past if reading is not None else None
-    if reading is None or past is None or not isinstance(tools.writer, HFEngine):
+    if reading is None or not reading.pasts or not isinstance(tools.writer, HFEngine):
         return tools.writer.continue_from([_prefix(f, rollouts) for f in found], sampling, keys=keys)
-    rows = {id(t.origin): b for b, t in enumerate(reading.batch.trajectories)}
+    rows = {id(t.origin): row for row, t in enumerate(reading.trajectories)}
     places = [(rows[id(rollouts[f.row])], len(rollouts[f.row].context) + f.position) for f in found]
-    return branch(tools.writer, past, places, sampling, keys=keys)
+    return branch(tools.writer, reading.pasts, places, sampling, keys=keys)
 
 
 def _prefix(fork: Fork, rollouts: Sequence[Rollout]) -> tuple[int, ...]:
@@ -161,6 +162,7 @@ class Pairs:
             teacher_ids=self.teacher_FJ,
             embedding=self.table,
             epsilon=epsilon,
+            tolerance=_TOLERANCE,
             student_lengths=self.student_lengths,
             teacher_lengths=self.teacher_lengths,
         )

@@ -10,17 +10,18 @@ and its own new tokens.
 It starts by feeding the last token of the prefix once more, at its own position, for its logits.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from onpath.engines.base import Completion
-from onpath.engines.hf import HFEngine, draw, noise
+from onpath.engines.hf import HFEngine, attends_plainly, draw, noise, roomy_cache
 from onpath.models import unwrapped
 from onpath.records import Sampling
 
@@ -40,10 +41,7 @@ class Past:
     @staticmethod
     def possible(model: nn.Module) -> bool:
         """Plain full attention with a mask that we may set: else prefixes have to be read anew."""
-        config = unwrapped(model).config
-        layers = DynamicCache(config=config).layers
-        plain = all(type(layer) is DynamicLayer for layer in layers)
-        return plain and config._attn_implementation == "sdpa" and not config.to_dict().get("alibi")
+        return attends_plainly(unwrapped(model))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,18 +55,27 @@ class _Columns:
 
 @torch.inference_mode()
 def branch(
-    engine: HFEngine, past: Past, places: Sequence[Place], sampling: Sampling, *, keys: Sequence[str]
+    engine: HFEngine,
+    pasts: Sequence[Past],
+    places: Sequence[Place],
+    sampling: Sampling,
+    *,
+    keys: Sequence[str],
 ) -> list[Completion]:
-    """One completion per place, as `engine.continue_from` would write after the same ids."""
+    """One completion per place, as `engine.continue_from` would write after the same ids.
+
+    Args:
+        pasts: at least one. Their rows are counted through, in this order.
+    """
     limit, count = sampling.max_new_tokens, len(places)
     uniform = np.stack([noise(sampling.seed, key, limit) for key in keys]) if keys else np.zeros((0, limit))
-    uniform_NL = torch.from_numpy(uniform).to(past.ids_BT.device)
-    tokens_NL = torch.zeros(count, limit, dtype=torch.long, device=past.ids_BT.device)
-    logps_NL = torch.zeros(count, limit, device=past.ids_BT.device)
+    uniform_NL = torch.from_numpy(uniform).to(engine.device)
+    tokens_NL = torch.zeros(count, limit, dtype=torch.long, device=engine.device)
+    logps_NL = torch.zeros(count, limit, device=engine.device)
     was_training = engine.model.training
     engine.model.eval()
-    for columns in _rounds(places, past.ids_BT.device):
-        _write(engine, past, columns, sampling, uniform_NL, tokens_NL, logps_NL)
+    for columns in _rounds(places, engine.device):
+        _write(engine, pasts, columns, sampling, uniform_NL, tokens_NL, logps_NL)
     engine.model.train(was_training)
     rows = zip(tokens_NL.tolist(), logps_NL.tolist(), strict=True)
     return [_completion(ids, logps, engine.stop_ids) for ids, logps in rows]
@@ -93,7 +100,7 @@ def _rounds(places: Sequence[Place], device: torch.device) -> Iterator[_Columns]
 
 def _write(
     engine: HFEngine,
-    past: Past,
+    pasts: Sequence[Past],
     columns: _Columns,
     sampling: Sampling,
     uniform_NL: Tensor,
@@ -104,16 +111,14 @@ def _write(
     real_BC = columns.index_BC >= 0
     index_R, length_BC = columns.index_BC[real_BC], columns.length_BC
     cut = int(length_BC.max()) - 1
-    room = sampling.max_new_tokens * length_BC.shape[1]
-    cache = _selected(past.cache, columns.rows, cut=cut, room=room, of=len(past.ids_BT))
-    ids_BT = past.ids_BT[list(columns.rows)]
-    step_BC = ids_BT.gather(1, length_BC - 1)
-    prefix_BCT = torch.arange(cut, device=ids_BT.device) < (length_BC - 1)[..., None]
-    own_CC = torch.eye(length_BC.shape[1], dtype=torch.bool, device=ids_BT.device)
-    own_BCC = own_CC.expand(len(ids_BT), -1, -1)
+    cache = _merged(engine, pasts, columns.rows, cut)
+    step_BC = _last_tokens(pasts, columns)
+    prefix_BCT = torch.arange(cut, device=step_BC.device) < (length_BC - 1)[..., None]
+    own_CC = torch.eye(length_BC.shape[1], dtype=torch.bool, device=step_BC.device)
+    own_BCC = own_CC.expand(len(step_BC), -1, -1)
     mask_BCT = prefix_BCT
-    stops = torch.tensor(sorted(engine.stop_ids), device=ids_BT.device)
-    writing_R = torch.ones(len(index_R), dtype=torch.bool, device=ids_BT.device)
+    stops = torch.tensor(sorted(engine.stop_ids), device=step_BC.device)
+    writing_R = torch.ones(len(index_R), dtype=torch.bool, device=step_BC.device)
     for t in range(sampling.max_new_tokens):
         mask_BCT = torch.cat([mask_BCT, own_BCC], dim=-1)
         with torch.autocast(engine.device.type, torch.bfloat16, enabled=engine.bf16):
@@ -132,43 +137,41 @@ def _write(
         step_BC = torch.zeros_like(step_BC).masked_scatter(real_BC, drawn_R)
 
 
-class _Roomy(DynamicLayer):
-    """Keys and values with room for what comes: written in place, where a DynamicLayer copies all each time."""
-
-    def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
-        super().__init__()
-        self.size = keys.shape[-2]
-        shape = (*keys.shape[:2], self.size + room, keys.shape[-1])
-        self.keys, self.values = keys.new_empty(shape), values.new_empty(shape)
-        self.keys[:, :, : self.size], self.values[:, :, : self.size] = keys, values
-        self.is_initialized = True
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """See `DynamicLayer.update`."""
-        assert self.keys is not None
-        assert self.values is not None
-        end = self.size + key_states.shape[-2]
-        self.keys[:, :, self.size : end], self.values[:, :, self.size : end] = key_states, value_states
-        self.size = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def get_seq_length(self) -> int:
-        """See `DynamicLayer.get_seq_length`."""
-        return self.size
-
-
-def _selected(cache: DynamicCache, rows: Sequence[int], *, cut: int, room: int, of: int) -> DynamicCache:
-    """A cache over the first `cut` tokens of some of `of` rows; the one it comes from stays as it is."""
-    chosen = slice(None) if list(rows) == list(range(of)) else list(rows)
-    mine = DynamicCache()
-    for layer in cache.layers:
-        assert isinstance(layer, DynamicLayer), "Past.possible was asked"
-        assert layer.keys is not None
-        assert layer.values is not None
-        mine.layers.append(_Roomy(layer.keys[chosen, :, :cut], layer.values[chosen, :, :cut], room))
+def _merged(engine: HFEngine, pasts: Sequence[Past], rows: Sequence[int], cut: int) -> DynamicCache:
+    """A new cache over the first `cut` tokens of some rows of all passes."""
+    mine, starts = roomy_cache(unwrapped(engine.model)), _starts(pasts)
+    chosen = [
+        (into, p, [rows[i] - first for i in into])
+        for p, (first, end) in enumerate(pairwise(starts))
+        if (into := [i for i, row in enumerate(rows) if first <= row < end])
+    ]
+    for depth in range(len(mine.layers)):
+        both = []
+        for name in ("keys", "values"):
+            like = getattr(pasts[0].cache.layers[depth], name)
+            # Zeros: what a mask hides must still be finite.
+            all_rows = like.new_zeros(len(rows), like.shape[1], cut, like.shape[3])
+            for into, p, picked in chosen:
+                part = getattr(pasts[p].cache.layers[depth], name)[picked, :, :cut]
+                all_rows[into, :, : part.shape[2]] = part
+            both.append(all_rows)
+        mine.update(both[0], both[1], depth)
     return mine
+
+
+def _starts(pasts: Sequence[Past]) -> list[int]:
+    """Number of each pass's first row; rows are counted through all passes."""
+    return [0, *accumulate(len(p.ids_BT) for p in pasts)]
+
+
+def _last_tokens(pasts: Sequence[Past], columns: _Columns) -> Tensor:
+    """Of each prefix: what the first step feeds."""
+    starts = _starts(pasts)
+    found = torch.zeros_like(columns.length_BC)
+    for b, row in enumerate(columns.rows):
+        p = bisect_right(starts, row) - 1
+        found[b] = pasts[p].ids_BT[row - starts[p]][columns.length_BC[b] - 1]
+    return found
 
 
 def _completion(ids: list[int], logps: list[float], stop_ids: frozenset[int]) -> Completion:
