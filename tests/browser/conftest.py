@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,8 +45,8 @@ def chromium() -> tuple[str, str]:
     return found
 
 
-@pytest.fixture
-def driver(chromium: tuple[str, str], tmp_path: Path) -> Iterator[Any]:
+@pytest.fixture(scope="session")
+def driver(chromium: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A browser with a fresh profile; it logs its console and every request."""
     selenium = pytest.importorskip("selenium", reason="needs selenium: pip install selenium")
     assert selenium
@@ -56,7 +55,7 @@ def driver(chromium: tuple[str, str], tmp_path: Path) -> Iterator[Any]:
 
     options = webdriver.ChromeOptions()
     options.binary_location = chromium[0]
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1280,900"):
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}", "--window-size=1280,900"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     made = webdriver.Chrome(options=options, service=Service(chromium[1]))

@@ -14,6 +14,11 @@ from tests.report_data import make_run, make_study
 # Chromium's own wall time swings with the machine; the page's time between two of its events hardly does.
 FIRST_PAINT_MS = 1000
 INTERACTION_MS = 100
+RECOLOUR = """
+const select = document.querySelector(".toolbar select");
+select.value = "gap";
+select.dispatchEvent(new Event("change"));
+"""
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +37,10 @@ def look(driver: Any) -> Callable[[Path], Any]:
     """Opens a page and waits until it has drawn itself."""
 
     def opened(page: Path) -> Any:
+        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        driver.get("about:blank")
+        for log in ("browser", "performance"):
+            driver.get_log(log)  # reading empties it
         driver.get(page.as_uri())
         end = time.monotonic() + 60
         while driver.execute_script("return document.documentElement.dataset.ready") != "yes":
@@ -58,7 +67,7 @@ def count(driver: Any, css: str) -> int:
 
 def click(driver: Any, css: str) -> None:
     driver.execute_script(
-        "const n = document.querySelector(arguments[0]); n.scrollIntoView({block: 'center', behavior: 'instant'})",
+        "document.querySelector(arguments[0]).scrollIntoView({block: 'center', behavior: 'instant'})",
         css,
     )
     driver.find_element("css selector", css).click()
@@ -135,9 +144,7 @@ def test_hover_shows_the_numbers_of_a_token(look: Any, pages: dict[str, Path]) -
     from selenium.webdriver import ActionChains
 
     driver = look(pages["plain"])
-    driver.execute_script(
-        "document.querySelector('.tokens').scrollIntoView({block: 'center', behavior: 'instant'})"
-    )
+    driver.execute_script("document.querySelector('.tokens').scrollIntoView({block: 'center'})")
     ActionChains(driver).move_to_element(driver.find_element("css selector", ".t[data-i='7']")).perform()
     assert text(driver, ".panel dt") == "token 7"
     assert "reverse KL(student‖teacher)" in text(driver, ".panel")
@@ -150,7 +157,7 @@ def test_forks_open_with_both_futures_and_their_transport(look: Any, pages: dict
     assert count(driver, ".future.student li") == count(driver, ".future.teacher li") > 0
     assert count(driver, ".link") >= count(driver, ".future.student li")
     driver.execute_script(
-        "document.querySelector('.future li').dispatchEvent(new Event('pointerover', {bubbles: true}))"
+        "document.querySelector('.future li').dispatchEvent(new Event('pointerover', {bubbles: 1}))"
     )
     assert 0 < count(driver, ".link.off") < count(driver, ".link")
     click(driver, ".fork-panel header button")
@@ -170,9 +177,7 @@ def test_colours_follow_the_quantity(look: Any, pages: dict[str, Path]) -> None:
     driver = look(pages["plain"])
     classes = "return [...document.querySelectorAll('.t')].map(t => t.className).join()"
     before = driver.execute_script(classes)
-    driver.execute_script(
-        "const s = document.querySelector('.toolbar select'); s.value = 'gap'; s.dispatchEvent(new Event('change'))"
-    )
+    driver.execute_script(RECOLOUR)
     after = driver.execute_script(classes)
     assert before != after
     assert "n" in {
@@ -228,7 +233,7 @@ def test_two_hundred_trajectories_of_a_thousand_tokens_stay_fast(look: Any, tmp_
         for action in (
             "document.querySelectorAll('.list li')[7].click()",
             "document.querySelector('.tokens').dispatchEvent(new KeyboardEvent('keydown', {key: 'End'}))",
-            "const s = document.querySelector('.toolbar select'); s.value = 'gap'; s.dispatchEvent(new Event('change'))",
+            RECOLOUR,
             "document.querySelector('input[value=wrong]').click()",
         ):
             choices.append(

@@ -27,8 +27,8 @@ REWRITES_EXPLAINED = (
     "short, and right ones that became wrong, are the two ways in which rewriting does harm."
 )
 FORKS_EXPLAINED = (
-    "At each candidate position student and teacher go on from the same prefix; D is how far apart the two near "
-    "futures are. High loss with low D is another wording of the same future, with high D a real fork."
+    "At each candidate position student and teacher go on from the same prefix; D is how far apart the two "
+    "near futures are. High loss with low D is another wording of the same future, with high D a real fork."
 )
 MOST_POINTS = 2500
 """Forks in the scatter; the histograms count all."""

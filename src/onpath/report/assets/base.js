@@ -41,6 +41,7 @@ function number(value, unit = "") {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
   if (unit === "%") return `${(100 * value).toFixed(1)}%`;
   if (!Number.isFinite(value)) return value < 0 ? "−∞" : "∞";
+  if (value !== 0 && Math.abs(value) < 1e-4) return value.toExponential(1).replace(/-/g, "−");
   if (Number.isInteger(value) && Math.abs(value) >= 1000) return value.toLocaleString("en-US");
   const short = Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en-US") : String(Number(value.toPrecision(3)));
   return short.replace("-", "−");

@@ -99,14 +99,13 @@ function lineChart(spec) {
   const y = scale(yLow, top, FRAME.top + FRAME.innerHeight, FRAME.top);
   const picture = svg("g", {}, axes(x, y, spec, xTicks(Math.max(0, x.back(FRAME.left)), x.back(FRAME.width - FRAME.right), all.flatMap((s) => s.x)), ticks(yLow, top), spec.unit), all.map((s, i) => drawSeries(x, y, s, i)));
   const stops = [...new Set(all.flatMap((s) => s.x))].sort((a, b) => a - b);
-  const say = (at) => all.flatMap((s, i) => {
+  const say = (at) => all.map((s, i) => {
     const j = s.x.indexOf(at);
-    if (j < 0 || s.y[j] === null) return [];
     const range = s.low?.[j] != null ? ` [${number(s.low[j], spec.unit)}, ${number(s.high[j], spec.unit)}]` : "";
-    return [{ colour: i, text: `${all.length > 1 ? `${s.name} ` : ""}${number(s.y[j], spec.unit)}${range}` }];
+    return { colour: i, text: `${s.name} ${number(s.y[j], spec.unit)}${range}` };
   });
   const table = [[spec.x, "series", "value", "low", "high"], ...all.flatMap((s) => s.x.map((v, j) => [v, s.name, s.y[j], s.low?.[j], s.high?.[j]]))];
-  return chartCard(spec, picture, { stops, x, say, table, names: all.map((s) => s.name) });
+  return chartCard(spec, picture, { stops, x, say, table });
 }
 
 function stackChart(spec) {
@@ -125,12 +124,13 @@ function stackChart(spec) {
   const picture = svg("g", {}, axes(x, y, spec, xTicks(steps[0] - 0.5, steps[steps.length - 1] + 0.5, steps), ticks(0, high), spec.unit), areas);
   const say = (at) => spec.series.map((s, i) => ({ colour: i, text: `${s.name} ${number(s.y[steps.indexOf(at)])} ${spec.unit}` }));
   const table = [[spec.x, ...spec.series.map((s) => s.name)], ...steps.map((v, i) => [v, ...spec.series.map((s) => s.y[i])])];
-  return chartCard(spec, picture, { stops: steps, x, say, table, names: spec.series.map((s) => s.name) });
+  return chartCard(spec, picture, { stops: steps, x, say, table });
 }
 
 function histogramChart(spec) {
   const edges = spec.edges;
-  const shares = spec.series.map((s) => { const sum = s.counts.reduce((a, b) => a + b, 0); return s.counts.map((c) => c / sum); });
+  const sizes = spec.series.map((s) => s.counts.reduce((a, b) => a + b, 0));
+  const shares = spec.series.map((s, k) => s.counts.map((c) => c / sizes[k]));
   const high = Math.max(...shares.flat());
   const x = scale(edges[0], edges[edges.length - 1], FRAME.left, FRAME.width - FRAME.right);
   const y = scale(0, high * 1.05, FRAME.top + FRAME.innerHeight, FRAME.top);
@@ -144,15 +144,14 @@ function histogramChart(spec) {
   const say = (at) => {
     const i = middles.indexOf(at);
     const range = { text: `${number(edges[i])} to ${number(edges[i + 1])}` };
-    return [range, ...spec.series.map((s, k) => ({ colour: k, text: `${s.name} ${number(shares[k][i], "%")} (${number(s.counts[i])})` }))];
+    return [range, ...spec.series.map((s, k) => ({ colour: k, text: `${s.name} ${number(shares[k][i], "%")} (${number(s.counts[i])} of ${number(sizes[k])})` }))];
   };
-  const sizes = spec.series.map((s) => `${s.name} (${number(s.counts.reduce((a, b) => a + b, 0))})`);
   const table = [["from", "to", ...spec.series.map((s) => s.name)], ...middles.map((_, i) => [edges[i], edges[i + 1], ...spec.series.map((s) => s.counts[i])])];
-  return chartCard(spec, picture, { stops: middles, x, say, table, names: sizes, plain: true });
+  return chartCard(spec, picture, { stops: middles, x, say, table, plain: true });
 }
 
-// A chart with its title, legend, crosshair, line of numbers, and all numbers to copy.
-function chartCard(spec, picture, { stops, x, say, table, names, plain }) {
+// A chart with its title, crosshair, line of numbers, and all numbers to copy.
+function chartCard(spec, picture, { stops, x, say, table, plain }) {
   const line = svg("line", { class: "cross", y1: FRAME.top, y2: FRAME.top + FRAME.innerHeight, visibility: "hidden" });
   const frame = svg("svg", { viewBox: `0 0 ${FRAME.width} ${FRAME.height}`, role: "img", tabindex: "0", "aria-label": `${spec.title}. Arrow keys read the values.` }, picture, line);
   const readout = el("p", { class: "readout", "aria-live": "polite" });
@@ -164,7 +163,7 @@ function chartCard(spec, picture, { stops, x, say, table, names, plain }) {
     line.setAttribute("x2", x(place));
     line.setAttribute("visibility", marked ? "visible" : "hidden");
     const where = plain ? [] : [{ text: `${spec.x} ${number(place)}` }];
-    readout.replaceChildren(...[...where, ...say(place)].map((part) => el("span", { class: part.colour === undefined ? null : `key c${part.colour % 7}` }, part.text)));
+    readout.replaceChildren(...[...where, ...say(place)].map((part) => el("span", { class: part.colour === undefined ? null : `key c${part.colour % 7}${part.colour > 6 ? " dashed" : ""}` }, part.text)));
   };
   frame.addEventListener("pointermove", (event) => {
     const box = frame.getBoundingClientRect();
@@ -179,15 +178,14 @@ function chartCard(spec, picture, { stops, x, say, table, names, plain }) {
     show(move, true);
   });
   show(stops.length - 1, false);
-  return card(spec, frame, { names, readout, table });
+  return card(spec, frame, { readout, table });
 }
 
-function card(spec, body, { names = [], readout = null, table = null, wide = "" }) {
-  const legend = names.length > 1 ? el("p", { class: "legend" }, names.map((name, i) => el("span", { class: `key c${i % 7}${i > 6 ? " dashed" : ""}` }, name))) : null;
+function card(spec, body, { readout = null, table = null, wide = "" }) {
   const unit = spec.unit && spec.unit !== "%" ? el("small", {}, ` ${spec.unit}`) : null;
   return el("figure", { class: `card ${wide}`, "data-kind": spec.kind },
     el("figcaption", {}, el("h3", {}, spec.title, unit), spec.help ? el("p", {}, spec.help) : null),
-    body, legend, readout, table ? numbersOf(table) : null);
+    body, readout, table ? numbersOf(table) : null);
 }
 
 function numbersOf(table) {

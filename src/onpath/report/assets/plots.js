@@ -18,7 +18,7 @@ function scatterChart(spec) {
   const marks = kinds.map((kind) => svg("path", { class: `mark ${kind}`, d: points.filter((p) => p[2] === kind).map((p) => MARKS[kind](x(p[0]), y(p[1]))).join("") }));
   const cursor = svg("circle", { class: "cursor", r: 7, visibility: "hidden" });
   const frame = svg("svg", { viewBox: `0 0 ${FRAME.width} ${FRAME.height}`, role: "img", tabindex: "0", "aria-label": `${spec.title}. Arrow keys walk through the points, Enter opens the trajectory.` },
-    axes(x, y, spec, ticks(0, xHigh, 5), ticks(0, yHigh), ""), quadrants(spec, x, y), marks, cursor);
+    axes(x, y, spec, ticks(0, xHigh, 5), ticks(0, yHigh), ""), marks, quadrants(spec, x, y), cursor);
   const readout = el("p", { class: "readout", "aria-live": "polite" }, `Pearson correlation of loss and D: ${number(spec.pearson)}`);
   let at = -1;
   const show = (index) => {

@@ -64,6 +64,7 @@ function matches(t) {
 function relist() {
   viewer.shown = DATA.trajectories.filter(matches).sort(ORDERS[viewer.order]);
   viewer.count.textContent = `${viewer.shown.length.toLocaleString("en-US")} of ${DATA.trajectories.length.toLocaleString("en-US")} trajectories`;
+  viewer.list.classList.toggle("pairs", viewer.shown.some((t) => t.cell.includes("_to_")));
   viewer.list.replaceChildren(...viewer.shown.map(listItem));
   viewer.at = -1;
   if (viewer.shown.length) choose(0, { focus: false });
