@@ -17,7 +17,7 @@ from onpath.report.pack import Vocabulary, halves, integers, pack_all, script_js
 from onpath.report.run import gather_run
 from onpath.report.signal import pearson, scatter
 from onpath.report.stored import read_rows, sample
-from onpath.report.text import diff, origin_tokens
+from onpath.report.text import diff, sides
 from tests.report_data import CELLS, HOSTILE, make_run, make_study, safe, trajectory_rows
 
 
@@ -266,9 +266,18 @@ def test_diff_spans_rebuild_the_rewrite() -> None:
     y, z = list("the cat sat"), list("the cart sits")
     rebuilt = [t for tag, a, b, c, d in diff(y, z) for t in (y[a:b] if tag == "equal" else z[c:d])]
     assert rebuilt == z
-    row = {"origin_response": [1, 9], "origin_text": "so it"}
-    assert origin_tokens(row, {1: "so", 9: " it"}) == ["so", " it"]
-    assert origin_tokens(row, {1: "so"}) == ["so", " it"]  # by words where an id is unknown
+
+
+def test_both_sides_of_a_diff_are_cut_alike() -> None:
+    row = {
+        "origin_response": [1, 9],
+        "origin_text": "so it is",
+        "tokens": ["s", "o it"],
+        "response_text": "so it",
+    }
+    assert sides(row, {1: "so", 9: " it is"}) == (["so", " it is"], ["s", "o it"])
+    assert sides(row, {1: "so"}) == (["so", " it", " is"], ["so", " it"])  # words, where an id is unknown
+    assert sides({**row, "origin_tokens": ["so it", " is"]}, {})[0] == ["so it", " is"]
 
 
 def test_table_of_tokens_counts_each_once() -> None:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from onpath.errors import UserError
 from onpath.report.stored import Row, quantities, read_rows, step_of, trajectory_files
-from onpath.report.text import cell, known_tokens, origin_tokens, was_changed
+from onpath.report.text import cell, known_tokens, sides, was_changed
 from onpath.show import coloured, forks, legend, rewritten
 
 VERDICTS = {True: "right", False: "wrong", None: "not graded"}
@@ -101,7 +101,7 @@ def show_row(console: Console, row: Row, quantity: str, known: dict[int, str]) -
     else:
         say(console, [coloured(row["tokens"], values, colour=colour)])
     if was_changed(row):
-        say(console, rewritten(origin_tokens(row, known), row["tokens"], colour=colour))
+        say(console, rewritten(*sides(row, known), colour=colour))
     say(console, forks(row["detail"].get("forks") or (), colour=colour))
 
 

@@ -144,7 +144,7 @@ def test_hover_shows_the_numbers_of_a_token(look: Any, pages: dict[str, Path]) -
     from selenium.webdriver import ActionChains
 
     driver = look(pages["plain"])
-    driver.execute_script("document.querySelector('.tokens').scrollIntoView({block: 'center'})")
+    driver.execute_script("document.querySelector('.tokens').scrollIntoView({behavior: 'instant'})")
     ActionChains(driver).move_to_element(driver.find_element("css selector", ".t[data-i='7']")).perform()
     assert text(driver, ".panel dt") == "token 7"
     assert "reverse KL(student‖teacher)" in text(driver, ".panel")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from onpath.report.stored import Row, quantities
-from onpath.report.text import cell, diff, origin_tokens, was_changed
+from onpath.report.text import cell, diff, sides, was_changed
 
 PLAN_SHARE = 0.1
 """Transport entries below this share of a student's token are not drawn."""
@@ -92,9 +92,8 @@ def pack(row: Row, table: Vocabulary, known: Mapping[int, str], labels: Any = No
     if any(w != 1.0 for w in row.get("weights") or ()):
         packed["values"]["weight"] = halves(row["weights"])
     if was_changed(row):
-        y = origin_tokens(row, known)
-        z = row["tokens"]
-        packed |= {"y": integers(table.indices(y)), "diff": diff(y, z)}
+        y, z = sides(row, known)
+        packed |= {"y": integers(table.indices(y)), "z": integers(table.indices(z)), "diff": diff(y, z)}
     if row.get("student_top_tokens"):
         packed["top"] = {who: _top(row, who, table) for who in ("student", "teacher")}
     if labels is not None:

@@ -71,11 +71,11 @@ def of_rows(rows: Sequence[Row]) -> Iterator[Chart | None]:
 
 def of_rewrites(metrics: Sequence[Row], rows: Sequence[Row]) -> list[Chart | None]:
     """Cells as a flow, accuracies and lengths over steps, ratios of stored rewrites."""
-    groups: dict[str, list[float]] = {}
+    groups: dict[str, list[float]] = {f"attempt {name}": [] for name in _OUTCOME.values()}
     for row in rows:
         if was_changed(row) and row["response"]:
             ratio = len(row["response"]) / max(1, len(row["origin_response"]))
-            groups.setdefault(f"attempt {_OUTCOME[row.get('correct')]}", []).append(ratio)
+            groups[f"attempt {_OUTCOME[row.get('correct')]}"].append(ratio)
     ratios = charts.histogram("Length ratio of stored rewrites", groups, x="|z| / |y|")
     return [flow(metrics), ratios, *(curves(metrics, *one) for one in _REWRITES)]
 

@@ -17,12 +17,14 @@ def known_tokens(rows: Iterable[Mapping[str, Any]]) -> dict[int, str]:
     return known
 
 
-def origin_tokens(row: Mapping[str, Any], known: Mapping[int, str]) -> list[str]:
-    """The student's own rollout as display strings: by id, or the text in words where an id is unknown."""
+def sides(row: Mapping[str, Any], known: Mapping[int, str]) -> tuple[list[str], list[str]]:
+    """Attempt y and rewrite z in pieces alike: tokens, or both in words where a token of y is unknown."""
+    if row.get("origin_tokens"):
+        return row["origin_tokens"], row["tokens"]
     ids = row.get("origin_response") or []
     if all(i in known for i in ids):
-        return [known[i] for i in ids]
-    return words(row.get("origin_text") or "")
+        return [known[i] for i in ids], row["tokens"]
+    return words(row.get("origin_text") or ""), words(row.get("response_text") or "")
 
 
 def words(text: str) -> list[str]:

@@ -140,6 +140,7 @@ function histogramChart(spec) {
     return svg("path", { class: `outline c${k % 7}`, d });
   });
   const picture = svg("g", {}, axes(x, y, spec, ticks(edges[0], edges[edges.length - 1], 5), ticks(0, high * 1.05), "%"), outlines);
+  const idle = spec.series.map((s, k) => ({ colour: k, text: `${s.name} (${number(sizes[k])})` }));
   const middles = edges.slice(1).map((e, i) => (e + edges[i]) / 2);
   const say = (at) => {
     const i = middles.indexOf(at);
@@ -147,11 +148,11 @@ function histogramChart(spec) {
     return [range, ...spec.series.map((s, k) => ({ colour: k, text: `${s.name} ${number(shares[k][i], "%")} (${number(s.counts[i])} of ${number(sizes[k])})` }))];
   };
   const table = [["from", "to", ...spec.series.map((s) => s.name)], ...middles.map((_, i) => [edges[i], edges[i + 1], ...spec.series.map((s) => s.counts[i])])];
-  return chartCard(spec, picture, { stops: middles, x, say, table, plain: true });
+  return chartCard(spec, picture, { stops: middles, x, say, table, idle });
 }
 
 // A chart with its title, crosshair, line of numbers, and all numbers to copy.
-function chartCard(spec, picture, { stops, x, say, table, plain }) {
+function chartCard(spec, picture, { stops, x, say, table, idle }) {
   const line = svg("line", { class: "cross", y1: FRAME.top, y2: FRAME.top + FRAME.innerHeight, visibility: "hidden" });
   const frame = svg("svg", { viewBox: `0 0 ${FRAME.width} ${FRAME.height}`, role: "img", tabindex: "0", "aria-label": `${spec.title}. Arrow keys read the values.` }, picture, line);
   const readout = el("p", { class: "readout", "aria-live": "polite" });
@@ -162,8 +163,9 @@ function chartCard(spec, picture, { stops, x, say, table, plain }) {
     line.setAttribute("x1", x(place));
     line.setAttribute("x2", x(place));
     line.setAttribute("visibility", marked ? "visible" : "hidden");
-    const where = plain ? [] : [{ text: `${spec.x} ${number(place)}` }];
-    readout.replaceChildren(...[...where, ...say(place)].map((part) => el("span", { class: part.colour === undefined ? null : `key c${part.colour % 7}${part.colour > 6 ? " dashed" : ""}` }, part.text)));
+    const where = idle ? [] : [{ text: `${spec.x} ${number(place)}` }];
+    const parts = idle && !marked ? idle : [...where, ...say(place)];
+    readout.replaceChildren(...parts.map((part) => el("span", { class: part.colour === undefined ? null : `key c${part.colour % 7}${part.colour > 6 ? " dashed" : ""}` }, part.text)));
   };
   frame.addEventListener("pointermove", (event) => {
     const box = frame.getBoundingClientRect();

@@ -65,8 +65,9 @@ function futures(student, teacher, links, readout) {
     el("div", { class: "future-scroll" }, box));
 }
 
-function diffPanel(trajectory, z) {
+function diffPanel(trajectory) {
   const y = strings(integers(trajectory.y));
+  const z = strings(integers(trajectory.z));
   const side = (tokens, from, kind, word) => el("div", { class: "side" }, el("h4", {}, word), el("p", { class: "text" }, trajectory.diff.map((span, n) => {
     const [tag] = span;
     const text = tokens.slice(span[from], span[from + 1]).map(visible).join("");

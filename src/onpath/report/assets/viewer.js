@@ -125,7 +125,7 @@ function showTrajectory(t) {
     t.solution ? block("Reference", el("p", { class: "text" }, visible(t.solution))) : "",
     el("section", { class: "block" }, el("h3", {}, t.diff ? "Rewrite z, trained on" : "Response"), edges, legend, field.field, field.more, t.labels ? el("p", { class: "hint" }, "Wavy underline: the first wrong token of a step, by the task’s own checker.") : null),
     field.panel, forkButtons(t, field), place,
-    t.diff ? diffPanel(t, field.tokens) : "", measured(t));
+    t.diff ? diffPanel(t) : "", measured(t));
   watch(field);
 }
 
