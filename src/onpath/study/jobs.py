@@ -149,7 +149,10 @@ def run_jobs(
         Name of a job that failed → its sentence. The others are run all the same.
     """
     waiting = [job for job in jobs if not job.finished]
-    progress.done += len(jobs) - len(waiting)
+    for job in jobs:
+        if job.finished:
+            progress.done += 1
+            _tidy(job)
     running: list[_Running] = []
     failed: dict[str, str] = {}
     status = Status("", console=progress.console)
@@ -215,12 +218,17 @@ def _finish(
         failed[job.name] = _last_line(ended.log)
         outcome = f"failed: {failed[job.name]}"
     else:
-        shutil.rmtree(job.directory / "checkpoints", ignore_errors=True)  # nobody goes on from a finished run
+        _tidy(job)
         outcome = f"{ended.elapsed:,.0f} s"
         if not ended.resumed:
             progress.took.append((job, ended.elapsed))
     left = _left(progress, waiting, running)
     progress.say(f"{progress.done}/{progress.total}  {job.stage}/{job.name}  {outcome}  {left}")
+
+
+def _tidy(job: Job) -> None:
+    """Nobody goes on from a finished run: its checkpoints are several times its model."""
+    shutil.rmtree(job.directory / "checkpoints", ignore_errors=True)
 
 
 def _left(progress: Progress, waiting: Sequence[Job], running: Sequence[_Running]) -> str:
