@@ -467,11 +467,34 @@ def test_gate_stops_a_run_before_it_trains(tiny: Callable[..., Config]) -> None:
     ):
         train(tiny(**options), quiet=True)
     run = Path(tiny(**options).run.dir) / "tiny"
-    assert json.loads((run / "refine.json").read_text())["attempts"] == 10
+    found = json.loads((run / "refine.json").read_text())
+    assert (found["attempts"], found["passed"]) == (10, False)
     assert not (run / "metrics.jsonl").exists()
+    with pytest.raises(UserError, match="the refine gate"):
+        train(tiny(**options), quiet=True)
     result = train(tiny(**options, method__gate=False, run__name="open"), quiet=True)
     assert len((result.directory / "metrics.jsonl").read_text().splitlines()) == 3
     assert not (result.directory / "refine.json").exists()
+
+
+def test_gate_lets_a_good_rewriter_pass_once(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def fine(parts: Parts, method: TRD) -> Refinement:
+        asked.append(len(method.rewrite(sample(parts, 0), when="gate")))
+        return counts()
+
+    monkeypatch.setattr("onpath.refine.refinement", fine)
+    options = {"method__name": "trd", "method__template": TEMPLATE, "method__offline": True}
+    result = train(tiny(**options), quiet=True)
+    assert json.loads((result.directory / "refine.json").read_text())["passed"]
+    for file in (result.directory / "model").iterdir():
+        file.unlink()
+    (result.directory / "model").rmdir()
+    train(tiny(**options), quiet=True)
+    assert asked == [8], "before anything is written ahead, and not again when the run goes on"
 
 
 def test_killed_and_resumed_is_the_same_run(tiny: Callable[..., Config]) -> None:

@@ -14,7 +14,6 @@ from onpath import distributed
 from onpath.assemble import Parts
 from onpath.data import prompts_of_step
 from onpath.errors import UserError
-from onpath.log import Display
 from onpath.methods.edits import as_edit, verdicts
 from onpath.methods.trd import TRD
 from onpath.runs import Run
@@ -51,25 +50,28 @@ class Refinement:
         )
 
 
-def gate(parts: Parts, run: Run, display: Display) -> None:
-    """Rewrites a sample and refuses a rewriter that does harm; the counts go to refine.json.
+def gate(parts: Parts, run: Run) -> None:
+    """Rewrites a sample with the starting weights and refuses a rewriter that does harm; the counts go to
+    refine.json. A run that has passed is not asked again.
 
     Raises:
         UserError: it does harm, or repairs no more than chance.
     """
-    method = parts.method
+    method, path = parts.method, run.directory / "refine.json"
     if not (isinstance(method, TRD) and method.options.gate):
         return
+    if path.exists() and json.loads(path.read_text(encoding="utf-8"))["passed"]:
+        return
     found = refinement(parts, method)
-    if distributed.rank() == 0:
-        (run.directory / "refine.json").write_text(json.dumps(vars(found), indent=1) + "\n", encoding="utf-8")
-    display.say(f"refine gate: {found.sentence}")
     reason = refusal(found, max_harm=method.options.gate_max_harm)
+    if distributed.rank() == 0:
+        path.write_text(json.dumps({"passed": not reason, **vars(found)}, indent=1) + "\n", encoding="utf-8")
     if reason:
         raise UserError(
             f"the refine gate stops this run: {reason} ({found.sentence}); use a teacher that can rewrite "
             "this student's attempts, or another template, or set method.gate: false to train all the same"
         )
+    run.notes.append(f"refine gate: {found.sentence}")
 
 
 def refusal(found: Refinement, *, max_harm: float) -> str:

@@ -79,12 +79,11 @@ def optimise(parts: Parts, run: Run, *, quiet: bool) -> None:
     """All optimiser steps that are left, with the evaluations and checkpoints that fall due."""
     config = parts.config
     optimizer, schedule = make_optimizer(parts)
+    gate(parts, run)
     write_ahead(parts)
     done = run.resume(optimizer)
     with Display(steps=config.optim.steps, done=done, quiet=quiet or distributed.rank() > 0) as display:
         run.announce(display, done)
-        if done == 0:
-            gate(parts, run, display)
         if done == 0 and config.eval.start:
             evaluate_all(parts, run, display, step=0)
         for step in range(done, config.optim.steps):

@@ -41,5 +41,5 @@ class OPD(Stateless):
             for r, c in zip(rollouts, written, strict=True)
         ]
         return Prepared(
-            trajectories=trajectories, metrics={"teacher_tokens": sum(len(c.ids) for c in written)}
+            trajectories=trajectories, totals={"teacher_tokens_generated": sum(len(c.ids) for c in written)}
         )
