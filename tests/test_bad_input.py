@@ -77,7 +77,7 @@ def directory_is_a_file(case: Case) -> None:
 
 
 def longer_context(case: Case) -> None:
-    case.rows({"prompt": "1" * 250, "answer": "1"})
+    case.rows(*({"prompt": "1" * (250 if i == 7 else 1), "answer": "1"} for i in range(9)))
 
 
 CASES: dict[str, tuple[Break, str]] = {
@@ -202,7 +202,7 @@ def test_no_space_for_a_checkpoint(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The disk fills up at step 4: exit 2, the checkpoint of step 2 is whole, and the run can go on from it."""
+    """The disk fills up at step 4: exit 2, the checkpoint of step 2 is whole, and the run goes on from it."""
     from onpath import checkpoint
 
     case = Case(tiny(), tmp_path)

@@ -19,8 +19,8 @@ COLUMNS = ("loss", "tokens", "reverse_kl_nats", "student_entropy_nats", "grad_no
 def torchrun(config: Config, tmp_path: Path, *, processes: int) -> Path:
     path = tmp_path / f"{config.run.name}.yaml"
     path.write_text(config.to_yaml())
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=0",
-               "--standalone", "-m", "onpath", "train", str(path), "--quiet"]  # fmt: skip
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    command = [*launcher, "--standalone", "-m", "onpath", "train", str(path), "--quiet"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -3,7 +3,6 @@ to be good."""
 
 import contextlib
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,13 +10,13 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from onpath import distributed
 from onpath.cache import Cache, CachedEngine, weights_digest
 from onpath.config import Config
 from onpath.cosine import GradientCosine
-from onpath.data import LoadedPrompts, load_prompts
+from onpath.data import LoadedPrompts, load_prompts, prompts_of_step
 from onpath.engines.base import Engine
 from onpath.engines.hf import HFEngine
 from onpath.errors import UserError
@@ -27,6 +26,7 @@ from onpath.losses import Head, Objective
 from onpath.measure import Measure
 from onpath.methods import Method, Tools, make_method
 from onpath.models import (
+    check_head,
     check_vocabulary,
     context_length,
     head_of,
@@ -34,6 +34,7 @@ from onpath.models import (
     load_tokenizer,
     locate,
     pick_device,
+    quietly,
     stop_ids,
     unwrapped,
 )
@@ -99,12 +100,15 @@ def assemble(config: Config) -> Parts:
     renderer = make_renderer(config, tokenizer)
     base = load_model(config.student, "student.model", device)
     stops = stop_ids(base, tokenizer)
-    check_prompt_lengths(
-        config, renderer, context_length(base), [*loaded.prompts, *(p for e in evals.values() for p in e)]
-    )
+    check_head(base, "student.model")
+    everything = [*loaded.prompts, *(p for e in evals.values() for p in e)]
+    longest = check_prompts(config, renderer, base, everything)
     student = trainable(config, base)
     vocabulary, warnings = shared_vocabulary(config, tokenizer)
+    vocabulary = min(vocabulary, head_of(student).vocabulary)
     teacher = make_teacher(config, student, vocabulary, device)
+    if isinstance(teacher, ModelTeacher):
+        check_teacher(config, teacher, longest)
     grader = grader_for(config.eval.grader, [config.data.train, *config.data.eval.values()])
     sampling = Sampling(
         temperature=config.rollout.temperature,
@@ -176,6 +180,7 @@ def load_data(config: Config) -> tuple[LoadedPrompts, dict[str, tuple[Prompt, ..
     """The training pool and the evaluation sets."""
     data = config.data
     pool = load_prompts(data.train, limit=data.limit, skip_bad=data.skip_bad)
+    prompts_of_step(pool.prompts, size=config.rollout.prompts, seed=0, step=0)  # refuses a pool too small
     for column in config.method.needs:
         lacking = [p.id for p in pool.prompts if not (getattr(p, column) or "").strip()]
         if lacking:
@@ -205,26 +210,53 @@ def make_renderer(config: Config, tokenizer: PreTrainedTokenizerBase) -> Rendere
     )
 
 
-def check_prompt_lengths(config: Config, renderer: Renderer, room: int, prompts: Sequence[Prompt]) -> None:
-    """Every prompt and its response must fit the model before the first step, not at the thousandth."""
+def check_prompts(
+    config: Config, renderer: Renderer, student: PreTrainedModel, prompts: Sequence[Prompt]
+) -> int:
+    """Every prompt and its response must fit the model before the first step, not at the thousandth.
+
+    Returns:
+        The most tokens of a prompt.
+    """
     new = max(config.rollout.max_new_tokens, config.eval.max_new_tokens)
     if isinstance(config.method, TRDOptions):
         new = max(new, config.method.rewrite_max_new_tokens or 0)
+    room, rows, longest = context_length(student), head_of(student).vocabulary, 0
     for prompt in prompts:
-        length = len(renderer.ids(prompt))
-        if length + new > room:
+        ids = renderer.ids(prompt)
+        longest = max(longest, len(ids))
+        if len(ids) + new > room:
             raise UserError(
-                f"prompt {prompt.id!r} has {length} tokens; with {new} new ones it does not fit the "
+                f"prompt {prompt.id!r} has {len(ids)} tokens; with {new} new ones it does not fit the "
                 f"student's context of "
                 f"{room}: drop it, or lower rollout.max_new_tokens and eval.max_new_tokens"
             )
+        if max(ids) >= rows:
+            raise UserError(
+                f"prompt {prompt.id!r} holds id {max(ids)} ({renderer.tokens([max(ids)])[0]!r}), but "
+                f"student.model knows {rows} ids only: its tokenizer is another model's, or its embeddings "
+                "were not resized"
+            )
+    return longest
+
+
+def check_teacher(config: Config, teacher: ModelTeacher, longest: int) -> None:
+    """It must be able to read what the student reads and writes."""
+    check_head(teacher.model, "teacher.model")
+    room, needed = context_length(unwrapped(teacher.model)), longest + config.rollout.max_new_tokens
+    if needed > room:
+        raise UserError(
+            f"teacher.model: its context of {room} tokens is too short for prompts of up to {longest} and "
+            f"{config.rollout.max_new_tokens} new ones; lower rollout.max_new_tokens or drop long prompts"
+        )
 
 
 def trainable(config: Config, base: nn.Module) -> nn.Module:
     """The student with gradients on: on all weights, or on a new LoRA adapter."""
     section = config.student
     if section.gradient_checkpointing:
-        unwrapped(base).gradient_checkpointing_enable({"use_reentrant": False})
+        with quietly():
+            unwrapped(base).gradient_checkpointing_enable({"use_reentrant": False})
     if section.lora_rank == 0:
         return base.requires_grad_(True)
     torch.manual_seed(config.run.seed)
@@ -236,9 +268,7 @@ def trainable(config: Config, base: nn.Module) -> nn.Module:
         lora_dropout=0.0,
     )
     try:
-        with warnings.catch_warnings():
-            # peft asks transformers for a name that transformers has renamed; nobody here can change that.
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        with quietly():
             model: nn.Module = get_peft_model(base, lora)
     except ValueError as error:
         raise UserError(f"student.lora_targets: {str(error).splitlines()[0]}") from None
@@ -272,7 +302,14 @@ def make_teacher(
     if isinstance(method, OPSDOptions) or (isinstance(method, TRDOptions) and method.teacher == "self"):
         return SelfTeacher(student, weights=method.weights, decay=method.ema_decay, vocabulary=vocabulary)
     where = pick_device(config.teacher.device, "teacher.device", otherwise=device)
-    return ModelTeacher(load_model(config.teacher, "teacher.model", where), vocabulary=vocabulary)
+    model = load_model(config.teacher, "teacher.model", where)
+    rows = head_of(model).vocabulary
+    if rows < vocabulary:
+        raise UserError(
+            f"teacher.model gives logits for {rows} ids only, but the student for {vocabulary}; resize its "
+            "embeddings"
+        )
+    return ModelTeacher(model, vocabulary=vocabulary)
 
 
 def templates_for(config: Config) -> dict[str, str]:

@@ -1,12 +1,15 @@
 """Loading Hugging Face models, and the two halves that onpath uses of them: decoder and head."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
@@ -24,7 +27,8 @@ _TOKENIZER_FILES = (
     "spiece.model",
 )
 # Models whose logits are not plainly hidden @ head.T say so in their config under these names.
-_SOFTCAP, _MULTIPLY, _DIVIDE = "final_logit_softcapping", "logit_scale", "logits_scaling"
+_SOFTCAP, _DIVIDE = "final_logit_softcapping", "logits_scaling"
+_MULTIPLY = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 
 
 def locate(name: str) -> str:
@@ -62,29 +66,61 @@ def load_model(section: Student | Teacher, key: str, device: torch.device) -> Pr
     if adapter:
         where = _base_of(Path(adapter), key)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            where,
-            dtype=getattr(torch, section.dtype),
-            trust_remote_code=section.trust_remote_code,
-            use_safetensors=True,
-        )
+        with quietly():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                where,
+                dtype=getattr(torch, section.dtype),
+                trust_remote_code=section.trust_remote_code,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+            model, found = loaded
+            _check_complete(found, section, key)
+            if adapter:
+                model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    except SafetensorError as error:
+        raise UserError(f"{key}: {section.model} is damaged: {_first_line(error)}") from None
     except (OSError, ValueError) as error:
         raise UserError(
             f"{key}: cannot load a causal LM from {section.model}: {_first_line(error)}"
         ) from None
-    except Exception as error:  # safetensors' own error type for a damaged file
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise UserError(f"{key}: {section.model} is damaged: {_first_line(error)}") from None
-    if adapter:
-        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     frozen: PreTrainedModel = model.eval().requires_grad_(False)
     nn.Module.to(frozen, device)  # in place; transformers' own `to` is untyped
     return frozen
 
 
+def _check_complete(found: Mapping[str, Any], section: Student | Teacher, key: str) -> None:
+    """transformers fills weights that are missing, or of another shape, with random numbers."""
+    lacking = sorted(found["missing_keys"]) or sorted(str(m[0]) for m in found["mismatched_keys"])
+    if lacking:
+        how = "are missing" if found["missing_keys"] else "have another shape than its config.json says"
+        raise UserError(
+            f"{key}: {len(lacking)} weights of {section.model} {how}, the first is {lacking[0]}; "
+            "save or download the model again"
+        )
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Without transformers' load report (our errors say it in one sentence) and without its warning that
+    gradient checkpointing has a new name from 5.23 on: peft asks for the old one, and so do we, for the
+    versions before."""
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+            yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+
+
 def _base_of(adapter: Path, key: str) -> str:
-    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    try:
+        base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{key}: {adapter}/adapter_config.json does not name the adapter's base") from None
     return _existing(str(base), f"{key}: the base of adapter {adapter}")
 
 
@@ -167,7 +203,8 @@ def head_of(model: nn.Module, vocabulary: int | None = None) -> Head:
     inner = unwrapped(model)
     config: Mapping[str, Any] = inner.config.get_text_config().to_dict()
     layer = inner.get_output_embeddings()
-    scale = float(config.get(_MULTIPLY) or 1.0) / float(config.get(_DIVIDE) or 1.0)
+    factor = next((config[name] for name in _MULTIPLY if config.get(name) is not None), 1.0)
+    scale = float(factor) / float(config.get(_DIVIDE) or 1.0)
     return Head(
         weight=layer.weight,
         bias=layer.bias,
@@ -175,6 +212,28 @@ def head_of(model: nn.Module, vocabulary: int | None = None) -> Head:
         softcap=config.get(_SOFTCAP),
         tokens=vocabulary,
     )
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, key: str) -> None:
+    """Compares the logits that the losses will form with the model's own, on four tokens.
+
+    Raises:
+        UserError: the model does something to its logits that `head_of` does not know.
+    """
+    inner, head = unwrapped(model), head_of(model)
+    ids_BT = torch.arange(4, device=head.weight.device)[None]
+    hidden_BTH = hidden_states(model, ids_BT, torch.ones_like(ids_BT))
+    expected_BTV = inner(input_ids=ids_BT, use_cache=False).logits.float()
+    found_BTV = nn.functional.linear(hidden_BTH, head.weight, head.bias).float() * head.logit_scale
+    if head.softcap is not None:
+        found_BTV = (found_BTV / head.softcap).tanh() * head.softcap
+    scale = expected_BTV.abs().max().clamp(min=1e-6)
+    if not bool(((found_BTV - expected_BTV).abs().max() / scale) < 0.02):
+        raise UserError(
+            f"{key}: {inner.config.model_type} models change their logits in a way that onpath does not "
+            "know, so losses would be wrong; use another model family"
+        )
 
 
 def hidden_states(model: nn.Module, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:

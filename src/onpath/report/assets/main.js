@@ -23,8 +23,8 @@ function chartSection({ title, text, charts }) {
   return el("section", { class: "part", id: slug(title) }, el("h2", {}, title), text ? el("p", { class: "lead" }, text) : null, el("div", { class: "charts" }, charts.map((spec) => CHARTS[spec.kind](spec))));
 }
 
-function trajectorySection() {
-  return el("section", { class: "part", id: "trajectories" }, el("h2", {}, "Trajectories"), DATA.trajectories.length ? buildViewer() : el("p", { class: "lead" }, "None are stored."));
+function trajectories() {
+  return DATA.trajectories.length ? buildViewer() : el("p", { class: "lead" }, "None are stored.");
 }
 
 function build() {
@@ -35,9 +35,12 @@ function build() {
   const order = [...(first ? [first.title] : []), "Trajectories", ...rest.map((section) => section.title)];
   page.append(
     el("nav", { "aria-label": "Sections" }, order.map((title) => el("a", { href: `#${slug(title)}` }, title)), themeButton()),
-    top(), first ? chartSection(first) : "", trajectorySection());
+    top(), first ? chartSection(first) : "");
+  const viewerPart = el("section", { class: "part", id: "trajectories" }, el("h2", {}, "Trajectories"));
+  page.append(viewerPart);
   // The rest is below the first screen: drawn once that is painted.
   requestAnimationFrame(() => setTimeout(() => {
+    viewerPart.append(trajectories());
     page.append(...rest.map(chartSection), el("footer", {}, "Made by onpath report. This page holds all its data and loads nothing."));
     document.documentElement.dataset.ready = "yes";
   }));

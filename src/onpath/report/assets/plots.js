@@ -103,7 +103,7 @@ function intervalsChart(spec) {
   const rowHeight = 26;
   const left = 170;
   const width = 560;
-  const height = spec.rows.length * rowHeight + 34;
+  const height = spec.rows.length * rowHeight + 42;
   const [low, high] = extent(spec.rows.flatMap((r) => [r.low, r.high, r.mean, ...(r.points || [])]).concat(spec.reference ?? []), false);
   const x = scale(low, high, left, width - 12);
   const bottom = spec.rows.length * rowHeight + 6;

@@ -11,7 +11,7 @@ const NAMES = {
   gap: "log-prob gap, student − teacher",
   weight: "weight in the loss",
 };
-const CHUNK = 1000;
+const CHUNK = 400;
 
 function valuesOf(trajectory) {
   const values = Object.fromEntries(Object.entries(trajectory.values || {}).map(([name, text]) => [name, halves(text)]));
@@ -52,6 +52,7 @@ class TokenField {
     this.field = el("div", { class: "tokens", tabindex: "0", role: "group", "aria-label": "Response. Left and right walk through its tokens, f goes to the next fork, Enter opens it.", "aria-describedby": "token-numbers" });
     this.panel = el("div", { class: "panel", id: "token-numbers", "aria-live": "polite" }, el("p", { class: "hint" }, "Point at a token, or walk with ← and →."));
     this.more = el("button", { type: "button", class: "quiet more", onclick: () => this.append() });
+    this.field.append(this.more);
     this.field.addEventListener("pointerover", (event) => this.hover(event.target));
     this.field.addEventListener("pointerleave", () => this.at >= 0 && this.show(this.at));
     this.field.addEventListener("click", (event) => this.click(event.target));
@@ -64,10 +65,11 @@ class TokenField {
     const end = Math.min(this.tokens.length, this.shown + CHUNK);
     const made = document.createDocumentFragment();
     for (let i = this.shown; i < end; i += 1) made.append(this.token(i));
-    this.field.append(made);
+    this.more.before(made);
     this.shown = end;
-    this.more.hidden = end === this.tokens.length;
-    this.more.textContent = `${(this.tokens.length - end).toLocaleString("en-US")} more tokens`;
+    const left = this.tokens.length - end;
+    this.more.hidden = left === 0;
+    this.more.textContent = left ? `${left.toLocaleString("en-US")} more tokens` : "";
   }
 
   token(i) {
@@ -82,8 +84,8 @@ class TokenField {
   colour(quantity) {
     this.quantity = quantity;
     const values = this.values[quantity];
-    for (const span of this.field.children) {
-      const i = Number(span.dataset.i);
+    for (let i = 0; i < this.shown; i += 1) {
+      const span = this.field.children[i];
       const kept = [...span.classList].filter((name) => !/^[wn]\d$/.test(name));
       const level = values ? binClass(bin(quantity, values[i])) : "";
       span.className = level ? [...kept, level].join(" ") : kept.join(" ");

@@ -123,7 +123,7 @@ function showTrajectory(t) {
     block("Prompt", el("p", { class: "text" }, visible(t.prompt || ""))),
     t.answer ? el("p", { class: "answer" }, el("b", {}, "answer "), visible(t.answer)) : "",
     t.solution ? block("Reference", el("p", { class: "text" }, visible(t.solution))) : "",
-    el("section", { class: "block" }, el("h3", {}, t.diff ? "Rewrite z, trained on" : "Response"), edges, legend, field.field, field.more, t.labels ? el("p", { class: "hint" }, "Wavy underline: the first wrong token of a step, by the task’s own checker.") : null),
+    el("section", { class: "block" }, el("h3", {}, t.diff ? "Rewrite z, trained on" : "Response"), edges, legend, field.field, t.labels ? el("p", { class: "hint" }, "Wavy underline: the first wrong token of a step, by the task’s own checker.") : null),
     field.panel, forkButtons(t, field), place,
     t.diff ? diffPanel(t) : "", measured(t));
   watch(field);
@@ -132,7 +132,8 @@ function showTrajectory(t) {
 // Long responses grow when their end comes into sight.
 function watch(field) {
   viewer.observer?.disconnect();
-  viewer.observer = new IntersectionObserver((entries) => entries.some((e) => e.isIntersecting) && !field.more.hidden && field.append(), { rootMargin: "400px" });
+  const near = (entries) => entries.some((entry) => entry.isIntersecting) && !field.more.hidden && field.append();
+  viewer.observer = new IntersectionObserver(near, { root: field.field, rootMargin: "300px" });
   viewer.observer.observe(field.more);
 }
 
