@@ -204,7 +204,7 @@ CHANGES: list[dict[str, Any]] = [
     {"embedding": "teacher"},
     {"embedding": "student_layer"},
     {"embedding": "student_layer", "embedding_layer": 1},
-    {"decide": "threshold", "threshold": 0.9},
+    {"decide": "threshold", "threshold": 0.97},
     {"decide": "upper_quartile_of_low_loss"},
     {"decide": "sampled_gap"},
     {"decide": "random_positions"},
