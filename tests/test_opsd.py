@@ -145,7 +145,11 @@ def test_missing_columns_stop_before_models_load(
     for other in ({**whole, column: "  "}, {k: v for k, v in whole.items() if k != column}):
         path.write_text(json.dumps(whole) + "\n" + json.dumps({**other, "id": "b"}) + "\n")
         config = tiny(
-            method__name="opsd", method__hint=hint, data__train=str(path), student__model="/nowhere"
+            method__name="opsd",
+            method__hint=hint,
+            data__train=str(path),
+            student__model="/nowhere",
+            rollout__prompts=2,
         )
         with pytest.raises(
             UserError, match=f"opsd needs the column {column} for .* 1 of 2|line 2: .* is empty"

@@ -24,7 +24,7 @@ def test_one_position_is_right_before_the_error() -> None:
 
 
 def test_probe_of_a_tiny_pair(tiny: Callable[..., Config], tmp_path: Path) -> None:
-    config = tiny(method__name="opd", data__limit=6)
+    config = tiny(method__name="opd", data__limit=6, rollout__prompts=6)
     parts = assemble(config)
     path = run_probe(parts, rollouts=6, continuations=3, every=5, out=tmp_path / "probe")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -38,7 +38,7 @@ def test_probe_of_a_tiny_pair(tiny: Callable[..., Config], tmp_path: Path) -> No
 
 
 def test_modes_are_the_teachers(tiny: Callable[..., Config]) -> None:
-    parts = assemble(tiny(method__name="opd", data__limit=3))
+    parts = assemble(tiny(method__name="opd", data__limit=3, rollout__prompts=3))
     (r, *_) = parts.engine.generate(parts.pool, parts.sampling, keys=[f"probe/{p.id}" for p in parts.pool])
     found = {p.prompt_id: p for p in probe(parts, rollouts=3, continuations=1, every=50)}[r.prompt.id]
     theirs = logps(parts.teacher.model, r.context, r.ids)

@@ -550,7 +550,7 @@ def test_columns_are_checked_before_models_load(tiny: Callable[..., Config], tmp
         '{"id": "b", "prompt": "1+2=?", "solution": " "}\n'
     )
     for options, column in (({"teacher": "self"}, "solution"), ({"filter": "drop_harmed"}, "answer")):
-        changes = {f"method__{k}": v for k, v in options.items()}
+        changes = {f"method__{k}": v for k, v in options.items()} | {"rollout__prompts": 2}
         config = tiny(method__name="trd", data__train=str(path), student__model="/nowhere", **changes)
         with pytest.raises(UserError, match=f"needs the column {column} .* 1 of 2 .* id 'b'"):
             assemble(config)

@@ -210,10 +210,33 @@ def _add_inspect(commands: Any) -> None:
     )
     command.add_argument("--limit", type=int, default=5, help="how many (default: 5)")
     command.add_argument("--json", action="store_true", help="JSON lines for machines")
+    command.add_argument(
+        "--probe",
+        choices=["prefix-failure"],
+        help="measure instead of showing (RUN_DIR may be a config file): from where on can neither "
+        "student nor teacher save a rollout?",
+    )
+    command.add_argument("--rollouts", type=int, default=32, help="of a probe (default: 32)")
+    command.add_argument("--continuations", type=int, default=4, help="of a probe, per position (default: 4)")
+    command.add_argument(
+        "--every", type=int, default=8, help="tokens between a probe's positions (default: 8)"
+    )
     command.set_defaults(run=_inspect)
 
 
 def _inspect(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
+    if options.probe:
+        from onpath.probes.command import run_named
+
+        path = run_named(
+            options.probe,
+            options.directory,
+            rollouts=options.rollouts,
+            continuations=options.continuations,
+            every=options.every,
+        )
+        print(f"{options.probe}: {path}")
+        return 0
     from onpath.inspection import run_inspect
 
     return run_inspect(options)

@@ -11,14 +11,20 @@ import pytest
 from onpath.report import write_report
 from tests.report_data import make_run, make_study
 
-# Chromium's own wall time swings with the machine; the page's time between two of its events hardly does.
-FIRST_PAINT_MS = 1000
+DRAWN_MS = 1000
+"""The whole page; its first screen is painted before that."""
 INTERACTION_MS = 100
 RECOLOUR = """
 const select = document.querySelector(".toolbar select");
 select.value = "gap";
 select.dispatchEvent(new Event("change"));
 """
+ACTIONS = {
+    "choose": "document.querySelectorAll('.list li')[7].click();",
+    "key": "document.querySelector('.tokens').dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowRight'}));",
+    "recolour": RECOLOUR,
+    "filter": "document.querySelector('input[value=wrong]').click();",
+}
 
 
 @pytest.fixture(scope="module")
@@ -222,25 +228,29 @@ def test_phone_has_no_sideways_scroll(name: str, look: Any, pages: dict[str, Pat
     assert driver.execute_script("return document.documentElement.scrollWidth") <= 360
 
 
+def cpu_ms(driver: Any) -> float:
+    """CPU time that the page's main thread has used: what a busy machine does not change."""
+    metrics = driver.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
+    return 1000 * next(m["value"] for m in metrics if m["name"] == "TaskDuration")
+
+
 @pytest.mark.slow
-def test_two_hundred_trajectories_of_a_thousand_tokens_stay_fast(look: Any, tmp_path: Path) -> None:
+def test_two_hundred_trajectories_of_a_thousand_tokens_stay_fast(
+    driver: Any, look: Any, tmp_path: Path
+) -> None:
     page = write_report(make_run(tmp_path / "big", rows=67, length=1000))
     assert 3.5e6 < page.stat().st_size < 5e6
-    paints, choices = [], []
+    driver.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
+    loads: list[float] = []
+    answers: dict[str, list[float]] = {name: [] for name in ACTIONS}
     for _ in range(3):
-        driver = look(page)
-        paints.append(driver.execute_script("return performance.getEntriesByType('paint').at(-1).startTime"))
-        for action in (
-            "document.querySelectorAll('.list li')[7].click()",
-            "document.querySelector('.tokens').dispatchEvent(new KeyboardEvent('keydown', {key: 'End'}))",
-            RECOLOUR,
-            "document.querySelector('input[value=wrong]').click()",
-        ):
-            choices.append(
-                driver.execute_script(
-                    f"const t = performance.now(); {{{action}}} return performance.now() - t"
-                )
-            )
+        look(page)
+        loads.append(cpu_ms(driver))
+        for name, action in ACTIONS.items():
+            before = cpu_ms(driver)
+            driver.execute_async_script(f"{{{action}}} requestAnimationFrame(() => setTimeout(arguments[0]))")
+            answers[name].append(cpu_ms(driver) - before)
+    driver.execute_cdp_cmd("Performance.disable", {})
     assert int(text(driver, "input[value=all] + span small").replace(",", "")) >= 200
-    assert min(paints) < FIRST_PAINT_MS, paints
-    assert sorted(choices)[len(choices) // 2] < INTERACTION_MS, choices
+    assert min(loads) < DRAWN_MS, loads
+    assert all(min(times) < INTERACTION_MS for times in answers.values()), answers

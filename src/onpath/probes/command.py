@@ -1,0 +1,35 @@
+"""`onpath inspect --probe NAME`: measurements that a finished run, or a config, is asked for afterwards."""
+
+from pathlib import Path
+
+from onpath import config as configuration
+from onpath.errors import UserError
+
+PROBES = ("prefix-failure",)
+
+
+def run_named(name: str, where: str, *, rollouts: int, continuations: int, every: int) -> Path:
+    """Runs a probe and returns the path of its JSON lines; summary and picture lie beside it.
+
+    Args:
+        name: one of `PROBES`.
+        where: a run directory (its final model is probed, if it has one) or a config file (its student is).
+
+    Raises:
+        UserError: neither of them, or numbers that make no sense.
+    """
+    path = Path(where)
+    file = path if path.is_file() else path / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{where}: neither a run directory nor a config file")
+    config = configuration.load(file)
+    if path.is_dir() and (path / "model").is_dir():
+        trained = config.student.model_copy(update={"model": str(path / "model"), "lora_rank": 0})
+        config = config.model_copy(update={"student": trained})
+    from onpath.assemble import assemble
+    from onpath.probes.prefix_failure import run_probe
+
+    out = path / "probes" if path.is_dir() else Path(config.run.dir) / config.run.name / "probes"
+    out.mkdir(parents=True, exist_ok=True)
+    assert name == "prefix-failure", name
+    return run_probe(assemble(config), rollouts=rollouts, continuations=continuations, every=every, out=out)
