@@ -87,7 +87,9 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "seconds": seconds,
         "parts": {k: vars(Spread.of([r["topd"][k] for r in rows])) for k in PARTS},
-        "share_of_opd_step": {k: Spread.of([r["topd"][k] / p for r, p in zip(rows, plain, strict=True)]).median for k in PARTS},
+        "share_of_opd_step": {
+            k: Spread.of([r["topd"][k] / p for r, p in zip(rows, plain, strict=True)]).median for k in PARTS
+        },
         "ratio": vars(Spread.of([r["topd"]["step"] / p for r, p in zip(rows, plain, strict=True)])),
         "counts": {k: Spread.of([r["counts"][k] for r in rows]).median for k in rows[0]["counts"]},
     }  # fmt: skip
@@ -103,9 +105,11 @@ def markdown(data: Mapping[str, Any]) -> str:
     lines = [
         "# One step of TOPD against one of OPD",
         "",
-        f"`python benchmarks/topd_step.py {s['command']}`: {environment_line(data['environment'])}. The gym's bundled "
-        f"models, {s['prompts']} prompts, K = {s['window']}, {s['micro_batch_tokens']} tokens per micro-batch; per step "
-        f"{found['counts']['tokens']:.0f} response tokens, {found['counts']['fork_candidates']:.0f} candidates, "
+        f"`python benchmarks/topd_step.py {s['command']}`: {environment_line(data['environment'])}. "
+        f"The gym's bundled models, {s['prompts']} prompts, K = {s['window']}, "
+        f"{s['micro_batch_tokens']} tokens per micro-batch; per step "
+        f"{found['counts']['tokens']:.0f} response tokens, "
+        f"{found['counts']['fork_candidates']:.0f} candidates, "
         f"{found['counts']['forks']:.0f} forks, {found['counts']['teacher_tokens']:.0f} window tokens.",
         "",
         "| ms, median [quartiles] | OPD | TOPD |",
@@ -118,7 +122,8 @@ def markdown(data: Mapping[str, Any]) -> str:
     r = found["ratio"]
     lines += [
         "",
-        f"Ratio of paired steps: median **{r['median']:.3f}** [{r['low']:.3f}, {r['high']:.3f}], n = {r['n']}.",
+        f"Ratio of paired steps: median **{r['median']:.3f}** "
+        f"[{r['low']:.3f}, {r['high']:.3f}], n = {r['n']}.",
         "",
         "| TOPD's `correct` | ms | share of OPD's step |",
         "|---|---|---|",

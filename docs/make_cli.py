@@ -15,8 +15,8 @@ from onpath.cli import main, make_parser
 PAGE = Path(__file__).with_name("cli.md")
 INTRODUCTION = """# The command line
 
-Made from `--help` by `make docs`; `make check` fails if it is out of date. Exit codes: 0 done, 2 something that
-you can fix (one sentence says what), 1 a fault of onpath's.
+Made from `--help` by `make docs`; `make check` fails if it is out of date. Exit codes: 0 done, 2 something
+that you can fix (one sentence says what), 1 a fault of onpath's.
 """
 
 

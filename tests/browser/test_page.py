@@ -21,7 +21,8 @@ select.dispatchEvent(new Event("change"));
 """
 ACTIONS = {
     "choose": "document.querySelectorAll('.list li')[7].click();",
-    "key": "document.querySelector('.tokens').dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowRight'}));",
+    "key": "document.querySelector('.tokens')"
+    ".dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowRight'}));",
     "recolour": RECOLOUR,
     "filter": "document.querySelector('input[value=wrong]').click();",
 }
