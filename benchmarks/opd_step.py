@@ -333,7 +333,8 @@ def markdown(data: Mapping[str, Any]) -> str:
     share = found["share_of_step"]
     return f"""# One step of OPD: onpath and TRL's DistillationTrainer
 
-`python benchmarks/opd_step.py --steps {settings["steps"]}`: {environment_line(data["environment"])}.
+`python benchmarks/opd_step.py --steps {settings["steps"]} --threads {data["environment"]["threads"]}`:
+{environment_line(data["environment"])}.
 {PROMPTS} prompts, at most {NEW_TOKENS} new tokens, {settings["models"]}, float32, reverse KL.
 {"The machine was busy with other work: read the ratios, not the seconds." if settings["busy"] else ""}
 
