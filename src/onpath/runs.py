@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 
 from onpath import checkpoint, distributed
 from onpath.assemble import Parts
 from onpath.config import Config
 from onpath.errors import UserError
 from onpath.evaluate import EvalResult, evaluate, write_details
-from onpath.log import Display, JsonLines, Tracker, flatten, open_trackers, read_lines
+from onpath.log import Display, JsonLines, Tracker, check_trackers, flatten, open_trackers, read_lines
 from onpath.meter import Meter
 from onpath.records import Prompt, Rollout, Sampling
 from onpath.store import sample_row, trajectory_row, write_parquet
@@ -44,6 +45,11 @@ class Run:
         """Whether the final model is there: it is written last."""
         return (self.directory / "model").is_dir()
 
+    def close(self) -> None:
+        """Lets the trackers write what they hold."""
+        for tracker in self.trackers:
+            tracker.close()
+
     def resume(self, optimizer: torch.optim.Optimizer) -> int:
         """Steps done by earlier processes; weights, optimiser and files are set back to there."""
         loaded = checkpoint.load(
@@ -61,6 +67,9 @@ class Run:
         if distributed.rank() == 0:
             self.metrics.rewind(step=done)
             self.evals.rewind(step=done if done else -1)
+            for pattern in ("trajectories/*.tmp-*", "evals/*.tmp-*", "evals/.*"):  # of a killed writer
+                for path in self.directory.glob(pattern):
+                    path.unlink()
         self.parts.engine.sync_weights(done)
         return done
 
@@ -84,7 +93,7 @@ class Run:
         if distributed.rank() == 0:
             self.metrics.write(row)
             for tracker in self.trackers:
-                tracker.log(flatten(row), step)
+                tracker.log(flatten({k: v for k, v in row.items() if k != "step"}), step)
         return row
 
     def checkpoint(self, step: int, optimizer: torch.optim.Optimizer) -> None:
@@ -109,7 +118,9 @@ class Run:
                 if config.student.lora_merge and config.student.lora_rank:
                     self._save(self.directory / "merged", merged=True)
                 self._save(target, merged=False)
-            except OSError as error:
+            except (OSError, SafetensorError) as error:
+                for name in ("merged", "model"):
+                    shutil.rmtree(self.directory / f".{name}.tmp", ignore_errors=True)
                 raise UserError(
                     f"{target}: cannot write: {error}; free some space and start the same command again"
                 ) from None
@@ -142,6 +153,7 @@ def open_run(config: Config, parts: Parts) -> Run:
         UserError: it belongs to another config (the differing keys are named), or cannot be written.
     """
     directory = Path(config.run.dir) / config.run.name
+    check_trackers(config.run.trackers)
     if distributed.rank() == 0:
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -197,8 +209,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def environment(parts: Parts) -> dict[str, Any]:
-    """Versions, device, commit, seeds: what it takes to repeat a run. Nothing of the process's "
-    "environment."""
+    """Versions, device, commit, seeds: what it takes to repeat a run. No environment variables."""
     commit = None
     with suppress(OSError, subprocess.SubprocessError):
         here = Path(__file__).parent
