@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from onpath.errors import UserError
 
 _PREFIX = "step_"
+_FILES = ("model.safetensors", "optimizer.safetensors", "method.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,10 +147,13 @@ def _restore_optimizer(
 
 
 def _verified(path: Path) -> dict[str, Any] | None:
+    """The state, if every byte of the checkpoint is what was written."""
     try:
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
-        whole = all(_digest(path / name) == digest for name, digest in state["blake2b"].items())
-    except (OSError, ValueError, KeyError):
+        whole = state["step"] == int(path.name.removeprefix(_PREFIX)) and all(
+            _digest(path / name) == state["blake2b"][name] for name in _FILES
+        )
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return state if whole else None
 

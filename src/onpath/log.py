@@ -1,5 +1,6 @@
 """What a run says: JSON lines on disk always, a progress display for people, trackers if asked for."""
 
+import importlib.util
 import json
 import os
 import sys
@@ -36,11 +37,20 @@ class JsonLines:
 
     def rewind(self, *, step: int) -> None:
         """Drops the lines after `step`, and a half-written last line: a resumed run writes them again."""
-        if self.path.exists():
-            kept = [line for line, row in _complete(self.path) if row["step"] <= step]
-            temporary = self.path.with_suffix(".tmp")
+        if not self.path.exists():
+            return
+        kept = [line for line, row in _complete(self.path) if row["step"] <= step]
+        temporary = self.path.with_suffix(".tmp")
+        try:
             temporary.write_text("".join(kept), encoding="utf-8")
             os.replace(temporary, self.path)
+        except OSError as error:
+            with suppress(OSError):
+                temporary.unlink()
+            raise UserError(
+                f"{self.path}: cannot write: {error.strerror}; free some space and start the same command "
+                f"again"
+            ) from None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -50,10 +60,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def _complete(path: Path) -> list[tuple[str, dict[str, Any]]]:
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
         with suppress(ValueError):  # a killed writer's last line
-            if line.endswith("\n"):
-                rows.append((line, json.loads(line)))
+            rows.append((f"{line}\n", json.loads(line)))
     return rows
 
 
@@ -121,19 +130,21 @@ _TRACKERS: dict[str, Callable[[Path, str, Metrics], Tracker]] = {
 }
 
 
-def open_trackers(names: Sequence[str], *, directory: Path, name: str, config: Metrics) -> list[Tracker]:
-    """The trackers asked for.
+def check_trackers(names: Sequence[str]) -> None:
+    """Before a run directory is made.
 
     Raises:
         UserError: one of them is not installed.
     """
-    trackers: list[Tracker] = []
-    for key in names:
-        try:
-            trackers.append(_TRACKERS[key](directory, name, config))
-        except ImportError:
-            raise UserError(f"run.trackers: {key} is not installed; pip install 'onpath[trackers]'") from None
-    return trackers
+    for name in names:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # without an origin: a directory of that name lies here
+            raise UserError(f"run.trackers: {name} is not installed; pip install 'onpath[trackers]'")
+
+
+def open_trackers(names: Sequence[str], *, directory: Path, name: str, config: Metrics) -> list[Tracker]:
+    """The trackers asked for; `check_trackers` has seen that they are installed."""
+    return [_TRACKERS[key](directory, name, config) for key in names]
 
 
 def flatten(row: Metrics, prefix: str = "") -> dict[str, float]:
@@ -148,8 +159,7 @@ def flatten(row: Metrics, prefix: str = "") -> dict[str, float]:
 
 
 class Display:
-    """Progress for people: a live bar on a terminal, a plain line now and then elsewhere, nothing if "
-    "quiet."""
+    """Progress for people: a live bar on a terminal, a plain line now and then elsewhere, or nothing."""
 
     def __init__(self, *, steps: int, done: int, quiet: bool = False, console: Console | None = None) -> None:
         self.console = console or Console(file=sys.stderr, quiet=quiet)

@@ -27,8 +27,7 @@ _NATS = {
 
 
 class Stopwatch:
-    """Seconds by stage; on a GPU each stage waits for its kernels, so that they are not billed to the "
-    "next."""
+    """Seconds by stage; on a GPU each stage waits for its kernels: they are not billed to the next."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)

@@ -13,6 +13,7 @@ exactly.
 import math
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -61,16 +62,16 @@ def train(config: Config, *, quiet: bool = False) -> RunResult:
     """
     try:
         parts = assemble(config)
-        run = open_run(config, parts)
-        if not run.finished:
-            optimise(parts, run, quiet=quiet)
-            run.save_model()
-        return RunResult(
-            directory=run.directory,
-            model=run.directory / "model",
-            steps=config.optim.steps,
-            evaluations=tuple(saved_evaluations(run, config.optim.steps)),
-        )
+        with closing(open_run(config, parts)) as run:
+            if not run.finished:
+                optimise(parts, run, quiet=quiet)
+                run.save_model()
+            return RunResult(
+                directory=run.directory,
+                model=run.directory / "model",
+                steps=config.optim.steps,
+                evaluations=tuple(saved_evaluations(run, config.optim.steps)),
+            )
     finally:
         distributed.stop()
 
@@ -190,8 +191,7 @@ def loss_of(
 
 
 class _CallableModule(ModuleType):
-    """Makes `onpath.train(config)` work whether the name means the function or, once imported, this "
-    "module."""
+    """Makes `onpath.train(config)` work whether the name means the function or, once imported, the module."""
 
     def __call__(self, config: Config, *, quiet: bool = False) -> RunResult:
         return train(config, quiet=quiet)
