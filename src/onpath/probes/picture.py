@@ -19,6 +19,7 @@ _STUDENT, _TEACHER, _ONSET, _OWN = (
     "#009E73",
 )  # told apart by all kinds of eyes
 _FEW = 3  # positions that fewer rollouts reach are not drawn
+_VISIBLE = 0.01
 
 
 def draw(found: Sequence[Probed], path: Path) -> None:
@@ -35,20 +36,24 @@ def draw(found: Sequence[Probed], path: Path) -> None:
         rates = by_offset(shown, lambda p, n=name: _rates(p, getattr(p, n)))  # type: ignore[misc]
         _line(upper, rates, colour, f"{name} goes on")
     upper.set(ylabel="share of continuations\nthat end right", ylim=(-0.02, 1.02))
-    for name, colour, label in (
-        ("onset_mass", _ONSET, "opens a correction"),
-        ("token_probability", _OWN, "goes on as the student did"),
-    ):
-        masses = by_offset(shown, lambda p, n=name: list(enumerate(getattr(p, n))))  # type: ignore[misc]
-        _line(lower, masses, colour, label)
+    own = by_offset(shown, lambda p: list(enumerate(p.token_probability)))
+    _line(lower, own, _OWN, "goes on as the student did (mean)", band=False)
+    # A mean would hide that the teacher either opens a correction or does not think of it.
+    onsets = by_offset(shown, lambda p: [(t, m) for t, m in enumerate(p.onset_mass) if m > _VISIBLE], few=1)
+    dots = [(offset, mass) for offset, masses in onsets.items() for mass in masses]
+    lower.plot(
+        *zip(*dots, strict=True) if dots else ([], []),
+        color=_ONSET, marker="o", markersize=4, linestyle="", alpha=0.8,
+        label="opens a correction (each rollout)",
+    )  # fmt: skip
     where = "tokens from the start of the first wrong step" if known else "tokens of the response"
     lower.set(ylabel="teacher's probability", xlabel=where, ylim=(-0.02, 1.02))
     kind = "rollouts with a known first error" if known else "rollouts"
-    upper.set_title(
+    figure.suptitle(
         f"{len(shown)} {kind}, {shown[0].trials} continuations at each position; bands: 95%", fontsize=10
     )
     for axis in (upper, lower):
-        axis.legend(frameon=False, loc="center right")
+        axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderpad=0)
         axis.spines[["top", "right"]].set_visible(False)
         if known:
             axis.axvline(0, color="0.6", linewidth=0.8, linestyle=":")
@@ -56,23 +61,26 @@ def draw(found: Sequence[Probed], path: Path) -> None:
 
 
 def by_offset(
-    found: Sequence[Probed], values: Callable[[Probed], list[tuple[int, float]]]
+    found: Sequence[Probed], values: Callable[[Probed], list[tuple[int, float]]], *, few: int = _FEW
 ) -> dict[int, list[float]]:
-    """Offset from the first error (or from the start) → one value per rollout that reaches it."""
+    """Offset from the first error (or from the start) → one value per rollout that reaches it; offsets that
+    fewer than `few` rollouts reach are left out."""
     grouped: dict[int, list[float]] = defaultdict(list)
     for p in found:
         for position, value in values(p):
             grouped[position - (p.first_error or 0)].append(value)
-    return {offset: v for offset, v in sorted(grouped.items()) if len(v) >= min(_FEW, len(found))}
+    return {offset: v for offset, v in sorted(grouped.items()) if len(v) >= min(few, len(found))}
 
 
 def _rates(p: Probed, right: Sequence[int]) -> list[tuple[int, float]]:
     return [(t, n / p.trials) for t, n in zip(p.positions, right, strict=True)]
 
 
-def _line(axis: Any, grouped: dict[int, list[float]], colour: str, label: str) -> None:
+def _line(axis: Any, grouped: dict[int, list[float]], colour: str, label: str, *, band: bool = True) -> None:
     offsets = list(grouped)
     means = [sum(v) / len(v) for v in grouped.values()]
+    axis.plot(offsets, means, color=colour, linewidth=1.8 if band else 0.9, label=label)
+    if not band:
+        return
     low, high = zip(*(bootstrap_interval(v, resamples=500) for v in grouped.values()), strict=True)
-    axis.plot(offsets, means, color=colour, linewidth=1.8, label=label)
     axis.fill_between(offsets, low, high, color=colour, alpha=0.2, linewidth=0)
