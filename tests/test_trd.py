@@ -22,7 +22,7 @@ from onpath.methods import make_method
 from onpath.methods.compare import edit_distance, is_foreign
 from onpath.methods.edits import Rewrite
 from onpath.methods.trd import TRD
-from onpath.options import TRDOptions
+from onpath.options import TOPDOptions, TRDOptions
 from onpath.records import Prompt, Rollout, Sampling
 from onpath.refine import Refinement, refusal
 from onpath.train import sample, train
@@ -316,6 +316,28 @@ def test_minimal_edit_from_the_teachers_doubt(parts: Parts) -> None:
         assert t.response[:k] == r.ids[:k]
 
 
+def test_minimal_edit_from_the_first_fork(parts: Parts) -> None:
+    attempts = sample(parts, 0)
+    options = {"minimal_edit": True, "locate": "fork", "locate_window": 4, "template": TEMPLATE}
+    method = make_method(TRDOptions(**options, locate_distance=0.8, diagnose_every=0), parts.tools)
+    made = method.prepare(attempts, step=0)
+    topd = TOPDOptions(window=4, decide="threshold", threshold=0.8)
+    forks = [
+        [f for f in t.edit.detail["forks"] if f["decision"] == "fork"]
+        for t in make_method(topd, parts.tools).prepare(attempts, step=7).trajectories
+    ]
+    kept = [t.edit.detail["kept_tokens"] for t in made.trajectories]
+    assert kept == [min((f["position"] for f in row), default=0) for row in forks]
+    assert any(kept)
+    assert not all(row for row in forks), "a distance that tells some attempts from others"
+    spent = [t.edit.detail["locate_tokens"] for t in made.trajectories]
+    assert all(spent)
+    written = [t.edit.detail["teacher_tokens"] for t in made.trajectories]
+    assert made.totals["teacher_tokens_generated"] == sum(spent) + sum(written)
+    half = method.prepare(attempts[::2], step=0).trajectories
+    assert [t.response for t in half] == [t.response for t in made.trajectories[::2]]
+
+
 def test_attempt_is_trimmed_before_the_reference(parts: Parts) -> None:
     whole = len(ids("<bos>7+5=? ref:7 plus 5 try:so 13 redo:<sol>"))
     y = attempt("so 13<eos>")
@@ -530,6 +552,8 @@ def test_killed_and_resumed_is_the_same_run(tiny: Callable[..., Config]) -> None
         ),
         ({"minimal_edit": True, "see_attempt": False}, "minimal_edit keeps a part of the attempt"),
         ({"minimal_edit": True}, "checker needs a task with a checker of steps"),
+        ({"minimal_edit": True, "locate": "fork", "teacher": "self"}, "use teacher: model"),
+        ({"minimal_edit": True, "locate": "fork", "offline": True}, "use locate: checker"),
         ({"scoring": "plain", "teacher": "self"}, "the teacher is the student itself"),
         ({"best_of": 0}, "best_of"),
         ({"filters": "none"}, "did you mean filter"),

@@ -16,11 +16,14 @@ Divergence = Literal[
 
 
 class Section(BaseModel):
-    """Base of every config section: unknown keys are errors, values are frozen, docstrings are "
-    "descriptions."""
+    """Base of every config section: unknown keys are errors, values frozen, docstrings descriptions."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
     )
 
 
@@ -181,11 +184,15 @@ class TRDOptions(LossOptions):
     """Rewrites per attempt; the one the student finds likeliest among the verified is kept."""
     minimal_edit: bool = False
     """Keep the attempt up to its first error and let the rewriter continue from there."""
-    locate: Literal["checker", "teacher_logprob"] = "checker"
-    """How minimal_edit finds the first error: the task's checker of steps (gym), or the first steep drop of
-    the teacher's log-prob."""
+    locate: Literal["checker", "teacher_logprob", "fork"] = "checker"
+    """How minimal_edit finds the first error: the task's checker of steps (gym), the first steep drop of the
+    teacher's log-prob, or the first fork: where TOPD finds that near futures part."""
     locate_drop: float = Field(4.0, gt=0)
     """teacher_logprob: nats by which a token must be likelier to the student than to the teacher."""
+    locate_window: int = Field(20, ge=1)
+    """fork: K, tokens of each near-future window."""
+    locate_distance: float = Field(0.3, ge=0)
+    """fork: smallest transport distance of the two windows."""
     gate: bool = True
     """Before training, rewrite a sample of real rollouts and refuse to go on if that harms them."""
     gate_prompts: int = Field(64, ge=1)
@@ -227,6 +234,15 @@ class TRDOptions(LossOptions):
             raise ValueError(
                 "scoring is plain and teacher is self: on the plain problem the teacher is the student "
                 "itself, which teaches nothing; use scoring: rewrite"
+            )
+        if self.minimal_edit and self.locate == "fork" and self.teacher == "self":
+            raise ValueError(
+                "locate: fork compares the student's near future with another model's; use teacher: model"
+            )
+        if self.minimal_edit and self.locate != "checker" and self.offline:
+            raise ValueError(
+                f"locate: {self.locate} asks the student as it is, but offline rewrites come from the "
+                "starting weights; use locate: checker"
             )
         if self.template is not None:
             check_slots(self.template, self.slots)

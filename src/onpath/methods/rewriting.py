@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from onpath.methods.base import Tools, acting
 from onpath.methods.edits import Rewrite, verdicts
-from onpath.methods.locate import first_errors
+from onpath.methods.locate import Located, first_errors
 from onpath.methods.rewrite_prompt import RewritePrompt
 from onpath.options import TRDOptions
 from onpath.records import Rollout, Sampling
@@ -34,21 +34,23 @@ class Rewriter:
         best = iter(self.choose(self.write(todo, when=when)))
         return [self.left_alone(plan) if plan.kind == "none" else next(best) for plan in plans]
 
-    def errors(self, attempts: Sequence[Rollout]) -> list[int | None]:
+    def errors(self, attempts: Sequence[Rollout]) -> list[Located]:
         """Tokens before each first error, where they will be kept; else 0: nothing is."""
         if self.options.minimal_edit:
             return first_errors(attempts, self.options, self.tools)
-        return [0] * len(attempts)
+        return [Located(0)] * len(attempts)
 
-    def plan(self, attempt: Rollout, right: bool | None, error: int | None) -> Rewrite:
+    def plan(self, attempt: Rollout, right: bool | None, error: Located) -> Rewrite:
         """What to do with an attempt: the kind of edit, the prompt, and the tokens of y to keep."""
         untouched = right is True and self.options.refine == "wrong_only"
-        if error is None and right is not False:
+        if error.before is None and right is not False:
             untouched = True
-        kept = error or 0  # wrong, but no error found: rewritten from the start
+        kept = error.before or 0  # wrong, but no error found: rewritten from the start
         context, trimmed = self.prompt(attempt, room=self.room - kept)
         kind = "none" if untouched else "minimal_edit" if self.options.minimal_edit else "rewrite"
-        detail = {**trimmed, **({"kept_tokens": kept} if self.options.minimal_edit else {})}
+        detail = dict(trimmed)
+        if self.options.minimal_edit:
+            detail |= {"kept_tokens": kept, "locate_tokens": error.teacher_tokens}
         return Rewrite(
             attempt=attempt, context=context, ids=attempt.ids[:kept], finished=False, attempt_right=right,
             kind=kind, detail=detail,

@@ -54,7 +54,9 @@ class TRD(SelfTaught):
                 rewrites, trajectories, reference=reference, tools=self.tools
             )
             means |= more
-        written = float(sum(w.detail.get("teacher_tokens", 0) for w in rewrites))
+        written = float(
+            sum(w.detail.get(k, 0) for w in rewrites for k in ("teacher_tokens", "locate_tokens"))
+        )
         return Prepared(
             trajectories=trajectories,
             means=means,
