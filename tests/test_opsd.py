@@ -45,8 +45,9 @@ def test_the_answer_alone_as_a_hint(tiny: Callable[..., Config]) -> None:
 
 
 def test_our_own_wording_shows_problem_and_solution(tiny: Callable[..., Config]) -> None:
-    parts = assemble(tiny(method__name="opsd", method__diagnose_every=0))
-    (t,) = parts.method.prepare([attempt("13<eos>")], step=0).trajectories
+    parts = assemble(tiny())  # our wording does not fit a tiny model, but it can be rendered
+    method = make_method(OPSDOptions(diagnose_every=0), parts.tools)
+    (t,) = method.prepare([attempt("13<eos>")], step=0).trajectories
     text = parts.renderer.text(t.teacher_context)
     assert text.startswith("7+5=?")
     assert text.index("7 plus 5") > 5
