@@ -26,6 +26,7 @@ from onpath.models import unwrapped
 from onpath.records import Sampling
 
 # B rows, C columns (places of a row), T tokens of the scoring pass, L new tokens, V vocabulary.
+_COMPACT_BELOW = 0.85  # drop finished rows once fewer than this share is still writing
 _QUERIES = 1024  # rows × columns of one forward pass: bounds its logits
 
 Place = tuple[int, int]
@@ -108,19 +109,16 @@ def _write(
     logps_NL: Tensor,
 ) -> None:
     """One round, token by token, into the rows of `tokens_NL` and `logps_NL`."""
-    real_BC = columns.index_BC >= 0
-    index_R, length_BC = columns.index_BC[real_BC], columns.length_BC
+    index_BC, length_BC = columns.index_BC, columns.length_BC
     cut = int(length_BC.max()) - 1
     cache = _merged(engine, pasts, columns.rows, cut)
     step_BC = _last_tokens(pasts, columns)
-    prefix_BCT = torch.arange(cut, device=step_BC.device) < (length_BC - 1)[..., None]
+    mask_BCT = torch.arange(cut, device=step_BC.device) < (length_BC - 1)[..., None]
     own_CC = torch.eye(length_BC.shape[1], dtype=torch.bool, device=step_BC.device)
-    own_BCC = own_CC.expand(len(step_BC), -1, -1)
-    mask_BCT = prefix_BCT
     stops = torch.tensor(sorted(engine.stop_ids), device=step_BC.device)
-    writing_R = torch.ones(len(index_R), dtype=torch.bool, device=step_BC.device)
+    writing_BC = index_BC >= 0
     for t in range(sampling.max_new_tokens):
-        mask_BCT = torch.cat([mask_BCT, own_BCC], dim=-1)
+        mask_BCT = torch.cat([mask_BCT, own_CC.expand(len(step_BC), -1, -1)], dim=-1)
         with torch.autocast(engine.device.type, torch.bfloat16, enabled=engine.bf16):
             logits_BCV = unwrapped(engine.model)(
                 input_ids=step_BC,
@@ -129,12 +127,20 @@ def _write(
                 past_key_values=cache,
                 use_cache=True,
             ).logits
-        drawn_R, logp_R = draw(logits_BCV[real_BC][:, : engine.vocabulary], sampling, uniform_NL[index_R, t])
+        index_R = index_BC[writing_BC]
+        drawn_R, logp_R = draw(
+            logits_BCV[writing_BC][:, : engine.vocabulary], sampling, uniform_NL[index_R, t]
+        )
         tokens_NL[index_R, t], logps_NL[index_R, t] = drawn_R, logp_R
-        writing_R = writing_R & ~torch.isin(drawn_R, stops)
-        if not bool(writing_R.any()):
+        step_BC = torch.zeros_like(step_BC).masked_scatter(writing_BC, drawn_R)
+        writing_BC = writing_BC & ~torch.isin(step_BC, stops)
+        keep_B = writing_BC.any(1)
+        if not bool(keep_B.any()):
             break
-        step_BC = torch.zeros_like(step_BC).masked_scatter(real_BC, drawn_R)
+        if int(keep_B.sum()) < _COMPACT_BELOW * len(keep_B):
+            cache.batch_select_indices(keep_B.nonzero().squeeze(-1))
+            index_BC, length_BC, step_BC = index_BC[keep_B], length_BC[keep_B], step_BC[keep_B]
+            mask_BCT, writing_BC = mask_BCT[keep_B], writing_BC[keep_B]
 
 
 def _merged(engine: HFEngine, pasts: Sequence[Past], rows: Sequence[int], cut: int) -> DynamicCache:
