@@ -55,7 +55,7 @@ def make_model(
             num_attention_heads=2,
             num_key_value_heads=1,
             head_dim=hidden // 2,
-            max_position_embeddings=256,
+            max_position_embeddings=512,
             tie_word_embeddings=tied,
             bos_token_id=1,
             eos_token_id=2,

@@ -4,13 +4,21 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen3ForCausalLM
 
+from onpath.assemble import assemble
 from onpath.cli import main
 from onpath.config import Config
+from onpath.errors import UserError
+from onpath.records import Sampling
 from tests.conftest import CHARACTERS, make_model, make_tokenizer
 
 Break = Callable[["Case"], None]
@@ -77,7 +85,40 @@ def directory_is_a_file(case: Case) -> None:
 
 
 def longer_context(case: Case) -> None:
-    case.rows(*({"prompt": "1" * (250 if i == 7 else 1), "answer": "1"} for i in range(9)))
+    case.rows(*({"prompt": "1" * (505 if i == 7 else 1), "answer": "1"} for i in range(9)))
+
+
+def one_weight_missing(case: Case) -> None:
+    path = case.root / "student" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.norm.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def settings(name: str, file: str = "config.json", **changes: object) -> Break:
+    """A change to one of the files beside a model."""
+
+    def change(case: Case) -> None:
+        path = case.root / name / file
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
+def chat_template(text: str) -> Break:
+    return lambda case: (case.root / "student" / "chat_template.jinja").write_text(text) and None
+
+
+def broken_config_there(text: str) -> Break:
+    def write(case: Case) -> None:
+        case.run.mkdir(parents=True)
+        (case.run / "config.yaml").write_text(text)
+
+    return write
+
+
+def adapter_of_nothing(case: Case) -> None:
+    (case.root / "student" / "adapter_config.json").write_text("{}")
 
 
 CASES: dict[str, tuple[Break, str]] = {
@@ -122,7 +163,7 @@ CASES: dict[str, tuple[Break, str]] = {
     ),
     "pool too small": (lambda c: c.set("data.limit", 3), r"rollout\.prompts is 8, but there are only 3"),
     "eval without answers": (lambda c: c.rows(*({"prompt": str(i)} for i in range(9))), r"have no answer"),
-    "prompt too long": (longer_context, r"does not fit the student's context of 256"),
+    "prompt too long": (longer_context, r"does not fit the student's context of 512"),
     "opsd without solution": (
         lambda c: (
             c.set("method.name", "opsd"),
@@ -153,6 +194,66 @@ CASES: dict[str, tuple[Break, str]] = {
     "tracker not known": (lambda c: c.set("run.trackers", ["mlflow"]), r"run\.trackers"),
     "run of another config": (other_config_there, r"belongs to a run with another config"),
     "directory is a file": (directory_is_a_file, r"cannot write"),
+    "Python in YAML": (
+        lambda c: setattr(c, "text", "optim: !!python/object/apply:os.system ['true']\n"),
+        r"line 1: not valid YAML",
+    ),
+    "key of a value": (lambda c: c.overrides.extend(["--optim.lr.x", "3"]), r"optim\.lr is .*has no key x"),
+    "infinite rate": (lambda c: c.overrides.extend(["--optim.lr", ".inf"]), r"optim\.lr .*finite"),
+    "run without a name": (lambda c: c.set("run.name", ""), r"run\.name is ''"),
+    "top-k without a tail": (
+        lambda c: (c.set("method.support", "teacher_topk"), c.set("method.tail", "none"))[0],
+        r"method\.tail is 'none'",
+    ),
+    "clip of another objective": (
+        lambda c: c.set("method.ppo_clip", 0.2),
+        r"ppo_clip.* belong to kind sampled",
+    ),
+    "unknown file type": (
+        lambda c: (shutil.copy(c.train, c.root / "a.csv"), c.set("data.train", str(c.root / "a.csv")))[1],
+        r"unknown file type '\.csv'",
+    ),
+    "one weight missing": (
+        one_weight_missing,
+        r"1 weights of .* are missing, the first is model\.norm\.weight",
+    ),
+    "weights of another shape": (
+        settings("teacher", intermediate_size=80),
+        r"teacher\.model: 6 weights of .* have another shape than its config\.json says",
+    ),
+    "model family without a name": (settings("student", model_type="zzz"), r"student\.model: .* `zzz`"),
+    "not a causal LM": (settings("student", model_type="t5"), r"student\.model: cannot load a causal LM"),
+    "broken tokenizer": (
+        lambda c: (c.root / "student" / "tokenizer.json").write_text("{") and None,
+        r"student\.model: cannot load a tokenizer",
+    ),
+    "broken chat template": (chat_template("{% for m in %}"), r"prompt '0': the chat template refuses it"),
+    "chat template that refuses": (
+        chat_template("{{ raise_exception('no such role') }}"),
+        r"the chat template refuses it: no such role",
+    ),
+    "teacher with a short context": (
+        settings("teacher", max_position_embeddings=16),
+        r"teacher\.model: its context of 16 tokens is too short",
+    ),
+    "solution too long": (
+        lambda c: (
+            c.set("method.name", "opsd"),
+            c.set("method.template", "{problem} {solution}"),
+            c.rows(
+                *(
+                    {"prompt": str(i), "answer": "1", "solution": "1" * (505 if i == 8 else 3)}
+                    for i in range(9)
+                )
+            ),
+        )[0],
+        r"prompt '8' with its solution has \d+ tokens",
+    ),
+    "adapter without a base": (adapter_of_nothing, r"adapter_config\.json does not name"),
+    "device that holds nothing": (lambda c: c.set("student.device", "meta"), r"student\.device is meta"),
+    "teacher's device": (lambda c: c.set("teacher.device", "cpu:x"), r"teacher\.device is cpu:x"),
+    "run of a damaged config": (broken_config_there("optim: [\n"), r"config\.yaml: damaged"),
+    "run of an empty config": (broken_config_there(""), r"config\.yaml: damaged"),
 }
 
 
@@ -163,6 +264,7 @@ def test_one_sentence_and_exit_2(
     case = Case(tiny(), tmp_path)
     break_it, expected = CASES[name]
     break_it(case)
+    there = case.run.exists()
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != "config.yaml"}
     try:
         code = main(case.arguments())
@@ -177,8 +279,57 @@ def test_one_sentence_and_exit_2(
     assert re.search(expected, sentence), sentence
     after = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != "config.yaml"}
     assert {p: after.get(p) for p in before} == before, "what was there stays as it was"
+    assert case.run.exists() == there, "the corrected command must not meet the directory of another config"
     assert not (case.run / "metrics.jsonl").exists()
     assert not (case.run / "model").exists()
+
+
+def test_no_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (tmp_path / "nope.yaml", tmp_path):
+        assert main(["train", str(path)]) == 2
+        assert capsys.readouterr().err == f"onpath: {path}: no such config file\n"
+
+
+def test_a_model_that_does_more_to_its_logits_is_refused(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses are formed from hidden states and head: a family that also scales, say, must be known."""
+    real = Qwen3ForCausalLM.forward
+
+    def scaled(self: Any, *args: Any, **named: Any) -> Any:
+        output = real(self, *args, **named)
+        output.logits = 1.1 * output.logits
+        return output
+
+    monkeypatch.setattr(Qwen3ForCausalLM, "forward", scaled)
+    with pytest.raises(UserError, match=r"student\.model: qwen3 models change their logits in a way"):
+        assemble(tiny())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_said(temperature: float, tiny: Callable[..., Config]) -> None:
+    parts = assemble(tiny())
+    with torch.no_grad():
+        parts.student.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="logits are not finite"):
+        parts.engine.continue_from([(1, 5)], Sampling(temperature=temperature, max_new_tokens=3))
+
+
+def test_a_gradient_that_is_no_number_stops_the_run(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = import_module("onpath.train")
+    real = module.loss_of
+
+    def spoilt(*args: Any) -> Any:
+        result = real(*args)
+        return replace(result, loss=result.loss * float("nan"))
+
+    monkeypatch.setattr(module, "loss_of", spoilt)
+    config = tiny()
+    with pytest.raises(UserError, match="step 1: the gradient is not finite"):
+        module.train(config, quiet=True)
+    assert not (Path(config.run.dir) / config.run.name / "model").exists()
 
 
 def test_the_unbroken_case_runs(tiny: Callable[..., Config], tmp_path: Path) -> None:

@@ -350,9 +350,9 @@ def test_new_weights_write_at_once(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_context_overflow_says_so(engine: HFEngine) -> None:
-    with pytest.raises(UserError, match="11 tokens and 246 new ones do not fit the model's context of 256"):
-        engine.continue_from([(1,) * 11], replace(SAMPLING, max_new_tokens=246))
-    assert len(engine.continue_from([(1,) * 11], replace(SAMPLING, max_new_tokens=245))) == 1
+    with pytest.raises(UserError, match="11 tokens and 502 new ones do not fit the model's context of 512"):
+        engine.continue_from([(1,) * 11], replace(SAMPLING, max_new_tokens=502))
+    assert len(engine.continue_from([(1,) * 11], replace(SAMPLING, max_new_tokens=501))) == 1
 
 
 # The distribution drawn from, computed another way.

@@ -25,6 +25,7 @@ from onpath.grade import Grader, grader_for
 from onpath.losses import Head, Objective
 from onpath.measure import Measure
 from onpath.methods import Method, Tools, make_method
+from onpath.methods.opsd import OPSD
 from onpath.models import (
     check_head,
     check_vocabulary,
@@ -152,6 +153,9 @@ def assemble(config: Config) -> Parts:
         first_error=checker_of(config),
         onset_ids=onset_ids(config, tokenizer),
     )
+    method = make_method(config.method, tools)
+    if isinstance(method, OPSD):
+        method.check(loaded.prompts)
     return Parts(
         config=config,
         pool=loaded.prompts,
@@ -163,7 +167,7 @@ def assemble(config: Config) -> Parts:
         teacher=teacher,
         engine=engine,
         sampler=sampler,
-        method=make_method(config.method, tools),
+        method=method,
         grader=grader,
         objective=objective,
         sampling=sampling,

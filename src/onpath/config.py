@@ -151,7 +151,7 @@ class Eval(Section):
 
 
 class Run(Section):
-    name: str = "opd-gym"
+    name: str = Field("opd-gym", min_length=1)
     """The run's directory under run.dir."""
     dir: str = "runs"
     """Where runs are kept."""
@@ -285,7 +285,10 @@ def _override(data: dict[str, Any], dotted: str, text: str) -> None:
         raise UserError(f"{section}: must be a mapping, not {target!r}")
     *path, last = key.split(".")
     for part in path:
-        target = target.setdefault(part, {})
+        inner = target.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"--{dotted}: {section}.{part} is {inner!r}, which has no key {last}")
+        target = inner
     target[last] = value
 
 

@@ -39,9 +39,9 @@ class JsonLines:
         """Drops the lines after `step`, and a half-written last line: a resumed run writes them again."""
         if not self.path.exists():
             return
-        kept = [line for line, row in _complete(self.path) if row["step"] <= step]
         temporary = self.path.with_suffix(".tmp")
         try:
+            kept = [line for line, row in _complete(self.path) if row["step"] <= step]
             temporary.write_text("".join(kept), encoding="utf-8")
             os.replace(temporary, self.path)
         except OSError as error:

@@ -49,7 +49,7 @@ def pick_device(name: str, key: str, otherwise: torch.device | None = None) -> t
         return otherwise or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:  # torch's ways to say: unknown, not built, not there
         raise UserError(f"{key} is {name}, which torch cannot use here: {_first_line(error)}") from None
     return device
@@ -76,7 +76,6 @@ def load_model(section: Student | Teacher, key: str, device: torch.device) -> Pr
                 output_loading_info=True,
             )
             model, found = loaded
-            _check_complete(found, section, key)
             if adapter:
                 model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     except SafetensorError as error:
@@ -85,6 +84,7 @@ def load_model(section: Student | Teacher, key: str, device: torch.device) -> Pr
         raise UserError(
             f"{key}: cannot load a causal LM from {section.model}: {_first_line(error)}"
         ) from None
+    _check_complete(found, section, key)
     frozen: PreTrainedModel = model.eval().requires_grad_(False)
     nn.Module.to(frozen, device)  # in place; transformers' own `to` is untyped
     return frozen
@@ -133,7 +133,8 @@ def load_tokenizer(section: Student | Teacher, key: str) -> PreTrainedTokenizerB
             f"{key}: {section.model} has no tokenizer; save one there (tokenizer.save_pretrained)"
         )
     try:
-        return AutoTokenizer.from_pretrained(where, trust_remote_code=section.trust_remote_code)
+        with quietly():
+            return AutoTokenizer.from_pretrained(where, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"{key}: cannot load a tokenizer from {section.model}: {_first_line(error)}"

@@ -5,6 +5,7 @@ from dataclasses import replace
 from string import Formatter
 from typing import Any, Literal
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from onpath.errors import UserError
@@ -42,13 +43,16 @@ class Renderer:
     def ids(self, prompt: Prompt) -> tuple[int, ...]:
         """The context that a response continues. Chat prompts end with the generation prompt."""
         if self.chat:
-            rendered = self.tokenizer.apply_chat_template(
-                [dict(m) for m in self._messages(prompt)],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-                **self.template_options,
-            )
+            try:
+                rendered = self.tokenizer.apply_chat_template(
+                    [dict(m) for m in self._messages(prompt)],
+                    add_generation_prompt=True,
+                    tokenize=True,
+                    return_dict=False,
+                    **self.template_options,
+                )
+            except TemplateError as error:
+                raise UserError(f"prompt {prompt.id!r}: the chat template refuses it: {error}") from None
             return tuple(rendered)
         if prompt.messages is not None:
             raise UserError(

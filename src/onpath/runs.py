@@ -183,7 +183,7 @@ def _claim(directory: Path, config: Config) -> None:
     if not path.exists():
         _write(path, config.to_yaml())
         return
-    theirs, ours = yaml.safe_load(path.read_text()), config.model_dump(mode="json")
+    theirs, ours = _read(path), config.model_dump(mode="json")
     differing = [k for k in sorted({*_keys(theirs), *_keys(ours)}) if _at(theirs, k) != _at(ours, k)]
     if differing:
         key = differing[0]
@@ -193,8 +193,18 @@ def _claim(directory: Path, config: Config) -> None:
         )
 
 
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        tree = None
+    if not isinstance(tree, dict) or not all(isinstance(options, dict) for options in tree.values()):
+        raise UserError(f"{path}: damaged; choose another run.name or remove the directory")
+    return tree
+
+
 def _keys(tree: dict[str, Any]) -> list[str]:
-    return [f"{section}.{key}" for section, options in tree.items() for key in (options or {})]
+    return [f"{section}.{key}" for section, options in tree.items() for key in options]
 
 
 def _at(tree: dict[str, Any], dotted: str) -> Any:

@@ -206,6 +206,11 @@ class HFEngine:
 
     def _completions(self, tokens_BL: Tensor, logps_BL: Tensor) -> list[Completion]:
         """Each row up to its first stop. Whatever was written after it is not part of the sample."""
+        if not bool(torch.isfinite(logps_BL).all()):
+            raise UserError(
+                "the model's logits are not finite: it has diverged, or its dtype is too narrow; use a lower "
+                "optim.lr, or float32 instead of float16"
+            )
         stops_BL = torch.isin(tokens_BL, self._stop)
         stopped_B = stops_BL.any(-1)
         length_B = torch.where(stopped_B, stops_BL.int().argmax(-1) + 1, tokens_BL.shape[1])
@@ -280,13 +285,14 @@ def draw(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor) -> tuple[Tens
     logits_BV = logits_BV.float()
     if sampling.temperature == 0:
         best_B = logits_BV.argmax(-1)
-        return best_B, torch.zeros_like(best_B, dtype=torch.float32)
+        return best_B, 0.0 * logits_BV.gather(-1, best_B[:, None]).squeeze(-1)
     logp_BV = truncate(logits_BV / sampling.temperature, sampling).log_softmax(-1)
     cdf_BV = logp_BV.exp().double().cumsum(-1)
     total_B1 = cdf_BV[:, -1:]
     below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))  # rounding must not reach the total
     point_B1 = torch.minimum(uniform_B[:, None] * total_B1, below_B1)
     token_B = torch.searchsorted(cdf_BV, point_B1, right=True).squeeze(-1)
+    token_B = token_B.clamp(max=logp_BV.shape[-1] - 1)  # of logits that are no numbers: the log-prob tells
     return token_B, logp_BV.gather(-1, token_B[:, None]).squeeze(-1)
 
 

@@ -11,12 +11,13 @@ gym).
 
 from collections.abc import Sequence
 
+from onpath.errors import UserError
 from onpath.methods.base import Prepared, SelfTaught, Tools, own_response, privileged_context
 from onpath.methods.diagnose import read_along, token_means
 from onpath.methods.edits import verdicts
 from onpath.options import OPSDOptions
 from onpath.reading import Readings
-from onpath.records import Rollout
+from onpath.records import Prompt, Rollout
 
 
 class OPSD(SelfTaught):
@@ -36,6 +37,22 @@ class OPSD(SelfTaught):
         readings = Readings()  # the loss reads no model again
         means = token_means(read_along(trajectories, self.tools, into=readings), right)
         return Prepared(trajectories=trajectories, means=means, readings=readings)
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Every privileged prompt and its response must fit the model.
+
+        Raises:
+            UserError: naming the first that does not.
+        """
+        new = self.tools.sampling.max_new_tokens
+        for prompt in prompts:
+            length = len(privileged_context(prompt, self.template, self.options.hint, self.tools))
+            if length + new > self.tools.room:
+                raise UserError(
+                    f"prompt {prompt.id!r} with its {self.options.hint} has {length} tokens; with {new} new "
+                    f"ones it does not fit the model's context of {self.tools.room}: drop it, or lower "
+                    "rollout.max_new_tokens"
+                )
 
     def teacher_context(self, rollout: Rollout) -> tuple[int, ...]:
         """Ids of the privileged prompt."""
