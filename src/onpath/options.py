@@ -289,7 +289,7 @@ class TOPDOptions(LossOptions):
     quantile drop_share; positions drawn at random; all candidates."""
     drop_share: float = Field(0.3, ge=0, lt=1)
     """quantile, sampled_gap, random_positions: share of candidates that are dropped."""
-    quantile_decay: float = Field(0.9, ge=0, lt=1)
+    quantile_decay: float = Field(0.5, ge=0, lt=1)
     """The quantile is a moving average over steps with this decay; 0 is that of the step alone."""
     threshold: float = Field(0.3, ge=0)
     """threshold: smallest distance of a fork."""
