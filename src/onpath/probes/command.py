@@ -5,7 +5,7 @@ from pathlib import Path
 from onpath import config as configuration
 from onpath.errors import UserError
 
-PROBES = ("prefix-failure",)
+PROBES = ("prefix-failure", "divergence", "local-correction")
 
 
 def run_named(name: str, where: str, *, rollouts: int, continuations: int, every: int) -> Path:
@@ -13,6 +13,8 @@ def run_named(name: str, where: str, *, rollouts: int, continuations: int, every
 
     Args:
         name: one of `PROBES`.
+        rollouts: looked at; for local-correction, prefixes.
+        continuations, every: of prefix-failure.
         where: a run directory (its final model is probed, if it has one) or a config file (its student is).
 
     Raises:
@@ -27,9 +29,17 @@ def run_named(name: str, where: str, *, rollouts: int, continuations: int, every
         trained = config.student.model_copy(update={"model": str(path / "model"), "lora_rank": 0})
         config = config.model_copy(update={"student": trained})
     from onpath.assemble import assemble
-    from onpath.probes.prefix_failure import run_probe
+    from onpath.probes import divergence, local_correction, prefix_failure
 
     out = path / "probes" if path.is_dir() else Path(config.run.dir) / config.run.name / "probes"
     out.mkdir(parents=True, exist_ok=True)
-    assert name == "prefix-failure", name
-    return run_probe(assemble(config), rollouts=rollouts, continuations=continuations, every=every, out=out)
+    parts = assemble(config)
+    match name:
+        case "divergence":
+            return divergence.run_probe(parts, rollouts=rollouts, out=out)
+        case "local-correction":
+            return local_correction.run_probe(parts, prefixes=rollouts, out=out)
+        case _:
+            return prefix_failure.run_probe(
+                parts, rollouts=rollouts, continuations=continuations, every=every, out=out
+            )
