@@ -11,12 +11,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from scipy.stats import chi2
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from onpath.engines import hf
 from onpath.engines.hf import HFEngine, draw, noise, truncate
 from onpath.errors import UserError
-from onpath.models import unwrapped
+from onpath.models import check_head, unwrapped
 from onpath.records import Prompt, Rollout, Sampling
 from onpath.render import Renderer
 from tests.conftest import make_model
@@ -81,6 +81,27 @@ def test_logprobs_are_the_models_own(any_engine: HFEngine, which: str) -> None:
         assert r.context == any_engine.renderer.ids(r.prompt)
         assert r.logprobs == pytest.approx(reference_logps(any_engine.model, r.context, r.ids), abs=2e-5)
     assert min(min(r.logprobs) for r in rollouts) < -2, "this fixture would hide an error"
+
+
+def absolute_positions() -> GPT2LMHeadModel:
+    """Rotary embeddings only see distances; these would tell a position that counts padding."""
+    torch.manual_seed(4)
+    config = GPT2Config(vocab_size=48, n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3)
+    return GPT2LMHeadModel(config).eval()
+
+
+def test_positions_do_not_count_padding(tokenizer: PreTrainedTokenizerFast) -> None:
+    engine = make_engine(absolute_positions(), tokenizer)
+    check_head(engine.model, "student.model")
+    rollouts = engine.generate(PROMPTS, SAMPLING)
+    assert len({len(r.context) for r in rollouts}) > 1
+    scores = engine.score([r.context for r in rollouts], [r.ids for r in rollouts])
+    for r, scored in zip(rollouts, scores, strict=True):
+        expected = reference_logps(engine.model, r.context, r.ids)
+        assert r.logprobs == pytest.approx(expected, abs=2e-5)
+        assert scored == pytest.approx(expected, abs=2e-5)
+    alone = [engine.generate([p], SAMPLING)[0].ids for p in PROMPTS]
+    assert alone == plain(rollouts)
 
 
 def test_the_adapter_counts(tokenizer: PreTrainedTokenizerFast) -> None:
