@@ -23,6 +23,7 @@ FLAGS = (
 )
 PACKAGES = "chromium chromium-driver fonts-dejavu-core"
 INSTALL = f"apt-get update -qq && apt-get install -y -qq --no-install-recommends {PACKAGES}"
+INSTALL_SECONDS = 600
 
 
 def find_chromium() -> tuple[str, str] | None:
@@ -31,17 +32,27 @@ def find_chromium() -> tuple[str, str] | None:
     return (browser, driver) if browser and driver else None
 
 
+def install_chromium() -> str:
+    """Tries Debian's packages; returns why that did not work, empty where it did."""
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
+        return "only root on Debian can have them installed by the tests"
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    # Unlike subprocess's own limit, timeout ends what bash has started too.
+    command = ["timeout", "--kill-after=10", str(INSTALL_SECONDS), "bash", "-c", INSTALL]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode == 124:
+        return f"apt-get did not end within {INSTALL_SECONDS} s"
+    said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()
+    return f"apt-get failed, saying: {said[-1]}" if done.returncode else ""
+
+
 @pytest.fixture(scope="session")
 def chromium() -> tuple[str, str]:
     """Debian's Chromium, installed here where it is missing and we are root."""
-    if find_chromium() is None and os.geteuid() == 0 and shutil.which("apt-get"):
-        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        subprocess.run(
-            ["bash", "-c", INSTALL], env=environment, capture_output=True, timeout=600, check=False
-        )
+    why = "" if find_chromium() else install_chromium()
     found = find_chromium()
     if found is None:
-        pytest.skip("needs chromium and chromedriver; as root on Debian they are installed by this test")
+        pytest.skip(f"no chromium and chromedriver: {why}")
     return found
 
 
