@@ -16,7 +16,7 @@ from transformers import Qwen3ForCausalLM
 
 from onpath.assemble import assemble
 from onpath.cli import main
-from onpath.config import Config
+from onpath.config import Config, load
 from onpath.errors import UserError
 from onpath.records import Sampling
 from tests.conftest import CHARACTERS, make_model, make_tokenizer
@@ -201,6 +201,10 @@ CASES: dict[str, tuple[Break, str]] = {
     "key of a value": (lambda c: c.overrides.extend(["--optim.lr.x", "3"]), r"optim\.lr is .*has no key x"),
     "infinite rate": (lambda c: c.overrides.extend(["--optim.lr", ".inf"]), r"optim\.lr .*finite"),
     "run without a name": (lambda c: c.set("run.name", ""), r"run\.name is ''"),
+    "student in float16": (
+        lambda c: c.set("student.dtype", "float16"),
+        r"student\.dtype float16 cannot train",
+    ),
     "top-k without a tail": (
         lambda c: (c.set("method.support", "teacher_topk"), c.set("method.tail", "none"))[0],
         r"method\.tail is 'none'",
@@ -282,6 +286,33 @@ def test_one_sentence_and_exit_2(
     assert case.run.exists() == there, "the corrected command must not meet the directory of another config"
     assert not (case.run / "metrics.jsonl").exists()
     assert not (case.run / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["trian"], "unknown command trian; did you mean train?"),
+        (["frob"], "unknown command frob; known here: demo, train, eval"),
+        (["eval"], "the following arguments are required: MODEL, --data"),
+        (["train", "--quie"], "unrecognized arguments: --quie"),
+        (["eval", "gym:student", "--data", "gym:test", "--k", "x"], "argument --k: invalid int value: 'x'"),
+    ],
+)
+def test_a_mistyped_command_line_is_one_sentence(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert said.startswith(f"onpath: {sentence}")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["off", "no", "y"])
+def test_a_run_may_be_called_what_yaml_takes_for_a_truth_value(name: str) -> None:
+    assert load(None, [("run.name", name)]).run.name == name
+    assert load(None, [("eval.start", "off")]).eval.start is False
 
 
 def test_no_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

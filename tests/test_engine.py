@@ -461,3 +461,17 @@ def test_the_ends_of_the_unit_interval(point: float) -> None:
     tokens_B, logp_B = draw(logits_BV, Sampling(), torch.full((2,), point, dtype=torch.float64))
     assert tokens_B.tolist() == [1 if point == 0 else 3, 2]
     assert torch.isfinite(logp_B).all()
+
+
+def test_a_fault_leaves_the_model_in_training_mode(engine: HFEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine.model.train()
+
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(unwrapped(engine.model).get_decoder(), "forward", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        engine.continue_from([(1, 5)], SAMPLING)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        engine.score([(1, 5)], [(4, 2)])
+    assert engine.model.training

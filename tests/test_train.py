@@ -23,7 +23,7 @@ from onpath.config import Config
 from onpath.errors import UserError
 from onpath.log import read_lines
 from onpath.models import quietly, unwrapped
-from onpath.records import Trajectory
+from onpath.records import Edit, Trajectory
 from onpath.runs import open_run
 from onpath.train import optimise, sample, train
 from tests.conftest import CHARACTERS, make_model, make_tokenizer
@@ -483,3 +483,17 @@ def test_methods_with_two_contexts_train_on_both(tiny: Tiny) -> None:
     meter, gradients = step_on(parts, same)
     assert abs(meter.row(parts.device)["loss"]) < 1e-6
     assert flat(gradients).norm() < 1e-5
+
+
+def test_a_step_without_tokens_measures_no_divergence(tiny: Tiny) -> None:
+    """Nothing kept: the averages are null in metrics.jsonl, not a perfect 0."""
+    parts = assemble(tiny())
+    made = rollouts_of(parts)
+    dropped = [replace(t, edit=Edit(kind="none", kept=False, reason="test")) for t in made]
+    meter, gradients = step_on(parts, dropped)
+    row = meter.row(parts.device)
+    assert row["tokens"] == 0
+    assert row["reverse_kl_nats"] is None
+    assert row["student_entropy_nats"] is None
+    assert not gradients, "no optimiser step"
+    assert step_on(parts, made)[0].row(parts.device)["reverse_kl_nats"] > 0

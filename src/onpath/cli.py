@@ -6,13 +6,15 @@ Subcommands import what they need when they run, so that `onpath --help` and `on
 import argparse
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from onpath import __version__
 from onpath import config as configuration
+from onpath.config import nearest
 from onpath.errors import UserError
 
 TAKES_OVERRIDES = ("train", "config")
@@ -50,11 +52,23 @@ def _guarded(run: Any) -> int:
         return 1
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one sentence what is wrong with a command line, and guesses no abbreviations."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit code 2."""
+        if found := re.match(r"argument COMMAND: invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            known = re.findall(r"[\w-]+", found[2])
+            message = f"unknown command {found[1]}; {nearest(found[1], known)}"
+        self.exit(2, f"onpath: {message} (`{self.prog} --help` shows what there is)\n")
+
+
 def make_parser() -> argparse.ArgumentParser:
     """All subcommands with their options."""
-    parser = argparse.ArgumentParser(
-        prog="onpath", description="On-policy distillation that corrects whole trajectories."
-    )
+    parser = _Parser(prog="onpath", description="On-policy distillation that corrects whole trajectories.")
     parser.add_argument("--version", action="version", version=f"onpath {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)

@@ -214,6 +214,11 @@ class Config(Section):
                 f"rollout.top_p 1 and rollout.top_k 0, not {self.rollout.temperature:g}, "
                 f"{self.rollout.top_p:g} and {self.rollout.top_k}"
             )
+        if self.student.dtype == "float16" and not self.student.lora_rank:
+            raise ValueError(
+                "student.dtype float16 cannot train: small updates round to nothing and gradients overflow; "
+                "use float32 with optim.bf16, or LoRA (student.lora_rank)"
+            )
         gym, method = self.data.train.startswith("gym:"), self.method
         if isinstance(method, TRDOptions) and method.minimal_edit and method.locate == "checker" and not gym:
             raise ValueError(
@@ -274,12 +279,14 @@ def _override(data: dict[str, Any], dotted: str, text: str) -> None:
     section, _, key = dotted.partition(".")
     if not key or section not in Config.model_fields:
         raise UserError(
-            f"--{dotted}: options are --section.key value; {_nearest(section, Config.model_fields)}"
+            f"--{dotted}: options are --section.key value; {nearest(section, Config.model_fields)}"
         )
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         value = text
+    if isinstance(value, bool) and text.lower() not in ("true", "false"):
+        value = text  # YAML 1.1 reads a run named off, no or y as a truth value
     target = data.setdefault(section, {})
     if not isinstance(target, dict):
         raise UserError(f"{section}: must be a mapping, not {target!r}")
@@ -301,7 +308,7 @@ def _sentence(error: ValidationError) -> str:
     key = ".".join(loc)
     match first["type"]:
         case "extra_forbidden":
-            return f"unknown key {key}; {_nearest(loc[-1], _keys_beside(loc, error))}"
+            return f"unknown key {key}; {nearest(loc[-1], _keys_beside(loc, error))}"
         case "union_tag_invalid":
             known = ", ".join(METHOD_OPTIONS)
             return f"method.name is {first['input'].get('name')!r}; it must be one of {known}"
@@ -327,7 +334,8 @@ def _section_type(section: str) -> type[BaseModel]:
     return annotation
 
 
-def _nearest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+def nearest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    """What a mistyped word may have meant, or all that is known."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
 

@@ -104,9 +104,13 @@ class Meter:
             **{f"count of {k}": count for k, (_, count) in self.prepared.means.items()},
         }
         all_of = dict(zip(mine, distributed.total(mine.values(), device), strict=True))
-        counted, rollouts = max(all_of["counted"], 1.0), max(all_of["rollouts"], 1.0)
+        counted, rollouts = all_of["counted"], max(all_of["rollouts"], 1.0)
         row: dict[str, Any] = {"loss": all_of["loss"], "tokens": int(all_of["counted"])}
-        row |= {label: all_of[name] / counted for name, label in _NATS.items() if name in self.sums}
+        row |= {
+            label: all_of[name] / counted if counted else None
+            for name, label in _NATS.items()
+            if name in self.sums or not counted
+        }
         row |= {
             "accuracy": all_of["right"] / all_of["graded"] if all_of["graded"] else None,
             "mean_length": all_of["generated"] / rollouts,

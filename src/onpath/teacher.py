@@ -98,8 +98,10 @@ class SelfTeacher:
         self.model.eval()
         adapted = isinstance(self.model, PeftModel) and self.adapter
         with self.model.disable_adapter() if adapted else contextlib.nullcontext():  # type: ignore[operator]
-            yield self.model
-        self.model.train(was_training)
+            try:
+                yield self.model
+            finally:
+                self.model.train(was_training)
 
     @torch.no_grad()
     def hidden(self, batch: Batch) -> Tensor:

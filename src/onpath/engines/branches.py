@@ -75,9 +75,11 @@ def branch(
     logps_NL = torch.zeros(count, limit, device=engine.device)
     was_training = engine.model.training
     engine.model.eval()
-    for columns in _rounds(places, engine.device):
-        _write(engine, pasts, columns, sampling, uniform_NL, tokens_NL, logps_NL)
-    engine.model.train(was_training)
+    try:
+        for columns in _rounds(places, engine.device):
+            _write(engine, pasts, columns, sampling, uniform_NL, tokens_NL, logps_NL)
+    finally:
+        engine.model.train(was_training)
     rows = zip(tokens_NL.tolist(), logps_NL.tolist(), strict=True)
     return [_completion(ids, logps, engine.stop_ids) for ids, logps in rows]
 

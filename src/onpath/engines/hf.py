@@ -100,6 +100,7 @@ class HFEngine:
             self.model.train(was_training)
         return [results[i] for i in range(len(prefixes))]
 
+    @torch.no_grad()
     def score(
         self, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
     ) -> list[tuple[float, ...]]:
@@ -111,7 +112,7 @@ class HFEngine:
         results: dict[int, tuple[float, ...]] = {}
         was_training = self.model.training
         self.model.eval()
-        with torch.no_grad():
+        try:
             for rows in micro_batches(read, max_tokens=self.batch_tokens):
                 batch = collate(rows, device=self.device)
                 with self._autocast():
@@ -125,7 +126,8 @@ class HFEngine:
                 assert stats.student_logp is not None
                 values = batch.by_row(stats.student_logp)
                 results |= {id(t): tuple(v) for t, v in zip(rows, values, strict=True)}
-        self.model.train(was_training)
+        finally:
+            self.model.train(was_training)
         return [results.get(id(t), ()) for t in read]
 
     def sync_weights(self, version: int) -> None:

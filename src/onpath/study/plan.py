@@ -76,6 +76,8 @@ def arm_config(study: StudyConfig, arm: str) -> Config:
     tree["data"] |= {"eval_limit": evals.limit} if evals.limit else {}
     if spec.kind == "teacher":
         shared = {k: tree["teacher"][k] for k in ("model", "dtype", "trust_remote_code")}
+        if shared["dtype"] == "float16":  # no dtype to train in, and this arm does not
+            shared["dtype"] = "bfloat16"
         tree["student"] = {**shared, "device": tree["student"]["device"]}
     if spec.kind != "train":
         tree["method"] = {"name": "opd"}
