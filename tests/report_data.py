@@ -172,6 +172,12 @@ def trajectory(draw: random.Random, step: int, i: int, length: int, hostile: boo
         "detail": {},
         **values,
     }
+    if i % 4 != 3 and (length < 100 or i < 8):  # as of a run that stored them; older ones have not
+        for who in ("student", "teacher"):
+            row[f"{who}_top_tokens"] = [[t, *draw.sample(WORDS, 4)] for t in tokens]
+            row[f"{who}_top_logp"] = [
+                sorted((-draw.expovariate(1) for _ in range(5)), reverse=True) for _ in ids
+            ]
     if kind == "rewrite":
         y = [t if draw.random() < 0.8 else draw.choice(WORDS) for t in range(len(WORDS))]
         row |= {
@@ -190,10 +196,18 @@ def trajectory(draw: random.Random, step: int, i: int, length: int, hostile: boo
         row["detail"] = {
             "forks": [fork(draw, tokens, values["reverse_kl"], at, n) for n, at in enumerate(places)]
         }
-    return {
-        k: safe(v) if isinstance(v, str) else v
-        for k, v in (row | {"detail": json.dumps(row["detail"])}).items()
-    } | {"tokens": [safe(t) for t in tokens]}
+    return (
+        {
+            k: safe(v) if isinstance(v, str) else v
+            for k, v in (row | {"detail": json.dumps(row["detail"])}).items()
+        }
+        | {
+            name: [[safe(t) for t in place] for place in row[name]]
+            for name in ("student_top_tokens", "teacher_top_tokens")
+            if name in row
+        }
+        | {"tokens": [safe(t) for t in tokens]}
+    )
 
 
 def safe(text: str) -> str:

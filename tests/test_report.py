@@ -284,3 +284,26 @@ def test_table_of_tokens_counts_each_once() -> None:
     table = Vocabulary()
     assert table.indices(["a", "b", "a", "c"]) == [0, 1, 0, 2]
     assert table.strings == ["a", "b", "c"]
+
+
+def test_likeliest_tokens_come_back_as_stored_and_yield_to_trajectories(run: Path) -> None:
+    rows = trajectory_rows(run)
+    packed, strings = pack_all(rows, known={}, budget=10**7)
+    assert [bool(one.get("top")) for one in packed] == [bool(row["student_top_tokens"]) for row in rows]
+    assert any(one.get("top") for one in packed)
+    for row, one in zip(rows, packed, strict=True):
+        for who, top in one.get("top", {}).items():
+            raw = b64decode(top["tokens"])
+            names = [strings[i] for i in struct.unpack(f"<{len(raw) // 2}H", raw)]
+            assert top["k"] == 5
+            assert names == [t for place in row[f"{who}_top_tokens"] for t in place]
+            logps = [x for place in row[f"{who}_top_logp"] for x in place]
+            assert unpacked(top["logp"]) == pytest.approx(logps, rel=1e-3, abs=1e-7)
+    plain = [{k: v for k, v in row.items() if "_top_" not in k} for row in rows]
+    without, _ = pack_all(plain, known={}, budget=10**7)
+    budget = len(json.dumps(without)) + 8_000
+    tight, _ = pack_all(rows, known={}, budget=budget)
+    assert len(tight) == len(rows)  # no trajectory is lost to them
+    kinds = ["shown" if t.get("top") else "left out" if t.get("top_left_out") else "none" for t in tight]
+    assert set(kinds) == {"shown", "left out", "none"}
+    assert len(json.dumps(tight)) < budget

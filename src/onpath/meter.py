@@ -18,6 +18,8 @@ from onpath.records import Graded, Rollout
 STAGES = ("sample", "correct", "score", "train", "sync")
 PER_TOKEN = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy", "student_logp", "teacher_logp")
 """Statistics of the loss's own pass that are averaged per step and stored per token."""
+TOPS = ("student_top_ids", "student_top_logp", "teacher_top_ids", "teacher_top_logp")
+"""Likewise, where the pass was asked for the likeliest tokens: a list per token."""
 _NATS = {
     "reverse_kl": "reverse_kl_nats",
     "forward_kl": "forward_kl_nats",
@@ -61,6 +63,8 @@ class Meter:
     sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     per_token: dict[int, dict[str, list[float]]] = field(default_factory=dict)
     """id() of a trajectory → statistic → one value per response token."""
+    top: dict[int, dict[str, list[Any]]] = field(default_factory=dict)
+    """id() of a trajectory → one of `TOPS` → a list per response token, likeliest first."""
 
     def add(self, batch: Batch, result: LossResult) -> None:
         """One micro-batch."""
@@ -79,6 +83,11 @@ class Meter:
             self.sums[name] += float(value_N[counted].double().sum())
             for trajectory, values in zip(batch.trajectories, batch.by_row(value_N), strict=True):
                 self.per_token.setdefault(id(trajectory), {})[name] = values
+        for name in TOPS:
+            top_Nk = getattr(result.stats, name)
+            if top_Nk is not None:
+                for trajectory, lists in zip(batch.trajectories, batch.by_row(top_Nk), strict=True):
+                    self.top.setdefault(id(trajectory), {})[name] = lists
 
     def measured(self, device: torch.device) -> dict[str, float]:
         """Of guidance, over all processes: its part of the loss, and |λ∇L_traj| / |∇L_OPD|."""

@@ -39,6 +39,7 @@ class Renderer:
         self.chat = template == "chat" or (template == "auto" and bool(tokenizer.chat_template))
         self.system = system
         self.template_options = dict(template_options or {})
+        self._shown: dict[int, str] = {}
 
     def ids(self, prompt: Prompt) -> tuple[int, ...]:
         """The context that a response continues. Chat prompts end with the generation prompt."""
@@ -81,7 +82,9 @@ class Renderer:
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """One display string per token, special tokens included."""
-        return [str(self.tokenizer.decode([i])) for i in ids]
+        for i in set(ids) - self._shown.keys():
+            self._shown[i] = str(self.tokenizer.decode([i]))
+        return [self._shown[i] for i in ids]
 
 
 def with_question(prompt: Prompt, question: str) -> Prompt:

@@ -24,7 +24,7 @@ from onpath.evaluate import EvalResult, evaluate, write_details
 from onpath.log import Display, JsonLines, Tracker, check_trackers, flatten, open_trackers, read_lines
 from onpath.meter import Meter
 from onpath.records import Prompt, Rollout, Sampling
-from onpath.store import sample_row, trajectory_row, write_parquet
+from onpath.store import is_stored, sample_row, trajectory_row, write_parquet
 
 _PACKAGES = ("onpath", "torch", "transformers", "peft", "datasets", "safetensors", "numpy")
 
@@ -287,10 +287,9 @@ def evaluate_all(parts: Parts, run: Run, display: Display, *, step: int) -> list
     return results
 
 
-def store_step(parts: Parts, run: Run, meter: Meter, step: int, *, last: bool) -> None:
+def store_step(parts: Parts, run: Run, meter: Meter, step: int) -> None:
     """What the step trained on, as Parquet, every so many steps."""
-    every = parts.config.run.trajectories_every
-    if not every or not (last or step == 1 or step % every == 0):
+    if not is_stored(parts.config, step):
         return
     verdict = {id(g.rollout): g.correct for g in meter.graded}
     rows = [
@@ -300,6 +299,7 @@ def store_step(parts: Parts, run: Run, meter: Meter, step: int, *, last: bool) -
             renderer=parts.renderer,
             correct=verdict.get(id(t.origin)),
             values=meter.per_token.get(id(t), {}),
+            top=meter.top.get(id(t)),
         )
         for t in meter.prepared.trajectories
     ]

@@ -12,11 +12,13 @@ from torch import Tensor
 from onpath import distributed
 from onpath.assemble import Parts
 from onpath.batch import Batch
-from onpath.losses import SparseGuidance, TeacherHidden
+from onpath.config import Config
+from onpath.losses import SparseGuidance, StatsRequest, TeacherHidden
 from onpath.methods import Prepared
 from onpath.models import hidden_states
 from onpath.options import TOPDOptions
 from onpath.records import Trajectory
+from onpath.store import TOP_TOKENS, is_stored
 
 
 def shaped(parts: Parts, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
@@ -79,9 +81,14 @@ def student_states(parts: Parts, batch: Batch, prepared: Prepared) -> Tensor:
     return hidden_BSH.flatten(0, 1)[batch.student_at_N]
 
 
-def loss_inputs(parts: Parts, batch: Batch, prepared: Prepared) -> dict[str, Any]:
-    """What some objectives need beside hidden states, tokens and weights."""
-    inputs: dict[str, Any] = {}
+def top_k(config: Config, step: int) -> int:
+    """How many of the likeliest tokens the loss's pass looks up: those that are stored with the step."""
+    return TOP_TOKENS if is_stored(config, step) else 0
+
+
+def loss_inputs(parts: Parts, batch: Batch, prepared: Prepared, top_k: int) -> dict[str, Any]:
+    """What is measured beside the loss, and what some objectives need beside states, tokens and weights."""
+    inputs: dict[str, Any] = {"stats": StatsRequest(top_k=top_k)}
     if isinstance(parts.config.method, TOPDOptions) and parts.config.method.guide:
         inputs["guidance"] = sparse_guidance(batch, strength=prepared.guidance_weight)
     if parts.objective.kind == "sampled":

@@ -9,9 +9,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from onpath.config import Config
 from onpath.errors import UserError
 from onpath.records import Graded, Trajectory
 from onpath.render import Renderer
+
+TOP_TOKENS = 5
+"""Likeliest tokens of both models that are stored per response token."""
+
+
+def is_stored(config: Config, step: int) -> bool:
+    """Whether the trajectories of a step (the first is 1) are written."""
+    every = config.run.trajectories_every
+    return bool(every) and (step in (1, config.optim.steps) or step % every == 0)
 
 
 def trajectory_row(
@@ -21,8 +31,14 @@ def trajectory_row(
     renderer: Renderer,
     correct: bool | None,
     values: Mapping[str, Sequence[float]],
+    top: Mapping[str, Sequence[Sequence[Any]]] | None = None,
 ) -> dict[str, Any]:
-    """One trajectory as plain values. `values`: per-token numbers by name, as long as the response."""
+    """One trajectory as plain values.
+
+    Args:
+        values: per-token numbers by name, as long as the response.
+        top: `{student,teacher}_top_{ids,logp}`, a list per response token, likeliest first.
+    """
     origin = trajectory.origin
     return {
         "step": step,
@@ -49,6 +65,17 @@ def trajectory_row(
         "reason": trajectory.edit.reason,
         "detail": json.dumps(dict(trajectory.edit.detail)),
         **{name: list(v) for name, v in values.items()},
+        **top_columns(top or {}, renderer),
+    }
+
+
+def top_columns(top: Mapping[str, Sequence[Sequence[Any]]], renderer: Renderer) -> dict[str, Any]:
+    """`{student,teacher}_top_{tokens,logp}`: what both models would rather, or also, have written; nats."""
+    return {
+        name.replace("_ids", "_tokens"): [
+            renderer.tokens(r) if name.endswith("_ids") else list(r) for r in rows
+        ]
+        for name, rows in top.items()
     }
 
 
@@ -74,9 +101,10 @@ def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         UserError: the disk is full or not writable.
     """
     temporary = path.with_suffix(f".tmp-{os.getpid()}")
+    columns = dict.fromkeys(name for row in rows for name in row)  # the first row may not have been scored
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.Table.from_pylist([dict(r) for r in rows]), temporary)
+        pq.write_table(pa.table({c: [row.get(c) for row in rows] for c in columns}), temporary)
         os.replace(temporary, path)
     except (OSError, pa.ArrowException) as error:
         temporary.unlink(missing_ok=True)

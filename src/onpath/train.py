@@ -34,7 +34,7 @@ from onpath.methods import Prepared
 from onpath.records import Graded, Rollout, token_count
 from onpath.refine import gate
 from onpath.runs import Run, evaluate_all, open_run, saved_evaluations, store_step
-from onpath.shape import loss_inputs, shaped, student_states, teacher_states
+from onpath.shape import loss_inputs, shaped, student_states, teacher_states, top_k
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ def optimise(parts: Parts, run: Run, *, quiet: bool) -> None:
             last = step + 1 == config.optim.steps
             if last or (config.eval.every and (step + 1) % config.eval.every == 0):
                 evaluate_all(parts, run, display, step=step + 1)
-            store_step(parts, run, meter, step + 1, last=last)
+            store_step(parts, run, meter, step + 1)
             if last or (config.run.save_every and (step + 1) % config.run.save_every == 0):
                 run.checkpoint(step + 1, optimizer)
 
@@ -118,7 +118,7 @@ def one_step(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> Meter
         with watch("score"):
             teacher = teacher_states(parts, batch, prepared)
         with watch("train"):
-            result = loss_of(parts, batch, teacher, prepared, denominator)
+            result = loss_of(parts, batch, teacher, prepared, denominator, top_k(config, step + 1))
             result.loss.backward()
         meter.add(batch, result)
     with watch("train"):
@@ -175,7 +175,7 @@ def graded(parts: Parts, rollouts: Sequence[Rollout]) -> list[Graded]:
 
 
 def loss_of(
-    parts: Parts, batch: Batch, teacher: TeacherHidden, prepared: Prepared, denominator: float
+    parts: Parts, batch: Batch, teacher: TeacherHidden, prepared: Prepared, denominator: float, top_k: int = 0
 ) -> LossResult:
     """Weighted sum of the objective over the batch's response tokens ÷ the step's global count."""
     return fused_objective(
@@ -186,7 +186,7 @@ def loss_of(
         sampled_ids=batch.token_N,
         weights=batch.weight_N,
         denominator=denominator,
-        **loss_inputs(parts, batch, prepared),
+        **loss_inputs(parts, batch, prepared, top_k),
     )
 
 

@@ -157,6 +157,21 @@ def test_hover_shows_the_numbers_of_a_token(look: Any, pages: dict[str, Path]) -
     assert "reverse KL(student‖teacher)" in text(driver, ".panel")
 
 
+def test_focus_shows_what_both_models_would_have_written(look: Any, pages: dict[str, Path]) -> None:
+    driver = look(pages["plain"])
+    driver.execute_script("document.querySelector('input[value=all]').click()")
+    shown = {}
+    for place in range(count(driver, ".list li")):
+        driver.execute_script("document.querySelectorAll('.list li')[arguments[0]].click()", place)
+        press(driver, ".tokens", "HOME", "ARROW_RIGHT")
+        shown[text(driver, ".detail .head")] = count(driver, ".panel .likely")
+        if count(driver, ".panel .likely"):
+            assert text(driver, ".panel .likely").startswith("student: ‘")
+            assert count(driver, ".panel .likely .mono") == 10
+            assert text(driver, ".panel .likely .mono").endswith("%")
+    assert set(shown.values()) == {0, 2}  # every fourth was stored without
+
+
 def test_forks_open_with_both_futures_and_their_transport(look: Any, pages: dict[str, Path]) -> None:
     driver = look(pages["plain"])
     driver.execute_script("document.querySelector('input[value=forks]').click()")

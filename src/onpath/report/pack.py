@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from onpath.report.stored import Row, quantities
+from onpath.report.stored import Row, listed, quantities
 from onpath.report.text import cell, diff, sides, was_changed
 
 PLAN_SHARE = 0.1
@@ -52,7 +52,8 @@ class Vocabulary:
 def pack_all(
     rows: Sequence[Row], *, known: Mapping[int, str], budget: int, labels: Any = None
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Packed trajectories and the table of their tokens, as many as fit into `budget` bytes of JSON.
+    """Packed trajectories and the table of their tokens, as many as fit into `budget` bytes of JSON; then, as
+    long as there is room, the likeliest tokens of both models along them.
 
     Args:
         rows: the most wanted first.
@@ -67,7 +68,19 @@ def pack_all(
         if packed and (spent > budget or len(table.places) > _MOST_STRINGS):
             break
         packed.append(one)
-    return packed, table.strings[:_MOST_STRINGS]
+    strings = table.strings[:_MOST_STRINGS]
+    room = budget - spent - len(json.dumps(strings))
+    for row, one in zip(rows, packed, strict=False):
+        writers = [who for who in ("student", "teacher") if row.get(f"{who}_top_tokens")]
+        top = {who: _top(row, who, table) for who in writers} if room > 0 else {}
+        new = table.strings[len(strings) :]
+        room -= len(json.dumps(top)) + len(json.dumps(new)) if top else 0
+        if top and room > 0 and len(table.places) <= _MOST_STRINGS:
+            one["top"] = top
+            strings += new
+        elif writers:
+            room, one["top_left_out"] = 0, True
+    return packed, strings
 
 
 def pack(row: Row, table: Vocabulary, known: Mapping[int, str], labels: Any = None) -> dict[str, Any]:
@@ -94,8 +107,6 @@ def pack(row: Row, table: Vocabulary, known: Mapping[int, str], labels: Any = No
     if was_changed(row):
         y, z = sides(row, known)
         packed |= {"y": integers(table.indices(y)), "z": integers(table.indices(z)), "diff": diff(y, z)}
-    if row.get("student_top_tokens"):
-        packed["top"] = {who: _top(row, who, table) for who in ("student", "teacher")}
     if labels is not None:
         packed["labels"] = labels(row.get("prompt") or "", row["tokens"])
     return {key: value for key, value in packed.items() if value not in (None, [], {})}
@@ -103,7 +114,7 @@ def pack(row: Row, table: Vocabulary, known: Mapping[int, str], labels: Any = No
 
 def _top(row: Row, who: str, table: Vocabulary) -> dict[str, Any]:
     """The likeliest tokens of one model at every position: k of them, flattened."""
-    tokens, logps = row[f"{who}_top_tokens"], row[f"{who}_top_logp"]
+    tokens, logps = (listed(row[f"{who}_top_{what}"]) for what in ("tokens", "logp"))
     return {
         "k": len(tokens[0]) if tokens else 0,
         "tokens": integers(table.indices(t for place in tokens for t in place)),

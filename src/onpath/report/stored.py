@@ -17,6 +17,7 @@ Row = dict[str, Any]
 NOT_QUANTITIES = ("weights", "origin_logprobs")
 """Columns of one number per token that are not read off the models along the response."""
 _UNUSED = ("student_context", "teacher_context")
+_TOPS = tuple(f"{who}_top_{what}" for who in ("student", "teacher") for what in ("tokens", "logp"))
 _BATCH = 64
 
 
@@ -25,7 +26,8 @@ class Stored:
     """A sample of what a run stored."""
 
     rows: tuple[Row, ...]
-    """As `store.trajectory_row` wrote them, `detail` parsed; contexts left out."""
+    """As `store.trajectory_row` wrote them, `detail` parsed; contexts left out. The likeliest tokens, ten
+    to a response token, stay with Arrow until `listed` is asked for them."""
     total: int
     """Rows in all files."""
     steps: tuple[int, ...]
@@ -79,7 +81,7 @@ def _draw(path: Path, *, rows: int, tokens: int) -> list[Row]:
     wanted = set(random.Random(path.name).sample(range(count), min(count, max(1, rows))))
     drawn: list[Row] = []
     left = tokens
-    for row in read_rows(path, wanted=wanted):
+    for row in read_rows(path, wanted=wanted, late=_TOPS):
         if drawn and left < len(row["response"]):
             break
         left -= len(row["response"])
@@ -87,8 +89,16 @@ def _draw(path: Path, *, rows: int, tokens: int) -> list[Row]:
     return drawn
 
 
-def read_rows(path: Path, *, wanted: set[int] | None = None, contexts: bool = False) -> Iterator[Row]:
-    """Rows of one file in order, all or those with a wanted index; a batch in memory at a time.
+def listed(value: Any) -> Any:
+    """A value of a row as plain Python, whether it was read late or not."""
+    return value.as_py() if isinstance(value, pa.Scalar) else value
+
+
+def read_rows(
+    path: Path, *, wanted: set[int] | None = None, contexts: bool = False, late: Sequence[str] = ()
+) -> Iterator[Row]:
+    """Rows of one file in order, all or those with a wanted index; a batch in memory at a time. Columns that
+    are `late` come as Arrow scalars, and not at all where they are null.
 
     Raises:
         UserError: damaged, or not what a run stores.
@@ -102,10 +112,18 @@ def read_rows(path: Path, *, wanted: set[int] | None = None, contexts: bool = Fa
         for batch in file.iter_batches(batch_size=_BATCH, columns=columns):
             here = [i for i in range(batch.num_rows) if wanted is None or start + i in wanted]
             start += batch.num_rows
-            for row in batch.take(pa.array(here, pa.int64())).to_pylist() if here else ():
-                yield {**row, "detail": json.loads(row["detail"] or "{}")}
+            if here:
+                yield from _rows_of(batch.take(pa.array(here, pa.int64())), late)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _damaged(path, error) from None
+
+
+def _rows_of(batch: pa.RecordBatch, late: Sequence[str]) -> Iterator[Row]:
+    names = [name for name in late if name in batch.schema.names]
+    for place, row in enumerate(batch.drop_columns(names).to_pylist()):
+        kept = {name: batch.column(name)[place] for name in names}
+        row |= {name: scalar for name, scalar in kept.items() if scalar.is_valid}
+        yield {**row, "detail": json.loads(row["detail"] or "{}")}
 
 
 def quantities(row: Row) -> list[str]:

@@ -135,11 +135,12 @@ class TokenField {
   }
 
   topOf(i) {
+    if (this.trajectory.top_left_out) return [el("p", { class: "hint" }, "The likeliest tokens of both models are in this step’s Parquet file: the page would be too large.")];
     if (!this.trajectory.top) return [];
-    return ["student", "teacher"].map((who) => {
-      const { k, tokens, logp } = this.trajectory.top[who];
-      const names = strings(integers(tokens).slice(i * k, (i + 1) * k));
-      const shares = halves(logp).slice(i * k, (i + 1) * k);
+    this.top ??= Object.entries(this.trajectory.top).map(([who, { k, tokens, logp }]) => ({ who, k, tokens: integers(tokens), logp: halves(logp) }));
+    return this.top.map(({ who, k, tokens, logp }) => {
+      const names = strings(tokens.slice(i * k, (i + 1) * k));
+      const shares = logp.slice(i * k, (i + 1) * k);
       return el("p", { class: "likely" }, el("b", {}, `${who}: `), names.map((name, j) => el("span", { class: "mono" }, `${quoted(name)} ${number(Math.exp(shares[j]), "%")}`)));
     });
   }
