@@ -77,9 +77,32 @@ def make_run(
     for step in (1, steps // 2, steps):
         made = [trajectory(draw, step, i, length, hostile) for i in range(rows)]
         write_parquet(root / "trajectories" / f"step_{step:06d}.parquet", made)
+    write_probe(root)
     if finished:
         (root / "model").mkdir(exist_ok=True)
     return root
+
+
+def write_probe(root: Path) -> None:
+    """What the prefix-failure probe leaves: four wrong rollouts, first errors at 4 and 8, a right one."""
+    rows = [
+        {
+            "prompt_id": f"p{i}",
+            "right": error is None,
+            "tokens": ["a"] * 12,
+            "first_error": error,
+            "positions": [0, 4, 8],
+            "trials": 4,
+            "student": [2, 1, 0] if i else [4, 1, 0],
+            "teacher": [4, 4, 0] if error == 8 else [4, 2, 0],
+            "onset_mass": [0.01 * i] * 12,
+            "token_probability": [0.5] * 12,
+            "failed": [False, False, True],
+        }
+        for i, error in enumerate((4, 4, 4, 8, None))
+    ]
+    (root / "probes").mkdir(exist_ok=True)
+    write_lines(root / "probes" / "prefix_failure.jsonl", rows)
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -307,3 +307,26 @@ def test_likeliest_tokens_come_back_as_stored_and_yield_to_trajectories(run: Pat
     kinds = ["shown" if t.get("top") else "left out" if t.get("top_left_out") else "none" for t in tight]
     assert set(kinds) == {"shown", "left out", "none"}
     assert len(json.dumps(tight)) < budget
+
+
+def test_recoverability_by_position_is_drawn_where_the_probe_has_looked(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    sections = {s["title"]: s["charts"] for s in gather_run(run)["sections"]}
+    recovery, modes = sections["Failed prefixes"]
+    student, teacher = recovery["series"]
+    # Laid over each other at the first error: 4, 4, 4 and 8; one of them reaches −8, which is left out.
+    assert student["x"] == teacher["x"] == [-4, 0, 4]
+    assert student["y"] == pytest.approx([(1 + 0.5 + 0.5 + 0.25) / 4, (3 * 0.25 + 0) / 4, 0])
+    assert teacher["y"] == pytest.approx([1, (3 * 0.5 + 0) / 4, 0])
+    assert all(
+        low <= y <= high for low, y, high in zip(student["low"], student["y"], student["high"], strict=True)
+    )
+    assert "4 rollouts with a known first error, 4 continuations" in recovery["help"]
+    assert max(modes["series"][1]["y"]) == pytest.approx(0.03)
+
+    path = run / "probes" / "prefix_failure.jsonl"
+    path.write_text(path.read_text()[:-40])
+    with pytest.raises(UserError, match=r"prefix_failure.jsonl: not lines of the prefix-failure probe"):
+        gather_run(run)
+    path.unlink()
+    assert gather_run(run)["sections"][-2]["charts"] == []

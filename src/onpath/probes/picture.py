@@ -1,16 +1,11 @@
 """The prefix-failure picture: recoverability by position, and the teacher's two modes."""
 
-from __future__ import annotations
-
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from onpath.probes.prefixes import Probed, by_offset, clearest, rates
 from onpath.stats import bootstrap_interval
-
-if TYPE_CHECKING:
-    from onpath.probes.prefix_failure import Probed
 
 _STUDENT, _TEACHER, _ONSET, _OWN = (
     "#0072B2",
@@ -18,7 +13,6 @@ _STUDENT, _TEACHER, _ONSET, _OWN = (
     "#CC79A7",
     "#009E73",
 )  # told apart by all kinds of eyes
-_FEW = 3  # positions that fewer rollouts reach are not drawn
 _VISIBLE = 0.01
 
 
@@ -27,14 +21,12 @@ def draw(found: Sequence[Probed], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    known = [p for p in found if p.first_error is not None]
-    shown = known or [p for p in found if not p.right] or list(found)
+    shown, known = clearest(found)
     figure = Figure(figsize=(7.5, 6), layout="constrained")
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True)
     for name, colour in (("student", _STUDENT), ("teacher", _TEACHER)):
-        rates = by_offset(shown, lambda p, n=name: _rates(p, getattr(p, n)))  # type: ignore[misc]
-        _line(upper, rates, colour, f"{name} goes on")
+        _line(upper, by_offset(shown, rates(name)), colour, f"{name} goes on")
     upper.set(ylabel="share of continuations\nthat end right", ylim=(-0.02, 1.02))
     own = by_offset(shown, lambda p: list(enumerate(p.token_probability)))
     _line(lower, own, _OWN, "goes on as the student did (mean)", band=False)
@@ -58,22 +50,6 @@ def draw(found: Sequence[Probed], path: Path) -> None:
         if known:
             axis.axvline(0, color="0.6", linewidth=0.8, linestyle=":")
     figure.savefig(path, dpi=150)
-
-
-def by_offset(
-    found: Sequence[Probed], values: Callable[[Probed], list[tuple[int, float]]], *, few: int = _FEW
-) -> dict[int, list[float]]:
-    """Offset from the first error (or from the start) → one value per rollout that reaches it; offsets that
-    fewer than `few` rollouts reach are left out."""
-    grouped: dict[int, list[float]] = defaultdict(list)
-    for p in found:
-        for position, value in values(p):
-            grouped[position - (p.first_error or 0)].append(value)
-    return {offset: v for offset, v in sorted(grouped.items()) if len(v) >= min(few, len(found))}
-
-
-def _rates(p: Probed, right: Sequence[int]) -> list[tuple[int, float]]:
-    return [(t, n / p.trials) for t, n in zip(p.positions, right, strict=True)]
 
 
 def _line(axis: Any, grouped: dict[int, list[float]], colour: str, label: str, *, band: bool = True) -> None:

@@ -10,7 +10,6 @@ looks.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import exp
 from pathlib import Path
 from typing import Any
@@ -24,40 +23,8 @@ from onpath.methods.edits import verdicts
 from onpath.methods.locate import tokens_before
 from onpath.options import OPSDOptions, TRDOptions
 from onpath.probes.picture import draw
+from onpath.probes.prefixes import Probed
 from onpath.records import Rollout
-
-
-@dataclass(frozen=True, kw_only=True)
-class Probed:
-    """One rollout with what was found along it.
-
-    >>> p = Probed(prompt_id="7", right=False, tokens=("a", "b"), first_error=1, positions=(0, 1), trials=4,
-    ...            student=(2, 0), teacher=(4, 0), onset_mass=(0.0, 0.4), token_probability=(0.9, 0.1))
-    >>> p.failed(0.1)
-    (False, True)
-    """
-
-    prompt_id: str
-    right: bool
-    tokens: tuple[str, ...]
-    first_error: int | None
-    """Tokens before the first error; None: there is none, or the task has no checker of steps."""
-    positions: tuple[int, ...]
-    """Lengths of the prefixes that were continued."""
-    trials: int
-    """Continuations by each at each position."""
-    student: tuple[int, ...]
-    """How many of the student's continuations are right."""
-    teacher: tuple[int, ...]
-    onset_mass: tuple[float, ...]
-    """Per token: the teacher's probability that a correction opens here."""
-    token_probability: tuple[float, ...]
-    """Per token: the teacher's probability of the token that the student wrote."""
-
-    def failed(self, epsilon: float) -> tuple[bool, ...]:
-        """Whether both succeed with rate below ε, at each position."""
-        both = zip(self.student, self.teacher, strict=True)
-        return tuple(max(s, t) < epsilon * self.trials for s, t in both)
 
 
 def run_probe(

@@ -9,7 +9,7 @@ import yaml
 
 from onpath.errors import UserError
 from onpath.log import read_lines
-from onpath.report import charts, signal
+from onpath.report import charts, prefixes, signal
 from onpath.report.charts import Chart
 from onpath.report.pack import pack_all
 from onpath.report.stored import Row, Stored, sample
@@ -73,6 +73,7 @@ def gather_run(directory: Path) -> dict[str, Any]:
             section("Signal", signal.of_rows(stored.rows), signal.EXPLAINED),
             section("Rewrites", signal.of_rewrites(metrics, stored.rows), signal.REWRITES_EXPLAINED),
             section("Forks", signal.of_forks(stored.rows, truth_of(config)), signal.FORKS_EXPLAINED),
+            section("Failed prefixes", prefixes.of_prefixes(directory), prefixes.EXPLAINED),
             section(
                 "Everything else that was logged", others(metrics), "As in metrics.jsonl, by its name there."
             ),

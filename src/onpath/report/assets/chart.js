@@ -97,7 +97,7 @@ function lineChart(spec) {
   const few = all.every((s) => s.x.length < 2);
   const x = scale(few ? xLow - 1 : Math.min(...all.flatMap((s) => s.x)), few ? xHigh + 1 : Math.max(...all.flatMap((s) => s.x)), FRAME.left + 4, FRAME.width - FRAME.right - 4);
   const y = scale(yLow, top, FRAME.top + FRAME.innerHeight, FRAME.top);
-  const picture = svg("g", {}, axes(x, y, spec, xTicks(Math.max(0, x.back(FRAME.left)), x.back(FRAME.width - FRAME.right), all.flatMap((s) => s.x)), ticks(yLow, top), spec.unit), all.map((s, i) => drawSeries(x, y, s, i)));
+  const picture = svg("g", {}, axes(x, y, spec, xTicks(Math.max(Math.min(0, xLow), x.back(FRAME.left)), x.back(FRAME.width - FRAME.right), all.flatMap((s) => s.x)), ticks(yLow, top), spec.unit), all.map((s, i) => drawSeries(x, y, s, i)));
   const stops = [...new Set(all.flatMap((s) => s.x))].sort((a, b) => a - b);
   const say = (at) => all.map((s, i) => {
     const j = s.x.indexOf(at);
