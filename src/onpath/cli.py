@@ -17,7 +17,7 @@ from onpath import config as configuration
 from onpath.config import nearest
 from onpath.errors import UserError
 
-TAKES_OVERRIDES = ("train", "config")
+TAKES_OVERRIDES = ("train", "doctor", "config")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,6 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_train(commands)
+    _add_doctor(commands)
     _add_eval(commands)
     _add_study(commands)
     _add_report(commands)
@@ -126,6 +127,25 @@ def _train(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) ->
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"model: {result.model}")
     return 0
+
+
+def _add_doctor(commands: Any) -> None:
+    command = commands.add_parser(
+        "doctor",
+        help="look for silent faults before a run: ids, templates, scores, gradient, cost",
+        usage="onpath doctor [CONFIG.yaml] [--json] [--section.key value ...]",
+        description="Checks a config for silent faults with a small real batch; writes nothing. Exit code 1: "
+        "a check failed. docs/doctor.md says what each one looks at.",
+    )
+    command.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="as for train (default: the gym)")
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    command.set_defaults(run=_doctor)
+
+
+def _doctor(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
+    from onpath.doctor.command import run_doctor
+
+    return run_doctor(options, overrides)
 
 
 def _add_eval(commands: Any) -> None:

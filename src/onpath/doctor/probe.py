@@ -1,0 +1,198 @@
+"""A small real batch that the checks of models look at, and what both sides make of it.
+
+Shape suffixes: N response tokens, H hidden.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from onpath.assemble import Parts
+from onpath.batch import Batch, collate, micro_batches
+from onpath.data import prompts_of_step
+from onpath.errors import UserError
+from onpath.losses import Head, TeacherHidden, TeacherTopK, TokenStats, token_stats
+from onpath.methods import Prepared
+from onpath.models import hidden_states
+from onpath.reading import Readings
+from onpath.records import Rollout, Trajectory
+from onpath.shape import shaped, student_states, teacher_states
+
+_TOKENS = 4096
+"""Response tokens, at most, that the checks sample."""
+_ROLLOUTS = (4, 32)
+"""Fewest and most rollouts of the probe."""
+TeacherScores = TeacherHidden | TeacherTopK
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """Rollouts of the first step's prompts, and what the method makes of them."""
+
+    rollouts: list[Rollout]
+    prepared: Prepared
+    trajectories: list[Trajectory]
+    """Those that would be trained on."""
+    seconds: float
+    refused: str = ""
+    """Why the method could not make trajectories."""
+
+    def batches(self, parts: Parts) -> Iterator[Batch]:
+        """In micro-batches."""
+        return batches_of(parts, self.trajectories)
+
+
+def make_probe(parts: Parts) -> Probe:
+    """Samples and corrects as the first step would, with fewer prompts."""
+    config = parts.config
+    low, high = _ROLLOUTS
+    size = max(low, min(high, _TOKENS // config.rollout.max_new_tokens))
+    size = min(size, config.rollout.prompts, len(parts.pool))
+    prompts = prompts_of_step(parts.pool, size=size, seed=config.run.seed, step=0)
+    begun = time.perf_counter()
+    rollouts = parts.engine.generate(prompts, parts.sampling, keys=[f"doctor/{p.id}" for p in prompts])
+    prepared, refused = unread(), ""
+    kept: list[Trajectory] = []
+    try:
+        prepared = parts.method.prepare(rollouts, step=0)
+        kept = shaped(parts, [t for t in prepared.trajectories if t.edit.kept and t.response])
+    except UserError as error:
+        refused = str(error)
+    seconds = time.perf_counter() - begun
+    return Probe(rollouts=rollouts, prepared=prepared, trajectories=kept, seconds=seconds, refused=refused)
+
+
+def batches_of(parts: Parts, trajectories: Sequence[Trajectory]) -> Iterator[Batch]:
+    """Micro-batches of the config's size on the student's device."""
+    for micro in micro_batches(trajectories, max_tokens=parts.config.optim.micro_batch_tokens):
+        yield collate(micro, device=parts.device)
+
+
+def unread() -> Prepared:
+    """No hidden states of before: everything is read anew."""
+    return Prepared(trajectories=[], readings=Readings())
+
+
+def as_they_are(rollouts: Sequence[Rollout]) -> list[Trajectory]:
+    """Rollouts in the student's own context, without any method."""
+    return [
+        Trajectory(student_context=r.context, teacher_context=r.context, response=r.ids, origin=r)
+        for r in rollouts
+        if r.ids
+    ]
+
+
+@torch.no_grad()
+def trainer_stats(parts: Parts, trajectories: Sequence[Trajectory]) -> list[tuple[Batch, TokenStats]]:
+    """The student's statistics along trajectories by the forward pass that training uses, without a
+    teacher."""
+    was_training, found = parts.student.training, []
+    parts.student.train()
+    for batch in batches_of(parts, trajectories):
+        stats = token_stats(
+            student_hidden=student_states(parts, batch, unread()),
+            student_head=parts.head,
+            teacher=None,
+            sampled_ids=batch.token_N,
+        )
+        found.append((batch, stats))
+    parts.student.train(was_training)
+    return found
+
+
+@torch.no_grad()
+def teacher_scores(parts: Parts, batch: Batch) -> TeacherScores:
+    """What the teacher makes of a batch, read anew."""
+    return teacher_states(parts, batch, unread())
+
+
+@torch.no_grad()
+def divergence(parts: Parts, batch: Batch) -> TokenStats:
+    """Student against teacher, per token."""
+    with parts.autocast():
+        hidden_BSH = hidden_states(parts.student, batch.student_ids_BS, batch.student_mask_BS)
+    return token_stats(
+        student_hidden=hidden_BSH.flatten(0, 1)[batch.student_at_N],
+        student_head=parts.head,
+        teacher=teacher_scores(parts, batch),
+        sampled_ids=batch.token_N,
+    )
+
+
+@torch.no_grad()
+def logp_of(scores: TeacherScores, token_N: Tensor) -> Tensor:
+    """Log-prob [N] of given tokens under a teacher's scores; of a token outside a served set, that of all
+    outside together (an upper bound)."""
+    if isinstance(scores, TeacherHidden):
+        logp_N = token_stats(
+            student_hidden=scores.hidden, student_head=scores.head, teacher=None, sampled_ids=token_N
+        ).student_logp
+        assert logp_N is not None
+        return logp_N
+    inside_Nk = scores.ids == token_N[:, None]
+    logp_N = scores.logp.masked_fill(~inside_Nk, -torch.inf).amax(-1)
+    return torch.where(inside_Nk.any(-1), logp_N, scores.tail_mass().clamp_min(1e-9).log())
+
+
+def rows_of(scores: TeacherScores, at: Tensor) -> TeacherScores:
+    """Some rows of a teacher's scores."""
+    if isinstance(scores, TeacherHidden):
+        return TeacherHidden(hidden=scores.hidden[at], head=scores.head)
+    tail, sampled = scores.tail, scores.sampled_logp
+    return TeacherTopK(
+        ids=scores.ids[at],
+        logp=scores.logp[at],
+        tail=None if tail is None else tail[at],
+        sampled_logp=None if sampled is None else sampled[at],
+    )
+
+
+def own_scores(hidden_NH: Tensor, head: Head) -> TeacherHidden:
+    """Hidden states in the place of a teacher's."""
+    return TeacherHidden(hidden=hidden_NH.detach(), head=head)
+
+
+@contextlib.contextmanager
+def untouched(parts: Parts) -> Iterator[Callable[[], bool]]:
+    """Whatever happens inside: afterwards trained weights and the method's state are, bit for bit, what they
+    were, and the engine has them.
+
+    Yields:
+        A function that puts them back and says whether they are the same again; it also runs at the end.
+    """
+    trained = {n: p for n, p in parts.student.named_parameters() if p.requires_grad} | dict(
+        parts.method.state()
+    )
+    saved = {name: p.detach().to("cpu", copy=True) for name, p in trained.items()}
+
+    @torch.no_grad()
+    def restore() -> bool:
+        for name, tensor in trained.items():
+            tensor.copy_(saved[name])
+        for p in parts.student.parameters():
+            p.grad = None
+        parts.engine.sync_weights(0)
+        return all(
+            tensor.detach().cpu().view(-1).equal(saved[name].view(-1)) or bool(saved[name].isnan().any())
+            for name, tensor in trained.items()
+        )
+
+    try:
+        yield restore
+    finally:
+        restore()
+
+
+def narrow(parts: Parts) -> bool:
+    """Whether some forward pass is in half precision, so that equal models differ by rounding."""
+    dtypes = {p.dtype for p in parts.student.parameters()}
+    return parts.config.optim.bf16 or dtypes != {torch.float32} or parts.config.teacher.dtype != "float32"
+
+
+def without_guidance(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+    """The objective alone."""
+    return [replace(t, guidance=()) for t in trajectories]
