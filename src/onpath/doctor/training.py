@@ -247,7 +247,7 @@ def _gradient(parts: Parts, batch: Batch, teacher: TeacherHidden | TeacherTopK) 
         sampled_ids=batch.token_N,
         weights=batch.weight_N,
         denominator=denominator,
-        **loss_inputs(parts, batch, unread()),
+        **loss_inputs(parts, batch, unread(), top_k=0),
     )
     result.loss.backward()
     trained = [p for p in parts.student.parameters() if p.requires_grad]
