@@ -73,11 +73,11 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_train(commands)
-    _add_doctor(commands)
     _add_eval(commands)
     _add_study(commands)
     _add_report(commands)
     _add_inspect(commands)
+    _add_doctor(commands)
     _add_config(commands)
     # Its own parser answers `onpath gym --help`; here it only shows in the list.
     commands.add_parser(
