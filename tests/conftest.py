@@ -6,7 +6,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,10 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from onpath import config as config_module
 from onpath.config import Config
+from onpath.errors import UserError
+from onpath.study.plan import Job
+from onpath.study.untrained import evaluate_untrained
+from onpath.train import train
 
 CHARACTERS = ["<pad>", "<bos>", "<eos>", "<sol>", *"0123456789+-=?; abcdefghijklmnopqrstuvwxyz.:"]
 TEMPLATE = (
@@ -127,3 +131,24 @@ def tiny(model_dirs: dict[str, Path], data_file: Path, tmp_path: Path) -> Callab
         return config_module.build(data)
 
     return build
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
+    """Jobs run here, without the seconds that a new process takes to import torch; returns those that ran."""
+    ran: list[Job] = []
+
+    def run_here(jobs: Sequence[Job], *_: Any, **__: Any) -> dict[str, str]:
+        failed = {}
+        for job in jobs:
+            if job.finished:
+                continue
+            ran.append(job)
+            try:
+                train(job.config, quiet=True) if job.trains else evaluate_untrained(job.config)
+            except UserError as error:
+                failed[job.name] = str(error)
+        return failed
+
+    monkeypatch.setattr("onpath.study.run_jobs", run_here)
+    return ran

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import product
 from math import comb
 from pathlib import Path
@@ -27,8 +27,6 @@ from onpath.study.budget import Used, missed, steps_of
 from onpath.study.intervals import crossed_variance, difference, estimate, holm, p_value
 from onpath.study.jobs import Progress, Slots, locked, run_jobs
 from onpath.study.plan import Job
-from onpath.study.untrained import evaluate_untrained
-from onpath.train import train
 from tests.conftest import CHARACTERS, make_model, make_tokenizer
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "gym-study" / "config.yaml"
@@ -177,27 +175,6 @@ def make(study_files: Path, tmp_path: Path) -> Make:
         return path
 
     return write
-
-
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
-    """Jobs run here, without the seconds that a new process takes to import torch; returns those that ran."""
-    ran: list[Job] = []
-
-    def run_here(jobs: Sequence[Job], *_: Any, **__: Any) -> dict[str, str]:
-        failed = {}
-        for job in jobs:
-            if job.finished:
-                continue
-            ran.append(job)
-            try:
-                train(job.config, quiet=True) if job.trains else evaluate_untrained(job.config)
-            except UserError as error:
-                failed[job.name] = str(error)
-        return failed
-
-    monkeypatch.setattr(study, "run_jobs", run_here)
-    return ran
 
 
 def result(path: Path) -> dict[str, Any]:

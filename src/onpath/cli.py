@@ -89,11 +89,12 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_demo(commands: Any) -> None:
     demo = commands.add_parser(
         "demo",
-        help="distil the bundled student from the bundled teacher and show what happened",
-        description="Distils the bundled student from the bundled teacher on the gym; shows what happened.",
+        help="distil the bundled student by OPD, TRD and TOPD, and show what happened",
+        description="Distils the bundled student from the bundled teacher on the gym, by OPD, TRD and TOPD "
+        "side by side; prints a table and three trajectories, and writes a page that compares them.",
     )
-    demo.add_argument("--quick", action="store_true", help="at most a minute: fewer steps, fewer problems")
-    demo.add_argument("--dir", default="runs", help="where the run directory goes (default: runs)")
+    demo.add_argument("--quick", action="store_true", help="at most a minute: fewer updates, fewer problems")
+    demo.add_argument("--dir", default="runs", help="where the directory demo goes (default: runs)")
     demo.set_defaults(run=_demo)
 
 

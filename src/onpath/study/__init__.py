@@ -30,7 +30,7 @@ from onpath.study.plan import Job
 from onpath.study.results import gather, notes_of, tuned
 from onpath.study.show import markdown, print_study
 
-__all__ = ["StudyConfig", "load_study", "run_study"]
+__all__ = ["StudyConfig", "carry_out", "load_study", "run_study"]
 
 
 def run_study(path: str | Path, *, quiet: bool = False) -> Path:
@@ -48,6 +48,23 @@ def run_study(path: str | Path, *, quiet: bool = False) -> Path:
             written first.
     """
     study = load_study(path)
+    data, failed = carry_out(study, command=f"onpath study {path}", quiet=quiet)
+    print_study(_terminal(), data)
+    check_failed(failed)
+    return study.directory
+
+
+def carry_out(
+    study: StudyConfig, *, command: str, quiet: bool = False
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Runs what is left and writes the results.
+
+    Args:
+        command: what the results say they were made with.
+
+    Returns:
+        What study.json holds, and run → sentence of those that failed.
+    """
     plan.check_alike(study)
     with locked(study.directory) as lock, _terminable():
         _claim(study)
@@ -70,15 +87,18 @@ def run_study(path: str | Path, *, quiet: bool = False) -> Path:
         measured = {job.arm: per_step(job) for job in run(plan.pilots(study)) if job.finished}
         steps = steps_of(study, measured)
         tuning, rates = tuned(study, run(plan.tuning(study, steps)))
-        data = results(study, run(plan.runs(study, steps, rates)), failed, command=f"onpath study {path}")
+        data = results(study, run(plan.runs(study, steps, rates)), failed, command=command)
         data |= {"tuning": tuning, "pilots": {arm: asdict(use) for arm, use in measured.items()}}
         _write(study.directory / "study.json", json.dumps(data, indent=1, ensure_ascii=False) + "\n")
         _write(study.directory / "study.md", markdown(data))
-    print_study(_terminal(), data)
+    return data, failed
+
+
+def check_failed(failed: Mapping[str, str]) -> None:
+    """Raises UserError with the first of the failed runs' sentences."""
     if failed:
         name, why = next(iter(failed.items()))
         raise UserError(f"{len(failed)} of the study's runs failed, first {name}: {why}")
-    return study.directory
 
 
 def results(

@@ -47,7 +47,7 @@ def _scores(data: Row, split: str, measure: str) -> Sheet:
             (
                 arm["arm"],
                 str(len(arm["seeds"]) or "-"),
-                *_measure(arm["evals"][split][measure]),
+                *measured(arm["evals"][split][measure]),
                 f"{arm['evals'][split]['mean_length']:.1f}",
             )
             for arm in data["arms"]
@@ -55,7 +55,8 @@ def _scores(data: Row, split: str, measure: str) -> Sheet:
     )
 
 
-def _measure(row: Row) -> tuple[str, ...]:
+def measured(row: Row) -> tuple[str, ...]:
+    """Mean, interval, difference from the base arm, its interval, verdict."""
     gap = row["difference"]
     own = (f"{row['mean']:.1%}", _interval(row["ci95"]))
     if gap is None:
@@ -135,16 +136,21 @@ def sentences(data: Row) -> list[str]:
 def print_study(console: Console, data: Row) -> None:
     """Tables, sentences and notes on a terminal."""
     for sheet in sheets(data):
-        console.print(sheet.title, style="bold", highlight=False, soft_wrap=True)
-        table = Table(box=None, pad_edge=False)
-        for place, column in enumerate(sheet.columns):
-            table.add_column(column, justify="right" if place else "left", no_wrap=True)
-        for row in sheet.rows:
-            table.add_row(*row)
-        console.print(table)
-        console.print()
+        print_sheet(console, sheet)
     for text in [*sentences(data), *(f"note: {note}" for note in data["notes"])]:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_sheet(console: Console, sheet: Sheet) -> None:
+    """One table on a terminal, and a free line."""
+    console.print(sheet.title, style="bold", highlight=False, soft_wrap=True)
+    table = Table(box=None, pad_edge=False)
+    for place, column in enumerate(sheet.columns):
+        table.add_column(column, justify="right" if place else "left", no_wrap=True)
+    for row in sheet.rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print()
 
 
 def markdown(data: Row) -> str:
