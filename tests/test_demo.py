@@ -62,6 +62,7 @@ def test_three_methods_side_by_side_and_the_same_again(
     for arm in ARMS[1:]:
         assert f'"arm":"{arm}"' in page
     assert '"top":{"student":' in page
+    assert "one seed cover problems only" in page
 
 
 def test_all_methods_start_from_the_same_and_take_as_many_updates() -> None:

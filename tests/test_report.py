@@ -330,3 +330,37 @@ def test_recoverability_by_position_is_drawn_where_the_probe_has_looked(tmp_path
         gather_run(run)
     path.unlink()
     assert gather_run(run)["sections"][-2]["charts"] == []
+
+
+def test_a_missing_parquet_is_said(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["run"]["trajectories_every"] = 6  # what make_run stores: steps 1, 6 and 12
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert gather_run(run)["notes"] == []
+    stored(run).unlink()
+    (note,) = gather_run(run)["notes"]
+    assert note.startswith("Trajectories of 1 stored steps are missing, first ")
+    assert "step_000006.parquet" in note
+    for path in (run / "trajectories").iterdir():
+        path.unlink()
+    (note,) = gather_run(run)["notes"]
+    assert note.startswith("Trajectories of 3 stored steps are missing")
+    (run / "model").rmdir()  # still running: the last file may be on its way
+    assert gather_run(run)["notes"][1].startswith("Trajectories of 2 stored steps are missing")
+
+
+@pytest.mark.slow
+def test_a_million_trajectories_are_sampled_and_the_page_says_so(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "million", rows=64, length=8)
+    first, *others = sorted((run / "trajectories").iterdir())
+    for path in others:
+        path.unlink()
+    for step in range(2, 15_626):
+        (run / "trajectories" / f"step_{step:06d}.parquet").hardlink_to(first)
+    page = write_report(run)
+    assert page.stat().st_size < 5e6
+    notes = data_of(page)["notes"]
+    assert notes == [
+        "A sample: 400 of 1,000,000 stored trajectories can be looked at; the statistics below are over 800."
+    ]

@@ -184,14 +184,30 @@ def notes(
     steps = at(config, "optim.steps")
     if not (directory / "model").is_dir():
         found.append(f"This run has not finished: {len(metrics):,} of {steps or '?'} steps are logged.")
-    if not stored.total:
+    lost = missing_steps(directory, config, len(metrics), stored)
+    if lost:
+        found.append(
+            f"Trajectories of {len(lost):,} stored steps are missing, first "
+            f"{directory / 'trajectories' / f'step_{lost[0]:06d}.parquet'}; what is shown is without them."
+        )
+    elif not stored.total:
         found.append("No trajectories are stored (run.trajectories_every: 0), so there are none to look at.")
-    elif shown < stored.total:
+    if 0 < shown < stored.total:
         found.append(
             f"A sample: {shown:,} of {stored.total:,} stored trajectories can be looked at; "
             f"the statistics below are over {len(stored.rows):,}."
         )
     return found
+
+
+def missing_steps(directory: Path, config: dict[str, Any], logged: int, stored: Stored) -> list[int]:
+    """Steps that were to be stored and whose file is not there; a run in progress may be writing its last."""
+    every, steps = at(config, "run.trajectories_every"), at(config, "optim.steps")
+    if not every:
+        return []
+    end = logged if (directory / "model").is_dir() else logged - 1
+    due = [step for step in range(1, end + 1) if step in (1, steps) or step % every == 0]
+    return sorted({*due} - {*stored.steps})
 
 
 def learning(metrics: Sequence[Row], evals: Sequence[Row]) -> list[Chart | None]:
