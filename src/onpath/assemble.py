@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from onpath import distributed
+from onpath.ahead import Ahead, make_ahead
 from onpath.cache import Cache, CachedEngine, weights_digest
 from onpath.config import Config
 from onpath.cosine import GradientCosine
@@ -73,6 +74,8 @@ class Parts:
     cosine: GradientCosine
     cache: Cache | None = None
     """What the starting weights wrote, of an offline method."""
+    ahead: Ahead | None = None
+    """Draws the next batch while this one trains (rollout.overlap)."""
     warnings: tuple[str, ...] = field(default=())
 
     @property
@@ -131,6 +134,7 @@ def assemble(config: Config) -> Parts:
 
     engine = engine_over(student)
     cache, sampler, writer = offline_cache(config, engine, engine_over(teacher.model))
+    ahead = make_ahead(config, student, engine_over)
     measure = Measure(
         student=student,
         teacher=teacher,
@@ -166,7 +170,7 @@ def assemble(config: Config) -> Parts:
         student=student,
         teacher=teacher,
         engine=engine,
-        sampler=sampler,
+        sampler=ahead.engine if ahead else sampler,
         method=method,
         grader=grader,
         objective=objective,
@@ -176,6 +180,7 @@ def assemble(config: Config) -> Parts:
         tools=tools,
         cosine=GradientCosine(student, every=config.method.cosine_every),
         cache=cache,
+        ahead=ahead,
         warnings=tuple(warnings),
     )
 

@@ -97,6 +97,9 @@ class RolloutSection(Section):
     """0 is off; above 0 the samples are no longer on-policy."""
     max_new_tokens: int = Field(128, ge=1)
     """Longest response; longer ones are cut and counted as unfinished."""
+    overlap: bool = False
+    """Sample the next batch while this one trains, from a frozen copy of the student: rollouts are one step
+    old (staleness 1 in the metrics), and the copy takes memory."""
     batch_tokens: int = Field(32_768, ge=1)
     """Tokens (sequences × longest length) that one generation batch may hold."""
 
@@ -220,6 +223,16 @@ class Config(Section):
                 "use float32 with optim.bf16, or LoRA (student.lora_rank)"
             )
         gym, method = self.data.train.startswith("gym:"), self.method
+        if self.rollout.overlap and method.divergence == "sampled" and method.ppo_clip is None:
+            raise ValueError(
+                "rollout.overlap: method.divergence sampled takes rollouts for samples of the weights that "
+                "train; set method.ppo_clip, which corrects for older ones, or rollout.overlap: false"
+            )
+        if self.rollout.overlap and isinstance(method, TRDOptions) and method.offline:
+            raise ValueError(
+                "rollout.overlap: with method.offline all rollouts are sampled before the first step; set "
+                "rollout.overlap: false"
+            )
         if isinstance(method, TRDOptions) and method.minimal_edit and method.locate == "checker" and not gym:
             raise ValueError(
                 f"method.locate: checker needs a task with a checker of steps, as the gym is, not "

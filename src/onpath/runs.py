@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import yaml
 from safetensors import SafetensorError
+from torch import Tensor
 
 from onpath import checkpoint, distributed
 from onpath.assemble import Parts
@@ -45,8 +46,15 @@ class Run:
         """Whether the final model is there: it is written last."""
         return (self.directory / "model").is_dir()
 
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds beside trained weights and optimiser."""
+        ahead = self.parts.ahead
+        return {**self.parts.method.state(), **(ahead.state() if ahead else {})}
+
     def close(self) -> None:
-        """Lets the trackers write what they hold."""
+        """Lets the trackers write what they hold, and waits for what is being sampled."""
+        if self.parts.ahead:
+            self.parts.ahead.close()
         for tracker in self.trackers:
             tracker.close()
 
@@ -56,7 +64,7 @@ class Run:
             self.directory / "checkpoints",
             model=self.parts.student,
             optimizer=optimizer,
-            extra=self.parts.method.state(),
+            extra=self.state(),
         )
         done = loaded.step if loaded else 0
         if loaded:
@@ -90,6 +98,8 @@ class Run:
     def log(self, step: int, meter: Meter, *, lr: float) -> dict[str, Any]:
         """The step's line of metrics.jsonl."""
         row = {"step": step, **meter.row(self.parts.device), "lr": lr, "policy_version": step}
+        versions = [r.policy_version for r in meter.rollouts]
+        row["staleness"] = step - 1 - min(versions) if versions else None
         if distributed.rank() == 0:
             self.metrics.write(row)
             for tracker in self.trackers:
@@ -105,7 +115,7 @@ class Run:
                 step=step,
                 model=self.parts.student,
                 optimizer=optimizer,
-                extra=self.parts.method.state(),
+                extra=self.state(),
             )
             checkpoint.prune(root, keep=self.parts.config.run.keep)
         distributed.barrier()

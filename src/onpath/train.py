@@ -150,18 +150,16 @@ def write_ahead(parts: Parts) -> None:
 
 
 def sample(parts: Parts, step: int) -> list[Rollout]:
-    """This process's rollouts of one step: the student's own samples."""
-    prompts = prompts_of_step(
-        parts.pool, size=parts.config.rollout.prompts, seed=parts.config.run.seed, step=step
-    )
-    keys = [f"step {step}/{place}" for place in range(len(prompts))]
-    mine = distributed.share(list(zip(prompts, keys, strict=True)))
-    return parts.sampler.generate(
-        [prompt for prompt, _ in mine],
-        parts.sampling,
-        n=parts.config.rollout.n,
-        keys=[key for _, key in mine],
-    )
+    """This process's rollouts of one step: the student's own samples (rollout.overlap: of one step ago)."""
+
+    def draw(step: int) -> list[Rollout]:
+        size, n = parts.config.rollout.prompts, parts.config.rollout.n
+        prompts = prompts_of_step(parts.pool, size=size, seed=parts.config.run.seed, step=step)
+        mine = distributed.share(list(enumerate(prompts)))
+        keys = [f"step {step}/{place}" for place, _ in mine]
+        return parts.sampler.generate([p for _, p in mine], parts.sampling, n=n, keys=keys)
+
+    return draw(step) if parts.ahead is None else parts.ahead(step, draw)
 
 
 def graded(parts: Parts, rollouts: Sequence[Rollout]) -> list[Graded]:

@@ -172,6 +172,7 @@ def sampling(config: Config, refused: str | None) -> Finding:
         )
     alike = (evaluation.temperature, evaluation.top_p, evaluation.top_k) == (1.0, 1.0, 0)
     message = f"rollouts are the student's own samples ({settings})"
+    message += ", one step old (rollout.overlap)" if rollout.overlap else ""
     if not alike:
         top = f"top-p {evaluation.top_p:g}, top-k {evaluation.top_k or 'off'}"
         message += f"; evaluation samples differently (temperature {evaluation.temperature:g}, {top})"

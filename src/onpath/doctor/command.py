@@ -199,10 +199,12 @@ def _models(parts: Parts) -> Finding:
 
 
 def _undecorated(config: Config) -> Config:
-    """Without what would write into the run's directory: TRD's offline cache."""
-    if not (isinstance(config.method, TRDOptions) and config.method.offline):
-        return config
-    return config.model_copy(update={"method": config.method.model_copy(update={"offline": False})})
+    """Without what would write into the run's directory (TRD's offline cache) or sample in the background."""
+    rollout = config.rollout.model_copy(update={"overlap": False})
+    if isinstance(config.method, TRDOptions):
+        method = config.method.model_copy(update={"offline": False})
+        return config.model_copy(update={"method": method, "rollout": rollout})
+    return config.model_copy(update={"rollout": rollout})
 
 
 def _own_teacher(config: Config) -> bool:

@@ -16,8 +16,10 @@ from onpath.doctor.probe import Probe
 from onpath.meter import STAGES
 from onpath.train import one_step
 
-_STEP_SECONDS = 40.0
-"""Longest step that is run in full; a longer one is run with the probe's prompts and scaled."""
+_STEP_SECONDS = 30.0
+"""Longest step that is run in full; of a longer one a share is run, and scaled."""
+_STEP_OF_PROBE = 3.0
+"""A whole step's time over that of sampling and correcting, roughly: enough to choose the share."""
 _FULL = 0.9
 """Share of the memory from which the check warns."""
 
@@ -39,11 +41,11 @@ class Cost:
 def measure(parts: Parts, probe: Probe) -> Cost:
     """Runs one optimiser step for real, AdamW's state included. Call it within `probe.untouched`."""
     config = parts.config
-    size, tried = config.rollout.prompts * config.rollout.n, len(probe.rollouts)
-    whole = probe.seconds * size / tried < _STEP_SECONDS
-    if not whole:
-        rollout = config.rollout.model_copy(update={"prompts": tried, "n": 1})
-        parts = replace(parts, config=config.model_copy(update={"rollout": rollout}))
+    prompts = config.rollout.prompts
+    expected = _STEP_OF_PROBE * probe.seconds * prompts * config.rollout.n / max(1, len(probe.rollouts))
+    fewer = max(1, min(prompts, int(prompts * _STEP_SECONDS / max(expected, 1e-9))))
+    rollout = config.rollout.model_copy(update={"prompts": fewer})
+    parts = replace(parts, config=config.model_copy(update={"rollout": rollout}))
     optimizer, schedule = make_optimizer(parts)
     schedule(0)
     on_gpu = parts.device.type == "cuda"
@@ -52,7 +54,7 @@ def measure(parts: Parts, probe: Probe) -> Cost:
     saved = sum(p.numel() * p.element_size() for p in parts.student.parameters() if p.requires_grad)
     meter = one_step(parts, optimizer, 0)
     peak = torch.cuda.max_memory_allocated(parts.device) if on_gpu else _peak_of_process() - saved
-    scale = 1.0 if whole else size / tried
+    scale = prompts / fewer
     return Cost(
         seconds={stage: meter.watch.seconds.get(stage, 0.0) * scale for stage in (*STAGES, "grade")},
         generated_tokens=round(sum(len(r.ids) for r in meter.rollouts) * scale),
@@ -90,7 +92,7 @@ def speed(parts: Parts, cost: Cost) -> Finding:
     message = (
         f"{step:.2g} s a step ({shares}); {config.optim.steps} steps and evaluations: {_duration(hours)}"
     )
-    message += "" if cost.scale == 1 else f" (scaled up {cost.scale:.0f} times from fewer prompts)"
+    message += "" if cost.scale == 1 else f" (scaled up {cost.scale:.1f} times from fewer prompts)"
     return Finding(name="speed", status="ok", message=message, values=values)
 
 
@@ -100,6 +102,7 @@ def memory(parts: Parts, cost: Cost) -> Finding:
     where = "GPU" if parts.device.type == "cuda" else "host"
     values = {"peak_gib": peak, "room_gib": room, "device": parts.device.type}
     message = f"a step takes {peak:.2g} of {room:.3g} GiB of {where} memory"
+    message += "" if cost.scale == 1 else f" (measured on 1/{cost.scale:.1f} of a step: at least that)"
     if peak <= _FULL * room:
         return Finding(name="memory", status="ok", message=message, values=values)
     advice = "lower optim.micro_batch_tokens and rollout.batch_tokens, or set student.gradient_checkpointing"

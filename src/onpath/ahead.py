@@ -1,0 +1,81 @@
+"""One-step overlap: the next batch is sampled while this one trains (`rollout.overlap`).
+
+    step              0         1         2         3
+    trained on        W0        W0        W1        W2      weights that wrote the batch: its policy_version
+    weights           W0 → W1   W1 → W2   W2 → W3   …
+
+The weights that train must not move under a sample, so a thread samples from a frozen copy of them, made when
+a step begins. Draws depend on (seed, step) and on that copy alone, so it is all that a resumed run needs.
+"""
+
+import copy
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor, nn
+
+from onpath.config import Config
+from onpath.engines.hf import HFEngine
+from onpath.records import Rollout
+
+Draw = Callable[[int], list[Rollout]]
+"""Step (from 0) → its rollouts, by this class's engine."""
+
+
+class Ahead:
+    """Hands out each step's rollouts, drawn by the weights of the step before, and draws the next ones.
+
+    Args:
+        student: the model that trains.
+        engine: over a copy of it, with a tokenizer of its own (tokenizers are not safe to share).
+        steps: of the run; nothing is drawn beyond.
+    """
+
+    def __init__(self, student: nn.Module, engine: HFEngine, *, steps: int) -> None:
+        self.student, self.engine, self.steps = student, engine, steps
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="onpath-ahead")
+        self._next: tuple[int, Future[list[Rollout]]] | None = None
+
+    def __call__(self, step: int, draw: Draw) -> list[Rollout]:
+        """Rollouts of `step`. Call it when the step begins, before its weights move."""
+        rollouts = self._drawn(step, draw)
+        if step + 1 < self.steps:
+            self._follow(step)
+            self._next = step + 1, self._thread.submit(draw, step + 1)
+        return rollouts
+
+    def _drawn(self, step: int, draw: Draw) -> list[Rollout]:
+        waiting, self._next = self._next, None
+        if waiting is not None:
+            assert waiting[0] == step, f"step {waiting[0]} was drawn, step {step} is asked for"
+            return waiting[1].result()
+        self.engine.sync_weights(max(0, step - 1))  # the first step, or the first after a resume
+        return draw(step)
+
+    @torch.no_grad()
+    def _follow(self, version: int) -> None:
+        for mine, theirs in zip(self.engine.model.parameters(), self.student.parameters(), strict=True):
+            if theirs.requires_grad:
+                mine.copy_(theirs)
+        self.engine.sync_weights(version)
+
+    def state(self) -> dict[str, Tensor]:
+        """The weights that draw the next batch: one step older than those of the checkpoint."""
+        copies = dict(self.engine.model.named_parameters())
+        return {f"ahead.{n}": copies[n] for n, p in self.student.named_parameters() if p.requires_grad}
+
+    def close(self) -> None:
+        """Waits for what is being drawn."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+
+def make_ahead(
+    config: Config, student: nn.Module, engine_over: Callable[[nn.Module], HFEngine]
+) -> Ahead | None:
+    """None without `rollout.overlap`."""
+    if not config.rollout.overlap:
+        return None
+    engine = engine_over(copy.deepcopy(student).requires_grad_(False))
+    engine.renderer = copy.deepcopy(engine.renderer)
+    return Ahead(student, engine, steps=config.optim.steps)
