@@ -13,7 +13,7 @@ import yaml
 from onpath.cli import main
 from onpath.errors import UserError
 from onpath.report import charts, write_report
-from onpath.report.pack import Vocabulary, halves, integers, pack_all, script_json
+from onpath.report.pack import Vocabulary, halves, integers, pack_all, pack_fork, script_json
 from onpath.report.run import gather_run
 from onpath.report.signal import pearson, scatter
 from onpath.report.stored import read_rows, sample
@@ -364,3 +364,17 @@ def test_a_million_trajectories_are_sampled_and_the_page_says_so(tmp_path: Path)
     assert notes == [
         "A sample: 400 of 1,000,000 stored trajectories can be looked at; the statistics below are over 800."
     ]
+
+
+def test_a_transport_that_spreads_is_not_one_that_is_missing() -> None:
+    table = Vocabulary()
+    one = {"student_tokens": ["a"] * 20, "teacher_tokens": ["e"] * 20}
+    spread = [[i, j, 0.05] for i in range(20) for j in range(20)]
+    found = {
+        name: pack_fork(one | {"plan": plan}, table)
+        for name, plan in {"spread": spread, "none": [], "strong": [[0, 0, 0.9], *spread]}.items()
+    }
+    assert {name: fork["spread"] for name, fork in found.items()} == {
+        "spread": True, "none": False, "strong": False,
+    }  # fmt: skip
+    assert unpacked(found["strong"]["plan"]) == pytest.approx([0, 0, 0.9], rel=1e-3)

@@ -27,6 +27,7 @@ from onpath.study.budget import Used, missed, steps_of
 from onpath.study.intervals import crossed_variance, difference, estimate, holm, p_value
 from onpath.study.jobs import Progress, Slots, locked, run_jobs
 from onpath.study.plan import Job
+from onpath.study.show import sentences
 from tests.conftest import CHARACTERS, make_model, make_tokenizer
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "gym-study" / "config.yaml"
@@ -479,3 +480,14 @@ def test_every_arm_of_the_recipe_is_valid_and_another() -> None:
     bodies = {name: c.model_dump_json() + str(config.budget_of(name)) for name, c in resolved.items()}
     assert len(set(bodies.values())) == len(bodies)
     assert {c.method.name for c in resolved.values()} == {"opd", "opsd", "trd", "topd"}
+
+
+def test_no_winner_from_one_seed() -> None:
+    leader = {"highest": "b", "mean": 0.9, "not_told_apart": []}
+    said = {
+        seeds: sentences({"study": {"seeds": list(range(seeds))}, "leaders": {"test": row}})[0]
+        for seeds, row in ((1, leader), (2, leader), (3, leader | {"not_told_apart": ["a", "c"]}))
+    }
+    assert said[1].endswith("no winner: one seed does not say what another would have given.")
+    assert said[2].endswith("ahead of every other arm.")
+    assert said[3].endswith("no winner: not told apart from it: a, c.")

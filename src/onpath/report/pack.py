@@ -130,6 +130,7 @@ def pack_fork(fork: Mapping[str, Any], table: Vocabulary) -> dict[str, Any]:
         "s": integers(table.indices(fork.get("student_tokens") or ())),
         "t": integers(table.indices(fork.get("teacher_tokens") or ())),
         "plan": halves([x for entry in strong for x in entry]),
+        "spread": bool(fork.get("plan")) and not strong,
     }
 
 

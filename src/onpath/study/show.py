@@ -126,9 +126,12 @@ def sentences(data: Row) -> list[str]:
         if row is None:
             continue
         top, near = row["highest"], row["not_told_apart"]
-        rest = (
-            f"no winner: inside the noise of it are {', '.join(near)}" if near else "ahead of every other arm"
-        )
+        if len(data["study"]["seeds"]) < 2:
+            rest = "no winner: one seed does not say what another would have given"
+        elif near:
+            rest = f"no winner: not told apart from it: {', '.join(near)}"
+        else:
+            rest = "ahead of every other arm"
         said.append(f"{split}: the highest mean is {top}'s, {row['mean']:.1%}; {rest}.")
     return said
 

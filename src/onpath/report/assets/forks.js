@@ -11,7 +11,9 @@ function forkPanel(fork, onClose) {
   const facts = [["loss", `${number(fork.loss)} nats`], ["D", number(fork.d)], ["log p_S − log p_T", `${number(fork.gap)} nats`], ["weight", number(fork.w)]];
   const readout = el("p", { class: "readout", "aria-live": "polite" }, links.length
     ? "Ribbons join a token of the student's future to where the transport sends it; point at a token, or use the arrow keys."
-    : "No transport plan is stored for this position: only forks that guide have one.");
+    : fork.spread
+      ? "The transport spreads every token over so many that no entry reaches 10% of its mass."
+      : "No transport plan is stored for this position: only forks that guide have one.");
   return el("section", { class: "fork-panel", "aria-label": `Fork at token ${fork.at}` },
     el("header", {},
       el("h4", {}, `${DECISIONS[fork.decision] || fork.decision} at token ${fork.at}`),
