@@ -23,11 +23,12 @@ from onpath.cache import weights_digest
 from onpath.cli import main
 from onpath.config import Config, build
 from onpath.doctor import costs, scores, training
-from onpath.doctor.command import diagnose, load_leniently
+from onpath.doctor.command import diagnose, load_leniently, summary
 from onpath.doctor.finding import Finding
-from onpath.doctor.probe import Probe, make_probe, untouched
+from onpath.doctor.probe import Probe, logp_of, make_probe, rows_of, untouched
 from onpath.engines.base import Completion
 from onpath.engines.hf import HFEngine
+from onpath.losses import TeacherTopK
 from onpath.methods import Prepared
 from onpath.records import Prompt, Rollout, Sampling
 from tests.conftest import CHARACTERS, TEMPLATE, make_tokenizer
@@ -136,6 +137,22 @@ def test_every_method_leaves_the_weights_as_they_were(method: str, lora: int, ti
     assert weights_digest(parts.student) == before[0]
     assert all(v.nan_to_num(-1).equal(before[1][k].nan_to_num(-1)) for k, v in parts.method.state().items())
     assert parts.engine.policy_version == 0
+
+
+def test_long_responses_are_cut_and_long_steps_shared(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a minute is enough."""
+    parts = assemble(tiny(rollout__max_new_tokens=400))
+    probe = make_probe(parts)
+    assert probe.shortened
+    assert {r.sampling.max_new_tokens for r in probe.rollouts} == {256}
+    assert status(scores.on_policy(parts, probe.rollouts)) == "ok"
+    assert status(training.accuracy(parts, probe)) == "skipped"
+    monkeypatch.setattr(costs, "_STEP_SECONDS", 0.0)
+    with untouched(parts):
+        cost = costs.measure(parts, probe)
+    assert cost.scale == 8, "one prompt of eight"
+    assert "scaled up 8.0 times" in costs.speed(parts, cost).message
+    assert "at least that" in costs.memory(parts, cost).message
 
 
 # 1. Wrong template
@@ -553,6 +570,30 @@ def test_user_errors_are_one_sentence(tiny: Tiny, tmp_path: Path, capsys: pytest
     assert "did you mean steps?" in capsys.readouterr().err
     with pytest.raises(Exception, match=r"rollout\.temperature must be 1"):
         load_leniently(None, [("method.divergence", "sampled"), ("rollout.temperature", "0.5")])
+
+
+def test_served_scores_are_read_alike() -> None:
+    """Of tokens in the set and outside it; rows move together; a reading has no distance to itself."""
+    served = TeacherTopK(
+        ids=torch.tensor([[5, 8], [7, 3]]), logp=torch.tensor([[0.6, 0.3], [0.5, 0.25]]).log(), tail=None
+    )
+    assert logp_of(served, torch.tensor([8, 4])).exp().tolist() == pytest.approx([0.3, 0.25])
+    turned = rows_of(served, torch.tensor([1, 0]))
+    assert logp_of(turned, torch.tensor([7, 5])).exp().tolist() == pytest.approx([0.5, 0.6])
+    assert scores.distance(served, served).tolist() == [0.0, 0.0]
+    louder = replace(served, logp=served.logp - torch.tensor([[0.0, 0.2], [0.0, 0.0]]))
+    assert scores.distance(served, louder).tolist() == pytest.approx([0.2, 0.0])
+
+
+def test_json_has_no_infinity(tiny: Tiny, parts: Parts, probe: Probe) -> None:
+    class Short(Passes):
+        def score(self, contexts: Any, responses: Any) -> Any:
+            return [row[:-1] for row in self.engine.score(contexts, responses)]
+
+    found = scores.engine_logprobs(replace(parts, engine=Short(parts.engine)), probe.rollouts)
+    assert (found.status, found.values["max_gap_nats"]) == ("fail", float("inf")), "a log-prob is missing"
+    text = json.dumps(summary(parts.config, [found], 1.0), allow_nan=False)
+    assert json.loads(text)["checks"][0]["values"]["max_gap_nats"] is None
 
 
 def test_the_printed_report(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

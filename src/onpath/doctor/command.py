@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -79,8 +80,13 @@ def summary(config: Config, found: Sequence[Finding], seconds: float) -> dict[st
         "student": config.student.model,
         "teacher": None if _own_teacher(config) else config.teacher.model,
         "seconds": round(seconds, 2),
-        "checks": [{**vars(f), "values": dict(f.values)} for f in found],
+        "checks": [{**vars(f), "values": {k: _json_ready(v) for k, v in f.values.items()}} for f in found],
     }
+
+
+def _json_ready(value: Any) -> Any:
+    """JSON has no infinity and no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def show(console: Console, finding: Finding) -> None:

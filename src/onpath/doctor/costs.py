@@ -42,7 +42,9 @@ def measure(parts: Parts, probe: Probe) -> Cost:
     """Runs one optimiser step for real, AdamW's state included. Call it within `probe.untouched`."""
     config = parts.config
     prompts = config.rollout.prompts
-    expected = _STEP_OF_PROBE * probe.seconds * prompts * config.rollout.n / max(1, len(probe.rollouts))
+    longer = config.rollout.max_new_tokens / max(1, max(len(r.ids) for r in probe.rollouts))
+    each = probe.seconds / len(probe.rollouts) * (longer if probe.shortened else 1.0)
+    expected = _STEP_OF_PROBE * each * prompts * config.rollout.n
     fewer = max(1, min(prompts, int(prompts * _STEP_SECONDS / max(expected, 1e-9))))
     rollout = config.rollout.model_copy(update={"prompts": fewer})
     parts = replace(parts, config=config.model_copy(update={"rollout": rollout}))

@@ -24,6 +24,8 @@ from onpath.shape import shaped, student_states, teacher_states
 
 _TOKENS = 4096
 """Response tokens, at most, that the checks sample."""
+_LENGTH = 256
+"""Longest response of the probe."""
 _ROLLOUTS = (4, 32)
 """Fewest and most rollouts of the probe."""
 TeacherScores = TeacherHidden | TeacherTopK
@@ -40,6 +42,8 @@ class Probe:
     seconds: float
     refused: str = ""
     """Why the method could not make trajectories."""
+    shortened: bool = False
+    """Responses were cut at _LENGTH tokens, before rollout.max_new_tokens."""
 
     def batches(self, parts: Parts) -> Iterator[Batch]:
         """In micro-batches."""
@@ -50,11 +54,12 @@ def make_probe(parts: Parts) -> Probe:
     """Samples and corrects as the first step would, with fewer prompts."""
     config = parts.config
     low, high = _ROLLOUTS
-    size = max(low, min(high, _TOKENS // config.rollout.max_new_tokens))
+    sampling = replace(parts.sampling, max_new_tokens=min(_LENGTH, parts.sampling.max_new_tokens))
+    size = max(low, min(high, _TOKENS // sampling.max_new_tokens))
     size = min(size, config.rollout.prompts, len(parts.pool))
     prompts = prompts_of_step(parts.pool, size=size, seed=config.run.seed, step=0)
     begun = time.perf_counter()
-    rollouts = parts.engine.generate(prompts, parts.sampling, keys=[f"doctor/{p.id}" for p in prompts])
+    rollouts = parts.engine.generate(prompts, sampling, keys=[f"doctor/{p.id}" for p in prompts])
     prepared, refused = unread(), ""
     kept: list[Trajectory] = []
     try:
@@ -63,7 +68,14 @@ def make_probe(parts: Parts) -> Probe:
     except UserError as error:
         refused = str(error)
     seconds = time.perf_counter() - begun
-    return Probe(rollouts=rollouts, prepared=prepared, trajectories=kept, seconds=seconds, refused=refused)
+    return Probe(
+        rollouts=rollouts,
+        prepared=prepared,
+        trajectories=kept,
+        seconds=seconds,
+        refused=refused,
+        shortened=sampling != parts.sampling,
+    )
 
 
 def batches_of(parts: Parts, trajectories: Sequence[Trajectory]) -> Iterator[Batch]:
@@ -176,15 +188,17 @@ def untouched(parts: Parts) -> Iterator[Callable[[], bool]]:
         for p in parts.student.parameters():
             p.grad = None
         parts.engine.sync_weights(0)
-        return all(
-            tensor.detach().cpu().view(-1).equal(saved[name].view(-1)) or bool(saved[name].isnan().any())
-            for name, tensor in trained.items()
-        )
+        return all(_same(tensor.detach().cpu(), saved[name]) for name, tensor in trained.items())
 
     try:
         yield restore
     finally:
         restore()
+
+
+def _same(one: Tensor, two: Tensor) -> bool:
+    """Equal, NaN included: a state that is not known yet."""
+    return bool(one.isnan().equal(two.isnan()) and one.nan_to_num().equal(two.nan_to_num()))
 
 
 def narrow(parts: Parts) -> bool:

@@ -32,6 +32,8 @@ from onpath.models import hidden_states
 from onpath.records import Rollout, Sampling, Trajectory
 from onpath.teacher import ModelTeacher, SelfTeacher
 
+_COMPARED = 8
+"""Responses whose scores are compared one by one."""
 _GAP = {False: (1e-4, 1e-3), True: (0.03, 0.1)}
 """Half precision or not → mean gap of log-probs, nats, above which a check warns and fails."""
 _SELF_KL = {False: 1e-5, True: 1e-2}
@@ -53,7 +55,7 @@ def engine_logprobs(parts: Parts, rollouts: Sequence[Rollout]) -> Finding:
     Compared are those that came with the samples, where nothing truncates or tempers them, and those of the
     engine's own scoring.
     """
-    trajectories = as_they_are(rollouts)
+    trajectories = as_they_are(rollouts)[:_COMPARED]
     expected = _student_logps(parts, trajectories)
     scored = parts.engine.score([t.student_context for t in trajectories], [t.response for t in trajectories])
     scoring = _gaps(scored, expected)
@@ -133,7 +135,8 @@ def on_policy(parts: Parts, rollouts: Sequence[Rollout]) -> Finding:
     """
     if not parts.config.method.on_policy or not parts.sampling.untruncated:
         return skipped("on_policy", "the objective does not take the rollouts for the student's own samples")
-    settings = {r.sampling for r in rollouts}
+    length = parts.sampling.max_new_tokens
+    settings = {replace(r.sampling, max_new_tokens=length) for r in rollouts}
     if settings != {parts.sampling}:
         message = (
             f"asked for {parts.sampling}, the engine sampled at {next(iter(settings - {parts.sampling}))}"
@@ -167,16 +170,16 @@ def teacher_itself(parts: Parts, probe: Probe) -> Finding:
     """The teacher scored against itself gives KL 0: read together and alone, and by the student's path."""
     worst, total, count = 0.0, 0.0, 0
     trajectories = [
-        replace(t, student_context=t.teacher_context, guidance=()) for t in probe.trajectories[:8]
+        replace(t, student_context=t.teacher_context, guidance=()) for t in probe.trajectories[:_COMPARED]
     ]
     for batch in batches_of(parts, trajectories):
         together = teacher_scores(parts, batch)
         kl_N = torch.cat(
-            [_distance(teacher_scores(parts, alone), part) for alone, part in _apart(parts, batch, together)]
+            [distance(teacher_scores(parts, alone), part) for alone, part in _apart(parts, batch, together)]
         )
         if isinstance(parts.teacher, ModelTeacher | SelfTeacher):
             own = own_scores(_by_students_path(parts, batch), parts.teacher.head)
-            kl_N = torch.maximum(kl_N, _distance(own, together))
+            kl_N = torch.maximum(kl_N, distance(own, together))
         worst, total, count = max(worst, float(kl_N.max())), total + float(kl_N.sum()), count + len(kl_N)
     mean = total / count
     values = {"mean_kl_nats": mean, "max_kl_nats": worst, "tokens": count}
@@ -189,7 +192,7 @@ def teacher_itself(parts: Parts, probe: Probe) -> Finding:
 
 def alignment(parts: Parts, probe: Probe) -> Finding:
     """What the teacher writes, it must score as it wrote it: at the same position, not one beside it."""
-    some = probe.trajectories[:8]
+    some = probe.trajectories[:_COMPARED]
     room = max(2, min(32, parts.tools.room - max(len(t.teacher_context) for t in some)))
     sampling = Sampling(max_new_tokens=room, seed=parts.config.run.seed)
     contexts = [t.teacher_context for t in some]
@@ -238,8 +241,8 @@ def teacher_differs(parts: Parts, probe: Probe) -> Finding:
         stats = divergence(parts, batch)
         assert stats.reverse_kl is not None
         kls += stats.reverse_kl.tolist()
-        logps += logp_of(teacher_scores(parts, batch), batch.token_N).tolist()
-    kl, logp, uniform = sum(kls) / len(kls), sum(logps) / len(logps), -math.log(parts.vocabulary)
+        logps += [] if stats.teacher_logp is None else stats.teacher_logp.tolist()
+    kl, logp, uniform = _mean(kls), _mean(logps), -math.log(parts.vocabulary)
     values = {"reverse_kl_nats": kl, "teacher_logp_nats": logp, "tokens": len(kls)}
     message = f"KL(student ‖ teacher) is {kl:.2g} nats a token on {len(kls):,} tokens"
     if not kl > _SAME_KL[narrow(parts)]:
@@ -283,7 +286,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / max(1, len(values))
 
 
-def _distance(one: TeacherScores, two: TeacherScores) -> Tensor:
+def distance(one: TeacherScores, two: TeacherScores) -> Tensor:
     """KL [N] of two readings; of served ones the largest difference of a log-prob that both name."""
     if isinstance(one, TeacherHidden) and isinstance(two, TeacherHidden):
         stats = token_stats(student_hidden=one.hidden, student_head=one.head, teacher=two)

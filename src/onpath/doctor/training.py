@@ -32,6 +32,8 @@ from onpath.teacher import SelfTeacher
 
 _UNFINISHED = 0.5
 """Share of rollouts cut at max_new_tokens from which the check warns."""
+_GRADED = 4
+"""Trajectories whose gradient is formed, three times."""
 _SAME_GRADIENT = 1e-3
 """Relative difference below which two gradients are one."""
 
@@ -74,6 +76,8 @@ def eos(parts: Parts, probe: Probe) -> Finding:
         f"{len(ended)} of {len(probe.rollouts)} rollouts finished; the stop token counts in "
         f"{len(present)} of {len(probe.trajectories)} trained responses"
     )
+    if probe.shortened:
+        return found("ok", message + "; longer ones were cut short here")
     if len(ended) < (1 - _UNFINISHED) * len(probe.rollouts):
         return found("warning", message, "most responses are cut: raise rollout.max_new_tokens")
     return found("ok", message)
@@ -83,7 +87,7 @@ def gradient(parts: Parts, probe: Probe) -> Finding:
     """Another teacher gives another gradient, and the student itself as teacher gives none."""
     if not parts.objective.needs_teacher:
         return skipped("gradient", f"{parts.objective.kind} trains without a teacher's scores")
-    batch = next(batches_of(parts, without_guidance(probe.trajectories)))
+    batch = next(batches_of(parts, without_guidance(probe.trajectories[:_GRADED])))
     scores = teacher_scores(parts, batch)
     order = torch.arange(len(batch.token_N) - 1, -1, -1, device=parts.device)
     real = _gradient(parts, batch, scores)
@@ -179,6 +183,8 @@ def accuracy(parts: Parts, probe: Probe) -> Finding:
     graded = [r for r in probe.rollouts if r.prompt.answer is not None]
     if not graded:
         return skipped("accuracy", "no training prompt has an answer")
+    if probe.shortened:
+        return skipped("accuracy", "responses may be long, and were cut short here")
     greedy = replace(parts.sampling, temperature=0.0, top_p=1.0, top_k=0)
     theirs = [] if isinstance(parts.teacher, SelfTeacher) else _writer_on(parts, graded, greedy)
     student = sum(bool(ok) for ok in verdicts(parts.grader, parts.renderer, [(r, r.ids) for r in graded]))
