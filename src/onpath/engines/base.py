@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from onpath.records import FinishReason, Prompt, Rollout, Sampling
+from onpath.render import Renderer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,3 +53,34 @@ class Engine(Protocol):
     def sync_weights(self, version: int) -> None:
         """Takes over the trained weights; rollouts from now on carry `version`."""
         ...
+
+
+def sampled(
+    engine: Engine,
+    renderer: Renderer,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    *,
+    n: int,
+    keys: Sequence[str] | None,
+) -> list[Rollout]:
+    """`Engine.generate` by the engine's own `continue_from`."""
+    keys = [p.id for p in prompts] if keys is None else keys
+    contexts = [renderer.ids(p) for p in prompts]
+    jobs = [(p, i, ids) for p, ids in zip(prompts, contexts, strict=True) for i in range(n)]
+    done = engine.continue_from(
+        [j[2] for j in jobs], sampling, keys=[f"{key}/{i}" for key in keys for i in range(n)]
+    )
+    return [
+        Rollout(
+            prompt=p,
+            sample=i,
+            context=ids,
+            ids=c.ids,
+            logprobs=c.logprobs,
+            finish_reason=c.finish_reason,
+            policy_version=engine.policy_version,
+            sampling=sampling,
+        )
+        for (p, i, ids), c in zip(jobs, done, strict=True)
+    ]

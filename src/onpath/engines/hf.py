@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from onpath.batch import collate, micro_batches
-from onpath.engines.base import Completion
+from onpath.engines.base import Completion, sampled
 from onpath.errors import UserError
 from onpath.losses import token_stats
 from onpath.models import context_length, head_of, hidden_states, unwrapped
@@ -63,25 +63,7 @@ class HFEngine:
         self, prompts: Sequence[Prompt], sampling: Sampling, *, n: int = 1, keys: Sequence[str] | None = None
     ) -> list[Rollout]:
         """See `Engine.generate`."""
-        keys = [p.id for p in prompts] if keys is None else keys
-        contexts = [self.renderer.ids(p) for p in prompts]
-        jobs = [(p, i, ids) for p, ids in zip(prompts, contexts, strict=True) for i in range(n)]
-        done = self.continue_from(
-            [j[2] for j in jobs], sampling, keys=[f"{key}/{i}" for key in keys for i in range(n)]
-        )
-        return [
-            Rollout(
-                prompt=p,
-                sample=i,
-                context=ids,
-                ids=c.ids,
-                logprobs=c.logprobs,
-                finish_reason=c.finish_reason,
-                policy_version=self.policy_version,
-                sampling=sampling,
-            )
-            for (p, i, ids), c in zip(jobs, done, strict=True)
-        ]
+        return sampled(self, self.renderer, prompts, sampling, n=n, keys=keys)
 
     def continue_from(
         self, prefixes: Sequence[Sequence[int]], sampling: Sampling, *, keys: Sequence[str] | None = None

