@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from onpath import distributed
 from onpath.ahead import Ahead, make_ahead
-from onpath.cache import Cache, CachedEngine, weights_digest
+from onpath.cache import Cache
 from onpath.config import Config
 from onpath.cosine import GradientCosine
 from onpath.data import LoadedPrompts, load_prompts, prompts_of_step
@@ -44,7 +44,9 @@ from onpath.options import OPSDOptions, TRDOptions
 from onpath.prompts import EPISTEMIC_WORDS, TEMPLATES
 from onpath.records import Prompt, Sampling
 from onpath.render import Renderer
-from onpath.teacher import ModelTeacher, SelfTeacher, Teacher
+from onpath.served import ServedTeacher
+from onpath.teacher import Teacher
+from onpath.writers import check_teacher, make_teacher, offline_cache, room_of, student_engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,10 @@ class Parts:
     renderer: Renderer
     student: nn.Module
     teacher: Teacher
-    engine: HFEngine
+    engine: Engine
+    """Writes with the student's weights: rollouts and evaluations."""
+    engine_over: Callable[[nn.Module], HFEngine]
+    """An engine in this process over a model of the student's kind."""
     sampler: Engine
     """Writes the rollouts that are trained on: the engine, or what the starting weights wrote (offline)."""
     method: Method
@@ -110,9 +115,8 @@ def assemble(config: Config) -> Parts:
     student = trainable(config, base)
     vocabulary, warnings = shared_vocabulary(config, tokenizer)
     vocabulary = min(vocabulary, head_of(student).vocabulary)
-    teacher = make_teacher(config, student, vocabulary, device)
-    if isinstance(teacher, ModelTeacher):
-        check_teacher(config, teacher, longest)
+    teacher = make_teacher(config, student, renderer, vocabulary, stops, device)
+    check_teacher(config, teacher, longest)
     grader = grader_for(config.eval.grader, [config.data.train, *config.data.eval.values()])
     sampling = Sampling(
         temperature=config.rollout.temperature,
@@ -132,8 +136,9 @@ def assemble(config: Config) -> Parts:
             vocabulary=vocabulary,
         )
 
-    engine = engine_over(student)
-    cache, sampler, writer = offline_cache(config, engine, engine_over(teacher.model))
+    engine = student_engine(config, student, engine_over(student))
+    writer: Engine = teacher.engine if isinstance(teacher, ServedTeacher) else engine_over(teacher.model)
+    cache, sampler, writer = offline_cache(config, engine, writer, student, renderer)
     ahead = make_ahead(config, student, engine_over)
     measure = Measure(
         student=student,
@@ -153,7 +158,7 @@ def assemble(config: Config) -> Parts:
         templates=templates_for(config),
         vocabulary=vocabulary,
         measure=measure,
-        room=context_length(unwrapped(teacher.model)),
+        room=room_of(teacher, student),
         first_error=checker_of(config),
         onset_ids=onset_ids(config, tokenizer),
     )
@@ -170,6 +175,7 @@ def assemble(config: Config) -> Parts:
         student=student,
         teacher=teacher,
         engine=engine,
+        engine_over=engine_over,
         sampler=ahead.engine if ahead else sampler,
         method=method,
         grader=grader,
@@ -249,17 +255,6 @@ def check_prompts(
     return longest
 
 
-def check_teacher(config: Config, teacher: ModelTeacher, longest: int) -> None:
-    """It must be able to read what the student reads and writes."""
-    check_head(teacher.model, "teacher.model")
-    room, needed = context_length(unwrapped(teacher.model)), longest + config.rollout.max_new_tokens
-    if needed > room:
-        raise UserError(
-            f"teacher.model: its context of {room} tokens is too short for prompts of up to {longest} and "
-            f"{config.rollout.max_new_tokens} new ones; lower rollout.max_new_tokens or drop long prompts"
-        )
-
-
 def trainable(config: Config, base: nn.Module) -> nn.Module:
     """The student with gradients on: on all weights, or on a new LoRA adapter."""
     section = config.student
@@ -303,24 +298,6 @@ def shared_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase) -> tup
     return max(ids.values()) + 1, [warning] if same else []
 
 
-def make_teacher(
-    config: Config, student: nn.Module, vocabulary: int, device: torch.device
-) -> ModelTeacher | SelfTeacher:
-    """Another model, or the student itself."""
-    method = config.method
-    if isinstance(method, OPSDOptions) or (isinstance(method, TRDOptions) and method.teacher == "self"):
-        return SelfTeacher(student, weights=method.weights, decay=method.ema_decay, vocabulary=vocabulary)
-    where = pick_device(config.teacher.device, "teacher.device", otherwise=device)
-    model = load_model(config.teacher, "teacher.model", where)
-    rows = head_of(model).vocabulary
-    if rows < vocabulary:
-        raise UserError(
-            f"teacher.model gives logits for {rows} ids only, but the student for {vocabulary}; resize its "
-            "embeddings"
-        )
-    return ModelTeacher(model, vocabulary=vocabulary)
-
-
 def templates_for(config: Config) -> dict[str, str]:
     """Privileged prompts: the gym's own language for gym data, else our wording."""
     if not config.data.train.startswith("gym:"):
@@ -350,18 +327,6 @@ def onset_ids(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, 
     spellings = [spelling for word in words for spelling in (word, f" {word}") if spelling.strip()]
     first = {tokenizer(s, add_special_tokens=False)["input_ids"][0] for s in spellings}
     return tuple(sorted(first - {tokenizer.unk_token_id}))
-
-
-def offline_cache(config: Config, student: HFEngine, writer: HFEngine) -> tuple[Cache | None, Engine, Engine]:
-    """The cache, the sampler and the writer: caching engines where the starting weights write everything."""
-    if not (isinstance(config.method, TRDOptions) and config.method.offline):
-        return None, student, writer
-    cache = Cache(Path(config.run.dir) / config.run.name / "cache")
-    sampler, kept = (
-        CachedEngine(engine, cache, weights=weights_digest(engine.model), renderer=engine.renderer)
-        for engine in (student, writer)
-    )
-    return cache, sampler, kept
 
 
 def make_optimizer(parts: Parts) -> tuple[torch.optim.AdamW, Callable[[int], None]]:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from onpath import distributed
-from onpath.engines.base import Completion, Engine
+from onpath.engines.base import Completion, Engine, sampled
 from onpath.errors import UserError
 from onpath.records import Prompt, Rollout, Sampling
 from onpath.render import Renderer
@@ -80,16 +80,7 @@ class CachedEngine:
         self, prompts: Sequence[Prompt], sampling: Sampling, *, n: int = 1, keys: Sequence[str] | None = None
     ) -> list[Rollout]:
         """See `Engine.generate`; `keys` are ignored."""
-        contexts = [self.renderer.ids(p) for p in prompts]
-        jobs = [(p, i, ids) for p, ids in zip(prompts, contexts, strict=True) for i in range(n)]
-        done = self.continue_from([j[2] for j in jobs], sampling, keys=[f"{p.id}/{i}" for p, i, _ in jobs])
-        return [
-            Rollout(
-                prompt=p, sample=i, context=ids, ids=c.ids, logprobs=c.logprobs,
-                finish_reason=c.finish_reason, policy_version=self.policy_version, sampling=sampling,
-            )
-            for (p, i, ids), c in zip(jobs, done, strict=True)
-        ]  # fmt: skip
+        return sampled(self, self.renderer, prompts, sampling, n=n, keys=None)
 
     def continue_from(
         self, prefixes: Sequence[Sequence[int]], sampling: Sampling, *, keys: Sequence[str] | None = None

@@ -42,9 +42,26 @@ class Student(Section):
     """Run Python code that comes with the model. Off unless you ask for it by name."""
 
 
-class Teacher(Section):
+class Served(Section):
+    """A `vllm serve` that somebody runs (docs/engines.md). Its API key is read from ONPATH_API_KEY."""
+
+    url: str | None = None
+    """Of the server, such as http://localhost:8000; None: no server."""
+    timeout: float = Field(600.0, gt=0)
+    """Seconds that one request may take."""
+    patience: float = Field(600.0, ge=0)
+    """Seconds to wait for a server that is down or busy before the run stops; it can be continued."""
+    concurrency: int = Field(64, ge=1)
+    """Requests on the way at a time."""
+
+
+class Teacher(Served):
+    engine: Literal["hf", "vllm"] = "hf"
+    """hf: a model in this process; vllm: a server at teacher.url, which scores, rewrites and writes windows.
+    It sends the method.support_k likeliest tokens: method.support must be teacher_topk."""
     model: str = "gym:teacher"
-    """Directory or hub name of a causal LM with the student's vocabulary, or gym:teacher."""
+    """Directory or hub name of a causal LM with the student's vocabulary, or gym:teacher; with a server
+    also the name that it serves it under."""
     dtype: DType = "float32"
     """Of the frozen weights."""
     device: str = "auto"
@@ -82,9 +99,12 @@ class Data(Section):
         return value
 
 
-class RolloutSection(Section):
-    engine: Literal["hf"] = "hf"
-    """hf: sampling from the model that trains, in process."""
+class RolloutSection(Served):
+    engine: Literal["hf", "vllm"] = "hf"
+    """hf: sampling from the model that trains, in process. vllm: from a vLLM that is given the new weights
+    after each step, in this process, or at rollout.url."""
+    vllm: dict[str, Any] = Field({})
+    """Arguments of vllm.LLM for an engine in this process, such as {gpu_memory_utilization: 0.4}."""
     prompts: int = Field(64, ge=1)
     """Prompts per optimiser step, over all processes."""
     n: int = Field(1, ge=1)
@@ -222,6 +242,7 @@ class Config(Section):
                 "student.dtype float16 cannot train: small updates round to nothing and gradients overflow; "
                 "use float32 with optim.bf16, or LoRA (student.lora_rank)"
             )
+        self._reachable()
         gym, method = self.data.train.startswith("gym:"), self.method
         if self.rollout.overlap and method.divergence == "sampled" and method.ppo_clip is None:
             raise ValueError(
@@ -243,6 +264,29 @@ class Config(Section):
                 "method.hint: answer is a prompt that the gym's models were never shown; use hint: solution"
             )
         return self
+
+    def _reachable(self) -> None:
+        """What can be asked of a vLLM."""
+        method, objective = self.method, self.method.objective()
+        for name, section in (("teacher", self.teacher), ("rollout", self.rollout)):
+            if section.url is not None and section.engine != "vllm":
+                raise ValueError(f"{name}.url is that of a vLLM server: set {name}.engine: vllm")
+        if self.teacher.engine == "hf":
+            return
+        if self.teacher.url is None:
+            raise ValueError(
+                "teacher.engine: vllm is a server: set teacher.url, such as http://localhost:8000"
+            )
+        if isinstance(method, OPSDOptions) or (isinstance(method, TRDOptions) and method.teacher == "self"):
+            raise ValueError(
+                f"teacher.engine: vllm: with method.name {method.name} the student is its own teacher; use "
+                "teacher.engine: hf"
+            )
+        if objective.needs_teacher and method.divergence != "sampled" and method.support != "teacher_topk":
+            raise ValueError(
+                f"teacher.engine: vllm: a server sends its likeliest tokens only, not the vocabulary; set "
+                f"method.support: teacher_topk and method.tail: bucket, not method.support: {method.support}"
+            )
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)

@@ -18,16 +18,20 @@ T = TypeVar("T")
 
 def start(device: torch.device) -> None:
     """Joins the process group of torchrun, if there is one (gloo on CPU, nccl on GPUs)."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+    if _asked() and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(local_device(device))
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
 def stop() -> None:
-    """Leaves the process group."""
-    if dist.is_initialized():
+    """Leaves the process group of torchrun; one that a library made for itself is its own affair."""
+    if _asked() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _asked() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def local_device(device: torch.device) -> torch.device:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from onpath.batch import Batch, collate, micro_batches
-from onpath.losses import StatsRequest, TeacherHidden, TokenStats, token_stats
+from onpath.losses import StatsRequest, TokenStats, token_stats
 from onpath.models import head_of, hidden_states
 from onpath.records import Trajectory
 from onpath.teacher import Teacher
@@ -45,7 +45,7 @@ class Measure:
             stats = token_stats(
                 student_hidden=hidden_BSH.flatten(0, 1)[batch.student_at_N],
                 student_head=head_of(self.student, self.vocabulary),
-                teacher=TeacherHidden(hidden=self.teacher.hidden(batch), head=self.teacher.head),
+                teacher=self.teacher.scores(batch),
                 sampled_ids=batch.token_N,
                 stats=request,
             )

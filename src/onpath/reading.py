@@ -15,7 +15,7 @@ from torch import Tensor
 
 from onpath.batch import Batch, collate, micro_batches
 from onpath.engines.branches import Past
-from onpath.losses import StatsRequest, TeacherHidden, TokenStats, token_stats
+from onpath.losses import StatsRequest, TeacherHidden, TeacherScores, TokenStats, token_stats
 from onpath.measure import Measure
 from onpath.models import head_of, hidden_states
 from onpath.records import Trajectory
@@ -103,14 +103,14 @@ def read(
         stats, pasts = [], []
         for batch in group:
             student_NH = _student(models, batch, graph=graph)
-            teacher_NH, memory = _teacher(models, batch, past=past)
-            if into is not None:
-                into.teacher |= _by_key(teacher_NH, batch, [t.teacher_context for t in batch.trajectories])
+            scores, memory = _teacher(models, batch, past=past)
+            if into is not None and isinstance(scores, TeacherHidden):
+                into.teacher |= _by_key(scores.hidden, batch, [t.teacher_context for t in batch.trajectories])
             if into is not None and graph:
                 contexts = [t.student_context for t in batch.trajectories]
                 into.student.append(_by_key(student_NH, batch, contexts))
             pasts += [] if memory is None else [memory]
-            stats.append(_stats(models, batch, student_NH, teacher_NH, request))
+            stats.append(_stats(models, batch, student_NH, scores, request))
         yield Reading(batches=tuple(group), stats=tuple(stats), pasts=tuple(pasts))
 
 
@@ -140,19 +140,20 @@ def _student(models: Measure, batch: Batch, *, graph: bool) -> Tensor:
     return hidden_BSH.flatten(0, 1)[batch.student_at_N]
 
 
-def _teacher(models: Measure, batch: Batch, *, past: bool) -> tuple[Tensor, Past | None]:
+def _teacher(models: Measure, batch: Batch, *, past: bool) -> tuple[TeacherScores, Past | None]:
     if past and isinstance(models.teacher, ModelTeacher):
-        return models.teacher.remembering(batch)
-    return models.teacher.hidden(batch), None
+        hidden_NH, memory = models.teacher.remembering(batch)
+        return TeacherHidden(hidden=hidden_NH, head=models.teacher.head), memory
+    return models.teacher.scores(batch), None
 
 
 def _stats(
-    models: Measure, batch: Batch, student_NH: Tensor, teacher_NH: Tensor, request: StatsRequest
+    models: Measure, batch: Batch, student_NH: Tensor, scores: TeacherScores, request: StatsRequest
 ) -> TokenStats:
     return token_stats(
         student_hidden=student_NH,
         student_head=head_of(models.student, models.vocabulary),
-        teacher=TeacherHidden(hidden=teacher_NH, head=models.teacher.head),
+        teacher=scores,
         sampled_ids=batch.token_N,
         stats=request,
     )

@@ -13,12 +13,13 @@ from onpath import distributed
 from onpath.assemble import Parts
 from onpath.batch import Batch
 from onpath.config import Config
-from onpath.losses import SparseGuidance, StatsRequest, TeacherHidden
+from onpath.losses import SparseGuidance, StatsRequest, TeacherHidden, TeacherScores
 from onpath.methods import Prepared
 from onpath.models import hidden_states
 from onpath.options import TOPDOptions
 from onpath.records import Trajectory
 from onpath.store import TOP_TOKENS, is_stored
+from onpath.teacher import ModelTeacher, SelfTeacher
 
 
 def shaped(parts: Parts, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
@@ -63,12 +64,12 @@ def reweighted(parts: Parts, trajectories: Sequence[Trajectory]) -> list[Traject
     return [replace(t, weights=tuple(w * scale for w in row)) for (t, _), row in zip(found, raw, strict=True)]
 
 
-def teacher_states(parts: Parts, batch: Batch, prepared: Prepared) -> TeacherHidden:
+def teacher_states(parts: Parts, batch: Batch, prepared: Prepared) -> TeacherScores:
     """What the teacher makes of the batch, unless the method has asked already."""
     known_NH = prepared.readings.teacher_hidden(batch)
-    return TeacherHidden(
-        hidden=parts.teacher.hidden(batch) if known_NH is None else known_NH, head=parts.teacher.head
-    )
+    if known_NH is not None and isinstance(parts.teacher, ModelTeacher | SelfTeacher):
+        return TeacherHidden(hidden=known_NH, head=parts.teacher.head)
+    return parts.teacher.scores(batch)
 
 
 def student_states(parts: Parts, batch: Batch, prepared: Prepared) -> Tensor:

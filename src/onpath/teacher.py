@@ -1,6 +1,6 @@
 """Teachers in process: hidden states of the response positions, and the head that makes logits of them.
 
-No [T, V] is kept anywhere: the losses read hidden states and head in chunks.
+No [T, V] is kept anywhere: the losses read hidden states and head in chunks. Teachers on a server: `served.py`.
 """
 
 import contextlib
@@ -14,21 +14,15 @@ from transformers import DynamicCache
 
 from onpath.batch import Batch
 from onpath.engines.branches import Past
-from onpath.losses import Head
+from onpath.losses import Head, TeacherHidden, TeacherScores
 from onpath.models import head_of, hidden_states, unwrapped
 
 
 class Teacher(Protocol):
     """Scores the response positions of a batch."""
 
-    @property
-    def head(self) -> Head:
-        """The map from its hidden states to logits."""
-        ...
-
-    def hidden(self, batch: Batch) -> Tensor:
-        """Hidden states [N, H] that predict each response token in the teacher's context, on the batch's
-        device."""
+    def scores(self, batch: Batch) -> TeacherScores:
+        """What predicts each response token in the teacher's context, [N, …], on the batch's device."""
         ...
 
 
@@ -42,8 +36,12 @@ class ModelTeacher:
 
     @torch.no_grad()
     def hidden(self, batch: Batch) -> Tensor:
-        """See `Teacher.hidden`."""
+        """Hidden states [N, H] that predict each response token in the teacher's context."""
         return _teacher_positions(self.model, batch, self.device)
+
+    def scores(self, batch: Batch) -> TeacherHidden:
+        """See `Teacher.scores`."""
+        return TeacherHidden(hidden=self.hidden(batch), head=self.head)
 
     @torch.no_grad()
     def remembering(self, batch: Batch) -> tuple[Tensor, Past | None]:
@@ -103,9 +101,13 @@ class SelfTeacher:
             finally:
                 self.model.train(was_training)
 
+    def scores(self, batch: Batch) -> TeacherHidden:
+        """See `Teacher.scores`."""
+        return TeacherHidden(hidden=self.hidden(batch), head=self.head)
+
     @torch.no_grad()
     def hidden(self, batch: Batch) -> Tensor:
-        """See `Teacher.hidden`."""
+        """Hidden states [N, H] that predict each response token in the teacher's context."""
         with self.acting() as model:
             return _teacher_positions(model, batch, next(model.parameters()).device)
 

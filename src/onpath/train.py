@@ -28,7 +28,7 @@ from onpath.config import Config
 from onpath.data import prompts_of_step
 from onpath.errors import UserError
 from onpath.log import Display
-from onpath.losses import LossResult, TeacherHidden, fused_objective
+from onpath.losses import LossResult, TeacherScores, fused_objective
 from onpath.meter import Meter, Stopwatch
 from onpath.methods import Prepared
 from onpath.records import Graded, Rollout, token_count
@@ -173,7 +173,7 @@ def graded(parts: Parts, rollouts: Sequence[Rollout]) -> list[Graded]:
 
 
 def loss_of(
-    parts: Parts, batch: Batch, teacher: TeacherHidden, prepared: Prepared, denominator: float, top_k: int = 0
+    parts: Parts, batch: Batch, teacher: TeacherScores, prepared: Prepared, denominator: float, top_k: int = 0
 ) -> LossResult:
     """Weighted sum of the objective over the batch's response tokens ÷ the step's global count."""
     return fused_objective(

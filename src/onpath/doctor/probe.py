@@ -15,7 +15,7 @@ from onpath.assemble import Parts
 from onpath.batch import Batch, collate, micro_batches
 from onpath.data import prompts_of_step
 from onpath.errors import UserError
-from onpath.losses import Head, TeacherHidden, TeacherTopK, TokenStats, token_stats
+from onpath.losses import Head, TeacherHidden, TeacherScores, TeacherTopK, TokenStats, token_stats
 from onpath.methods import Prepared
 from onpath.models import hidden_states
 from onpath.reading import Readings
@@ -28,7 +28,6 @@ _LENGTH = 256
 """Longest response of the probe."""
 _ROLLOUTS = (4, 32)
 """Fewest and most rollouts of the probe."""
-TeacherScores = TeacherHidden | TeacherTopK
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,6 @@ from onpath.batch import Batch, collate
 from onpath.doctor.finding import Finding, skipped
 from onpath.doctor.probe import (
     Probe,
-    TeacherScores,
     as_they_are,
     batches_of,
     divergence,
@@ -26,7 +25,7 @@ from onpath.doctor.probe import (
     teacher_scores,
     trainer_stats,
 )
-from onpath.losses import TeacherHidden, token_stats
+from onpath.losses import TeacherHidden, TeacherScores, token_stats
 from onpath.methods.base import acting
 from onpath.models import hidden_states
 from onpath.records import Rollout, Sampling, Trajectory

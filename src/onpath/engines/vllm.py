@@ -133,7 +133,9 @@ class VLLMEngine:
     def _completion(self, output: Any, sampling: Sampling) -> Completion:
         ids = tuple(output.token_ids)
         logprobs = tuple(entry[t].logprob for t, entry in zip(ids, output.logprobs, strict=True))
-        return checked_completion(ids, logprobs, sampling, self.stop_ids, self.vocabulary, "rollout.engine vllm")
+        return checked_completion(
+            ids, logprobs, sampling, self.stop_ids, self.vocabulary, "rollout.engine vllm"
+        )
 
 
 def checked_completion(

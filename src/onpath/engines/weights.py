@@ -28,7 +28,7 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         path, _, leaf = name.rpartition(".")
         owner = adapted.get(path.removesuffix(".base_layer"))
         if owner is not None and leaf == "weight":
-            deltas = [owner.get_delta_weight(a) for a in owner.active_adapters if a in owner.lora_A]  # type: ignore[operator]
+            deltas = [owner.get_delta_weight(a) for a in owner.active_adapters if a in owner.lora_A]  # type: ignore[attr-defined]
             tensor = tensor + torch.stack(deltas).sum(0).to(tensor.dtype) if deltas else tensor
         yield name.replace(".base_layer.", "."), tensor.detach()
 

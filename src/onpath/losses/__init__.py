@@ -9,6 +9,7 @@ from onpath.losses.records import (
     SparseGuidance,
     StatsRequest,
     TeacherHidden,
+    TeacherScores,
     TeacherTopK,
     TokenStats,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "SparseGuidance",
     "StatsRequest",
     "TeacherHidden",
+    "TeacherScores",
     "TeacherTopK",
     "TokenStats",
     "chunked_divergence",

@@ -22,8 +22,8 @@ from onpath.losses.head import Head
 from onpath.losses.records import (
     SparseGuidance,
     StatsRequest,
-    Teacher,
     TeacherHidden,
+    TeacherScores,
     TeacherTopK,
     TokenStats,
 )
@@ -39,7 +39,7 @@ class Inputs:
 
     student_hidden: Tensor
     student_head: Head
-    teacher: Teacher | None
+    teacher: TeacherScores | None
     objective: Objective | None
     weights: Tensor | None
     """Of the weighted sum, denominator included; None: ones."""
@@ -252,7 +252,7 @@ def _cut(values_N: Tensor | None, row: slice) -> Tensor | None:
     return None if values_N is None else values_N[row]
 
 
-def _served(teacher: Teacher | None, row: slice) -> TeacherTopK | None:
+def _served(teacher: TeacherScores | None, row: slice) -> TeacherTopK | None:
     if not isinstance(teacher, TeacherTopK):
         return None
     return TeacherTopK(

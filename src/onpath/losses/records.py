@@ -45,7 +45,7 @@ class TeacherTopK:
         return (1 - self.logp.double().exp().sum(-1)).clamp_min(0).to(self.logp.dtype)
 
 
-Teacher = TeacherHidden | TeacherTopK
+TeacherScores = TeacherHidden | TeacherTopK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +133,7 @@ class LossResult:
 
 
 def check_shapes(
-    student_hidden: Tensor, head: Head, teacher: Teacher | None, per_token: dict[str, Tensor | None]
+    student_hidden: Tensor, head: Head, teacher: TeacherScores | None, per_token: dict[str, Tensor | None]
 ) -> None:
     """Raises ValueError where two inputs cannot belong together."""
     count = student_hidden.shape[0]

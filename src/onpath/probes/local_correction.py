@@ -21,7 +21,6 @@ from onpath import forks
 from onpath.assemble import Parts
 from onpath.batch import collate, micro_batches
 from onpath.data import prompts_of_step
-from onpath.engines.hf import HFEngine
 from onpath.errors import UserError
 from onpath.forks import Fork, ranked_by, spaced
 from onpath.methods import Prepared
@@ -173,11 +172,7 @@ def _futures(
     draw: int,
 ) -> list[Rollout]:
     """Sampled near futures of the prefix, as rollouts whose context it is. `draw` −1 is for measuring."""
-    engine = parts.engine
-    copied = HFEngine(
-        student, engine.renderer, stop_ids=engine.stop_ids, batch_tokens=engine.batch_tokens,
-        bf16=engine.bf16, vocabulary=engine.vocabulary,
-    )  # fmt: skip
+    copied = parts.engine_over(student)
     sampling = replace(parts.sampling, max_new_tokens=options.window, seed=parts.sampling.seed + 1 + draw)
     keys = [f"local correction/{rollout.prompt.id}/{i}" for i in range(samples)]
     return [

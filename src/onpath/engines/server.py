@@ -1,0 +1,200 @@
+"""A `vllm serve` on this host or another: generates, continues, scores; takes new weights from a directory.
+
+Token ids go over the wire in both directions, never text. Log-probs are those of the distribution drawn from
+if the server was started with `--logprobs-mode processed_logprobs`, or at temperature 1 without truncation.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from onpath.engines.base import Completion, sampled
+from onpath.engines.vllm import checked_completion, request_seed
+from onpath.engines.weights import probe_ids, probe_logprobs, save_weights
+from onpath.engines.wire import Nonsense, Server
+from onpath.errors import UserError
+from onpath.records import Prompt, Rollout, Sampling
+from onpath.render import Renderer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedScores:
+    """What a server says of a response, token by token."""
+
+    ids: tuple[tuple[int, ...], ...]
+    """The likeliest tokens of each position, likeliest first."""
+    logprobs: tuple[tuple[float, ...], ...]
+    """Their log-probs at full-vocabulary normalisation, nats."""
+    sampled: tuple[float, ...]
+    """Of the response's own tokens."""
+
+
+class ServerEngine:
+    """Engine over a server's model.
+
+    Args:
+        server: the model's server.
+        student: the model that trains, whose weights the server takes over; None: a teacher, which stands still.
+        weights: directory that the server can read, for the student's weights.
+        tolerance: largest gap, in nats, that rounding may explain.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        renderer: Renderer,
+        *,
+        stop_ids: frozenset[int],
+        vocabulary: int,
+        student: nn.Module | None = None,
+        weights: Path | None = None,
+        tolerance: float = 1e-3,
+    ) -> None:
+        self.server, self.renderer, self.stop_ids = server, renderer, stop_ids
+        self.vocabulary, self.student, self.weights = vocabulary, student, weights
+        self.tolerance, self.policy_version = tolerance, 0
+        self.resyncs = 0
+        """How often the server had lost the trained weights, by a restart, and was given them again."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, n: int = 1, keys: Sequence[str] | None = None
+    ) -> list[Rollout]:
+        """See `Engine.generate`."""
+        return sampled(self, self.renderer, prompts, sampling, n=n, keys=keys)
+
+    def continue_from(
+        self, prefixes: Sequence[Sequence[int]], sampling: Sampling, *, keys: Sequence[str] | None = None
+    ) -> list[Completion]:
+        """See `Engine.continue_from`.
+
+        Raises:
+            UserError: the server stays away or talks nonsense, or a student's server does not take the weights.
+        """
+        keys = [str(i) for i in range(len(prefixes))] if keys is None else keys
+        shared = {
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "stop_token_ids": sorted(self.stop_ids),
+            "ignore_eos": True,
+            "logprobs": 0,
+            "return_token_ids": True,
+        }
+        bodies = [
+            {**shared, "prompt": list(ids), "seed": request_seed(sampling.seed, key)}
+            for ids, key in zip(prefixes, keys, strict=True)
+        ]
+
+        def understand(_: int, choice: Any) -> Completion:
+            ids = choice.get("token_ids")
+            logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
+            if not _ints(ids) or not isinstance(logprobs, list) or any(p is None for p in logprobs):
+                raise Nonsense("a completion without token ids and log-probs (is it a vLLM server?)")
+            try:
+                return checked_completion(
+                    tuple(ids), tuple(logprobs), sampling, self.stop_ids, self.vocabulary, "it"
+                )
+            except UserError as error:
+                raise Nonsense(str(error)) from None
+
+        return self._by_current_weights(lambda: self.server.complete(bodies, understand), len(bodies))
+
+    def score(
+        self, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> list[tuple[float, ...]]:
+        """See `Engine.score`."""
+        return [s.sampled for s in self.score_top(contexts, responses, k=1)]
+
+    def score_top(
+        self, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, k: int
+    ) -> list[ServedScores]:
+        """The k likeliest tokens at each position of the responses, and the responses' own."""
+        rows = [[*c, *r] for c, r in zip(contexts, responses, strict=True)]
+        wanted = [i for i, r in enumerate(responses) if len(r)]
+        bodies = [
+            {"prompt": rows[i], "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k} for i in wanted
+        ]
+
+        def understand(at: int, choice: Any) -> ServedScores:
+            i = wanted[at]
+            return _scores(choice.get("prompt_logprobs"), rows[i], len(contexts[i]), k, self.vocabulary)
+
+        found = dict(zip(wanted, self.server.complete(bodies, understand), strict=True))
+        nothing = ServedScores(ids=(), logprobs=(), sampled=())
+        return [found.get(i, nothing) for i in range(len(rows))]
+
+    def sync_weights(self, version: int) -> None:
+        """Writes the trained weights where the server can read them, has it load them, and checks.
+
+        Raises:
+            UserError: the server cannot, or its log-probs are not the student's afterwards.
+        """
+        if self.student is not None:
+            self._push()
+            gap = self.gap()
+            if not gap <= self.tolerance:
+                raise UserError(
+                    f"rollout.url: after step {version} the server's log-probs differ from the student's by up to "
+                    f"{gap:.3g} nats (allowed: {self.tolerance:g}): it did not take the weights in {self.weights}"
+                )
+        self.policy_version = version
+
+    def gap(self) -> float:
+        """Largest difference between the server's log-probs and the student's on a fixed sequence, nats."""
+        assert self.student is not None
+        ids = probe_ids(self.vocabulary)
+        theirs, ours = self.score([ids[:1]], [ids[1:]])[0], probe_logprobs(self.student, ids)
+        return max(abs(a - b) for a, b in zip(theirs, ours, strict=True))
+
+    def _push(self) -> None:
+        assert self.student is not None and self.weights is not None
+        save_weights(self.student, self.weights)
+        where = {"weights_path": str(self.weights.resolve())}
+        self.server.post("/collective_rpc", {"method": "reload_weights", "kwargs": where})
+        self.server.post("/reset_prefix_cache")
+
+    def _by_current_weights(self, write: Callable[[], list[Completion]], count: int) -> list[Completion]:
+        """Samples of the trained weights: a server that came back with its own is given them again."""
+        if self.student is None or not count:
+            return write()
+        for _ in range(2):
+            waits = self.server.waits
+            if self.gap() > self.tolerance:
+                self.resyncs += 1
+                self.sync_weights(self.policy_version)
+            written = write()
+            if self.server.waits == waits or self.gap() <= self.tolerance:
+                return written
+        raise UserError("rollout.url: the server was restarted again and again while it sampled")
+
+
+def _scores(entries: Any, ids: Sequence[int], begin: int, k: int, vocabulary: int) -> ServedScores:
+    """Of the positions from `begin` on."""
+    if not isinstance(entries, list) or len(entries) != len(ids):
+        size = len(entries) if isinstance(entries, list) else "no"
+        raise Nonsense(f"{size} prompt log-probs for {len(ids)} tokens")
+    tops, logprobs, own = [], [], []
+    for entry, token in zip(entries[begin:], ids[begin:], strict=True):
+        if not isinstance(entry, dict) or str(token) not in entry:
+            raise Nonsense(
+                f"prompt log-probs without the prompt's own token {token}: they are another text's"
+            )
+        values = {int(t): float(e["logprob"]) for t, e in entry.items()}
+        if not all(not math.isnan(p) and p <= 1e-3 for p in values.values()):
+            raise Nonsense("log-probs that are not numbers, or above 0")
+        own.append(min(values[token], 0.0))
+        best = sorted((t for t in values if 0 <= t < vocabulary), key=lambda t: (-values[t], t))[:k]
+        if len(best) < min(k, vocabulary) and len(values) < min(k, vocabulary):
+            raise Nonsense(f"{len(values)} log-probs for a token, not {k}")
+        tops.append(tuple(best))
+        logprobs.append(tuple(min(values[t], 0.0) for t in best))
+    return ServedScores(ids=tuple(tops), logprobs=tuple(logprobs), sampled=tuple(own))
+
+
+def _ints(ids: Any) -> bool:
+    return isinstance(ids, list) and bool(ids) and all(isinstance(t, int) for t in ids)

@@ -1,0 +1,165 @@
+"""Requests to an OpenAI-compatible server: many at a time, tried again while it is down, refused if it talks
+nonsense.
+
+A server may be restarted at any moment: a request that finds nobody waits and is sent again, for `patience`
+seconds. An answer that cannot be true (another model, a wrong number of tokens, log-probs that are no numbers) is asked for
+twice more and then stops the run: what is finished is on disk, and the same command goes on.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import httpx
+
+from onpath.config import Served
+from onpath.errors import UserError
+
+T = TypeVar("T")
+_FIRST_WAIT, _LONGEST_WAIT = 0.2, 15.0
+_TRIES_OF_NONSENSE = 3
+_BUSY = {408, 425, 429, 500, 502, 503, 504}
+
+
+class Nonsense(Exception):
+    """An answer that cannot be true; the message says why."""
+
+
+class Server:
+    """One model of one server.
+
+    Args:
+        section: url, timeout, patience and concurrency.
+        key: the section's name, for messages.
+        names: what the model may be called there: its name and where it lies.
+
+    Raises:
+        UserError: nobody answers within `patience`, or the server has another model.
+    """
+
+    def __init__(self, section: Served, key: str, names: Sequence[str]) -> None:
+        assert section.url is not None
+        self.url, self.key, self.section = section.url.rstrip("/").removesuffix("/v1"), key, section
+        secret = os.environ.get("ONPATH_API_KEY") or os.environ.get("OPENAI_API_KEY")
+        headers = {"Authorization": f"Bearer {secret}"} if secret else {}
+        limits = httpx.Limits(max_connections=section.concurrency)
+        self._client = httpx.Client(headers=headers, timeout=section.timeout, limits=limits)
+        self._stop = threading.Event()
+        self.waits = 0
+        """Requests that had to be sent again."""
+        served = self.get("/v1/models").get("data", [])
+        found = next((m for m in served if m.get("id") in names or m.get("root") in names), None)
+        if found is None:
+            there = ", ".join(str(m.get("id")) for m in served) or "no model"
+            raise UserError(
+                f"{key}.url: the server at {self.url} has {there}, not {names[0]}; start it with that model or set "
+                f"{key}.model to its name"
+            )
+        self.model: str = found["id"]
+        self.room: int | None = found.get("max_model_len")
+
+    def get(self, path: str) -> Any:
+        """The answer to one GET."""
+        return self._sent(lambda: self._client.get(self.url + path), lambda answer: answer)
+
+    def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """The answer to one POST; None where it is empty."""
+        return self._sent(lambda: self._client.post(self.url + path, json=body), lambda answer: answer)
+
+    def complete(self, bodies: Sequence[Mapping[str, Any]], understand: Callable[[int, Any], T]) -> list[T]:
+        """Answers to completion requests, in their order.
+
+        Args:
+            understand: takes a request's number and its only choice; raises `Nonsense`.
+        """
+        self._stop.clear()
+
+        def one(i: int) -> T:
+            def parse(answer: Any) -> T:
+                return understand(i, self._choice(answer))
+
+            return self._sent(
+                lambda: self._client.post(
+                    f"{self.url}/v1/completions", json={"model": self.model, **bodies[i]}
+                ),
+                parse,
+            )
+
+        with ThreadPoolExecutor(max_workers=self.section.concurrency) as pool:
+            futures = [pool.submit(one, i) for i in range(len(bodies))]
+            try:
+                return [f.result() for f in futures]
+            except BaseException:
+                self._stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _choice(self, answer: Any) -> Any:
+        if not isinstance(answer, dict) or len(answer.get("choices") or ()) != 1:
+            raise Nonsense("an answer without exactly one choice")
+        if answer.get("model") != self.model:
+            raise Nonsense(f"an answer of the model {answer.get('model')!r}, not {self.model!r}")
+        return answer["choices"][0]
+
+    def _sent(self, send: Callable[[], httpx.Response], parse: Callable[[Any], T]) -> T:
+        deadline, wait, nonsense = time.monotonic() + self.section.patience, _FIRST_WAIT, 0
+        while not self._stop.is_set():
+            try:
+                return parse(_body(self._answered(send())))
+            except Nonsense as error:
+                nonsense += 1
+                if nonsense == _TRIES_OF_NONSENSE:
+                    raise UserError(
+                        f"{self.key}.url: the server at {self.url} talks nonsense: {error}; nothing is lost: mend it and "
+                        "start the same command again"
+                    ) from None
+            except (httpx.TransportError, _Busy) as error:
+                if time.monotonic() + wait > deadline:
+                    raise UserError(
+                        f"{self.key}.url: no answer from {self.url} for {self.section.patience:g} s "
+                        f"({_said(error)}); nothing is lost: start the server and then the same command again"
+                    ) from None
+            self.waits += 1
+            self._stop.wait(wait)
+            wait = min(2 * wait, _LONGEST_WAIT)
+        raise UserError(f"{self.key}.url: stopped asking {self.url}")
+
+    def _answered(self, response: httpx.Response) -> httpx.Response:
+        if response.status_code in _BUSY:
+            raise _Busy(f"status {response.status_code}")
+        if response.is_error:
+            raise UserError(
+                f"{self.key}.url: {self.url} refuses a request with status {response.status_code}: {_excerpt(response)}"
+            )
+        return response
+
+
+class _Busy(Exception):
+    pass
+
+
+def _body(response: httpx.Response) -> Any:
+    if not response.content:
+        return None
+    try:
+        return response.json()
+    except ValueError:
+        raise Nonsense("an answer that is not JSON") from None
+
+
+def _excerpt(response: httpx.Response) -> str:
+    try:
+        found = response.json()
+        text = str(
+            found.get("error", {}).get("message") or found.get("message") or found.get("detail") or found
+        )
+    except (ValueError, AttributeError):
+        text = response.text
+    return " ".join(text.split())[:200] or "without a word"
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__

@@ -1,0 +1,150 @@
+"""Who writes and who scores, as the config says: models in this process, a vLLM, servers."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from onpath import distributed
+from onpath.cache import Cache, CachedEngine, weights_digest
+from onpath.config import Config
+from onpath.engines.base import Engine
+from onpath.engines.hf import HFEngine
+from onpath.errors import UserError
+from onpath.models import check_head, context_length, head_of, load_model, locate, pick_device, unwrapped
+from onpath.options import OPSDOptions, TRDOptions
+from onpath.render import Renderer
+from onpath.served import ServedTeacher
+from onpath.teacher import ModelTeacher, SelfTeacher
+
+_EXACT, _HALF = 1e-3, 0.5  # nats by which a vLLM's log-probs may differ from the trainer's, by dtype
+
+
+def student_engine(config: Config, student: nn.Module, own: HFEngine) -> Engine:
+    """Writes the rollouts and the evaluations.
+
+    Args:
+        own: over the student itself.
+    """
+    section, half = config.rollout, config.optim.bf16 or config.student.dtype != "float32"
+    if section.engine == "hf":
+        return own
+    assert own.vocabulary is not None
+    if section.url is not None:
+        from onpath.engines.server import ServerEngine
+        from onpath.engines.wire import Server
+
+        return ServerEngine(
+            Server(section, "rollout", [config.student.model, str(locate(config.student.model))]),
+            own.renderer,
+            stop_ids=own.stop_ids,
+            vocabulary=own.vocabulary,
+            student=student,
+            weights=Path(config.run.dir) / config.run.name / "weights",
+            tolerance=_HALF if half else _EXACT,
+        )
+    if distributed.world() > 1:
+        raise UserError(
+            "rollout.engine: vllm in this process is for one process; for several start a server and set rollout.url"
+        )
+    from onpath.engines.vllm import VLLMEngine
+
+    return VLLMEngine(
+        student,
+        _directory(config, student),
+        own.renderer,
+        stop_ids=own.stop_ids,
+        vocabulary=own.vocabulary,
+        room=context_length(unwrapped(student)),
+        dtype="bfloat16" if half else "float32",
+        tolerance=_HALF if half else _EXACT,
+        options=section.vllm,
+    )
+
+
+def _directory(config: Config, student: nn.Module) -> str:
+    """Weights that vLLM can start from: the student's own directory, or a copy if that holds an adapter, say."""
+    from onpath.engines.weights import save_weights
+
+    given = Path(locate(config.student.model))
+    if not given.is_dir() or ((given / "config.json").is_file() and list(given.glob("*.safetensors"))):
+        return str(given)
+    copy = Path(tempfile.mkdtemp(prefix="onpath-vllm-"))
+    save_weights(student, copy)
+    return str(copy)
+
+
+def make_teacher(
+    config: Config,
+    student: nn.Module,
+    renderer: Renderer,
+    vocabulary: int,
+    stop_ids: frozenset[int],
+    device: torch.device,
+) -> ModelTeacher | SelfTeacher | ServedTeacher:
+    """Another model, in this process or on a server, or the student itself."""
+    method = config.method
+    if isinstance(method, OPSDOptions) or (isinstance(method, TRDOptions) and method.teacher == "self"):
+        return SelfTeacher(student, weights=method.weights, decay=method.ema_decay, vocabulary=vocabulary)
+    if config.teacher.engine == "vllm":
+        from onpath.engines.server import ServerEngine
+        from onpath.engines.wire import Server
+
+        names = [config.teacher.model, str(locate(config.teacher.model))]
+        server = Server(config.teacher, "teacher", names)
+        engine = ServerEngine(server, renderer, stop_ids=stop_ids, vocabulary=vocabulary)
+        return ServedTeacher(engine, k=min(method.support_k, vocabulary))
+    where = pick_device(config.teacher.device, "teacher.device", otherwise=device)
+    model = load_model(config.teacher, "teacher.model", where)
+    rows = head_of(model).vocabulary
+    if rows < vocabulary:
+        raise UserError(
+            f"teacher.model gives logits for {rows} ids only, but the student for {vocabulary}; resize its "
+            "embeddings"
+        )
+    return ModelTeacher(model, vocabulary=vocabulary)
+
+
+def room_of(teacher: ModelTeacher | SelfTeacher | ServedTeacher, student: nn.Module) -> int:
+    """Most tokens, prompt and response, that the teacher takes."""
+    if isinstance(teacher, ServedTeacher):
+        return teacher.engine.server.room or context_length(unwrapped(student))
+    return context_length(unwrapped(teacher.model))
+
+
+def check_teacher(config: Config, teacher: ModelTeacher | SelfTeacher | ServedTeacher, longest: int) -> None:
+    """It must be able to read what the student reads and writes."""
+    if isinstance(teacher, SelfTeacher):
+        return
+    if isinstance(teacher, ModelTeacher):
+        check_head(teacher.model, "teacher.model")
+        room: int | None = context_length(unwrapped(teacher.model))
+        needed = longest + config.rollout.max_new_tokens
+    else:
+        room = teacher.engine.server.room
+        needed = longest + config.rollout.max_new_tokens + 1  # a server writes a token after what it scores
+    if room is not None and needed > room:
+        raise UserError(
+            f"teacher.model: its context of {room} tokens is too short for prompts of up to {longest} and "
+            f"{config.rollout.max_new_tokens} new ones; lower rollout.max_new_tokens or drop long prompts"
+        )
+
+
+def offline_cache(
+    config: Config, sampler: Engine, writer: Engine, student: nn.Module, renderer: Renderer
+) -> tuple[Cache | None, Engine, Engine]:
+    """The cache, the sampler and the writer: caching engines where the starting weights write everything."""
+    if not (isinstance(config.method, TRDOptions) and config.method.offline):
+        return None, sampler, writer
+    cache = Cache(Path(config.run.dir) / config.run.name / "cache")
+
+    def caching(engine: Engine, weights: str) -> Engine:
+        return CachedEngine(engine, cache, weights=weights, renderer=renderer)
+
+    theirs = (
+        weights_digest(writer.model)
+        if isinstance(writer, HFEngine)
+        else f"{config.teacher.url}/{config.teacher.model}"
+    )
+    return cache, caching(sampler, weights_digest(student)), caching(writer, theirs)
