@@ -1,6 +1,6 @@
 """Teachers in process: hidden states of the response positions, and the head that makes logits of them.
 
-No [T, V] is kept anywhere: the losses read hidden states and head in chunks. Teachers on a server: `served.py`.
+No [T, V] is kept anywhere: the losses read hidden states and head in chunks. On a server: `served.py`.
 """
 
 import contextlib

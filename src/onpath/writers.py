@@ -46,7 +46,8 @@ def student_engine(config: Config, student: nn.Module, own: HFEngine) -> Engine:
         )
     if distributed.world() > 1:
         raise UserError(
-            "rollout.engine: vllm in this process is for one process; for several start a server and set rollout.url"
+            "rollout.engine: vllm in this process is for one process; for several start a server and set "
+            "rollout.url"
         )
     from onpath.engines.vllm import VLLMEngine
 
@@ -64,7 +65,7 @@ def student_engine(config: Config, student: nn.Module, own: HFEngine) -> Engine:
 
 
 def _directory(config: Config, student: nn.Module) -> str:
-    """Weights that vLLM can start from: the student's own directory, or a copy if that holds an adapter, say."""
+    """Weights that vLLM can start from: the student's directory, or a copy (of an adapter's model, say)."""
     from onpath.engines.weights import save_weights
 
     given = Path(locate(config.student.model))

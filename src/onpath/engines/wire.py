@@ -2,8 +2,9 @@
 nonsense.
 
 A server may be restarted at any moment: a request that finds nobody waits and is sent again, for `patience`
-seconds. An answer that cannot be true (another model, a wrong number of tokens, log-probs that are no numbers) is asked for
-twice more and then stops the run: what is finished is on disk, and the same command goes on.
+seconds. An answer that cannot be true (another model, a wrong number of tokens, log-probs that are not
+numbers) is asked for twice more and then stops the run: what is finished is on disk, and the same command
+goes on.
 """
 
 import os
@@ -55,8 +56,8 @@ class Server:
         if found is None:
             there = ", ".join(str(m.get("id")) for m in served) or "no model"
             raise UserError(
-                f"{key}.url: the server at {self.url} has {there}, not {names[0]}; start it with that model or set "
-                f"{key}.model to its name"
+                f"{key}.url: the server at {self.url} has {there}, not {names[0]}; start it with that model "
+                f"or set {key}.model to its name"
             )
         self.model: str = found["id"]
         self.room: int | None = found.get("max_model_len")
@@ -113,8 +114,8 @@ class Server:
                 nonsense += 1
                 if nonsense == _TRIES_OF_NONSENSE:
                     raise UserError(
-                        f"{self.key}.url: the server at {self.url} talks nonsense: {error}; nothing is lost: mend it and "
-                        "start the same command again"
+                        f"{self.key}.url: the server at {self.url} talks nonsense: {error}; nothing is lost: "
+                        "mend it and start the same command again"
                     ) from None
             except (httpx.TransportError, _Busy) as error:
                 if time.monotonic() + wait > deadline:
@@ -132,7 +133,8 @@ class Server:
             raise _Busy(f"status {response.status_code}")
         if response.is_error:
             raise UserError(
-                f"{self.key}.url: {self.url} refuses a request with status {response.status_code}: {_excerpt(response)}"
+                f"{self.key}.url: {self.url} refuses a request with status {response.status_code}: "
+                f"{_excerpt(response)}"
             )
         return response
 
