@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 
 import httpx
 
-from onpath.config import Served
 from onpath.errors import UserError
+from onpath.sections import Served
 
 T = TypeVar("T")
 _FIRST_WAIT, _LONGEST_WAIT = 0.2, 15.0
