@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 
@@ -19,6 +19,8 @@ from onpath.engines.wire import Nonsense, Server
 from onpath.errors import UserError
 from onpath.records import Prompt, Rollout, Sampling
 from onpath.render import Renderer
+
+_ROUNDING = 1e-3  # by which a probability may exceed 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +94,9 @@ class ServerEngine:
 
         def understand(_: int, choice: Any) -> Completion:
             ids = choice.get("token_ids")
-            logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
-            if not _ints(ids) or not isinstance(logprobs, list) or any(p is None for p in logprobs):
+            given = choice.get("logprobs")
+            logprobs = given.get("token_logprobs") if isinstance(given, dict) else None
+            if not _ints(ids) or not isinstance(logprobs, list) or not all(map(_number, logprobs)):
                 raise Nonsense("a completion without token ids and log-probs (is it a vLLM server?)")
             try:
                 return checked_completion(
@@ -186,9 +189,7 @@ def _scores(entries: Any, ids: Sequence[int], begin: int, k: int, vocabulary: in
             raise Nonsense(
                 f"prompt log-probs without the prompt's own token {token}: they are another text's"
             )
-        values = {int(t): float(e["logprob"]) for t, e in entry.items()}
-        if not all(not math.isnan(p) and p <= 1e-3 for p in values.values()):
-            raise Nonsense("log-probs that are not numbers, or above 0")
+        values = _logprobs(entry)
         own.append(min(values[token], 0.0))
         best = sorted((t for t in values if 0 <= t < vocabulary), key=lambda t: (-values[t], t))[:k]
         if len(best) < min(k, vocabulary) and len(values) < min(k, vocabulary):
@@ -198,5 +199,23 @@ def _scores(entries: Any, ids: Sequence[int], begin: int, k: int, vocabulary: in
     return ServedScores(ids=tuple(tops), logprobs=tuple(logprobs), sampled=tuple(own))
 
 
+def _logprobs(entry: dict[str, Any]) -> dict[int, float]:
+    """Token id → log-prob at one position, if they can be some of a distribution's."""
+    values: dict[int, float] = {}
+    for token, found in entry.items():
+        p = found.get("logprob") if isinstance(found, dict) else None
+        if not token.isdecimal() or not _number(p) or math.isnan(p) or p > _ROUNDING:
+            raise Nonsense("log-probs that are not numbers, or above 0")
+        values[int(token)] = float(p)
+    mass = sum(map(math.exp, values.values()))
+    if mass > 1 + _ROUNDING:
+        raise Nonsense(f"probabilities of one token that sum to {mass:.4g}")
+    return values
+
+
+def _number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _ints(ids: Any) -> bool:
-    return isinstance(ids, list) and bool(ids) and all(isinstance(t, int) for t in ids)
+    return isinstance(ids, list) and bool(ids) and all(type(t) is int for t in ids)

@@ -19,6 +19,8 @@ from onpath.errors import UserError
 from onpath.records import Prompt, Rollout, Sampling
 from onpath.render import Renderer
 
+_NEVER = -1000.0  # vLLM's servers write -9999 for -inf
+
 
 class VLLMEngine:
     """Engine over a vLLM of its own.
@@ -163,6 +165,8 @@ def checked_completion(
         logprobs = (0.0,) * len(ids)  # the distribution drawn from has one entry
     if len(logprobs) != len(ids) or not all(math.isfinite(p) and p <= 1e-3 for p in logprobs):
         raise UserError(f"{who}: log-probs that are missing, not finite or above 0")
+    if min(logprobs) <= _NEVER:
+        raise UserError(f"{who}: a token of log-prob {min(logprobs):g} cannot have been drawn")
     return Completion(
         ids=ids,
         logprobs=tuple(min(p, 0.0) for p in logprobs),

@@ -1,5 +1,6 @@
 """The weights that train, as other processes and engines take them: Hugging Face names, adapters merged."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def save_weights(model: nn.Module, directory: Path) -> None:
     Raises:
         UserError: the disk is full or not writable.
     """
-    temporary = directory / "model.safetensors.part"
+    temporary = directory / f"model.safetensors.{os.getpid()}.part"  # every process of a run writes
     try:
         directory.mkdir(parents=True, exist_ok=True)
         save_file({n: t.cpu().clone() for n, t in merged_weights(model)}, temporary, {"format": "pt"})

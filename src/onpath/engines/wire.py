@@ -7,6 +7,7 @@ numbers) is asked for twice more and then stops the run: what is finished is on 
 goes on.
 """
 
+import math
 import os
 import threading
 import time
@@ -51,7 +52,8 @@ class Server:
         self._stop = threading.Event()
         self.waits = 0
         """Requests that had to be sent again."""
-        served = self.get("/v1/models").get("data", [])
+        _check_url(section.url, key)
+        served = self._sent(lambda: self._client.get(f"{self.url}/v1/models"), _models)
         found = next((m for m in served if m.get("id") in names or m.get("root") in names), None)
         if found is None:
             there = ", ".join(str(m.get("id")) for m in served) or "no model"
@@ -61,10 +63,6 @@ class Server:
             )
         self.model: str = found["id"]
         self.room: int | None = found.get("max_model_len")
-
-    def get(self, path: str) -> Any:
-        """The answer to one GET."""
-        return self._sent(lambda: self._client.get(self.url + path), lambda answer: answer)
 
     def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """The answer to one POST; None where it is empty."""
@@ -99,25 +97,28 @@ class Server:
                 raise
 
     def _choice(self, answer: Any) -> Any:
-        if not isinstance(answer, dict) or len(answer.get("choices") or ()) != 1:
+        choices = answer.get("choices") if isinstance(answer, dict) else None
+        if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
             raise Nonsense("an answer without exactly one choice")
         if answer.get("model") != self.model:
             raise Nonsense(f"an answer of the model {answer.get('model')!r}, not {self.model!r}")
-        return answer["choices"][0]
+        return choices[0]
 
     def _sent(self, send: Callable[[], httpx.Response], parse: Callable[[Any], T]) -> T:
-        deadline, wait, nonsense = time.monotonic() + self.section.patience, _FIRST_WAIT, 0
+        deadline, wait, nonsense = math.inf, _FIRST_WAIT, 0
         while not self._stop.is_set():
             try:
                 return parse(_body(self._answered(send())))
-            except Nonsense as error:
-                nonsense += 1
+            except (Nonsense, httpx.DecodingError) as error:
+                nonsense, deadline = nonsense + 1, math.inf  # somebody is there
                 if nonsense == _TRIES_OF_NONSENSE:
                     raise UserError(
                         f"{self.key}.url: the server at {self.url} talks nonsense: {error}; nothing is lost: "
                         "mend it and start the same command again"
                     ) from None
             except (httpx.TransportError, _Busy) as error:
+                # From the first failure: a request that runs into its own time limit is sent again.
+                deadline = min(deadline, time.monotonic() + self.section.patience)
                 if time.monotonic() + wait > deadline:
                     raise UserError(
                         f"{self.key}.url: no answer from {self.url} for {self.section.patience:g} s "
@@ -141,6 +142,23 @@ class Server:
 
 class _Busy(Exception):
     pass
+
+
+def _check_url(url: str, key: str) -> None:
+    """An address that cannot be one is not waited for."""
+    try:
+        parts = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise UserError(f"{key}.url: {url} is not an address: {error}") from None
+    if parts.scheme not in ("http", "https") or not parts.host:
+        raise UserError(f"{key}.url: {url} is not an address such as http://localhost:8000")
+
+
+def _models(answer: Any) -> list[dict[str, Any]]:
+    found = answer.get("data") if isinstance(answer, dict) else None
+    if not isinstance(found, list) or not all(isinstance(m, dict) for m in found):
+        raise Nonsense("no list of models at /v1/models (is it a vLLM server?)")
+    return found
 
 
 def _body(response: httpx.Response) -> Any:
