@@ -28,7 +28,7 @@ from onpath.doctor.finding import Finding
 from onpath.doctor.probe import Probe, logp_of, make_probe, rows_of, untouched
 from onpath.engines.base import Completion
 from onpath.engines.hf import HFEngine
-from onpath.losses import TeacherTopK
+from onpath.losses import TeacherHidden, TeacherTopK
 from onpath.methods import Prepared
 from onpath.records import Prompt, Rollout, Sampling
 from tests.conftest import CHARACTERS, TEMPLATE, make_tokenizer
@@ -255,6 +255,9 @@ class Shifted:
 
     def __init__(self, teacher: Any, by: int) -> None:
         self.teacher, self.head, self.by = teacher, teacher.head, by
+
+    def scores(self, batch: Batch) -> TeacherHidden:
+        return TeacherHidden(hidden=self.hidden(batch), head=self.head)
 
     def hidden(self, batch: Batch) -> Tensor:
         return self.teacher.hidden(batch).roll(self.by, 0)

@@ -26,7 +26,7 @@ from onpath.records import Sampling
 from onpath.render import Renderer
 from onpath.sections import RolloutSection
 from onpath.sections import Teacher as TeacherSection
-from onpath.train import train
+from onpath.train import sample, train
 from tests.conftest import make_model
 from tests.fake_vllm import FakeVLLM
 from tests.stepping import step_on
@@ -151,6 +151,31 @@ def test_a_server_that_came_back_with_its_old_weights_is_given_the_new_ones(
     assert rollout.policy_version == 1
     (expected,) = parts.engine_over(parts.student).score([rollout.context], [rollout.ids])
     assert rollout.logprobs == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_restart_is_seen_however_little_the_weights_have_moved(tiny: Tiny, student: FakeVLLM) -> None:
+    parts = assemble(tiny(rollout__engine="vllm", rollout__url=student.url))
+    engine = parts.engine
+    assert isinstance(engine, ServerEngine)
+    engine.sync_weights(0)
+    with torch.no_grad():
+        for p in parts.student.parameters():
+            p.mul_(1.00004)
+    engine.sync_weights(1)
+    student.stop()
+    student.start(fresh=True)
+    assert engine.gap() < engine.tolerance, "less than rounding may explain"
+    engine.generate(parts.pool[:1], parts.sampling)
+    assert engine.resyncs == 1
+
+
+def test_rollouts_of_old_weights_stop_the_run(tiny: Tiny) -> None:
+    parts = assemble(tiny())
+    assert len(sample(parts, 1)) == 8, "one step old"
+    with pytest.raises(UserError, match=r"step 3: rollouts were written by weights 2 steps old"):
+        sample(parts, 2)
+    parts.engine.sync_weights(2)
+    assert len(sample(parts, 2)) == 8
 
 
 def test_weights_that_do_not_arrive_stop_the_run(tiny: Tiny, student: FakeVLLM) -> None:
@@ -347,6 +372,7 @@ def test_the_api_key_comes_from_the_environment_and_is_never_written(
             "the student is its own teacher",
         ),
         (["--rollout.engine", "vllm", "--rollout.overlap", "true"], "set rollout.engine: hf"),
+        (["--rollout.max_staleness", "0", "--rollout.overlap", "true"], "set rollout.max_staleness: 1"),
     ],
 )
 def test_impossible_settings(options: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from onpath.config import Config
 from onpath.engines.hf import HFEngine
+from onpath.errors import UserError
+from onpath.options import TRDOptions
 from onpath.records import Rollout
 
 Draw = Callable[[int], list[Rollout]]
@@ -68,6 +70,25 @@ class Ahead:
     def close(self) -> None:
         """Waits for what is being drawn."""
         self._thread.shutdown(wait=True, cancel_futures=True)
+
+
+def fresh(config: Config, rollouts: list[Rollout], step: int) -> list[Rollout]:
+    """The rollouts, if weights of at most `rollout.max_staleness` steps before `step` (from 0) wrote them.
+
+    Raises:
+        UserError: older ones did. Not with method.offline: there the starting weights write everything.
+    """
+    if isinstance(config.method, TRDOptions) and config.method.offline:
+        return rollouts
+    limit = config.rollout.max_staleness
+    oldest = min((r.policy_version for r in rollouts), default=step)
+    if step - oldest > limit:
+        raise UserError(
+            f"step {step + 1}: rollouts were written by weights {step - oldest} steps old, and "
+            f"rollout.max_staleness is {limit}: the engine does not take new weights; start it anew, then "
+            "the same command"
+        )
+    return rollouts
 
 
 def make_ahead(

@@ -80,6 +80,10 @@ class Config(Section):
                 "rollout.overlap: method.divergence sampled takes rollouts for samples of the weights that "
                 "train; set method.ppo_clip, which corrects for older ones, or rollout.overlap: false"
             )
+        if self.rollout.overlap and self.rollout.max_staleness < 1:
+            raise ValueError(
+                "rollout.overlap makes rollouts one step old; set rollout.max_staleness: 1, not 0"
+            )
         if self.rollout.overlap and self.rollout.engine != "hf":
             raise ValueError(
                 "rollout.overlap samples from a copy of the student in this process; set rollout.engine: hf"

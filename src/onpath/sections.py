@@ -111,6 +111,9 @@ class RolloutSection(Served):
     overlap: bool = False
     """Sample the next batch while this one trains, from a frozen copy of the student: rollouts are one step
     old (staleness 1 in the metrics), and the copy takes memory."""
+    max_staleness: int = Field(1, ge=0)
+    """Steps by which the weights that wrote a rollout may be older than those that train; older ones stop the
+    run. rollout.overlap makes them 1."""
     batch_tokens: int = Field(32_768, ge=1)
     """Tokens (sequences × longest length) that one generation batch may hold."""
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from onpath import distributed
+from onpath.ahead import fresh
 from onpath.assemble import Parts, assemble, make_optimizer
 from onpath.batch import Batch, collate, micro_batches
 from onpath.config import Config
@@ -159,7 +160,8 @@ def sample(parts: Parts, step: int) -> list[Rollout]:
         keys = [f"step {step}/{place}" for place, _ in mine]
         return parts.sampler.generate([p for _, p in mine], parts.sampling, n=n, keys=keys)
 
-    return draw(step) if parts.ahead is None else parts.ahead(step, draw)
+    rollouts = draw(step) if parts.ahead is None else parts.ahead(step, draw)
+    return fresh(parts.config, rollouts, step)
 
 
 def graded(parts: Parts, rollouts: Sequence[Rollout]) -> list[Graded]:

@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 
 from torch import nn
 
+from onpath import distributed
 from onpath.engines.base import Completion, sampled
 from onpath.engines.vllm import checked_completion, request_seed
 from onpath.engines.weights import probe_ids, probe_logprobs, save_weights
@@ -21,6 +22,8 @@ from onpath.records import Prompt, Rollout, Sampling
 from onpath.render import Renderer
 
 _ROUNDING = 1e-3  # by which a probability may exceed 1
+
+_DRIFT = 0.1  # of the tolerance: one server asked twice for the same log-probs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,7 @@ class ServerEngine:
         self.server, self.renderer, self.stop_ids = server, renderer, stop_ids
         self.vocabulary, self.student, self.weights = vocabulary, student, weights
         self.tolerance, self.policy_version = tolerance, 0
+        self._held: Sequence[float] | None = None
         self.resyncs = 0
         """How often the server had lost the trained weights, by a restart, and was given them again."""
 
@@ -139,6 +143,7 @@ class ServerEngine:
         """
         if self.student is not None:
             self._push()
+            self._held = self._answers()
             gap = self.gap()
             if not gap <= self.tolerance:
                 raise UserError(
@@ -152,10 +157,26 @@ class ServerEngine:
         """Largest difference between the server's log-probs and the student's on a fixed sequence, nats."""
         assert self.student is not None
         ids = probe_ids(self.vocabulary)
-        theirs, ours = self.score([ids[:1]], [ids[1:]])[0], probe_logprobs(self.student, ids)
-        return max(abs(a - b) for a, b in zip(theirs, ours, strict=True))
+        return _largest(self._answers(), probe_logprobs(self.student, ids))
+
+    def _answers(self) -> Sequence[float]:
+        ids = probe_ids(self.vocabulary)
+        return self.score([ids[:1]], [ids[1:]])[0]
+
+    def _lost(self) -> bool:
+        """Whether the server answers otherwise than right after the last push: it was started anew, say."""
+        if self._held is None:
+            return self.gap() > self.tolerance
+        return _largest(self._answers(), self._held) > _DRIFT * self.tolerance
 
     def _push(self) -> None:
+        assert self.student is not None
+        assert self.weights is not None
+        if distributed.rank() == 0:
+            self._load()
+        distributed.barrier()
+
+    def _load(self) -> None:
         assert self.student is not None
         assert self.weights is not None
         save_weights(self.student, self.weights)
@@ -169,13 +190,17 @@ class ServerEngine:
             return write()
         for _ in range(2):
             waits = self.server.waits
-            if self.gap() > self.tolerance:
+            if self._lost():
                 self.resyncs += 1
                 self.sync_weights(self.policy_version)
             written = write()
-            if self.server.waits == waits or self.gap() <= self.tolerance:
+            if self.server.waits == waits or not self._lost():
                 return written
         raise UserError("rollout.url: the server was restarted again and again while it sampled")
+
+
+def _largest(one: Sequence[float], two: Sequence[float]) -> float:
+    return max(abs(a - b) for a, b in zip(one, two, strict=True))
 
 
 def _scores(entries: Any, ids: Sequence[int], begin: int, k: int, vocabulary: int) -> ServedScores:
