@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -62,3 +63,17 @@ def test_a_run_stores_the_likeliest_tokens_of_both_models(tiny: Tiny) -> None:
                     assert logp == pytest.approx(values[likeliest.index(token)], abs=1e-5)
                 else:
                     assert logp <= values[-1] + 1e-5
+
+
+@pytest.mark.parametrize("options", [{"method__first_tokens": 4}, {"method__reweight": "divergence"}])
+def test_shaped_trajectories_are_stored_as_they_were_trained_on(options: dict[str, Any], tiny: Tiny) -> None:
+    run = train(tiny(**options, optim__steps=1, run__trajectories_every=1), quiet=True).directory
+    plain = train(tiny(optim__steps=1, run__trajectories_every=1, run__name="plain"), quiet=True).directory
+    (path,), (other,) = ((r / "trajectories").glob("*.parquet") for r in (run, plain))
+    rows, whole = pq.read_table(path).to_pylist(), pq.read_table(other).to_pylist()
+    assert [r["prompt_id"] for r in rows] == [r["prompt_id"] for r in whole], "in the same order"
+    for row, full in zip(rows, whole, strict=True):
+        count = len(row["response"])
+        assert row["response"] == full["response"][: options.get("method__first_tokens")]
+        assert len(row["reverse_kl"]) == count
+        assert row["reverse_kl"] == pytest.approx(full["reverse_kl"][:count], abs=1e-5)

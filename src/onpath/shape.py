@@ -22,12 +22,17 @@ from onpath.store import TOP_TOKENS, is_stored
 from onpath.teacher import ModelTeacher, SelfTeacher
 
 
-def shaped(parts: Parts, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-    """Trajectories with `method.first_tokens` and `method.reweight` applied."""
-    options = parts.config.method
+def shaped(parts: Parts, prepared: Prepared) -> Prepared:
+    """With `method.first_tokens` and `method.reweight` applied to what is trained on."""
+    options, kept = parts.config.method, [t for t in prepared.trajectories if t.edit.kept]
     if options.first_tokens is not None:
-        trajectories = [truncated(t, options.first_tokens) for t in trajectories]
-    return reweighted(parts, trajectories) if options.reweight != "none" else list(trajectories)
+        kept = [truncated(t, options.first_tokens) for t in kept]
+    if options.reweight != "none":
+        kept = reweighted(parts, kept)
+    trained = iter(kept)
+    return replace(
+        prepared, trajectories=[next(trained) if t.edit.kept else t for t in prepared.trajectories]
+    )
 
 
 def truncated(trajectory: Trajectory, length: int) -> Trajectory:
@@ -48,7 +53,7 @@ def truncated(trajectory: Trajectory, length: int) -> Trajectory:
 
 def reweighted(parts: Parts, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
     """Weights in proportion to a statistic of each token, with mean 1 over the step's tokens of all
-    processes."""
+    processes; the order stays."""
     name = {
         "teacher_entropy": "teacher_entropy",
         "student_entropy": "student_entropy",
@@ -61,7 +66,11 @@ def reweighted(parts: Parts, trajectories: Sequence[Trajectory]) -> list[Traject
     count = sum(sum(t.token_weights) for t, _ in found)
     weight, tokens = distributed.total([sum(map(sum, raw)), count], parts.device)
     scale = tokens / weight if weight > 0 else 0.0
-    return [replace(t, weights=tuple(w * scale for w in row)) for (t, _), row in zip(found, raw, strict=True)]
+    weighted = {
+        id(t): replace(t, weights=tuple(w * scale for w in row))
+        for (t, _), row in zip(found, raw, strict=True)
+    }
+    return [weighted.get(id(t), t) for t in trajectories]  # one without a response has nothing to weigh
 
 
 def teacher_states(parts: Parts, batch: Batch, prepared: Prepared) -> TeacherScores:

@@ -107,8 +107,8 @@ def one_step(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> Meter
     with watch("sample"):
         rollouts = sample(parts, step)
     with watch("correct"):
-        prepared = parts.method.prepare(rollouts, step=step)
-        kept = shaped(parts, [t for t in prepared.trajectories if t.edit.kept])
+        prepared = shaped(parts, parts.method.prepare(rollouts, step=step))
+        kept = [t for t in prepared.trajectories if t.edit.kept]
         (denominator,) = distributed.total([token_count(kept)], parts.device)
     with watch("grade"):
         verdicts = graded(parts, rollouts)

@@ -63,7 +63,8 @@ def make_probe(parts: Parts) -> Probe:
     kept: list[Trajectory] = []
     try:
         prepared = parts.method.prepare(rollouts, step=0)
-        kept = shaped(parts, [t for t in prepared.trajectories if t.edit.kept and t.response])
+        prepared = shaped(parts, prepared)
+        kept = [t for t in prepared.trajectories if t.edit.kept and t.response]
     except UserError as error:
         refused = str(error)
     seconds = time.perf_counter() - begun
