@@ -204,6 +204,16 @@ def load_data(config: Config) -> tuple[LoadedPrompts, dict[str, tuple[Prompt, ..
                 f"prompt, but {len(lacking)} of {len(pool.prompts)} have none, the first with id "
                 f"{lacking[0]!r}"
             )
+    return pool, load_evals(config)
+
+
+def load_evals(config: Config) -> dict[str, tuple[Prompt, ...]]:
+    """The evaluation sets.
+
+    Raises:
+        UserError: unreadable, or without answers.
+    """
+    data = config.data
     evals = {
         name: load_prompts(
             source, limit=data.eval_limit, skip_bad=data.skip_bad, split_default="test"
@@ -212,7 +222,7 @@ def load_data(config: Config) -> tuple[LoadedPrompts, dict[str, tuple[Prompt, ..
     }
     for name, prompts in evals.items():
         check(prompts, n=config.eval.n, k=config.eval.k, split=name)
-    return pool, evals
+    return evals
 
 
 def make_renderer(config: Config, tokenizer: PreTrainedTokenizerBase) -> Renderer:

@@ -3,10 +3,10 @@
 import re
 from collections.abc import Sequence
 
+from onpath.assemble import load_evals
 from onpath.config import Config
 from onpath.data import LoadedPrompts, load_prompts, prompts_of_step
 from onpath.doctor.finding import Finding, skipped
-from onpath.evaluate import check as check_evaluation
 from onpath.grade import Grader
 from onpath.records import Prompt
 
@@ -47,15 +47,7 @@ def read_evals(config: Config, pool: Sequence[Prompt]) -> tuple[dict[str, tuple[
     Raises:
         UserError: unreadable, or without answers.
     """
-    section = config.data
-    evals = {
-        name: load_prompts(
-            source, limit=section.eval_limit, skip_bad=section.skip_bad, split_default="test"
-        ).prompts
-        for name, source in section.eval.items()
-    }
-    for name, prompts in evals.items():
-        check_evaluation(prompts, n=config.eval.n, k=config.eval.k, split=name)
+    evals = load_evals(config)
     trained = {p.question.strip() for p in pool}
     problems = [p for prompts in evals.values() for p in prompts]
     leaked = sum(p.question.strip() in trained for p in problems)

@@ -19,7 +19,7 @@ from onpath.doctor.probe import (
     unread,
     without_guidance,
 )
-from onpath.losses import TeacherHidden, TeacherTopK, fused_objective
+from onpath.losses import TeacherScores
 from onpath.methods.edits import verdicts
 from onpath.methods.trd import TRD
 from onpath.models import stop_ids, unwrapped
@@ -27,8 +27,9 @@ from onpath.options import TRDOptions
 from onpath.records import Rollout, Sampling, Trajectory
 from onpath.refine import refinement, refusal
 from onpath.render import Renderer
-from onpath.shape import loss_inputs, student_states
+from onpath.shape import student_states
 from onpath.teacher import SelfTeacher
+from onpath.train import loss_of
 
 _UNFINISHED = 0.5
 """Share of rollouts cut at max_new_tokens from which the check warns."""
@@ -239,23 +240,13 @@ def _turn_end(renderer: Renderer, stops: frozenset[int]) -> str:
     return "" if not special or stops & set(special) else str(tokenizer.decode([special[0]]))
 
 
-def _gradient(parts: Parts, batch: Batch, teacher: TeacherHidden | TeacherTopK) -> Tensor:
+def _gradient(parts: Parts, batch: Batch, teacher: TeacherScores) -> Tensor:
     """Of all trained weights, as one vector."""
     was_training = parts.student.training
     parts.student.train()
     parts.student.zero_grad(set_to_none=True)
     denominator = max(1.0, float((batch.weight_N != 0).sum()))
-    result = fused_objective(
-        student_hidden=student_states(parts, batch, unread()),
-        student_head=parts.head,
-        teacher=teacher,
-        objective=parts.objective,
-        sampled_ids=batch.token_N,
-        weights=batch.weight_N,
-        denominator=denominator,
-        **loss_inputs(parts, batch, unread(), top_k=0),
-    )
-    result.loss.backward()
+    loss_of(parts, batch, teacher, unread(), denominator).loss.backward()
     trained = [p for p in parts.student.parameters() if p.requires_grad]
     flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in trained])
     parts.student.zero_grad(set_to_none=True)

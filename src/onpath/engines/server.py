@@ -15,7 +15,7 @@ from torch import nn
 from onpath import distributed
 from onpath.engines.base import Completion, sampled
 from onpath.engines.vllm import checked_completion, request_seed
-from onpath.engines.weights import probe_ids, probe_logprobs, save_weights
+from onpath.engines.weights import largest_gap, probe_ids, probe_logprobs, save_weights
 from onpath.engines.wire import Nonsense, Server
 from onpath.errors import UserError
 from onpath.records import Prompt, Rollout, Sampling
@@ -157,7 +157,7 @@ class ServerEngine:
         """Largest difference between the server's log-probs and the student's on a fixed sequence, nats."""
         assert self.student is not None
         ids = probe_ids(self.vocabulary)
-        return _largest(self._answers(), probe_logprobs(self.student, ids))
+        return largest_gap(self._answers(), probe_logprobs(self.student, ids))
 
     def _answers(self) -> Sequence[float]:
         ids = probe_ids(self.vocabulary)
@@ -167,7 +167,7 @@ class ServerEngine:
         """Whether the server answers otherwise than right after the last push: it was started anew, say."""
         if self._held is None:
             return self.gap() > self.tolerance
-        return _largest(self._answers(), self._held) > _DRIFT * self.tolerance
+        return largest_gap(self._answers(), self._held) > _DRIFT * self.tolerance
 
     def _push(self) -> None:
         assert self.student is not None
@@ -197,10 +197,6 @@ class ServerEngine:
             if self.server.waits == waits or not self._lost():
                 return written
         raise UserError("rollout.url: the server was restarted again and again while it sampled")
-
-
-def _largest(one: Sequence[float], two: Sequence[float]) -> float:
-    return max(abs(a - b) for a, b in zip(one, two, strict=True))
 
 
 def _scores(entries: Any, ids: Sequence[int], begin: int, k: int, vocabulary: int) -> ServedScores:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from onpath.engines.base import Completion, sampled
-from onpath.engines.weights import merged_weights, probe_ids, probe_logprobs
+from onpath.engines.weights import largest_gap, merged_weights, probe_ids, probe_logprobs
 from onpath.errors import UserError
 from onpath.records import Prompt, Rollout, Sampling
 from onpath.render import Renderer
@@ -106,7 +106,7 @@ class VLLMEngine:
         """Largest difference between vLLM's log-probs and the student's on a fixed sequence, nats."""
         ids = probe_ids(self.vocabulary)
         theirs, ours = self.score([ids[:1]], [ids[1:]])[0], probe_logprobs(self.model, ids)
-        return max(abs(a - b) for a, b in zip(theirs, ours, strict=True))
+        return largest_gap(theirs, ours)
 
     def _generate(self, prefixes: Sequence[Sequence[int]], params: Sequence[Any]) -> list[Any]:
         if not prefixes:

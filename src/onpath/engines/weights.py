@@ -1,7 +1,7 @@
 """The weights that train, as other processes and engines take them: Hugging Face names, adapters merged."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -53,6 +53,11 @@ def save_weights(model: nn.Module, directory: Path) -> None:
 def probe_ids(vocabulary: int) -> tuple[int, ...]:
     """A fixed sequence by which two copies of a model are compared."""
     return tuple((7 * i + 3) % vocabulary for i in range(min(PROBE_LENGTH, 2 * vocabulary)))
+
+
+def largest_gap(one: Sequence[float], two: Sequence[float]) -> float:
+    """Between two lists of log-probs of the same tokens, nats."""
+    return max(abs(a - b) for a, b in zip(one, two, strict=True))
 
 
 @torch.no_grad()
