@@ -19,7 +19,7 @@ from onpath import config as config_module
 from onpath.config import Config
 from onpath.errors import UserError
 from onpath.study.plan import Job
-from onpath.study.untrained import evaluate_untrained
+from onpath.study.work import evaluate_untrained
 from onpath.train import train
 
 CHARACTERS = ["<pad>", "<bos>", "<eos>", "<sol>", *"0123456789+-=?; abcdefghijklmnopqrstuvwxyz.:"]

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from itertools import product
 from math import comb
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from onpath import study
 from onpath.cli import main
 from onpath.errors import UserError
 from onpath.log import read_lines
-from onpath.study import plan
+from onpath.study import forked, plan
 from onpath.study.budget import Used, missed, steps_of
 from onpath.study.intervals import crossed_variance, difference, estimate, holm, p_value
 from onpath.study.jobs import Progress, Slots, locked, run_jobs
@@ -236,12 +237,16 @@ def test_killed_and_continued_in_processes(make: Make) -> None:
     with subprocess.Popen(
         command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL
     ) as first:
-        while first.poll() is None and len(list((directory / "runs").glob("*/model"))) < 2:
+        while first.poll() is None and len(list((directory / "logs").glob("runs-*"))) < 4:
             time.sleep(0.05)
+        time.sleep(0.2)
+        os.kill(first.pid, signal.SIGKILL)
+        with pytest.raises(UserError, match="a run that a killed one left behind"), locked(directory):
+            pass
         os.killpg(first.pid, signal.SIGKILL)
     assert not (directory / "study.json").exists()
     whole = {p: p.stat().st_mtime_ns for p in (directory / "runs").glob("*/model")}
-    assert 2 <= len(whole) < 4
+    assert 1 <= len(whole) < 4
 
     second = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert second.returncode == 0, second.stderr
@@ -451,7 +456,14 @@ def test_a_process_that_dies_is_reported(make: Make, tmp_path: Path, monkeypatch
 
     config = study.load_study(make(arms={"opd": {}}, seeds=1))
     (job,) = plan.runs(config, {"opd": 1}, {})
-    monkeypatch.setattr(sys, "executable", "/bin/false")
+
+    def stillborn(*args: Any, **options: Any) -> BaseProcess:
+        process = start(*args, **options)
+        process.kill()
+        return process
+
+    start = forked.start
+    monkeypatch.setattr(forked, "start", stillborn)
     config.directory.mkdir(parents=True)
     progress = Progress(console=Console(quiet=True), processes=1, total=1)
     with locked(config.directory) as lock:

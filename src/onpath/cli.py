@@ -26,15 +26,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["gym"]:
         from onpath import gym
 
-        return _guarded(lambda: gym.main(arguments[1:]))
+        return guarded(lambda: gym.main(arguments[1:]))
     overrides: list[tuple[str, str]] = []
     if arguments[:1] and arguments[0] in TAKES_OVERRIDES:
         arguments, overrides = split_overrides(arguments)
     options = make_parser().parse_args(arguments)
-    return _guarded(lambda: options.run(options, overrides))
+    return guarded(lambda: options.run(options, overrides))
 
 
-def _guarded(run: Any) -> int:
+def guarded(run: Any) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a warning at every fork otherwise
     try:
         return int(run() or 0)

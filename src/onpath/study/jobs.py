@@ -7,12 +7,11 @@ the study and by every process that it started, so that two of them never write 
 import fcntl
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from statistics import mean
 
@@ -21,6 +20,7 @@ from rich.status import Status
 
 from onpath.errors import UserError
 from onpath.log import read_lines
+from onpath.study import forked
 from onpath.study.config import Parallel
 from onpath.study.plan import Job
 
@@ -123,7 +123,7 @@ class Progress:
 @dataclass(kw_only=True)
 class _Running:
     job: Job
-    process: subprocess.Popen[bytes]
+    process: BaseProcess
     slot: int
     log: Path
     begun: float = field(default_factory=time.monotonic)
@@ -162,7 +162,7 @@ def run_jobs(
             free = sorted(set(range(slots.processes)) - {r.slot for r in running})
             for slot in free[: len(waiting)]:
                 running.append(_start(waiting.pop(0), slots, slot, study, lock))
-            for ended in [r for r in running if r.process.poll() is not None]:
+            for ended in [r for r in running if r.process.exitcode is not None]:
                 running.remove(ended)
                 _finish(ended, progress, failed, waiting, running)
             if progress.console.is_terminal and time.monotonic() - drawn > _REFRESH:
@@ -178,7 +178,7 @@ def run_jobs(
         for r in running:
             r.process.terminate()
         for r in running:
-            r.process.wait()
+            r.process.join()
     return failed
 
 
@@ -190,19 +190,15 @@ def _start(job: Job, slots: Slots, slot: int, study: Path, lock: int) -> _Runnin
     for path in (config, log):
         path.parent.mkdir(exist_ok=True)
     config.write_text(job.config.to_yaml(), encoding="utf-8")
-    module = (
-        ["onpath", "train", str(config), "--quiet"] if job.trains else ["onpath.study.untrained", str(config)]
-    )
+    log.touch()
     resumed = job.directory.exists()
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *module],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=slots.environment(slot),
-            pass_fds=[lock],
-        )
+    process = forked.start(
+        "trained" if job.trains else "untrained",
+        config,
+        log=log,
+        lock=lock,
+        environment=slots.environment(slot),
+    )
     return _Running(job=job, process=process, slot=slot, log=log, resumed=resumed)
 
 
@@ -214,7 +210,7 @@ def _finish(
     running: Sequence[_Running],
 ) -> None:
     job, progress.done = ended.job, progress.done + 1
-    if ended.process.returncode or not job.finished:
+    if ended.process.exitcode or not job.finished:
         failed[job.name] = _last_line(ended.log)
         outcome = f"failed: {failed[job.name]}"
     else:

@@ -1,0 +1,36 @@
+"""What the processes of a study do. Importing this imports all that a run needs, and does nothing else."""
+
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401  (slow to import, and always needed)
+
+from onpath import config as configuration
+from onpath import distributed, train  # noqa: F401
+from onpath.assemble import assemble
+from onpath.cli import guarded, main
+from onpath.config import Config
+from onpath.log import Display
+from onpath.runs import evaluate_all, open_run
+
+
+def trained(config: Path) -> int:
+    """`onpath train`; the exit code."""
+    return main(["train", str(config), "--quiet"])
+
+
+def untrained(config: Path) -> int:
+    """The evaluation of a config's student as it is; the exit code."""
+    return guarded(lambda: evaluate_untrained(configuration.load(str(config))))
+
+
+def evaluate_untrained(config: Config) -> None:
+    """Writes the lines and files of an evaluation at step 0, in place of half-written ones."""
+    try:
+        parts = assemble(config)
+        run = open_run(config, parts)
+        run.evals.rewind(step=-1)
+        parts.engine.sync_weights(0)
+        with Display(steps=0, done=0, quiet=True) as display:
+            evaluate_all(parts, run, display, step=0)
+    finally:
+        distributed.stop()
