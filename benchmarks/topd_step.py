@@ -26,6 +26,7 @@ from common import Spread, environment, environment_line, write
 
 STAGES = ("sample", "correct", "score", "train")
 PARTS = ("read", "windows", "transport", "targets")
+COUNTS = ("fork_candidates", "forks", "teacher_tokens_generated")
 WARM_UP = 3
 
 
@@ -71,7 +72,10 @@ def measure(directory: Path, options: argparse.Namespace) -> list[dict[str, Any]
                 row["topd"] |= meter.prepared.metrics["topd_seconds"]
                 row["counts"] = {
                     "tokens": sum(len(r.ids) for r in meter.rollouts),
-                    **{k: meter.prepared.totals[k] for k in ("fork_candidates", "forks", "teacher_tokens")},
+                    **{
+                        k: meter.prepared.totals[k]
+                        for k in ("fork_candidates", "forks", "teacher_tokens_generated")
+                    },
                 }
         rows.append(row)
     return rows[WARM_UP:]
@@ -110,7 +114,8 @@ def markdown(data: Mapping[str, Any]) -> str:
         f"{s['micro_batch_tokens']} tokens per micro-batch; per step "
         f"{found['counts']['tokens']:.0f} response tokens, "
         f"{found['counts']['fork_candidates']:.0f} candidates, "
-        f"{found['counts']['forks']:.0f} forks, {found['counts']['teacher_tokens']:.0f} window tokens.",
+        f"{found['counts']['forks']:.0f} forks, "
+        f"{found['counts']['teacher_tokens_generated']:.0f} window tokens.",
         "",
         "| ms, median [quartiles] | OPD | TOPD |",
         "|---|---|---|",

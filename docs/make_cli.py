@@ -16,7 +16,7 @@ PAGE = Path(__file__).with_name("cli.md")
 INTRODUCTION = """# The command line
 
 Made from `--help` by `make docs`; `make check` fails if it is out of date. Exit codes: 0 done, 2 something
-that you can fix (one sentence says what), 1 a fault of onpath's.
+that you can fix (one sentence says what), 1 a fault of onpath's (doctor: a check failed), 130 interrupted.
 """
 
 
@@ -35,6 +35,8 @@ def page() -> str:
     parts = [INTRODUCTION, f"```\n{help_of([])}\n```\n"]
     for name in commands.choices:  # type: ignore[union-attr]
         parts.append(f"## onpath {name}\n\n```\n{help_of([name])}\n```\n")
+        for sub in ("tasks", "train", "measure") if name == "gym" else ():
+            parts.append(f"### onpath gym {sub}\n\n```\n{help_of(['gym', sub])}\n```\n")
     return "\n".join(parts)
 
 

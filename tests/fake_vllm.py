@@ -14,7 +14,7 @@ from torch import nn
 
 from onpath.engines.hf import HFEngine
 from onpath.models import unwrapped
-from onpath.records import Sampling
+from onpath.records import Prompt, Sampling
 
 Answer = dict[str, Any]
 
@@ -34,6 +34,10 @@ class FakeVLLM:
         self.headers: list[str | None] = []
         self.resets = 0
         self.takes_weights = True
+        self.waits_for_push = False
+        """Completions wait until new weights arrive after the request, or 0.3 s."""
+        self._pushes = 0
+        self._pushed = threading.Condition()
         self._original = {k: v.clone() for k, v in unwrapped(engine.model).state_dict().items()}
         self._lock = threading.Lock()
         self._port = 0
@@ -71,6 +75,8 @@ class FakeVLLM:
                 body = json.loads(self.rfile.read(size) or b"{}")
                 fake.headers.append(self.headers.get("Authorization"))
                 time.sleep(fake.slow)
+                if fake.waits_for_push and "seed" in body:
+                    fake.wait_for_push()
                 with fake._lock:
                     answer = fake.answer(self.path, body)
                 self._send(answer)
@@ -84,6 +90,11 @@ class FakeVLLM:
 
         return Handler
 
+    def wait_for_push(self) -> None:
+        with self._pushed:
+            seen = self._pushes
+            self._pushed.wait_for(lambda: self._pushes > seen, timeout=0.3)
+
     def answer(self, path: str, body: Answer) -> Answer | int:
         if path == "/reset_prefix_cache":
             self.resets += 1
@@ -92,7 +103,16 @@ class FakeVLLM:
             assert body["method"] == "reload_weights"
             if self.takes_weights:
                 take(self.engine.model, Path(body["kwargs"]["weights_path"]))
+            with self._pushed:
+                self._pushes += 1
+                self._pushed.notify_all()
             return {"results": [None]}
+        if path == "/tokenize":
+            asked = self.engine.renderer.tokenizer(body["prompt"], add_special_tokens=False)
+            return self.spoil({"tokens": asked["input_ids"]})
+        if path == "/v1/chat/completions":
+            self.requests.append(body)
+            return self.spoil({"model": f"{self.name}-of-today", "choices": [self._message(body)]})
         assert path == "/v1/completions"
         assert body["model"] == self.name
         self.requests.append(body)
@@ -107,6 +127,17 @@ class FakeVLLM:
         )  # fmt: skip
         (c,) = self.engine.continue_from([body["prompt"]], sampling, keys=[str(body["seed"])])
         return {"token_ids": list(c.ids), "logprobs": {"token_logprobs": list(c.logprobs)}}
+
+    def _message(self, body: Answer) -> Answer:
+        renderer = self.engine.renderer
+        sampling = Sampling(
+            temperature=body["temperature"], top_p=body["top_p"], max_new_tokens=body["max_tokens"]
+        )
+        prompt = Prompt(id="", text=body["messages"][-1]["content"])
+        (c,) = self.engine.continue_from([renderer.ids(prompt)], sampling, keys=[str(body.get("seed"))])
+        content = "".join(renderer.tokens([i for i in c.ids if i not in self.engine.stop_ids]))
+        message = {"role": "assistant", "content": content}
+        return {"index": 0, "message": message, "finish_reason": c.finish_reason}
 
     @torch.no_grad()
     def _scores(self, body: Answer) -> Answer:

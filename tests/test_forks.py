@@ -235,7 +235,8 @@ def test_counts_are_sums() -> None:
     ]
     counted = forks.counted(found, [])
     assert counted["totals"] == {
-        "fork_candidates": 2, "forks": 1, "suppressed_tokens": 1, "guided_tokens": 0, "teacher_tokens": 4,
+        "fork_candidates": 2, "forks": 1, "suppressed_tokens": 1, "guided_tokens": 0,
+        "teacher_tokens_generated": 4,
     }  # fmt: skip
     assert counted["means"]["fork_share"] == (1, 2)
     assert counted["means"]["candidate_distance"] == (0.5, 2)

@@ -435,7 +435,7 @@ def test_forks_are_stored_and_metrics_logged(tiny: Tiny) -> None:
     assert sum(f["decision"] == "fork" for f in found) == row["forks"]
     assert row["fork_share"] == pytest.approx(row["forks"] / row["fork_candidates"])
     assert row["candidate_distance"] == pytest.approx(np.mean([f["distance"] for f in found]))
-    assert sum(len(f["teacher_window"]) for f in found) == row["teacher_tokens"]
+    assert sum(len(f["teacher_window"]) for f in found) == row["teacher_tokens_generated"]
     assert row["guidance_grad_ratio"] > 0
     assert row["guidance"] > 0
     assert set(row["topd_seconds"]) == {"read", "windows", "transport", "targets"}
@@ -458,7 +458,7 @@ def test_two_processes_are_one(tiny: Tiny, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     names = (
         "loss", "tokens", "grad_norm", "forks", "fork_candidates", "candidate_distance", "fork_threshold",
-        "guidance", "guidance_grad_ratio", "guidance_weight", "suppressed_tokens", "teacher_tokens",
+        "guidance", "guidance_grad_ratio", "guidance_weight", "suppressed_tokens", "teacher_tokens_generated",
     )  # fmt: skip
     rows = [read_lines(d / "metrics.jsonl") for d in (one, Path(config.run.dir) / "two")]
     for a, b in zip(*rows, strict=True):

@@ -599,6 +599,8 @@ def test_edit_distance() -> None:
 
 def test_cells() -> None:
     y = attempt("13<eos>")
-    base = Rewrite(attempt=y, context=(1,), ids=(2,), finished=True, attempt_right=True, right=False)
+    base = Rewrite(
+        attempt=y, asked=y.prompt, context=(1,), ids=(2,), finished=True, attempt_right=True, right=False
+    )
     assert base.cell == "right_to_wrong"
     assert replace(base, attempt_right=None).cell is None

@@ -44,9 +44,8 @@ from onpath.options import OPSDOptions, TRDOptions
 from onpath.prompts import EPISTEMIC_WORDS, TEMPLATES
 from onpath.records import Prompt, Sampling
 from onpath.render import Renderer
-from onpath.served import ServedTeacher
 from onpath.teacher import Teacher
-from onpath.writers import check_teacher, make_teacher, offline_cache, room_of, student_engine
+from onpath.writers import check_teacher, make_teacher, make_writer, offline_cache, room_of, student_engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,9 +136,9 @@ def assemble(config: Config) -> Parts:
         )
 
     engine = student_engine(config, student, engine_over(student))
-    writer: Engine = teacher.engine if isinstance(teacher, ServedTeacher) else engine_over(teacher.model)
+    writer = make_writer(config, teacher, renderer, stops, engine_over)
     cache, sampler, writer = offline_cache(config, engine, writer, student, renderer)
-    ahead = make_ahead(config, student, engine_over)
+    ahead = make_ahead(config, student, engine, engine_over)
     measure = Measure(
         student=student,
         teacher=teacher,
@@ -299,6 +298,12 @@ def shared_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase) -> tup
     ids = tokenizer.get_vocab()
     if own:
         return max(ids.values()) + 1, []
+    if config.teacher.engine == "chat":
+        warning = (
+            f"teacher.engine chat: {config.teacher.model} gives text and no log-probs, so the student learns "
+            "by cross-entropy along what it writes, and no divergence is measured"
+        )
+        return max(ids.values()) + 1, [warning]
     check_vocabulary(ids, load_tokenizer(config.teacher, "teacher.model").get_vocab())
     same = Path(locate(config.student.model)).resolve() == Path(locate(config.teacher.model)).resolve()
     warning = (

@@ -6,7 +6,7 @@ in one file per process; a line that a killed writer left half-written is passed
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -29,8 +29,12 @@ class Cache:
         self.sealed = False
         """True: everything needed is there; a miss is a fault of ours, since the weights have moved on."""
         self._known: dict[str, Completion] = {}
-        for path in sorted(directory.glob("*.jsonl")):
-            self._known |= _read(path)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Reads what all processes have written. The first answer to a request stands."""
+        for path in sorted(self.directory.glob("*.jsonl")):
+            self._known = {**_read(path), **self._known}
 
     def get(self, key: str) -> Completion | None:
         return self._known.get(key)
@@ -53,14 +57,29 @@ class Cache:
             ) from None
         self._known |= found
 
+    def answered(
+        self, addresses: Sequence[str], write: Callable[[list[int]], list[Completion]]
+    ) -> list[Completion]:
+        """A completion per address; `write` gives those that are not known, by their places."""
+        missing = [i for i, address in enumerate(addresses) if self.get(address) is None]
+        if missing:
+            assert not self.sealed, "asked for what the starting weights were not asked for in time"
+            written = write(missing)
+            self.put({addresses[i]: c for i, c in zip(missing, written, strict=True)})
+        found = [self.get(address) for address in addresses]
+        return [c for c in found if c is not None]
+
 
 def _read(path: Path) -> dict[str, Completion]:
-    found = {}
+    found: dict[str, Completion] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         with suppress(ValueError, KeyError, TypeError):  # blank, or half-written
             row = json.loads(line)
-            found[row["key"]] = Completion(
-                ids=tuple(row["ids"]), logprobs=tuple(row["logprobs"]), finish_reason=row["finish_reason"]
+            found.setdefault(
+                row["key"],
+                Completion(
+                    ids=tuple(row["ids"]), logprobs=tuple(row["logprobs"]), finish_reason=row["finish_reason"]
+                ),
             )
     return found
 
@@ -88,15 +107,12 @@ class CachedEngine:
         """See `Engine.continue_from`."""
         names = [str(i) for i in range(len(prefixes))] if keys is None else list(keys)
         addresses = [self._address(p, sampling, name) for p, name in zip(prefixes, names, strict=True)]
-        missing = [i for i, address in enumerate(addresses) if self.cache.get(address) is None]
-        if missing:
-            assert not self.cache.sealed, "asked for what the starting weights were not asked for in time"
-            written = self.engine.continue_from(
+        return self.cache.answered(
+            addresses,
+            lambda missing: self.engine.continue_from(
                 [prefixes[i] for i in missing], sampling, keys=[names[i] for i in missing]
-            )
-            self.cache.put({addresses[i]: c for i, c in zip(missing, written, strict=True)})
-        found = [self.cache.get(address) for address in addresses]
-        return [c for c in found if c is not None]
+            ),
+        )
 
     def score(
         self, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]

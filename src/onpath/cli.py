@@ -94,7 +94,11 @@ def _add_demo(commands: Any) -> None:
         "side by side; prints a table and three trajectories, and writes a page that compares them.",
     )
     demo.add_argument("--quick", action="store_true", help="at most a minute: fewer updates, fewer problems")
-    demo.add_argument("--dir", default="runs", help="where the directory demo goes (default: runs)")
+    demo.add_argument(
+        "--dir",
+        default="runs",
+        help="where the directory demo goes; the one of an earlier demo is replaced (default: runs)",
+    )
     demo.set_defaults(run=_demo)
 
 
@@ -153,7 +157,9 @@ def _add_eval(commands: Any) -> None:
     command = commands.add_parser(
         "eval",
         help="grade a model's samples: avg@k, pass@k, intervals",
-        description="Samples and grades a Hugging Face model directory, a gym model or a LoRA adapter.",
+        description="Samples and grades a Hugging Face model directory, a gym model or a LoRA adapter. "
+        "Prompts are rendered by the tokenizer's own template: a run's data.system, data.template and "
+        "data.enable_thinking do not apply.",
     )
     command.add_argument(
         "model", metavar="MODEL", help="directory or hub name, gym:student, gym:teacher, adapter"
@@ -241,7 +247,7 @@ def _add_inspect(commands: Any) -> None:
         help="largest first (default: as stored)",
     )
     command.add_argument(
-        "--colour", default="reverse_kl", help="per-token column to colour by (default: reverse_kl)"
+        "--colour", help="per-token column to colour by (default: reverse_kl, or the first that there is)"
     )
     command.add_argument("--limit", type=int, default=5, help="how many (default: 5)")
     command.add_argument("--json", action="store_true", help="JSON lines for machines")
@@ -300,7 +306,8 @@ def _config(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -
 
 
 def _options_text() -> str:
-    lines = ["options of a config (YAML: section, then key; command line: --section.key value):", ""]
+    how = "YAML: section, then key; command line: --section.key value, read as YAML: null, true, [a, b]"
+    lines = [f"options of a config ({how}):", ""]
     for key, kind, default, text in configuration.describe():
         lines += [f"  {key}  ({kind}; default {default})", f"      {text}"]
     return "\n".join(lines).replace("%", "%%")

@@ -84,9 +84,10 @@ class Config(Section):
             raise ValueError(
                 "rollout.overlap makes rollouts one step old; set rollout.max_staleness: 1, not 0"
             )
-        if self.rollout.overlap and self.rollout.engine != "hf":
+        if self.rollout.overlap and self.rollout.vllm.get("enable_sleep_mode"):
             raise ValueError(
-                "rollout.overlap samples from a copy of the student in this process; set rollout.engine: hf"
+                "rollout.overlap has vLLM sample while the student trains, so it cannot sleep; drop "
+                "enable_sleep_mode from rollout.vllm, or rollout.overlap"
             )
         if self.rollout.overlap and isinstance(method, TRDOptions) and method.offline:
             raise ValueError(
@@ -105,26 +106,53 @@ class Config(Section):
         return self
 
     def _reachable(self) -> None:
-        """What can be asked of a vLLM."""
-        method, objective = self.method, self.method.objective()
-        for name, section in (("teacher", self.teacher), ("rollout", self.rollout)):
-            if section.url is not None and section.engine != "vllm":
-                raise ValueError(f"{name}.url is that of a vLLM server: set {name}.engine: vllm")
-        if self.teacher.engine == "hf":
+        """What can be asked of a server."""
+        method, teacher = self.method, self.teacher
+        if self.rollout.url is not None and self.rollout.engine != "vllm":
+            raise ValueError("rollout.url is that of a vLLM server: set rollout.engine: vllm")
+        if teacher.engine == "hf":
+            if teacher.url is not None:
+                raise ValueError(
+                    "teacher.url is that of a server: set teacher.engine: vllm, or chat for text only"
+                )
             return
-        if self.teacher.url is None:
+        if teacher.url is None:
             raise ValueError(
-                "teacher.engine: vllm is a server: set teacher.url, such as http://localhost:8000"
+                f"teacher.engine: {teacher.engine} is a server: set teacher.url, such as http://localhost:8000"
             )
         if isinstance(method, OPSDOptions) or (isinstance(method, TRDOptions) and method.teacher == "self"):
             raise ValueError(
-                f"teacher.engine: vllm: with method.name {method.name} the student is its own teacher; use "
-                "teacher.engine: hf"
+                f"teacher.engine: {teacher.engine}: with method.name {method.name} the student is its own "
+                "teacher; use teacher.engine: hf"
             )
-        if objective.needs_teacher and method.divergence != "sampled" and method.support != "teacher_topk":
+        self._learns_from_text() if teacher.engine == "chat" else self._learns_from_top_k()
+
+    def _learns_from_top_k(self) -> None:
+        method = self.method
+        needs_all = method.objective().needs_teacher and method.divergence != "sampled"
+        if needs_all and method.support != "teacher_topk":
             raise ValueError(
                 f"teacher.engine: vllm: a server sends its likeliest tokens only, not the vocabulary; set "
                 f"method.support: teacher_topk and method.tail: bucket, not method.support: {method.support}"
+            )
+
+    def _learns_from_text(self) -> None:
+        method = self.method
+        samples = isinstance(method, OPDOptions) and method.writer == "teacher"
+        if not (samples or isinstance(method, TRDOptions)) or method.divergence != "cross_entropy":
+            raise ValueError(
+                "teacher.engine: chat gives text and no log-probs: use method.name trd, or opd with "
+                "method.writer: teacher, and method.divergence: cross_entropy"
+            )
+        if isinstance(method, TRDOptions) and method.minimal_edit:
+            raise ValueError(
+                "method.minimal_edit has the teacher go on from the student's tokens, which a chat endpoint "
+                "cannot; set it to false, or use teacher.engine: vllm"
+            )
+        if method.reweight in ("teacher_entropy", "divergence"):
+            raise ValueError(
+                f"method.reweight: {method.reweight} needs the teacher's log-probs, and teacher.engine: chat "
+                "gives none; use none or student_entropy"
             )
 
     def to_yaml(self) -> str:
@@ -155,6 +183,14 @@ def build(data: Mapping[str, Any], *, source: str = "config") -> Config:
         raise UserError(f"{source}: {_sentence(error)}") from None
 
 
+def resolved(tree: dict[str, Any]) -> dict[str, Any]:
+    """A stored config with today's defaults for the options that did not exist when it was written."""
+    try:
+        return build(tree).model_dump(mode="json")
+    except UserError:  # an option that is no more: shown as it was
+        return tree
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such config file")
@@ -183,6 +219,8 @@ def _override(data: dict[str, Any], dotted: str, text: str) -> None:
         value = text
     if isinstance(value, bool) and text.lower() not in ("true", "false"):
         value = text  # YAML 1.1 reads a run named off, no or y as a truth value
+    if text == "None":
+        value = None  # as Python spells null
     target = data.setdefault(section, {})
     if not isinstance(target, dict):
         raise UserError(f"{section}: must be a mapping, not {target!r}")
@@ -265,7 +303,7 @@ def _type_name(annotation: Any) -> str:
     if origin in (Union, UnionType):
         return " | ".join(_type_name(a) for a in args)
     if origin is not None:
-        return f"{origin.__name__}[{', '.join(_type_name(a) for a in args)}]"
+        return f"{origin.__name__}[{', '.join(_type_name(a) for a in args if a is not Ellipsis)}]"
     return "null" if annotation is type(None) else str(getattr(annotation, "__name__", annotation))
 
 

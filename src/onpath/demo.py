@@ -16,6 +16,7 @@ from rich.text import Text
 
 from onpath import config as configuration
 from onpath import gym
+from onpath.errors import UserError
 from onpath.inspection import show_row
 from onpath.log import read_lines
 from onpath.report import write_report
@@ -41,6 +42,8 @@ def demo(*, quick: bool, directory: str) -> int:
     begun = time.monotonic()
     console = Console(file=sys.stdout)
     study = demo_study(quick=quick, directory=directory)
+    if study.directory.exists() and not (study.directory / "study.yaml").is_file():
+        raise UserError(f"{study.directory} is not an earlier demo's: move it away, or set --dir")
     shutil.rmtree(study.directory, ignore_errors=True)  # a demo starts anew each time
     data, failed = carry_out(study, command="onpath demo --quick" if quick else "onpath demo")
     check_failed(failed)

@@ -343,7 +343,7 @@ def counted(found: Sequence[Fork], marked: Sequence[Trajectory]) -> dict[str, Ma
             "forks": len(real),
             "suppressed_tokens": sum(f.weight < 1 for f in found),
             "guided_tokens": sum(len(g.targets) for t in marked for g in t.guidance),
-            "teacher_tokens": sum(len(f.teacher) for f in found),
+            "teacher_tokens_generated": sum(len(f.teacher) for f in found),
         },
         "means": {
             "fork_share": (float(len(real)), float(len(candidates))),

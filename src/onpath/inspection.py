@@ -45,11 +45,18 @@ def run_inspect(options: argparse.Namespace) -> int:
     if not rows:
         console.print("no stored trajectory matches", highlight=False)
         return 0
-    console.print(legend(console, options.colour))
+    colour = options.colour or default_colour(rows)
+    console.print(legend(console, colour))
     known = known_tokens(stored)
     for row in rows:
-        show_row(console, row, options.colour, known)
+        show_row(console, row, colour, known)
     return 0
+
+
+def default_colour(rows: Sequence[Row]) -> str:
+    """reverse_kl where it was measured, else the first quantity that was."""
+    names = sorted({name for row in rows for name in quantities(row)})
+    return "reverse_kl" if "reverse_kl" in names or not names else names[0]
 
 
 def stored_rows(options: argparse.Namespace) -> list[Row]:
@@ -77,7 +84,7 @@ def select(rows: Sequence[Row], options: argparse.Namespace) -> list[Row]:
         UserError: no such per-token column or prompt.
     """
     names = sorted({name for row in rows for name in quantities(row)})
-    if names and options.colour not in names:
+    if names and options.colour not in (None, *names):
         raise UserError(f"--colour {options.colour}: no such per-token column; there are {', '.join(names)}")
     if options.id is not None and all(row["prompt_id"] != options.id for row in rows):
         raise UserError(

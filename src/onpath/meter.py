@@ -81,6 +81,7 @@ class Meter:
             if value_N is None:
                 continue
             self.sums[name] += float(value_N[counted].double().sum())
+            self.sums[f"tokens of {name}"] += float(counted.sum())
             for trajectory, values in zip(batch.trajectories, batch.by_row(value_N), strict=True):
                 self.per_token.setdefault(id(trajectory), {})[name] = values
         for name in TOPS:
@@ -102,7 +103,9 @@ class Meter:
         verdicts = [g.correct for g in self.graded]
         lengths = [len(r.ids) for r in self.rollouts]
         mine = {
-            **{k: self.sums[k] for k in ("loss", "counted", *_NATS)},
+            **{
+                k: self.sums[k] for k in ("loss", "counted", *_NATS, *(f"tokens of {name}" for name in _NATS))
+            },
             "rollouts": len(lengths),
             "generated": sum(lengths),
             "right": sum(verdicts),
@@ -113,13 +116,11 @@ class Meter:
             **{f"count of {k}": count for k, (_, count) in self.prepared.means.items()},
         }
         all_of = dict(zip(mine, distributed.total(mine.values(), device), strict=True))
-        counted, rollouts = all_of["counted"], max(all_of["rollouts"], 1.0)
+        rollouts = max(all_of["rollouts"], 1.0)
         row: dict[str, Any] = {"loss": all_of["loss"], "tokens": int(all_of["counted"])}
-        row |= {
-            label: all_of[name] / counted if counted else None
-            for name, label in _NATS.items()
-            if name in self.sums or not counted
-        }
+        for name, label in _NATS.items():  # None: no token, or a teacher that does not say
+            tokens = all_of[f"tokens of {name}"]
+            row[label] = all_of[name] / tokens if tokens else None
         row |= {
             "accuracy": all_of["right"] / all_of["graded"] if all_of["graded"] else None,
             "mean_length": all_of["generated"] / rollouts,

@@ -43,13 +43,13 @@ class LossOptions(Section):
     """What a top-k support does with the mass outside it: drop and renormalise, or one bucket for the rest.
     """
     entry_clip: float | None = Field(None, gt=0)
-    """Cap each vocabulary entry's contribution before summing (OPSD uses 0.05); None is off."""
+    """Cap each vocabulary entry's contribution before summing (OPSD uses 0.05); null is off."""
     token_clip: float | None = Field(None, gt=0)
-    """Cap each token's summed divergence (TRD's baselines use 0.06 to 0.1); None is off."""
+    """Cap each token's summed divergence (TRD's baselines use 0.06 to 0.1); null is off."""
     reweight: Literal["none", "teacher_entropy", "student_entropy", "divergence"] = "none"
     """Weigh tokens by a statistic of theirs, normalised to mean 1 over the micro-batch-independent total."""
     first_tokens: int | None = Field(None, ge=1)
-    """Train only on the first so many response tokens; None trains on all."""
+    """Train only on the first so many response tokens; null trains on all."""
     ppo_clip: float | None = Field(None, gt=0)
     """Clip range of the importance ratio; sampled only."""
     discount: float = Field(0.0, ge=0, le=1)
@@ -104,7 +104,7 @@ class OPSDOptions(LossOptions):
     divergence: Divergence = "forward_kl"
     """As published; reverse_kl and jensen_shannon as options."""
     entry_clip: float | None = Field(0.05, gt=0)
-    """Cap each vocabulary entry's contribution before summing; None is off."""
+    """Cap each vocabulary entry's contribution before summing; null is off."""
     weights: Literal["base", "live", "ema"] = "base"
     """Whose weights the privileged teacher has: the start's (LoRA: adapter off), the student's own, or their
     moving average."""
@@ -113,12 +113,12 @@ class OPSDOptions(LossOptions):
     hint: Literal["solution", "answer"] = "solution"
     """Which column the teacher is shown."""
     template: str | None = None
-    """User message of the teacher with slots {problem} and {solution} (or {answer}); None: the gym's or our
+    """User message of the teacher with slots {problem} and {solution} (or {answer}); null: the gym's or our
     own."""
     off_policy: bool = False
     """Accept tempered or truncated rollouts."""
     epistemic: tuple[str, ...] | None = None
-    """Words whose teacher probability is logged as epistemic mass; None: the gym's onset or TRD's list."""
+    """Words whose teacher probability is logged as epistemic mass; null: the gym's onset or TRD's list."""
     diagnose_every: int = Field(1, ge=0)
     """Measure divergence by verdict, epistemic mass and perplexities every so many steps (the loss uses the
     same forward passes); 0 never."""
@@ -152,20 +152,20 @@ class TRDOptions(LossOptions):
     ema_decay: float = Field(0.99, ge=0, lt=1)
     """Decay per optimiser step of the moving average; weights ema only."""
     reference: bool | None = None
-    """Show the reference solution to the rewriter; None: only with teacher: self."""
+    """Show the reference solution to the rewriter; null: only with teacher: self."""
     see_attempt: bool = True
     """False is the control in which the rewrite is written without seeing the student's attempt."""
     template: str | None = None
-    """User message of the rewriter with slots {problem}, {attempt} and, with a reference, {solution}; None:
+    """User message of the rewriter with slots {problem}, {attempt} and, with a reference, {solution}; null:
     the gym's or our own."""
     rewrite_temperature: float = Field(0.6, ge=0)
     """Of the rewrite z."""
     rewrite_top_p: float = Field(1.0, gt=0, le=1)
     """Of the rewrite z (the authors: 0.95)."""
     rewrite_max_new_tokens: int | None = Field(None, ge=1)
-    """Longest rewrite; None: rollout.max_new_tokens."""
+    """Longest rewrite; null: rollout.max_new_tokens."""
     rewrite_prompt_tokens: int | None = Field(None, ge=1)
-    """Longest rewrite prompt: the attempt, then the reference, lose their ends until it fits; None: what the
+    """Longest rewrite prompt: the attempt, then the reference, lose their ends until it fits; null: what the
     rewriter's context leaves."""
     scoring: Literal["rewrite", "plain"] = "rewrite"
     """Context in which the teacher scores z: the rewrite prompt (faithful), or the plain problem."""
@@ -200,7 +200,7 @@ class TRDOptions(LossOptions):
     gate_max_harm: float = Field(0.1, ge=0, le=1)
     """Largest accepted share of right attempts that the rewriter turns wrong."""
     epistemic: tuple[str, ...] | None = None
-    """Words whose teacher probability is logged as epistemic mass; None: the gym's onset or TRD's list."""
+    """Words whose teacher probability is logged as epistemic mass; null: the gym's onset or TRD's list."""
     diagnose_every: int = Field(1, ge=0)
     """Measure support gap, divergence by verdict, epistemic mass and perplexities every so many steps (one
     more forward pass of both models along y and z); 0 never."""

@@ -140,7 +140,7 @@ def _student(models: Measure, batch: Batch, *, graph: bool) -> Tensor:
     return hidden_BSH.flatten(0, 1)[batch.student_at_N]
 
 
-def _teacher(models: Measure, batch: Batch, *, past: bool) -> tuple[TeacherScores, Past | None]:
+def _teacher(models: Measure, batch: Batch, *, past: bool) -> tuple[TeacherScores | None, Past | None]:
     if past and isinstance(models.teacher, ModelTeacher):
         hidden_NH, memory = models.teacher.remembering(batch)
         return TeacherHidden(hidden=hidden_NH, head=models.teacher.head), memory
@@ -148,7 +148,7 @@ def _teacher(models: Measure, batch: Batch, *, past: bool) -> tuple[TeacherScore
 
 
 def _stats(
-    models: Measure, batch: Batch, student_NH: Tensor, scores: TeacherScores, request: StatsRequest
+    models: Measure, batch: Batch, student_NH: Tensor, scores: TeacherScores | None, request: StatsRequest
 ) -> TokenStats:
     return token_stats(
         student_hidden=student_NH,

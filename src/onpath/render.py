@@ -46,7 +46,7 @@ class Renderer:
         if self.chat:
             try:
                 rendered = self.tokenizer.apply_chat_template(
-                    [dict(m) for m in self._messages(prompt)],
+                    [dict(m) for m in self.messages(prompt)],
                     add_generation_prompt=True,
                     tokenize=True,
                     return_dict=False,
@@ -70,11 +70,31 @@ class Renderer:
             raise UserError("an empty plain prompt has no token to continue from; the tokenizer adds no BOS")
         return tuple(ids)
 
-    def _messages(self, prompt: Prompt) -> Sequence[Message]:
+    def messages(self, prompt: Prompt) -> Sequence[Message]:
+        """What a chat model is asked: a plain prompt is one user message."""
         messages = prompt.messages or ({"role": "user", "content": prompt.question},)
         if self.system is not None and messages[0]["role"] != "system":
             return ({"role": "system", "content": self.system}, *messages)
         return messages
+
+    def turn_end(self) -> list[int]:
+        """Special tokens that the chat template puts after an answer; none for plain text."""
+        if not self.chat:
+            return []
+        question = [{"role": "user", "content": "1"}]
+        options: dict[str, Any] = {"tokenize": True, "return_dict": False, **self.template_options}
+        render = self.tokenizer.apply_chat_template
+        try:
+            opened = list(render(question, add_generation_prompt=True, **options))
+            closed = list(render([*question, {"role": "assistant", "content": "1"}], **options))
+        except TemplateError:
+            return []
+        tail = closed[len(opened) :] if closed[: len(opened)] == opened else []
+        return [i for i in tail if i in set(self.tokenizer.all_special_ids)]
+
+    def text_ids(self, text: str) -> tuple[int, ...]:
+        """Ids of a response that somebody else wrote as text; control tokens that it spells are text too."""
+        return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
     def text(self, ids: Sequence[int]) -> str:
         """For people and graders; special tokens are left out."""

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from onpath import checkpoint, distributed
+from onpath import config as configuration
 from onpath.assemble import Parts
 from onpath.config import Config
 from onpath.errors import UserError
@@ -193,7 +194,7 @@ def _claim(directory: Path, config: Config) -> None:
     if not path.exists():
         _write(path, config.to_yaml())
         return
-    theirs, ours = _read(path), config.model_dump(mode="json")
+    theirs, ours = configuration.resolved(_read(path)), config.model_dump(mode="json")
     differing = [k for k in sorted({*_keys(theirs), *_keys(ours)}) if _at(theirs, k) != _at(ours, k)]
     if differing:
         key = differing[0]

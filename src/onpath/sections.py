@@ -34,10 +34,10 @@ class Student(Section):
 
 
 class Served(Section):
-    """A `vllm serve` that somebody runs (docs/engines.md). Its API key is read from ONPATH_API_KEY."""
+    """A server that somebody runs (docs/engines.md). Its API key is read from ONPATH_API_KEY."""
 
     url: str | None = None
-    """Of the server, such as http://localhost:8000; None: no server."""
+    """Of the server, such as http://localhost:8000; null: no server."""
     timeout: float = Field(600.0, gt=0)
     """Seconds that one request may take."""
     patience: float = Field(600.0, ge=0)
@@ -47,12 +47,16 @@ class Served(Section):
 
 
 class Teacher(Served):
-    engine: Literal["hf", "vllm"] = "hf"
-    """hf: a model in this process; vllm: a server at teacher.url, which scores, rewrites and writes windows.
-    It sends the method.support_k likeliest tokens: method.support must be teacher_topk."""
+    engine: Literal["hf", "vllm", "chat"] = "hf"
+    """hf: a model in this process. vllm: a server at teacher.url, which scores, rewrites and writes windows;
+    it sends the method.support_k likeliest tokens: method.support must be teacher_topk. chat: any
+    OpenAI-compatible chat endpoint at teacher.url, of any vocabulary, which only writes: trd, or opd with
+    method.writer: teacher, and method.divergence: cross_entropy."""
     model: str = "gym:teacher"
     """Directory or hub name of a causal LM with the student's vocabulary, or gym:teacher; with a server
-    also the name that it serves it under."""
+    also the name that it serves it under; with chat nothing but that name."""
+    extra_body: dict[str, Any] = Field({})
+    """chat: further fields of every request, such as {reasoning_effort: low}; null leaves one of ours out."""
     dtype: DType = "float32"
     """Of the frozen weights."""
     device: str = "auto"
@@ -67,7 +71,8 @@ class Data(Section):
     limit: int | None = Field(None, ge=1)
     """Use only the first so many training prompts (a finite pool, shuffled by run.seed each epoch)."""
     eval: dict[str, str] = Field({"test": "gym:test"})
-    """Evaluation sets: split name → source, as for data.train."""
+    """Evaluation sets: split name → source, as for data.train. Without it: the gym's test split for the gym's
+    training data, none for any other."""
     eval_limit: int | None = Field(None, ge=1)
     """Use only the first so many problems of each evaluation set."""
     skip_bad: bool = False
@@ -78,15 +83,17 @@ class Data(Section):
     system: str | None = None
     """System message put before every chat prompt that has none."""
     enable_thinking: bool | None = None
-    """Passed to chat templates that know it (Qwen3); None leaves the template's default."""
+    """Passed to chat templates that know it (Qwen3); null leaves the template's default."""
 
     @model_validator(mode="before")
     @classmethod
-    def _name_single_source(cls, value: Any) -> Any:
+    def _complete_eval(cls, value: Any) -> Any:
         if isinstance(value, Mapping) and isinstance(value.get("eval"), str):
             source = value["eval"]
             name = source.removeprefix("gym:") if source.startswith("gym:") else Path(source).stem or "eval"
             return {**value, "eval": {name: source}}
+        if isinstance(value, Mapping) and "eval" not in value:
+            return value if str(value.get("train", "gym:")).startswith("gym:") else {**value, "eval": {}}
         return value
 
 
@@ -109,8 +116,8 @@ class RolloutSection(Served):
     max_new_tokens: int = Field(128, ge=1)
     """Longest response; longer ones are cut and counted as unfinished."""
     overlap: bool = False
-    """Sample the next batch while this one trains, from a frozen copy of the student: rollouts are one step
-    old (staleness 1 in the metrics), and the copy takes memory."""
+    """Sample the next batch while this one trains: rollouts are one step old (staleness 1 in the metrics). hf
+    samples from a frozen copy of the student, which takes memory; a vLLM from its own weights."""
     max_staleness: int = Field(1, ge=0)
     """Steps by which the weights that wrote a rollout may be older than those that train; older ones stop the
     run. rollout.overlap makes them 1."""

@@ -73,7 +73,7 @@ def reweighted(parts: Parts, trajectories: Sequence[Trajectory]) -> list[Traject
     return [weighted.get(id(t), t) for t in trajectories]  # one without a response has nothing to weigh
 
 
-def teacher_states(parts: Parts, batch: Batch, prepared: Prepared) -> TeacherScores:
+def teacher_states(parts: Parts, batch: Batch, prepared: Prepared) -> TeacherScores | None:
     """What the teacher makes of the batch, unless the method has asked already."""
     known_NH = prepared.readings.teacher_hidden(batch)
     if known_NH is not None and isinstance(parts.teacher, ModelTeacher | SelfTeacher):

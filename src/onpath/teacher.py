@@ -21,9 +21,17 @@ from onpath.models import head_of, hidden_states, unwrapped
 class Teacher(Protocol):
     """Scores the response positions of a batch."""
 
-    def scores(self, batch: Batch) -> TeacherScores:
-        """What predicts each response token in the teacher's context, [N, …], on the batch's device."""
+    def scores(self, batch: Batch) -> TeacherScores | None:
+        """What predicts each response token in the teacher's context, [N, …], on the batch's device; None: it
+        gives no scores."""
         ...
+
+
+class SilentTeacher:
+    """A black box that writes (`engines/chat.py`) and scores nothing: divergences are not measured."""
+
+    def scores(self, batch: Batch) -> None:
+        """See `Teacher.scores`."""
 
 
 class ModelTeacher:

@@ -81,6 +81,7 @@ def optimise(parts: Parts, run: Run, *, quiet: bool) -> None:
     """All optimiser steps that are left, with the evaluations and checkpoints that fall due."""
     config = parts.config
     optimizer, schedule = make_optimizer(parts)
+    parts.engine.sync_weights(0)
     gate(parts, run)
     write_ahead(parts)
     done = run.resume(optimizer)
@@ -136,6 +137,9 @@ def one_step(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> Meter
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         parts.method.after_step(meter.measured(parts.device))
+    if parts.ahead is not None:
+        with watch("sample"):
+            parts.ahead.before_sync()
     with watch("sync"):
         parts.engine.sync_weights(step + 1)
     return meter
@@ -147,6 +151,8 @@ def write_ahead(parts: Parts) -> None:
     if parts.cache is not None:
         for step in range(parts.config.optim.steps):
             parts.method.prepare(sample(parts, step), step=step)
+            distributed.barrier()
+            parts.cache.refresh()  # a later epoch may deal this prompt to another process
         parts.cache.sealed = True
 
 
@@ -175,7 +181,12 @@ def graded(parts: Parts, rollouts: Sequence[Rollout]) -> list[Graded]:
 
 
 def loss_of(
-    parts: Parts, batch: Batch, teacher: TeacherScores, prepared: Prepared, denominator: float, top_k: int = 0
+    parts: Parts,
+    batch: Batch,
+    teacher: TeacherScores | None,
+    prepared: Prepared,
+    denominator: float,
+    top_k: int = 0,
 ) -> LossResult:
     """Weighted sum of the objective over the batch's response tokens ÷ the step's global count."""
     return fused_objective(

@@ -1,6 +1,8 @@
 """Who writes and who scores, as the config says: models in this process, a vLLM, servers."""
 
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,14 +12,17 @@ from onpath import distributed
 from onpath.cache import Cache, CachedEngine, weights_digest
 from onpath.config import Config
 from onpath.engines.base import Engine
+from onpath.engines.chat import ChatWriter
 from onpath.engines.hf import HFEngine
+from onpath.engines.wire import Line
 from onpath.errors import UserError
 from onpath.models import check_head, context_length, head_of, load_model, locate, pick_device, unwrapped
 from onpath.options import OPSDOptions, TRDOptions
 from onpath.render import Renderer
 from onpath.served import ServedTeacher
-from onpath.teacher import ModelTeacher, SelfTeacher
+from onpath.teacher import ModelTeacher, SelfTeacher, SilentTeacher
 
+AnyTeacher = ModelTeacher | SelfTeacher | ServedTeacher | SilentTeacher
 _EXACT, _HALF = 1e-3, 0.5  # nats by which a vLLM's log-probs may differ from the trainer's, by dtype
 
 
@@ -83,11 +88,13 @@ def make_teacher(
     vocabulary: int,
     stop_ids: frozenset[int],
     device: torch.device,
-) -> ModelTeacher | SelfTeacher | ServedTeacher:
+) -> AnyTeacher:
     """Another model, in this process or on a server, or the student itself."""
     method = config.method
     if isinstance(method, OPSDOptions) or (isinstance(method, TRDOptions) and method.teacher == "self"):
         return SelfTeacher(student, weights=method.weights, decay=method.ema_decay, vocabulary=vocabulary)
+    if config.teacher.engine == "chat":
+        return SilentTeacher()
     if config.teacher.engine == "vllm":
         from onpath.engines.server import ServerEngine
         from onpath.engines.wire import Server
@@ -107,16 +114,34 @@ def make_teacher(
     return ModelTeacher(model, vocabulary=vocabulary)
 
 
-def room_of(teacher: ModelTeacher | SelfTeacher | ServedTeacher, student: nn.Module) -> int:
-    """Most tokens, prompt and response, that the teacher takes."""
+def make_writer(
+    config: Config,
+    teacher: AnyTeacher,
+    renderer: Renderer,
+    stop_ids: frozenset[int],
+    engine_over: Callable[[nn.Module], HFEngine],
+) -> Engine | ChatWriter:
+    """Writes in the teacher's name."""
+    if isinstance(teacher, ServedTeacher):
+        return teacher.engine
+    if isinstance(teacher, SilentTeacher):
+        section, line = config.teacher, Line(config.teacher, "teacher")
+        return ChatWriter(line, section.model, renderer, stop_ids=stop_ids, extra=section.extra_body)
+    return engine_over(teacher.model)
+
+
+def room_of(teacher: AnyTeacher, student: nn.Module) -> int:
+    """Most tokens, prompt and response, that the teacher takes. What a black box takes only it knows."""
+    if isinstance(teacher, SilentTeacher):
+        return sys.maxsize
     if isinstance(teacher, ServedTeacher):
         return teacher.engine.server.room or context_length(unwrapped(student))
     return context_length(unwrapped(teacher.model))
 
 
-def check_teacher(config: Config, teacher: ModelTeacher | SelfTeacher | ServedTeacher, longest: int) -> None:
+def check_teacher(config: Config, teacher: AnyTeacher, longest: int) -> None:
     """It must be able to read what the student reads and writes."""
-    if isinstance(teacher, SelfTeacher):
+    if isinstance(teacher, SelfTeacher | SilentTeacher):
         return
     if isinstance(teacher, ModelTeacher):
         check_head(teacher.model, "teacher.model")
@@ -133,9 +158,13 @@ def check_teacher(config: Config, teacher: ModelTeacher | SelfTeacher | ServedTe
 
 
 def offline_cache(
-    config: Config, sampler: Engine, writer: Engine, student: nn.Module, renderer: Renderer
-) -> tuple[Cache | None, Engine, Engine]:
-    """The cache, the sampler and the writer: caching engines where the starting weights write everything."""
+    config: Config,
+    sampler: Engine,
+    writer: Engine | ChatWriter,
+    student: nn.Module,
+    renderer: Renderer,
+) -> tuple[Cache | None, Engine, Engine | ChatWriter]:
+    """The cache, the sampler and the writer: caching ones where the starting weights write everything."""
     if not (isinstance(config.method, TRDOptions) and config.method.offline):
         return None, sampler, writer
     cache = Cache(Path(config.run.dir) / config.run.name / "cache")
@@ -143,9 +172,13 @@ def offline_cache(
     def caching(engine: Engine, weights: str) -> Engine:
         return CachedEngine(engine, cache, weights=weights, renderer=renderer)
 
+    sampler = caching(sampler, weights_digest(student))
+    if isinstance(writer, ChatWriter):
+        writer.cache = cache
+        return cache, sampler, writer
     theirs = (
         weights_digest(writer.model)
         if isinstance(writer, HFEngine)
         else f"{config.teacher.url}/{config.teacher.model}"
     )
-    return cache, caching(sampler, weights_digest(student)), caching(writer, theirs)
+    return cache, sampler, caching(writer, theirs)

@@ -118,6 +118,26 @@ def test_any_tokens_get_one_label_each(tokens: list[str], prompt: str) -> None:
     assert len(gym.label_tokens(prompt, tokens)) == len(tokens)
 
 
+STEP = st.builds(
+    "{}: {}{}{} = {}{}; ".format,
+    st.sampled_from("abcdg"), st.sampled_from(["35", "a82", "c", "b46"]), st.sampled_from([" + ", " * "]),
+    st.sampled_from(["47", "a8", "3"]), st.sampled_from("abcd"), st.sampled_from(["82", "7", "131", "46"]),
+)  # fmt: skip
+
+
+@given(st.lists(st.one_of(STEP, st.just("wait "), st.just("ans 26")), max_size=8))
+def test_steps_in_any_order_get_one_label_each(steps: list[str]) -> None:
+    tokens = gym.tokenize("".join(steps))
+    assert len(gym.label_tokens(PROMPT, tokens)) == len(tokens)
+
+
+def test_an_impossible_step_taken_twice() -> None:
+    """Its first result is remembered, its operands were never written."""
+    twice = "d: b + c = d26; d: b + c = d26; "
+    assert gym.first_error(PROMPT, twice) == 0
+    assert kinds(twice)[0] == "e"
+
+
 @given(st.text(max_size=80), st.text(max_size=40))
 def test_no_text_raises(text: str, prompt: str) -> None:
     offset = gym.first_error(PROMPT, text)

@@ -26,15 +26,18 @@ from onpath.errors import UserError
 from onpath.grade import grader_for
 from onpath.models import load_tokenizer, locate
 from onpath.options import OPSDOptions, TRDOptions
+from onpath.teacher import SilentTeacher
 
 _STYLES = {"ok": "green", "warning": "yellow", "fail": "bold red", "skipped": "dim"}
 _ALONG_TRAJECTORIES = (
     training.contexts, training.eos, scores.teacher_itself, scores.alignment, scores.teacher_differs,
     training.gradient,
 )  # fmt: skip
+_NEED_SCORES = ("teacher_itself", "alignment", "teacher_differs")
 _NEED_MODELS = (
-    "trajectories", "accuracy", "engine_logprobs", "on_policy", *(f.__name__ for f in _ALONG_TRAJECTORIES),
-    "refine", "engine_follows", "speed", "memory", "disk", "restored",
+    "server_tokens", "trajectories", "accuracy", "engine_logprobs", "on_policy",
+    *(f.__name__ for f in _ALONG_TRAJECTORIES), "refine", "engine_follows", "speed", "memory", "disk",
+    "restored",
 )  # fmt: skip
 """Checks that cannot run where the models cannot."""
 
@@ -118,6 +121,7 @@ def diagnose(config: Config, *, refused: str | None = None) -> Iterator[Finding]
         return
     with closing(parts.grader):
         yield _models(parts)
+        yield tokens.served_tokens(parts)
         yield from _of_models(parts)
 
 
@@ -140,7 +144,7 @@ def _of_data(config: Config, refused: str | None) -> Iterator[Finding]:
         yield guarded("solutions", lambda: before.solutions(grader, everything))
     try:
         student = load_tokenizer(config.student, "student.model")
-        teacher = None if _own_teacher(config) else load_tokenizer(config.teacher, "teacher.model")
+        teacher = load_tokenizer(config.teacher, "teacher.model") if _reads_ids(config) else None
         renderer = make_renderer(config, student)
     except UserError as error:
         yield Finding(name="tokens", status="fail", message=str(error))
@@ -163,6 +167,9 @@ def _of_models(parts: Parts) -> Iterator[Finding]:
             name = check.__name__
             if not probe.trajectories:
                 yield skipped(name, "there is no trajectory to look at")
+                continue
+            if name in _NEED_SCORES and isinstance(parts.teacher, SilentTeacher):
+                yield skipped(name, "a chat endpoint gives no scores")
                 continue
             yield guarded(name, partial(check, parts, probe))
         yield guarded("refine", lambda: training.refine(parts))
@@ -218,6 +225,11 @@ def _own_teacher(config: Config) -> bool:
     return isinstance(method, OPSDOptions) or (isinstance(method, TRDOptions) and method.teacher == "self")
 
 
+def _reads_ids(config: Config) -> bool:
+    """Whether there is another model that must have the student's vocabulary."""
+    return not _own_teacher(config) and config.teacher.engine != "chat"
+
+
 def _renderer_of(config: Config, tokenizer: Any) -> Any:
     """The teacher's own rendering; where it has no chat template, plain text."""
     try:
@@ -229,7 +241,7 @@ def _renderer_of(config: Config, tokenizer: Any) -> Any:
 
 def _rooms(config: Config) -> dict[str, int]:
     sections: dict[str, Student | Teacher] = {"student": config.student}
-    if not _own_teacher(config):
+    if _reads_ids(config):
         sections["teacher"] = config.teacher
     found = {}
     for side, section in sections.items():

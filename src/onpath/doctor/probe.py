@@ -118,8 +118,10 @@ def trainer_stats(parts: Parts, trajectories: Sequence[Trajectory]) -> list[tupl
 
 @torch.no_grad()
 def teacher_scores(parts: Parts, batch: Batch) -> TeacherScores:
-    """What the teacher makes of a batch, read anew."""
-    return teacher_states(parts, batch, unread())
+    """What a teacher that gives scores makes of a batch, read anew."""
+    scores = teacher_states(parts, batch, unread())
+    assert scores is not None
+    return scores
 
 
 @torch.no_grad()

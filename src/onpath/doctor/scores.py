@@ -196,7 +196,7 @@ def alignment(parts: Parts, probe: Probe) -> Finding:
     sampling = Sampling(max_new_tokens=room, seed=parts.config.run.seed)
     contexts = [t.teacher_context for t in some]
     with acting(parts.teacher):
-        written = parts.tools.writer.continue_from(
+        written = parts.tools.speaker.continue_from(
             contexts, sampling, keys=[f"doctor/{i}" for i in range(len(some))]
         )
     if any(not c.logprobs or math.isnan(sum(c.logprobs)) for c in written):
@@ -319,11 +319,18 @@ def _by_students_path(parts: Parts, batch: Batch) -> Tensor:
 def _shifted_gaps(
     scores: TeacherScores, token_N: Tensor, row_N: Tensor, own_N: Tensor, offset: int
 ) -> list[float]:
-    """|score − log-prob as written| where the score is taken `offset` positions later in the same row."""
+    """|score − log-prob as written| where the score is taken `offset` positions later in the same row. Of a
+    token outside a served set only a bound is known: the gap is by how much it was likelier than that."""
     here = torch.arange(len(token_N), device=token_N.device)
     there = here + offset
     inside = (there >= 0) & (there < len(token_N))
     here, there = here[inside], there[inside]
     same = row_N[here] == row_N[there]
     here, there = here[same], there[same]
-    return (logp_of(rows_of(scores, there), token_N[here]) - own_N[here]).abs().tolist()
+    rows, token, own = rows_of(scores, there), token_N[here], own_N[here]
+    if isinstance(rows, TeacherHidden):
+        return (logp_of(rows, token) - own).abs().tolist()
+    if offset == 0 and rows.sampled_logp is not None:
+        return (rows.sampled_logp - own).abs().tolist()
+    gap, served = own - logp_of(rows, token), (rows.ids == token[:, None]).any(-1)
+    return torch.where(served, gap.abs(), gap.clamp_min(0.0)).tolist()

@@ -1,4 +1,4 @@
-"""Checks of tokenizers and prompts, without a model: ids, specials, template, room.
+"""Checks of tokenizers and prompts, which need no weights: ids, specials, template, room.
 
 onpath renders every prompt once, with the student's tokenizer, and the teacher reads those ids: a teacher
 whose own tokenizer would have written others reads prompts that it was never trained on.
@@ -10,8 +10,11 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from onpath.assemble import Parts
 from onpath.config import Config
 from onpath.doctor.finding import Finding, skipped
+from onpath.engines.server import ServerEngine
+from onpath.engines.wire import Nonsense
 from onpath.errors import UserError
 from onpath.models import check_vocabulary
 from onpath.options import TRDOptions
@@ -34,10 +37,11 @@ def same_tokens(student: Tokenizer, teacher: Tokenizer | None, texts: Sequence[s
     """One id, one token; and the same text gives the same ids.
 
     Args:
-        teacher: None where the student is its own teacher.
+        teacher: None where the student is its own teacher, or the teacher a chat endpoint.
     """
     if teacher is None:
-        return Finding(name="tokens", status="ok", message="the student is its own teacher: one tokenizer")
+        message = "no other model reads the student's ids: one tokenizer"
+        return Finding(name="tokens", status="ok", message=message)
     mine, theirs = student.get_vocab(), teacher.get_vocab()
     differing = sum(mine.get(t) != theirs.get(t) for t in {**mine, **theirs})
     split = [t for t in texts if _plain(student, t) != _plain(teacher, t)]
@@ -60,6 +64,40 @@ def same_tokens(student: Tokenizer, teacher: Tokenizer | None, texts: Sequence[s
         return Finding(name="tokens", status="fail", message=message, advice=advice, values=values)
     message = f"{len(mine):,} tokens have the same ids on both sides; {len(texts)} texts, the same ids"
     return Finding(name="tokens", status="ok", message=message, values=values)
+
+
+def served_tokens(parts: Parts) -> Finding:
+    """A server makes the same ids of the same texts: its model was started with the student's tokenizer."""
+    servers = [e.server for e in (parts.engine, parts.tools.writer) if isinstance(e, ServerEngine)]
+    if not servers:
+        return skipped("server_tokens", "no vLLM server takes part")
+    everything = [*parts.pool, *(p for prompts in parts.evals.values() for p in prompts)]
+    texts = texts_of(everything)
+    for server in servers:
+        asked = [{"model": server.model, "prompt": t, "add_special_tokens": False} for t in texts]
+        try:
+            theirs = server.ask("/tokenize", asked, _tokens)
+        except UserError as error:
+            advice = "token ids go over the wire, so training does not need it, but nothing was compared"
+            return Finding(name="server_tokens", status="warning", message=str(error), advice=advice)
+        split = [t for t, ids in zip(texts, theirs, strict=True) if ids != _plain(parts.tokenizer, t)]
+        if split:
+            message = f"{server.key}.url makes other ids of {len(split)} of {len(texts)} texts, "
+            message += f"{split[0][:40]!r} say"
+            advice = "start the server with the student's tokenizer: its log-probs would be of other tokens"
+            return Finding(name="server_tokens", status="fail", message=message, advice=advice)
+    where = " and ".join(f"{server.key}.url" for server in servers)
+    return Finding(
+        name="server_tokens", status="ok", message=f"{where}: {len(texts)} texts, the student's ids",
+        values={"servers": len(servers), "texts": len(texts)},
+    )  # fmt: skip
+
+
+def _tokens(_: int, answer: Any) -> list[int]:
+    ids = answer.get("tokens") if isinstance(answer, dict) else None
+    if not isinstance(ids, list):
+        raise Nonsense("no tokens at /tokenize")
+    return ids
 
 
 def specials(student: Tokenizer, teacher: Tokenizer | None) -> Finding:

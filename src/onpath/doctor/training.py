@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
 from onpath.assemble import Parts
@@ -20,6 +19,7 @@ from onpath.doctor.probe import (
     without_guidance,
 )
 from onpath.losses import TeacherScores
+from onpath.methods.base import written
 from onpath.methods.edits import verdicts
 from onpath.methods.trd import TRD
 from onpath.models import stop_ids, unwrapped
@@ -206,8 +206,9 @@ def _writer_on(
     parts: Parts, rollouts: Sequence[Rollout], sampling: Sampling
 ) -> list[tuple[Rollout, tuple[int, ...]]]:
     """The same prompts, answered in the teacher's name."""
-    written = parts.tools.writer.continue_from([r.context for r in rollouts], sampling)
-    return [(r, w.ids) for r, w in zip(rollouts, written, strict=True)]
+    asked, prefixes = [r.prompt for r in rollouts], [r.context for r in rollouts]
+    answers = written(parts.tools, asked, prefixes, sampling, keys=[f"doctor/{i}" for i in range(len(asked))])
+    return [(r, a.ids) for r, a in zip(rollouts, answers, strict=True)]
 
 
 def _foreign(parts: Parts, rollout: Rollout) -> bool:
@@ -225,19 +226,8 @@ def _paper_compat(parts: Parts) -> bool:
 
 def _turn_end(renderer: Renderer, stops: frozenset[int]) -> str:
     """The special token with which the chat template closes an answer, if no response ends with it."""
-    tokenizer = renderer.tokenizer
-    if not renderer.chat:
-        return ""
-    question = [{"role": "user", "content": "1"}]
-    options = {"tokenize": True, "return_dict": False, **renderer.template_options}
-    try:
-        opened = tokenizer.apply_chat_template(question, add_generation_prompt=True, **options)
-        closed = tokenizer.apply_chat_template([*question, {"role": "assistant", "content": "1"}], **options)
-    except TemplateError:
-        return ""
-    tail = list(closed)[len(list(opened)) :] if list(closed)[: len(list(opened))] == list(opened) else []
-    special = [i for i in tail if i in set(tokenizer.all_special_ids)]
-    return "" if not special or stops & set(special) else str(tokenizer.decode([special[0]]))
+    special = renderer.turn_end()
+    return "" if not special or stops & set(special) else str(renderer.tokenizer.decode([special[0]]))
 
 
 def _gradient(parts: Parts, batch: Batch, teacher: TeacherScores) -> Tensor:

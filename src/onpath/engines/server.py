@@ -169,6 +169,20 @@ class ServerEngine:
             return self.gap() > self.tolerance
         return largest_gap(self._answers(), self._held) > _DRIFT * self.tolerance
 
+    def _restore(self) -> None:
+        """Gives the server again what it was given last. Not the student's weights: they may be training."""
+        if self._held is None:
+            self.sync_weights(self.policy_version)
+            return
+        self._take()
+        answers = self._answers()
+        if not largest_gap(answers, self._held) <= self.tolerance:
+            raise UserError(
+                f"rollout.url: the server was restarted and does not answer as before with the weights in "
+                f"{self.weights}; start the same command again"
+            )
+        self._held = answers
+
     def _push(self) -> None:
         assert self.student is not None
         assert self.weights is not None
@@ -180,6 +194,10 @@ class ServerEngine:
         assert self.student is not None
         assert self.weights is not None
         save_weights(self.student, self.weights)
+        self._take()
+
+    def _take(self) -> None:
+        assert self.weights is not None
         where = {"weights_path": str(self.weights.resolve())}
         self.server.post("/collective_rpc", {"method": "reload_weights", "kwargs": where})
         self.server.post("/reset_prefix_cache")
@@ -192,7 +210,7 @@ class ServerEngine:
             waits = self.server.waits
             if self._lost():
                 self.resyncs += 1
-                self.sync_weights(self.policy_version)
+                self._restore()
             written = write()
             if self.server.waits == waits or not self._lost():
                 return written

@@ -7,6 +7,7 @@ one CPU: more GPUs for sampling are a server's (`rollout.url`).
 import hashlib
 import math
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,7 +32,8 @@ class VLLMEngine:
         room: most tokens of prompt and response.
         dtype: of vLLM's copy.
         tolerance: largest gap, in nats, between its log-probs and the student's that rounding may explain.
-        options: passed to `vllm.LLM` as they are.
+        options: passed to `vllm.LLM` as they are. With `enable_sleep_mode` it sleeps whenever it has written
+            or scored: its weights wait in host memory, and the accelerator's is free for training.
     """
 
     def __init__(
@@ -51,6 +53,8 @@ class VLLMEngine:
         self.stop_ids, self.vocabulary, self.tolerance = stop_ids, vocabulary, tolerance
         self.policy_version = 0
         self._llm = _start(directory, dtype, room, options)
+        self._one_at_a_time = threading.Lock()  # rollout.overlap writes from a thread of its own
+        self._sleeps, self._asleep = bool(options.get("enable_sleep_mode")), False
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, n: int = 1, keys: Sequence[str] | None = None
@@ -65,12 +69,20 @@ class VLLMEngine:
         keys = [str(i) for i in range(len(prefixes))] if keys is None else keys
         asked = [self._params(sampling, key) for key in keys]
         outputs = self._generate(prefixes, asked)
+        self._rest()
         return [self._completion(o.outputs[0], sampling) for o in outputs]
 
     def score(
         self, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
     ) -> list[tuple[float, ...]]:
         """See `Engine.score`."""
+        found = self._score(contexts, responses)
+        self._rest()
+        return found
+
+    def _score(
+        self, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> list[tuple[float, ...]]:
         from vllm import SamplingParams
 
         rows = [[*c, *r] for c, r in zip(contexts, responses, strict=True)]
@@ -89,6 +101,7 @@ class VLLMEngine:
         Raises:
             UserError: vLLM's log-probs of a fixed sequence are not the student's.
         """
+        self._wake()
         self._llm.collective_rpc(
             "reload_weights", kwargs={"weights_iterator": iter(list(merged_weights(self.model)))}
         )
@@ -105,18 +118,30 @@ class VLLMEngine:
     def gap(self) -> float:
         """Largest difference between vLLM's log-probs and the student's on a fixed sequence, nats."""
         ids = probe_ids(self.vocabulary)
-        theirs, ours = self.score([ids[:1]], [ids[1:]])[0], probe_logprobs(self.model, ids)
+        theirs, ours = self._score([ids[:1]], [ids[1:]])[0], probe_logprobs(self.model, ids)
         return largest_gap(theirs, ours)
 
     def _generate(self, prefixes: Sequence[Sequence[int]], params: Sequence[Any]) -> list[Any]:
         if not prefixes:
             return []
+        self._wake()
         prompts = [{"prompt_token_ids": list(ids)} for ids in prefixes]
         try:
-            found: list[Any] = self._llm.generate(prompts, list(params), use_tqdm=False)
+            with self._one_at_a_time:
+                found: list[Any] = self._llm.generate(prompts, list(params), use_tqdm=False)
         except ValueError as error:
             raise UserError(f"rollout.engine vllm: {str(error).splitlines()[0]}") from None
         return found
+
+    def _rest(self) -> None:
+        if self._sleeps and not self._asleep:
+            self._llm.sleep(level=1)
+            self._asleep = True
+
+    def _wake(self) -> None:
+        if self._asleep:
+            self._llm.wake_up()
+            self._asleep = False
 
     def _params(self, sampling: Sampling, key: str) -> Any:
         from vllm import SamplingParams

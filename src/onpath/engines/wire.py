@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 import httpx
@@ -30,61 +31,45 @@ class Nonsense(Exception):
     """An answer that cannot be true; the message says why."""
 
 
-class Server:
-    """One model of one server.
+class Line:
+    """To one server, whatever it serves.
 
     Args:
         section: url, timeout, patience and concurrency.
         key: the section's name, for messages.
-        names: what the model may be called there: its name and where it lies.
 
     Raises:
-        UserError: nobody answers within `patience`, or the server has another model.
+        UserError: the url is none.
     """
 
-    def __init__(self, section: Served, key: str, names: Sequence[str]) -> None:
+    def __init__(self, section: Served, key: str) -> None:
         assert section.url is not None
         self.url, self.key, self.section = section.url.rstrip("/").removesuffix("/v1"), key, section
         secret = os.environ.get("ONPATH_API_KEY") or os.environ.get("OPENAI_API_KEY")
         headers = {"Authorization": f"Bearer {secret}"} if secret else {}
         limits = httpx.Limits(max_connections=section.concurrency)
         self._client = httpx.Client(headers=headers, timeout=section.timeout, limits=limits)
-        self._stop = threading.Event()
         self.waits = 0
         """Requests that had to be sent again."""
         _check_url(section.url, key)
-        served = self._sent(lambda: self._client.get(f"{self.url}/v1/models"), _models)
-        found = next((m for m in served if m.get("id") in names or m.get("root") in names), None)
-        if found is None:
-            there = ", ".join(str(m.get("id")) for m in served) or "no model"
-            raise UserError(
-                f"{key}.url: the server at {self.url} has {there}, not {names[0]}; start it with that model "
-                f"or set {key}.model to its name"
-            )
-        self.model: str = found["id"]
-        self.room: int | None = found.get("max_model_len")
 
     def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """The answer to one POST; None where it is empty."""
         return self._sent(lambda: self._client.post(self.url + path, json=body), lambda answer: answer)
 
-    def complete(self, bodies: Sequence[Mapping[str, Any]], understand: Callable[[int, Any], T]) -> list[T]:
-        """Answers to completion requests, in their order.
+    def ask(
+        self, path: str, bodies: Sequence[Mapping[str, Any]], understand: Callable[[int, Any], T]
+    ) -> list[T]:
+        """Answers to many requests, in their order.
 
         Args:
-            understand: takes a request's number and its only choice; raises `Nonsense`.
+            understand: takes a request's number and its answer; raises `Nonsense`.
         """
-        self._stop.clear()
+        stop = threading.Event()
 
         def one(i: int) -> T:
-            def parse(answer: Any) -> T:
-                return understand(i, self._choice(answer))
-
             return self._sent(
-                lambda: self._client.post(
-                    f"{self.url}/v1/completions", json={"model": self.model, **bodies[i]}
-                ),
-                parse,
+                lambda: self._client.post(self.url + path, json=bodies[i]), partial(understand, i), stop
             )
 
         with ThreadPoolExecutor(max_workers=self.section.concurrency) as pool:
@@ -92,21 +77,20 @@ class Server:
             try:
                 return [f.result() for f in futures]
             except BaseException:
-                self._stop.set()
+                stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _choice(self, answer: Any) -> Any:
-        choices = answer.get("choices") if isinstance(answer, dict) else None
-        if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-            raise Nonsense("an answer without exactly one choice")
-        if answer.get("model") != self.model:
-            raise Nonsense(f"an answer of the model {answer.get('model')!r}, not {self.model!r}")
-        return choices[0]
-
-    def _sent(self, send: Callable[[], httpx.Response], parse: Callable[[Any], T]) -> T:
+    def _sent(
+        self,
+        send: Callable[[], httpx.Response],
+        parse: Callable[[Any], T],
+        stop: threading.Event | None = None,
+    ) -> T:
+        """One answer; `stop`: nobody waits for it any more."""
         deadline, wait, nonsense = math.inf, _FIRST_WAIT, 0
-        while not self._stop.is_set():
+        stop = stop or threading.Event()
+        while not stop.is_set():
             try:
                 return parse(_body(self._answered(send())))
             except (Nonsense, httpx.DecodingError) as error:
@@ -125,7 +109,7 @@ class Server:
                         f"({_said(error)}); nothing is lost: start the server and then the same command again"
                     ) from None
             self.waits += 1
-            self._stop.wait(wait)
+            stop.wait(wait)
             wait = min(2 * wait, _LONGEST_WAIT)
         raise UserError(f"{self.key}.url: stopped asking {self.url}")
 
@@ -138,6 +122,54 @@ class Server:
                 f"{_excerpt(response)}"
             )
         return response
+
+
+class Server(Line):
+    """One model of one `vllm serve`.
+
+    Args:
+        section, key: see `Line`.
+        names: what the model may be called there: its name and where it lies.
+
+    Raises:
+        UserError: nobody answers within `patience`, or the server has another model.
+    """
+
+    def __init__(self, section: Served, key: str, names: Sequence[str]) -> None:
+        super().__init__(section, key)
+        served = self._sent(lambda: self._client.get(f"{self.url}/v1/models"), _models)
+        found = next((m for m in served if m.get("id") in names or m.get("root") in names), None)
+        if found is None:
+            there = ", ".join(str(m.get("id")) for m in served) or "no model"
+            option = "student.model" if key == "rollout" else f"{key}.model"
+            raise UserError(
+                f"{key}.url: the server at {self.url} has {there}, not {names[0]}; start it with that model "
+                f"or set {option} to its name"
+            )
+        self.model: str = found["id"]
+        self.room: int | None = found.get("max_model_len")
+
+    def complete(self, bodies: Sequence[Mapping[str, Any]], understand: Callable[[int, Any], T]) -> list[T]:
+        """Answers to completion requests, in their order.
+
+        Args:
+            understand: takes a request's number and its only choice; raises `Nonsense`.
+        """
+
+        def parse(i: int, answer: Any) -> T:
+            if isinstance(answer, dict) and answer.get("model") != self.model:
+                raise Nonsense(f"an answer of the model {answer.get('model')!r}, not {self.model!r}")
+            return understand(i, only_choice(answer))
+
+        return self.ask("/v1/completions", [{"model": self.model, **body} for body in bodies], parse)
+
+
+def only_choice(answer: Any) -> dict[str, Any]:
+    """Of a completion that was asked for one."""
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+        raise Nonsense("an answer without exactly one choice")
+    return choices[0]
 
 
 class _Busy(Exception):

@@ -102,7 +102,7 @@ class _Reader:
         name = tokens[0][0]
         able = ready(self.problem, set(self.written))
         node = self.problem.by_name.get(name)
-        repeated = name in self.written
+        repeated = node is not None and name in self.written and self._operands_written(node)
         if node is None or not (name in able or repeated):
             # The step cannot be taken; what it claims as a result is still what later steps build on.
             self._remember(name, tokens)
@@ -119,6 +119,9 @@ class _Reader:
         labels += self._result(node, tokens[at:])
         self._remember(name, tokens)
         return labels
+
+    def _operands_written(self, node: Node) -> bool:
+        return all(o in self.written for o in (node.left, node.right) if o in NAMES)
 
     def _body(self, node: Node, values: dict[str, str]) -> list[str]:
         """The tokens between the head and the equals sign."""

@@ -7,7 +7,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from onpath.engines.base import Engine
+from onpath.engines.base import Completion, Engine
+from onpath.engines.chat import ChatWriter
+from onpath.errors import UserError
 from onpath.grade import Grader
 from onpath.measure import Measure
 from onpath.reading import Readings
@@ -21,8 +23,8 @@ class Tools:
     """What methods work with."""
 
     student: Engine
-    writer: Engine
-    """Writes in the teacher's name: rewrites, windows, samples."""
+    writer: Engine | ChatWriter
+    """Writes in the teacher's name: rewrites, windows, samples. A black box answers messages only."""
     teacher: Teacher
     """Scores the response positions."""
     renderer: Renderer
@@ -41,6 +43,20 @@ class Tools:
     """The task's checker of steps: (problem, response) → characters before the first error."""
     onset_ids: tuple[int, ...] = ()
     """First tokens of the words that open a correction."""
+
+    @property
+    def speaker(self) -> Engine:
+        """The writer, where it goes on from token ids and scores them.
+
+        Raises:
+            UserError: it is a black box.
+        """
+        if isinstance(self.writer, ChatWriter):
+            raise UserError(
+                "teacher.engine: chat answers messages only, and this needs a teacher that goes on from "
+                "token ids and scores them; use hf or vllm"
+            )
+        return self.writer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +142,22 @@ def judging_context(rollout: Rollout, *, reference: bool, tools: Tools) -> tuple
     return privileged_context(rollout.prompt, tools.templates["hint"], "solution", tools)
 
 
+def written(
+    tools: Tools,
+    prompts: Sequence[Prompt],
+    prefixes: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    keys: Sequence[str],
+) -> list[Completion]:
+    """What is written in the teacher's name after prefixes, which are renderings of prompts: a black box is
+    shown the prompts."""
+    if isinstance(tools.writer, ChatWriter):
+        return tools.writer.write(prompts, sampling, keys=keys)
+    with acting(tools.teacher):
+        return tools.writer.continue_from(prefixes, sampling, keys=keys)
+
+
 def acting(teacher: Teacher) -> contextlib.AbstractContextManager[object]:
     """While the writer writes in the teacher's name: a `self` teacher has its adapter off, if it must."""
     return teacher.acting() if isinstance(teacher, SelfTeacher) else contextlib.nullcontext()
@@ -137,8 +169,6 @@ def needed(prompt: Prompt, column: str, why: str) -> str:
     Raises:
         UserError: it is missing or empty for this prompt.
     """
-    from onpath.errors import UserError
-
     value: str | None = getattr(prompt, column)
     if value is None or not value.strip():
         raise UserError(

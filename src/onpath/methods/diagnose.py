@@ -62,7 +62,8 @@ def response_means(values: Sequence[Values], name: str) -> Means:
     gaps = [
         s - t
         for v in values
-        for s, t in zip(v.get("student_logp", ()), v.get("teacher_logp", ()), strict=True)
+        if "teacher_logp" in v
+        for s, t in zip(v["student_logp"], v["teacher_logp"], strict=True)
     ]
     return {
         f"epistemic_mass_{name}": _mean([x for v in values for x in v.get("teacher_mass", ())]),
@@ -88,7 +89,7 @@ def measured(
             for name, v in (("y", y), ("z", z))
             if v
         }
-        if y:
+        if "reverse_kl" in y:
             ours["reverse_kl_y_nats"] = sum(y["reverse_kl"]) / len(y["reverse_kl"])
         if y and z and w.kind != "none":
             gaps.append(ours["student_logp_z"] - ours["student_logp_y"])

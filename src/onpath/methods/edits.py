@@ -7,7 +7,7 @@ from typing import Any
 from onpath.grade import Grader
 from onpath.methods.compare import edit_distance, is_foreign
 from onpath.options import TRDOptions
-from onpath.records import Edit, Rollout
+from onpath.records import Edit, Prompt, Rollout
 from onpath.render import Renderer
 
 
@@ -16,16 +16,20 @@ class Rewrite:
     """A student's attempt y and what the teacher made of it, z.
 
     >>> from onpath.records import Prompt, Sampling
-    >>> y = Rollout(prompt=Prompt(id="0", text="7 + 5?"), ids=(4, 2), logprobs=(-0.1, -0.2),
-    finish_reason="stop", ...             policy_version=0, sampling=Sampling(), context=(1, 9))
-    >>> Rewrite(attempt=y, context=(1, 7, 4, 9), ids=(5, 2), finished=True, attempt_right=False,
-    right=True).cell 'wrong_to_right'
+    >>> x = Prompt(id="0", text="7 + 5?")
+    >>> y = Rollout(prompt=x, ids=(4, 2), logprobs=(-0.1, -0.2), finish_reason="stop",
+    ...             policy_version=0, sampling=Sampling(), context=(1, 9))
+    >>> Rewrite(attempt=y, asked=x, context=(1, 7, 4, 9), ids=(5, 2), finished=True,
+    ...         attempt_right=False, right=True).cell
+    'wrong_to_right'
     """
 
     attempt: Rollout
     """y."""
+    asked: Prompt
+    """The rewrite prompt r."""
     context: tuple[int, ...]
-    """The rewrite prompt: the very ids that z continues, and in which z is scored."""
+    """Its ids: the very ids that z continues, and in which z is scored."""
     ids: tuple[int, ...]
     """z, its stop token included if one was drawn."""
     finished: bool

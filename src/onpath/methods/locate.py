@@ -44,7 +44,7 @@ def by_teacher_drop(attempts: Sequence[Rollout], options: TRDOptions, tools: Too
     responses = [r.ids for r in attempts]
     contexts = [judging_context(r, reference=options.shows_reference, tools=tools) for r in attempts]
     with acting(tools.teacher):
-        theirs = tools.writer.score(contexts, responses)
+        theirs = tools.speaker.score(contexts, responses)
     ours = tools.student.score([r.context for r in attempts], responses)
     return [
         next((t for t, (s, q) in enumerate(zip(o, h, strict=True)) if s - q > options.locate_drop), None)

@@ -2,8 +2,7 @@
 arXiv 2606.00305).
 
     y ~ p_S(·|x),  T = 1, untruncated
-    L = Σ_t KL(p_S(·|x,y_<t) ‖ p_T(·|x,y_<t)) / Σ_t 1        over the whole batch, no gradient through
-    sampling
+    L = Σ_t KL(p_S(·|x,y_<t) ‖ p_T(·|x,y_<t)) / Σ_t 1        over the whole batch; none through sampling
 
 Token-level remedies (clips, top-k supports, reweighting, truncation) are options of the loss, not of the
 trajectory.
@@ -13,7 +12,9 @@ trajectory.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from onpath.methods.base import Prepared, Stateless, Tools, own_response
+from onpath.engines.base import Completion
+from onpath.errors import UserError
+from onpath.methods.base import Prepared, Stateless, Tools, own_response, written
 from onpath.options import OPDOptions
 from onpath.records import Edit, Rollout
 
@@ -33,13 +34,23 @@ class OPD(Stateless):
     def _written_by_teacher(self, rollouts: Sequence[Rollout], step: int) -> Prepared:
         sampling = replace(self.tools.sampling, seed=self.tools.sampling.seed + step)
         keys = [f"{r.prompt.id}/{r.sample}/teacher" for r in rollouts]
-        written = self.tools.writer.continue_from([r.context for r in rollouts], sampling, keys=keys)
+        asked = [r.prompt for r in rollouts]
+        samples = written(self.tools, asked, [r.context for r in rollouts], sampling, keys=keys)
         trajectories = [
-            replace(
-                own_response(r), response=c.ids, behaviour_logprobs=None, edit=Edit(kind="teacher_sample")
-            )
-            for r, c in zip(rollouts, written, strict=True)
+            replace(own_response(r), response=c.ids, behaviour_logprobs=None, edit=self._edit(c))
+            for r, c in zip(rollouts, samples, strict=True)
         ]
+        if trajectories and not any(t.edit.kept for t in trajectories):
+            raise UserError(
+                f"step {step + 1}: the teacher returned no text for any of {len(trajectories)} prompts, so "
+                "there is nothing to train on; look at what it writes"
+            )
         return Prepared(
-            trajectories=trajectories, totals={"teacher_tokens_generated": sum(len(c.ids) for c in written)}
+            trajectories=trajectories, totals={"teacher_tokens_generated": sum(len(c.ids) for c in samples)}
         )
+
+    def _edit(self, sample: Completion) -> Edit:
+        """Dropped if it has no text: it would teach to say nothing."""
+        if self.tools.renderer.text(sample.ids).strip():
+            return Edit(kind="teacher_sample")
+        return Edit(kind="teacher_sample", kept=False, reason="empty")

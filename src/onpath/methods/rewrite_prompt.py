@@ -3,7 +3,7 @@
 from onpath.errors import UserError
 from onpath.methods.base import Tools, needed
 from onpath.options import TRDOptions
-from onpath.records import Rollout
+from onpath.records import Prompt, Rollout
 from onpath.render import fill, with_question
 
 _NAMES = {
@@ -20,9 +20,9 @@ class RewritePrompt:
         named = "{problem}" if options.slots == {"problem"} else tools.templates[_NAMES[options.slots]]
         self.template, self.slots, self.renderer = options.template or named, options.slots, tools.renderer
 
-    def __call__(self, attempt: Rollout, *, room: int) -> tuple[tuple[int, ...], dict[str, int]]:
-        """Ids of at most `room` tokens, and how many tokens it took: too long, the attempt loses its end,
-        then the reference does.
+    def __call__(self, attempt: Rollout, *, room: int) -> tuple[Prompt, tuple[int, ...], dict[str, int]]:
+        """What is asked, its ids, at most `room` of them, and how many tokens that took: too long, the
+        attempt loses its end, then the reference does.
 
         Raises:
             UserError: it does not fit with both of them gone.
@@ -38,9 +38,10 @@ class RewritePrompt:
         while True:
             shown = {k: self._shortened(tokens[k], n) if n else whole[k] for k, n in cut.items()}
             question = fill(self.template, problem=attempt.prompt.question, **shown)
-            ids = self.renderer.ids(with_question(attempt.prompt, question))
+            asked = with_question(attempt.prompt, question)
+            ids = self.renderer.ids(asked)
             if len(ids) <= room:
-                return ids, {f"{k}_tokens_trimmed": n for k, n in cut.items() if n}
+                return asked, ids, {f"{k}_tokens_trimmed": n for k, n in cut.items() if n}
             part = next((k for k, n in cut.items() if n < len(tokens[k])), None)
             if part is None:
                 raise UserError(

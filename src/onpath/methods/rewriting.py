@@ -4,10 +4,11 @@ Every draw depends on (seed, when, prompt, sample) alone, so that a resumed run 
 rewrite alike.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from onpath.methods.base import Tools, acting
+from onpath.methods.base import Tools, written
 from onpath.methods.edits import Rewrite, verdicts
 from onpath.methods.locate import Located, first_errors
 from onpath.methods.rewrite_prompt import RewritePrompt
@@ -46,14 +47,14 @@ class Rewriter:
         if error.before is None and right is not False:
             untouched = True
         kept = error.before or 0  # wrong, but no error found: rewritten from the start
-        context, trimmed = self.prompt(attempt, room=self.room - kept)
+        asked, context, trimmed = self.prompt(attempt, room=self.room - kept)
         kind = "none" if untouched else "minimal_edit" if self.options.minimal_edit else "rewrite"
         detail = dict(trimmed)
         if self.options.minimal_edit:
             detail |= {"kept_tokens": kept, "locate_tokens": error.teacher_tokens}
         return Rewrite(
-            attempt=attempt, context=context, ids=attempt.ids[:kept], finished=False, attempt_right=right,
-            kind=kind, detail=detail,
+            attempt=attempt, asked=asked, context=context, ids=attempt.ids[:kept], finished=False,
+            attempt_right=right, kind=kind, detail=detail,
         )  # fmt: skip
 
     def write(self, plans: Sequence[Rewrite], *, when: str) -> list[list[Rewrite]]:
@@ -64,17 +65,18 @@ class Rewriter:
             max_new_tokens=self.new_tokens, seed=self.tools.sampling.seed,
         )  # fmt: skip
         jobs = [(plan, i) for plan in plans for i in range(n)]
-        with acting(self.tools.teacher):
-            written = self.tools.writer.continue_from(
-                [p.context + p.ids for p, _ in jobs],
-                sampling,
-                keys=[f"{when}/{p.attempt.prompt.id}/{p.attempt.sample}/rewrite {i}" for p, i in jobs],
-            )
+        done = written(
+            self.tools,
+            [p.asked for p, _ in jobs],
+            [p.context + p.ids for p, _ in jobs],
+            sampling,
+            keys=[f"{when}/{p.attempt.prompt.id}/{p.attempt.sample}/rewrite {i}" for p, i in jobs],
+        )
         drafts = []
-        for (plan, _), done in zip(jobs, written, strict=True):
-            ids = (plan.ids + done.ids)[: self.new_tokens]
-            whole = done.finish_reason == "stop" and len(ids) == len(plan.ids) + len(done.ids)
-            detail = {**plan.detail, "teacher_tokens": len(done.ids)}
+        for (plan, _), rest in zip(jobs, done, strict=True):
+            ids = (plan.ids + rest.ids)[: self.new_tokens]
+            whole = rest.finish_reason == "stop" and len(ids) == len(plan.ids) + len(rest.ids)
+            detail = {**plan.detail, "teacher_tokens": len(rest.ids)}
             drafts.append(replace(plan, ids=ids, finished=whole, detail=detail))
         right = verdicts(self.tools.grader, self.tools.renderer, [(d.attempt, d.ids) for d in drafts])
         drafts = [replace(d, right=ok) for d, ok in zip(drafts, right, strict=True)]
@@ -86,7 +88,9 @@ class Rewriter:
             return [group[0] for group in groups]
         flat = [d for group in groups for d in group]
         logps = self.tools.student.score([d.attempt.context for d in flat], [d.ids for d in flat])
-        likely = {id(d): sum(row) / max(1, len(row)) for d, row in zip(flat, logps, strict=True)}
+        likely = {
+            id(d): sum(row) / len(row) if row else -math.inf for d, row in zip(flat, logps, strict=True)
+        }
         chosen = []
         for group in groups:
             best = max(group, key=lambda d: (d.right is True, likely[id(d)]))

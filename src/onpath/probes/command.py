@@ -18,7 +18,7 @@ def run_named(name: str, where: str, *, rollouts: int, continuations: int, every
         where: a run directory (its final model is probed, if it has one) or a config file (its student is).
 
     Raises:
-        UserError: neither of them, or numbers that make no sense.
+        UserError: neither of them, numbers that make no sense, or a teacher that only answers messages.
     """
     path = Path(where)
     file = path if path.is_file() else path / "config.yaml"
@@ -34,6 +34,7 @@ def run_named(name: str, where: str, *, rollouts: int, continuations: int, every
     out = path / "probes" if path.is_dir() else Path(config.run.dir) / config.run.name / "probes"
     out.mkdir(parents=True, exist_ok=True)
     parts = assemble(config)
+    _ = parts.tools.speaker  # every probe asks what the teacher would go on with
     match name:
         case "divergence":
             return divergence.run_probe(parts, rollouts=rollouts, out=out)

@@ -74,7 +74,7 @@ def probe(parts: Parts, *, rollouts: int, continuations: int, every: int) -> lis
     grids = [positions(len(r.ids), e, every) for r, e in zip(made, errors, strict=True)]
     student = successes(parts, parts.engine, made, [r.context for r in made], grids, continuations)
     with acting(parts.teacher):
-        teacher = successes(parts, tools.writer, made, contexts, grids, continuations)
+        teacher = successes(parts, tools.speaker, made, contexts, grids, continuations)
     read = [own_response(r, teacher_context=c) for r, c in zip(made, contexts, strict=True)]
     values = tools.measure(read, mass_ids=tools.onset_ids)
     return [

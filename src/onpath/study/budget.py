@@ -44,9 +44,7 @@ def used(rows: Sequence[Mapping[str, Any]]) -> Used:
     return Used(
         updated_tokens=sum(row["tokens"] for row in rows),
         tokens_generated_student=sum(row["student_tokens_generated"] for row in rows),
-        tokens_generated_teacher=sum(
-            row.get("teacher_tokens_generated", row.get("teacher_tokens", 0)) for row in rows
-        ),
+        tokens_generated_teacher=sum(row.get("teacher_tokens_generated", 0) for row in rows),
         wall_seconds=sum(sum(row["seconds"].values()) for row in rows),
     )
 

@@ -74,13 +74,19 @@ def arm_config(study: StudyConfig, arm: str) -> Config:
     tree["eval"] |= {key: value for key, value in given.items() if value is not None}
     tree["data"] |= {"eval": evals.splits} if evals.splits else {}
     tree["data"] |= {"eval_limit": evals.limit} if evals.limit else {}
+    if spec.kind == "teacher" and tree["teacher"]["engine"] == "chat":
+        raise UserError(f"arm {arm}: teacher.engine: chat has no weights here to evaluate; drop this arm")
     if spec.kind == "teacher":
         shared = {k: tree["teacher"][k] for k in ("model", "dtype", "trust_remote_code")}
         if shared["dtype"] == "float16":  # no dtype to train in, and this arm does not
             shared["dtype"] = "bfloat16"
         tree["student"] = {**shared, "device": tree["student"]["device"]}
-    if spec.kind != "train":
-        tree["method"] = {"name": "opd"}
+    if spec.kind != "train":  # any method that the teacher's engine can serve: nothing is trained
+        served = {
+            "vllm": {"support": "teacher_topk"},
+            "chat": {"writer": "teacher", "divergence": "cross_entropy"},
+        }
+        tree["method"] = {"name": "opd", **served.get(tree["teacher"]["engine"], {})}
         return configuration.build(tree, source=f"arm {arm}")
     method = spec.overrides.get("method") or {}
     if method.get("name", tree["method"]["name"]) != tree["method"]["name"]:
@@ -191,7 +197,7 @@ def check_existing(jobs: list[Job]) -> None:
         path = job.directory / "config.yaml"
         if not path.is_file():
             continue
-        theirs = yaml.safe_load(path.read_text(encoding="utf-8"))
+        theirs = configuration.resolved(yaml.safe_load(path.read_text(encoding="utf-8")))
         for key, ours, there in _differing(job.config.model_dump(mode="json"), theirs):
             raise UserError(
                 f"{job.directory} was made with {key} {there!r}, the study now says {ours!r}: give the study "
