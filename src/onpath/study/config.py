@@ -242,7 +242,7 @@ def load_study(path: str | Path) -> StudyConfig:
         if not isinstance(base, dict):
             raise UserError(f"{path}: base must be a mapping of sections or the path of a config")
         data["base"] = configuration.build(nested(base), source=f"{path}: base")
-    data.setdefault("name", path.parent.name if path.stem == "config" else path.stem)
+    data.setdefault("name", path.resolve().parent.name if path.stem == "config" else path.stem)
     try:
         return StudyConfig.model_validate(data)
     except ValidationError as error:
