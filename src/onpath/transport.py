@@ -23,7 +23,8 @@ from torch import Tensor
 
 from onpath.transportation import transportation
 
-_REPLICATED = 72  # largest assignment over repeated rows and columns
+_REPLICATED = 72  # an assignment over so many repeated rows and columns is quicker than the transportation
+_REPLICATED_ENTRIES = 600_000  # larger ones too, up to so many entries: of few windows nothing is in lockstep
 _LOCKSTEP = 256  # windows of unequal length that are solved together
 _CACHED = 2**18  # entries of the windows that Sinkhorn works on together: what a CPU's cache holds
 _ABSORB = 40  # iterations between two rescalings
@@ -194,11 +195,14 @@ def _exact(cost_WKJ: Tensor, n_W: Tensor, m_W: Tensor) -> Tensor:
             plan[w, :n, :m] = 1.0 / (n * m)
         elif n == m:
             plan[w][linear_sum_assignment(costs[w, :n, :m])] = 1.0 / n
-        elif math.lcm(n, m) <= _REPLICATED:
-            plan[w, :n, :m] = _replicated(costs[w, :n, :m], math.lcm(n, m))
         else:
             unequal[n, m].append(w)
     for (n, m), windows in unequal.items():
+        size = math.lcm(n, m)
+        if size <= _REPLICATED or len(windows) * size**2 <= _REPLICATED_ENTRIES:
+            for w in windows:
+                plan[w, :n, :m] = _replicated(costs[w, :n, :m], size)
+            continue
         for start in range(0, len(windows), _LOCKSTEP):
             some = windows[start : start + _LOCKSTEP]
             plan[some, :n, :m] = transportation(costs[some, :n, :m])

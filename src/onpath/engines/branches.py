@@ -153,9 +153,13 @@ def _merged(engine: HFEngine, pasts: Sequence[Past], rows: Sequence[int], cut: i
         for p, (first, end) in enumerate(pairwise(starts))
         if (into := [i for i, row in enumerate(rows) if first <= row < end])
     ]
+    whole = len(pasts) == 1 and list(rows) == list(range(len(pasts[0].ids_BT)))
     for depth in range(len(mine.layers)):
         both = []
         for name in ("keys", "values"):
+            if whole:  # as they lie: the cache copies them
+                both.append(getattr(pasts[0].cache.layers[depth], name)[:, :, :cut])
+                continue
             like = getattr(pasts[0].cache.layers[depth], name)
             # Zeros: what a mask hides must still be finite.
             all_rows = like.new_zeros(len(rows), like.shape[1], cut, like.shape[3])
