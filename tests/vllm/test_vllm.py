@@ -169,6 +169,28 @@ def test_methods_with_both_servers(method: str, tmp_path: Path, student: Served,
         assert rows[0]["accuracy_z"] > 0.9, "the server rewrites as the bundled teacher does"
 
 
+@pytest.mark.parametrize("where", ["in process", "server"])
+def test_the_next_batch_is_written_while_this_one_trains(where: str, tmp_path: Path, student: Served) -> None:
+    rollout = IN_PROCESS if where == "in process" else {"engine": "vllm", "url": student.url}
+    config = gym(tmp_path, "overlap", rollout={**rollout, "overlap": True}, run={"trajectories_every": 1})
+    result = train(config, quiet=True)
+    rows = read_lines(result.directory / "metrics.jsonl")
+    assert [r["staleness"] for r in rows] == [0, 1, 1]
+    assert all(math.isfinite(r["loss"]) and r["loss"] > 0.05 for r in rows)
+
+
+def test_a_chat_endpoint_rewrites(tmp_path: Path, teacher: Served) -> None:
+    config = gym(
+        tmp_path, "chat",
+        method={"name": "trd", "divergence": "cross_entropy"}, optim={"steps": 2, "lr": 1e-3},
+        teacher={"engine": "chat", "url": teacher.url, "model": teacher.model},
+    )  # fmt: skip
+    rows = read_lines(train(config, quiet=True).directory / "metrics.jsonl")
+    assert len(rows) == 2
+    assert all(r["accuracy_z"] > 0.9 and r["length_ratio"] > 0.5 for r in rows)
+    assert rows[0]["reverse_kl_nats"] is None
+
+
 def test_both_servers_are_killed_and_come_back(tmp_path: Path, student: Served, teacher: Served) -> None:
     config = gym(
         tmp_path, "killed",
