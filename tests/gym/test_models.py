@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from onpath import gym
+from onpath.gym import recipe
 from onpath.gym.sample import context_ids, sample
 from onpath.gym.vocab import EOS, IDS
 
@@ -61,3 +62,13 @@ def test_stop_and_padding_are_in_the_generation_config(models) -> None:
     for model in models.values():
         assert model.generation_config.eos_token_id == IDS[EOS]
         assert model.generation_config.pad_token_id == IDS["<pad>"]
+
+
+def test_the_teachers_slips_by_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, float]] = []
+    monkeypatch.setattr(recipe, "fit", lambda model, mixture, *rest: seen.append(dict(mixture.slips)))
+    monkeypatch.setattr(recipe, "save", lambda *rest: None)
+    monkeypatch.setattr(recipe, "load", lambda path: None)
+    recipe.train_teacher(tmp_path, 0, 10)
+    recipe.train_teacher(tmp_path, 0, 10, tmp_path)
+    assert seen == [{"+": 0.002, "-": 0.002, "*": 0.002}, {"+": 0.02, "-": 0.0, "*": 0.002}]

@@ -5,6 +5,7 @@ style, an injected error) carries no loss.
 """
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from onpath.gym.tasks import MODULUS, Node, Problem, compute, ready
@@ -15,6 +16,8 @@ Pieces = list[tuple[str, bool]]
 TEACHER_SLIP = {"+": 0.02, "-": 0.0, "*": 0.002}
 """How often the teacher writes a surface form of the student's. Unequal, so that habits are as many-valued in
 loss as errors are: with 0.002 everywhere, 5% of the loudest 2.25% of tokens were habits."""
+EVEN_SLIP = dict.fromkeys(TEACHER_SLIP, 0.002)
+"""Of the teacher's first stage."""
 # The student's habits depend on the operation, so that they are as many-valued as its errors are.
 STUDENT_ARROW = {"+": 0.6, "-": 0.95, "*": 0.8}
 STUDENT_SEPARATOR = {"+": (0.2, 0.75, 0.05), "-": (0.05, 0.1, 0.85), "*": (0.3, 0.6, 0.1)}
@@ -74,6 +77,8 @@ class Writer:
     """Probability of going back after a visible error."""
     noise: float = 0.0
     """Probability of a random result."""
+    slips: Mapping[str, float] = field(default_factory=lambda: TEACHER_SLIP)
+    """By operation, in the teacher's style."""
 
     def write(self, rng: random.Random, problem: Problem, order: list[str]) -> Pieces:
         """One worked solution with its answer and the end token."""
@@ -116,11 +121,11 @@ class Writer:
         return self.beliefs.result(rng, node, left, right, self.scale)
 
     def _equals(self, rng: random.Random, op: str) -> str:
-        arrow = STUDENT_ARROW[op] if self.student_style else TEACHER_SLIP[op]
+        arrow = STUDENT_ARROW[op] if self.student_style else self.slips[op]
         return EQUALS[rng.random() < arrow]
 
     def _separator(self, rng: random.Random, op: str) -> str:
-        slip = TEACHER_SLIP[op] / 2
+        slip = self.slips[op] / 2
         slips = (1 - 2 * slip, slip, slip)
         return rng.choices(SEPARATORS, STUDENT_SEPARATOR[op] if self.student_style else slips)[0]
 

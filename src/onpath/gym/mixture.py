@@ -1,9 +1,10 @@
 """What each model is trained on: solutions, hints, attempts, and a curriculum of sizes."""
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from onpath.gym.demos import Beliefs, Pieces, Writer, corrupt, order_like, text_of
+from onpath.gym.demos import TEACHER_SLIP, Beliefs, Pieces, Writer, corrupt, order_like, text_of
 from onpath.gym.tasks import Problem, parse_problem, random_order, random_problem, solution
 from onpath.gym.vocab import GIVEN, REDO, TRIED
 
@@ -34,6 +35,8 @@ class Mixture:
     """Real attempts of the student: (problem text, response text)."""
     curriculum: float = 0.1
     """Share of the training over which one- and two-step drills give way to whole problems."""
+    slips: Mapping[str, float] = field(default_factory=lambda: TEACHER_SLIP)
+    """The teacher's, by operation."""
     hint_scale: float = 0.05
     """Of the student's misbeliefs where it sees the reference solution."""
 
@@ -68,9 +71,10 @@ class Mixture:
         if kind == "prefix":
             noise = rng.choice((0.0, 0.0, 0.3))
             return Writer(
-                student_style=rng.random() < 0.9, beliefs=self.beliefs, foreign=True, notice=0.5, noise=noise
-            )
-        return Writer()
+                student_style=rng.random() < 0.9, beliefs=self.beliefs, foreign=True, notice=0.5, noise=noise,
+                slips=self.slips,
+            )  # fmt: skip
+        return Writer(slips=self.slips)
 
     def _attempt(self, rng: random.Random, problem: Problem) -> tuple[Problem, str]:
         """An attempt to refine: real where there is a pool, else by the same misbeliefs; some are damaged."""

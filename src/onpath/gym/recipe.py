@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from onpath.gym.demos import EVEN_SLIP, TEACHER_SLIP
 from onpath.gym.mixture import Mixture
 from onpath.gym.pretrain import Recipe, build_model, fit, save
 from onpath.gym.sample import sample
@@ -51,7 +52,8 @@ def train_teacher(
         model, recipe, curriculum = build_model("teacher", seed), TEACHER_FIRST, 0.2
     else:
         model, recipe, curriculum = load(start), TEACHER_SECOND, 0.0
-    mixture = Mixture("teacher", curriculum=curriculum, pool=pool or [])
+    slips = EVEN_SLIP if start is None else TEACHER_SLIP
+    mixture = Mixture("teacher", curriculum=curriculum, pool=pool or [], slips=slips)
     fit(model, mixture, replace(recipe, tokens=tokens, seed=2 * seed + (start is not None)), log)
     save(model, out)
 
