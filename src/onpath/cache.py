@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,10 +30,16 @@ class Cache:
         self.sealed = False
         """True: everything needed is there; a miss is a fault of ours, since the weights have moved on."""
         self._known: dict[str, Completion] = {}
-        self.refresh()
+        self._refresh()
 
-    def refresh(self) -> None:
-        """Reads what all processes have written. The first answer to a request stands."""
+    def share(self) -> None:
+        """Waits for all processes and reads what they have written: this one may need it later."""
+        if distributed.world() > 1:
+            distributed.barrier()
+            self._refresh()
+
+    def _refresh(self) -> None:
+        """The first answer to a request stands."""
         for path in sorted(self.directory.glob("*.jsonl")):
             self._known = {**_read(path), **self._known}
 
@@ -124,8 +131,12 @@ class CachedEngine:
         """Nothing: what is kept was written by the starting weights."""
 
     def _address(self, prefix: Sequence[int], sampling: Sampling, name: str) -> str:
-        content = json.dumps([self.weights, list(prefix), asdict(sampling), name])
-        return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+        return address(self.weights, list(prefix), asdict(sampling), name)
+
+
+def address(*content: Any) -> str:
+    """Key of a request: digest of all that its answer depends on."""
+    return hashlib.blake2b(json.dumps(list(content)).encode(), digest_size=16).hexdigest()
 
 
 @torch.no_grad()

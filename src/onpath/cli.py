@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def guarded(run: Any) -> int:
+    """Runs a command; its exit code. What the user can fix is one sentence on stderr."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a warning at every fork otherwise
     try:
         return int(run() or 0)

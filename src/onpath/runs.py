@@ -79,7 +79,8 @@ class Run:
             for pattern in ("trajectories/*.tmp-*", "evals/*.tmp-*", "evals/.*"):  # of a killed writer
                 for path in self.directory.glob(pattern):
                     path.unlink()
-        self.parts.engine.sync_weights(done)
+        if loaded:
+            self.parts.engine.sync_weights(done)
         return done
 
     def announce(self, display: Display, done: int) -> None:

@@ -151,8 +151,7 @@ def write_ahead(parts: Parts) -> None:
     if parts.cache is not None:
         for step in range(parts.config.optim.steps):
             parts.method.prepare(sample(parts, step), step=step)
-            distributed.barrier()
-            parts.cache.refresh()  # a later epoch may deal this prompt to another process
+            parts.cache.share()  # a later epoch may deal this prompt to another process
         parts.cache.sealed = True
 
 

@@ -5,12 +5,11 @@ Its vocabulary need not be the student's: its text is made into ids by the stude
 all of it, whatever control tokens it may spell.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from onpath.cache import Cache
+from onpath.cache import Cache, address
 from onpath.engines.base import Completion
 from onpath.engines.vllm import request_seed
 from onpath.engines.wire import Line, Nonsense, only_choice
@@ -42,13 +41,8 @@ class ChatWriter:
         extra: Mapping[str, Any] | None = None,
         cache: Cache | None = None,
     ) -> None:
-        self.line, self.model, self.renderer, self.extra, self.cache = (
-            line,
-            model,
-            renderer,
-            extra or {},
-            cache,
-        )
+        self.line, self.model, self.renderer = line, model, renderer
+        self.extra, self.cache = extra or {}, cache
         ends = [*renderer.turn_end(), renderer.tokenizer.eos_token_id, *sorted(stop_ids)]
         self.stop = next(i for i in ends if i in stop_ids)
 
@@ -62,23 +56,21 @@ class ChatWriter:
             UserError: the endpoint stays away, refuses a request, or talks nonsense.
         """
         bodies = [self._body(p, sampling, key) for p, key in zip(prompts, keys, strict=True)]
-
-        def ask(wanted: list[int]) -> list[Completion]:
-            said = self.line.ask(_PATH, [bodies[i] for i in wanted], _understood)
-            return [self._completion(text, ended, sampling.max_new_tokens) for text, ended in said]
-
+        room, many = sampling.max_new_tokens, self.line.section.concurrency
         if self.cache is None:
-            return ask(list(range(len(bodies))))
+            return self._asked(bodies, room, range(len(bodies)))
+        addresses = [address(self.line.url, b, key) for b, key in zip(bodies, keys, strict=True)]
         done: list[Completion] = []
-        many = self.line.section.concurrency  # at a time, so that a failure loses few answers
-        for begin in range(0, len(bodies), many):
-            here = list(range(begin, min(begin + many, len(bodies))))
-
-            def asked(missing: list[int], here: list[int] = here) -> list[Completion]:
-                return ask([here[i] for i in missing])
-
-            done += self.cache.answered([self._address(bodies[i], keys[i]) for i in here], asked)
+        for begin in range(0, len(bodies), many):  # a few at a time, so that a failure loses few answers
+            here = slice(begin, begin + many)
+            done += self.cache.answered(addresses[here], partial(self._asked, bodies[here], room))
         return done
+
+    def _asked(
+        self, bodies: Sequence[Mapping[str, Any]], room: int, wanted: Sequence[int]
+    ) -> list[Completion]:
+        said = self.line.ask(_PATH, [bodies[i] for i in wanted], _understood)
+        return [self._completion(text, ended, room) for text, ended in said]
 
     def _body(self, prompt: Prompt, sampling: Sampling, key: str) -> dict[str, Any]:
         body = {
@@ -96,10 +88,6 @@ class ChatWriter:
         if ended and len(ids) < room:
             return Completion(ids=(*ids, self.stop), logprobs=(), finish_reason="stop")
         return Completion(ids=ids[:room], logprobs=(), finish_reason="length")
-
-    def _address(self, body: Mapping[str, Any], key: str) -> str:
-        content = json.dumps([self.line.url, body, key])
-        return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
 def _understood(_: int, answer: Any) -> tuple[str, bool]:

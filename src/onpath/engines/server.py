@@ -187,14 +187,9 @@ class ServerEngine:
         assert self.student is not None
         assert self.weights is not None
         if distributed.rank() == 0:
-            self._load()
+            save_weights(self.student, self.weights)
+            self._take()
         distributed.barrier()
-
-    def _load(self) -> None:
-        assert self.student is not None
-        assert self.weights is not None
-        save_weights(self.student, self.weights)
-        self._take()
 
     def _take(self) -> None:
         assert self.weights is not None

@@ -158,6 +158,19 @@ def written(
         return tools.writer.continue_from(prefixes, sampling, keys=keys)
 
 
+def check_written(trajectories: Sequence[Trajectory], *, step: int, who: str, of: str, look: str) -> None:
+    """Some of what was written in the teacher's name must be text.
+
+    Raises:
+        UserError: none of it is.
+    """
+    if trajectories and all(t.edit.reason == "empty" for t in trajectories):
+        raise UserError(
+            f"step {step + 1}: {who} returned no text for any of {len(trajectories)} {of}, so there is "
+            f"nothing to train on; look at {look}"
+        )
+
+
 def acting(teacher: Teacher) -> contextlib.AbstractContextManager[object]:
     """While the writer writes in the teacher's name: a `self` teacher has its adapter off, if it must."""
     return teacher.acting() if isinstance(teacher, SelfTeacher) else contextlib.nullcontext()

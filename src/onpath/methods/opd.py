@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from onpath.engines.base import Completion
-from onpath.errors import UserError
-from onpath.methods.base import Prepared, Stateless, Tools, own_response, written
+from onpath.methods.base import Prepared, Stateless, Tools, check_written, own_response, written
 from onpath.options import OPDOptions
 from onpath.records import Edit, Rollout
 
@@ -40,11 +39,7 @@ class OPD(Stateless):
             replace(own_response(r), response=c.ids, behaviour_logprobs=None, edit=self._edit(c))
             for r, c in zip(rollouts, samples, strict=True)
         ]
-        if trajectories and not any(t.edit.kept for t in trajectories):
-            raise UserError(
-                f"step {step + 1}: the teacher returned no text for any of {len(trajectories)} prompts, so "
-                "there is nothing to train on; look at what it writes"
-            )
+        check_written(trajectories, step=step, who="the teacher", of="prompts", look="what it writes")
         return Prepared(
             trajectories=trajectories, totals={"teacher_tokens_generated": sum(len(c.ids) for c in samples)}
         )

@@ -19,8 +19,7 @@ ours, or the gym's.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from onpath.errors import UserError
-from onpath.methods.base import Prepared, SelfTaught, Tools
+from onpath.methods.base import Prepared, SelfTaught, Tools, check_written
 from onpath.methods.diagnose import edit_means, measured
 from onpath.methods.edits import Rewrite, as_edit
 from onpath.methods.rewriting import Rewriter
@@ -42,11 +41,8 @@ class TRD(SelfTaught):
         """See `Method.prepare`."""
         rewrites = self.rewrite(rollouts, when="offline" if self.options.offline else f"step {step}")
         trajectories = [self.trajectory(w) for w in rewrites]
-        if trajectories and all(t.edit.reason == "empty" for t in trajectories):
-            raise UserError(
-                f"step {step + 1}: the rewriter returned no text for any of {len(trajectories)} attempts, "
-                "so there is nothing to train on; look at method.template and at what the teacher writes"
-            )
+        look = "method.template and at what the teacher writes"
+        check_written(trajectories, step=step, who="the rewriter", of="attempts", look=look)
         means, readings = edit_means(rewrites, trajectories), Readings()
         if self.options.diagnose_every and step % self.options.diagnose_every == 0:
             reference = self.options.shows_reference
