@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import AutoTokenizer
 
 from onpath.assemble import assemble
 from onpath.cli import main
@@ -41,7 +40,7 @@ TRD = {
 
 @pytest.fixture
 def endpoint(model_dirs: dict[str, Path]) -> Iterator[FakeVLLM]:
-    fake = fake_of(model_dirs["teacher"], AutoTokenizer.from_pretrained(model_dirs["teacher"]))
+    fake = fake_of(model_dirs["teacher"])
     yield fake
     fake.stop()
 

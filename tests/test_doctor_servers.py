@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
 
 from onpath.config import Config
 from onpath.doctor.command import diagnose
@@ -18,10 +17,7 @@ Tiny = Callable[..., Config]
 
 @pytest.fixture
 def servers(model_dirs: dict[str, Path]) -> Iterator[dict[str, FakeVLLM]]:
-    found = {
-        side: fake_of(model_dirs[side], AutoTokenizer.from_pretrained(model_dirs[side]))
-        for side in ("student", "teacher")
-    }
+    found = {side: fake_of(model_dirs[side]) for side in ("student", "teacher")}
     yield found
     for fake in found.values():
         fake.stop()

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
 
 from onpath.assemble import assemble, make_optimizer
 from onpath.config import Config
@@ -20,7 +19,7 @@ from onpath.records import Rollout
 from onpath.train import one_step, sample, train
 from tests.fake_vllm import FakeVLLM
 from tests.test_overlap import versions
-from tests.test_server import fake_of
+from tests.test_server import fake_of, restarted, scaled
 
 Tiny = Callable[..., Config]
 STEPS = 4
@@ -34,7 +33,7 @@ OPTIONS: dict[str, Any] = {
 
 @pytest.fixture
 def student(model_dirs: dict[str, Path]) -> Iterator[FakeVLLM]:
-    fake = fake_of(model_dirs["student"], AutoTokenizer.from_pretrained(model_dirs["student"]))
+    fake = fake_of(model_dirs["student"])
     yield fake
     fake.stop()
 
@@ -65,8 +64,7 @@ def overlapped(tiny: Tiny, student: FakeVLLM) -> tuple[list[set[int]], list[Any]
 
 def by_hand(tiny: Tiny, student: FakeVLLM) -> list[float]:
     """Losses of the same without a thread, one batch after the other."""
-    student.stop()
-    student.start(fresh=True)
+    restarted(student)
     parts = assemble(remote(tiny, student, run__name="by hand"))
     optimizer, schedule = make_optimizer(parts)
     parts.engine.sync_weights(0)
@@ -109,16 +107,11 @@ def test_a_restarted_server_gets_the_weights_of_the_last_push(tiny: Tiny, studen
     parts = assemble(remote(tiny, student))
     engine = parts.engine
     assert isinstance(engine, ServerEngine)
-    with torch.no_grad():
-        for p in parts.student.parameters():
-            p.mul_(1.1)
+    scaled(parts.student)
     engine.sync_weights(1)
     pushed = {n: p.detach().clone() for n, p in unwrapped(parts.student).named_parameters()}
-    with torch.no_grad():
-        for p in parts.student.parameters():
-            p.mul_(1.1)
-    student.stop()
-    student.start(fresh=True)
+    scaled(parts.student)
+    restarted(student)
     (rollout,) = engine.generate(parts.pool[:1], parts.sampling)
     assert engine.resyncs == 1
     assert rollout.policy_version == 1
@@ -129,8 +122,7 @@ def test_a_restarted_server_gets_the_weights_of_the_last_push(tiny: Tiny, studen
     kept = load_file(engine.weights / "model.safetensors")
     assert all(torch.equal(kept[n], p) for n, p in pushed.items() if n in kept)
     student.takes_weights = False
-    student.stop()
-    student.start(fresh=True)
+    restarted(student)
     with pytest.raises(UserError, match="does not answer as before"):
         engine.generate(parts.pool[:1], parts.sampling)
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from onpath.assemble import assemble
 from onpath.cli import main
@@ -37,22 +38,35 @@ Tiny = Callable[..., Config]
 TOPK = {"method__support": "teacher_topk", "method__support_k": 8, "method__tail": "bucket"}
 
 
-def fake_of(directory: Path, tokenizer: PreTrainedTokenizerFast) -> FakeVLLM:
+def fake_of(directory: Path) -> FakeVLLM:
     model = AutoModelForCausalLM.from_pretrained(directory)
-    engine = HFEngine(model.eval(), Renderer(tokenizer), stop_ids=frozenset({2}))
-    return FakeVLLM(engine, str(directory))
+    renderer = Renderer(AutoTokenizer.from_pretrained(directory))
+    return FakeVLLM(HFEngine(model.eval(), renderer, stop_ids=frozenset({2})), str(directory))
+
+
+def scaled(model: nn.Module) -> None:
+    """Weights that nobody has seen."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.1)
+
+
+def restarted(fake: FakeVLLM) -> None:
+    """With the weights of its directory, as after a crash."""
+    fake.stop()
+    fake.start(fresh=True)
 
 
 @pytest.fixture
 def teacher(model_dirs: dict[str, Path]) -> Iterator[FakeVLLM]:
-    fake = fake_of(model_dirs["teacher"], AutoTokenizer.from_pretrained(model_dirs["teacher"]))
+    fake = fake_of(model_dirs["teacher"])
     yield fake
     fake.stop()
 
 
 @pytest.fixture
 def student(model_dirs: dict[str, Path]) -> Iterator[FakeVLLM]:
-    fake = fake_of(model_dirs["student"], AutoTokenizer.from_pretrained(model_dirs["student"]))
+    fake = fake_of(model_dirs["student"])
     yield fake
     fake.stop()
 
@@ -138,13 +152,10 @@ def test_a_server_that_came_back_with_its_old_weights_is_given_the_new_ones(
     parts = assemble(tiny(rollout__engine="vllm", rollout__url=student.url))
     engine = parts.engine
     assert isinstance(engine, ServerEngine)
-    with torch.no_grad():
-        for p in parts.student.parameters():
-            p.mul_(1.1)
+    scaled(parts.student)
     engine.sync_weights(1)
     assert engine.gap() < 1e-4
-    student.stop()
-    student.start(fresh=True)
+    restarted(student)
     assert engine.gap() > 1e-2, "the fault is planted"
     (rollout,) = engine.generate(parts.pool[:1], parts.sampling)
     assert engine.resyncs == 1
@@ -162,8 +173,7 @@ def test_a_restart_is_seen_however_little_the_weights_have_moved(tiny: Tiny, stu
         for p in parts.student.parameters():
             p.mul_(1.00004)
     engine.sync_weights(1)
-    student.stop()
-    student.start(fresh=True)
+    restarted(student)
     assert engine.gap() < engine.tolerance, "less than rounding may explain"
     engine.generate(parts.pool[:1], parts.sampling)
     assert engine.resyncs == 1

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
 
 from onpath.engines.weights import save_weights
 from onpath.engines.wire import Server
@@ -26,7 +25,7 @@ NUMBERS = "not numbers, or above 0"
 
 @pytest.fixture(scope="module")
 def serving(model_dirs: dict[str, Path]) -> Iterator[FakeVLLM]:
-    fake = fake_of(model_dirs["teacher"], AutoTokenizer.from_pretrained(model_dirs["teacher"]))
+    fake = fake_of(model_dirs["teacher"])
     yield fake
     fake.stop()
 

@@ -65,9 +65,8 @@ class Recorder:
 
 @pytest.fixture
 def library(model_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
-    from transformers import AutoTokenizer
 
-    fake = fake_of(model_dirs["student"], AutoTokenizer.from_pretrained(model_dirs["student"]))
+    fake = fake_of(model_dirs["student"])
     fake.stop()
     module = ModuleType("vllm")
     monkeypatch.setattr(Recorder, "engine", fake.engine, raising=False)

@@ -292,11 +292,8 @@ def trainable(config: Config, base: nn.Module) -> nn.Module:
 
 def shared_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, list[str]]:
     """Number of ids that student and teacher share, and what looks odd about the pair."""
-    own = isinstance(config.method, OPSDOptions) or (
-        isinstance(config.method, TRDOptions) and config.method.teacher == "self"
-    )
     ids = tokenizer.get_vocab()
-    if own:
+    if config.method.self_taught:
         return max(ids.values()) + 1, []
     if config.teacher.engine == "chat":
         warning = (

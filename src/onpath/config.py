@@ -120,7 +120,7 @@ class Config(Section):
             raise ValueError(
                 f"teacher.engine: {teacher.engine} is a server: set teacher.url, such as http://localhost:8000"
             )
-        if isinstance(method, OPSDOptions) or (isinstance(method, TRDOptions) and method.teacher == "self"):
+        if method.self_taught:
             raise ValueError(
                 f"teacher.engine: {teacher.engine}: with method.name {method.name} the student is its own "
                 "teacher; use teacher.engine: hf"

@@ -81,6 +81,11 @@ class LossOptions(Section):
         """Columns that every training prompt must have."""
         return ()
 
+    @property
+    def self_taught(self) -> bool:
+        """Whether the student is its own teacher."""
+        return False
+
 
 class OPDOptions(LossOptions):
     """On-policy distillation and its token-level baselines."""
@@ -130,6 +135,10 @@ class OPSDOptions(LossOptions):
     @property
     def needs(self) -> tuple[str, ...]:
         return (self.hint,)
+
+    @property
+    def self_taught(self) -> bool:
+        return True
 
     @model_validator(mode="after")
     def _slots(self) -> "OPSDOptions":
@@ -212,8 +221,12 @@ class TRDOptions(LossOptions):
         )
 
     @property
+    def self_taught(self) -> bool:
+        return self.teacher == "self"
+
+    @property
     def shows_reference(self) -> bool:
-        return self.teacher == "self" if self.reference is None else self.reference
+        return self.self_taught if self.reference is None else self.reference
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -230,12 +243,12 @@ class TRDOptions(LossOptions):
     def _possible(self) -> "TRDOptions":
         if self.minimal_edit and not self.see_attempt:
             raise ValueError("minimal_edit keeps a part of the attempt, so see_attempt must be true")
-        if self.scoring == "plain" and self.teacher == "self":
+        if self.scoring == "plain" and self.self_taught:
             raise ValueError(
                 "scoring is plain and teacher is self: on the plain problem the teacher is the student "
                 "itself, which teaches nothing; use scoring: rewrite"
             )
-        if self.minimal_edit and self.locate == "fork" and self.teacher == "self":
+        if self.minimal_edit and self.locate == "fork" and self.self_taught:
             raise ValueError(
                 "locate: fork compares the student's near future with another model's; use teacher: model"
             )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from onpath.batch import Batch, collate, micro_batches
 from onpath.engines.branches import Past
+from onpath.engines.drafts import Drafts
 from onpath.losses import StatsRequest, TeacherHidden, TeacherScores, TokenStats, token_stats
 from onpath.measure import Measure
 from onpath.models import head_of, hidden_states
@@ -67,6 +68,18 @@ class Reading:
         """In the order of the rows of `pasts`."""
         return [t for batch in self.batches for t in batch.trajectories]
 
+    def drafts(self) -> list[Drafts]:
+        """Of the rows of `pasts`: what the teacher would probably write from inside them."""
+        found = []
+        for batch, stats in zip(self.batches, self.stats, strict=True):
+            assert stats.teacher_top_ids is not None
+            likeliest, end = stats.teacher_top_ids[:, 0].tolist(), 0
+            for t in batch.trajectories:
+                start, end = end, end + len(t.response)
+                context = len(t.teacher_context)
+                found.append(Drafts(start=context, response=t.response, likeliest=likeliest[start:end]))
+        return found
+
     def by_trajectory(self) -> Iterator[tuple[Trajectory, dict[str, list[float]]]]:
         """Each trajectory with its per-token statistics."""
         for batch, stats in zip(self.batches, self.stats, strict=True):
@@ -95,7 +108,8 @@ def read(
         past: also give the teacher's keys and values.
         mass_ids: token ids whose total teacher probability is wanted.
     """
-    request = StatsRequest(mass_ids=torch.tensor(mass_ids, device=models.device) if mass_ids else None)
+    mass = torch.tensor(mass_ids, device=models.device) if mass_ids else None
+    request = StatsRequest(mass_ids=mass, top_k=1 if past else 0)
     micros = micro_batches(trajectories, max_tokens=models.max_tokens)
     groups = _grouped([collate(m, device=models.device) for m in micros], models.max_tokens)
     graph = into is not None and len(groups) == 1

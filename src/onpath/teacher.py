@@ -10,10 +10,10 @@ from typing import Literal, Protocol
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from onpath.batch import Batch
 from onpath.engines.branches import Past
+from onpath.engines.hf import roomy_cache
 from onpath.losses import Head, TeacherHidden, TeacherScores
 from onpath.models import head_of, hidden_states, unwrapped
 
@@ -57,7 +57,7 @@ class ModelTeacher:
         if not Past.possible(self.model):
             return self.hidden(batch), None
         model = unwrapped(self.model)
-        cache = DynamicCache(config=model.config)
+        cache = roomy_cache(model)
         ids_BT = batch.teacher_ids_BT.to(self.device)
         hidden_BTH = model.get_decoder()(
             input_ids=ids_BT,

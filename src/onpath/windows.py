@@ -136,7 +136,7 @@ def teacher_futures(
         return tools.speaker.continue_from([_prefix(f, rollouts) for f in found], sampling, keys=keys)
     rows = {id(t.origin): row for row, t in enumerate(reading.trajectories)}
     places = [(rows[id(rollouts[f.row])], len(rollouts[f.row].context) + f.position) for f in found]
-    return branch(tools.writer, reading.pasts, places, sampling, keys=keys)
+    return branch(tools.writer, reading.pasts, places, sampling, keys=keys, drafts=reading.drafts())
 
 
 def _prefix(fork: Fork, rollouts: Sequence[Rollout]) -> tuple[int, ...]:

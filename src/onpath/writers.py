@@ -91,7 +91,8 @@ def make_teacher(
 ) -> AnyTeacher:
     """Another model, in this process or on a server, or the student itself."""
     method = config.method
-    if isinstance(method, OPSDOptions) or (isinstance(method, TRDOptions) and method.teacher == "self"):
+    if method.self_taught:
+        assert isinstance(method, OPSDOptions | TRDOptions)
         return SelfTeacher(student, weights=method.weights, decay=method.ema_decay, vocabulary=vocabulary)
     if config.teacher.engine == "chat":
         return SilentTeacher()

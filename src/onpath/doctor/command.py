@@ -25,7 +25,7 @@ from onpath.doctor.probe import Probe, make_probe, untouched
 from onpath.errors import UserError
 from onpath.grade import grader_for
 from onpath.models import load_tokenizer, locate
-from onpath.options import OPSDOptions, TRDOptions
+from onpath.options import TRDOptions
 from onpath.teacher import SilentTeacher
 
 _STYLES = {"ok": "green", "warning": "yellow", "fail": "bold red", "skipped": "dim"}
@@ -81,7 +81,7 @@ def summary(config: Config, found: Sequence[Finding], seconds: float) -> dict[st
         "status": worst,
         "method": config.method.name,
         "student": config.student.model,
-        "teacher": None if _own_teacher(config) else config.teacher.model,
+        "teacher": None if config.method.self_taught else config.teacher.model,
         "seconds": round(seconds, 2),
         "checks": [{**vars(f), "values": {k: _json_ready(v) for k, v in f.values.items()}} for f in found],
     }
@@ -220,14 +220,9 @@ def _undecorated(config: Config) -> Config:
     return config.model_copy(update={"rollout": rollout})
 
 
-def _own_teacher(config: Config) -> bool:
-    method = config.method
-    return isinstance(method, OPSDOptions) or (isinstance(method, TRDOptions) and method.teacher == "self")
-
-
 def _reads_ids(config: Config) -> bool:
     """Whether there is another model that must have the student's vocabulary."""
-    return not _own_teacher(config) and config.teacher.engine != "chat"
+    return not config.method.self_taught and config.teacher.engine != "chat"
 
 
 def _renderer_of(config: Config, tokenizer: Any) -> Any:

@@ -233,6 +233,13 @@ class _Room(DynamicLayer):
         self._room = (grown[0], grown[1])
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
 
+    def shared(self) -> "_Room":
+        """Another layer over the same memory."""
+        other = _Room()
+        other._room, other.keys, other.values = self._room, self.keys, self.values
+        other.dtype, other.device, other.is_initialized = self.dtype, self.device, self.is_initialized
+        return other
+
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only these rows."""
         if self._room is not None:
@@ -246,6 +253,13 @@ def roomy_cache(model: PreTrainedModel) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     cache.layers = [_Room() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def shared(cache: DynamicCache) -> DynamicCache:
+    """A roomy cache over the same memory; it goes on behind the end of the other, which does not see it."""
+    mine = DynamicCache()
+    mine.layers = [layer.shared() if isinstance(layer, _Room) else layer for layer in cache.layers]
+    return mine
 
 
 def attends_plainly(model: PreTrainedModel) -> bool:
