@@ -171,7 +171,8 @@ def _write(
     drafts: Sequence[Drafts] | None,
 ) -> None:
     """One round, some tokens at a time."""
-    index_BC, length_BC, row_B = columns.index_BC, columns.length_BC, torch.tensor(columns.rows)
+    index_BC, length_BC = columns.index_BC, columns.length_BC
+    row_B = torch.tensor(columns.rows, device=engine.device)
     longest, limit = int(length_BC.max()), paper.sampling.max_new_tokens
     cache = _merged(engine, pasts, columns.rows, longest - 1)
     last_BC, count_BC = _last_tokens(pasts, columns), torch.zeros_like(length_BC)
