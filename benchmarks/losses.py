@@ -13,7 +13,7 @@ in the same round.
 
 Time is of forward and backward: wall time, or the process's CPU time on one CPU thread. Memory is the peak
 above what was held before, less one head gradient (which every contestant must return): on CUDA from the
-allocator, on a CPU the process's peak resident set (Linux).
+allocator, on a CPU the process's peak resident set (Linux); with `--memory` the first timed round is watched.
 """
 
 import argparse
@@ -132,8 +132,8 @@ def _sync(p: Problem) -> None:
         torch.cuda.synchronize()
 
 
-def peak(name: str, p: Problem) -> int:
-    """Bytes above the start, less a head gradient."""
+def watched(name: str, p: Problem) -> tuple[float, int]:
+    """Seconds, and peak bytes above the start less a head gradient."""
     p.hidden.grad = p.head.grad = None
     gc.collect()
     own = p.head.numel() * p.head.element_size()
@@ -141,13 +141,13 @@ def peak(name: str, p: Problem) -> int:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        once(name, p)
-        return torch.cuda.max_memory_allocated() - before - own
+        seconds = once(name, p)
+        return seconds, torch.cuda.max_memory_allocated() - before - own
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident("VmRSS")
-    once(name, p)
-    return _resident("VmHWM") - before - own
+    seconds = once(name, p)
+    return seconds, _resident("VmHWM") - before - own
 
 
 def _resident(key: str) -> int:
@@ -193,10 +193,14 @@ def bound(p: Problem) -> float:
 def measure(p: Problem, names: list[str], rounds: int, want_memory: bool) -> list[dict[str, Any]]:
     agreed = check(p, names)
     times: dict[str, list[float]] = {name: [] for name in names}
-    memory = {name: peak(name, p) for name in names} if want_memory else {}
+    memory: dict[str, int] = {}
     for _ in range(rounds):
         for name in names:
-            times[name].append(once(name, p))
+            if want_memory and name not in memory:
+                seconds, memory[name] = watched(name, p)
+            else:
+                seconds = once(name, p)
+            times[name].append(seconds)
     ceiling = bound(p) if rounds else 0.0
     work = 4 * 2 * len(p.hidden) * p.head.numel()
     rows = []

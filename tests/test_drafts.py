@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
 from onpath.batch import collate
 from onpath.engines.base import Completion
-from onpath.engines.branches import branch
+from onpath.engines.branches import Past, branch
 from onpath.engines.drafts import Drafts
 from onpath.engines.hf import HFEngine
 from onpath.records import Sampling, Trajectory
@@ -38,9 +38,9 @@ class Counted:
             Trajectory(student_context=r[:CONTEXT], teacher_context=r[:CONTEXT], response=r[CONTEXT:])
             for r in self.rows
         ]
-        _, past = ModelTeacher(model).remembering(collate(trajectories))
-        assert past is not None
-        self.pasts = [past]
+        batch = collate(trajectories)
+        self.past = Past(model, [batch])
+        ModelTeacher(model).remembered(batch, self.past.parts[0])
         self.passes = 0
         model.get_decoder().register_forward_hook(self._count)
 
@@ -49,7 +49,7 @@ class Counted:
 
     def write(self, sampling: Sampling, drafts: Sequence[Drafts] | None) -> list[Completion]:
         self.passes = 0
-        return branch(self.engine, self.pasts, PLACES, sampling, keys=KEYS, drafts=drafts)
+        return branch(self.engine, self.past, PLACES, sampling, keys=KEYS, drafts=drafts)
 
 
 class Planted(Drafts):

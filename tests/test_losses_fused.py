@@ -162,11 +162,12 @@ def test_guidance_adds_its_value_and_gradient(problem, options, head, norms):
             assert result.objective_grad_sq is None
 
 
-def test_statistics_come_out_of_the_same_pass(problem):
+@pytest.mark.parametrize("k", [1, 3])
+def test_statistics_come_out_of_the_same_pass(k, problem):
     tensors = leaves(problem)
     z_student, z_teacher = plain_logits(problem, tensors, HEADS["full"])
     q, p = torch.softmax(z_student.detach(), -1), torch.softmax(z_teacher, -1)
-    request = StatsRequest(mass_ids=torch.tensor([1, 4]), top_k=3)
+    request = StatsRequest(mass_ids=torch.tensor([1, 4]), top_k=k)
     result, _ = run(
         problem, Objective(kind="jensen_shannon", beta=0.4), HEADS["full"], stats=request, chunk_rows=3
     )
@@ -182,11 +183,11 @@ def test_statistics_come_out_of_the_same_pass(problem):
         assert stats.student_logp[n].item() == pytest.approx(math.log(b[y]))
         assert stats.teacher_logp[n].item() == pytest.approx(math.log(a[y]))
         assert stats.teacher_mass[n].item() == pytest.approx(a[1] + a[4])
-        best_t, best_s = a.argsort()[::-1][:3], b.argsort()[::-1][:3]
+        best_t, best_s = a.argsort()[::-1][:k], b.argsort()[::-1][:k]
         assert stats.teacher_top_ids[n].tolist() == best_t.tolist()
         assert stats.student_top_ids[n].tolist() == best_s.tolist()
         assert stats.student_top_logp[n].exp().tolist() == pytest.approx(b[best_s].tolist())
-        assert stats.overlap[n].item() == pytest.approx(len(set(best_t) & set(best_s)) / 3)
+        assert stats.overlap[n].item() == pytest.approx(len(set(best_t) & set(best_s)) / k)
     assert 0 < stats.overlap.mean() < 1
     scored = token_stats(
         student_hidden=problem["hidden"],

@@ -258,8 +258,12 @@ def test_neither_cache_nor_batches_matter(topd: Callable[..., Parts]) -> None:
             same(essence(method.prepare(rollouts, step=0)), whole)
 
 
-def test_branches_write_what_a_fresh_prefix_would(topd: Callable[..., Parts]) -> None:
-    """Greedy and sampled, several places per row, several passes, windows that end early."""
+@pytest.mark.parametrize("busy", [2048, 1], ids=["one pass", "a pass per length"])
+def test_branches_write_what_a_fresh_prefix_would(
+    busy: int, topd: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedy and sampled, several places per row, several passes into one cache, windows that end early."""
+    monkeypatch.setattr("onpath.batch._BUSY_TOKENS", busy)
     parts = topd()
     rollouts = sample(parts, 0)
     places = [
@@ -267,11 +271,13 @@ def test_branches_write_what_a_fresh_prefix_would(topd: Callable[..., Parts]) ->
         for row, r in enumerate(rollouts) for t in range(0, len(r.ids), 2 + row % 3)
     ]  # fmt: skip
     keys = [f"{f.row}/{f.position}" for f in places]
+    passes: list[int] = []
     for max_tokens in (16_384, 64):
         models = replace(parts.tools.measure, max_tokens=max_tokens)
         for temperature in (0.0, 1.0):
             sampling = Sampling(temperature=temperature, max_new_tokens=30, seed=3)
             for reading in read(models, [own_response(r) for r in rollouts], past=True):
+                passes.append(len(reading.batches))
                 here = [id(t.origin) for t in reading.trajectories]
                 mine = [i for i, f in enumerate(places) if id(rollouts[f.row]) in here]
                 args = ([places[i] for i in mine], rollouts, parts.tools, sampling, [keys[i] for i in mine])
@@ -280,6 +286,7 @@ def test_branches_write_what_a_fresh_prefix_would(topd: Callable[..., Parts]) ->
                 assert [c.finish_reason for c in ours] == [c.finish_reason for c in plain]
                 for a, b in zip(ours, plain, strict=True):
                     assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+    assert (max(passes) > 1) is (busy == 1)
 
 
 def test_the_loss_reads_nothing_twice(topd: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch) -> None:

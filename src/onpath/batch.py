@@ -59,7 +59,7 @@ def collate(trajectories: Sequence[Trajectory], *, device: torch.device | None =
     student = [t.student_context + t.response for t in trajectories]
     teacher = [t.teacher_context + t.response for t in trajectories]
     student_ids, student_mask = _pad_right(student)
-    teacher_ids, teacher_mask = _pad_right(teacher)
+    teacher_ids, teacher_mask = (student_ids, student_mask) if teacher == student else _pad_right(teacher)
     lengths = torch.tensor([len(t.response) for t in trajectories])
     row_N = torch.repeat_interleave(torch.arange(len(trajectories)), lengths)
     step_N = torch.cat([torch.arange(n) for n in lengths.tolist()]) if len(row_N) else row_N
@@ -109,7 +109,7 @@ def micro_batches(trajectories: Sequence[Trajectory], *, max_tokens: int) -> Ite
 def _pad_right(rows: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
     longest = max(map(len, rows))
     ids = torch.tensor([[*r, *[0] * (longest - len(r))] for r in rows])
-    mask = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in rows])
+    mask = (torch.arange(longest) < torch.tensor([len(r) for r in rows])[:, None]).long()
     return ids, mask
 
 

@@ -7,6 +7,7 @@ methods/topd.py.
 Shape suffixes: K student's window, J teacher's window.
 """
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -105,39 +106,47 @@ def select(
         values: per response token, `reverse_kl`, `student_logp` and `teacher_logp`.
         key: names the rollout in its draws.
     """
-    losses, gaps, caps = ranked_by(values, options)
-    size = len(losses)
-    by_loss = sorted(range(size), key=lambda t: (-losses[t], t))
-    at_random = np.argsort(noise(seed, f"{key}/order", size), kind="stable").tolist()
-    lots = noise(seed, f"{key}/lots", size).tolist()
+    losses, gaps = ranked_by(values, options)
+    size, kl = len(losses), values["reverse_kl"]
+    median = max(0.0, statistics.median(kl)) if size else 0.0
+    lots = noise(seed, f"{key}/lots", size)
 
     def fork(t: int, decision: Decision) -> Fork:
         return Fork(
-            row=row, position=t, loss=losses[t], gap=gaps[t], cap=caps[t], draw=lots[t], decision=decision
+            row=row,
+            position=t,
+            loss=losses[t],
+            gap=gaps[t],
+            cap=min(1.0, median / max(kl[t], 1e-12)),
+            draw=float(lots[t]),
+            decision=decision,
         )
 
-    order = at_random if options.decide == "random_positions" else by_loss
+    def at_random() -> list[int]:
+        order: list[int] = np.argsort(noise(seed, f"{key}/order", size), kind="stable").tolist()
+        return order
+
+    by_loss = sorted(range(size), key=lambda t: -losses[t])  # stable: the first of equals comes first
+    order = at_random() if options.decide == "random_positions" else by_loss
     found = [fork(t, "surface") for t in spaced(order, count=count, min_gap=options.min_gap)]
     if options.decide == "upper_quartile_of_low_loss":
         low = set(by_loss[(size + 1) // 2 :]) - {f.position for f in found}
-        calm = [t for t in at_random if t in low]
+        calm = [t for t in at_random() if t in low]
         found += [fork(t, "reference") for t in spaced(calm, count=count, min_gap=options.min_gap)]
     return sorted(found, key=lambda f: f.position)
 
 
-def ranked_by(
-    values: Mapping[str, Sequence[float]], options: TOPDOptions
-) -> tuple[list[float], list[float], list[float]]:
-    """Of each token: the loss that ranks it, the sampled log-ratio, the median cap."""
-    gaps = [s - t for s, t in zip(values["student_logp"], values["teacher_logp"], strict=True)]
-    losses = {
-        "reverse_kl": list(values["reverse_kl"]),
-        "teacher_nll": [-t for t in values["teacher_logp"]],
-        "sampled_gap": gaps,
-    }
-    median = float(np.median(values["reverse_kl"])) if gaps else 0.0
-    caps = [min(1.0, max(0.0, median) / max(kl, 1e-12)) for kl in values["reverse_kl"]]
-    return losses[options.candidates], gaps, caps
+def ranked_by(values: Mapping[str, Sequence[float]], options: TOPDOptions) -> tuple[list[float], list[float]]:
+    """Of each token: the loss that ranks it, and the sampled log-ratio."""
+    ours, theirs = values["student_logp"], values["teacher_logp"]
+    gaps = [s - t for s, t in zip(ours, theirs, strict=True)]
+    match options.candidates:
+        case "reverse_kl":
+            return list(values["reverse_kl"]), gaps
+        case "teacher_nll":
+            return [-t for t in theirs], gaps
+        case "sampled_gap":
+            return gaps, gaps
 
 
 def quantile_of(forks: Sequence[Fork], options: TOPDOptions) -> float | None:
@@ -229,24 +238,28 @@ def guidance_of(
     """
     found: dict[tuple[int, int], list[dict[int, float]]] = {}
     for fork, plan in zip(forks, plans, strict=True):
-        mass_K = plan.sum(axis=1)
-        for i in range(min(len(fork.student), lengths[fork.row] - fork.position)):
-            if mass_K[i] > 0:
-                scale = 1.0 / mass_K[i] if options.mass == "row" else 1.0
-                target = _target(plan[i] * scale, fork.teacher)
-                found.setdefault((fork.row, fork.position + i), []).append(target)
+        end = max(0, min(len(fork.student), lengths[fork.row] - fork.position))
+        for i, target in _targets(plan[:end], fork.teacher, literal=options.mass == "literal").items():
+            found.setdefault((fork.row, fork.position + i), []).append(target)
     merged = {place: _average(targets) for place, targets in sorted(found.items())}
     return _runs(merged)
 
 
-def _target(mass_J: NDArray[np.float64], ids: Sequence[int]) -> dict[int, float]:
-    """Mass by token id; the same token at two places of the window adds up."""
-    total = float(mass_J.sum())
-    target: dict[int, float] = {}
-    for j in np.flatnonzero(mass_J > _NEGLIGIBLE * total).tolist():
-        target[ids[j]] = target.get(ids[j], 0.0) + float(mass_J[j])
-    scale = total / sum(target.values())
-    return {token: p * scale for token, p in target.items()}
+def _targets(
+    plan_KJ: NDArray[np.float64], ids: Sequence[int], *, literal: bool
+) -> dict[int, dict[int, float]]:
+    """Mass by token id for each row that has any, of 1 in all or literally the plan's; the same token at two
+    places of the window adds up."""
+    mass_K1 = plan_KJ.sum(axis=1, keepdims=True)
+    kept_KJ = np.where(plan_KJ > _NEGLIGIBLE * mass_K1, plan_KJ, 0.0)
+    wanted_K1 = mass_K1 if literal else np.ones_like(mass_K1)
+    i, j = kept_KJ.nonzero()
+    shares = (kept_KJ * (wanted_K1 / np.maximum(kept_KJ.sum(axis=1, keepdims=True), 1e-300)))[i, j]
+    found: dict[int, dict[int, float]] = {}
+    for row, column, p in zip(i.tolist(), j.tolist(), shares.tolist(), strict=True):
+        target = found.setdefault(row, {})
+        target[ids[column]] = target.get(ids[column], 0.0) + p
+    return found
 
 
 def _average(targets: Sequence[Mapping[int, float]]) -> dict[int, float]:
@@ -258,15 +271,17 @@ def _average(targets: Sequence[Mapping[int, float]]) -> dict[int, float]:
 
 def _runs(merged: Mapping[tuple[int, int], Mapping[int, float]]) -> dict[int, tuple[Guidance, ...]]:
     """Targets at consecutive positions as one record. `merged` is ordered by row, then position."""
-    found: dict[int, tuple[Guidance, ...]] = {}
+    runs: dict[int, list[tuple[int, list[Mapping[int, float]]]]] = {}
     for (row, position), target in merged.items():
-        before = found.get(row, ())
-        if before and before[-1].start + len(before[-1].targets) == position:
-            last = replace(before[-1], targets=(*before[-1].targets, target))
-            found[row] = (*before[:-1], last)
+        mine = runs.setdefault(row, [])
+        if mine and mine[-1][0] + len(mine[-1][1]) == position:
+            mine[-1][1].append(target)
         else:
-            found[row] = (*before, Guidance(start=position, targets=(target,)))
-    return found
+            mine.append((position, [target]))
+    return {
+        row: tuple(Guidance(start=start, targets=tuple(targets)) for start, targets in mine)
+        for row, mine in runs.items()
+    }
 
 
 def annotated(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from onpath.batch import Batch, collate, micro_batches
 from onpath.engines.branches import Past
@@ -60,16 +61,16 @@ class Reading:
 
     batches: tuple[Batch, ...]
     stats: tuple[TokenStats, ...]
-    pasts: tuple[Past, ...]
-    """The teacher's keys and values per batch, for continuations; none if its attention does not allow it."""
+    past: Past | None
+    """The teacher's keys and values, for continuations; None if its attention does not allow it."""
 
     @property
     def trajectories(self) -> list[Trajectory]:
-        """In the order of the rows of `pasts`."""
+        """In the order of the rows of `past`."""
         return [t for batch in self.batches for t in batch.trajectories]
 
     def drafts(self) -> list[Drafts]:
-        """Of the rows of `pasts`: what the teacher would probably write from inside them."""
+        """Of the rows of `past`: what the teacher would probably write from inside them."""
         found = []
         for batch, stats in zip(self.batches, self.stats, strict=True):
             assert stats.teacher_top_ids is not None
@@ -80,13 +81,15 @@ class Reading:
                 found.append(Drafts(start=context, response=t.response, likeliest=likeliest[start:end]))
         return found
 
-    def by_trajectory(self) -> Iterator[tuple[Trajectory, dict[str, list[float]]]]:
-        """Each trajectory with its per-token statistics."""
+    def by_trajectory(
+        self, names: Sequence[str] | None = None
+    ) -> Iterator[tuple[Trajectory, dict[str, list[float]]]]:
+        """Each trajectory with its per-token statistics; `names`: only these."""
         for batch, stats in zip(self.batches, self.stats, strict=True):
             rows = {
                 name: batch.by_row(value_N)
                 for name, value_N in vars(stats).items()
-                if isinstance(value_N, Tensor) and value_N.ndim == 1
+                if isinstance(value_N, Tensor) and value_N.ndim == 1 and (names is None or name in names)
             }
             for b, trajectory in enumerate(batch.trajectories):
                 yield trajectory, {name: values[b] for name, values in rows.items()}
@@ -114,18 +117,18 @@ def read(
     groups = _grouped([collate(m, device=models.device) for m in micros], models.max_tokens)
     graph = into is not None and len(groups) == 1
     for group in groups:
-        stats, pasts = [], []
-        for batch in group:
+        stats = []
+        memory = _memory(models, group) if past else None
+        for b, batch in enumerate(group):
             student_NH = _student(models, batch, graph=graph)
-            scores, memory = _teacher(models, batch, past=past)
+            scores = _teacher(models, batch, None if memory is None else memory.parts[b])
             if into is not None and isinstance(scores, TeacherHidden):
                 into.teacher |= _by_key(scores.hidden, batch, [t.teacher_context for t in batch.trajectories])
             if into is not None and graph:
                 contexts = [t.student_context for t in batch.trajectories]
                 into.student.append(_by_key(student_NH, batch, contexts))
-            pasts += [] if memory is None else [memory]
             stats.append(_stats(models, batch, student_NH, scores, request))
-        yield Reading(batches=tuple(group), stats=tuple(stats), pasts=tuple(pasts))
+        yield Reading(batches=tuple(group), stats=tuple(stats), past=memory)
 
 
 def _grouped(batches: Sequence[Batch], max_tokens: int) -> list[list[Batch]]:
@@ -154,11 +157,17 @@ def _student(models: Measure, batch: Batch, *, graph: bool) -> Tensor:
     return hidden_BSH.flatten(0, 1)[batch.student_at_N]
 
 
-def _teacher(models: Measure, batch: Batch, *, past: bool) -> tuple[TeacherScores | None, Past | None]:
-    if past and isinstance(models.teacher, ModelTeacher):
-        hidden_NH, memory = models.teacher.remembering(batch)
-        return TeacherHidden(hidden=hidden_NH, head=models.teacher.head), memory
-    return models.teacher.scores(batch), None
+def _memory(models: Measure, batches: Sequence[Batch]) -> Past | None:
+    teacher = models.teacher
+    if not isinstance(teacher, ModelTeacher) or not Past.possible(teacher.model):
+        return None
+    return Past(teacher.model, batches)
+
+
+def _teacher(models: Measure, batch: Batch, cache: DynamicCache | None) -> TeacherScores | None:
+    if cache is None or not isinstance(models.teacher, ModelTeacher):
+        return models.teacher.scores(batch)
+    return TeacherHidden(hidden=models.teacher.remembered(batch, cache), head=models.teacher.head)
 
 
 def _stats(

@@ -10,10 +10,9 @@ from typing import Literal, Protocol
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from onpath.batch import Batch
-from onpath.engines.branches import Past
-from onpath.engines.hf import roomy_cache
 from onpath.losses import Head, TeacherHidden, TeacherScores
 from onpath.models import head_of, hidden_states, unwrapped
 
@@ -52,21 +51,20 @@ class ModelTeacher:
         return TeacherHidden(hidden=self.hidden(batch), head=self.head)
 
     @torch.no_grad()
-    def remembering(self, batch: Batch) -> tuple[Tensor, Past | None]:
-        """`hidden`, and the keys and values from which continuations can start; None where they cannot."""
-        if not Past.possible(self.model):
-            return self.hidden(batch), None
-        model = unwrapped(self.model)
-        cache = roomy_cache(model)
-        ids_BT = batch.teacher_ids_BT.to(self.device)
-        hidden_BTH = model.get_decoder()(
-            input_ids=ids_BT,
-            attention_mask=batch.teacher_mask_BT.to(self.device),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        found_NH = hidden_BTH.flatten(0, 1)[batch.teacher_at_N.to(self.device)]
-        return found_NH.to(batch.token_N.device), Past(cache=cache, ids_BT=ids_BT)
+    def remembered(self, batch: Batch, cache: DynamicCache) -> Tensor:
+        """`hidden`; the keys and values go into an empty cache."""
+        hidden_BTH = (
+            unwrapped(self.model)
+            .get_decoder()(
+                input_ids=batch.teacher_ids_BT.to(self.device),
+                attention_mask=batch.teacher_mask_BT.to(self.device),
+                past_key_values=cache,
+                use_cache=True,
+            )
+            .last_hidden_state
+        )
+        found_NH: Tensor = hidden_BTH.flatten(0, 1)[batch.teacher_at_N.to(self.device)]
+        return found_NH.to(batch.token_N.device)
 
 
 class SelfTeacher:

@@ -132,11 +132,11 @@ def teacher_futures(
     reading: Reading | None,
 ) -> list[Completion]:
     """What the teacher writes after y_<t: from its scoring pass if that was kept, else reading y_<t anew."""
-    if reading is None or not reading.pasts or not isinstance(tools.writer, HFEngine):
+    if reading is None or reading.past is None or not isinstance(tools.writer, HFEngine):
         return tools.speaker.continue_from([_prefix(f, rollouts) for f in found], sampling, keys=keys)
     rows = {id(t.origin): row for row, t in enumerate(reading.trajectories)}
     places = [(rows[id(rollouts[f.row])], len(rollouts[f.row].context) + f.position) for f in found]
-    return branch(tools.writer, reading.pasts, places, sampling, keys=keys, drafts=reading.drafts())
+    return branch(tools.writer, reading.past, places, sampling, keys=keys, drafts=reading.drafts())
 
 
 def _prefix(fork: Fork, rollouts: Sequence[Rollout]) -> tuple[int, ...]:

@@ -11,19 +11,18 @@ It starts by feeding the last token of the prefix once more, at its own position
 (drafts.py) a step feeds some tokens of a column at once; keys of those that turn out wrong stay, unseen.
 """
 
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
+from onpath.batch import Batch
 from onpath.engines.base import Completion
+from onpath.engines.cache import Stack, attends_plainly, picked, shared
 from onpath.engines.drafts import Drafts
-from onpath.engines.hf import HFEngine, attends_plainly, draw, noise, roomy_cache, shared
+from onpath.engines.hf import HFEngine, draw, noise
 from onpath.models import unwrapped
 from onpath.records import Sampling
 
@@ -38,12 +37,21 @@ _AHEAD = 8  # tokens that one pass checks; drafts beyond a first mistake are was
 Place = tuple[int, int]
 
 
-@dataclass(frozen=True, kw_only=True)
 class Past:
-    """What a scoring pass over right-padded rows leaves."""
+    """What the scoring passes over some batches leave: the keys and values of all their rows.
 
-    cache: DynamicCache
-    ids_BT: Tensor
+    Args:
+        batches: their rows are counted through, in this order.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
+        self.rows = [t.teacher_context + t.response for batch in batches for t in batch.trajectories]
+        longest = max(batch.teacher_ids_BT.shape[1] for batch in batches)
+        self._stack = Stack(unwrapped(model), rows=len(self.rows), length=longest)
+        self.cache = self._stack.cache
+        sizes = [len(batch.trajectories) for batch in batches]
+        self.parts = [self._stack.part(sum(sizes[:i])) for i in range(len(sizes))]
+        """Empty caches: each is for the pass over one batch."""
 
     @staticmethod
     def possible(model: nn.Module) -> bool:
@@ -63,7 +71,7 @@ class _Columns:
 @torch.inference_mode()
 def branch(
     engine: HFEngine,
-    pasts: Sequence[Past],
+    past: Past,
     places: Sequence[Place],
     sampling: Sampling,
     *,
@@ -73,11 +81,12 @@ def branch(
     """One completion per place, as `engine.continue_from` would write after the same ids.
 
     Args:
-        pasts: at least one. Their rows are counted through, in this order.
         drafts: one per row: what is probably written, checked several tokens at a time.
     """
     limit, count = sampling.max_new_tokens, len(places)
-    uniform = np.stack([noise(sampling.seed, key, limit) for key in keys]) if keys else np.zeros((0, limit))
+    uniform = np.zeros((count, limit))
+    if sampling.temperature > 0 and count:
+        uniform = np.stack([noise(sampling.seed, key, limit) for key in keys])
     paper = _Paper(
         uniform_NL=torch.from_numpy(uniform).to(engine.device),
         tokens_NL=torch.zeros(count, limit, dtype=torch.long, device=engine.device),
@@ -90,7 +99,7 @@ def branch(
     try:
         queries = min(_QUERIES, _LOGITS // unwrapped(engine.model).config.vocab_size)
         for columns in _rounds(places, engine.device, max(1, queries // (1 if drafts is None else _AHEAD))):
-            _write(engine, pasts, columns, paper, drafts)
+            _write(engine, past, columns, paper, drafts)
     finally:
         engine.model.train(was_training)
     rows = zip(paper.tokens_NL.tolist(), paper.logps_NL.tolist(), strict=True)
@@ -165,7 +174,7 @@ class _Paper:
 
 def _write(
     engine: HFEngine,
-    pasts: Sequence[Past],
+    past: Past,
     columns: _Columns,
     paper: _Paper,
     drafts: Sequence[Drafts] | None,
@@ -174,8 +183,10 @@ def _write(
     index_BC, length_BC = columns.index_BC, columns.length_BC
     row_B = torch.tensor(columns.rows, device=engine.device)
     longest, limit = int(length_BC.max()), paper.sampling.max_new_tokens
-    cache = _merged(engine, pasts, columns.rows, longest - 1)
-    last_BC, count_BC = _last_tokens(pasts, columns), torch.zeros_like(length_BC)
+    cache = shared(past.cache)
+    if columns.rows != tuple(range(len(past.rows))):
+        cache = picked(past.cache, row_B, longest - 1)
+    last_BC, count_BC = _last_tokens(past, columns), torch.zeros_like(length_BC)
     seen_BCT = torch.arange(cache.get_seq_length(), device=engine.device) < (length_BC - 1)[..., None]
     own_CC = torch.eye(length_BC.shape[1], dtype=torch.bool, device=engine.device)
     writing_BC = index_BC >= 0
@@ -240,43 +251,10 @@ def _drafted(
     return torch.tensor(padded, dtype=torch.long, device=count_BC.device).reshape(*count_BC.shape, longest)
 
 
-def _merged(engine: HFEngine, pasts: Sequence[Past], rows: Sequence[int], cut: int) -> DynamicCache:
-    """A cache over some rows of all passes: the first `cut` tokens, or one whole pass where it lies."""
-    if len(pasts) == 1 and list(rows) == list(range(len(pasts[0].ids_BT))):
-        return shared(pasts[0].cache)
-    mine, starts = roomy_cache(unwrapped(engine.model)), _starts(pasts)
-    chosen = [
-        (into, p, [rows[i] - first for i in into])
-        for p, (first, end) in enumerate(pairwise(starts))
-        if (into := [i for i, row in enumerate(rows) if first <= row < end])
-    ]
-    for depth in range(len(mine.layers)):
-        both = []
-        for name in ("keys", "values"):
-            like = getattr(pasts[0].cache.layers[depth], name)
-            # Zeros: what a mask hides must still be finite.
-            all_rows = like.new_zeros(len(rows), like.shape[1], cut, like.shape[3])
-            for into, p, picked in chosen:
-                part = getattr(pasts[p].cache.layers[depth], name)[picked, :, :cut]
-                all_rows[into, :, : part.shape[2]] = part
-            both.append(all_rows)
-        mine.update(both[0], both[1], depth)
-    return mine
-
-
-def _starts(pasts: Sequence[Past]) -> list[int]:
-    """Number of each pass's first row; rows are counted through all passes."""
-    return [0, *accumulate(len(p.ids_BT) for p in pasts)]
-
-
-def _last_tokens(pasts: Sequence[Past], columns: _Columns) -> Tensor:
+def _last_tokens(past: Past, columns: _Columns) -> Tensor:
     """Of each prefix: what the first step feeds."""
-    starts = _starts(pasts)
-    found = torch.zeros_like(columns.length_BC)
-    for b, row in enumerate(columns.rows):
-        p = bisect_right(starts, row) - 1
-        found[b] = pasts[p].ids_BT[row - starts[p]][columns.length_BC[b] - 1]
-    return found
+    lengths = zip(columns.rows, columns.length_BC.tolist(), strict=True)
+    return columns.length_BC.new_tensor([[past.rows[row][n - 1] for n in mine] for row, mine in lengths])
 
 
 def _completion(ids: list[int], logps: list[float], stop_ids: frozenset[int]) -> Completion:

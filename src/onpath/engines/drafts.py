@@ -8,6 +8,7 @@ on it.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 
 
 class Drafts:
@@ -26,16 +27,21 @@ class Drafts:
 
     def __init__(self, *, start: int, response: Sequence[int], likeliest: Sequence[int]) -> None:
         self.start, self.response, self.likeliest = start, tuple(response), list(likeliest)
-        self._after: dict[tuple[int, ...], list[int]] = {}
-        for at in range(1, len(response)):
-            for key in {tuple(response[at - 1 : at]), tuple(response[max(0, at - 2) : at])}:
-                self._after.setdefault(key, []).append(at)
+
+    @cached_property
+    def _after(self) -> dict[int, list[int]]:
+        """Token → the places after it."""
+        found: dict[int, list[int]] = {}
+        for at, token in enumerate(self.response[:-1], start=1):
+            found.setdefault(token, []).append(at)
+        return found
 
     def after(self, *, length: int, written: Sequence[int], room: int) -> list[int]:
         """At most `room` tokens that may follow `written`, which follows the row's first `length` tokens."""
         at = length - self.start + len(written)
         if written:
             before = (*self.response[max(0, length - self.start - 1) : length - self.start], *written)
-            places = self._after.get(before[-2:]) or self._after.get(before[-1:]) or []
-            at = min(places, key=lambda place: abs(place - at), default=at)
+            places = self._after.get(before[-1], [])
+            pairs = [p for p in places if p > 1 and self.response[p - 2 : p] == before[-2:]]
+            at = min(pairs or places, key=lambda place: abs(place - at), default=at)
         return self.likeliest[at : at + room]

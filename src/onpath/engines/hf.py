@@ -8,16 +8,14 @@ A decoding loop of our own, not `generate`: the log-probs of the distribution dr
 import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from onpath.batch import collate, micro_batches
 from onpath.engines.base import Completion, sampled
+from onpath.engines.cache import attends_plainly, roomy_cache
 from onpath.errors import UserError
 from onpath.losses import token_stats
 from onpath.models import context_length, head_of, hidden_states, unwrapped
@@ -27,7 +25,6 @@ from onpath.render import Renderer
 # B rows, T tokens so far, V vocabulary.
 _COMPACT_BELOW = 0.75  # drop finished rows once fewer than this share of the batch is still writing
 _LOOK_EVERY = {"cpu": 1}  # tokens between two looks at who is still writing: each look waits for a GPU
-_ROOM_MIN = 64  # tokens for which a full cache layer grows, at least
 
 
 class HFEngine:
@@ -205,67 +202,6 @@ class HFEngine:
             )
             for ids, logps, n, stopped in zip(*columns, strict=True)
         ]
-
-
-class _Room(DynamicLayer):
-    """Keys and values in tensors with room for more: a `DynamicLayer` copies all of them at every token."""
-
-    _room: tuple[Tensor, Tensor] | None = None
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Appends; see `DynamicLayer.update`."""
-        begin = self.get_seq_length()
-        end = begin + key_states.shape[-2]
-        if self._room is None or end > self._room[0].shape[-2]:
-            self._grow(key_states, value_states, begin, end)
-        assert self._room is not None
-        for room, new in zip(self._room, (key_states, value_states), strict=True):
-            room[:, :, begin:end] = new
-        self.keys, self.values = (room[:, :, :end] for room in self._room)
-        return self.keys, self.values
-
-    def _grow(self, key_states: Tensor, value_states: Tensor, begin: int, end: int) -> None:
-        room = end + max(_ROOM_MIN, end // 4)
-        grown = tuple(x.new_empty(*x.shape[:2], room, x.shape[3]) for x in (key_states, value_states))
-        if self._room is not None:
-            for new, old in zip(grown, self._room, strict=True):
-                new[:, :, :begin] = old[:, :, :begin]
-        self._room = (grown[0], grown[1])
-        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-
-    def shared(self) -> "_Room":
-        """Another layer over the same memory."""
-        other = _Room()
-        other._room, other.keys, other.values = self._room, self.keys, self.values
-        other.dtype, other.device, other.is_initialized = self.dtype, self.device, self.is_initialized
-        return other
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Only these rows."""
-        if self._room is not None:
-            length = self.get_seq_length()
-            self._room = (self._room[0][indices], self._room[1][indices])
-            self.keys, self.values = (room[:, :, :length] for room in self._room)
-
-
-def roomy_cache(model: PreTrainedModel) -> DynamicCache:
-    """The model's own kind of cache; its layers of plain attention with room."""
-    cache = DynamicCache(config=model.config)
-    cache.layers = [_Room() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
-
-
-def shared(cache: DynamicCache) -> DynamicCache:
-    """A roomy cache over the same memory; it goes on behind the end of the other, which does not see it."""
-    mine = DynamicCache()
-    mine.layers = [layer.shared() if isinstance(layer, _Room) else layer for layer in cache.layers]
-    return mine
-
-
-def attends_plainly(model: PreTrainedModel) -> bool:
-    """Full attention in every layer through torch's own kernel: it takes a mask that we have made."""
-    plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
-    return plain and model.config._attn_implementation == "sdpa" and not model.config.to_dict().get("alibi")
 
 
 def noise(seed: int, key: str, length: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:

@@ -25,7 +25,7 @@ def largest(x_RV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     rows, vocabulary = x_RV.shape
     k, blocks = min(k, vocabulary), vocabulary // _BLOCK
     if x_RV.device.type != "cpu" or blocks < 8 * k:
-        values, ids = torch.topk(x_RV, k)
+        values, ids = x_RV.max(-1, keepdim=True) if k == 1 else torch.topk(x_RV, k)
         return values, ids
     whole = blocks * _BLOCK
     peaks_RB = x_RV[:, :whole].unflatten(-1, (blocks, _BLOCK)).amax(-1)

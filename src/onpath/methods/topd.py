@@ -77,7 +77,7 @@ class TOPD:
         begun = time.perf_counter()
         for reading in read(self.tools.measure, trained, into=readings, past=options.reuse_cache):
             here: list[Fork] = []
-            for t, values in reading.by_trajectory():
+            for t, values in reading.by_trajectory(("reverse_kl", "student_logp", "teacher_logp")):
                 row = rows[id(t)]
                 key = forks.key_of(rollouts[row])
                 here += forks.select(values, row=row, count=counts[row], key=key, options=options, seed=seed)

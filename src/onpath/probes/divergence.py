@@ -121,7 +121,7 @@ def probe(parts: Parts, *, rollouts: int, window: int | None, each: int, everywh
             row = rows[id(t.origin)]
             mine = chosen(values, made[row], options, each, seed=parts.config.run.seed)
             groups |= {(row, position): names for position, names in mine.items()}
-            losses, gaps, _ = ranked_by(values, options)
+            losses, gaps = ranked_by(values, options)
             wanted = range(len(losses)) if everywhere and label_of is not None else sorted(mine)
             here += [Fork(row=row, position=t, loss=losses[t], gap=gaps[t], draw=0.0) for t in wanted]
         found += with_windows(here, made, parts.tools, options, 0, reading)

@@ -117,7 +117,7 @@ def worst_forks(parts: Parts, count: int, options: TOPDOptions) -> list[tuple[Ro
     for reading in read(parts.tools.measure, [own_response(r) for r in made], past=True):
         here = []
         for t, values in reading.by_trajectory():
-            losses, gaps, _ = ranked_by(values, options)
+            losses, gaps = ranked_by(values, options)
             order = sorted(range(len(losses)), key=lambda u: -losses[u])
             (u,) = spaced(order, count=1, min_gap=1)
             here.append(Fork(row=rows[id(t.origin)], position=u, loss=losses[u], gap=gaps[u], draw=0.0))
