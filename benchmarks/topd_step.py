@@ -1,19 +1,21 @@
 """One optimiser step of TOPD against one of OPD: the same student, teacher, prompts, rollouts and optimiser.
 
-    python benchmarks/topd_step.py [--pairs 40] [--threads 1]
+    python benchmarks/topd_step.py [--pairs 100] [--window 24 14] [--threads 1]
 
-One process, pairs in order A B, B A; both sides of a pair sample the same rollouts (one seed, and a learning
-rate so small that the weights hardly move). TOPD's extra work is split by its own clock: reading with both
-models (which the loss then does not repeat), windows, transport, targets.
+One process, one length of windows after the other, pairs in order A B, B A; both sides of a pair sample the
+same rollouts (one seed, and a learning rate so small that the weights hardly move). TOPD's extra work is
+split by its own clock: reading with both models (which the loss then does not repeat), windows, transport,
+targets.
 """
 
 import argparse
 import json
 import logging
+import math
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,6 @@ from common import Spread, environment, environment_line, write
 
 STAGES = ("sample", "correct", "score", "train")
 PARTS = ("read", "windows", "transport", "targets")
-COUNTS = ("fork_candidates", "forks", "teacher_tokens_generated")
 WARM_UP = 3
 
 
@@ -48,7 +49,7 @@ def settings(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure(directory: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(directory: Path, options: argparse.Namespace, window: int) -> list[dict[str, Any]]:
     """Seconds of both sides of each pair."""
     from onpath import config
     from onpath.assemble import assemble, make_optimizer
@@ -57,7 +58,7 @@ def measure(directory: Path, options: argparse.Namespace) -> list[dict[str, Any]
 
     base = settings(directory, options)
     plain = assemble(config.build(base))
-    method = {"name": "topd", "window": options.window, "reuse_cache": not options.no_cache}
+    method = {"name": "topd", "window": window, "reuse_cache": not options.no_cache}
     changed = config.build({**base, "method": method})
     guided = replace(plain, config=changed, method=make_method(changed.method, plain.tools))
     optimizer, _ = make_optimizer(plain)
@@ -94,28 +95,53 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "share_of_opd_step": {
             k: Spread.of([r["topd"][k] / p for r, p in zip(rows, plain, strict=True)]).median for k in PARTS
         },
-        "ratio": vars(Spread.of([r["topd"]["step"] / p for r, p in zip(rows, plain, strict=True)])),
+        "ratio": ratio_of([r["topd"]["step"] / p for r, p in zip(rows, plain, strict=True)]),
         "counts": {k: Spread.of([r["counts"][k] for r in rows]).median for k in rows[0]["counts"]},
     }  # fmt: skip
 
 
+def ratio_of(ratios: Sequence[float]) -> dict[str, Any]:
+    """With a 95% interval of the median, from the order statistics (binomial, normal approximation)."""
+    ordered, n = sorted(ratios), len(ratios)
+    reach = 0.98 * math.sqrt(n)
+    ends = max(0, math.floor(n / 2 - reach)), min(n - 1, math.ceil(n / 2 + reach))
+    return {**vars(Spread.of(ratios)), "median_ci95": [ordered[i] for i in ends]}
+
+
 def markdown(data: Mapping[str, Any]) -> str:
-    """The table that is committed."""
-    found, s = data["summary"], data["settings"]
-
-    def cell(value: Mapping[str, float]) -> str:
-        return f"{1000 * value['median']:.0f} [{1000 * value['low']:.0f}, {1000 * value['high']:.0f}]"
-
+    """The page that is committed."""
+    s = data["settings"]
     lines = [
         "# One step of TOPD against one of OPD",
         "",
         f"`python benchmarks/topd_step.py {s['command']}`: {environment_line(data['environment'])}. "
-        f"The gym's bundled models, {s['prompts']} prompts, K = {s['window']}, "
-        f"{s['micro_batch_tokens']} tokens per micro-batch; per step "
-        f"{found['counts']['tokens']:.0f} response tokens, "
-        f"{found['counts']['fork_candidates']:.0f} candidates, "
-        f"{found['counts']['forks']:.0f} forks, "
-        f"{found['counts']['teacher_tokens_generated']:.0f} window tokens.",
+        f"The gym's bundled models, {s['prompts']} prompts, at most {s['micro_batch_tokens']} tokens per "
+        "micro-batch.",
+    ]
+    for window, found in data["windows"].items():
+        lines += ["", *section(window, found["summary"])]
+    lines += [
+        "",
+        "`read` is the student's and the teacher's forward pass, which score and train then leave out.",
+    ]
+    return "\n".join(lines)
+
+
+def section(window: str, found: Mapping[str, Any]) -> list[str]:
+    """One length of windows."""
+
+    def cell(value: Mapping[str, float]) -> str:
+        return f"{1000 * value['median']:.0f} [{1000 * value['low']:.0f}, {1000 * value['high']:.0f}]"
+
+    counts, r = found["counts"], found["ratio"]
+    lines = [
+        f"## K = {window}",
+        "",
+        f"Ratio of paired steps: median **{r['median']:.3f}** (95% interval "
+        f"{r['median_ci95'][0]:.3f}-{r['median_ci95'][1]:.3f}; quartiles {r['low']:.3f}, {r['high']:.3f}), "
+        f"n = {r['n']}. Per step {counts['tokens']:.0f} response tokens, "
+        f"{counts['fork_candidates']:.0f} candidates, {counts['forks']:.0f} forks, "
+        f"{counts['teacher_tokens_generated']:.0f} window tokens.",
         "",
         "| ms, median [quartiles] | OPD | TOPD |",
         "|---|---|---|",
@@ -124,30 +150,22 @@ def markdown(data: Mapping[str, Any]) -> str:
         lines.append(
             f"| {key} | {cell(found['seconds']['opd'][key])} | {cell(found['seconds']['topd'][key])} |"
         )
-    r = found["ratio"]
     lines += [
-        "",
-        f"Ratio of paired steps: median **{r['median']:.3f}** "
-        f"[{r['low']:.3f}, {r['high']:.3f}], n = {r['n']}.",
         "",
         "| TOPD's `correct` | ms | share of OPD's step |",
         "|---|---|---|",
     ]
     for key in PARTS:
         lines.append(f"| {key} | {cell(found['parts'][key])} | {found['share_of_opd_step'][key]:.1%} |")
-    lines += [
-        "",
-        "`read` is the student's and the teacher's forward pass, which score and train then leave out.",
-    ]
-    return "\n".join(lines)
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--pairs", type=int, default=100)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--window", type=int, default=24)
+    parser.add_argument("--window", type=int, nargs="+", default=[24, 14])
     parser.add_argument("--micro-batch-tokens", type=int, default=16_384)
     parser.add_argument(
         "--no-cache", action="store_true", help="windows read each prefix anew; writes no results"
@@ -155,15 +173,21 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     logging.disable(logging.WARNING)
-    with tempfile.TemporaryDirectory() as name:
-        rows = measure(Path(name), options)
-    shown = ("pairs", "threads", "prompts", "window", "micro_batch_tokens")
+    windows: dict[str, Any] = {}
+    for window in options.window:
+        with tempfile.TemporaryDirectory() as name:
+            rows = measure(Path(name), options, window)
+        windows[str(window)] = {
+            "summary": summary(rows),
+            "ratios": [round(r["topd"]["step"] / r["opd"]["step"], 4) for r in rows],
+        }
+    shown = ("pairs", "threads", "prompts", "micro_batch_tokens")
     command = " ".join(f"--{k.replace('_', '-')} {getattr(options, k)}" for k in shown)
+    command += " --window " + " ".join(windows)
     data = {
         "environment": environment(),
         "settings": {**{k: getattr(options, k) for k in shown}, "command": command},
-        "summary": summary(rows),
-        "pairs": rows,
+        "windows": windows,
     }
     if options.no_cache:
         print(markdown(data))
