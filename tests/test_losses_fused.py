@@ -440,6 +440,36 @@ def test_lower_precision_stays_within_its_tolerance(problem, options, dtype, tol
         assert (a.grad.double() - b.grad).abs().max() <= tolerance * b.grad.abs().max()
 
 
+@pytest.mark.parametrize("rows", [17, 3])
+@pytest.mark.parametrize("tokens", [11, 9, 2])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_half_precision_head_gets_its_gradient_in_blocks(rows, tokens, scale):
+    """The same sums as for a float32 head of the same numbers, rounded once; none for padded rows."""
+    torch.manual_seed(0)
+    hidden, teacher_hidden = torch.randn(2, rows, 6).bfloat16()
+    weight, teacher_weight = torch.randn(2, 11, 6).bfloat16()
+    grads = []
+    for dtype, factor in ((torch.float32, 1.0), (torch.bfloat16, scale)):
+        head = weight.to(dtype).requires_grad_()
+        loss = fused_objective(
+            student_hidden=hidden.to(dtype),
+            student_head=Head(weight=head, tokens=tokens),
+            teacher=TeacherHidden(
+                hidden=teacher_hidden.to(dtype), head=Head(weight=teacher_weight.to(dtype), tokens=tokens)
+            ),
+            objective=Objective(kind="reverse_kl"),
+            weights=torch.ones(rows),
+            denominator=float(rows),
+            chunk_rows=4,
+        ).loss
+        (factor * loss).backward()
+        grads.append(head.grad)
+    assert grads[1].dtype == torch.bfloat16
+    assert (grads[1][tokens:] == 0).all()
+    assert (grads[1][:tokens] != 0).all()
+    torch.testing.assert_close(grads[1], (scale * grads[0]).bfloat16(), rtol=2**-7, atol=1e-6)
+
+
 CHANGES = [
     ({"kind": "reverse_kl"}, {"kind": "forward_kl"}),
     ({"kind": "jensen_shannon", "beta": 0.3}, {"kind": "jensen_shannon", "beta": 0.4}),

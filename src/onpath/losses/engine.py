@@ -18,7 +18,7 @@ from torch import Tensor
 from onpath.losses import head as heads
 from onpath.losses import rows
 from onpath.losses.guided import Guided, guided_rows
-from onpath.losses.head import Head
+from onpath.losses.head import Head, WeightGradient
 from onpath.losses.records import (
     SparseGuidance,
     StatsRequest,
@@ -63,7 +63,7 @@ class Gradients:
     """In the working dtype; None: not wanted."""
 
     hidden: Tensor | None = None
-    weight: Tensor | None = None
+    weight: WeightGradient | None = None
     bias: Tensor | None = None
     objective_sq: Tensor | None = None
     guidance_sq: Tensor | None = None
@@ -151,7 +151,7 @@ def _allocate(inputs: Inputs, like: Tensor) -> Gradients:
     if inputs.grad_hidden:
         found.hidden = like.new_zeros(inputs.student_hidden.shape)
     if inputs.grad_weight:
-        found.weight = like.new_zeros(head.weight.shape)
+        found.weight = WeightGradient(head.weight, like.dtype)
     if inputs.grad_bias:
         assert head.bias is not None
         found.bias = like.new_zeros(head.bias.shape)
@@ -323,7 +323,7 @@ def _products(
             _add_hidden(into, here, grad_CV, scale_C, weight_VH)
     if into.weight is not None:
         scaled_CH = inputs.student_hidden[here].to(grad_CV.dtype) * scale_C[:, None]
-        heads.add_weight_gradient_(into.weight[:vocabulary], _operand(grad_CV, weight_VH), scaled_CH)
+        into.weight.add_(_operand(grad_CV, weight_VH), scaled_CH)
     if into.bias is not None:
         into.bias[:vocabulary] += scale_C @ grad_CV
 

@@ -13,6 +13,7 @@ from torch import Tensor
 _UPCAST_BYTES = (
     64 * 2**20
 )  # of one block of a half-precision weight, in float32, where there is no mixed product
+_GRADIENT_BLOCKS = 8  # of a half-precision head's gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +115,47 @@ def hidden_gradient(grad_CV: Tensor, weight_VH: Tensor) -> Tensor:
     return grad_CH
 
 
-def add_weight_gradient_(grad_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor) -> None:
-    """grad_VH += gradᵀ · hidden, accumulated in the working dtype: sums rounded to bfloat16 per chunk would
-    be biased."""
+class WeightGradient:
+    """∂/∂W, accumulated in the working dtype: sums rounded to bfloat16 per chunk would be biased.
+
+    A half-precision head on a CPU has it in blocks of rows: as the gradient is handed over in the head's
+    dtype each block is freed once it is read, so that there are never two whole copies.
+    """
+
+    def __init__(self, weight_VH: Tensor, dtype: torch.dtype) -> None:
+        rows, width = weight_VH.shape
+        step = rows if weight_VH.dtype == dtype or weight_VH.is_cuda else -(-rows // _GRADIENT_BLOCKS)
+        sizes = [min(step, rows - start) for start in range(0, rows, step)]
+        self.blocks = [weight_VH.new_zeros(size, width, dtype=dtype) for size in sizes]
+
+    def add_(self, grad_CV: Tensor, hidden_CH: Tensor) -> None:
+        """+= gradᵀ · hidden. Rows beyond grad's columns are padding of the vocabulary."""
+        start = 0
+        for block_VH in self.blocks:
+            part_CV = grad_CV[:, start : start + len(block_VH)]
+            _add_product_(block_VH[: part_CV.shape[1]], part_CV, hidden_CH)
+            start += len(block_VH)
+
+    def mul_(self, factor: Tensor) -> "WeightGradient":
+        """In place."""
+        for block_VH in self.blocks:
+            block_VH.mul_(factor)
+        return self
+
+    def to(self, dtype: torch.dtype) -> Tensor:
+        """[V, H] in another dtype. The blocks are gone afterwards."""
+        if len(self.blocks) == 1:
+            return self.blocks.pop().to(dtype)
+        whole_VH = self.blocks[0].new_empty(sum(map(len, self.blocks)), self.blocks[0].shape[1], dtype=dtype)
+        end = len(whole_VH)
+        while self.blocks:
+            block_VH = self.blocks.pop()
+            whole_VH[end - len(block_VH) : end] = block_VH
+            end -= len(block_VH)
+        return whole_VH
+
+
+def _add_product_(grad_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor) -> None:
     if grad_CV.dtype == grad_VH.dtype:
         grad_VH.addmm_(grad_CV.t(), hidden_CH.to(grad_VH.dtype))
     else:
