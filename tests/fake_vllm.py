@@ -34,8 +34,8 @@ class FakeVLLM:
         self.headers: list[str | None] = []
         self.resets = 0
         self.takes_weights = True
-        self.waits_for_push = False
-        """Completions wait until new weights arrive after the request, or 0.3 s."""
+        self.waits_for_push: Callable[[Answer], bool] = lambda body: False
+        """Which requests wait until new weights arrive after them, or 0.3 s."""
         self._pushes = 0
         self._pushed = threading.Condition()
         self._original = {k: v.clone() for k, v in unwrapped(engine.model).state_dict().items()}
@@ -75,7 +75,7 @@ class FakeVLLM:
                 body = json.loads(self.rfile.read(size) or b"{}")
                 fake.headers.append(self.headers.get("Authorization"))
                 time.sleep(fake.slow)
-                if fake.waits_for_push and "seed" in body:
+                if fake.waits_for_push(body):
                     fake.wait_for_push()
                 with fake._lock:
                     answer = fake.answer(self.path, body)

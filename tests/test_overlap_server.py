@@ -54,9 +54,9 @@ def remote(tiny: Tiny, student: FakeVLLM, **more: Any) -> Config:
 
 def overlapped(tiny: Tiny, student: FakeVLLM) -> tuple[list[set[int]], list[Any]]:
     """Versions of the rollouts and losses, step by step. A push that did not wait would fall into a batch."""
-    student.waits_for_push = True
+    student.waits_for_push = lambda body: "seed" in body
     run = train(remote(tiny, student, rollout__overlap=True), quiet=True).directory
-    student.waits_for_push = False
+    student.waits_for_push = lambda body: False
     rows = read_lines(run / "metrics.jsonl")
     assert [r["staleness"] for r in rows] == [0, 1, 1, 1]
     return versions(run), [r["loss"] for r in rows]
