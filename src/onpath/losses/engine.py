@@ -108,7 +108,6 @@ def run(inputs: Inputs) -> Outcome:
     if count == 0:
         outcome.stats = {"student_entropy": like.new_zeros(0)}
         return outcome
-    pieces: list[rows.Stats] = []
     student_VH, teacher_VH = _cut_weights(inputs)
     buffers = _buffers(inputs, like, chunk, block)
     masked = inputs.student_head.masks() or (
@@ -127,10 +126,10 @@ def run(inputs: Inputs) -> Outcome:
             hidden_CH = inputs.teacher.hidden[here]
             teacher_CV = heads.logits_(inputs.teacher.head, teacher_VH, hidden_CH, buffers.teacher[:size])
         guided = guided_rows(inputs.guidance, here, weights_N)
-        values, chunk_stats = _by_blocks(inputs, here, student_CV, teacher_CV, buffers, block, masked, guided)
-        pieces += chunk_stats
+        values = _by_blocks(
+            inputs, here, student_CV, teacher_CV, buffers, block, masked, guided, outcome.stats
+        )
         _close_chunk(inputs, outcome, here, values, weights_N[here], student_CV, student_VH, guided)
-    outcome.stats = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
     return outcome
 
 
@@ -192,24 +191,33 @@ def _by_blocks(
     block_rows: int,
     masked: bool,
     guided: Guided | None,
-) -> tuple[Tensor, list[rows.Stats]]:
-    """Values [C] and statistics of a chunk; the gradient replaces `student_CV`."""
-    values: list[Tensor] = []
-    found: list[rows.Stats] = []
+    into: rows.Stats,
+) -> Tensor:
+    """Values [C] of a chunk. Its statistics go `into` those of all tokens; the gradient replaces
+    `student_CV`."""
+    values_C = student_CV.new_zeros(len(student_CV))
     for block, at, slope_RV in _blocks(inputs, here, student_CV, teacher_CV, buffers, block_rows, masked):
         stats = rows.measure(block, inputs.request)
-        found.append(stats)
+        _keep(stats, into, slice(here.start + at.start, here.start + at.stop), len(inputs.student_hidden))
         if guided is not None:
             guided.add(block, at, slope_RV, gradient=inputs.any_grad)
         if inputs.objective is None:
-            values.append(torch.zeros_like(stats["student_entropy"]))
             continue
-        values.append(rows.evaluate(block, inputs.objective, stats, gradient=inputs.any_grad))
+        values_C[at] = rows.evaluate(block, inputs.objective, stats, gradient=inputs.any_grad)
         if slope_RV is not None and inputs.any_grad:
             block.student_logp.mul_(slope_RV)
         if guided is not None:
             guided.store(teacher_CV)
-    return torch.cat(values), found
+    return values_C
+
+
+def _keep(found: rows.Stats, into: rows.Stats, at: slice, count: int) -> None:
+    """In tensors for all `count` tokens: small ones that live on would keep the large ones between them from
+    being given back."""
+    for name, value in found.items():
+        if name not in into:
+            into[name] = value.new_empty(count, *value.shape[1:])
+        into[name][at] = value
 
 
 def _blocks(
