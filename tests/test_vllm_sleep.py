@@ -65,7 +65,6 @@ class Recorder:
 
 @pytest.fixture
 def library(model_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
-
     fake = fake_of(model_dirs["student"])
     fake.stop()
     module = ModuleType("vllm")

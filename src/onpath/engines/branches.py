@@ -13,6 +13,7 @@ It starts by feeding the last token of the prefix once more, at its own position
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -47,10 +48,10 @@ class Past:
     def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
         self.rows = [t.teacher_context + t.response for batch in batches for t in batch.trajectories]
         longest = max(batch.teacher_ids_BT.shape[1] for batch in batches)
-        self._stack = Stack(unwrapped(model), rows=len(self.rows), length=longest)
-        self.cache = self._stack.cache
-        sizes = [len(batch.trajectories) for batch in batches]
-        self.parts = [self._stack.part(sum(sizes[:i])) for i in range(len(sizes))]
+        stack = Stack(unwrapped(model), rows=len(self.rows), length=longest)
+        self.cache = stack.cache
+        starts = accumulate((len(batch.trajectories) for batch in batches[:-1]), initial=0)
+        self.parts = [stack.part(start) for start in starts]
         """Empty caches: each is for the pass over one batch."""
 
     @staticmethod
