@@ -48,7 +48,7 @@ class Fork:
     cap: float = 1.0
     """min(1, median ℓ / ℓ_t) with the reverse KL as ℓ: its weight if it is suppressed."""
     draw: float
-    """Uniform in [0, 1), a pure function of (seed, step, rollout, position): for controls."""
+    """Uniform in [0, 1), a pure function of (seed, step, rollout, position), where a control needs it."""
     student: tuple[int, ...] = ()
     teacher: tuple[int, ...] = ()
     distance: float = float("nan")
@@ -109,7 +109,7 @@ def select(
     losses, gaps = ranked_by(values, options)
     size, kl = len(losses), values["reverse_kl"]
     median = max(0.0, statistics.median(kl)) if size else 0.0
-    lots = noise(seed, f"{key}/lots", size)
+    lots = noise(seed, f"{key}/lots", size) if draws_lots(options) else np.zeros(size)
 
     def fork(t: int, decision: Decision) -> Fork:
         return Fork(
@@ -134,6 +134,11 @@ def select(
         calm = [t for t in at_random() if t in low]
         found += [fork(t, "reference") for t in spaced(calm, count=count, min_gap=options.min_gap)]
     return sorted(found, key=lambda f: f.position)
+
+
+def draws_lots(options: TOPDOptions) -> bool:
+    """Whether a control decides by `Fork.draw`."""
+    return options.decide == "random_positions" or options.suppress == "high" or options.plan == "shuffled"
 
 
 def ranked_by(values: Mapping[str, Sequence[float]], options: TOPDOptions) -> tuple[list[float], list[float]]:

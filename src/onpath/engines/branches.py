@@ -33,7 +33,7 @@ _COMPACT_BELOW = 0.7  # drop finished rows once fewer than this share is still w
 _TWICE = 0.25  # share of rows that may come a second time, so that no row of few places waits for one of many
 _QUERIES = 16_384  # rows × columns × tokens of one forward pass
 _LOGITS = 2**27  # and times the vocabulary
-_AHEAD = 8  # tokens that one pass checks; drafts beyond a first mistake are wasted
+_AHEAD = 8  # tokens that one pass checks, at most; drafts beyond a first mistake are wasted
 
 Place = tuple[int, int]
 
@@ -154,6 +154,12 @@ class _Paper:
     sampling: Sampling
     stops: Tensor
 
+    @property
+    def ahead(self) -> int:
+        """Tokens per pass: the fewest passes that a right draft needs, evenly."""
+        limit = self.tokens_NL.shape[1]
+        return -(-limit // -(-limit // _AHEAD))
+
     def add(self, index_R: Tensor, count_R: Tensor, fed_RI: Tensor, logits_RIV: Tensor) -> Tensor:
         """Draws after each token fed and writes the draws up to the first that was not fed next, or that ends
         the place's text: their number [R]. No token after a stop is part of it."""
@@ -244,7 +250,7 @@ def _drafted(
                 guess = drafts[columns.rows[b]].after(
                     length=length[b][c],
                     written=written[index[b][c]][: count[b][c]],
-                    room=min(_AHEAD - 1, room - count[b][c]),
+                    room=min(paper.ahead - 1, room - count[b][c]),
                 )
             found[-1].append(guess)
     longest = max(len(guess) for row in found for guess in row)
