@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# Of one block of a half-precision weight, in float32, where there is no mixed product: what an allocator keeps,
-# for fresh pages for every block cost a fifth of the time.
+# Of one block of a half-precision weight, in float32, where there is no mixed product: small enough for the
+# allocator to keep, as fresh pages for every block cost a fifth of the time.
 _UPCAST_BYTES = 16 * 2**20
 _GRADIENT_BLOCKS = 8  # of a half-precision head's gradient
 
