@@ -194,14 +194,14 @@ def measure(p: Problem, names: list[str], rounds: int, want_memory: bool) -> lis
     agreed = check(p, names)
     times: dict[str, list[float]] = {name: [] for name in names}
     memory: dict[str, int] = {}
-    for _ in range(rounds):
+    for _ in range(max(rounds, int(want_memory))):
         for name in names:
             if want_memory and name not in memory:
                 seconds, memory[name] = watched(name, p)
             else:
                 seconds = once(name, p)
             times[name].append(seconds)
-    ceiling = bound(p) if rounds else 0.0
+    ceiling = bound(p) if times[names[0]] else 0.0
     work = 4 * 2 * len(p.hidden) * p.head.numel()
     rows = []
     for name in names:

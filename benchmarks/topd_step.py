@@ -95,17 +95,22 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "share_of_opd_step": {
             k: Spread.of([r["topd"][k] / p for r, p in zip(rows, plain, strict=True)]).median for k in PARTS
         },
-        "ratio": ratio_of([r["topd"]["step"] / p for r, p in zip(rows, plain, strict=True)]),
+        "ratio": ratio_of(ratios(rows)),
         "counts": {k: Spread.of([r["counts"][k] for r in rows]).median for k in rows[0]["counts"]},
     }  # fmt: skip
 
 
-def ratio_of(ratios: Sequence[float]) -> dict[str, Any]:
+def ratios(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    """TOPD's step over OPD's, pair by pair."""
+    return [r["topd"]["step"] / r["opd"]["step"] for r in rows]
+
+
+def ratio_of(values: Sequence[float]) -> dict[str, Any]:
     """With a 95% interval of the median, from the order statistics (binomial, normal approximation)."""
-    ordered, n = sorted(ratios), len(ratios)
+    ordered, n = sorted(values), len(values)
     reach = 0.98 * math.sqrt(n)
     ends = max(0, math.floor(n / 2 - reach)), min(n - 1, math.ceil(n / 2 + reach))
-    return {**vars(Spread.of(ratios)), "median_ci95": [ordered[i] for i in ends]}
+    return {**vars(Spread.of(values)), "median_ci95": [ordered[i] for i in ends]}
 
 
 def markdown(data: Mapping[str, Any]) -> str:
@@ -179,7 +184,7 @@ def main() -> None:
             rows = measure(Path(name), options, window)
         windows[str(window)] = {
             "summary": summary(rows),
-            "ratios": [round(r["topd"]["step"] / r["opd"]["step"], 4) for r in rows],
+            "ratios": [round(ratio, 4) for ratio in ratios(rows)],
         }
     shown = ("pairs", "threads", "prompts", "micro_batch_tokens")
     command = " ".join(f"--{k.replace('_', '-')} {getattr(options, k)}" for k in shown)

@@ -40,7 +40,7 @@ class Counted:
         ]
         batch = collate(trajectories)
         self.past = Past(model, [batch])
-        ModelTeacher(model).remembered(batch, self.past.parts[0])
+        ModelTeacher(model).hidden(batch, self.past.parts[0])
         self.passes = 0
         model.get_decoder().register_forward_hook(self._count)
 

@@ -11,7 +11,13 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as hf_logging
 
 from onpath.config import Student, Teacher
@@ -237,8 +243,13 @@ def check_head(model: nn.Module, key: str) -> None:
         )
 
 
-def hidden_states(model: nn.Module, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Last hidden states [B, T, H] of right-padded ids; the head is applied elsewhere, in chunks."""
+def hidden_states(
+    model: nn.Module, ids_BT: Tensor, mask_BT: Tensor, cache: DynamicCache | None = None
+) -> Tensor:
+    """Last hidden states [B, T, H] of right-padded ids; the head is applied elsewhere, in chunks. An empty
+    `cache` receives the keys and values."""
     decoder = unwrapped(model).get_decoder()
-    output = decoder(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
+    output = decoder(
+        input_ids=ids_BT, attention_mask=mask_BT, past_key_values=cache, use_cache=cache is not None
+    )
     return output.last_hidden_state  # type: ignore[no-any-return]

@@ -167,7 +167,7 @@ def _memory(models: Measure, batches: Sequence[Batch]) -> Past | None:
 def _teacher(models: Measure, batch: Batch, cache: DynamicCache | None) -> TeacherScores | None:
     if cache is None or not isinstance(models.teacher, ModelTeacher):
         return models.teacher.scores(batch)
-    return TeacherHidden(hidden=models.teacher.remembered(batch, cache), head=models.teacher.head)
+    return TeacherHidden(hidden=models.teacher.hidden(batch, cache), head=models.teacher.head)
 
 
 def _stats(

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from onpath.batch import Batch
 from onpath.losses import Head, TeacherHidden, TeacherScores
-from onpath.models import head_of, hidden_states, unwrapped
+from onpath.models import head_of, hidden_states
 
 
 class Teacher(Protocol):
@@ -42,29 +42,14 @@ class ModelTeacher:
         self.device = next(model.parameters()).device
 
     @torch.no_grad()
-    def hidden(self, batch: Batch) -> Tensor:
-        """Hidden states [N, H] that predict each response token in the teacher's context."""
-        return _teacher_positions(self.model, batch, self.device)
+    def hidden(self, batch: Batch, cache: DynamicCache | None = None) -> Tensor:
+        """Hidden states [N, H] that predict each response token in the teacher's context. An empty `cache`
+        receives the keys and values."""
+        return _teacher_positions(self.model, batch, self.device, cache)
 
     def scores(self, batch: Batch) -> TeacherHidden:
         """See `Teacher.scores`."""
         return TeacherHidden(hidden=self.hidden(batch), head=self.head)
-
-    @torch.no_grad()
-    def remembered(self, batch: Batch, cache: DynamicCache) -> Tensor:
-        """`hidden`; the keys and values go into an empty cache."""
-        hidden_BTH = (
-            unwrapped(self.model)
-            .get_decoder()(
-                input_ids=batch.teacher_ids_BT.to(self.device),
-                attention_mask=batch.teacher_mask_BT.to(self.device),
-                past_key_values=cache,
-                use_cache=True,
-            )
-            .last_hidden_state
-        )
-        found_NH: Tensor = hidden_BTH.flatten(0, 1)[batch.teacher_at_N.to(self.device)]
-        return found_NH.to(batch.token_N.device)
 
 
 class SelfTeacher:
@@ -130,6 +115,9 @@ class SelfTeacher:
         return {f"ema.{k}": p for k, p in self.model.named_parameters()} if self.weights == "ema" else {}
 
 
-def _teacher_positions(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
-    hidden_BTH = hidden_states(model, batch.teacher_ids_BT.to(device), batch.teacher_mask_BT.to(device))
+def _teacher_positions(
+    model: nn.Module, batch: Batch, device: torch.device, cache: DynamicCache | None = None
+) -> Tensor:
+    ids_BT, mask_BT = batch.teacher_ids_BT.to(device), batch.teacher_mask_BT.to(device)
+    hidden_BTH = hidden_states(model, ids_BT, mask_BT, cache)
     return hidden_BTH.flatten(0, 1)[batch.teacher_at_N.to(device)].to(batch.token_N.device)

@@ -90,8 +90,7 @@ class Stack:
 
     def __init__(self, model: PreTrainedModel, *, rows: int, length: int) -> None:
         self.rows, self.length = rows, length
-        self.cache = DynamicCache()
-        self.cache.layers = [_Room() for _ in roomy_cache(model).layers]
+        self.cache = roomy_cache(model)
 
     def part(self, start: int) -> DynamicCache:
         """An empty cache for the pass whose first row is `start`; it takes one call of the model."""
