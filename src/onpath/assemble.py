@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from onpath import distributed
 from onpath.ahead import Ahead, make_ahead
+from onpath.allocator import keep_freed_memory
 from onpath.cache import Cache
 from onpath.config import Config
 from onpath.cosine import GradientCosine
@@ -105,6 +106,8 @@ def assemble(config: Config) -> Parts:
     tokenizer = load_tokenizer(config.student, "student.model")
     device = distributed.local_device(pick_device(config.student.device, "student.device"))
     distributed.start(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     renderer = make_renderer(config, tokenizer)
     base = load_model(config.student, "student.model", device)
     stops = stop_ids(base, tokenizer)

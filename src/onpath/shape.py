@@ -120,15 +120,16 @@ def sparse_guidance(batch: Batch, *, strength: float) -> SparseGuidance:
         for g in t.guidance
         for i, target in enumerate(g.targets)
     ]
-    widest = max((len(target) for _, target in rows), default=1)
-    pads = [widest - len(target) for _, target in rows]
-    ids = [[*target, *[0] * pad] for (_, target), pad in zip(rows, pads, strict=True)]
-    probs = [[*target.values(), *[0.0] * pad] for (_, target), pad in zip(rows, pads, strict=True)]
+    sizes = np.array([len(target) for _, target in rows], dtype=np.int64)
+    filled = np.arange(max(sizes, default=1)) < sizes[:, None]
+    ids, probs = np.zeros(filled.shape, dtype=np.int64), np.zeros(filled.shape, dtype=np.float32)
+    ids[filled] = [token for _, target in rows for token in target]
+    probs[filled] = [p for _, target in rows for p in target.values()]
     device = batch.token_N.device
     return SparseGuidance(
         positions=torch.tensor([p for p, _ in rows], dtype=torch.long, device=device),
-        ids=torch.tensor(ids, dtype=torch.long, device=device).reshape(-1, widest),
-        probs=torch.tensor(probs, dtype=torch.float32, device=device).reshape(-1, widest),
+        ids=torch.from_numpy(ids).to(device),
+        probs=torch.from_numpy(probs).to(device),
         weights=torch.ones(len(rows), device=device),
         strength=strength,
     )
