@@ -90,6 +90,18 @@ class _Buffers:
     scratch: tuple[Tensor, ...]  # [R, V] each
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Chunk:
+    """Consecutive tokens, with the memory that they are worked on in."""
+
+    here: slice  # of all tokens
+    student: Tensor  # [C, V]: logits; after its blocks ∂/∂z, row by row still without its weight
+    teacher: Tensor | None  # [C, V]
+    scratch: tuple[Tensor, ...]  # [R, V] each
+    masked: bool
+    guided: Guided | None
+
+
 @torch.no_grad()
 def run(inputs: Inputs) -> Outcome:
     """The whole pass. No autograd graph is made or needed."""
@@ -125,11 +137,16 @@ def run(inputs: Inputs) -> Outcome:
             assert teacher_VH is not None
             hidden_CH = inputs.teacher.hidden[here]
             teacher_CV = heads.logits_(inputs.teacher.head, teacher_VH, hidden_CH, buffers.teacher[:size])
-        guided = guided_rows(inputs.guidance, here, weights_N)
-        values = _by_blocks(
-            inputs, here, student_CV, teacher_CV, buffers, block, masked, guided, outcome.stats
+        part = _Chunk(
+            here=here,
+            student=student_CV,
+            teacher=teacher_CV,
+            scratch=buffers.scratch,
+            masked=masked,
+            guided=guided_rows(inputs.guidance, here, weights_N),
         )
-        _close_chunk(inputs, outcome, here, values, weights_N[here], student_CV, student_VH, guided)
+        values_C = _by_blocks(inputs, part, outcome.stats)
+        _close_chunk(inputs, outcome, part, values_C, weights_N[here], student_VH)
     return outcome
 
 
@@ -182,23 +199,13 @@ def _buffers(inputs: Inputs, like: Tensor, chunk: int, block: int) -> _Buffers:
     )
 
 
-def _by_blocks(
-    inputs: Inputs,
-    here: slice,
-    student_CV: Tensor,
-    teacher_CV: Tensor | None,
-    buffers: _Buffers,
-    block_rows: int,
-    masked: bool,
-    guided: Guided | None,
-    into: rows.Stats,
-) -> Tensor:
-    """Values [C] of a chunk. Its statistics go `into` those of all tokens; the gradient replaces
-    `student_CV`."""
-    values_C = student_CV.new_zeros(len(student_CV))
-    for block, at, slope_RV in _blocks(inputs, here, student_CV, teacher_CV, buffers, block_rows, masked):
+def _by_blocks(inputs: Inputs, chunk: _Chunk, into: rows.Stats) -> Tensor:
+    """Values [C] of a chunk; its statistics go `into` those of all tokens, ∂/∂z replaces its logits."""
+    values_C, guided = chunk.student.new_zeros(len(chunk.student)), chunk.guided
+    for block, at, slope_RV in _blocks(inputs, chunk):
         stats = rows.measure(block, inputs.request)
-        _keep(stats, into, slice(here.start + at.start, here.start + at.stop), len(inputs.student_hidden))
+        all_at = slice(chunk.here.start + at.start, chunk.here.start + at.stop)
+        _keep(stats, into, all_at, len(inputs.student_hidden))
         if guided is not None:
             guided.add(block, at, slope_RV, gradient=inputs.any_grad)
         if inputs.objective is None:
@@ -207,7 +214,7 @@ def _by_blocks(
         if slope_RV is not None and inputs.any_grad:
             block.student_logp.mul_(slope_RV)
         if guided is not None:
-            guided.store(teacher_CV)
+            guided.store(chunk.teacher)
     return values_C
 
 
@@ -220,32 +227,25 @@ def _keep(found: rows.Stats, into: rows.Stats, at: slice, count: int) -> None:
         into[name][at] = value
 
 
-def _blocks(
-    inputs: Inputs,
-    here: slice,
-    student_CV: Tensor,
-    teacher_CV: Tensor | None,
-    buffers: _Buffers,
-    block_rows: int,
-    masked: bool,
-) -> Iterator[tuple[rows.Block, slice, Tensor | None]]:
+def _blocks(inputs: Inputs, chunk: _Chunk) -> Iterator[tuple[rows.Block, slice, Tensor | None]]:
     """Blocks with both sides normalised; with soft-capping also 1 − tanh², by which ∂/∂z becomes ∂/∂logit."""
     softcap, temperature = inputs.student_head.softcap, inputs.student_head.temperature
-    for start in range(0, student_CV.shape[0], block_rows):
-        at = slice(start, min(start + block_rows, student_CV.shape[0]))
-        size, row = at.stop - start, slice(here.start + start, here.start + at.stop)
-        scratch = [buffer[:size] for buffer in buffers.scratch]
-        z_RV, slope_RV = student_CV[at], None
+    count, block_rows = len(chunk.student), len(chunk.scratch[0])
+    for start in range(0, count, block_rows):
+        at = slice(start, min(start + block_rows, count))
+        size, row = at.stop - start, slice(chunk.here.start + start, chunk.here.start + at.stop)
+        scratch = [buffer[:size] for buffer in chunk.scratch]
+        z_RV, slope_RV = chunk.student[at], None
         if softcap is not None:
             slope_RV = torch.mul(z_RV, temperature / softcap, out=scratch[3]).square_().neg_().add_(1.0)
         yield (
             rows.Block(
                 student_logp=rows.log_softmax_(z_RV),
-                teacher_logp=None if teacher_CV is None else rows.log_softmax_(teacher_CV[at]),
+                teacher_logp=None if chunk.teacher is None else rows.log_softmax_(chunk.teacher[at]),
                 student_p=scratch[0],
                 gap=scratch[1],
                 teacher_p=scratch[2],
-                masked=masked,
+                masked=chunk.masked,
                 sampled_ids=_cut(inputs.sampled_ids, row),
                 served=_served(inputs.teacher, row),
                 behaviour_logp=_cut(inputs.behaviour_logp, row),
@@ -272,16 +272,10 @@ def _served(teacher: TeacherScores | None, row: slice) -> TeacherTopK | None:
 
 
 def _close_chunk(
-    inputs: Inputs,
-    outcome: Outcome,
-    here: slice,
-    values_C: Tensor,
-    weights_C: Tensor,
-    grad_CV: Tensor,
-    weight_VH: Tensor,
-    guided: Guided | None,
+    inputs: Inputs, outcome: Outcome, chunk: _Chunk, values_C: Tensor, weights_C: Tensor, weight_VH: Tensor
 ) -> None:
     """Clips, weights, sums and the two gradient products of a chunk."""
+    here, guided, grad_CV = chunk.here, chunk.guided, chunk.student
     live_C = weights_C != 0
     scale_C = weights_C
     objective = inputs.objective
@@ -300,19 +294,12 @@ def _close_chunk(
     dead_C = scale_C == 0
     if bool(dead_C.any()):
         grad_CV[dead_C] = 0.0  # never 0 · inf
-    _products(inputs, outcome.gradients, here, grad_CV, scale_C, weight_VH, guided)
+    _products(inputs, outcome.gradients, chunk, scale_C, weight_VH)
 
 
-def _products(
-    inputs: Inputs,
-    into: Gradients,
-    here: slice,
-    grad_CV: Tensor,
-    scale_C: Tensor,
-    weight_VH: Tensor,
-    guided: Guided | None,
-) -> None:
+def _products(inputs: Inputs, into: Gradients, chunk: _Chunk, scale_C: Tensor, weight_VH: Tensor) -> None:
     """Gradients of a chunk from ∂/∂z, row by row still without its weight."""
+    here, guided, grad_CV = chunk.here, chunk.guided, chunk.student
     vocabulary, factor = weight_VH.shape[0], inputs.student_head.factor
     scale_C = scale_C * factor
     apart = into.objective_sq is not None
