@@ -354,6 +354,53 @@ def test_runs_of_other_data_or_grader_are_refused(
         study.run_study(path, quiet=True)
 
 
+def test_other_questions_do_not_train_again(make: Make, in_process: list[Job], study_files: Path) -> None:
+    arms = {
+        "untouched": "untouched",
+        "opd": {},
+        "sft": {"method": {"writer": "teacher", "divergence": "cross_entropy"}, "rollout.temperature": 0.8},
+        "adapter": {"student": {"lora_rank": 4, "lora_alpha": 8.0}},
+    }
+    first = study.run_study(make(arms=arms, seeds=1), quiet=True)
+    before = result(first)
+    trained = [j.name for j in in_process if j.trains]
+    assert trained == ["opd-seed0", "sft-seed0", "adapter-seed0"]
+
+    more = {"splits": [str(study_files / f"{s}.jsonl") for s in ("test", "held")], "n": 6, "k": 3}
+    study.run_study(make(arms=arms, seeds=1, evals=more), quiet=True)
+    data = result(first)
+    assert [j.name for j in in_process if j.trains] == trained
+    assert (data["study"]["n"], data["study"]["k"]) == (6, 3)
+    assert data["study"]["problems"] == {"test": 24, "held": 24}
+    for row, old in zip(data["rows"], before["rows"], strict=True):
+        assert {k: row[k] for k in ("run", "steps", "lr", "updated_tokens")} == {
+            k: old[k] for k in ("run", "steps", "lr", "updated_tokens")
+        }
+        assert row["evaluation"] != row["run"] == old["evaluation"]
+        then, now = (verdicts(first / r["evaluation"]) for r in (old, row))
+        assert all(now[name][:4] == then[name] for name in then)  # the same draws of the same model
+        assert any(sum(right) for right in now.values())
+
+    ran = len(in_process)
+    study.run_study(make(arms=arms, seeds=1), quiet=True)  # the old questions again
+    study.run_study(make(arms=arms, seeds=1, evals=more), quiet=True)
+    assert len(in_process) == ran
+    assert result(first) == data
+    another = make(name="fresh", arms=arms, seeds=1, evals=more)
+    fresh = result(study.run_study(another, quiet=True))
+    for ours, theirs in zip(data["rows"], fresh["rows"], strict=True):
+        assert ours["evals"] == theirs["evals"]
+
+    with pytest.raises(UserError, match=r"was made with eval\.every 0, the study now says 1"):
+        study.run_study(make(arms=arms, seeds=1, evals=more | {"every": 1}), quiet=True)
+
+
+def verdicts(run: Path) -> dict[str, list[bool]]:
+    """Problem → verdicts on its samples, of the last evaluation on `test`."""
+    lines = max((run / "evals").glob("test_step_*.jsonl")).read_text().splitlines()
+    return {row["id"]: row["correct"] for row in map(json.loads, lines)}
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [

@@ -3,6 +3,7 @@
 pilots    tokens and seconds per step     only where the budget is in those
 tuning    a rate per arm                  only where asked for
 runs      every arm, every seed           processes of `onpath train`, resumable
+again     finished models                 only where evals has changed since
 results   study.json, study.md, a table
 """
 
@@ -22,7 +23,7 @@ import yaml
 from rich.console import Console
 
 from onpath.errors import UserError
-from onpath.study import plan
+from onpath.study import again, plan
 from onpath.study.budget import per_step, steps_of
 from onpath.study.config import StudyConfig, load_study
 from onpath.study.jobs import Progress, locked, run_jobs, slots_for
@@ -87,7 +88,13 @@ def carry_out(
         measured = {job.arm: per_step(job) for job in run(plan.pilots(study)) if job.finished}
         steps = steps_of(study, measured)
         tuning, rates = tuned(study, run(plan.tuning(study, steps)))
-        data = results(study, run(plan.runs(study, steps, rates)), failed, command=command)
+        planned = plan.runs(study, steps, rates)
+        made = run([again.as_made(job) for job in planned])
+        asked = again.evaluations(study.directory, planned, made)
+        progress.total += len(asked)
+        run(list(asked.values()))
+        pairs = [(job, asked.get(job.name, job)) for job in made]
+        data = results(study, pairs, failed, command=command)
         data |= {"tuning": tuning, "pilots": {arm: asdict(use) for arm, use in measured.items()}}
         _write(study.directory / "study.json", json.dumps(data, indent=1, ensure_ascii=False) + "\n")
         _write(study.directory / "study.md", markdown(data))
@@ -102,9 +109,9 @@ def check_failed(failed: Mapping[str, str]) -> None:
 
 
 def results(
-    study: StudyConfig, jobs: list[Job], failed: Mapping[str, str], *, command: str
+    study: StudyConfig, jobs: list[tuple[Job, Job]], failed: Mapping[str, str], *, command: str
 ) -> dict[str, Any]:
-    """study.json without pilots and tuning."""
+    """study.json without pilots and tuning; `jobs`: each run, and the job whose evaluations count."""
     data, first = gather(study, jobs)
     budget = study.budget
     return {
@@ -117,8 +124,8 @@ def results(
             "tune": study.tune.model_dump(mode="json") if study.tune else None,
             "splits": list(first.evals),
             "problems": {split: line["problems"] for split, line in first.evals.items()},
-            "n": first.job.config.eval.n,
-            "k": first.job.config.eval.k,
+            "n": first.asked.config.eval.n,
+            "k": first.asked.config.eval.k,
             "grader": next(iter(first.details.values())).grader,
             "arms": {
                 name: arm.model_dump(mode="json", exclude_none=True) for name, arm in study.arms.items()

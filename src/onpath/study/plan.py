@@ -20,6 +20,7 @@ from onpath.study.config import StudyConfig, merged
 
 _BARE = {"start": False, "every": 0}
 TUNING_SPLIT = "tuning"
+_NOT_ASKED = ("eval.every", "eval.start")  # of the training run: a finished one has no curve to add to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,17 +82,22 @@ def arm_config(study: StudyConfig, arm: str) -> Config:
         if shared["dtype"] == "float16":  # no dtype to train in, and this arm does not
             shared["dtype"] = "bfloat16"
         tree["student"] = {**shared, "device": tree["student"]["device"]}
-    if spec.kind != "train":  # any method that the teacher's engine can serve: nothing is trained
-        served = {
-            "vllm": {"support": "teacher_topk"},
-            "chat": {"writer": "teacher", "divergence": "cross_entropy"},
-        }
-        tree["method"] = {"name": "opd", **served.get(tree["teacher"]["engine"], {})}
+    if spec.kind != "train":
+        tree["method"] = evaluated_only(tree["teacher"]["engine"])
         return configuration.build(tree, source=f"arm {arm}")
     method = spec.overrides.get("method") or {}
     if method.get("name", tree["method"]["name"]) != tree["method"]["name"]:
         tree["method"] = {}  # the options of another method mean nothing here
     return configuration.build(merged(tree, spec.overrides), source=f"arm {arm}")
+
+
+def evaluated_only(engine: str) -> dict[str, Any]:
+    """`method` where nothing is trained: one that the teacher's engine can serve."""
+    served = {
+        "vllm": {"support": "teacher_topk"},
+        "chat": {"writer": "teacher", "divergence": "cross_entropy"},
+    }
+    return {"name": "opd", **served.get(engine, {})}
 
 
 def check_alike(study: StudyConfig) -> None:
@@ -194,19 +200,36 @@ def check_existing(jobs: list[Job]) -> None:
         UserError: one has another config, with the key and both values.
     """
     for job in jobs:
-        path = job.directory / "config.yaml"
-        if not path.is_file():
-            continue
-        theirs = configuration.resolved(yaml.safe_load(path.read_text(encoding="utf-8")))
-        for key, ours, there in _differing(job.config.model_dump(mode="json"), theirs):
+        theirs = made_with(job)
+        found = list(differing(job.config.model_dump(mode="json"), theirs or {}))
+        if found:
+            asked = questions(job.config)  # these alone would be no reason (study/again.py)
+            key, ours, there = min(found, key=lambda difference: difference[0] in asked)
             raise UserError(
                 f"{job.directory} was made with {key} {there!r}, the study now says {ours!r}: give the study "
                 "another name, or remove that directory"
             )
 
 
-def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    for section in ours:
+def questions(config: Config) -> dict[str, Any]:
+    """Dotted key → value of all that a final evaluation depends on, beside the model."""
+    tree = config.model_dump(mode="json")
+    keys = ["data.eval", "data.eval_limit", *(f"eval.{key}" for key in tree["eval"])]
+    sections = {key: key.split(".", 1) for key in keys if key not in _NOT_ASKED}
+    return {key: tree[section][name] for key, (section, name) in sections.items()}
+
+
+def made_with(job: Job) -> Mapping[str, Any] | None:
+    """The config of the run that is in the job's directory; None if there is none."""
+    path = job.directory / "config.yaml"
+    if not path.is_file():
+        return None
+    return configuration.resolved(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Dotted key and both values, wherever two configs differ; nothing if `theirs` is empty."""
+    for section in ours if theirs else ():
         mine, other = ours[section], theirs.get(section) or {}
         for key in {**mine, **other}:
             if mine.get(key) != other.get(key):

@@ -30,6 +30,8 @@ class Finished:
     """A finished run with its final evaluations."""
 
     job: Job
+    asked: Job
+    """Whose evaluations count: the run itself, or one of its model on other questions."""
     evals: Mapping[str, Mapping[str, Any]]
     """Split → line of eval.jsonl."""
     details: Mapping[str, Details]
@@ -37,12 +39,13 @@ class Finished:
     """None: not trained."""
 
     @classmethod
-    def read(cls, job: Job) -> "Finished":
-        lines = [r for r in read_lines(job.directory / "eval.jsonl") if r["step"] == job.last_step]
+    def read(cls, job: Job, asked: Job) -> "Finished":
+        lines = [r for r in read_lines(asked.directory / "eval.jsonl") if r["step"] == asked.last_step]
         return cls(
             job=job,
+            asked=asked,
             evals={row["split"]: row for row in lines},
-            details={split: read_details(job.details(split)) for split in job.config.data.eval},
+            details={split: read_details(asked.details(split)) for split in asked.config.data.eval},
             used=used(read_lines(job.directory / "metrics.jsonl")) if job.trains else None,
         )
 
@@ -53,6 +56,7 @@ class Finished:
             "kind": study.arms[self.job.arm].kind,
             "seed": self.job.seed,
             "run": str(self.job.directory.relative_to(study.directory)),
+            "evaluation": str(self.asked.directory.relative_to(study.directory)),
             "steps": self.job.last_step,
             "lr": self.job.config.optim.lr if self.job.trains else None,
             "evals": {split: {k: line[k] for k in _SHOWN} for split, line in self.evals.items()},
@@ -93,9 +97,9 @@ def _difference(ours: Details, theirs: Details) -> str | None:
     return None
 
 
-def gather(study: StudyConfig, jobs: Sequence[Job]) -> tuple[dict[str, Any], Finished]:
+def gather(study: StudyConfig, jobs: Sequence[tuple[Job, Job]]) -> tuple[dict[str, Any], Finished]:
     """Rows, arms and leaders of study.json from the runs that are finished, and the first of these."""
-    finished = [Finished.read(job) for job in jobs if job.finished]
+    finished = [Finished.read(job, asked) for job, asked in jobs if job.finished and asked.finished]
     if not finished:
         raise UserError(f"{study.directory}: no run has finished, so there is nothing to compare")
     check_comparable(finished)
