@@ -77,6 +77,15 @@ def half_the_weights(case: Case) -> None:
 def other_config_there(case: Case) -> None:
     case.run.mkdir(parents=True)
     (case.run / "config.yaml").write_text("optim: {lr: 0.5}\n")
+    (case.run / "eval.jsonl").write_text('{"step": 0}\n')
+
+
+def nan_weight(case: Case) -> None:
+    path = case.root / "student" / "model.safetensors"
+    tensors = load_file(path)
+    name = next(n for n in sorted(tensors) if "mlp" in n)
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def directory_is_a_file(case: Case) -> None:
@@ -113,6 +122,7 @@ def broken_config_there(text: str) -> Break:
     def write(case: Case) -> None:
         case.run.mkdir(parents=True)
         (case.run / "config.yaml").write_text(text)
+        (case.run / "eval.jsonl").write_text('{"step": 0}\n')
 
     return write
 
@@ -200,6 +210,20 @@ CASES: dict[str, tuple[Break, str]] = {
     ),
     "key of a value": (lambda c: c.overrides.extend(["--optim.lr.x", "3"]), r"optim\.lr is .*has no key x"),
     "infinite rate": (lambda c: c.overrides.extend(["--optim.lr", ".inf"]), r"optim\.lr .*finite"),
+    "key twice": (
+        lambda c: setattr(c, "text", "optim: {lr: 0.1}\nrun: {}\noptim: {steps: 3}\n"),
+        r"line 3: not valid YAML: optim stands here a second time",
+    ),
+    "moment decay": (lambda c: c.set("optim.betas", [0.9, 1.5]), r"optim\.betas: must be two numbers"),
+    "run beside its directory": (
+        lambda c: c.set("run.name", "../x"),
+        r"run\.name: '\.\./x' cannot name a directory",
+    ),
+    "wrong on the command line": (
+        lambda c: c.overrides.extend(["--optim.lr", "abc"]),
+        r"^onpath: the command line: optim\.lr is 'abc'",
+    ),
+    "weights that are not numbers": (nan_weight, r"student\.model: its logits are not finite \(model\."),
     "run without a name": (lambda c: c.set("run.name", ""), r"run\.name is ''"),
     "student in float16": (
         lambda c: c.set("student.dtype", "float16"),
@@ -415,10 +439,32 @@ def test_eval_and_inspect_say_what_is_wrong(
         (["eval", "./nowhere", "--data", str(data_file)], "MODEL: there is no directory"),
         (["eval", student, "--data", "none.jsonl"], "no such file"),
         (["eval", student, "--data", str(data_file), "--n", "2", "--k", "3"], "--k is 3"),
+        (["eval", student, "--data", str(data_file), "--k", "0"], "--k is 0; pass@k needs 1"),
+        (["eval", student, "--data", str(data_file), "--temperature", "nan"], "--temperature is nan"),
         (["inspect", str(tmp_path)], "not a run directory"),
     ):
         assert main(arguments) == 2
         assert expected in capsys.readouterr().err
+
+
+def test_a_run_that_failed_before_its_first_step_is_no_run(
+    tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    """Its settings stand there, and nothing else: the mended config takes the directory over."""
+    case = Case(tiny(), tmp_path)
+    other_config_there(case)
+    (case.run / "eval.jsonl").unlink()
+    assert main(case.arguments()) == 0
+    assert load(case.run / "config.yaml").optim.lr == case.data["optim"]["lr"]
+
+
+def test_a_long_evaluation_does_not_refuse_training_prompts(
+    tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    case = Case(tiny(), tmp_path)
+    case.data["data"]["eval"] = {}
+    case.set("eval.max_new_tokens", 511)
+    assert main(case.arguments()) == 0
 
 
 def test_wider_padding_is_no_difference(tiny: Callable[..., Config], tmp_path: Path) -> None:

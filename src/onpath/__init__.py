@@ -18,6 +18,10 @@ _HOME = {"Config": "onpath.config", "RunResult": "onpath.train", "train": "onpat
 _SUBMODULES = {"config", "divergence", "evaluate", "grade", "gym", "losses", "records", "transport"}
 
 
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_SUBMODULES})
+
+
 def __getattr__(name: str) -> Any:
     # `onpath.train` is both a module and the promised function: the function wins, as documented.
     if name in _HOME:

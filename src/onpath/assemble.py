@@ -3,7 +3,7 @@ to be good."""
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -112,8 +112,7 @@ def assemble(config: Config) -> Parts:
     base = load_model(config.student, "student.model", device)
     stops = stop_ids(base, tokenizer)
     check_head(base, "student.model")
-    everything = [*loaded.prompts, *(p for e in evals.values() for p in e)]
-    longest = check_prompts(config, renderer, base, everything)
+    longest = check_prompts(config, renderer, base, loaded.prompts, evals)
     student = trainable(config, base)
     vocabulary, warnings = shared_vocabulary(config, tokenizer)
     vocabulary = min(vocabulary, head_of(student).vocabulary)
@@ -238,25 +237,33 @@ def make_renderer(config: Config, tokenizer: PreTrainedTokenizerBase) -> Rendere
 
 
 def check_prompts(
-    config: Config, renderer: Renderer, student: PreTrainedModel, prompts: Sequence[Prompt]
+    config: Config,
+    renderer: Renderer,
+    student: PreTrainedModel,
+    pool: Sequence[Prompt],
+    evals: Mapping[str, Sequence[Prompt]],
 ) -> int:
     """Every prompt and its response must fit the model before the first step, not at the thousandth.
 
     Returns:
         The most tokens of a prompt.
     """
-    new = max(config.rollout.max_new_tokens, config.eval.max_new_tokens)
-    if isinstance(config.method, TRDOptions):
-        new = max(new, config.method.rewrite_max_new_tokens or 0)
+    new, lower = config.rollout.max_new_tokens, "rollout.max_new_tokens"
+    if isinstance(config.method, TRDOptions) and (config.method.rewrite_max_new_tokens or 0) > new:
+        new, lower = config.method.rewrite_max_new_tokens or 0, "method.rewrite_max_new_tokens"
+    asked = [(prompt, new, lower, config.data.train) for prompt in pool]
+    for split, prompts in evals.items():
+        source = config.data.eval[split]
+        asked += [(p, config.eval.max_new_tokens, "eval.max_new_tokens", source) for p in prompts]
     room, rows, longest = context_length(student), head_of(student).vocabulary, 0
-    for prompt in prompts:
+    for prompt, new, lower, source in asked:
         ids = renderer.ids(prompt)
         longest = max(longest, len(ids))
         if len(ids) + new > room:
+            remedy = "drop it" if len(ids) >= room else f"drop it, or lower {lower}"
             raise UserError(
-                f"prompt {prompt.id!r} has {len(ids)} tokens; with {new} new ones it does not fit the "
-                f"student's context of "
-                f"{room}: drop it, or lower rollout.max_new_tokens and eval.max_new_tokens"
+                f"{source}: prompt {prompt.id!r} has {len(ids)} tokens; with {new} new ones it does not fit "
+                f"the student's context of {room}: {remedy}"
             )
         if max(ids) >= rows:
             raise UserError(

@@ -6,7 +6,7 @@ or an impossible pair raises `UserError` with one sentence.
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -22,6 +22,9 @@ __all__ = [
     "Config", "Data", "Eval", "Optim", "RolloutSection", "Run", "Student", "Teacher",
     "build", "describe", "json_schema", "load", "nearest",
 ]  # fmt: skip
+
+
+_COMMAND_LINE = "the command line"
 
 
 class Config(Section):
@@ -159,28 +162,38 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
 
 
-def load(path: str | Path | None = None, overrides: Sequence[tuple[str, str]] = ()) -> Config:
+def load(
+    path: str | Path | None = None, overrides: Sequence[tuple[str, Any]] | Mapping[str, Any] = ()
+) -> Config:
     """Reads a YAML file (None: the defaults) and applies dotted overrides.
 
     Args:
         path: YAML mapping of sections.
-        overrides: pairs such as `("optim.lr", "1e-4")`; values are read as YAML.
+        overrides: such as `{"optim.lr": 1e-4}`, or pairs; strings are read as YAML.
 
     Raises:
         UserError: unreadable file, wrong key, wrong value or impossible pair.
     """
     data: dict[str, Any] = {} if path is None else _read_yaml(Path(path))
-    for dotted, text in overrides:
+    given = dict(overrides)
+    for dotted, text in given.items():
         _override(data, dotted, text)
-    return build(data, source=str(path) if path else "the command line")
+    return build(data, source=str(path) if path else _COMMAND_LINE, overridden=given)
 
 
-def build(data: Mapping[str, Any], *, source: str = "config") -> Config:
-    """A `Config` from plain data; `UserError` says in one sentence what is wrong with it."""
+def build(data: Mapping[str, Any], *, source: str = "config", overridden: Iterable[str] = ()) -> Config:
+    """A `Config` from plain data; `UserError` says in one sentence what is wrong with it.
+
+    Args:
+        source: what the sentence names.
+        overridden: dotted keys that did not come from there, but from the command line.
+    """
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        raise UserError(f"{source}: {_sentence(error)}") from None
+        key = _dotted(error)
+        ours = any(key == dotted or key.startswith(f"{dotted}.") for dotted in overridden)
+        raise UserError(f"{_COMMAND_LINE if ours else source}: {_sentence(error)}") from None
 
 
 def resolved(tree: dict[str, Any]) -> dict[str, Any]:
@@ -195,11 +208,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such config file")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+        data = read_yaml(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the config: {error.strerror}") from None
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -207,17 +218,47 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
-def _override(data: dict[str, Any], dotted: str, text: str) -> None:
+class _Loader(yaml.SafeLoader):
+    """In which a key stands once: YAML's own readers keep the last one and lose the others."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        problem=f"{key.value} stands here a second time", problem_mark=key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        UserError: not valid YAML, with the line; also if a key stands twice in one mapping.
+        OSError: it cannot be read.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+
+
+def _override(data: dict[str, Any], dotted: str, text: Any) -> None:
     section, _, key = dotted.partition(".")
     if not key or section not in Config.model_fields:
         raise UserError(
             f"--{dotted}: options are --section.key value; {nearest(section, Config.model_fields)}"
         )
     try:
-        value = yaml.safe_load(text)
+        value = yaml.safe_load(text) if isinstance(text, str) else text
     except yaml.YAMLError:
         value = text
-    if isinstance(value, bool) and text.lower() not in ("true", "false"):
+    if isinstance(text, str) and isinstance(value, bool) and text.lower() not in ("true", "false"):
         value = text  # YAML 1.1 reads a run named off, no or y as a truth value
     if text == "None":
         value = None  # as Python spells null
@@ -235,11 +276,8 @@ def _override(data: dict[str, Any], dotted: str, text: str) -> None:
 
 def _sentence(error: ValidationError) -> str:
     """The first problem of a pydantic error as one sentence with the dotted key."""
-    first = error.errors(include_url=False)[0]
-    loc = [str(part) for part in first["loc"]]
-    if loc[:1] == ["method"] and len(loc) > 1 and loc[1] in METHOD_OPTIONS:
-        del loc[1]  # pydantic names the union's branch
-    key = ".".join(loc)
+    first, key = error.errors(include_url=False)[0], _dotted(error)
+    loc = key.split(".")
     match first["type"]:
         case "extra_forbidden":
             return f"unknown key {key}; {nearest(loc[-1], _keys_beside(loc, error))}"
@@ -250,6 +288,13 @@ def _sentence(error: ValidationError) -> str:
             return f"{key + ': ' if key else ''}{first['ctx']['error']}"
         case _:
             return f"{key} is {_short(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _dotted(error: ValidationError) -> str:
+    loc = [str(part) for part in error.errors(include_url=False)[0]["loc"]]
+    if loc[:1] == ["method"] and len(loc) > 1 and loc[1] in METHOD_OPTIONS:
+        del loc[1]  # pydantic names the union's branch
+    return ".".join(loc)
 
 
 def _keys_beside(loc: Sequence[str], error: ValidationError) -> Sequence[str]:

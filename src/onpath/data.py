@@ -274,7 +274,7 @@ def _decode(line: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise _BadRow(f"not UTF-8 (byte {error.start})") from None
     except json.JSONDecodeError as error:
-        raise _BadRow(f"not valid JSON: {error.msg} at column {error.colno}") from None
+        raise _BadRow(f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; nesting beyond the stack
         raise _BadRow(f"not usable JSON: {_first_line(error)}") from None
 

@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,11 @@ from onpath.store import sample_row, write_parquet
 def run_eval(options: argparse.Namespace) -> int:
     """Evaluates, prints a table or JSON, and writes the files asked for."""
     n = options.n if options.n is not None else options.k
-    if not 1 <= options.k <= n:
+    if options.k < 1:
+        raise UserError(f"--k is {options.k}; pass@k needs 1 or more")
+    if not 0 <= options.temperature < math.inf:
+        raise UserError(f"--temperature is {options.temperature}; use 0 (greedy) or a number above it")
+    if options.k > n:
         raise UserError(f"--k is {options.k}, but there are {n} samples per problem; raise --n or lower --k")
     prompts = load_prompts(options.data, limit=options.limit, split_default="test").prompts
     grader = grader_for(options.grader, [options.data])
@@ -75,13 +81,17 @@ def evaluate_model(
 def _write(
     directory: Path, report: dict[str, Any], done: Sequence[tuple[str, EvalResult, list[Graded], Renderer]]
 ) -> None:
+    path = directory / "eval.json"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "eval.json").write_text(json.dumps(report, indent=1) + "\n")
+        path.unlink(missing_ok=True)  # it comes last: where it is, the samples are
+        for index, (_, _, graded, renderer) in enumerate(done):
+            write_parquet(directory / f"samples_{index}.parquet", [sample_row(g, renderer) for g in graded])
+        path.write_text(json.dumps(report, indent=1) + "\n")
     except OSError as error:
+        with suppress(OSError):
+            path.unlink()
         raise UserError(f"--out: cannot write to {directory}: {error.strerror}") from None
-    for index, (_, _, graded, renderer) in enumerate(done):
-        write_parquet(directory / f"samples_{index}.parquet", [sample_row(g, renderer) for g in graded])
 
 
 def _print(report: dict[str, Any]) -> None:

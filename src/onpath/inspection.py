@@ -90,6 +90,8 @@ def select(rows: Sequence[Row], options: argparse.Namespace) -> list[Row]:
         raise UserError(
             f"--id {options.id}: no such prompt at this step; the first one is {rows[0]['prompt_id']!r}"
         )
+    if options.limit < 1:
+        raise UserError(f"--limit is {options.limit}; ask for 1 or more")
     matching = [r for r in rows if _MATCHES[options.only](r) and options.id in (None, r["prompt_id"])]
     if options.sort != "stored":
         matching.sort(key=_SORT_KEYS[options.sort])

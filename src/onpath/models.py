@@ -235,6 +235,12 @@ def check_head(model: nn.Module, key: str) -> None:
     found_BTV = nn.functional.linear(hidden_BTH, head.weight, head.bias).float() * head.logit_scale
     if head.softcap is not None:
         found_BTV = (found_BTV / head.softcap).tanh() * head.softcap
+    if not bool(expected_BTV.isfinite().all()):
+        named = (name for name, weight in inner.named_parameters() if not bool(weight.isfinite().all()))
+        raise UserError(
+            f"{key}: its logits are not finite ({next(named, 'no weight')} holds values that are not); use "
+            "another checkpoint, or float32 if its dtype is too narrow"
+        )
     scale = expected_BTV.abs().max().clamp(min=1e-6)
     if not bool(((found_BTV - expected_BTV).abs().max() / scale) < 0.02):
         raise UserError(

@@ -192,7 +192,7 @@ def open_run(config: Config, parts: Parts) -> Run:
 
 def _claim(directory: Path, config: Config) -> None:
     path = directory / "config.yaml"
-    if not path.exists():
+    if not _begun(directory):
         _write(path, config.to_yaml())
         return
     theirs, ours = configuration.resolved(_read(path)), config.model_dump(mode="json")
@@ -200,9 +200,18 @@ def _claim(directory: Path, config: Config) -> None:
     if differing:
         key = differing[0]
         raise UserError(
-            f"{directory} belongs to a run with another config ({len(differing)} keys differ, first {key}: "
-            f"{_at(theirs, key)!r} there, {_at(ours, key)!r} here); choose another run.name or remove it"
+            f"{directory} belongs to a run with another config (keys that differ: {len(differing)}, "
+            f"first {key}: {_at(theirs, key)!r} there, {_at(ours, key)!r} here); choose another run.name or "
+            "remove it"
         )
+
+
+def _begun(directory: Path) -> bool:
+    """Whether a run left more there than its settings: one that failed before its first step has not."""
+    return any(
+        p.name not in ("config.yaml", "environment.json") and not p.name.startswith(".")
+        for p in directory.iterdir()
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:

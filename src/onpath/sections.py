@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from onpath.options import Section
 
@@ -126,7 +126,7 @@ class RolloutSection(Served):
 
 
 class Optim(Section):
-    steps: int = Field(100, ge=1)
+    steps: int = Field(100, ge=1, le=10**9)
     """Optimiser steps."""
     lr: float = Field(5e-4, gt=0)
     """Peak learning rate of AdamW. LoRA on pretrained models wants about 5e-6 to 1e-4."""
@@ -148,6 +148,13 @@ class Optim(Section):
     """Padded tokens that one forward pass may hold; gradients accumulate over micro-batches, exactly."""
     bf16: bool = False
     """bfloat16 autocast in forward and backward passes; weights and optimiser stay in student.dtype."""
+
+    @field_validator("betas")
+    @classmethod
+    def _decays(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError(f"must be two numbers from 0 to below 1, not {list(value)}")
+        return value
 
 
 class Eval(Section):
@@ -192,3 +199,10 @@ class Run(Section):
     WANDB_MODE says otherwise."""
     threads: int = Field(0, ge=0)
     """torch's CPU threads per process; 0 leaves torch's choice."""
+
+    @field_validator("name")
+    @classmethod
+    def _one_directory(cls, value: str) -> str:
+        if value in (".", "..") or not value.isprintable() or "/" in value or "\\" in value:
+            raise ValueError(f"{value!r} cannot name a directory; put its parents into run.dir")
+        return value

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from onpath import config as configuration
 from onpath import distributed
 from onpath.ahead import fresh
 from onpath.assemble import Parts, assemble, make_optimizer
@@ -51,16 +52,17 @@ class RunResult:
     """The final step's lines of eval.jsonl, one per evaluation set."""
 
 
-def train(config: Config, *, quiet: bool = False) -> RunResult:
+def train(config: Config | str | Path, *, quiet: bool = False) -> RunResult:
     """Runs a config to its end, going on where an earlier process of the same config stopped.
 
     Args:
-        config: see `onpath.config`.
+        config: see `onpath.config`; or the path of its YAML.
         quiet: no progress display; files are written all the same.
 
     Raises:
         UserError: something that the user can fix, in one sentence; nothing finished is lost.
     """
+    config = config if isinstance(config, Config) else configuration.load(config)
     try:
         parts = assemble(config)
         with closing(open_run(config, parts)) as run:

@@ -196,7 +196,7 @@ def context(config: Config, renderer: Renderer, prompts: Sequence[Prompt], rooms
     """
     longest_texts = sorted(prompts, key=lambda p: len(p.question), reverse=True)[:500]
     longest = max(len(renderer.ids(p)) for p in longest_texts)
-    new = max(config.rollout.max_new_tokens, config.eval.max_new_tokens)
+    new = max(config.rollout.max_new_tokens, config.eval.max_new_tokens if config.data.eval else 0)
     if isinstance(config.method, TRDOptions):
         new = max(new, config.method.rewrite_max_new_tokens or 0)
     if not rooms:

@@ -1,6 +1,7 @@
 """`onpath report`: one self-contained page of a run or a study; docs/report.md says what is on it."""
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
 
 from onpath.errors import UserError
@@ -36,5 +37,7 @@ def write_report(directory: Path, out: Path | None = None) -> Path:
         temporary.write_text(page(data), encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
         raise UserError(f"{path}: cannot write: {error.strerror or error}") from None
     return path

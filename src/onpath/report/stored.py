@@ -105,7 +105,10 @@ def read_rows(
     """
     file, start = _opened(path), 0
     columns = [c for c in file.schema_arrow.names if contexts or c not in _UNUSED]
-    missing = {"step", "tokens", "response", "edit", "detail"} - set(columns)
+    needed = {"step", "tokens", "response", "edit", "detail"}
+    if contexts:
+        needed |= {"prompt", "prompt_id", "answer", "finish_reason"}
+    missing = needed - set(columns)
     if missing:
         raise UserError(f"{path}: not stored trajectories: it lacks the column {min(missing)}")
     try:
