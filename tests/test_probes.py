@@ -13,6 +13,7 @@ from onpath.assemble import assemble
 from onpath.config import Config
 from onpath.cosine import GradientCosine
 from onpath.errors import UserError
+from onpath.probes.command import shown
 from onpath.probes.prefix_failure import Probed, positions, probe, run_probe, summarise
 from tests.test_trd import logps
 
@@ -96,3 +97,14 @@ def test_cosine_of_consecutive_gradients() -> None:
     assert measured(2) == [None, None, pytest.approx(0.5**0.5), None]
     assert measured(0) == [None] * 4
     assert measured(1, start=2) == [None, pytest.approx(-1.0)], "a resumed run has not seen the last gradient"
+
+
+def test_a_summary_for_people(tmp_path: Path) -> None:
+    summary = {"rollouts": 2, "noise_floor": {"mean": 0.0345547, "quartiles": [0.0, 0.25, 1.0]}, "gap": None}
+    (tmp_path / "divergence.json").write_text(json.dumps(summary))
+    assert list(shown(tmp_path / "divergence.jsonl")) == [
+        "rollouts: 2",
+        "noise floor: mean 0.0346, quartiles 0 0.25 1",
+        "gap: –",
+        f"{tmp_path / 'divergence.jsonl'}, summary divergence.json, picture divergence.png",
+    ]

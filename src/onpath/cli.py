@@ -268,7 +268,7 @@ def _add_inspect(commands: Any) -> None:
 
 def _inspect(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
     if options.probe:
-        from onpath.probes.command import run_named
+        from onpath.probes.command import run_named, shown
 
         path = run_named(
             options.probe,
@@ -277,7 +277,7 @@ def _inspect(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
             continuations=options.continuations,
             every=options.every,
         )
-        print(f"{options.probe}: {path}")
+        print("\n".join(shown(path)))
         return 0
     from onpath.inspection import run_inspect
 

@@ -1,6 +1,9 @@
 """`onpath inspect --probe NAME`: measurements that a finished run, or a config, is asked for afterwards."""
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from onpath import config as configuration
 from onpath.errors import UserError
@@ -44,3 +47,31 @@ def run_named(name: str, where: str, *, rollouts: int, continuations: int, every
             return prefix_failure.run_probe(
                 parts, rollouts=rollouts, continuations=continuations, every=every, out=out
             )
+
+
+def shown(path: Path) -> Iterator[str]:
+    """Lines for people: a line per entry of the summary beside `path`, and where the rest is."""
+    summary = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    yield from (f"{name.replace('_', ' ')}: {_said(value)}" for name, value in summary.items())
+    yield f"{path}, summary {path.with_suffix('.json').name}, picture {path.with_suffix('.png').name}"
+
+
+def _said(value: Any) -> str:
+    """
+    >>> _said({"high": {"n": 32, "mean": 0.0345547}, "none": None})
+    'high (n 32, mean 0.0346), none –'
+    """
+    match value:
+        case None:
+            return "–"
+        case float():
+            return f"{value:.3g}"
+        case list():
+            return " ".join(map(_said, value))
+        case dict():
+            inner = [(str(k).replace("_", " "), v) for k, v in value.items()]
+            return ", ".join(
+                f"{k} ({_said(v)})" if isinstance(v, dict) else f"{k} {_said(v)}" for k, v in inner
+            )
+        case _:
+            return str(value)
