@@ -192,7 +192,7 @@ def open_run(config: Config, parts: Parts) -> Run:
 
 def _claim(directory: Path, config: Config) -> None:
     path = directory / "config.yaml"
-    if not _begun(directory):
+    if not path.exists() or not _begun(directory):
         _write(path, config.to_yaml())
         return
     theirs, ours = configuration.resolved(_read(path)), config.model_dump(mode="json")
