@@ -22,12 +22,12 @@ from common import Spread, environment, environment_line
 
 def measure(options: argparse.Namespace) -> list[str]:
     """Lines of a Markdown table."""
-    from onpath.config import build
+    from onpath.config.build import build
+    from onpath.data.render import Renderer
     from onpath.engines.hf import HFEngine
+    from onpath.engines.models import context_length, load_model, load_tokenizer, locate, pick_device
     from onpath.engines.vllm import VLLMEngine
-    from onpath.models import context_length, load_model, load_tokenizer, locate, pick_device
     from onpath.records import Sampling
-    from onpath.render import Renderer
 
     section = build({"student": {"model": options.model}}).student
     model = load_model(section, "student.model", pick_device("auto", "student.device")).eval()

@@ -76,8 +76,9 @@ class Ours:
 
     def __init__(self, directory: Path, watch: Watch) -> None:
         from onpath import config
-        from onpath.assemble import assemble, make_optimizer
-        from onpath.train import one_step
+        from onpath.run.assemble import assemble
+        from onpath.run.optimizer import make_optimizer
+        from onpath.training import one_step
 
         self.parts = assemble(config.build(settings(directory)))
         self.optimizer, schedule = make_optimizer(self.parts)
@@ -87,7 +88,7 @@ class Ours:
 
     def _measure(self) -> None:
         """Times the calls that are model work. What is left of a step is our own overhead."""
-        import onpath.train as story
+        import onpath.run.loss as story
 
         parts, watch = self.parts, self.watch
 
@@ -179,9 +180,9 @@ def make_trainer(directory: Path, watch: Watch, callbacks: Sequence[Any], steps:
 
 def agreement(ours: Ours, trainer: Any) -> dict[str, float]:
     """Loss and gradient of both sides on one batch of our rollouts, from the same weights."""
-    from onpath.batch import collate
-    from onpath.shape import teacher_states
-    from onpath.train import loss_of, sample
+    from onpath.data.batch import collate
+    from onpath.run.loss import loss_of, teacher_states
+    from onpath.training import sample
 
     parts = ours.parts
     rollouts = sample(parts, step=0)

@@ -52,9 +52,10 @@ def settings(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
 def measure(directory: Path, options: argparse.Namespace, window: int) -> list[dict[str, Any]]:
     """Seconds of both sides of each pair."""
     from onpath import config
-    from onpath.assemble import assemble, make_optimizer
     from onpath.methods import make_method
-    from onpath.train import one_step
+    from onpath.run.assemble import assemble
+    from onpath.run.optimizer import make_optimizer
+    from onpath.training import one_step
 
     base = settings(directory, options)
     plain = assemble(config.build(base))

@@ -20,7 +20,7 @@ import ot
 import torch
 from torch import Tensor
 
-from onpath.transport import token_cost, window_divergence
+from onpath.transport.plans import token_cost, window_divergence
 
 VOCABULARY, WIDTH = 4000, 64
 

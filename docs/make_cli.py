@@ -10,7 +10,7 @@ from pathlib import Path
 os.environ["COLUMNS"] = "100"
 os.environ["NO_COLOR"] = "1"
 
-from onpath.cli import main, make_parser
+from onpath.commands.cli import main, make_parser
 
 PAGE = Path(__file__).with_name("cli.md")
 INTRODUCTION = """# The command line

@@ -16,11 +16,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from onpath import config as config_module
-from onpath.config import Config
-from onpath.errors import UserError
-from onpath.study.plan import Job
-from onpath.study.work import evaluate_untrained
-from onpath.train import train
+from onpath.commands.study.plan import Job
+from onpath.commands.study.worker import evaluate_untrained
+from onpath.config.build import Config
+from onpath.system.errors import UserError
+from onpath.training import train
 
 CHARACTERS = ["<pad>", "<bos>", "<eos>", "<sol>", *"0123456789+-=?; abcdefghijklmnopqrstuvwxyz.:"]
 TEMPLATE = (
@@ -150,5 +150,5 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
                 failed[job.name] = str(error)
         return failed
 
-    monkeypatch.setattr("onpath.study.run_jobs", run_here)
+    monkeypatch.setattr("onpath.commands.study.command.run_jobs", run_here)
     return ran

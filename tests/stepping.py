@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onpath.assemble import Parts
-from onpath.meter import Meter
 from onpath.methods import Prepared
 from onpath.records import Rollout, Trajectory
-from onpath.train import one_step
+from onpath.run.meter import Meter
+from onpath.run.parts import Parts
+from onpath.training import one_step
 from tests.conftest import CHARACTERS, make_tokenizer
 
 

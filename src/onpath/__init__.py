@@ -7,14 +7,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from onpath.config import Config as Config
-    from onpath.train import RunResult as RunResult
-    from onpath.train import train as train
+    from onpath.config.build import Config as Config
+    from onpath.training import RunResult as RunResult
+    from onpath.training import train as train
 
 __version__ = "0.1.0"
 __all__ = ["Config", "RunResult", "__version__", "train"]
 
-_HOME = {"Config": "onpath.config", "RunResult": "onpath.train", "train": "onpath.train"}
+_HOME = {"Config": "onpath.config", "RunResult": "onpath.training", "train": "onpath.training"}
 _SUBMODULES = {"config", "divergence", "evaluate", "grade", "gym", "losses", "records", "transport"}
 
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from onpath.cli import main
+from onpath.commands.cli import main
 
 sys.exit(main())

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from onpath.report import write_report
-from tests.report_data import make_run, make_study
+from onpath.commands.report.command import write_report
+from tests.commands.report_data import make_run, make_study
 
 DRAWN_MS = 1000
 """The whole page; its first screen is painted before that."""

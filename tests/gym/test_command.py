@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from onpath import gym
-from onpath.errors import UserError
+from onpath.system.errors import UserError
 
 
 def test_importing_the_gym_is_light() -> None:

@@ -18,14 +18,14 @@ import torch
 
 pytest.importorskip("vllm")
 
-from onpath.assemble import assemble
-from onpath.config import build
+from onpath.config.build import build
+from onpath.engines.models import locate
 from onpath.engines.server import ServerEngine
 from onpath.engines.vllm import VLLMEngine
-from onpath.log import read_lines
-from onpath.models import locate
 from onpath.records import Sampling
-from onpath.train import train
+from onpath.run.assemble import assemble
+from onpath.run.log import read_lines
+from onpath.training import train
 
 GYM: dict[str, Any] = {
     "data": {"train": "gym:train", "limit": 64, "eval": {}},

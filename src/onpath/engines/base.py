@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from onpath.data.render import Renderer
 from onpath.records import FinishReason, Prompt, Rollout, Sampling
-from onpath.render import Renderer
 
 
 @dataclass(frozen=True, kw_only=True)

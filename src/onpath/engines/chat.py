@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from onpath.cache import Cache, address
+from onpath.data.render import Renderer
 from onpath.engines.base import Completion
+from onpath.engines.replay import Cache, address
 from onpath.engines.vllm import request_seed
 from onpath.engines.wire import Line, Nonsense, only_choice
 from onpath.records import Prompt, Sampling
-from onpath.render import Renderer
 
 _PATH = "/v1/chat/completions"
 

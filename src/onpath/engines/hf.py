@@ -6,24 +6,28 @@ A decoding loop of our own, not `generate`: the log-probs of the distribution dr
 """
 
 import contextlib
-import hashlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from onpath.batch import collate, micro_batches
+from onpath.data.batch import collate, micro_batches
+from onpath.data.render import Renderer
 from onpath.engines.base import Completion, sampled
-from onpath.engines.cache import attends_plainly, roomy_cache
-from onpath.errors import UserError
+from onpath.engines.decoding.draw import draw
+from onpath.engines.decoding.kv_cache import attends_plainly, roomy_cache
+from onpath.engines.head import head_of, hidden_states, unwrapped
+from onpath.engines.models import context_length
 from onpath.losses import token_stats
-from onpath.models import context_length, head_of, hidden_states, unwrapped
 from onpath.records import Prompt, Rollout, Sampling, Trajectory
-from onpath.render import Renderer
+from onpath.system.draws import noise
+from onpath.system.errors import UserError
 
 # B rows, T tokens so far, V vocabulary.
 _COMPACT_BELOW = 0.75  # drop finished rows once fewer than this share of the batch is still writing
+
+
 _LOOK_EVERY = {"cpu": 1}  # tokens between two looks at who is still writing: each look waits for a GPU
 
 
@@ -202,47 +206,6 @@ class HFEngine:
             )
             for ids, logps, n, stopped in zip(*columns, strict=True)
         ]
-
-
-def noise(seed: int, key: str, length: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """Uniforms in [0, 1) for one request: a pure function of seed, key and position."""
-    digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little"))).random(length)
-
-
-def draw(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens [B] and their log-probs [B] under the truncated, tempered distribution, by inverse CDF.
-
-    One uniform per token; tokens of probability 0 are never drawn. Temperature 0 takes the likeliest token,
-    with log-prob 0: the distribution drawn from has one entry.
-    """
-    logits_BV = logits_BV.float()
-    if sampling.temperature == 0:
-        best_B = logits_BV.argmax(-1)
-        return best_B, 0.0 * logits_BV.gather(-1, best_B[:, None]).squeeze(-1)
-    logp_BV = truncate(logits_BV / sampling.temperature, sampling).log_softmax(-1)
-    cdf_BV = logp_BV.exp().double().cumsum(-1)
-    total_B1 = cdf_BV[:, -1:]
-    below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))  # rounding must not reach the total
-    point_B1 = torch.minimum(uniform_B[:, None] * total_B1, below_B1)
-    token_B = torch.searchsorted(cdf_BV, point_B1, right=True).squeeze(-1)
-    token_B = token_B.clamp(max=logp_BV.shape[-1] - 1)  # of logits that are no numbers: the log-prob tells
-    return token_B, logp_BV.gather(-1, token_B[:, None]).squeeze(-1)
-
-
-def truncate(logits_BV: Tensor, sampling: Sampling) -> Tensor:
-    """Logits with everything outside top-k and top-p at −inf; top-p keeps the token that crosses p."""
-    if sampling.top_k and sampling.top_k < logits_BV.shape[-1]:
-        floor_B1 = logits_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < floor_B1, -torch.inf)
-    if sampling.top_p < 1:
-        sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True)
-        p_BV = sorted_BV.softmax(-1)
-        drop_BV = p_BV.cumsum(-1) - p_BV >= sampling.top_p
-        logits_BV = logits_BV.masked_fill(
-            torch.zeros_like(drop_BV).scatter(-1, order_BV, drop_BV), -torch.inf
-        )
-    return logits_BV
 
 
 def _pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

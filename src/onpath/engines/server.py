@@ -12,14 +12,14 @@ from typing import Any, TypeGuard
 
 from torch import nn
 
-from onpath import distributed
+from onpath.data.render import Renderer
 from onpath.engines.base import Completion, sampled
 from onpath.engines.vllm import checked_completion, request_seed
 from onpath.engines.weights import largest_gap, probe_ids, probe_logprobs, save_weights
 from onpath.engines.wire import Nonsense, Server
-from onpath.errors import UserError
 from onpath.records import Prompt, Rollout, Sampling
-from onpath.render import Renderer
+from onpath.system import distributed
+from onpath.system.errors import UserError
 
 _ROUNDING = 1e-3  # by which a probability may exceed 1
 

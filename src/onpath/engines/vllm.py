@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from onpath.data.render import Renderer
 from onpath.engines.base import Completion, sampled
 from onpath.engines.weights import largest_gap, merged_weights, probe_ids, probe_logprobs
-from onpath.errors import UserError
 from onpath.records import Prompt, Rollout, Sampling
-from onpath.render import Renderer
+from onpath.system.errors import UserError
 
 _NEVER = -1000.0  # vLLM's servers write -9999 for -inf
 

@@ -9,8 +9,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from onpath.errors import UserError
-from onpath.models import unwrapped
+from onpath.engines.head import unwrapped
+from onpath.system.errors import UserError
 
 PROBE_LENGTH = 16
 

@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 
 import httpx
 
-from onpath.errors import UserError
-from onpath.sections import Served
+from onpath.config.sections import Served
+from onpath.system.errors import UserError
 
 T = TypeVar("T")
 _FIRST_WAIT, _LONGEST_WAIT = 0.2, 15.0

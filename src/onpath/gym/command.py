@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from onpath.errors import UserError
 from onpath.gym.tasks import SIZES, rows
+from onpath.system.errors import UserError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -58,7 +58,8 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _measure(arguments: argparse.Namespace) -> None:
-    from onpath.gym import measure, model_dir
+    from onpath.gym import model_dir
+    from onpath.gym import properties as measure
 
     home = {
         role: arguments.models / role if arguments.models else model_dir(role)

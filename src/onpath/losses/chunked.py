@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from onpath.losses import engine
+from onpath.losses import one_pass as engine
 from onpath.losses.head import Head
-from onpath.losses.records import StatsRequest, TeacherHidden, check_shapes
-from onpath.objective import Objective
+from onpath.losses.interface import StatsRequest, TeacherHidden, check_shapes
+from onpath.losses.objective import Objective
 
 
 def chunked_divergence(

@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from onpath.losses import engine, shaping
+from onpath.losses import one_pass as engine
+from onpath.losses import shaping
 from onpath.losses.head import Head, working_dtype
-from onpath.losses.records import (
+from onpath.losses.interface import (
     LossResult,
     SparseGuidance,
     StatsRequest,
@@ -25,7 +26,7 @@ from onpath.losses.records import (
     TokenStats,
     check_shapes,
 )
-from onpath.objective import Objective
+from onpath.losses.objective import Objective
 
 
 def fused_objective(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from onpath import divergence
-from onpath.losses.records import SparseGuidance
+from onpath.losses.interface import SparseGuidance
 from onpath.losses.rows import Block
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from onpath import divergence
 from onpath.losses import topk
-from onpath.losses.records import StatsRequest, TeacherTopK
-from onpath.objective import Objective
+from onpath.losses.interface import StatsRequest, TeacherTopK
+from onpath.losses.objective import Objective
 
 _ROW_DOT_MIN = 4096  # a vocabulary from which one BLAS dot per row beats a batched product on a CPU
 

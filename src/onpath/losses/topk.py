@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from onpath import divergence
-from onpath.losses.records import TeacherTopK
-from onpath.objective import Objective
+from onpath.losses.interface import TeacherTopK
+from onpath.losses.objective import Objective
 
 _BLOCK = 64  # entries whose maximum stands for them in the search for the k largest
 

@@ -1,4 +1,4 @@
-"""What a method is: it turns rollouts into trajectories. Everything else is the same for all of them."""
+"""What was done to a rollout, as a record; verdicts and filters."""
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
@@ -7,15 +7,24 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from onpath.data.render import Renderer, fill, with_question
 from onpath.engines.base import Completion, Engine
 from onpath.engines.chat import ChatWriter
-from onpath.errors import UserError
-from onpath.grade import Grader
-from onpath.measure import Measure
-from onpath.reading import Readings
+from onpath.engines.reading import Measure, Readings
+from onpath.engines.teacher import SelfTeacher, Teacher
+from onpath.grade.base import Grader
 from onpath.records import Prompt, Rollout, Sampling, Trajectory
-from onpath.render import Renderer, fill, with_question
-from onpath.teacher import SelfTeacher, Teacher
+from onpath.system.errors import UserError
+
+
+def verdicts(
+    grader: Grader, renderer: Renderer, pairs: Sequence[tuple[Rollout, tuple[int, ...]]]
+) -> list[bool | None]:
+    """Whether each response (the ids) answers its rollout's prompt; None without an answer to compare
+    with."""
+    known = [(renderer.text(ids), r.prompt.answer) for r, ids in pairs if r.prompt.answer is not None]
+    found = iter(grader.grade_many(known))
+    return [None if r.prompt.answer is None else next(found).correct for r, _ in pairs]
 
 
 @dataclass(frozen=True, kw_only=True)

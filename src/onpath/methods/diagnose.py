@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from onpath.measure import Values
+from onpath.engines.reading import Readings, Values, read
 from onpath.methods.base import Tools, judging_context, own_response
-from onpath.methods.edits import CELLS, Rewrite
-from onpath.reading import Readings, read
+from onpath.methods.trd.edits import CELLS, Rewrite
 from onpath.records import Trajectory
 
 Means = dict[str, tuple[float, float]]

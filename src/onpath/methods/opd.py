@@ -12,9 +12,9 @@ trajectory.
 from collections.abc import Sequence
 from dataclasses import replace
 
+from onpath.config.methods.opd import OPDOptions
 from onpath.engines.base import Completion
 from onpath.methods.base import Prepared, Stateless, Tools, check_written, own_response, written
-from onpath.options import OPDOptions
 from onpath.records import Edit, Rollout
 
 

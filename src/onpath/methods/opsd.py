@@ -11,13 +11,12 @@ gym).
 
 from collections.abc import Sequence
 
-from onpath.errors import UserError
-from onpath.methods.base import Prepared, SelfTaught, Tools, own_response, privileged_context
+from onpath.config.methods.opsd import OPSDOptions
+from onpath.engines.reading import Readings
+from onpath.methods.base import Prepared, SelfTaught, Tools, own_response, privileged_context, verdicts
 from onpath.methods.diagnose import read_along, token_means
-from onpath.methods.edits import verdicts
-from onpath.options import OPSDOptions
-from onpath.reading import Readings
 from onpath.records import Prompt, Rollout
+from onpath.system.errors import UserError
 
 
 class OPSD(SelfTaught):

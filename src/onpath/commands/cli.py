@@ -1,0 +1,316 @@
+"""The command line. Exit codes: 0 done, 2 the user can fix it (one sentence on stderr), 1 a fault of ours.
+
+Subcommands import what they need when they run, so that `onpath --help` and `onpath config` stay light.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from onpath import __version__
+from onpath import config as configuration
+from onpath.config.build import nearest
+from onpath.system.errors import guarded
+
+TAKES_OVERRIDES = ("train", "doctor", "config")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand and returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["gym"]:
+        from onpath import gym
+
+        return guarded(lambda: gym.main(arguments[1:]))
+    overrides: list[tuple[str, str]] = []
+    if arguments[:1] and arguments[0] in TAKES_OVERRIDES:
+        arguments, overrides = split_overrides(arguments)
+    options = make_parser().parse_args(arguments)
+    return guarded(lambda: options.run(options, overrides))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one sentence what is wrong with a command line, and guesses no abbreviations."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit code 2."""
+        if found := re.match(r"argument COMMAND: invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            known = re.findall(r"[\w-]+", found[2])
+            message = f"unknown command {found[1]}; {nearest(found[1], known)}"
+        self.exit(2, f"onpath: {message} (`{self.prog} --help` shows what there is)\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All subcommands with their options."""
+    parser = _Parser(prog="onpath", description="On-policy distillation that corrects whole trajectories.")
+    parser.add_argument("--version", action="version", version=f"onpath {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_demo(commands)
+    _add_train(commands)
+    _add_eval(commands)
+    _add_study(commands)
+    _add_report(commands)
+    _add_inspect(commands)
+    _add_doctor(commands)
+    _add_config(commands)
+    # Its own parser answers `onpath gym --help`; here it only shows in the list.
+    commands.add_parser(
+        "gym", help="make the gym's tasks, train its models anew, measure them", add_help=False
+    )
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="distil the bundled student by OPD, TRD and TOPD, and show what happened",
+        description="Distils the bundled student from the bundled teacher on the gym, by OPD, TRD and TOPD "
+        "side by side; prints a table and three trajectories, and writes a page that compares them.",
+    )
+    demo.add_argument("--quick", action="store_true", help="at most a minute: fewer updates, fewer problems")
+    demo.add_argument(
+        "--dir",
+        default="runs",
+        help="where the directory demo goes; the one of an earlier demo is replaced (default: runs)",
+    )
+    demo.set_defaults(run=_demo)
+
+
+def _demo(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
+    from onpath.commands.demo import demo
+
+    return demo(quick=options.quick, directory=options.dir)
+
+
+def _add_train(commands: Any) -> None:
+    train = commands.add_parser(
+        "train",
+        help="run a config to its end, or go on where it stopped",
+        usage="onpath train [CONFIG.yaml] [--section.key value ...]",
+        description="Runs a config to its end; the same command goes on where a stopped run was.",
+        epilog=_options_text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train.add_argument(
+        "config", nargs="?", metavar="CONFIG.yaml", help="sections as below (default: the gym)"
+    )
+    train.add_argument("--quiet", action="store_true", help="no progress display")
+    train.set_defaults(run=_train)
+
+
+def _train(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
+    config = configuration.load(options.config, overrides)
+    from onpath.training import train
+
+    result = train(config, quiet=options.quiet)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"model: {result.model}")
+    return 0
+
+
+def _add_doctor(commands: Any) -> None:
+    command = commands.add_parser(
+        "doctor",
+        help="look for silent faults before a run: ids, templates, scores, gradient, cost",
+        usage="onpath doctor [CONFIG.yaml] [--json] [--section.key value ...]",
+        description="Checks a config for silent faults with a small real batch; writes nothing. Exit code 1: "
+        "a check failed. docs/doctor.md says what each one looks at.",
+    )
+    command.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="as for train (default: the gym)")
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    command.set_defaults(run=_doctor)
+
+
+def _doctor(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
+    from onpath.commands.doctor.command import run_doctor
+
+    return run_doctor(options, overrides)
+
+
+def _add_eval(commands: Any) -> None:
+    command = commands.add_parser(
+        "eval",
+        help="grade a model's samples: avg@k, pass@k, intervals",
+        description="Samples and grades a Hugging Face model directory, a gym model or a LoRA adapter. "
+        "Prompts are rendered by the tokenizer's own template: a run's data.system, data.template and "
+        "data.enable_thinking do not apply.",
+    )
+    command.add_argument(
+        "model", metavar="MODEL", help="directory or hub name, gym:student, gym:teacher, adapter"
+    )
+    command.add_argument("--data", required=True, metavar="F", help="problems with answers: as data.eval")
+    command.add_argument("--against", metavar="MODEL", help="a second model, compared on the same problems")
+    command.add_argument("--n", type=int, help="samples per problem (default: k)")
+    command.add_argument("--k", type=int, default=4, help="pass@k (default: 4)")
+    command.add_argument("--limit", type=int, help="only the first so many problems")
+    command.add_argument("--grader", default="auto", choices=["auto", "gym", "math", "exact"])
+    command.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1)")
+    command.add_argument("--top-p", type=float, default=1.0, help="default: 1")
+    command.add_argument("--top-k", type=int, default=0, help="default: off")
+    command.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
+    command.add_argument("--batch-tokens", type=int, default=32_768, help="tokens in one generation batch")
+    command.add_argument("--seed", type=int, default=1234, help="of the samples (default: 1234)")
+    command.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:0")
+    command.add_argument("--out", metavar="DIR", help="write eval.json and the graded samples there")
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    command.set_defaults(run=_eval)
+
+
+def _eval(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
+    from onpath.commands.eval import run_eval
+
+    return run_eval(options)
+
+
+def _add_study(commands: Any) -> None:
+    command = commands.add_parser(
+        "study",
+        help="compare arms over seeds: runs, intervals, paired differences",
+        description="Runs arms × seeds from one YAML; the same command continues a stopped study.",
+    )
+    command.add_argument(
+        "config", metavar="CONFIG.yaml", help="base, arms, seeds, budget, tune, evals, parallel"
+    )
+    command.add_argument("--quiet", action="store_true", help="no progress display")
+    command.set_defaults(run=_study)
+
+
+def _study(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
+    from onpath.commands.study.command import run_study
+
+    print(f"study: {run_study(options.config, quiet=options.quiet)}")
+    return 0
+
+
+def _add_report(commands: Any) -> None:
+    command = commands.add_parser(
+        "report",
+        help="one self-contained HTML page of a run or a study",
+        description="Writes one HTML page with curves, comparisons and trajectories; it loads nothing.",
+    )
+    command.add_argument("directory", metavar="DIR", help="of a run or of a study")
+    command.add_argument("--out", metavar="FILE", help="default: DIR/report.html")
+    command.set_defaults(run=_report)
+
+
+def _report(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
+    from onpath.commands.report.command import run_report
+
+    return run_report(options)
+
+
+def _add_inspect(commands: Any) -> None:
+    command = commands.add_parser(
+        "inspect",
+        help="look at what a run trained on: coloured tokens, edits, forks",
+        description="Shows a run's stored trajectories, tokens coloured by a quantity.",
+    )
+    command.add_argument("directory", metavar="RUN_DIR")
+    command.add_argument("--step", type=int, help="only this step (default: the last stored one)")
+    command.add_argument(
+        "--only",
+        choices=["right", "wrong", "repaired", "harmed", "edited", "dropped", "forks"],
+        help="filter: by verdict, wrong → right, right → wrong, rewritten, not trained on, with real forks",
+    )
+    command.add_argument("--id", metavar="PROMPT_ID", help="only trajectories of this prompt")
+    command.add_argument(
+        "--sort",
+        default="stored",
+        choices=["stored", "kl", "length"],
+        help="largest first (default: as stored)",
+    )
+    command.add_argument(
+        "--colour", help="per-token column to colour by (default: reverse_kl, or the first that there is)"
+    )
+    command.add_argument("--limit", type=int, default=5, help="how many (default: 5)")
+    command.add_argument("--json", action="store_true", help="JSON lines for machines")
+    command.add_argument(
+        "--probe",
+        choices=["prefix-failure", "divergence", "local-correction"],
+        help="measure instead of showing (RUN_DIR may be a config file): from where on can neither student "
+        "nor teacher save a rollout; where do near futures part; what do a few updates at one prefix change",
+    )
+    command.add_argument("--rollouts", type=int, default=32, help="of a probe (default: 32)")
+    command.add_argument("--continuations", type=int, default=4, help="of a probe, per position (default: 4)")
+    command.add_argument(
+        "--every", type=int, default=8, help="tokens between a probe's positions (default: 8)"
+    )
+    command.set_defaults(run=_inspect)
+
+
+def _inspect(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
+    if options.probe:
+        from onpath.commands.probes.command import run_named, shown
+
+        path = run_named(
+            options.probe,
+            options.directory,
+            rollouts=options.rollouts,
+            continuations=options.continuations,
+            every=options.every,
+        )
+        print("\n".join(shown(path)))
+        return 0
+    from onpath.commands.inspect import run_inspect
+
+    return run_inspect(options)
+
+
+def _add_config(commands: Any) -> None:
+    command = commands.add_parser(
+        "config",
+        help="print the resolved defaults, or the JSON schema",
+        usage="onpath config [CONFIG.yaml] [--schema] [--section.key value ...]",
+        description="Prints the resolved config: defaults, then the file, then the overrides.",
+        epilog=_options_text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("config", nargs="?", metavar="CONFIG.yaml")
+    command.add_argument("--schema", action="store_true", help="print the JSON schema instead")
+    command.set_defaults(run=_config)
+
+
+def _config(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
+    if options.schema:
+        print(json.dumps(configuration.json_schema(), indent=2))
+    else:
+        print(configuration.load(options.config, overrides).to_yaml(), end="")
+    return 0
+
+
+def _options_text() -> str:
+    how = "YAML: section, then key; command line: --section.key value, read as YAML: null, true, [a, b]"
+    lines = [f"options of a config ({how}):", ""]
+    for key, kind, default, text in configuration.describe():
+        lines += [f"  {key}  ({kind}; default {default})", f"      {text}"]
+    return "\n".join(lines).replace("%", "%%")
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Takes `--section.key value` and `--section.key=value` out of the arguments; argparse sees the rest."""
+    rest: list[str] = []
+    pairs: list[tuple[str, str]] = []
+    items = iter(arguments)
+    for item in items:
+        name, equals, value = item.removeprefix("--").partition("=")
+        if not item.startswith("--") or "." not in name:
+            rest.append(item)
+            continue
+        following = value if equals else next(items, None)
+        if following is None:
+            print(f"onpath: {item} needs a value: --section.key value", file=sys.stderr)
+            raise SystemExit(2)
+        pairs.append((name, following))
+    return rest, pairs
+
+
+if __name__ == "__main__":
+    sys.exit(main())

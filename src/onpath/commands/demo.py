@@ -1,0 +1,267 @@
+"""`onpath demo`: OPD, TRD and TOPD from one start, side by side, and what one can see of each.
+
+A study of one seed (`onpath.study`), its table, three trajectories, a picture and its page (`onpath.report`).
+"""
+
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.text import Text
+
+from onpath import config as configuration
+from onpath import gym
+from onpath.commands.inspect import show_row
+from onpath.commands.report.command import write_report
+from onpath.commands.report.text import cell, known_tokens
+from onpath.commands.study.command import StudyConfig, carry_out, check_failed
+from onpath.commands.study.tables import Sheet, measured, print_sheet, sentences
+from onpath.commands.terminal import coloured, legend
+from onpath.run.log import read_lines
+from onpath.run.trajectories import Row, read_rows, trajectory_files
+from onpath.system.errors import UserError
+
+NAME = "demo"
+BEFORE = "before"
+ARMS = {
+    BEFORE: "untouched",
+    "opd": {},
+    "trd": {"method": {"name": "trd"}},
+    "topd": {"method": {"name": "topd", "window": 24}},  # two steps of a solution
+}
+_COLOURS = {"before": "#777777", "opd": "#0072B2", "trd": "#D55E00", "topd": "#009E73"}
+
+
+def demo(*, quick: bool, directory: str) -> int:
+    """Trains, evaluates, prints table and trajectories, draws, writes the page. Returns the exit code."""
+    begun = time.monotonic()
+    console = Console(file=sys.stdout)
+    study = demo_study(quick=quick, directory=directory)
+    if study.directory.exists() and not (study.directory / "study.yaml").is_file():
+        raise UserError(f"{study.directory} is not an earlier demo's: move it away, or set --dir")
+    shutil.rmtree(study.directory, ignore_errors=True)  # a demo starts anew each time
+    data, failed = carry_out(study, command="onpath demo --quick" if quick else "onpath demo")
+    check_failed(failed)
+    console.print()
+    print_sheet(console, table(data))
+    for text in [*sentences(data), *data["notes"]]:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+    print_trajectories(console, study)
+    picture = draw(study.directory, data)
+    page = write_report(study.directory)
+    seconds = f"{time.monotonic() - begun:.0f} s"
+    console.print(f"\npage {page}   picture {picture}   {seconds}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def demo_study(*, quick: bool, directory: str) -> StudyConfig:
+    """The bundled student, three methods, the same prompts and as many updates; unseen problems."""
+    base = configuration.build(
+        {
+            "data": {"limit": 1000, "eval_limit": 100 if quick else 500},
+            "rollout": {"prompts": 64, "max_new_tokens": 112},
+            "optim": {"lr": 2e-3, "schedule": "cosine", "warmup": 0.1},
+            "eval": {"n": 4, "k": 4, "max_new_tokens": 112},
+            "run": {"save_every": 0, "trajectories_every": 1000},
+        }
+    )
+    return StudyConfig.model_validate(
+        {
+            "name": NAME,
+            "dir": directory,
+            "base": base,
+            "arms": ARMS,
+            "base_arm": BEFORE,
+            "seeds": [0],
+            "budget": {"updates": 6 if quick else 30},
+            "evals": {"splits": {"test": "gym:test", "hard": "gym:hard"}},
+        }
+    )
+
+
+def table(data: Mapping[str, Any]) -> Sheet:
+    """Both splits, before and after each method."""
+    about, steps = data["study"], max(arm["steps"] for arm in data["arms"])
+    problems = " and ".join(f"{count:,} {split}" for split, count in about["problems"].items())
+    return Sheet(
+        title=f"{steps} updates each; {problems} problems, all unseen, {about['n']} samples each at T = 1",
+        columns=("", f"avg@{about['n']}", "95%", "gain", "95%", "", f"pass@{about['k']}"),
+        rows=tuple(
+            (
+                f"{split}, {arm['arm']}",
+                *measured(arm["evals"][split]["avg_at_k"]),
+                f"{arm['evals'][split]['pass_at_k']['mean']:.1%}",
+            )
+            for split in about["splits"]
+            for arm in data["arms"]
+        ),
+    )
+
+
+def print_trajectories(console: Console, study: StudyConfig) -> None:
+    """A problem before and after, a rewrite, a fork."""
+    console.print()
+    console.print(legend(console, "reverse KL at the token"))
+    console.print("\n1. An unseen problem, by the student before and after.", style="bold", soft_wrap=True)
+    print_problem(console, study)
+    for number, title, found in (
+        (
+            2,
+            "TRD: the student's attempt y, and the teacher's rewrite z that it learns from.",
+            repaired(study),
+        ),
+        (3, "TOPD: a real fork: how the student went on, and how the teacher would have.", forked(study)),
+    ):
+        console.print(f"\n{number}. {title}", style="bold", highlight=False, soft_wrap=True)
+        if found is None:
+            console.print("None among the stored trajectories.")
+        else:
+            show_row(console, found, "reverse_kl", known_tokens([found]))
+
+
+def stored(study: StudyConfig, arm: str) -> Iterator[Row]:
+    """Trajectories of the first and the last update."""
+    for path in trajectory_files(run_of(study.directory, arm)):
+        yield from read_rows(path)
+
+
+def run_of(directory: Path, arm: str) -> Path:
+    """An arm's only run."""
+    return directory / "runs" / (arm if arm == BEFORE else f"{arm}-seed0")
+
+
+def repaired(study: StudyConfig) -> Row | None:
+    """The wrong attempt that the fewest changes made right: what is left of the diff is the error."""
+    rows = [row for row in stored(study, "trd") if cell(row) == "wrong_to_right"]
+    return min(rows, key=lambda row: row["detail"]["edit_distance"], default=None)
+
+
+def forked(study: StudyConfig) -> Row | None:
+    """The fork with the largest distance, preferably at an error, alone in its trajectory."""
+    found = [(row, f) for row in stored(study, "topd") for f in row["detail"].get("forks") or ()]
+    forks = [pair for pair in found if pair[1]["decision"] == "fork"]
+    if not forks:
+        return None
+    row, fork = max(forks, key=lambda pair: (_is_error(*pair), pair[1]["distance"]))
+    return {**row, "detail": {**row["detail"], "forks": [fork]}}
+
+
+def _is_error(row: Row, fork: Mapping[str, Any]) -> bool:
+    return str(gym.label_tokens(row["prompt"], row["tokens"])[fork["position"]].kind) == "error"
+
+
+def print_problem(console: Console, study: StudyConfig) -> None:
+    """A test problem that was wrong before and that the most methods set right; first samples."""
+    samples = {arm: first_samples(run_of(study.directory, arm)) for arm in ARMS}
+    key = most_telling(samples)
+    if key is None:
+        console.print("None was wrong before and right after.")
+        return
+    reader = Reader(study, key)
+    console.print(
+        Text(reader.prompt.question, style="bold"), Text(f"   (answer {reader.prompt.answer})", style="dim")
+    )
+    for arm, rows in samples.items():
+        tokens, values = reader.read(arm, rows[key]["ids"])
+        error = gym.first_error_token(reader.prompt.question, tokens)
+        marked = [f"▸{t}" if i == error else t for i, t in enumerate(tokens)]
+        verdict = (
+            Text("  ✓", style="green") if rows[key]["correct"] else Text("  ✗ first error at ▸", style="red")
+        )
+        text = coloured(marked, values, colour=console.color_system is not None)
+        console.print(Text(f"  {arm:<7}"), text, verdict, sep="", soft_wrap=True)
+
+
+def first_samples(run: Path) -> dict[str, Row]:
+    """Problem → its first sample at the last evaluation on test."""
+    path = sorted((run / "evals").glob("test_step_*.parquet"))[-1]
+    return {row["id"]: row for row in pq.read_table(path).to_pylist() if row["sample"] == 0}
+
+
+def most_telling(samples: Mapping[str, Mapping[str, Row]]) -> str | None:
+    """The problem with a wrong start and the most right ends; of equal ones the longest wrong start."""
+    wrong = {key: row for key, row in samples[BEFORE].items() if not row["correct"]}
+    rights = {
+        key: sum(rows[key]["correct"] for arm, rows in samples.items() if arm != BEFORE) for key in wrong
+    }
+    key = max(wrong, key=lambda k: (rights[k], wrong[k]["length"], k), default=None)
+    return key if key is not None and rights[key] else None
+
+
+class Reader:
+    """Reads responses to one problem with the models of the demo: torch is loaded only now."""
+
+    def __init__(self, study: StudyConfig, key: str) -> None:
+        from onpath.data.load import load_prompts
+        from onpath.data.render import Renderer
+        from onpath.engines.models import load_model, load_tokenizer, pick_device
+
+        self.study, self.device, base = study, pick_device("auto", NAME), study.base
+        prompts = load_prompts("gym:test", limit=base.data.eval_limit).prompts
+        self.prompt = next(p for p in prompts if p.id == key)
+        self.renderer = Renderer(load_tokenizer(base.student, NAME))
+        self.teacher = load_model(configuration.Student(model="gym:teacher"), NAME, self.device)
+
+    def read(self, arm: str, ids: Sequence[int]) -> tuple[list[str], list[float]]:
+        """Tokens, and reverse KL of the arm's student from the teacher at each, nats."""
+        from onpath.engines.models import load_model
+        from onpath.engines.reading import Measure
+        from onpath.engines.teacher import ModelTeacher
+        from onpath.records import Trajectory
+
+        model = self.run_model(arm)
+        student = load_model(configuration.Student(model=model), NAME, self.device)
+        measure = Measure(
+            student=student,
+            teacher=ModelTeacher(self.teacher),
+            vocabulary=student.config.vocab_size,
+            device=student.device,
+            max_tokens=16_384,
+        )
+        context = self.renderer.ids(self.prompt)
+        (values,) = measure(
+            [Trajectory(student_context=context, teacher_context=context, response=tuple(ids))]
+        )
+        return self.renderer.tokens(ids), values["reverse_kl"]
+
+    def run_model(self, arm: str) -> str:
+        """Where the arm's student is."""
+        return "gym:student" if arm == BEFORE else str(run_of(self.study.directory, arm) / "model")
+
+
+def draw(directory: Path, data: Mapping[str, Any]) -> Path:
+    """Accuracy of the rollouts by update, and final accuracies with their intervals, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    about, arms = data["study"], data["arms"]
+    for place, arm in enumerate(arms):
+        colour = _COLOURS[arm["arm"]]
+        rows = read_lines(run_of(directory, arm["arm"]) / "metrics.jsonl")
+        if rows:
+            left.plot(
+                [r["step"] for r in rows], [r["accuracy"] for r in rows], color=colour, label=arm["arm"]
+            )
+        held = [arm["evals"][split]["avg_at_k"] for split in about["splits"]]
+        means = [h["mean"] for h in held]
+        bars = [[h["mean"] - h["ci95"][0] for h in held], [h["ci95"][1] - h["mean"] for h in held]]
+        x = [split + 0.16 * (place - (len(arms) - 1) / 2) for split in range(len(held))]
+        right.errorbar(x, means, yerr=bars, fmt="o", capsize=3, color=colour, label=arm["arm"])
+    left.set(xlabel="update", ylabel="share right", ylim=(0, 1), title="The student's rollouts")
+    right.set(ylim=(0, 1), title=f"Unseen problems: avg@{about['n']}, 95% over problems")
+    right.set_xticks(range(len(about["splits"])), about["splits"])
+    for axis in (left, right):
+        axis.legend(frameon=False, fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.3)
+    path = directory / "demo.png"
+    figure.savefig(path, dpi=130)
+    return path

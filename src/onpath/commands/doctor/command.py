@@ -1,0 +1,251 @@
+"""`onpath doctor`: all checks, cheap ones first, printed as they come or as one JSON object."""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+from transformers import AutoConfig
+
+from onpath import config as configuration
+from onpath.commands.doctor import costs, scores, tokens, training
+from onpath.commands.doctor import inputs as before
+from onpath.commands.doctor.finding import Finding, guarded, skipped
+from onpath.commands.doctor.sample import Probe, make_probe, untouched
+from onpath.config import Student, Teacher
+from onpath.config.build import Config
+from onpath.config.methods.trd import TRDOptions
+from onpath.engines.models import load_tokenizer, locate
+from onpath.engines.teacher import SilentTeacher
+from onpath.grade.graders import grader_for
+from onpath.run.assemble import assemble
+from onpath.run.inputs import make_renderer
+from onpath.run.parts import Parts
+from onpath.system.errors import UserError
+
+_STYLES = {"ok": "green", "warning": "yellow", "fail": "bold red", "skipped": "dim"}
+_ALONG_TRAJECTORIES = (
+    training.contexts, training.eos, scores.teacher_itself, scores.alignment, scores.teacher_differs,
+    training.gradient,
+)  # fmt: skip
+_NEED_SCORES = ("teacher_itself", "alignment", "teacher_differs")
+_NEED_MODELS = (
+    "server_tokens", "trajectories", "accuracy", "engine_logprobs", "on_policy",
+    *(f.__name__ for f in _ALONG_TRAJECTORIES), "refine", "engine_follows", "speed", "memory", "disk",
+    "restored",
+)  # fmt: skip
+"""Checks that cannot run where the models cannot."""
+
+
+def run_doctor(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
+    """Prints what was found; 1 if a check failed."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("onpath doctor looks at one process: start it without torchrun")
+    config, refused = load_leniently(options.config, overrides)
+    begun, console = time.perf_counter(), Console(file=sys.stdout, soft_wrap=True)
+    found: list[Finding] = []
+    for finding in diagnose(config, refused=refused):
+        found.append(finding)
+        if not options.json:
+            show(console, finding)
+    seconds = time.perf_counter() - begun
+    if options.json:
+        print(json.dumps(summary(config, found, seconds), indent=1, ensure_ascii=False))
+    else:
+        counts = [f"{n} {s}" for s in _STYLES if (n := sum(f.status == s for f in found))]
+        console.print(f"{', '.join(counts)} in {seconds:.0f} s", highlight=False)
+    return int(any(f.status == "fail" for f in found))
+
+
+def load_leniently(path: str | None, overrides: Sequence[tuple[str, str]]) -> tuple[Config, str | None]:
+    """The config; and if only its sampling is refused, why, with the config that accepts it, so that the
+    other checks still run."""
+    try:
+        return configuration.load(path, overrides), None
+    except UserError as error:
+        if "rollout.temperature must be 1" not in str(error):
+            raise
+        accepted = configuration.load(path, [*overrides, ("method.off_policy", "true")])
+        return accepted, str(error)
+
+
+def summary(config: Config, found: Sequence[Finding], seconds: float) -> dict[str, Any]:
+    """The JSON object."""
+    worst = next((s for s in ("fail", "warning") if any(f.status == s for f in found)), "ok")
+    return {
+        "status": worst,
+        "method": config.method.name,
+        "student": config.student.model,
+        "teacher": None if config.method.self_taught else config.teacher.model,
+        "seconds": round(seconds, 2),
+        "checks": [{**vars(f), "values": {k: _json_ready(v) for k, v in f.values.items()}} for f in found],
+    }
+
+
+def _json_ready(value: Any) -> Any:
+    """JSON has no infinity and no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def show(console: Console, finding: Finding) -> None:
+    """One line, and one more with what to do."""
+    line = Text(f"{finding.status:<8}", style=_STYLES[finding.status])
+    line.append(f" {finding.name:<16} ", style="bold")
+    line.append(finding.message, style="dim" if finding.status == "skipped" else "not dim")
+    console.print(line, highlight=False)
+    if finding.advice:
+        console.print(Text(f"{'':<26}→ {finding.advice}"), highlight=False)
+
+
+def diagnose(config: Config, *, refused: str | None = None) -> Iterator[Finding]:
+    """All findings, in order. Nothing is written, and no weight is left changed.
+
+    Args:
+        config: see `onpath.config`.
+        refused: why `onpath train` would refuse the config's sampling.
+    """
+    findings = list(_of_data(config, refused))
+    yield from findings
+    try:
+        parts = assemble(_undecorated(config))
+    except UserError as error:
+        known = next((f for f in findings if f.status == "fail" and f.message == str(error)), None)
+        said = "see above" if known else str(error)
+        yield Finding(name="models", status="fail", message=f"the run cannot start: {said}")
+        yield from (skipped(name, "the run cannot start") for name in _NEED_MODELS)
+        return
+    with closing(parts.grader):
+        yield _models(parts)
+        yield tokens.served_tokens(parts)
+        yield from _of_models(parts)
+
+
+def _of_data(config: Config, refused: str | None) -> Iterator[Finding]:
+    """What can be said before a model loads; each check that cannot run says why."""
+    yield before.sampling(config, refused)
+    try:
+        loaded, finding = before.read_pool(config)
+        yield finding
+        evals, finding = before.read_evals(config, loaded.prompts)
+        yield finding
+    except UserError as error:
+        yield Finding(name="data", status="fail", message=str(error))
+        return
+    pool = loaded.prompts
+    everything = [*pool, *(p for prompts in evals.values() for p in prompts)]
+    yield before.columns(config, pool)
+    with grader_for(config.eval.grader, [config.data.train, *config.data.eval.values()]) as grader:
+        yield guarded("answers", lambda: before.answers(grader, everything))
+        yield guarded("solutions", lambda: before.solutions(grader, everything))
+    try:
+        student = load_tokenizer(config.student, "student.model")
+        teacher = load_tokenizer(config.teacher, "teacher.model") if _reads_ids(config) else None
+        renderer = make_renderer(config, student)
+    except UserError as error:
+        yield Finding(name="tokens", status="fail", message=str(error))
+        return
+    theirs = None if teacher is None else _renderer_of(config, teacher)
+    yield tokens.same_tokens(student, teacher, tokens.texts_of(everything))
+    yield tokens.specials(student, teacher)
+    yield guarded("template", lambda: tokens.template(config, renderer, theirs, everything))
+    yield guarded("context", lambda: tokens.context(config, renderer, everything, _rooms(config)))
+
+
+def _of_models(parts: Parts) -> Iterator[Finding]:
+    with untouched(parts) as restore:
+        probe = make_probe(parts)
+        yield training.method_kept(probe)
+        yield guarded("accuracy", lambda: training.accuracy(parts, probe))
+        yield guarded("engine_logprobs", lambda: scores.engine_logprobs(parts, probe.rollouts))
+        yield guarded("on_policy", lambda: scores.on_policy(parts, probe.rollouts))
+        for check in _ALONG_TRAJECTORIES:
+            name = check.__name__
+            if not probe.trajectories:
+                yield skipped(name, "there is no trajectory to look at")
+                continue
+            if name in _NEED_SCORES and isinstance(parts.teacher, SilentTeacher):
+                yield skipped(name, "a chat endpoint gives no scores")
+                continue
+            yield guarded(name, partial(check, parts, probe))
+        yield guarded("refine", lambda: training.refine(parts))
+        yield guarded("engine_follows", lambda: scores.engine_follows(parts))
+        restore()
+        yield from _of_a_step(parts, probe)
+        yield restored(restore())
+
+
+def _of_a_step(parts: Parts, probe: Probe) -> Iterator[Finding]:
+    try:
+        cost = costs.measure(parts, probe)
+    except UserError as error:
+        yield Finding(name="speed", status="fail", message=f"the first step does not run: {error}")
+        yield skipped("memory", "the first step does not run")
+    else:
+        yield costs.speed(parts, cost)
+        yield costs.memory(parts, cost)
+    yield costs.disk(parts)
+
+
+def restored(same: bool) -> Finding:
+    """The doctor leaves no trace."""
+    if same:
+        message = "after a real step weights and method are, bit for bit, what they were"
+        return Finding(name="restored", status="ok", message=message)
+    return Finding(name="restored", status="fail", message="weights did not come back: a fault of onpath's")
+
+
+def _models(parts: Parts) -> Finding:
+    trained = sum(p.numel() for p in parts.student.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in parts.student.parameters())
+    message = (
+        f"student of {total / 1e6:,.3g}M parameters, {trained / 1e6:,.3g}M of them trained, on {parts.device}"
+    )
+    values = {"parameters": total, "trained": trained, "device": str(parts.device)}
+    if parts.warnings:
+        return Finding(name="models", status="warning", message=parts.warnings[0], values=values)
+    return Finding(name="models", status="ok", message=message, values=values)
+
+
+def _undecorated(config: Config) -> Config:
+    """Without what would write into the run's directory (TRD's offline cache) or sample in the background."""
+    rollout = config.rollout.model_copy(update={"overlap": False})
+    if isinstance(config.method, TRDOptions):
+        method = config.method.model_copy(update={"offline": False})
+        return config.model_copy(update={"method": method, "rollout": rollout})
+    return config.model_copy(update={"rollout": rollout})
+
+
+def _reads_ids(config: Config) -> bool:
+    """Whether there is another model that must have the student's vocabulary."""
+    return not config.method.self_taught and config.teacher.engine != "chat"
+
+
+def _renderer_of(config: Config, tokenizer: Any) -> Any:
+    """The teacher's own rendering; where it has no chat template, plain text."""
+    try:
+        return make_renderer(config, tokenizer)
+    except UserError:
+        plain = config.data.model_copy(update={"template": "plain"})
+        return make_renderer(config.model_copy(update={"data": plain}), tokenizer)
+
+
+def _rooms(config: Config) -> dict[str, int]:
+    sections: dict[str, Student | Teacher] = {"student": config.student}
+    if _reads_ids(config):
+        sections["teacher"] = config.teacher
+    found = {}
+    for side, section in sections.items():
+        where = Path(locate(section.model)).expanduser()
+        if where.is_dir() and (where / "config.json").is_file():
+            read = AutoConfig.from_pretrained(where, trust_remote_code=section.trust_remote_code)
+            found[side] = int(read.get_text_config().max_position_embeddings)
+    return found

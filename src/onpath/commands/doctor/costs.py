@@ -1,0 +1,162 @@
+"""What a run costs: one real step, timed and measured, against the memory, disk and hours there are."""
+
+import os
+import resource
+import shutil
+import sys
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from onpath.commands.doctor.finding import Finding
+from onpath.commands.doctor.sample import Probe
+from onpath.run.meter import STAGES
+from onpath.run.optimizer import make_optimizer
+from onpath.run.parts import Parts
+from onpath.training import one_step
+
+_STEP_SECONDS = 30.0
+"""Longest step that is run in full; of a longer one a share is run, and scaled."""
+_STEP_OF_PROBE = 3.0
+"""A whole step's time over that of sampling and correcting, roughly: enough to choose the share."""
+_FULL = 0.9
+"""Share of the memory from which the check warns."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Of one optimiser step of the config."""
+
+    seconds: dict[str, float]
+    """By stage."""
+    generated_tokens: int
+    scale: float
+    """1: the whole step was run; above 1: fewer prompts, and seconds multiplied by this."""
+    peak_bytes: int
+    room_bytes: int
+    """Memory of the device, or what the process may take of the host's."""
+
+
+def measure(parts: Parts, probe: Probe) -> Cost:
+    """Runs one optimiser step for real, AdamW's state included. Call it within `probe.untouched`."""
+    config = parts.config
+    prompts = config.rollout.prompts
+    longer = config.rollout.max_new_tokens / max(1, max(len(r.ids) for r in probe.rollouts))
+    each = probe.seconds / len(probe.rollouts) * (longer if probe.shortened else 1.0)
+    expected = _STEP_OF_PROBE * each * prompts * config.rollout.n
+    fewer = max(1, min(prompts, int(prompts * _STEP_SECONDS / max(expected, 1e-9))))
+    rollout = config.rollout.model_copy(update={"prompts": fewer})
+    parts = replace(parts, config=config.model_copy(update={"rollout": rollout}))
+    optimizer, schedule = make_optimizer(parts)
+    schedule(0)
+    on_gpu = parts.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(parts.device)
+    saved = sum(p.numel() * p.element_size() for p in parts.student.parameters() if p.requires_grad)
+    meter = one_step(parts, optimizer, 0)
+    peak = torch.cuda.max_memory_allocated(parts.device) if on_gpu else _peak_of_process() - saved
+    scale = prompts / fewer
+    return Cost(
+        seconds={stage: meter.watch.seconds.get(stage, 0.0) * scale for stage in (*STAGES, "grade")},
+        generated_tokens=round(sum(len(r.ids) for r in meter.rollouts) * scale),
+        scale=scale,
+        peak_bytes=peak,
+        room_bytes=_room(parts.device),
+    )
+
+
+def speed(parts: Parts, cost: Cost) -> Finding:
+    """Seconds a step, hours a run, evaluations included."""
+    config, step = parts.config, sum(cost.seconds.values())
+    generate = cost.seconds["sample"] / max(1, cost.generated_tokens)
+    each = cost.generated_tokens / (config.rollout.prompts * config.rollout.n)
+    every = config.eval.every
+    times = (
+        int(config.eval.start) + (config.optim.steps - 1) // every + 1
+        if every
+        else 1 + int(config.eval.start)
+    )
+    problems = sum(len(prompts) for prompts in parts.evals.values())
+    evaluating = times * problems * config.eval.n * each * generate
+    hours = (config.optim.steps * step + evaluating) / 3600
+    values = {
+        "seconds_per_step": step,
+        "hours": hours,
+        "seconds_evaluating": evaluating,
+        "generated_tokens_per_second": 1 / generate if generate else None,
+        "scaled_by": cost.scale,
+        **{f"seconds_{stage}": seconds for stage, seconds in cost.seconds.items()},
+    }
+    shares = ", ".join(
+        f"{stage} {cost.seconds[stage] / step:.0%}" for stage in ("sample", "correct", "train")
+    )
+    message = (
+        f"{step:.2g} s a step ({shares}); {config.optim.steps} steps and evaluations: {_duration(hours)}"
+    )
+    message += "" if cost.scale == 1 else f" (scaled up {cost.scale:.1f} times from fewer prompts)"
+    return Finding(name="speed", status="ok", message=message, values=values)
+
+
+def memory(parts: Parts, cost: Cost) -> Finding:
+    """Peak of a real step against what is there."""
+    peak, room = cost.peak_bytes / 2**30, cost.room_bytes / 2**30
+    where = "GPU" if parts.device.type == "cuda" else "host"
+    values = {"peak_gib": peak, "room_gib": room, "device": parts.device.type}
+    message = f"a step takes {peak:.2g} of {room:.3g} GiB of {where} memory"
+    message += "" if cost.scale == 1 else f" (measured on 1/{cost.scale:.1f} of a step: at least that)"
+    if peak <= _FULL * room:
+        return Finding(name="memory", status="ok", message=message, values=values)
+    advice = "lower optim.micro_batch_tokens and rollout.batch_tokens, or set student.gradient_checkpointing"
+    status = "fail" if peak > room else "warning"
+    return Finding(name="memory", status=status, message=message, advice=advice, values=values)  # type: ignore[arg-type]
+
+
+def disk(parts: Parts) -> Finding:
+    """Checkpoints that are kept, one being written, and the final model, against the free space."""
+    config = parts.config
+    trained = sum(p.numel() * p.element_size() for p in parts.student.parameters() if p.requires_grad)
+    copies = 1 + int(config.student.lora_merge)
+    need = (3 * trained * (config.run.keep + 1) + copies * trained) / 2**30
+    place = Path(config.run.dir).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free / 2**30
+    values = {"needed_gib": need, "free_gib": free}
+    message = (
+        f"checkpoints and model take up to {need:.2g} GiB; {free:.3g} GiB are free under {config.run.dir}"
+    )
+    if need < free:
+        return Finding(name="disk", status="ok", message=message, values=values)
+    advice = "lower run.keep, or choose another run.dir"
+    return Finding(name="disk", status="fail", message=message, advice=advice, values=values)
+
+
+def _duration(hours: float) -> str:
+    return (
+        f"{hours:.1f} h"
+        if hours >= 1
+        else f"{hours * 60:.0f} min"
+        if hours * 60 >= 2
+        else f"{hours * 3600:.0f} s"
+    )
+
+
+def _peak_of_process() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _room(device: torch.device) -> int:
+    """Bytes of the device; for a CPU what is free now and what we hold already, or the container's limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError, IndexError):
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        held = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        total = min(total, int(lines["MemAvailable"].split()[0]) * 1024 + held)
+    with suppress(OSError, ValueError):
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return total

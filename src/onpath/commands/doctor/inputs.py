@@ -1,0 +1,177 @@
+"""Checks that need no model: data, columns, reference answers, sampling settings."""
+
+import re
+from collections.abc import Sequence
+
+from onpath.commands.doctor.finding import Finding, skipped
+from onpath.config.build import Config
+from onpath.data.load import LoadedPrompts, load_prompts, prompts_of_step
+from onpath.grade.base import Grader
+from onpath.records import Prompt
+from onpath.run.inputs import load_evals
+
+MOST_ANSWERS = 200
+"""Reference answers that are graded, and as many solutions."""
+_FEW = 0.1
+"""Share of unreadable answers, or of solutions that miss the answer, up to which a check only warns."""
+_WORD = re.compile(r"(?<![\\\w])[^\W\d_]{2,}")
+_SENTENCE_WORDS = 3
+_STATED = {"gym": "ans {}", "math": "So the answer is \\boxed{{{}}}.", "exact": "{}"}
+"""An answer as a response would state it, by grader."""
+
+
+def read_pool(config: Config) -> tuple[LoadedPrompts, Finding]:
+    """The training pool.
+
+    Raises:
+        UserError: unreadable, or smaller than a step.
+    """
+    data = config.data
+    loaded = load_prompts(data.train, limit=data.limit, skip_bad=data.skip_bad)
+    prompts_of_step(loaded.prompts, size=config.rollout.prompts, seed=0, step=0)
+    epochs = config.optim.steps * config.rollout.prompts / len(loaded.prompts)
+    values = {"prompts": len(loaded.prompts), "skipped": loaded.skipped, "epochs": round(epochs, 2)}
+    message = (
+        f"{len(loaded.prompts):,} training prompts, read {epochs:.2g} times in {config.optim.steps} steps"
+    )
+    if not loaded.skipped:
+        return loaded, Finding(name="data", status="ok", message=message, values=values)
+    advice = f"mend them; the first is {loaded.reasons[0]}"
+    message += f"; {loaded.skipped} bad rows left out"
+    return loaded, Finding(name="data", status="warning", message=message, advice=advice, values=values)
+
+
+def read_evals(config: Config, pool: Sequence[Prompt]) -> tuple[dict[str, tuple[Prompt, ...]], Finding]:
+    """The evaluation sets, and how many of their problems are trained on.
+
+    Raises:
+        UserError: unreadable, or without answers.
+    """
+    evals = load_evals(config)
+    trained = {p.question.strip() for p in pool}
+    problems = [p for prompts in evals.values() for p in prompts]
+    leaked = sum(p.question.strip() in trained for p in problems)
+    values = {"problems": len(problems), "trained_on": leaked}
+    if leaked:
+        message = f"{leaked} of {len(problems)} evaluation problems are also training prompts"
+        advice = "take them out of one side, or do not call the result a test score"
+        return evals, Finding(name="evals", status="warning", message=message, advice=advice, values=values)
+    message = f"{len(problems):,} evaluation problems, none of them trained on"
+    return evals, Finding(name="evals", status="ok", message=message, values=values)
+
+
+def columns(config: Config, pool: Sequence[Prompt]) -> Finding:
+    """Columns that the method cannot do without: the solution of OPSD, say."""
+    method = config.method
+    lacking = {column: sum(not (getattr(p, column) or "").strip() for p in pool) for column in method.needs}
+    values = {f"without_{column}": count for column, count in lacking.items()}
+    for column, count in lacking.items():
+        if count:
+            message = f"{count} of {len(pool)} training prompts have no {column}, which {method.name} needs"
+            advice = f"add the column {column} to {config.data.train}"
+            return Finding(name="columns", status="fail", message=message, advice=advice, values=values)
+    if not lacking:
+        message = f"{method.name} needs no column beside prompt"
+    else:
+        message = f"every training prompt has what {method.name} needs: {', '.join(lacking)}"
+    return Finding(name="columns", status="ok", message=message, values=values)
+
+
+def answers(grader: Grader, prompts: Sequence[Prompt]) -> Finding:
+    """Does a response that states the reference answer pass the grader? (At most MOST_ANSWERS of them.)"""
+    known = _spread([p for p in prompts if p.answer is not None])
+    if not known:
+        return skipped("answers", "no prompt has an answer, so no accuracy will be measured")
+    stated = [(_STATED[grader.name].format(p.answer), p.answer or "") for p in known]
+    verdicts = zip(known, grader.grade_many(stated), strict=True)
+    failed = [p for p, v in verdicts if not v.correct or (grader.name == "math" and is_prose(p.answer or ""))]
+    values = {"grader": grader.name, "graded": len(known), "unreadable": len(failed)}
+    if not failed:
+        message = f"{len(known)} reference answers, stated plainly, all pass the {grader.name} grader"
+        return Finding(name="answers", status="ok", message=message, values=values)
+    shown = (failed[0].answer or "")[:60]
+    message = (
+        f"{len(failed)} of {len(known)} reference answers cannot be read by the {grader.name} grader, or are "
+        f"sentences; the first is {shown!r} of prompt {failed[0].id!r}"
+    )
+    return Finding(
+        name="answers",
+        status="fail" if len(failed) > _FEW * len(known) else "warning",
+        message=message,
+        advice="the column answer must hold the final answer alone; or choose another eval.grader",
+        values=values,
+    )
+
+
+def is_prose(answer: str) -> bool:
+    """A sentence, of which math-verify would make a product of letters.
+
+    >>> is_prose("see page 4 of the key"), is_prose("\\\\frac{1}{2} apples")
+    (True, False)
+    """
+    return len(_WORD.findall(answer)) >= _SENTENCE_WORDS
+
+
+def solutions(grader: Grader, prompts: Sequence[Prompt]) -> Finding:
+    """Do the reference solutions end in the reference answers? (At most MOST_ANSWERS of them.)"""
+    known = _spread([p for p in prompts if p.answer is not None and (p.solution or "").strip()])
+    if not known:
+        return skipped("solutions", "no prompt has both a solution and an answer")
+    verdicts = grader.grade_many([(p.solution or "", p.answer or "") for p in known])
+    failed = [p for p, v in zip(known, verdicts, strict=True) if not v.correct]
+    values = {"grader": grader.name, "graded": len(known), "wrong": len(failed)}
+    if not failed:
+        message = f"{len(known)} reference solutions all end in their answers"
+        return Finding(name="solutions", status="ok", message=message, values=values)
+    strict = grader.name != "exact" and len(failed) > _FEW * len(known)  # exact: a solution may end in prose
+    return Finding(
+        name="solutions",
+        status="fail" if strict else "warning",
+        message=f"{len(failed)} of {len(known)} reference solutions do not pass the {grader.name} grader, "
+        f"the first is that of prompt {failed[0].id!r}",
+        advice="a solution must end in its answer, in the form that the grader reads",
+        values=values,
+    )
+
+
+def sampling(config: Config, refused: str | None) -> Finding:
+    """Are the rollouts what the objective takes them for?
+
+    Args:
+        refused: why `onpath train` would not take the config, if that is because of its sampling.
+    """
+    rollout, evaluation = config.rollout, config.eval
+    settings = f"temperature {rollout.temperature:g}, top-p {rollout.top_p:g}, top-k {rollout.top_k or 'off'}"
+    values = {"temperature": rollout.temperature, "top_p": rollout.top_p, "top_k": rollout.top_k}
+    if refused:
+        return Finding(
+            name="sampling",
+            status="fail",
+            message=refused,
+            advice="set rollout.temperature 1, rollout.top_p 1, rollout.top_k 0",
+            values=values,
+        )
+    plain = (rollout.temperature, rollout.top_p, rollout.top_k) == (1.0, 1.0, 0)
+    if not plain:
+        corrected = config.method.ppo_clip is not None
+        message = f"rollouts are drawn at {settings}: not the student's own distribution"
+        return Finding(
+            name="sampling",
+            status="ok" if config.method.name == "trd" else "warning",
+            message=message + ("; TRD only seeds rewrites with them" if config.method.name == "trd" else ""),
+            advice="" if corrected or config.method.name == "trd" else "drop off_policy unless you want this",
+            values=values,
+        )
+    alike = (evaluation.temperature, evaluation.top_p, evaluation.top_k) == (1.0, 1.0, 0)
+    message = f"rollouts are the student's own samples ({settings})"
+    message += ", one step old (rollout.overlap)" if rollout.overlap else ""
+    if not alike:
+        top = f"top-p {evaluation.top_p:g}, top-k {evaluation.top_k or 'off'}"
+        message += f"; evaluation samples differently (temperature {evaluation.temperature:g}, {top})"
+    return Finding(name="sampling", status="ok", message=message, values=values)
+
+
+def _spread(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """At most MOST_ANSWERS, from all over."""
+    stride = max(1, -(-len(prompts) // MOST_ANSWERS))
+    return list(prompts[::stride])

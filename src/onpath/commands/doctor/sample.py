@@ -1,0 +1,215 @@
+"""A small real batch that the checks of models look at, and what both sides make of it.
+
+Shape suffixes: N response tokens, H hidden.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from onpath.data.batch import Batch, collate, micro_batches
+from onpath.data.load import prompts_of_step
+from onpath.engines.head import hidden_states
+from onpath.engines.reading import Readings
+from onpath.losses import Head, TeacherHidden, TeacherScores, TeacherTopK, TokenStats, token_stats
+from onpath.methods import Prepared
+from onpath.records import Rollout, Trajectory
+from onpath.run.loss import student_states, teacher_states
+from onpath.run.parts import Parts
+from onpath.run.weights import shaped
+from onpath.system.errors import UserError
+
+_TOKENS = 4096
+"""Response tokens, at most, that the checks sample."""
+_LENGTH = 256
+"""Longest response of the probe."""
+_ROLLOUTS = (4, 32)
+"""Fewest and most rollouts of the probe."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """Rollouts of the first step's prompts, and what the method makes of them."""
+
+    rollouts: list[Rollout]
+    prepared: Prepared
+    trajectories: list[Trajectory]
+    """Those that would be trained on."""
+    seconds: float
+    refused: str = ""
+    """Why the method could not make trajectories."""
+    shortened: bool = False
+    """Responses were cut at _LENGTH tokens, before rollout.max_new_tokens."""
+
+    def batches(self, parts: Parts) -> Iterator[Batch]:
+        """In micro-batches."""
+        return batches_of(parts, self.trajectories)
+
+
+def make_probe(parts: Parts) -> Probe:
+    """Samples and corrects as the first step would, with fewer prompts."""
+    config = parts.config
+    low, high = _ROLLOUTS
+    sampling = replace(parts.sampling, max_new_tokens=min(_LENGTH, parts.sampling.max_new_tokens))
+    size = max(low, min(high, _TOKENS // sampling.max_new_tokens))
+    size = min(size, config.rollout.prompts, len(parts.pool))
+    prompts = prompts_of_step(parts.pool, size=size, seed=config.run.seed, step=0)
+    begun = time.perf_counter()
+    rollouts = parts.engine.generate(prompts, sampling, keys=[f"doctor/{p.id}" for p in prompts])
+    prepared, refused = unread(), ""
+    kept: list[Trajectory] = []
+    try:
+        prepared = parts.method.prepare(rollouts, step=0)
+        prepared = shaped(parts, prepared)
+        kept = [t for t in prepared.trajectories if t.edit.kept and t.response]
+    except UserError as error:
+        refused = str(error)
+    seconds = time.perf_counter() - begun
+    return Probe(
+        rollouts=rollouts,
+        prepared=prepared,
+        trajectories=kept,
+        seconds=seconds,
+        refused=refused,
+        shortened=sampling != parts.sampling,
+    )
+
+
+def batches_of(parts: Parts, trajectories: Sequence[Trajectory]) -> Iterator[Batch]:
+    """Micro-batches of the config's size on the student's device."""
+    for micro in micro_batches(trajectories, max_tokens=parts.config.optim.micro_batch_tokens):
+        yield collate(micro, device=parts.device)
+
+
+def unread() -> Prepared:
+    """No hidden states of before: everything is read anew."""
+    return Prepared(trajectories=[], readings=Readings())
+
+
+def as_they_are(rollouts: Sequence[Rollout]) -> list[Trajectory]:
+    """Rollouts in the student's own context, without any method."""
+    return [
+        Trajectory(student_context=r.context, teacher_context=r.context, response=r.ids, origin=r)
+        for r in rollouts
+        if r.ids
+    ]
+
+
+@torch.no_grad()
+def trainer_stats(parts: Parts, trajectories: Sequence[Trajectory]) -> list[tuple[Batch, TokenStats]]:
+    """The student's statistics along trajectories by the forward pass that training uses, without a
+    teacher."""
+    was_training, found = parts.student.training, []
+    parts.student.train()
+    for batch in batches_of(parts, trajectories):
+        stats = token_stats(
+            student_hidden=student_states(parts, batch, unread()),
+            student_head=parts.head,
+            teacher=None,
+            sampled_ids=batch.token_N,
+        )
+        found.append((batch, stats))
+    parts.student.train(was_training)
+    return found
+
+
+@torch.no_grad()
+def teacher_scores(parts: Parts, batch: Batch) -> TeacherScores:
+    """What a teacher that gives scores makes of a batch, read anew."""
+    scores = teacher_states(parts, batch, unread())
+    assert scores is not None
+    return scores
+
+
+@torch.no_grad()
+def divergence(parts: Parts, batch: Batch) -> TokenStats:
+    """Student against teacher, per token."""
+    with parts.autocast():
+        hidden_BSH = hidden_states(parts.student, batch.student_ids_BS, batch.student_mask_BS)
+    return token_stats(
+        student_hidden=hidden_BSH.flatten(0, 1)[batch.student_at_N],
+        student_head=parts.head,
+        teacher=teacher_scores(parts, batch),
+        sampled_ids=batch.token_N,
+    )
+
+
+@torch.no_grad()
+def logp_of(scores: TeacherScores, token_N: Tensor) -> Tensor:
+    """Log-prob [N] of given tokens under a teacher's scores; of a token outside a served set, that of all
+    outside together (an upper bound)."""
+    if isinstance(scores, TeacherHidden):
+        logp_N = token_stats(
+            student_hidden=scores.hidden, student_head=scores.head, teacher=None, sampled_ids=token_N
+        ).student_logp
+        assert logp_N is not None
+        return logp_N
+    inside_Nk = scores.ids == token_N[:, None]
+    logp_N = scores.logp.masked_fill(~inside_Nk, -torch.inf).amax(-1)
+    return torch.where(inside_Nk.any(-1), logp_N, scores.tail_mass().clamp_min(1e-9).log())
+
+
+def rows_of(scores: TeacherScores, at: Tensor) -> TeacherScores:
+    """Some rows of a teacher's scores."""
+    if isinstance(scores, TeacherHidden):
+        return TeacherHidden(hidden=scores.hidden[at], head=scores.head)
+    tail, sampled = scores.tail, scores.sampled_logp
+    return TeacherTopK(
+        ids=scores.ids[at],
+        logp=scores.logp[at],
+        tail=None if tail is None else tail[at],
+        sampled_logp=None if sampled is None else sampled[at],
+    )
+
+
+def own_scores(hidden_NH: Tensor, head: Head) -> TeacherHidden:
+    """Hidden states in the place of a teacher's."""
+    return TeacherHidden(hidden=hidden_NH.detach(), head=head)
+
+
+@contextlib.contextmanager
+def untouched(parts: Parts) -> Iterator[Callable[[], bool]]:
+    """Whatever happens inside: afterwards trained weights and the method's state are, bit for bit, what they
+    were, and the engine has them.
+
+    Yields:
+        A function that puts them back and says whether they are the same again; it also runs at the end.
+    """
+    trained = {n: p for n, p in parts.student.named_parameters() if p.requires_grad} | dict(
+        parts.method.state()
+    )
+    saved = {name: p.detach().to("cpu", copy=True) for name, p in trained.items()}
+
+    @torch.no_grad()
+    def restore() -> bool:
+        for name, tensor in trained.items():
+            tensor.copy_(saved[name])
+        for p in parts.student.parameters():
+            p.grad = None
+        parts.engine.sync_weights(0)
+        return all(_same(tensor.detach().cpu(), saved[name]) for name, tensor in trained.items())
+
+    try:
+        yield restore
+    finally:
+        restore()
+
+
+def _same(one: Tensor, two: Tensor) -> bool:
+    """Equal, NaN included: a state that is not known yet."""
+    return bool(one.isnan().equal(two.isnan()) and one.nan_to_num().equal(two.nan_to_num()))
+
+
+def narrow(parts: Parts) -> bool:
+    """Whether some forward pass is in half precision, so that equal models differ by rounding."""
+    dtypes = {p.dtype for p in parts.student.parameters()}
+    return parts.config.optim.bf16 or dtypes != {torch.float32} or parts.config.teacher.dtype != "float32"
+
+
+def without_guidance(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+    """The objective alone."""
+    return [replace(t, guidance=()) for t in trajectories]

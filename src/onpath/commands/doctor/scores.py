@@ -1,0 +1,336 @@
+"""Checks of who scores: engine against trainer, teacher against itself, teacher against student.
+
+Shape suffixes: N response tokens.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from onpath.commands.doctor.finding import Finding, skipped
+from onpath.commands.doctor.sample import (
+    Probe,
+    as_they_are,
+    batches_of,
+    divergence,
+    logp_of,
+    narrow,
+    own_scores,
+    rows_of,
+    teacher_scores,
+    trainer_stats,
+)
+from onpath.data.batch import Batch, collate
+from onpath.engines.head import hidden_states
+from onpath.engines.teacher import ModelTeacher, SelfTeacher
+from onpath.losses import TeacherHidden, TeacherScores, token_stats
+from onpath.methods.base import acting
+from onpath.records import Rollout, Sampling, Trajectory
+from onpath.run.parts import Parts
+
+_COMPARED = 8
+"""Responses whose scores are compared one by one."""
+_GAP = {False: (1e-4, 1e-3), True: (0.03, 0.1)}
+"""Half precision or not → mean gap of log-probs, nats, above which a check warns and fails."""
+_SELF_KL = {False: 1e-5, True: 1e-2}
+"""Half precision or not → mean KL of a teacher to itself, nats, above which a check fails."""
+_SAME_KL = {False: 1e-6, True: 1e-4}
+"""Half precision or not → mean KL of student and teacher, nats, below which they are one model."""
+_STIR = 0.05
+"""Noise on the weights, in standard deviations of each tensor, doubled until the log-probs have moved."""
+_MOVED = 0.3
+"""Nats a token: more than half precision blurs."""
+_STIRS = 8
+_Z = (3.0, 4.5)
+"""Standard errors of the mean surprise above which a check warns and fails."""
+
+
+def engine_logprobs(parts: Parts, rollouts: Sequence[Rollout]) -> Finding:
+    """Log-probs of the engine = log-probs of the forward pass that trains, on the same ids.
+
+    Compared are those that came with the samples, where nothing truncates or tempers them, and those of the
+    engine's own scoring.
+    """
+    trajectories = as_they_are(rollouts)[:_COMPARED]
+    expected = _student_logps(parts, trajectories)
+    scored = parts.engine.score([t.student_context for t in trajectories], [t.response for t in trajectories])
+    scoring = _gaps(scored, expected)
+    gaps, what = scoring, "scored"
+    if parts.sampling.untruncated:
+        sampled = _gaps([t.origin.logprobs for t in trajectories if t.origin], expected)
+        gaps, what = [*sampled, *scoring], "sampled and scored"
+    warn, fail = _GAP[narrow(parts)]
+    mean, most = _mean(gaps), max(gaps)
+    values = {"mean_gap_nats": mean, "max_gap_nats": most, "tokens": len(scoring)}
+    message = (
+        f"engine and trainer differ by {mean:.1e} nats on average, {most:.1e} at most, on {len(scoring):,} "
+        f"{what} tokens"
+    )
+    advice = (
+        "the engine has other weights, other ids (BOS, template), another dtype or another temperature than "
+        "the trainer"
+    )
+    status = "fail" if not mean <= fail else "warning" if mean > warn else "ok"
+    return Finding(
+        name="engine_logprobs",
+        status=status,  # type: ignore[arg-type]
+        message=message,
+        advice="" if status == "ok" else advice,
+        values=values,
+    )
+
+
+def engine_follows(parts: Parts) -> Finding:
+    """After `sync_weights` the engine scores with the new weights: they are stirred, and later put back.
+
+    Call it within `probe.untouched`.
+    """
+    rollout = parts.engine.generate(parts.pool[:4], replace(parts.sampling, max_new_tokens=16))
+    trajectories = as_they_are(rollout)
+    before, after, moved = _student_logps(parts, trajectories), [], 0.0
+    for seed in range(_STIRS):
+        stir(parts, share=_STIR * 2**seed, seed=seed)
+        after = _student_logps(parts, trajectories)
+        moved = _mean(_gaps(before, after))
+        if moved > _MOVED:
+            break
+    parts.engine.sync_weights(1)
+    scored = parts.engine.score([t.student_context for t in trajectories], [t.response for t in trajectories])
+    gap = _mean(_gaps(scored, after))
+    version = parts.engine.generate(parts.pool[:1], replace(parts.sampling, max_new_tokens=1))[
+        0
+    ].policy_version
+    values = {"moved_nats": moved, "gap_nats": gap, "policy_version": version}
+    message = f"weights moved by {moved:.2g} nats a token; after sync the engine is {gap:.1e} nats from them"
+    if not gap < 0.2 * moved:
+        advice = "the engine samples from stale weights: sync_weights does not reach it"
+        return Finding(name="engine_follows", status="fail", message=message, advice=advice, values=values)
+    if version != 1:
+        message = f"after sync_weights(1) the engine says that its weights are version {version}"
+        advice = "rollouts would carry a wrong policy_version"
+        return Finding(name="engine_follows", status="fail", message=message, advice=advice, values=values)
+    return Finding(name="engine_follows", status="ok", message=message, values=values)
+
+
+@torch.no_grad()
+def stir(parts: Parts, *, share: float, seed: int) -> None:
+    """Moves every trained tensor by noise of `share` of its own spread (a LoRA matrix of zeros: of 0.02)."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in parts.student.parameters():
+        if p.requires_grad:
+            spread = float(p.float().std()) if p.numel() > 1 else 0.0
+            noise = torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
+            p.add_(noise, alpha=share * spread if spread > 0 else 0.02)
+
+
+def on_policy(parts: Parts, rollouts: Sequence[Rollout]) -> Finding:
+    """Are the samples drawn from the student's own distribution, whatever the engine says of them?
+
+    E[−log p(y_t)] over own samples is the entropy H_t, so Σ(−log p − H) over all tokens is, in its own
+    standard errors, about standard normal. Colder or truncated samples are less surprising than that.
+    """
+    if not parts.config.method.on_policy or not parts.sampling.untruncated:
+        return skipped("on_policy", "the objective does not take the rollouts for the student's own samples")
+    length = parts.sampling.max_new_tokens
+    settings = {replace(r.sampling, max_new_tokens=length) for r in rollouts}
+    if settings != {parts.sampling}:
+        message = (
+            f"asked for {parts.sampling}, the engine sampled at {next(iter(settings - {parts.sampling}))}"
+        )
+        return Finding(name="on_policy", status="fail", message=message, advice="mend the engine's settings")
+    excess: list[float] = []
+    for _, stats in trainer_stats(parts, as_they_are(rollouts)):
+        assert stats.student_logp is not None
+        excess += (-stats.student_logp - stats.student_entropy).tolist()
+    spread = math.sqrt(sum(e * e for e in excess))
+    z, mean = (sum(excess) / spread if spread else 0.0), sum(excess) / len(excess)
+    values = {"surprise_minus_entropy_nats": mean, "standard_errors": z, "tokens": len(excess)}
+    message = (
+        f"samples are {mean:+.3f} nats a token from the entropy that own samples have: {z:+.1f} standard "
+        f"errors, {len(excess):,} tokens"
+    )
+    warn, fail = _Z
+    if abs(z) <= warn:
+        return Finding(name="on_policy", status="ok", message=message, values=values)
+    how = "colder than temperature 1, or truncated" if z < 0 else "hotter than temperature 1"
+    return Finding(
+        name="on_policy",
+        status="fail" if abs(z) > fail else "warning",
+        message=message,
+        advice=f"the samples look {how}: does the engine take temperature, top-p and top-k from the request?",
+        values=values,
+    )
+
+
+def teacher_itself(parts: Parts, probe: Probe) -> Finding:
+    """The teacher scored against itself gives KL 0: read together and alone, and by the student's path."""
+    worst, total, count = 0.0, 0.0, 0
+    trajectories = [
+        replace(t, student_context=t.teacher_context, guidance=()) for t in probe.trajectories[:_COMPARED]
+    ]
+    for batch in batches_of(parts, trajectories):
+        together = teacher_scores(parts, batch)
+        kl_N = torch.cat(
+            [distance(teacher_scores(parts, alone), part) for alone, part in _apart(parts, batch, together)]
+        )
+        if isinstance(parts.teacher, ModelTeacher | SelfTeacher):
+            own = own_scores(_by_students_path(parts, batch), parts.teacher.head)
+            kl_N = torch.maximum(kl_N, distance(own, together))
+        worst, total, count = max(worst, float(kl_N.max())), total + float(kl_N.sum()), count + len(kl_N)
+    mean = total / count
+    values = {"mean_kl_nats": mean, "max_kl_nats": worst, "tokens": count}
+    message = f"teacher against itself: KL {mean:.1e} nats a token, {worst:.1e} at most"
+    if mean <= _SELF_KL[narrow(parts)]:
+        return Finding(name="teacher_itself", status="ok", message=message, values=values)
+    advice = "its scores depend on padding or batching, or are of other positions than the response's"
+    return Finding(name="teacher_itself", status="fail", message=message, advice=advice, values=values)
+
+
+def alignment(parts: Parts, probe: Probe) -> Finding:
+    """What the teacher writes, it must score as it wrote it: at the same position, not one beside it."""
+    some = probe.trajectories[:_COMPARED]
+    room = max(2, min(32, parts.tools.room - max(len(t.teacher_context) for t in some)))
+    sampling = Sampling(max_new_tokens=room, seed=parts.config.run.seed)
+    contexts = [t.teacher_context for t in some]
+    with acting(parts.teacher):
+        written = parts.tools.speaker.continue_from(
+            contexts, sampling, keys=[f"doctor/{i}" for i in range(len(some))]
+        )
+    if any(not c.logprobs or math.isnan(sum(c.logprobs)) for c in written):
+        return skipped("alignment", "the teacher's writer gives no log-probs")
+    trajectories = [
+        Trajectory(student_context=c, teacher_context=c, response=w.ids)
+        for c, w in zip(contexts, written, strict=True)
+    ]
+    wrote = {id(t): w.logprobs for t, w in zip(trajectories, written, strict=True)}
+    gaps: dict[int, list[float]] = {-1: [], 0: [], 1: []}
+    for batch in batches_of(parts, trajectories):
+        scores = teacher_scores(parts, batch)
+        own_N = torch.tensor([p for t in batch.trajectories for p in wrote[id(t)]], device=parts.device)
+        for offset, found in gaps.items():
+            found += _shifted_gaps(scores, batch.token_N, batch.row_N, own_N, offset)
+    mean = {offset: _mean(g) for offset, g in gaps.items()}
+    best = min(mean, key=lambda offset: mean[offset])
+    values = {
+        "gap_nats": mean[0],
+        "gap_one_early_nats": mean[-1],
+        "gap_one_late_nats": mean[1],
+        "tokens": len(gaps[0]),
+    }
+    message = (
+        f"the teacher scores what it wrote within {mean[0]:.1e} nats; shifted by one the gap would be "
+        f"{min(mean[-1], mean[1]):.2g}"
+    )
+    if mean[0] <= _GAP[narrow(parts)][1] and best == 0:
+        return Finding(name="alignment", status="ok", message=message, values=values)
+    advice = "the teacher that scores is not the one that writes, or reads other ids"
+    if best != 0:
+        advice = f"its scores are shifted by {best:+d}: score t must be that of token t given those before it"
+    return Finding(name="alignment", status="fail", message=message, advice=advice, values=values)
+
+
+def teacher_differs(parts: Parts, probe: Probe) -> Finding:
+    """A teacher that is the student (or a hint that changes nothing) has nothing to teach."""
+    kls: list[float] = []
+    logps: list[float] = []
+    for batch in probe.batches(parts):
+        stats = divergence(parts, batch)
+        assert stats.reverse_kl is not None
+        kls += stats.reverse_kl.tolist()
+        logps += [] if stats.teacher_logp is None else stats.teacher_logp.tolist()
+    kl, logp, uniform = _mean(kls), _mean(logps), -math.log(parts.vocabulary)
+    values = {"reverse_kl_nats": kl, "teacher_logp_nats": logp, "tokens": len(kls)}
+    message = f"KL(student ‖ teacher) is {kl:.2g} nats a token on {len(kls):,} tokens"
+    if not kl > _SAME_KL[narrow(parts)]:
+        status = "fail" if parts.objective.needs_teacher else "warning"
+        return Finding(
+            name="teacher_differs",
+            status=status,  # type: ignore[arg-type]
+            message=message + ": they are the same",
+            advice="choose another teacher.model (or a privileged prompt that changes what the teacher says)",
+            values=values,
+        )
+    if logp < uniform:
+        message += f"; it gives these tokens {logp:.1f} nats each, less than chance ({uniform:.1f})"
+        advice = "look at template and tokenizer: the teacher may not know this format"
+        return Finding(
+            name="teacher_differs", status="warning", message=message, advice=advice, values=values
+        )
+    return Finding(name="teacher_differs", status="ok", message=message, values=values)
+
+
+def _student_logps(parts: Parts, trajectories: Sequence[Trajectory]) -> list[list[float]]:
+    found: dict[int, list[float]] = {}
+    for batch, stats in trainer_stats(parts, trajectories):
+        assert stats.student_logp is not None
+        rows = batch.by_row(stats.student_logp)
+        found |= {id(t): row for t, row in zip(batch.trajectories, rows, strict=True)}
+    return [found[id(t)] for t in trajectories]
+
+
+def _gaps(found: Sequence[Sequence[float]], expected: Sequence[Sequence[float]]) -> list[float]:
+    """|difference| of each token; a log-prob that is missing or no number counts as infinitely far."""
+    gaps: list[float] = []
+    for a, b in zip(found, expected, strict=True):
+        pairs = zip(a, b, strict=False)
+        gaps += [d if not math.isnan(d) else math.inf for d in (abs(x - y) for x, y in pairs)]
+        gaps += [math.inf] * abs(len(a) - len(b))
+    return gaps
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / max(1, len(values))
+
+
+def distance(one: TeacherScores, two: TeacherScores) -> Tensor:
+    """KL [N] of two readings; of served ones the largest difference of a log-prob that both name."""
+    if isinstance(one, TeacherHidden) and isinstance(two, TeacherHidden):
+        stats = token_stats(student_hidden=one.hidden, student_head=one.head, teacher=two)
+        assert stats.reverse_kl is not None
+        return stats.reverse_kl
+    assert not isinstance(one, TeacherHidden)
+    assert not isinstance(two, TeacherHidden)
+    both = one.ids[:, :, None] == two.ids[:, None, :]
+    gaps = (one.logp[:, :, None] - two.logp[:, None, :]).abs()
+    return gaps.masked_fill(~both, 0.0).amax((1, 2))
+
+
+def _apart(parts: Parts, batch: Batch, scores: TeacherScores) -> Iterator[tuple[Batch, TeacherScores]]:
+    """Each trajectory as a batch of its own, with its rows of the common reading."""
+    for row, trajectory in enumerate(batch.trajectories):
+        yield collate([trajectory], device=parts.device), rows_of(scores, batch.row_N == row)
+
+
+def _by_students_path(parts: Parts, batch: Batch) -> Tensor:
+    """The teacher's hidden states as training reads the student's, on the student's side of the batch."""
+    teacher = parts.teacher
+    assert isinstance(teacher, ModelTeacher | SelfTeacher)
+    with torch.no_grad(), acting(teacher):
+        device = next(teacher.model.parameters()).device
+        hidden_BSH = hidden_states(
+            teacher.model, batch.student_ids_BS.to(device), batch.student_mask_BS.to(device)
+        )
+    return hidden_BSH.flatten(0, 1)[batch.student_at_N.to(device)].to(batch.token_N.device)
+
+
+def _shifted_gaps(
+    scores: TeacherScores, token_N: Tensor, row_N: Tensor, own_N: Tensor, offset: int
+) -> list[float]:
+    """|score − log-prob as written| where the score is taken `offset` positions later in the same row. Of a
+    token outside a served set only a bound is known: the gap is by how much it was likelier than that."""
+    here = torch.arange(len(token_N), device=token_N.device)
+    there = here + offset
+    inside = (there >= 0) & (there < len(token_N))
+    here, there = here[inside], there[inside]
+    same = row_N[here] == row_N[there]
+    here, there = here[same], there[same]
+    rows, token, own = rows_of(scores, there), token_N[here], own_N[here]
+    if isinstance(rows, TeacherHidden):
+        return (logp_of(rows, token) - own).abs().tolist()
+    if offset == 0 and rows.sampled_logp is not None:
+        return (rows.sampled_logp - own).abs().tolist()
+    gap, served = own - logp_of(rows, token), (rows.ids == token[:, None]).any(-1)
+    return torch.where(served, gap.abs(), gap.clamp_min(0.0)).tolist()

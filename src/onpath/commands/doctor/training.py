@@ -1,0 +1,243 @@
+"""Checks of what is trained on: EOS, the gradient, TRD's rewrites."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from onpath.commands.doctor.finding import Finding, skipped
+from onpath.commands.doctor.sample import (
+    Probe,
+    batches_of,
+    own_scores,
+    rows_of,
+    teacher_scores,
+    unread,
+    without_guidance,
+)
+from onpath.config.methods.trd import TRDOptions
+from onpath.data.batch import Batch, collate
+from onpath.data.render import Renderer
+from onpath.engines.head import unwrapped
+from onpath.engines.models import stop_ids
+from onpath.engines.teacher import SelfTeacher
+from onpath.losses import TeacherScores
+from onpath.methods.base import verdicts, written
+from onpath.methods.trd.gate import refinement, refusal
+from onpath.methods.trd.method import TRD
+from onpath.records import Rollout, Sampling, Trajectory
+from onpath.run.loss import loss_of, student_states
+from onpath.run.parts import Parts
+
+_UNFINISHED = 0.5
+"""Share of rollouts cut at max_new_tokens from which the check warns."""
+_GRADED = 4
+"""Trajectories whose gradient is formed, three times."""
+_SAME_GRADIENT = 1e-3
+"""Relative difference below which two gradients are one."""
+
+
+def eos(parts: Parts, probe: Probe) -> Finding:
+    """Responses end with a stop token, it is in the ids, and the loss counts it."""
+    stops = stop_ids(unwrapped(parts.student), parts.tokenizer)
+    ended = [r for r in probe.rollouts if r.finish_reason == "stop"]
+    stripped = sum(not r.ids or r.ids[-1] not in stops for r in ended)
+    present = [t for t in probe.trajectories if t.response[-1] in stops]
+    masked = sum(_final_weight(parts, t) == 0 for t in present)
+    closing = _turn_end(parts.renderer, stops)
+    values = {
+        "stop_ids": sorted(stops),
+        "rollouts": len(probe.rollouts),
+        "finished": len(ended),
+        "without_their_stop_token": stripped,
+        "trained_with_stop_token": len(present),
+        "of_which_masked": masked,
+    }
+
+    def found(status: str, message: str, advice: str = "") -> Finding:
+        return Finding(name="eos", status=status, message=message, advice=advice, values=values)  # type: ignore[arg-type]
+
+    if closing:
+        message = f"the chat template closes an answer with {closing!r}, which ends no response (stops: "
+        message += ", ".join(map(repr, parts.renderer.tokens(sorted(stops)))) + ")"
+        return found("fail", message, "add its id to eos_token_id in the student's generation_config.json")
+    if stripped:
+        message = f"{stripped} of {len(ended)} finished rollouts lack their stop token"
+        return found("fail", message, "the engine strips it: the student would never learn to stop")
+    if masked:
+        message = f"the stop token has weight 0 in {masked} of {len(present)} trajectories that end with it"
+        return found("fail", message, "it must count, or the student never learns to stop")
+    if ended and not present:
+        reason = "method.paper_compat takes it out" if _paper_compat(parts) else "it was cut off"
+        message = f"{len(ended)} rollouts finished, but no trained response ends with a stop token: {reason}"
+        return found("warning", message, "the student is not taught to stop")
+    message = (
+        f"{len(ended)} of {len(probe.rollouts)} rollouts finished; the stop token counts in "
+        f"{len(present)} of {len(probe.trajectories)} trained responses"
+    )
+    if probe.shortened:
+        return found("ok", message + "; longer ones were cut short here")
+    if len(ended) < (1 - _UNFINISHED) * len(probe.rollouts):
+        return found("warning", message, "most responses are cut: raise rollout.max_new_tokens")
+    return found("ok", message)
+
+
+def gradient(parts: Parts, probe: Probe) -> Finding:
+    """Another teacher gives another gradient, and the student itself as teacher gives none."""
+    if not parts.objective.needs_teacher:
+        return skipped("gradient", f"{parts.objective.kind} trains without a teacher's scores")
+    batch = next(batches_of(parts, without_guidance(probe.trajectories[:_GRADED])))
+    scores = teacher_scores(parts, batch)
+    order = torch.arange(len(batch.token_N) - 1, -1, -1, device=parts.device)
+    real = _gradient(parts, batch, scores)
+    other = _gradient(parts, batch, rows_of(scores, order))  # the same scores, of other positions
+    with torch.no_grad():
+        itself = own_scores(student_states(parts, batch, unread()), parts.head)
+    equal = _gradient(parts, batch, itself)
+    norm, apart, at_self = float(real.norm()), float((real - other).norm()), float(equal.norm())
+    values = {"norm": norm, "other_teacher_differs_by": apart, "norm_with_student_as_teacher": at_self}
+    if not bool(torch.isfinite(real).all()):
+        message, advice = (
+            "the gradient is not finite",
+            "use float32 instead of half precision, and look at the data",
+        )
+        return Finding(name="gradient", status="fail", message=message, advice=advice)
+    share = apart / norm if norm else 0.0
+    rest = at_self / norm if norm else 0.0
+    message = (
+        f"norm {norm:.2g}; with another teacher's scores it differs by {share:.0%}, with the student's own "
+    )
+    message += f"scores {rest:.1%} of it is left"
+    if share <= _SAME_GRADIENT:
+        advice = "the loss does not depend on the teacher: this trains on noise"
+        return Finding(name="gradient", status="fail", message=message, advice=advice, values=values)
+    if rest > 0.05:
+        advice = "the loss is not least where student and teacher agree"
+        return Finding(name="gradient", status="fail", message=message, advice=advice, values=values)
+    return Finding(name="gradient", status="ok", message=message, values=values)
+
+
+def refine(parts: Parts) -> Finding:
+    """TRD's gate: does the rewriter help on this student's real attempts?"""
+    method = parts.method
+    if not isinstance(method, TRD):
+        return skipped("refine", f"{parts.config.method.name} rewrites nothing")
+    found = refinement(parts, method)
+    reason = refusal(found, max_harm=method.options.gate_max_harm)
+    values = dict(vars(found))
+    if not reason:
+        return Finding(name="refine", status="ok", message=found.sentence, values=values)
+    return Finding(
+        name="refine",
+        status="fail" if method.options.gate else "warning",
+        message=f"{reason}: {found.sentence}",
+        advice="use a teacher that can rewrite this student's attempts, or another method.template",
+        values=values,
+    )
+
+
+def method_kept(probe: Probe) -> Finding:
+    """How much of what was sampled is trained on."""
+    kept, made = len(probe.trajectories), len(probe.prepared.trajectories)
+    values = {"rollouts": len(probe.rollouts), "trajectories": made, "kept": kept}
+    message = f"{kept} of {made} trajectories from {len(probe.rollouts)} rollouts are trained on"
+    if kept:
+        return Finding(name="trajectories", status="ok", message=message, values=values)
+    if probe.refused:
+        return Finding(name="trajectories", status="fail", message=probe.refused, values=values)
+    reasons = sorted({t.edit.reason for t in probe.prepared.trajectories}) or ["nothing was sampled"]
+    advice = f"the reasons are: {', '.join(reasons)}"
+    return Finding(name="trajectories", status="fail", message=message, advice=advice, values=values)
+
+
+def contexts(parts: Parts, probe: Probe) -> Finding:
+    """Both contexts begin alike, and the student's is what its prompt renders to."""
+    bos = parts.tokenizer.bos_token_id
+    one_sided = sum(
+        (t.student_context[0] == bos) != (t.teacher_context[0] == bos) for t in probe.trajectories
+    )
+    twice = sum(
+        bos is not None and (bos, bos) in (t.student_context[:2], t.teacher_context[:2])
+        for t in probe.trajectories
+    )
+    foreign = sum(_foreign(parts, r) for r in probe.rollouts)
+    values = {"bos_on_one_side": one_sided, "bos_twice": twice, "not_the_rendered_prompt": foreign}
+    total = len(probe.trajectories)
+    if one_sided and bos is not None:
+        message = f"{one_sided} of {total} trajectories begin with BOS on one side only"
+    elif twice:
+        message = f"{twice} of {total} trajectories begin with BOS twice"
+    elif foreign:
+        message = f"{foreign} of {len(probe.rollouts)} rollouts continue other ids than their rendered prompt"
+    else:
+        longest = max(len(t.teacher_context) - len(t.student_context) for t in probe.trajectories)
+        message = f"both contexts begin alike; the teacher's is at most {longest} tokens longer"
+        return Finding(name="contexts", status="ok", message=message, values=values)
+    advice = "student and teacher must read the same prompt: look at tokenizer and engine"
+    return Finding(name="contexts", status="fail", message=message, advice=advice, values=values)
+
+
+def accuracy(parts: Parts, probe: Probe) -> Finding:
+    """Is anybody right? The student's samples and as many of the teacher's own, greedy, graded."""
+    graded = [r for r in probe.rollouts if r.prompt.answer is not None]
+    if not graded:
+        return skipped("accuracy", "no training prompt has an answer")
+    if probe.shortened:
+        return skipped("accuracy", "responses may be long, and were cut short here")
+    greedy = replace(parts.sampling, temperature=0.0, top_p=1.0, top_k=0)
+    theirs = [] if isinstance(parts.teacher, SelfTeacher) else _writer_on(parts, graded, greedy)
+    student = sum(bool(ok) for ok in verdicts(parts.grader, parts.renderer, [(r, r.ids) for r in graded]))
+    teacher = sum(bool(ok) for ok in verdicts(parts.grader, parts.renderer, theirs))
+    values = {"graded": len(graded), "student_right": student, "teacher_right": teacher if theirs else None}
+    message = f"student right on {student} of {len(graded)} prompts"
+    message += f", teacher (greedy) on {teacher}" if theirs else ""
+    if student + teacher == 0:
+        advice = "are the answers readable, the prompts in the models' format, max_new_tokens long enough?"
+    elif theirs and teacher < student:
+        advice = "the teacher does worse than the student: is it the right one, does it know this format?"
+    else:
+        return Finding(name="accuracy", status="ok", message=message, values=values)
+    return Finding(name="accuracy", status="warning", message=message, advice=advice, values=values)
+
+
+def _writer_on(
+    parts: Parts, rollouts: Sequence[Rollout], sampling: Sampling
+) -> list[tuple[Rollout, tuple[int, ...]]]:
+    """The same prompts, answered in the teacher's name."""
+    asked, prefixes = [r.prompt for r in rollouts], [r.context for r in rollouts]
+    answers = written(parts.tools, asked, prefixes, sampling, keys=[f"doctor/{i}" for i in range(len(asked))])
+    return [(r, a.ids) for r, a in zip(rollouts, answers, strict=True)]
+
+
+def _foreign(parts: Parts, rollout: Rollout) -> bool:
+    return rollout.context != parts.renderer.ids(rollout.prompt)
+
+
+def _final_weight(parts: Parts, trajectory: Trajectory) -> float:
+    """Weight of the last response token as the loss receives it."""
+    return float(collate([trajectory], device=parts.device).weight_N[-1])
+
+
+def _paper_compat(parts: Parts) -> bool:
+    return isinstance(parts.config.method, TRDOptions) and parts.config.method.paper_compat
+
+
+def _turn_end(renderer: Renderer, stops: frozenset[int]) -> str:
+    """The special token with which the chat template closes an answer, if no response ends with it."""
+    special = renderer.turn_end()
+    return "" if not special or stops & set(special) else str(renderer.tokenizer.decode([special[0]]))
+
+
+def _gradient(parts: Parts, batch: Batch, teacher: TeacherScores) -> Tensor:
+    """Of all trained weights, as one vector."""
+    was_training = parts.student.training
+    parts.student.train()
+    parts.student.zero_grad(set_to_none=True)
+    denominator = max(1.0, float((batch.weight_N != 0).sum()))
+    loss_of(parts, batch, teacher, unread(), denominator).loss.backward()
+    trained = [p for p in parts.student.parameters() if p.requires_grad]
+    flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in trained])
+    parts.student.zero_grad(set_to_none=True)
+    parts.student.train(was_training)
+    return flat.float()

@@ -1,0 +1,78 @@
+"""`onpath inspect --probe NAME`: measurements that a finished run, or a config, is asked for afterwards."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from onpath import config as configuration
+from onpath.system.errors import UserError
+
+PROBES = ("prefix-failure", "divergence", "local-correction")
+
+
+def run_named(name: str, where: str, *, rollouts: int, continuations: int, every: int) -> Path:
+    """Runs a probe and returns the path of its JSON lines; summary and picture lie beside it.
+
+    Args:
+        name: one of `PROBES`.
+        rollouts: looked at; for local-correction, prefixes.
+        continuations, every: of prefix-failure.
+        where: a run directory (its final model is probed, if it has one) or a config file (its student is).
+
+    Raises:
+        UserError: neither of them, numbers that make no sense, or a teacher that only answers messages.
+    """
+    path = Path(where)
+    file = path if path.is_file() else path / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{where}: neither a run directory nor a config file")
+    config = configuration.load(file)
+    if path.is_dir() and (path / "model").is_dir():
+        trained = config.student.model_copy(update={"model": str(path / "model"), "lora_rank": 0})
+        config = config.model_copy(update={"student": trained})
+    from onpath.commands.probes import futures as divergence
+    from onpath.commands.probes import local_correction, prefix_failure
+    from onpath.run.assemble import assemble
+
+    out = path / "probes" if path.is_dir() else Path(config.run.dir) / config.run.name / "probes"
+    out.mkdir(parents=True, exist_ok=True)
+    parts = assemble(config)
+    _ = parts.tools.speaker  # every probe asks what the teacher would go on with
+    match name:
+        case "divergence":
+            return divergence.run_probe(parts, rollouts=rollouts, out=out)
+        case "local-correction":
+            return local_correction.run_probe(parts, prefixes=rollouts, out=out)
+        case _:
+            return prefix_failure.run_probe(
+                parts, rollouts=rollouts, continuations=continuations, every=every, out=out
+            )
+
+
+def shown(path: Path) -> Iterator[str]:
+    """Lines for people: a line per entry of the summary beside `path`, and where the rest is."""
+    summary = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    yield from (f"{name.replace('_', ' ')}: {_said(value)}" for name, value in summary.items())
+    yield f"{path}, summary {path.with_suffix('.json').name}, picture {path.with_suffix('.png').name}"
+
+
+def _said(value: Any) -> str:
+    """
+    >>> _said({"high": {"n": 32, "mean": 0.0345547}, "none": None})
+    'high (n 32, mean 0.0346), none –'
+    """
+    match value:
+        case None:
+            return "–"
+        case float():
+            return f"{value:.3g}"
+        case list():
+            return " ".join(map(_said, value))
+        case dict():
+            inner = [(str(k).replace("_", " "), v) for k, v in value.items()]
+            return ", ".join(
+                f"{k} ({_said(v)})" if isinstance(v, dict) else f"{k} {_said(v)}" for k, v in inner
+            )
+        case _:
+            return str(value)

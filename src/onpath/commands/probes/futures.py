@@ -1,0 +1,299 @@
+"""Near-future divergence: how far apart the next K tokens of student and teacher are, where the loss is high,
+where it is low, and anywhere; and, where the task knows the truth of tokens, what tells errors from habits.
+
+arXiv 2606.00305 says that 29% of high-loss tokens have a low divergence (at most the upper quartile of
+low-loss positions'), and that loss and divergence hardly correlate. Noise floor: two sampled windows of the
+teacher.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onpath.commands.probes.futures_picture import draw
+from onpath.commands.probes.separation import Detection, auc, correlations, detections
+from onpath.config.methods.topd import TOPDOptions
+from onpath.data.load import prompts_of_step
+from onpath.engines.reading import read
+from onpath.evaluate.stats import bootstrap_interval
+from onpath.methods.base import own_response
+from onpath.methods.topd.candidates import Fork, key_of, ranked_by, spaced
+from onpath.methods.topd.futures import with_windows
+from onpath.methods.topd.pairs import with_distances
+from onpath.records import Rollout
+from onpath.run.parts import Parts
+from onpath.system.errors import UserError
+
+GROUPS = ("high", "random", "low")
+"""Positions of the highest loss, drawn at random, drawn at random from the lower half of the losses."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """One position of one rollout, with both futures.
+
+    >>> p = Place(prompt_id="7", position=2, token="8", groups=("high",), label="error", reverse_kl=2.0,
+    ...           sampled_gap=3.0, distance=0.4, noise=None, student_text="81", teacher_text="72")
+    >>> p.value("sampled_gap")
+    3.0
+    """
+
+    prompt_id: str
+    position: int
+    token: str
+    groups: tuple[str, ...]
+    """Of `GROUPS`; empty for a position that was looked at for its label only."""
+    label: str | None
+    """What the task's checker says the token is; None: nobody knows."""
+    reverse_kl: float
+    sampled_gap: float
+    """log p_S − log p_T of the token."""
+    distance: float
+    noise: float | None
+    """Distance of two of the teacher's own sampled windows; None: not measured here."""
+    student_text: str
+    teacher_text: str
+
+    def value(self, name: str) -> float:
+        """A number by name."""
+        return float(getattr(self, name))
+
+
+def run_probe(
+    parts: Parts,
+    *,
+    rollouts: int,
+    out: Path,
+    window: int | None = None,
+    each: int = 1,
+    everywhere: bool = True,
+) -> Path:
+    """Writes `out/divergence.jsonl` (a line per position), its summary (.json) and the picture (.png).
+
+    Args:
+        rollouts: prompts of the training pool, one rollout each.
+        window: K; None: the method's, if it is TOPD, else 24.
+        each: positions per rollout and group.
+        everywhere: where the task knows the truth of tokens, look at every position, not only at the groups.
+
+    Returns:
+        The path of the JSON lines.
+
+    Raises:
+        UserError: a number below 1, or a disk that cannot be written.
+    """
+    for name, value in (("rollouts", rollouts), ("each", each), ("window", window)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
+    found = probe(parts, rollouts=rollouts, window=window, each=each, everywhere=everywhere)
+    path = out / "divergence.jsonl"
+    summary = summarise(found)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(vars(p)) + "\n" for p in found), encoding="utf-8")
+        path.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        draw(found, summary, path.with_suffix(".png"))
+    except OSError as error:
+        raise UserError(f"{out}: cannot write: {error.strerror}") from None
+    return path
+
+
+def probe(parts: Parts, *, rollouts: int, window: int | None, each: int, everywhere: bool) -> list[Place]:
+    """The positions with their futures, rollout by rollout."""
+    options = options_of(parts, window)
+    prompts = prompts_of_step(
+        parts.pool, size=min(rollouts, len(parts.pool)), seed=parts.config.run.seed, step=0
+    )
+    made = parts.engine.generate(prompts, parts.sampling, keys=[f"probe/{p.id}" for p in prompts])
+    label_of = labeller(parts)
+    groups: dict[tuple[int, int], tuple[str, ...]] = {}
+    found: list[Fork] = []
+    noises: dict[tuple[int, int], float] = {}
+    rows = {id(r): row for row, r in enumerate(made)}
+    for reading in read(parts.tools.measure, [own_response(r) for r in made], past=True):
+        here: list[Fork] = []
+        for t, values in reading.by_trajectory():
+            row = rows[id(t.origin)]
+            mine = chosen(values, made[row], options, each, seed=parts.config.run.seed)
+            groups |= {(row, position): names for position, names in mine.items()}
+            losses, gaps = ranked_by(values, options)
+            wanted = range(len(losses)) if everywhere and label_of is not None else sorted(mine)
+            here += [Fork(row=row, position=t, loss=losses[t], gap=gaps[t], draw=0.0) for t in wanted]
+        found += with_windows(here, made, parts.tools, options, 0, reading)
+        grouped = [f for f in here if groups.get((f.row, f.position))]
+        noises |= noise_floor(parts, grouped, made, options, reading)
+    found = sorted(with_distances(found, made, parts.tools, options), key=lambda f: (f.row, f.position))
+    return [
+        p
+        for row, mine in groupby(found, key=lambda f: f.row)
+        for p in _places(parts, made[row], list(mine), groups, noises, label_of)
+    ]
+
+
+def _places(
+    parts: Parts,
+    rollout: Rollout,
+    found: Sequence[Fork],
+    groups: Mapping[tuple[int, int], tuple[str, ...]],
+    noises: Mapping[tuple[int, int], float],
+    label_of: Callable[[Rollout], list[str]] | None,
+) -> list[Place]:
+    tokens = parts.renderer.tokens(rollout.ids)
+    labels = label_of(rollout) if label_of is not None else [None] * len(tokens)
+    return [
+        Place(
+            prompt_id=rollout.prompt.id,
+            position=f.position,
+            token=tokens[f.position],
+            groups=groups.get((f.row, f.position), ()),
+            label=labels[f.position],
+            reverse_kl=f.loss,
+            sampled_gap=f.gap,
+            distance=f.distance,
+            noise=noises.get((f.row, f.position)),
+            student_text="".join(parts.renderer.tokens(f.student)),
+            teacher_text="".join(parts.renderer.tokens(f.teacher)),
+        )
+        for f in found
+    ]
+
+
+def options_of(parts: Parts, window: int | None) -> TOPDOptions:
+    """The method's own, if it is TOPD, else the defaults with K = 24; ranked by reverse KL in any case."""
+    method = parts.config.method
+    options = method if isinstance(method, TOPDOptions) else TOPDOptions(window=24)
+    changes = {"candidates": "reverse_kl", **({} if window is None else {"window": window})}
+    return options.model_copy(update=changes)
+
+
+def labeller(parts: Parts) -> Callable[[Rollout], list[str]] | None:
+    """Truth by token, where the task has it."""
+    if not parts.config.data.train.startswith("gym:"):
+        return None
+    from onpath import gym
+
+    def labels(rollout: Rollout) -> list[str]:
+        tokens = parts.renderer.tokens(rollout.ids)
+        return [label.kind for label in gym.label_tokens(rollout.prompt.question, tokens)]
+
+    return labels
+
+
+def chosen(
+    values: Mapping[str, Sequence[float]], rollout: Rollout, options: TOPDOptions, each: int, *, seed: int
+) -> dict[int, tuple[str, ...]]:
+    """Positions of one rollout → the groups that they are in."""
+    losses = ranked_by(values, options)[0]
+    by_loss = sorted(range(len(losses)), key=lambda t: (-losses[t], t))
+    rng = np.random.default_rng([seed, *key_of(rollout).encode()])
+    low = rng.permutation(by_loss[(len(losses) + 1) // 2 :]).tolist()
+    orders = {"high": by_loss, "random": rng.permutation(len(losses)).tolist(), "low": low}
+    found: dict[int, tuple[str, ...]] = {}
+    for name, order in orders.items():
+        for t in spaced(order, count=each, min_gap=options.min_gap):
+            found[t] = (*found.get(t, ()), name)
+    return found
+
+
+def noise_floor(
+    parts: Parts, found: Sequence[Fork], made: Sequence[Rollout], options: TOPDOptions, reading: Any
+) -> dict[tuple[int, int], float]:
+    """D of two windows that the teacher samples at temperature 1 from the same prefix."""
+    sampled = options.model_copy(update={"teacher_temperature": 1.0})
+    first, second = (with_windows(found, made, parts.tools, sampled, step, reading) for step in (1, 2))
+    pairs = [replace(a, student=b.teacher) for a, b in zip(first, second, strict=True)]
+    return {(f.row, f.position): f.distance for f in with_distances(pairs, made, parts.tools, options)}
+
+
+def summarise(found: Sequence[Place]) -> dict[str, Any]:
+    """Distributions by group, low-divergence share of high-loss tokens, correlations, detection of errors."""
+    groups = {name: [p for p in found if name in p.groups] for name in GROUPS}
+    floor = float(np.quantile([p.distance for p in groups["low"]], 0.75)) if groups["low"] else 0.0
+    summary: dict[str, Any] = {
+        "rollouts": len({p.prompt_id for p in found}),
+        "distance": {name: _distribution([p.distance for p in rows]) for name, rows in groups.items()},
+        "noise_floor": _distribution([p.noise for p in groups["high"] if p.noise is not None]),
+        "low_divergence_threshold": floor,
+        "low_divergence_share_of_high_loss": _share(groups["high"], floor),
+        "correlation_of_loss_and_distance": {
+            name: correlations([p.reverse_kl for p in rows], [p.distance for p in rows])
+            for name, rows in (("high", groups["high"]), ("random", groups["random"]), ("all", found))
+        },
+    }
+    if any(p.label is not None for p in found):
+        summary["labels_of_high_loss"] = _counts(groups["high"])
+        summary["median_distance_of_high_loss_by_label"] = {
+            str(label): float(np.median([p.distance for p in groups["high"] if p.label == label]))
+            for label in sorted({str(p.label) for p in groups["high"]})
+        }
+        summary["error_against_habit"] = separation(found)
+        summary["detection_of_errors"] = [vars(d) for d in detections(_columns(found))]
+    return summary
+
+
+def separation(found: Sequence[Place]) -> dict[str, Any]:
+    """AUC of telling errors from habits, at all such tokens and among the loudest; intervals by rollout."""
+    cut = {"all": -np.inf}
+    for share in (0.0225, 0.05):
+        cut[f"loudest {share:.2%}"] = float(np.quantile([p.reverse_kl for p in found], 1 - share))
+    result: dict[str, Any] = {}
+    for name, least in cut.items():
+        rows = [p for p in found if p.label in ("error", "habit") and p.reverse_kl >= least]
+        errors = np.array([p.label == "error" for p in rows])
+        result[name] = {"errors": int(errors.sum()), "habits": int((~errors).sum())}
+        owners = np.array([p.prompt_id for p in rows])
+        for signal in ("reverse_kl", "distance", "sampled_gap", "both"):
+            result[name][signal] = auc(_signal(rows, signal), errors, owners)
+    return result
+
+
+def _columns(found: Sequence[Place]) -> dict[str, NDArray[Any]]:
+    names = ("reverse_kl", "distance", "sampled_gap")
+    return {
+        **{name: np.array([p.value(name) for p in found]) for name in names},
+        "error": np.array([p.label == "error" for p in found]),
+        "habit": np.array([p.label == "habit" for p in found]),
+    }
+
+
+def _signal(rows: Sequence[Place], name: str) -> NDArray[np.float64]:
+    """`both`: the sum of the ranks by loss and by distance."""
+    from scipy.stats import rankdata
+
+    if name != "both":
+        return np.array([p.value(name) for p in rows])
+    ranks = [rankdata([p.value(n) for p in rows]) for n in ("reverse_kl", "distance")]
+    return np.array(ranks[0] + ranks[1], dtype=np.float64)
+
+
+def _distribution(values: Sequence[float]) -> dict[str, Any]:
+    if not values:
+        return {"n": 0}
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
+    return {"n": len(values), "mean": float(np.mean(values)), "quartiles": [low, middle, high],
+            "identical": float(np.mean(np.array(values) <= 1e-6))}  # fmt: skip
+
+
+def _share(high: Sequence[Place], floor: float) -> dict[str, Any]:
+    """With its interval by resampling rollouts."""
+    by_rollout: dict[str, list[float]] = {}
+    for p in high:
+        by_rollout.setdefault(p.prompt_id, []).append(float(p.distance <= floor))
+    scores = [sum(v) / len(v) for v in by_rollout.values()]
+    if not scores:
+        return {"n": 0}
+    return {"n": len(high), "share": float(np.mean(scores)), "ci95": list(bootstrap_interval(scores))}
+
+
+def _counts(rows: Sequence[Place]) -> dict[str, int]:
+    labels = [str(p.label) for p in rows]
+    return {label: labels.count(label) for label in sorted(set(labels))}
+
+
+__all__ = ["Detection", "Place", "probe", "run_probe", "summarise"]

@@ -1,0 +1,169 @@
+"""Prefix failure: from where on can neither student nor teacher save a rollout, and what does the teacher say
+there?
+
+For a sample of rollouts y and positions t: k continuations of y_<t by the student (after x) and k by the
+teacher (after x, or x and the reference), graded. The prefix y_<t has failed where both succeed with rate
+below ε. Beside it the teacher's two modes at every token: its mass on words that open a correction, and on
+the student's own token. arXiv 2606.08432 says that the first mode appears only after a failed prefix; this
+looks.
+"""
+
+import json
+from collections.abc import Sequence
+from math import exp
+from pathlib import Path
+from typing import Any
+
+from onpath.commands.probes.prefix_picture import draw
+from onpath.commands.probes.prefix_records import Probed
+from onpath.config.methods.opsd import OPSDOptions
+from onpath.config.methods.trd import TRDOptions
+from onpath.data.load import prompts_of_step
+from onpath.engines.base import Engine
+from onpath.methods.base import acting, judging_context, own_response, verdicts
+from onpath.methods.trd.locate import tokens_before
+from onpath.records import Rollout
+from onpath.run.parts import Parts
+from onpath.system.errors import UserError
+
+
+def run_probe(
+    parts: Parts, *, rollouts: int, continuations: int, every: int, out: Path, epsilon: float = 0.1
+) -> Path:
+    """Writes `out/prefix_failure.jsonl` (a line per rollout), its summary (.json) and the picture (.png).
+
+    Args:
+        rollouts: prompts of the training pool, one rollout each.
+        continuations: k, of each model at each position.
+        every: tokens between positions; in a rollout with a known first error one of them is right before it.
+        epsilon: success rate below which a prefix has failed.
+
+    Returns:
+        The path of the JSON lines.
+
+    Raises:
+        UserError: a prompt without an answer, or a number below 1.
+    """
+    for name, value in (("rollouts", rollouts), ("continuations", continuations), ("every", every)):
+        if value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
+    found = probe(parts, rollouts=min(rollouts, len(parts.pool)), continuations=continuations, every=every)
+    path = out / "prefix_failure.jsonl"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps({**vars(p), "failed": p.failed(epsilon)}) + "\n" for p in found]
+        path.write_text("".join(lines), encoding="utf-8")
+        summary = json.dumps(summarise(found, epsilon=epsilon), indent=1) + "\n"
+        path.with_suffix(".json").write_text(summary, encoding="utf-8")
+        draw(found, path.with_suffix(".png"))
+    except OSError as error:
+        raise UserError(f"{out}: cannot write: {error.strerror}") from None
+    return path
+
+
+def probe(parts: Parts, *, rollouts: int, continuations: int, every: int) -> list[Probed]:
+    """The rollouts, continued and read."""
+    prompts = prompts_of_step(parts.pool, size=rollouts, seed=parts.config.run.seed, step=0)
+    unanswered = [p.id for p in prompts if p.answer is None]
+    if unanswered:
+        raise UserError(f"prompt {unanswered[0]!r} has no answer, so its continuations cannot be graded")
+    made = parts.engine.generate(prompts, parts.sampling, keys=[f"probe/{p.id}" for p in prompts])
+    tools, contexts = parts.tools, [teacher_context(parts, r) for r in made]
+    right = verdicts(parts.grader, parts.renderer, [(r, r.ids) for r in made])
+    errors = [None if ok else first_error(parts, r) for r, ok in zip(made, right, strict=True)]
+    grids = [positions(len(r.ids), e, every) for r, e in zip(made, errors, strict=True)]
+    student = successes(parts, parts.engine, made, [r.context for r in made], grids, continuations)
+    with acting(parts.teacher):
+        teacher = successes(parts, tools.speaker, made, contexts, grids, continuations)
+    read = [own_response(r, teacher_context=c) for r, c in zip(made, contexts, strict=True)]
+    values = tools.measure(read, mass_ids=tools.onset_ids)
+    return [
+        Probed(
+            prompt_id=r.prompt.id,
+            right=ok is True,
+            tokens=tuple(parts.renderer.tokens(r.ids)),
+            first_error=e,
+            positions=grid,
+            trials=continuations,
+            student=s,
+            teacher=t,
+            onset_mass=tuple(v.get("teacher_mass", (0.0,) * len(r.ids))),
+            token_probability=tuple(map(exp, v["teacher_logp"])),
+        )
+        for r, ok, e, grid, s, t, v in zip(made, right, errors, grids, student, teacher, values, strict=True)
+    ]
+
+
+def teacher_context(parts: Parts, rollout: Rollout) -> tuple[int, ...]:
+    """What the method's teacher sees when it has not seen y."""
+    method = parts.config.method
+    shown = isinstance(method, OPSDOptions) or (isinstance(method, TRDOptions) and method.shows_reference)
+    return judging_context(rollout, reference=shown, tools=parts.tools)
+
+
+def first_error(parts: Parts, rollout: Rollout) -> int | None:
+    """Tokens before the first error, where the task can tell."""
+    if parts.tools.first_error is None:
+        return None
+    at = parts.tools.first_error(rollout.prompt.question, parts.renderer.text(rollout.ids))
+    return None if at is None else tokens_before(parts.renderer, rollout.ids, at)
+
+
+def positions(length: int, first_error: int | None, every: int) -> tuple[int, ...]:
+    """Every so many tokens, such that one position is right before the first error."""
+    return tuple(range((first_error or 0) % every, length, every))
+
+
+def successes(
+    parts: Parts,
+    engine: Engine,
+    made: Sequence[Rollout],
+    contexts: Sequence[tuple[int, ...]],
+    grids: Sequence[tuple[int, ...]],
+    trials: int,
+) -> list[tuple[int, ...]]:
+    """How many of `trials` continuations are right, for each rollout and position."""
+    jobs = [
+        (row, t, i)
+        for row, grid in enumerate(grids)
+        for t in grid
+        for i in range(trials)
+    ]  # fmt: skip
+    done = engine.continue_from(
+        [contexts[row] + made[row].ids[:t] for row, t, _ in jobs],
+        parts.sampling,
+        keys=[f"probe/{made[row].prompt.id}/{t}/{i}" for row, t, i in jobs],
+    )
+    whole = [(made[row], made[row].ids[:t] + c.ids) for (row, t, _), c in zip(jobs, done, strict=True)]
+    right = iter(verdicts(parts.grader, parts.renderer, whole))
+    return [tuple(sum(next(right) is True for _ in range(trials)) for _ in grid) for grid in grids]
+
+
+def summarise(found: Sequence[Probed], *, epsilon: float) -> dict[str, Any]:
+    """Means over positions that have failed and over those that have not, in wrong rollouts; and in right
+    ones."""
+    groups: dict[str, list[tuple[float, float, float, float]]] = {
+        "right rollouts": [],
+        "wrong, not failed": [],
+        "wrong, failed": [],
+    }
+    for p in found:
+        for j, (t, failed) in enumerate(zip(p.positions, p.failed(epsilon), strict=True)):
+            name = "right rollouts" if p.right else "wrong, failed" if failed else "wrong, not failed"
+            rates = p.student[j] / p.trials, p.teacher[j] / p.trials
+            end = p.positions[j + 1] if j + 1 < len(p.positions) else len(p.tokens)
+            groups[name] += [(*rates, p.onset_mass[u], p.token_probability[u]) for u in range(t, end)]
+    keys = ("student_success", "teacher_success", "onset_mass", "student_token_probability")
+    return {
+        "rollouts": len(found),
+        "right": sum(p.right for p in found),
+        "epsilon": epsilon,
+        **{
+            name: {"tokens": len(rows), **{k: _mean([row[i] for row in rows]) for i, k in enumerate(keys)}}
+            for name, rows in groups.items()
+        },
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

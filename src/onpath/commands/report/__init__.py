@@ -1,0 +1,1 @@
+"""`onpath report`: one self-contained HTML page."""

@@ -1,0 +1,1 @@
+"""`onpath study`: arms and seeds from one YAML."""

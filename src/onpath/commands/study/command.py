@@ -1,0 +1,184 @@
+"""`onpath study`: arms × seeds from one YAML, with intervals that say what may be concluded.
+
+pilots    tokens and seconds per step     only where the budget is in those
+tuning    a rate per arm                  only where asked for
+runs      every arm, every seed           processes of `onpath train`, resumable
+again     finished models                 only where evals has changed since
+results   study.json, study.md, a table
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from onpath.commands.study import plan
+from onpath.commands.study import reevaluate as again
+from onpath.commands.study.budget import per_step, steps_of
+from onpath.commands.study.config import StudyConfig, load_study
+from onpath.commands.study.jobs import Progress, locked, run_jobs, slots_for
+from onpath.commands.study.plan import Job
+from onpath.commands.study.results import gather, notes_of, tuned
+from onpath.commands.study.tables import markdown, print_study
+from onpath.system.errors import UserError
+
+__all__ = ["StudyConfig", "carry_out", "load_study", "run_study"]
+
+
+def run_study(path: str | Path, *, quiet: bool = False) -> Path:
+    """Runs what is left of a study, writes its results and prints them.
+
+    Args:
+        path: the study's YAML.
+        quiet: no progress; files and tables are written all the same.
+
+    Returns:
+        The study's directory.
+
+    Raises:
+        UserError: something that the user can fix. Where only some runs failed, the results of the others are
+            written first.
+    """
+    study = load_study(path)
+    data, failed = carry_out(study, command=f"onpath study {path}", quiet=quiet)
+    print_study(_terminal(), data)
+    check_failed(failed)
+    return study.directory
+
+
+def carry_out(
+    study: StudyConfig, *, command: str, quiet: bool = False
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Runs what is left and writes the results.
+
+    Args:
+        command: what the results say they were made with.
+
+    Returns:
+        What study.json holds, and run → sentence of those that failed.
+    """
+    plan.check_alike(study)
+    with locked(study.directory) as lock, _terminable():
+        _claim(study)
+        slots = slots_for(study.parallel, study.base.student.device)
+        stages = plan.stages(study)
+        progress = Progress(
+            console=Console(file=sys.stderr, quiet=quiet),
+            processes=slots.processes,
+            total=sum(map(len, stages)),
+        )
+        failed: dict[str, str] = {}
+
+        def run(jobs: list[Job]) -> list[Job]:
+            plan.check_existing(jobs)
+            progress.ahead = [job for stage in stages[1:] for job in stage]
+            del stages[:1]
+            failed.update(run_jobs(jobs, slots, progress, study=study.directory, lock=lock))
+            return jobs
+
+        measured = {job.arm: per_step(job) for job in run(plan.pilots(study)) if job.finished}
+        steps = steps_of(study, measured)
+        tuning, rates = tuned(study, run(plan.tuning(study, steps)))
+        planned = plan.runs(study, steps, rates)
+        made = run([again.as_made(job) for job in planned])
+        asked = again.evaluations(study.directory, planned, made)
+        progress.total += len(asked)
+        run(list(asked.values()))
+        pairs = [(job, asked.get(job.name, job)) for job in made]
+        data = results(study, pairs, failed, command=command)
+        data |= {"tuning": tuning, "pilots": {arm: asdict(use) for arm, use in measured.items()}}
+        _write(study.directory / "study.json", json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+        _write(study.directory / "study.md", markdown(data))
+    return data, failed
+
+
+def check_failed(failed: Mapping[str, str]) -> None:
+    """Raises UserError with the first of the failed runs' sentences."""
+    if failed:
+        name, why = next(iter(failed.items()))
+        raise UserError(f"{len(failed)} of the study's runs failed, first {name}: {why}")
+
+
+def results(
+    study: StudyConfig, jobs: list[tuple[Job, Job]], failed: Mapping[str, str], *, command: str
+) -> dict[str, Any]:
+    """study.json without pilots and tuning; `jobs`: each run, and the job whose evaluations count."""
+    data, first = gather(study, jobs)
+    budget = study.budget
+    return {
+        "study": {
+            "name": study.name,
+            "command": command,
+            "base_arm": study.base_arm,
+            "seeds": study.seeds,
+            "budget": {"measure": budget.measure, "amount": budget.amount} if budget else None,
+            "tune": study.tune.model_dump(mode="json") if study.tune else None,
+            "splits": list(first.evals),
+            "problems": {split: line["problems"] for split, line in first.evals.items()},
+            "n": first.asked.config.eval.n,
+            "k": first.asked.config.eval.k,
+            "grader": next(iter(first.details.values())).grader,
+            "arms": {
+                name: arm.model_dump(mode="json", exclude_none=True) for name, arm in study.arms.items()
+            },
+        },
+        "environment": json.loads((first.job.directory / "environment.json").read_text(encoding="utf-8")),
+        "notes": notes_of(study, data, failed),
+        **data,
+    }
+
+
+def _claim(study: StudyConfig) -> None:
+    """Writes the resolved study, and refuses to go on where a data file has changed since it began."""
+    path, now = study.directory / "sources.json", plan.data_digests(study)
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for source, digest in now.items():
+        if before.get(source, digest) != digest:
+            raise UserError(
+                f"{source} has changed since the study in {study.directory} began: its runs would not be "
+                "comparable; give the study another name"
+            )
+    _write(path, json.dumps(before | now, indent=1) + "\n")
+    resolved = yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+    _write(study.directory / "study.yaml", resolved)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write: {error.strerror}") from None
+
+
+def _terminal() -> Console:
+    console = Console(file=sys.stdout)
+    return console if console.is_terminal else Console(file=sys.stdout, width=220)  # a pipe cuts nothing off
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """A polite kill ends the runs too, as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,287 @@
+"""A study's YAML: a base config, arms as overrides of it, seeds, a budget. Checked before anything runs."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from onpath import config as configuration
+from onpath.config.build import Config
+from onpath.config.section import Section
+from onpath.system.errors import UserError
+
+MEASURES = ("updates", "updated_tokens", "generated_tokens", "wall_seconds")
+Kind = Literal["train", "untouched", "teacher"]
+Amount = int | float | str | None
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
+
+
+class Budget(Section):
+    """Where an arm stops: exactly one measure. A number, or the name of the arm whose use is matched."""
+
+    updates: int | None = Field(None, ge=1)
+    """Optimiser steps."""
+    updated_tokens: Amount = None
+    """Response tokens trained on."""
+    generated_tokens: Amount = None
+    """Tokens written by student and teacher together, in training."""
+    wall_seconds: Amount = None
+    """Seconds of training, without start-up and evaluation."""
+    pilot_steps: int = Field(10, ge=2)
+    """Steps of the pilot run that measures an arm's use per step; the first is left out."""
+
+    @property
+    def measure(self) -> str:
+        """The one that is given."""
+        return next(m for m in MEASURES if getattr(self, m) is not None)
+
+    @property
+    def amount(self) -> float | str:
+        """A number, or an arm."""
+        value: float | str = getattr(self, self.measure)
+        return value
+
+    @model_validator(mode="after")
+    def _one(self) -> "Budget":
+        given = [m for m in MEASURES if getattr(self, m) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give one of {', '.join(MEASURES)}, not {' and '.join(given) or 'none'}")
+        if not isinstance(self.amount, str) and self.amount <= 0:
+            raise ValueError(f"{self.measure} must be above 0, not {self.amount:g}")
+        return self
+
+
+class Arm(Section):
+    """One thing that is compared.
+
+    In YAML a word (`untouched`: the student as it is; `teacher`: the teacher model itself) or a mapping of
+    overrides, nested or dotted, with two keys of its own: `budget` and `tuned_like`.
+    """
+
+    kind: Kind = "train"
+    overrides: dict[str, Any] = Field({})
+    """Laid over the base config; another `method.name` starts from that method's defaults."""
+    budget: Budget | None = None
+    """Instead of the study's."""
+    tuned_like: str | None = None
+    """Take the learning rate that tuning chose for this arm."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_yaml(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"kind": value}
+        if value is None:
+            return {}
+        if not isinstance(value, Mapping):
+            raise ValueError("an arm is untouched, teacher, or a mapping of overrides")
+        own = {key: value[key] for key in ("budget", "tuned_like") if key in value}
+        return {**own, "overrides": nested({k: v for k, v in value.items() if k not in own})}
+
+
+class Evals(Section):
+    """What every arm is measured on; what is None is the base config's."""
+
+    splits: dict[str, str] | None = None
+    """Name → source; a list of sources will do."""
+    n: int | None = Field(None, ge=1)
+    """Samples per problem."""
+    k: int | None = Field(None, ge=1)
+    """pass@k."""
+    limit: int | None = Field(None, ge=1)
+    """Problems of each split."""
+    every: int | None = Field(None, ge=0)
+    """Also every so many steps, for learning curves."""
+    start: bool = False
+    """Also before the first step of each run; the arm untouched measures that once."""
+
+    @field_validator("splits", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        if not isinstance(value, list):
+            return value
+        return {
+            str(s).removeprefix("gym:") if str(s).startswith("gym:") else Path(str(s)).stem: s for s in value
+        }
+
+
+class Tune(Section):
+    """Learning rates are chosen per arm: the same grid, the same budget, a split and a seed of their own."""
+
+    lrs: list[float] = Field(min_length=2)
+    """The grid."""
+    split: str = "gym:validation"
+    """Problems that no arm trains on or is compared on."""
+    limit: int = Field(200, ge=1)
+    """Problems."""
+    n: int = Field(2, ge=1)
+    """Samples per problem; the best average wins, of equal ones the lower rate."""
+    seed: int = 1000
+    """Of the tuning runs; none of the study's seeds."""
+
+
+class Parallel(Section):
+    processes: int | Literal["auto"] = "auto"
+    """Runs at a time; auto: one per GPU, else cores / threads."""
+    threads: int = Field(1, ge=1)
+    """CPU threads of each (OMP_NUM_THREADS)."""
+
+    @field_validator("processes")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"must be at least 1, or auto, not {value}")
+        return value
+
+
+class StudyConfig(Section):
+    """Everything that a study depends on."""
+
+    name: str
+    """Its directory under dir; default: the file's name (that of its directory for config.yaml)."""
+    dir: str = "studies"
+    """Where studies are kept."""
+    base: Config = Config()
+    """A config, or the path of one, relative to this file."""
+    arms: dict[str, Arm] = Field(min_length=1)
+    base_arm: str = "opd"
+    """The arm that the others are subtracted from."""
+    seeds: list[int] = Field([0, 1, 2, 3, 4], min_length=1)
+    """run.seed of the repetitions; a number n means 0 to n − 1."""
+    budget: Budget | None = None
+    """None: optim.steps of the config."""
+    tune: Tune | None = None
+    """None: optim.lr of the config."""
+    evals: Evals = Evals()
+    parallel: Parallel = Parallel()
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.dir) / self.name
+
+    def budget_of(self, arm: str) -> Budget | None:
+        """The arm's own, else the study's."""
+        return self.arms[arm].budget or self.budget
+
+    @property
+    def trained(self) -> list[str]:
+        """Names of the arms that train."""
+        return [name for name, arm in self.arms.items() if arm.kind == "train"]
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _count(cls, value: Any) -> Any:
+        return list(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _possible(self) -> "StudyConfig":
+        for name in (self.name, *self.arms):
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"{name!r} cannot name a directory: use letters, digits and _ . + -")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds {self.seeds} holds one twice; a repetition needs a seed of its own")
+        if self.base_arm not in self.arms:
+            raise ValueError(f"base_arm is {self.base_arm}, which is none of the arms {', '.join(self.arms)}")
+        if self.tune:
+            self._check_tuning(self.tune)
+        for name in self.arms:
+            self._check_arm(name)
+        return self
+
+    def _check_tuning(self, tune: Tune) -> None:
+        if tune.seed in self.seeds:
+            raise ValueError(
+                f"tune.seed {tune.seed} is one of the seeds: what is tuned must not be compared on it"
+            )
+        compared = (self.evals.splits or self.base.data.eval).values()
+        if tune.split in (*compared, self.base.data.train):
+            raise ValueError(
+                f"tune.split {tune.split} is also trained on or compared on; tune on a split of its own"
+            )
+
+    def _check_arm(self, name: str) -> None:
+        arm, optim = self.arms[name], self.arms[name].overrides.get("optim") or {}
+        if self.budget_of(name) and "steps" in optim:
+            raise ValueError(f"arm {name} sets optim.steps, which the budget decides")
+        if self.tune and "lr" in optim:
+            raise ValueError(f"arm {name} sets optim.lr, which tune chooses")
+        if arm.tuned_like is not None:
+            other = self.arms.get(arm.tuned_like)
+            if other is None or other.kind != "train" or other.tuned_like is not None or not self.tune:
+                raise ValueError(f"arm {name}: tuned_like is {arm.tuned_like}, which is no arm that is tuned")
+        if arm.budget and isinstance(arm.budget.amount, str):
+            other, own = self.arms.get(arm.budget.amount), arm.budget
+            if (
+                other is None
+                or other.kind != "train"
+                or (other.budget and isinstance(other.budget.amount, str))
+            ):
+                raise ValueError(
+                    f"arm {name}: budget.{own.measure} is {own.amount!r}, neither a number nor an arm with a "
+                    "budget in numbers"
+                )
+        if self.budget and isinstance(self.budget.amount, str):
+            raise ValueError(f"budget.{self.budget.measure} must be a number, not {self.budget.amount!r}")
+
+
+def load_study(path: str | Path) -> StudyConfig:
+    """Reads a study's YAML.
+
+    Raises:
+        UserError: unreadable file, wrong key, wrong value or impossible pair.
+    """
+    path = Path(path)
+    data = _read(path)
+    base = data.get("base")
+    if isinstance(base, str):
+        data["base"] = configuration.load(path.parent / base)
+    elif base is not None:
+        if not isinstance(base, dict):
+            raise UserError(f"{path}: base must be a mapping of sections or the path of a config")
+        data["base"] = configuration.build(nested(base), source=f"{path}: base")
+    data.setdefault("name", path.resolve().parent.name if path.stem == "config" else path.stem)
+    try:
+        return StudyConfig.model_validate(data)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_sentence(error)}") from None
+
+
+def nested(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys as mappings: {"optim.lr": 1} → {"optim": {"lr": 1}}."""
+    result: dict[str, Any] = {}
+    for key, value in tree.items():
+        head, _, rest = str(key).partition(".")
+        layer = nested({rest: value}) if rest else nested(value) if isinstance(value, Mapping) else value
+        result[head] = merged(result.get(head), layer)
+    return result
+
+
+def merged(below: Any, above: Any) -> Any:
+    """`above` laid over `below`, mapping by mapping."""
+    if not (isinstance(below, Mapping) and isinstance(above, Mapping)):
+        return above
+    return {**below, **{key: merged(below.get(key), value) for key, value in above.items()}}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = configuration.read_yaml(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the study: {error.strerror}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: must be a mapping with base, arms, seeds, …; see docs/study.md")
+    return data
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    match first["type"]:
+        case "extra_forbidden":
+            return f"unknown key {key}; a study has {', '.join(StudyConfig.model_fields)}"
+        case "value_error":
+            return f"{key + ': ' if key else ''}{first['ctx']['error']}"
+        case _:
+            return f"{key} is {str(first['input'])[:60]!r}: {first['msg'][0].lower()}{first['msg'][1:]}"

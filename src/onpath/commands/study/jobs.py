@@ -1,0 +1,249 @@
+"""Runs jobs in processes of their own, several at a time, and says how far they are.
+
+A killed study leaves runs that are whole or can go on: the same command continues. The lock file is held by
+the study and by every process that it started, so that two of them never write into one run.
+"""
+
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from statistics import mean
+
+from rich.console import Console
+from rich.status import Status
+
+from onpath.commands.study import fork_server as forked
+from onpath.commands.study.config import Parallel
+from onpath.commands.study.plan import Job
+from onpath.run.log import read_lines
+from onpath.system.errors import UserError
+
+_POLL = 0.1
+_REFRESH = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slots:
+    """Where jobs run."""
+
+    processes: int
+    threads: int
+    gpus: tuple[str, ...] = ()
+    """Visible GPUs, given to the processes in turn."""
+
+    def environment(self, slot: int) -> dict[str, str]:
+        """Of the process in one slot."""
+        threads = str(self.threads)
+        own = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        if self.gpus:
+            own["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
+        return {**os.environ, **own}
+
+
+def slots_for(parallel: Parallel, device: str) -> Slots:
+    """As many processes as asked for; auto: one per GPU, else cores / threads."""
+    gpus = () if device == "cpu" else _visible_gpus()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    automatic = len(gpus) or max(1, cores // parallel.threads)
+    processes = automatic if parallel.processes == "auto" else parallel.processes
+    return Slots(processes=processes, threads=parallel.threads, gpus=gpus)
+
+
+def _visible_gpus() -> tuple[str, ...]:
+    import torch
+
+    asked = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return tuple(asked.split(",")[:count]) if asked else tuple(str(i) for i in range(count))
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[int]:
+    """Yields the descriptor of the study's lock, for processes to inherit.
+
+    Raises:
+        UserError: somebody holds it, or the directory cannot be written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"dir: cannot write to {directory}: {error.strerror}") from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"{directory}: another onpath study is at work here, or a run that a killed one left behind; "
+                "wait until it ends"
+            ) from None
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Jobs of the whole study: what is done, and how long the rest will take."""
+
+    console: Console
+    processes: int
+    ahead: list[Job] = field(default_factory=list)
+    """Of later stages."""
+    total: int = 0
+    done: int = 0
+    took: list[tuple[Job, float]] = field(default_factory=list)
+    """Jobs that ran from beginning to end here, with their seconds."""
+
+    def seconds_left(self, waiting: Sequence[Job], running: Sequence["_Running"]) -> float | None:
+        """None where nothing is known yet. A job takes what those of its arm took at its stage, or else at
+        any stage, or else what all jobs took."""
+        known = self.took + [(r.job, r.elapsed / r.share) for r in running if r.share > 0]
+        if not known:
+            return None
+
+        def cost(job: Job) -> float:
+            alike = [(j.stage == job.stage, seconds) for j, seconds in known if j.arm == job.arm]
+            return mean([s for same, s in alike if same] or [s for _, s in alike] or [s for _, s in known])
+
+        work = sum(cost(j) for j in (*waiting, *self.ahead) if not j.finished)
+        return (work + sum(cost(r.job) * (1 - min(r.share, 1)) for r in running)) / self.processes
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@dataclass(kw_only=True)
+class _Running:
+    job: Job
+    process: BaseProcess
+    slot: int
+    log: Path
+    begun: float = field(default_factory=time.monotonic)
+    resumed: bool = False
+    """An earlier process had begun it: its time here says little."""
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.begun
+
+    @property
+    def share(self) -> float:
+        """Of its steps that are done; evaluations count for nothing."""
+        return len(read_lines(self.job.directory / "metrics.jsonl")) / max(1, self.job.last_step)
+
+
+def run_jobs(
+    jobs: Sequence[Job], slots: Slots, progress: Progress, *, study: Path, lock: int
+) -> dict[str, str]:
+    """Runs what is not finished.
+
+    Returns:
+        Name of a job that failed → its sentence. The others are run all the same.
+    """
+    waiting = [job for job in jobs if not job.finished]
+    for job in jobs:
+        if job.finished:
+            progress.done += 1
+            _tidy(job)
+    running: list[_Running] = []
+    failed: dict[str, str] = {}
+    status = Status("", console=progress.console)
+    drawn = 0.0
+    try:
+        while waiting or running:
+            free = sorted(set(range(slots.processes)) - {r.slot for r in running})
+            for slot in free[: len(waiting)]:
+                running.append(_start(waiting.pop(0), slots, slot, study, lock))
+            for ended in [r for r in running if r.process.exitcode is not None]:
+                running.remove(ended)
+                _finish(ended, progress, failed, waiting, running)
+            if progress.console.is_terminal and time.monotonic() - drawn > _REFRESH:
+                drawn = time.monotonic()
+                names = ", ".join(f"{r.job.name} {min(r.share, 1):.0%}" for r in running)
+                status.update(
+                    f"{progress.done}/{progress.total}  {names}  {_left(progress, waiting, running)}"
+                )
+                status.start()
+            time.sleep(_POLL)
+    finally:
+        status.stop()
+        for r in running:
+            r.process.terminate()
+        for r in running:
+            r.process.join()
+    return failed
+
+
+def _start(job: Job, slots: Slots, slot: int, study: Path, lock: int) -> _Running:
+    config, log = (
+        study / part / f"{job.stage}-{job.name}{end}"
+        for part, end in (("configs", ".yaml"), ("logs", ".txt"))
+    )
+    for path in (config, log):
+        path.parent.mkdir(exist_ok=True)
+    config.write_text(job.config.to_yaml(), encoding="utf-8")
+    log.touch()
+    resumed = job.directory.exists()
+    process = forked.start(
+        "trained" if job.trains else "untrained",
+        config,
+        log=log,
+        lock=lock,
+        environment=slots.environment(slot),
+    )
+    return _Running(job=job, process=process, slot=slot, log=log, resumed=resumed)
+
+
+def _finish(
+    ended: _Running,
+    progress: Progress,
+    failed: dict[str, str],
+    waiting: Sequence[Job],
+    running: Sequence[_Running],
+) -> None:
+    job, progress.done = ended.job, progress.done + 1
+    if ended.process.exitcode or not job.finished:
+        failed[job.name] = _last_line(ended.log)
+        outcome = f"failed: {failed[job.name]}"
+    else:
+        _tidy(job)
+        outcome = f"{ended.elapsed:,.0f} s"
+        if not ended.resumed:
+            progress.took.append((job, ended.elapsed))
+    left = _left(progress, waiting, running)
+    progress.say(f"{progress.done}/{progress.total}  {job.stage}/{job.name}  {outcome}  {left}")
+
+
+def _tidy(job: Job) -> None:
+    """Nobody goes on from a finished run: its checkpoints are several times its model."""
+    shutil.rmtree(job.directory / "checkpoints", ignore_errors=True)
+
+
+def _left(progress: Progress, waiting: Sequence[Job], running: Sequence[_Running]) -> str:
+    if not (waiting or running or progress.ahead):
+        return ""
+    seconds = progress.seconds_left(waiting, running)
+    return (
+        ""
+        if seconds is None
+        else f"about {seconds / 60:,.0f} min left"
+        if seconds > 90
+        else f"{seconds:,.0f} s left"
+    )
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return (
+        f"{lines[-1].removeprefix('onpath: ')} (log: {log})"
+        if lines
+        else f"ended without a word (log: {log})"
+    )

@@ -1,0 +1,248 @@
+"""From a study's config to its runs: one ordinary config each, under one directory.
+
+<study>/runs/<arm>-seed<s>        what is compared          (untouched, teacher: <study>/runs/<arm>)
+<study>/tuning/<arm>-lr<rate>     learning rates on the validation split
+<study>/pilots/<arm>              tokens and seconds per step, where the budget is in those
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from onpath import config as configuration
+from onpath.commands.study.config import StudyConfig, merged
+from onpath.config.build import Config
+from onpath.system.errors import UserError
+
+_BARE = {"start": False, "every": 0}
+TUNING_SPLIT = "tuning"
+_NOT_ASKED = ("eval.every", "eval.start")  # of the training run: a finished one has no curve to add to
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One process: a run of `onpath train`, or the evaluation of a model as it is."""
+
+    arm: str
+    seed: int | None
+    """None: the same for every seed."""
+    config: Config
+    trains: bool = True
+
+    @property
+    def name(self) -> str:
+        return self.config.run.name
+
+    @property
+    def stage(self) -> str:
+        """pilots, tuning or runs."""
+        return Path(self.config.run.dir).name
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.config.run.dir) / self.config.run.name
+
+    @property
+    def last_step(self) -> int:
+        """The step of the final evaluation."""
+        return self.config.optim.steps if self.trains else 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether its last file is there."""
+        if self.trains:
+            return (self.directory / "model").is_dir()
+        return all(self.details(split).is_file() for split in self.config.data.eval)
+
+    def details(self, split: str) -> Path:
+        """Verdicts problem by problem at the end."""
+        return self.directory / "evals" / f"{split}_step_{self.last_step:06d}.jsonl"
+
+
+def arm_config(study: StudyConfig, arm: str) -> Config:
+    """The arm's config before seed, budget and learning rate: evals over base, then the arm's overrides.
+
+    Raises:
+        UserError: the overrides do not give a valid config.
+    """
+    spec, evals = study.arms[arm], study.evals
+    tree = study.base.model_dump(mode="json")
+    given = {key: getattr(evals, key) for key in ("n", "k", "every", "start")}
+    tree["eval"] |= {key: value for key, value in given.items() if value is not None}
+    tree["data"] |= {"eval": evals.splits} if evals.splits else {}
+    tree["data"] |= {"eval_limit": evals.limit} if evals.limit else {}
+    if spec.kind == "teacher" and tree["teacher"]["engine"] == "chat":
+        raise UserError(f"arm {arm}: teacher.engine: chat has no weights here to evaluate; drop this arm")
+    if spec.kind == "teacher":
+        shared = {k: tree["teacher"][k] for k in ("model", "dtype", "trust_remote_code")}
+        if shared["dtype"] == "float16":  # no dtype to train in, and this arm does not
+            shared["dtype"] = "bfloat16"
+        tree["student"] = {**shared, "device": tree["student"]["device"]}
+    if spec.kind != "train":
+        tree["method"] = evaluated_only(tree["teacher"]["engine"])
+        return configuration.build(tree, source=f"arm {arm}")
+    method = spec.overrides.get("method") or {}
+    if method.get("name", tree["method"]["name"]) != tree["method"]["name"]:
+        tree["method"] = {}  # the options of another method mean nothing here
+    return configuration.build(merged(tree, spec.overrides), source=f"arm {arm}")
+
+
+def evaluated_only(engine: str) -> dict[str, Any]:
+    """`method` where nothing is trained: one that the teacher's engine can serve."""
+    served = {
+        "vllm": {"support": "teacher_topk"},
+        "chat": {"writer": "teacher", "divergence": "cross_entropy"},
+    }
+    return {"name": "opd", **served.get(engine, {})}
+
+
+def check_alike(study: StudyConfig) -> None:
+    """Arms are compared on the same data with the same grader, or not at all.
+
+    Raises:
+        UserError: an arm has other `data` or `eval`; the key and both values are named.
+    """
+    base = arm_config(study, study.base_arm)
+    for name in study.arms:
+        other = arm_config(study, name)
+        for section in ("data", "eval"):
+            ours, theirs = (getattr(c, section).model_dump() for c in (base, other))
+            if key := next((k for k in ours if ours[k] != theirs[k]), None):
+                raise UserError(
+                    f"arm {name} has {section}.{key} {theirs[key]!r} and arm {study.base_arm} {ours[key]!r}: "
+                    "arms of one study share data and grader; make it another study"
+                )
+
+
+def pilots(study: StudyConfig) -> list[Job]:
+    """Short runs of the arms whose use per step must be known."""
+    needed: dict[str, None] = {}
+    for arm in study.trained:
+        budget = study.budget_of(arm)
+        if budget and budget.measure != "updates":
+            needed[arm] = None
+            if isinstance(budget.amount, str):
+                needed[budget.amount] = None
+    jobs = []
+    for arm in needed:
+        budget = study.budget_of(arm)
+        steps = budget.pilot_steps if budget else 10
+        changes = {"optim": {"steps": steps}, "data": {"eval": {}}, "eval": _BARE}
+        jobs.append(_job(study, arm, study.seeds[0], "pilots", arm, _light(changes)))
+    return jobs
+
+
+def tuning(study: StudyConfig, steps: Mapping[str, int]) -> list[Job]:
+    """Every rate of the grid for every arm that is tuned."""
+    tune = study.tune
+    if tune is None:
+        return []
+    data = {"eval": {TUNING_SPLIT: tune.split}, "eval_limit": tune.limit}
+    sections = {"data": data, "eval": {**_BARE, "n": tune.n, "k": 1}}
+    return [
+        _job(
+            study,
+            arm,
+            tune.seed,
+            "tuning",
+            f"{arm}-lr{rate:g}",
+            _light({**sections, "optim": {"steps": steps[arm], "lr": rate}}),
+        )
+        for arm in study.trained
+        if study.arms[arm].tuned_like is None and arm in steps
+        for rate in tune.lrs
+    ]
+
+
+def runs(study: StudyConfig, steps: Mapping[str, int], rates: Mapping[str, float]) -> list[Job]:
+    """What is compared, all arms of the first seed first. An arm without steps or a rate failed before."""
+    jobs = [
+        _job(study, arm, None, "runs", arm, {}) for arm, spec in study.arms.items() if spec.kind != "train"
+    ]
+    for seed in study.seeds:
+        for arm in study.trained:
+            if arm not in steps or (study.tune and arm not in rates):
+                continue
+            optim = {"steps": steps[arm]} | ({"lr": rates[arm]} if study.tune else {})
+            jobs.append(_job(study, arm, seed, "runs", f"{arm}-seed{seed}", {"optim": optim}))
+    return jobs
+
+
+def stages(study: StudyConfig) -> list[list[Job]]:
+    """All jobs before anything is measured: for counting, their steps and rates are made up."""
+    steps, rates = dict.fromkeys(study.trained, 1), dict.fromkeys(study.trained, 1.0)
+    return [pilots(study), tuning(study, steps), runs(study, steps, rates)]
+
+
+def _light(changes: dict[str, Any]) -> dict[str, Any]:
+    return {**changes, "run": {"save_every": 0, "trajectories_every": 0, "trackers": []}}
+
+
+def _job(
+    study: StudyConfig, arm: str, seed: int | None, folder: str, name: str, changes: Mapping[str, Any]
+) -> Job:
+    tree = arm_config(study, arm).model_dump(mode="json")
+    if "data" in changes:
+        tree["data"]["eval"] = {}  # replaced, not laid over
+    run = {"name": name, "dir": str(study.directory / folder)} | ({} if seed is None else {"seed": seed})
+    config = configuration.build(merged(merged(tree, changes), {"run": run}), source=f"arm {arm}")
+    return Job(arm=arm, seed=seed, config=config, trains=study.arms[arm].kind == "train")
+
+
+def check_existing(jobs: list[Job]) -> None:
+    """Runs that are there already must be those that are planned.
+
+    Raises:
+        UserError: one has another config, with the key and both values.
+    """
+    for job in jobs:
+        theirs = made_with(job)
+        found = list(differing(job.config.model_dump(mode="json"), theirs or {}))
+        if found:
+            asked = questions(job.config)  # these alone would be no reason (study/again.py)
+            key, ours, there = min(found, key=lambda difference: difference[0] in asked)
+            raise UserError(
+                f"{job.directory} was made with {key} {there!r}, the study now says {ours!r}: give the study "
+                "another name, or remove that directory"
+            )
+
+
+def questions(config: Config) -> dict[str, Any]:
+    """Dotted key → value of all that a final evaluation depends on, beside the model."""
+    tree = config.model_dump(mode="json")
+    keys = ["data.eval", "data.eval_limit", *(f"eval.{key}" for key in tree["eval"])]
+    sections = {key: key.split(".", 1) for key in keys if key not in _NOT_ASKED}
+    return {key: tree[section][name] for key, (section, name) in sections.items()}
+
+
+def made_with(job: Job) -> Mapping[str, Any] | None:
+    """The config of the run that is in the job's directory; None if there is none."""
+    path = job.directory / "config.yaml"
+    if not path.is_file():
+        return None
+    return configuration.resolved(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Dotted key and both values, wherever two configs differ; nothing if `theirs` is empty."""
+    for section in ours if theirs else ():
+        mine, other = ours[section], theirs.get(section) or {}
+        for key in {**mine, **other}:
+            if mine.get(key) != other.get(key):
+                yield f"{section}.{key}", mine.get(key), other.get(key)
+
+
+def data_digests(study: StudyConfig) -> dict[str, str]:
+    """Source → SHA-256 of each data file, so that a study is not continued on a file that has changed."""
+    base = arm_config(study, study.base_arm)
+    sources = [base.data.train, *base.data.eval.values(), *([study.tune.split] if study.tune else [])]
+    files = {source: Path(source).expanduser() for source in sources}
+    return {
+        source: hashlib.sha256(path.read_bytes()).hexdigest()
+        for source, path in files.items()
+        if path.is_file()
+    }

@@ -1,0 +1,46 @@
+"""Other questions to the same models: a run is not trained again because `evals` has changed.
+
+<study>/evaluations-<questions>/<run>     the final model of runs/<run> on what `evals` says now
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from onpath import config as configuration
+from onpath.commands.study.plan import Job, differing, evaluated_only, made_with, questions
+
+
+def as_made(job: Job) -> Job:
+    """The job; with its run's own config where that is there and differs from the plan in questions alone."""
+    theirs = made_with(job)
+    if theirs is None:
+        return job
+    others = {key for key, _, _ in differing(job.config.model_dump(mode="json"), theirs)}
+    if not others or others - questions(job.config).keys():
+        return job  # nothing to do, or to be refused
+    return replace(job, config=configuration.build(dict(theirs), source=f"{job.directory}/config.yaml"))
+
+
+def evaluations(study: Path, planned: Sequence[Job], made: Sequence[Job]) -> dict[str, Job]:
+    """Run → the evaluation of its model, where a finished run has answered other questions than planned."""
+    return {
+        job.name: _evaluation(study, job, run)
+        for job, run in zip(planned, made, strict=True)
+        if run.finished and questions(job.config) != questions(run.config)
+    }
+
+
+def _evaluation(study: Path, job: Job, run: Job) -> Job:
+    asked = json.dumps(questions(job.config), sort_keys=True).encode()
+    folder = study / f"evaluations-{hashlib.sha256(asked).hexdigest()[:8]}"
+    tree = job.config.model_dump(mode="json")
+    tree["run"] |= {"dir": str(folder)}
+    if job.trains:
+        tree["student"] |= {"model": str(run.directory / "model"), "lora_rank": 0}
+        tree["method"] = evaluated_only(tree["teacher"]["engine"])
+        tree["rollout"] |= {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "overlap": False}  # as that demands
+    config = configuration.build(tree, source=f"evaluation of {job.name}")
+    return Job(arm=job.arm, seed=job.seed, config=config, trains=False)

@@ -1,0 +1,39 @@
+"""What the processes of a study do. Importing this imports all that a run needs, and does nothing else."""
+
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401  (slow to import, and always needed)
+
+import onpath.training  # noqa: F401
+from onpath import config as configuration
+from onpath.commands.cli import main
+from onpath.config.build import Config
+from onpath.run.assemble import assemble
+from onpath.run.directory import open_run
+from onpath.run.evaluation import evaluate_all
+from onpath.run.log import Display
+from onpath.system import distributed
+from onpath.system.errors import guarded
+
+
+def trained(config: Path) -> int:
+    """`onpath train`; the exit code."""
+    return main(["train", str(config), "--quiet"])
+
+
+def untrained(config: Path) -> int:
+    """The evaluation of a config's student as it is; the exit code."""
+    return guarded(lambda: evaluate_untrained(configuration.load(str(config))))
+
+
+def evaluate_untrained(config: Config) -> None:
+    """Writes the lines and files of an evaluation at step 0, in place of half-written ones."""
+    try:
+        parts = assemble(config)
+        run = open_run(config, parts)
+        run.evals.rewind(step=-1)
+        parts.engine.sync_weights(0)
+        with Display(steps=0, done=0, quiet=True) as display:
+            evaluate_all(parts, run, display, step=0)
+    finally:
+        distributed.stop()

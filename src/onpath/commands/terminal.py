@@ -1,0 +1,102 @@
+"""Tokens on a terminal: coloured by a number each, or marked where there is no colour."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
+from onpath.commands.report.text import diff
+
+_LOW, _HIGH = 0.1, 4.0
+"""Nats: below _LOW a token stays plain, from _HIGH on it has the full colour."""
+_RAMP = ((255, 243, 214), (254, 217, 142), (254, 153, 41), (217, 95, 14), (153, 52, 4))
+"""Light to dark orange (ColorBrewer's YlOrBr): one hue, ordered by lightness, safe for colour-blind eyes."""
+
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
+"""What could move the cursor, turn the line around or hide text."""
+_MOST_LINKS = 3
+
+
+def visible(text: str) -> str:
+    """Text that a terminal shows as it is: line ends marked, controls named.
+
+    >>> visible("a\\x1b[2J")
+    'a⟨001B⟩[2J'
+    """
+    named = _CONTROLS.sub(lambda match: f"⟨{ord(match[0]):04X}⟩", text)
+    return named.replace("\n", "⏎\n")
+
+
+def coloured(tokens: Sequence[str], values: Sequence[float], *, colour: bool = True) -> Text:
+    """Tokens with a background by value (nats); without colour ⟦token value⟧ from 1 nat on."""
+    text = Text()
+    for token, value in zip(tokens, values, strict=True):
+        shown = visible(token)
+        if not colour:
+            text.append(f"⟦{shown.strip()} {value:.1f}⟧" if value >= 1.0 else shown)
+        elif value < _LOW:
+            text.append(shown)
+        else:
+            text.append(shown, style=_style(value))
+    return text
+
+
+def _style(value: float) -> Style:
+    share = min(1.0, (value - _LOW) / (_HIGH - _LOW))
+    red, green, blue = _RAMP[round(share * (len(_RAMP) - 1))]
+    return Style(color="black" if share < 0.7 else "white", bgcolor=f"rgb({red},{green},{blue})")
+
+
+def legend(console: Console, quantity: str) -> Text:
+    """What the colours mean."""
+    if console.color_system is None:
+        return Text(f"⟦token 2.3⟧: {quantity} of 1 nat or more")
+    text = Text(f"{quantity}, nats: ")
+    for value in (0.0, 0.2, 1.0, 2.0, 3.0, 4.0):
+        text.append(f" {value:g} ", style=_style(value) if value >= _LOW else "")
+    return text
+
+
+def rewritten(y: Sequence[str], z: Sequence[str], *, colour: bool = True) -> Iterator[Text]:
+    """y → z in one line: what z dropped struck out, what it wrote underlined; without colour [-y-]{+z+}."""
+    text = Text("y → z: ", style="dim" if colour else "")
+    for tag, a, b, c, d in diff(y, z):
+        dropped, written = (visible("".join(part)) for part in (y[a:b], z[c:d]))
+        if tag == "equal":
+            text.append(written, style=Style(dim=False))
+            continue
+        if dropped:
+            text.append(dropped if colour else f"[-{dropped}-]", style="blue strike" if colour else "")
+        if written:
+            text.append(
+                written if colour else f"{{+{written}+}}", style="bold yellow underline" if colour else ""
+            )
+    yield text
+
+
+def forks(found: Sequence[Mapping[str, Any]], *, colour: bool = True) -> Iterator[Text]:
+    """Each candidate with its numbers, both futures one above the other, and what the transport matches."""
+    for fork in found:
+        if fork["decision"] == "reference":
+            continue
+        mark = "◆" if fork["decision"] == "fork" else "□"
+        head = f"  {mark} token {fork['position']}: {fork['decision'].replace('_', ' ')}  "
+        numbers = f"loss {fork['loss']:.2f}  D {fork['distance']:.3f}  gap {fork['sampled_gap']:+.2f}"
+        yield Text(head + numbers, style="bold" if colour and mark == "◆" else "")
+        ours, theirs = fork["student_tokens"], fork["teacher_tokens"]
+        for who, tokens, others in (("student", ours, theirs), ("teacher", theirs, ours)):
+            line = Text(f"      {who} … ", style="dim" if colour else "")
+            for i, token in enumerate(tokens):
+                apart = i >= len(others) or others[i] != token
+                line.append(visible(token), style="bold yellow" if colour and apart else Style(dim=False))
+            yield line
+        moved = [entry for entry in fork["plan"] if ours[int(entry[0])] != theirs[int(entry[1])]]
+        links = [
+            f"‘{visible(ours[int(i)])}’ → ‘{visible(theirs[int(j)])}’ {share:.0%}"
+            for i, j, share in sorted(moved, key=lambda entry: -entry[2])[:_MOST_LINKS]
+        ]
+        if links:
+            yield Text(f"      transport {', '.join(links)}", style="dim" if colour else "")

@@ -1,0 +1,320 @@
+"""The configuration: one YAML section per stage, checked before anything is loaded. No torch.
+
+Defaults are the vetted method on the embedded gym, so that `{}` is a valid config. A wrong key, a wrong value
+or an impossible pair raises `UserError` with one sentence.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from onpath.config.methods import METHOD_OPTIONS, Method
+from onpath.config.methods.opd import OPDOptions
+from onpath.config.methods.opsd import OPSDOptions
+from onpath.config.methods.trd import TRDOptions
+from onpath.config.section import Section
+from onpath.config.sections import Data, Eval, Optim, RolloutSection, Run, Student, Teacher
+from onpath.system.errors import UserError
+
+_COMMAND_LINE = "the command line"
+
+
+class Config(Section):
+    """Everything that a run depends on."""
+
+    student: Student = Student()
+    teacher: Teacher = Teacher()
+    data: Data = Data()
+    method: Annotated[Method, Field(discriminator="name")] = OPDOptions()
+    rollout: RolloutSection = RolloutSection()
+    optim: Optim = Optim()
+    eval: Eval = Eval()
+    run: Run = Run()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_method(cls, value: Any) -> Any:
+        """`method: {divergence: …}` without a name means opd."""
+        if (
+            isinstance(value, Mapping)
+            and isinstance(value.get("method"), Mapping)
+            and "name" not in value["method"]
+        ):
+            return {**value, "method": {"name": "opd", **value["method"]}}
+        return value
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Config":
+        try:
+            self.method.objective()
+        except ValueError as error:
+            raise ValueError(f"method: {error}") from None
+        if self.eval.k > self.eval.n:
+            raise ValueError(
+                f"eval.k is {self.eval.k}, but eval.n gives only {self.eval.n} samples per problem; raise "
+                f"eval.n or lower eval.k"
+            )
+        if self.method.on_policy and not (
+            self.rollout.temperature == 1 and self.rollout.top_p == 1 and self.rollout.top_k == 0
+        ):
+            raise ValueError(
+                f"method.name {self.method.name} assumes untruncated samples of the student: "
+                f"rollout.temperature must be 1, "
+                f"rollout.top_p 1 and rollout.top_k 0, not {self.rollout.temperature:g}, "
+                f"{self.rollout.top_p:g} and {self.rollout.top_k}"
+            )
+        if self.student.dtype == "float16" and not self.student.lora_rank:
+            raise ValueError(
+                "student.dtype float16 cannot train: small updates round to nothing and gradients overflow; "
+                "use float32 with optim.bf16, or LoRA (student.lora_rank)"
+            )
+        self._reachable()
+        gym, method = self.data.train.startswith("gym:"), self.method
+        if self.rollout.overlap and method.divergence == "sampled" and method.ppo_clip is None:
+            raise ValueError(
+                "rollout.overlap: method.divergence sampled takes rollouts for samples of the weights that "
+                "train; set method.ppo_clip, which corrects for older ones, or rollout.overlap: false"
+            )
+        if self.rollout.overlap and self.rollout.max_staleness < 1:
+            raise ValueError(
+                "rollout.overlap makes rollouts one step old; set rollout.max_staleness: 1, not 0"
+            )
+        if self.rollout.overlap and self.rollout.vllm.get("enable_sleep_mode"):
+            raise ValueError(
+                "rollout.overlap has vLLM sample while the student trains, so it cannot sleep; drop "
+                "enable_sleep_mode from rollout.vllm, or rollout.overlap"
+            )
+        if self.rollout.overlap and isinstance(method, TRDOptions) and method.offline:
+            raise ValueError(
+                "rollout.overlap: with method.offline all rollouts are sampled before the first step; set "
+                "rollout.overlap: false"
+            )
+        if isinstance(method, TRDOptions) and method.minimal_edit and method.locate == "checker" and not gym:
+            raise ValueError(
+                f"method.locate: checker needs a task with a checker of steps, as the gym is, not "
+                f"{self.data.train}; use teacher_logprob"
+            )
+        if isinstance(method, OPSDOptions) and method.hint == "answer" and method.template is None and gym:
+            raise ValueError(
+                "method.hint: answer is a prompt that the gym's models were never shown; use hint: solution"
+            )
+        return self
+
+    def _reachable(self) -> None:
+        """What can be asked of a server."""
+        method, teacher = self.method, self.teacher
+        if self.rollout.url is not None and self.rollout.engine != "vllm":
+            raise ValueError("rollout.url is that of a vLLM server: set rollout.engine: vllm")
+        if teacher.engine == "hf":
+            if teacher.url is not None:
+                raise ValueError(
+                    "teacher.url is that of a server: set teacher.engine: vllm, or chat for text only"
+                )
+            return
+        if teacher.url is None:
+            raise ValueError(
+                f"teacher.engine: {teacher.engine} is a server: set teacher.url, such as http://localhost:8000"
+            )
+        if method.self_taught:
+            raise ValueError(
+                f"teacher.engine: {teacher.engine}: with method.name {method.name} the student is its own "
+                "teacher; use teacher.engine: hf"
+            )
+        self._learns_from_text() if teacher.engine == "chat" else self._learns_from_top_k()
+
+    def _learns_from_top_k(self) -> None:
+        method = self.method
+        needs_all = method.objective().needs_teacher and method.divergence != "sampled"
+        if needs_all and method.support != "teacher_topk":
+            raise ValueError(
+                f"teacher.engine: vllm: a server sends its likeliest tokens only, not the vocabulary; set "
+                f"method.support: teacher_topk and method.tail: bucket, not method.support: {method.support}"
+            )
+
+    def _learns_from_text(self) -> None:
+        method = self.method
+        samples = isinstance(method, OPDOptions) and method.writer == "teacher"
+        if not (samples or isinstance(method, TRDOptions)) or method.divergence != "cross_entropy":
+            raise ValueError(
+                "teacher.engine: chat gives text and no log-probs: use method.name trd, or opd with "
+                "method.writer: teacher, and method.divergence: cross_entropy"
+            )
+        if isinstance(method, TRDOptions) and method.minimal_edit:
+            raise ValueError(
+                "method.minimal_edit has the teacher go on from the student's tokens, which a chat endpoint "
+                "cannot; set it to false, or use teacher.engine: vllm"
+            )
+        if method.reweight in ("teacher_entropy", "divergence"):
+            raise ValueError(
+                f"method.reweight: {method.reweight} needs the teacher's log-probs, and teacher.engine: chat "
+                "gives none; use none or student_entropy"
+            )
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+
+
+def load(
+    path: str | Path | None = None, overrides: Sequence[tuple[str, Any]] | Mapping[str, Any] = ()
+) -> Config:
+    """Reads a YAML file (None: the defaults) and applies dotted overrides.
+
+    Args:
+        path: YAML mapping of sections.
+        overrides: such as `{"optim.lr": 1e-4}`, or pairs; strings are read as YAML.
+
+    Raises:
+        UserError: unreadable file, wrong key, wrong value or impossible pair.
+    """
+    data: dict[str, Any] = {} if path is None else _read_yaml(Path(path))
+    given = dict(overrides)
+    for dotted, text in given.items():
+        _override(data, dotted, text)
+    return build(data, source=str(path) if path else _COMMAND_LINE, overridden=given)
+
+
+def build(data: Mapping[str, Any], *, source: str = "config", overridden: Iterable[str] = ()) -> Config:
+    """A `Config` from plain data; `UserError` says in one sentence what is wrong with it.
+
+    Args:
+        source: what the sentence names.
+        overridden: dotted keys that did not come from there, but from the command line.
+    """
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        key = _dotted(error)
+        ours = any(key == dotted or key.startswith(f"{dotted}.") for dotted in overridden)
+        raise UserError(f"{_COMMAND_LINE if ours else source}: {_sentence(error)}") from None
+
+
+def resolved(tree: dict[str, Any]) -> dict[str, Any]:
+    """A stored config with today's defaults for the options that did not exist when it was written."""
+    try:
+        return build(tree).model_dump(mode="json")
+    except UserError:  # an option that is no more: shown as it was
+        return tree
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such config file")
+    try:
+        data = read_yaml(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the config: {error.strerror}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: must be a mapping of sections ({', '.join(Config.model_fields)})")
+    return data
+
+
+class _Loader(yaml.SafeLoader):
+    """In which a key stands once: YAML's own readers keep the last one and lose the others."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        problem=f"{key.value} stands here a second time", problem_mark=key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        UserError: not valid YAML, with the line; also if a key stands twice in one mapping.
+        OSError: it cannot be read.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+
+
+def _override(data: dict[str, Any], dotted: str, text: Any) -> None:
+    section, _, key = dotted.partition(".")
+    if not key or section not in Config.model_fields:
+        raise UserError(
+            f"--{dotted}: options are --section.key value; {nearest(section, Config.model_fields)}"
+        )
+    try:
+        value = yaml.safe_load(text) if isinstance(text, str) else text
+    except yaml.YAMLError:
+        value = text
+    if isinstance(text, str) and isinstance(value, bool) and text.lower() not in ("true", "false"):
+        value = text  # YAML 1.1 reads a run named off, no or y as a truth value
+    if text == "None":
+        value = None  # as Python spells null
+    target = data.setdefault(section, {})
+    if not isinstance(target, dict):
+        raise UserError(f"{section}: must be a mapping, not {target!r}")
+    *path, last = key.split(".")
+    for part in path:
+        inner = target.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"--{dotted}: {section}.{part} is {inner!r}, which has no key {last}")
+        target = inner
+    target[last] = value
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first problem of a pydantic error as one sentence with the dotted key."""
+    first, key = error.errors(include_url=False)[0], _dotted(error)
+    loc = key.split(".")
+    match first["type"]:
+        case "extra_forbidden":
+            return f"unknown key {key}; {nearest(loc[-1], _keys_beside(loc, error))}"
+        case "union_tag_invalid":
+            known = ", ".join(METHOD_OPTIONS)
+            return f"method.name is {first['input'].get('name')!r}; it must be one of {known}"
+        case "value_error":
+            return f"{key + ': ' if key else ''}{first['ctx']['error']}"
+        case _:
+            return f"{key} is {_short(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _dotted(error: ValidationError) -> str:
+    loc = [str(part) for part in error.errors(include_url=False)[0]["loc"]]
+    if loc[:1] == ["method"] and len(loc) > 1 and loc[1] in METHOD_OPTIONS:
+        del loc[1]  # pydantic names the union's branch
+    return ".".join(loc)
+
+
+def _keys_beside(loc: Sequence[str], error: ValidationError) -> Sequence[str]:
+    if len(loc) == 1:
+        return list(Config.model_fields)
+    if loc[0] != "method":
+        return list(_section_type(loc[0]).model_fields)
+    names = [str(p) for p in error.errors()[0]["loc"]]
+    return list(METHOD_OPTIONS[names[1]].model_fields)
+
+
+def _section_type(section: str) -> type[BaseModel]:
+    annotation = Config.model_fields[section].annotation
+    assert isinstance(annotation, type)
+    assert issubclass(annotation, BaseModel)
+    return annotation
+
+
+def nearest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    """What a mistyped word may have meant, or all that is known."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,44 @@
+"""The options as text and as a JSON schema."""
+
+import json
+from collections.abc import Iterator
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+from onpath.config.build import Config, _section_type
+from onpath.config.methods import METHOD_OPTIONS
+
+
+def describe() -> Iterator[tuple[str, str, str, str]]:
+    """(key, type, default, documentation) of every option, for `--help` and the docs."""
+    for section in Config.model_fields:
+        if section == "method":
+            for name, options in METHOD_OPTIONS.items():
+                yield from _describe_fields(f"method[{name}]", options)
+        else:
+            yield from _describe_fields(section, _section_type(section))
+
+
+def _describe_fields(prefix: str, model: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
+    for key, info in model.model_fields.items():
+        if key != "name" or prefix == "run":
+            default = json.dumps(info.get_default(call_default_factory=True))
+            yield f"{prefix}.{key}", _type_name(info.annotation), default, info.description or ""
+
+
+def _type_name(annotation: Any) -> str:
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " | ".join(map(str, args))
+    if origin in (Union, UnionType):
+        return " | ".join(_type_name(a) for a in args)
+    if origin is not None:
+        return f"{origin.__name__}[{', '.join(_type_name(a) for a in args if a is not Ellipsis)}]"
+    return "null" if annotation is type(None) else str(getattr(annotation, "__name__", annotation))
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of the config, for editors and for checks."""
+    return Config.model_json_schema()

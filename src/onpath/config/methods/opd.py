@@ -1,0 +1,20 @@
+"""Options of OPD."""
+
+from typing import Literal
+
+from onpath.config.methods.base import LossOptions
+
+
+class OPDOptions(LossOptions):
+    """On-policy distillation and its token-level baselines."""
+
+    name: Literal["opd"] = "opd"
+    writer: Literal["student", "teacher"] = "student"
+    """Who writes the responses. teacher with divergence cross_entropy is SFT on teacher samples."""
+    off_policy: bool = False
+    """Accept tempered or truncated rollouts, which are not samples of the student's own distribution."""
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether rollouts must come untruncated from the student."""
+        return self.writer == "student" and (not self.off_policy or self.divergence == "sampled")

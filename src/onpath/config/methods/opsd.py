@@ -1,0 +1,53 @@
+"""Options of OPSD."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from onpath.config.methods.base import Divergence, LossOptions
+from onpath.data.templates import check_slots
+
+
+class OPSDOptions(LossOptions):
+    """Self-distillation with privileged information (arXiv 2601.18734)."""
+
+    name: Literal["opsd"] = "opsd"
+    divergence: Divergence = "forward_kl"
+    """As published; reverse_kl and jensen_shannon as options."""
+    entry_clip: float | None = Field(0.05, gt=0)
+    """Cap each vocabulary entry's contribution before summing; null is off."""
+    weights: Literal["base", "live", "ema"] = "base"
+    """Whose weights the privileged teacher has: the start's (LoRA: adapter off), the student's own, or their
+    moving average."""
+    ema_decay: float = Field(0.99, ge=0, lt=1)
+    """Decay per optimiser step of the moving average; weights ema only."""
+    hint: Literal["solution", "answer"] = "solution"
+    """Which column the teacher is shown."""
+    template: str | None = None
+    """User message of the teacher with slots {problem} and {solution} (or {answer}); null: the gym's or our
+    own."""
+    off_policy: bool = False
+    """Accept tempered or truncated rollouts."""
+    epistemic: tuple[str, ...] | None = None
+    """Words whose teacher probability is logged as epistemic mass; null: the gym's onset or TRD's list."""
+    diagnose_every: int = Field(1, ge=0)
+    """Measure divergence by verdict, epistemic mass and perplexities every so many steps (the loss uses the
+    same forward passes); 0 never."""
+
+    @property
+    def on_policy(self) -> bool:
+        return not self.off_policy
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (self.hint,)
+
+    @property
+    def self_taught(self) -> bool:
+        return True
+
+    @model_validator(mode="after")
+    def _slots(self) -> "OPSDOptions":
+        if self.template is not None:
+            check_slots(self.template, {"problem", self.hint})
+        return self

@@ -1,0 +1,90 @@
+"""Options of TOPD."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from onpath.config.methods.base import LossOptions
+
+
+class TOPDOptions(LossOptions):
+    """Trajectory-aware OPD: near-future windows, optimal transport, guidance (arXiv 2606.00305)."""
+
+    name: Literal["topd"] = "topd"
+    candidates: Literal["reverse_kl", "teacher_nll", "sampled_gap"] = "reverse_kl"
+    """Per-token loss that ranks positions; sampled_gap is log p_S − log p_T of the sampled token."""
+    top_share: float = Field(0.0225, gt=0, le=1)
+    """Share of each trajectory's positions that become candidates (at least one)."""
+    min_gap: int = Field(1, ge=1)
+    """Smallest distance between two candidates of one rollout."""
+    max_per_rollout: int = Field(64, ge=1)
+    """Most candidates of one rollout."""
+    max_per_step: int = Field(4096, ge=1)
+    """Most candidates of one optimiser step (per process); all rollouts give up the same share."""
+    window: int = Field(50, ge=1)
+    """K, tokens of each near-future window; scale it to the task (the gym: two steps)."""
+    teacher_temperature: float = Field(0.0, ge=0)
+    """Of the teacher's window; 0 is greedy."""
+    student_window: Literal["rollout", "regenerate"] = "rollout"
+    """What D compares with: the student's own rollout, or a fresh sample from the same prefix. Guidance
+    follows the rollout in both cases."""
+    reuse_cache: bool = True
+    """Windows start from the keys and values of the teacher's scoring pass; false reads each prefix anew."""
+    embedding: Literal["student", "teacher", "student_layer"] = "student"
+    """Vectors of the cost: input embeddings of either model, or the student's hidden states in context."""
+    embedding_layer: int = -1
+    """student_layer: which hidden states, counted as transformers does (0 the embeddings, -1 the last)."""
+    decide: Literal[
+        "quantile",
+        "threshold",
+        "upper_quartile_of_low_loss",
+        "sampled_gap",
+        "random_positions",
+        "all_high_loss",
+    ] = "quantile"
+    """How real forks are told from surface mismatches: D above its quantile drop_share, above threshold, or
+    above the upper quartile of D at low-loss positions (the paper). Arms: the sampled log-ratio above its
+    quantile drop_share; positions drawn at random; all candidates."""
+    drop_share: float = Field(0.3, ge=0, lt=1)
+    """quantile, sampled_gap, random_positions: share of candidates that are dropped."""
+    quantile_decay: float = Field(0.5, ge=0, lt=1)
+    """The quantile is a moving average over steps with this decay; 0 is that of the step alone."""
+    threshold: float = Field(0.3, ge=0)
+    """threshold: smallest distance of a fork."""
+    plan: Literal["transport", "shuffled", "positional", "teacher_window_ce"] = "transport"
+    """What spreads the guidance: the transport plan, or a control (its columns shuffled, token i to token i,
+    or cross-entropy along the teacher's own window spliced in after y_<t)."""
+    epsilon: float = Field(0.05, gt=0)
+    """Entropic regularisation of the guidance plan (the distance is exact)."""
+    mass: Literal["row", "literal"] = "row"
+    """row scales each target to mass 1; literal keeps the plan's 1/K."""
+    guidance_weight: float | Literal["auto"] = 1.0
+    """λ. auto holds |λ∇L_traj| / |∇L_OPD|, at the hidden states, at auto_ratio."""
+    auto_ratio: float = Field(0.5, gt=0)
+    """Target of guidance_weight: auto."""
+    overlap: Literal["average", "suppress"] = "average"
+    """Targets that meet at one position are averaged; suppress first drops forks closer than K/2 to one of
+    larger D."""
+    guide: bool = True
+    """False leaves only the suppression."""
+    suppress: Literal["none", "low", "high"] = "none"
+    """low caps surface mismatches among the candidates at the rollout's median loss; high caps as many of the
+    others, drawn at random (control)."""
+    record_above: float = Field(0.05, ge=0, le=1)
+    """Entries of a plan, as a share of their row, that are stored with the trajectories."""
+    off_policy: bool = False
+    """Accept tempered or truncated rollouts."""
+
+    @property
+    def on_policy(self) -> bool:
+        return not self.off_policy
+
+    @model_validator(mode="after")
+    def _possible(self) -> "TOPDOptions":
+        if self.guidance_weight != "auto" and self.guidance_weight < 0:
+            raise ValueError(f"guidance_weight must be at least 0, not {self.guidance_weight:g}")
+        if not self.guide and self.suppress == "none":
+            raise ValueError(
+                "guide false without suppress changes nothing: use method.name opd, or set suppress"
+            )
+        return self

@@ -1,0 +1,208 @@
+"""The sections of the configuration but `method`, each option with its documentation. No torch."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from onpath.config.section import Section
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+class Student(Section):
+    model: str = "gym:student"
+    """Directory or hub name of a causal LM in Hugging Face format, or gym:student."""
+    dtype: DType = "float32"
+    """Of the weights that train. bfloat16 without LoRA loses small updates: prefer float32 with optim.bf16.
+    """
+    device: str = "auto"
+    """auto takes the GPU if there is one; else a torch device such as cpu or cuda:0."""
+    lora_rank: int = Field(0, ge=0)
+    """0 trains all weights; above 0 trains a LoRA adapter of this rank through peft."""
+    lora_alpha: float = Field(128.0, gt=0)
+    """LoRA's scale is lora_alpha / lora_rank."""
+    lora_targets: str | list[str] = "all-linear"
+    """Module names to adapt, or all-linear."""
+    lora_merge: bool = False
+    """Save the final model with the adapter merged into the weights, beside the adapter."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless you ask for it by name."""
+
+
+class Served(Section):
+    """A server that somebody runs (docs/engines.md). Its API key is read from ONPATH_API_KEY."""
+
+    url: str | None = None
+    """Of the server, such as http://localhost:8000; null: no server."""
+    timeout: float = Field(600.0, gt=0)
+    """Seconds that one request may take."""
+    patience: float = Field(600.0, ge=0)
+    """Seconds to wait for a server that is down or busy before the run stops; it can be continued."""
+    concurrency: int = Field(64, ge=1)
+    """Requests on the way at a time."""
+
+
+class Teacher(Served):
+    engine: Literal["hf", "vllm", "chat"] = "hf"
+    """hf: a model in this process. vllm: a server at teacher.url, which scores, rewrites and writes windows;
+    it sends the method.support_k likeliest tokens: method.support must be teacher_topk. chat: any
+    OpenAI-compatible chat endpoint at teacher.url, of any vocabulary, which only writes: trd, or opd with
+    method.writer: teacher, and method.divergence: cross_entropy."""
+    model: str = "gym:teacher"
+    """Directory or hub name of a causal LM with the student's vocabulary, or gym:teacher; with a server
+    also the name that it serves it under; with chat nothing but that name."""
+    extra_body: dict[str, Any] = Field({})
+    """chat: further fields of every request, such as {reasoning_effort: low}; null leaves one of ours out."""
+    dtype: DType = "float32"
+    """Of the frozen weights."""
+    device: str = "auto"
+    """auto takes the student's device."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+class Data(Section):
+    train: str = "gym:train"
+    """JSONL or Parquet file, `datasets` directory or name (name:split), or gym:train."""
+    limit: int | None = Field(None, ge=1)
+    """Use only the first so many training prompts (a finite pool, shuffled by run.seed each epoch)."""
+    eval: dict[str, str] = Field({"test": "gym:test"})
+    """Evaluation sets: split name → source, as for data.train. Without it: the gym's test split for the gym's
+    training data, none for any other."""
+    eval_limit: int | None = Field(None, ge=1)
+    """Use only the first so many problems of each evaluation set."""
+    skip_bad: bool = False
+    """Skip unreadable rows, print and store how many; otherwise the first one stops the run."""
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """auto: the tokenizer's chat template if it has one; plain: the text itself after BOS, if the tokenizer
+    has one."""
+    system: str | None = None
+    """System message put before every chat prompt that has none."""
+    enable_thinking: bool | None = None
+    """Passed to chat templates that know it (Qwen3); null leaves the template's default."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_eval(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and isinstance(value.get("eval"), str):
+            source = value["eval"]
+            name = source.removeprefix("gym:") if source.startswith("gym:") else Path(source).stem or "eval"
+            return {**value, "eval": {name: source}}
+        if isinstance(value, Mapping) and "eval" not in value:
+            return value if str(value.get("train", "gym:")).startswith("gym:") else {**value, "eval": {}}
+        return value
+
+
+class RolloutSection(Served):
+    engine: Literal["hf", "vllm"] = "hf"
+    """hf: sampling from the model that trains, in process. vllm: from a vLLM that is given the new weights
+    after each step, in this process, or at rollout.url."""
+    vllm: dict[str, Any] = Field({})
+    """Arguments of vllm.LLM for an engine in this process, such as {gpu_memory_utilization: 0.4}."""
+    prompts: int = Field(64, ge=1)
+    """Prompts per optimiser step, over all processes."""
+    n: int = Field(1, ge=1)
+    """Samples per prompt."""
+    temperature: float = Field(1.0, ge=0)
+    """1 is the student's own distribution; on-policy objectives refuse anything else."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus sampling; below 1 the samples are no longer on-policy."""
+    top_k: int = Field(0, ge=0)
+    """0 is off; above 0 the samples are no longer on-policy."""
+    max_new_tokens: int = Field(128, ge=1)
+    """Longest response; longer ones are cut and counted as unfinished."""
+    overlap: bool = False
+    """Sample the next batch while this one trains: rollouts are one step old (staleness 1 in the metrics). hf
+    samples from a frozen copy of the student, which takes memory; a vLLM from its own weights."""
+    max_staleness: int = Field(1, ge=0)
+    """Steps by which the weights that wrote a rollout may be older than those that train; older ones stop the
+    run. rollout.overlap makes them 1."""
+    batch_tokens: int = Field(32_768, ge=1)
+    """Tokens (sequences × longest length) that one generation batch may hold."""
+
+
+class Optim(Section):
+    steps: int = Field(100, ge=1, le=10**9)
+    """Optimiser steps."""
+    lr: float = Field(5e-4, gt=0)
+    """Peak learning rate of AdamW. LoRA on pretrained models wants about 5e-6 to 1e-4."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """After the warm-up; cosine and linear fall to min_lr_ratio."""
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    """Final learning rate as a share of the peak."""
+    warmup: float = Field(0.1, ge=0, lt=1)
+    """Share of the steps in which the rate rises linearly."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """AdamW's moment decays."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay; norms and biases are exempt."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this global norm."""
+    micro_batch_tokens: int = Field(16_384, ge=1)
+    """Padded tokens that one forward pass may hold; gradients accumulate over micro-batches, exactly."""
+    bf16: bool = False
+    """bfloat16 autocast in forward and backward passes; weights and optimiser stay in student.dtype."""
+
+    @field_validator("betas")
+    @classmethod
+    def _decays(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError(f"must be two numbers from 0 to below 1, not {list(value)}")
+        return value
+
+
+class Eval(Section):
+    grader: Literal["auto", "gym", "math", "exact"] = "auto"
+    """auto: gym for gym data, else math (math-verify in a process of its own). exact: the last line,
+    stripped."""
+    every: int = Field(0, ge=0)
+    """Evaluate every so many steps; 0 only at the start and the end."""
+    start: bool = True
+    """Evaluate before the first step."""
+    n: int = Field(4, ge=1)
+    """Samples per problem."""
+    k: int = Field(4, ge=1)
+    """pass@k; at most n."""
+    temperature: float = Field(1.0, ge=0)
+    """Of evaluation samples; 0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Of evaluation samples."""
+    top_k: int = Field(0, ge=0)
+    """Of evaluation samples; 0 is off."""
+    max_new_tokens: int = Field(128, ge=1)
+    """Longest response in evaluation."""
+    seed: int = 1234
+    """Of evaluation samples: the same for every model, so that comparisons are paired."""
+
+
+class Run(Section):
+    name: str = Field("opd-gym", min_length=1)
+    """The run's directory under run.dir."""
+    dir: str = "runs"
+    """Where runs are kept."""
+    seed: int = 0
+    """Of the data order, the rollouts and LoRA's initialisation."""
+    save_every: int = Field(50, ge=0)
+    """Write a checkpoint every so many steps (and at the end); 0 only at the end."""
+    keep: int = Field(2, ge=1)
+    """Checkpoints kept; older ones are removed."""
+    trajectories_every: int = Field(10, ge=0)
+    """Store what was trained on every so many steps (and at the first and the last); 0 never."""
+    trackers: list[Literal["tensorboard", "trackio", "wandb"]] = Field([])
+    """Also log there (extra onpath[trackers]); JSON lines are always written. wandb runs offline unless
+    WANDB_MODE says otherwise."""
+    threads: int = Field(0, ge=0)
+    """torch's CPU threads per process; 0 leaves torch's choice."""
+
+    @field_validator("name")
+    @classmethod
+    def _one_directory(cls, value: str) -> str:
+        if value in (".", "..") or not value.isprintable() or "/" in value or "\\" in value:
+            raise ValueError(f"{value!r} cannot name a directory; put its parents into run.dir")
+        return value

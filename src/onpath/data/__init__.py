@@ -1,0 +1,1 @@
+"""Prompts in, text to ids, trajectories to tensors."""

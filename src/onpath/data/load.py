@@ -1,0 +1,366 @@
+"""Prompts from files, `datasets` and the gym, and the order in which training sees them. No torch.
+
+Columns: `prompt` (text, or messages of role and content), optional `answer` (what the grader compares with),
+optional `solution` or TRL's `privileged_context` (what only a teacher may see), optional `id`. Other columns
+are ignored, so TRL's prompt-only data sets work unchanged.
+"""
+
+import json
+import math
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from onpath.records import Message, Prompt
+from onpath.system.errors import UserError
+
+COLUMNS = ("id", "prompt", "answer", "solution", "privileged_context")
+GYM_SPLITS = ("train", "validation", "test", "hard")
+GYM_TRAIN_PROMPTS = 2000
+"""Size of gym:train where no limit is given."""
+GYM_EVAL_PROMPTS = 1000
+"""Size of every other gym split where no limit is given."""
+REASONS_KEPT = 5
+JSONL_SUFFIXES = (".jsonl", ".jsonlines", ".ndjson")
+SOURCES = "a .jsonl or .parquet file, a directory saved by datasets, a datasets name[:split], or gym:<split>"
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.%\[\]:-]+)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedPrompts:
+    """What a source held.
+
+    >>> LoadedPrompts(prompts=(Prompt(id="0", text="7 + 5?"),), skipped=0, source="a.jsonl").skipped
+    0
+    """
+
+    prompts: tuple[Prompt, ...]
+    """Never empty; ids are unique."""
+    skipped: int
+    """Bad rows that `skip_bad` left out."""
+    source: str
+    reasons: tuple[str, ...] = ()
+    """Where and why, for the first few skipped rows."""
+
+
+class _BadRow(ValueError):
+    """Why one row cannot be used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    where: str
+    """File and line, or source and row, for error messages."""
+    value: Any
+    """bytes are a line of JSON, still to be decoded."""
+
+
+def load_prompts(
+    source: str, *, limit: int | None = None, skip_bad: bool = False, split_default: str = "train"
+) -> LoadedPrompts:
+    """Reads the prompts of a source.
+
+    Args:
+        source: a JSONL or Parquet file, a directory written by `Dataset.save_to_disk`, a `datasets` name
+            (both of the latter with an optional `:split`), or `gym:train|validation|test|hard`.
+        limit: keep only the first so many good rows; None keeps all (of the gym: GYM_TRAIN_PROMPTS or
+            GYM_EVAL_PROMPTS).
+        skip_bad: count bad rows instead of stopping at the first.
+        split_default: split of a `datasets` source that names none.
+
+    Raises:
+        UserError: unreadable or empty source, missing column, or a bad row (with file, line and reason).
+    """
+    prompts: dict[str, Prompt] = {}
+    places: dict[str, str] = {}
+    skipped: list[str] = []
+    for number, row in enumerate(_rows(source, limit, split_default)):
+        if limit is not None and len(prompts) >= limit:
+            break
+        try:
+            prompt = _prompt(row.value, default_id=str(number))
+            if prompt.id in places:
+                raise _BadRow(f"id {prompt.id!r} is also that of {places[prompt.id]}; ids must be unique")
+        except _BadRow as reason:
+            if not skip_bad:
+                raise UserError(f"{row.where}: {reason} (data.skip_bad: true skips such rows)") from None
+            skipped.append(f"{row.where}: {reason}")
+            continue
+        prompts[prompt.id], places[prompt.id] = prompt, row.where
+    if not prompts:
+        detail = f"all {len(skipped)} rows are bad, first {skipped[0]}" if skipped else "it has no rows"
+        raise UserError(f"{source}: no prompts to use: {detail}")
+    return LoadedPrompts(
+        prompts=tuple(prompts.values()),
+        skipped=len(skipped),
+        source=source,
+        reasons=tuple(skipped[:REASONS_KEPT]),
+    )
+
+
+def shuffled(n: int, *, seed: int, epoch: int) -> list[int]:
+    """The order of `n` prompts in an epoch: a permutation that depends on (n, seed, epoch) alone."""
+    return list(_permutation(n, seed, epoch))
+
+
+@lru_cache(maxsize=4)
+def _permutation(n: int, seed: int, epoch: int) -> tuple[int, ...]:
+    order = list(range(n))
+    # A text seed goes through SHA-512, so that neighbouring seeds and epochs give unrelated orders.
+    random.Random(f"onpath order {seed} {epoch}").shuffle(order)
+    return tuple(order)
+
+
+def prompts_of_step(prompts: Sequence[Prompt], *, size: int, seed: int, step: int) -> list[Prompt]:
+    """The `size` prompts of optimiser step `step` (from 0): entries step·size … (step+1)·size − 1 of an
+    endless sequence of shuffled epochs.
+
+    A pure function, so that a resumed run needs no state. Within an epoch no prompt repeats; a step that
+    spans two epochs (where `size` does not divide the pool) may hold a prompt twice.
+
+    Raises:
+        UserError: `size` exceeds the pool.
+    """
+    pool = len(prompts)
+    if size > pool:
+        raise UserError(
+            f"rollout.prompts is {size}, but there are only {pool} training prompts; lower it to at most "
+            f"{pool} (rollout.n draws more samples of each)"
+        )
+    return [
+        prompts[_permutation(pool, seed, position // pool)[position % pool]]
+        for position in range(step * size, (step + 1) * size)
+    ]
+
+
+def _rows(source: str, limit: int | None, split_default: str) -> Iterator[_Row]:
+    """Chooses the reader by the form of the source."""
+    if source.startswith("gym:"):
+        return _gym_rows(source, limit)
+    path = Path(source).expanduser()
+    base, _, split = source.rpartition(":")
+    if path.is_file():
+        return _file_rows(path)
+    if path.is_dir():
+        return _saved_rows(path, split_default)
+    if base and Path(base).expanduser().is_dir():
+        return _saved_rows(Path(base).expanduser(), split)
+    file_like = path.suffix in (*JSONL_SUFFIXES, ".parquet", ".json")
+    looks_like_path = file_like or source.startswith(("/", "./", "../", "~"))
+    if looks_like_path or not _HUB_NAME.fullmatch(source):
+        raise UserError(f"{source!r}: no such file or directory; a source is {SOURCES}")
+    name, _, split = source.partition(":")  # a slice of a split has colons too: name:test[:100]
+    return _hub_rows(name, split or split_default)
+
+
+def _gym_rows(source: str, limit: int | None) -> Iterator[_Row]:
+    split = source.removeprefix("gym:")
+    if split not in GYM_SPLITS:
+        raise UserError(f"{source}: the gym has no split {split!r}; it has {', '.join(GYM_SPLITS)}")
+    from onpath import gym
+
+    count = limit or (GYM_TRAIN_PROMPTS if split == "train" else GYM_EVAL_PROMPTS)
+    for number, row in enumerate(gym.rows(split, count, seed=0)):
+        yield _Row(where=f"{source}, row {number}", value=row)
+
+
+def _file_rows(path: Path) -> Iterator[_Row]:
+    if path.suffix in JSONL_SUFFIXES:
+        return _jsonl_rows(path)
+    if path.suffix == ".parquet":
+        return _parquet_rows(path)
+    raise UserError(f"{path}: unknown file type {path.suffix!r}; a source is {SOURCES}")
+
+
+def _jsonl_rows(path: Path) -> Iterator[_Row]:
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                if text.strip():
+                    yield _Row(where=f"{path}, line {number}", value=text)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[_Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            columns = _usable_columns(str(path), file.schema_arrow.names)
+            for batch in file.iter_batches(columns=columns):
+                for value in batch.to_pylist():
+                    yield _Row(where=f"{path}, row {number}", value=value)
+                    number += 1
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a readable Parquet file: {_first_line(error)}") from None
+
+
+def _saved_rows(path: Path, split: str) -> Iterator[_Row]:
+    import datasets
+
+    try:
+        data = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{path}: not a readable directory of datasets.save_to_disk: {_first_line(error)}"
+        ) from None
+    if isinstance(data, datasets.DatasetDict):
+        if split not in data:
+            known = ", ".join(map(str, data))
+            raise UserError(f"{path}: no split {split!r}; it has {known}: append :<split>")
+        data = data[split]
+    return _dataset_rows(str(path), data)
+
+
+def _hub_rows(name: str, split: str) -> Iterator[_Row]:
+    import datasets
+
+    try:
+        data = datasets.load_dataset(name, split=split)
+    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(
+            f"{name}: no file or directory of that name, and datasets cannot load its split {split!r}: "
+            f"{_first_line(error)}"
+        ) from None
+    return _dataset_rows(f"{name}:{split}", data)
+
+
+def _dataset_rows(where: str, data: Any) -> Iterator[_Row]:
+    columns = _usable_columns(where, data.column_names)
+    for number, value in enumerate(data.select_columns(columns)):
+        yield _Row(where=f"{where}, row {number}", value=value)
+
+
+def _usable_columns(where: str, names: Sequence[str]) -> list[str]:
+    if "prompt" not in names:
+        held = ", ".join(names) or "none"
+        raise UserError(f"{where}: no column 'prompt' (it has {held}); rename the one with the problem")
+    return [name for name in names if name in COLUMNS]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _prompt(value: Any, *, default_id: str) -> Prompt:
+    """A row as a record; `_BadRow` says what is wrong with it."""
+    row = _decode(value) if isinstance(value, bytes) else value
+    if not isinstance(row, Mapping):
+        raise _BadRow(f"must be an object with a key 'prompt', not {_kind(row)}")
+    if "prompt" not in row:
+        raise _BadRow(f"no key 'prompt' (it has {', '.join(map(repr, row)) or 'none'})")
+    text, messages = _question(row["prompt"])
+    hint = row.get("solution")
+    return Prompt(
+        id=_id(row.get("id"), default_id),
+        text=text,
+        messages=messages,
+        answer=_answer(row.get("answer")),
+        solution=_solution(row.get("privileged_context") if hint is None else hint),
+    )
+
+
+def _decode(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise _BadRow(f"not UTF-8 (byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise _BadRow(f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; nesting beyond the stack
+        raise _BadRow(f"not usable JSON: {_first_line(error)}") from None
+
+
+def _question(value: Any) -> tuple[str | None, tuple[Message, ...] | None]:
+    if isinstance(value, str):
+        if not value.strip():
+            raise _BadRow("'prompt' is empty")
+        return _encodable(value, "prompt"), None
+    if not isinstance(value, list):
+        raise _BadRow(f"'prompt' must be text or a list of messages, not {_kind(value)}")
+    if not value:
+        raise _BadRow("'prompt' is an empty list of messages")
+    messages = _messages(value, "prompt")
+    if messages[-1]["role"] != "user":
+        raise _BadRow(f"the last message of 'prompt' must be the user's, not the {messages[-1]['role']}'s")
+    if not messages[-1]["content"].strip():
+        raise _BadRow("the last message of 'prompt' is empty")
+    return None, messages
+
+
+def _messages(values: Sequence[Any], column: str) -> tuple[Message, ...]:
+    return tuple(_message(value, f"message {number} of {column!r}") for number, value in enumerate(values))
+
+
+def _message(value: Any, where: str) -> Message:
+    if not isinstance(value, Mapping):
+        raise _BadRow(f"{where} must be an object with role and content, not {_kind(value)}")
+    for key in ("role", "content"):
+        if not isinstance(value.get(key), str):
+            raise _BadRow(f"{where}: {key!r} must be text, not {_kind(value.get(key))}")
+    if other := [key for key, held in value.items() if key not in ("role", "content") and held is not None]:
+        raise _BadRow(f"{where} has {other[0]!r}; only role and content are understood")
+    return {"role": value["role"], "content": _encodable(value["content"], "prompt")}
+
+
+def _encodable(text: str, column: str) -> str:
+    """Tokenizers die on half a surrogate pair, which JSON can spell."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        where = f"half a surrogate pair at character {error.start}"
+        raise _BadRow(f"{column!r} holds broken Unicode: {where}") from None
+    return text
+
+
+def _answer(value: Any) -> str | None:
+    # pandas writes a missing value of a numeric column as NaN
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise _BadRow(f"'answer' must be text or a number, not {_kind(value)}")
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        value = int(value)  # an integer column with a missing value comes back as floats: 12.0 is 12
+    if not str(value).strip():
+        raise _BadRow("'answer' is empty; leave it out (or null) where there is nothing to grade")
+    return _encodable(str(value), "answer")
+
+
+def _solution(value: Any) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, list) and value:  # TRL's privileged_context may be messages; it joins their contents
+        value = "\n".join(message["content"] for message in _messages(value, "privileged_context"))
+    if not isinstance(value, str):
+        raise _BadRow(f"'solution' (or 'privileged_context') must be text, not {_kind(value)}")
+    return _encodable(value, "solution")
+
+
+def _id(value: Any, default: str) -> str:
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        raise _BadRow(f"'id' must be text or an integer, not {_kind(value)}")
+    return str(value)
+
+
+def _kind(value: Any) -> str:
+    if value is None or value == "":
+        return "null" if value is None else "empty text"
+    names = {
+        str: "text",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        list: "a list",
+        dict: "an object",
+    }
+    return names.get(type(value), type(value).__name__)

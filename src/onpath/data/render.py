@@ -1,0 +1,131 @@
+"""Messages ↔ token ids: the only user of a chat template, for student and teacher prompts alike."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from string import Formatter
+from typing import Any, Literal
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from onpath.data.templates import check_slots
+from onpath.records import Message, Prompt
+from onpath.system.errors import UserError
+
+
+class Renderer:
+    """Turns prompts into ids with one tokenizer.
+
+    Args:
+        tokenizer: of the student; the teacher shares its vocabulary (`models.check_vocabulary`).
+        template: `chat` uses the chat template, `plain` the text itself, `auto` whichever the tokenizer has.
+        system: system message for chat prompts that bring none.
+        template_options: passed to the chat template, e.g. `{"enable_thinking": False}`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        template: Literal["auto", "chat", "plain"] = "auto",
+        system: str | None = None,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        if template == "chat" and not tokenizer.chat_template:
+            raise UserError(
+                "data.template is chat, but the student's tokenizer has no chat template; use plain"
+            )
+        self.tokenizer = tokenizer
+        self.chat = template == "chat" or (template == "auto" and bool(tokenizer.chat_template))
+        self.system = system
+        self.template_options = dict(template_options or {})
+        self._shown: dict[int, str] = {}
+
+    def ids(self, prompt: Prompt) -> tuple[int, ...]:
+        """The context that a response continues. Chat prompts end with the generation prompt."""
+        if self.chat:
+            try:
+                rendered = self.tokenizer.apply_chat_template(
+                    [dict(m) for m in self.messages(prompt)],
+                    add_generation_prompt=True,
+                    tokenize=True,
+                    return_dict=False,
+                    **self.template_options,
+                )
+            except TemplateError as error:
+                raise UserError(f"prompt {prompt.id!r}: the chat template refuses it: {error}") from None
+            return tuple(rendered)
+        if prompt.messages is not None:
+            raise UserError(
+                f"prompt {prompt.id!r} is a list of messages, but the prompts are rendered as plain text; "
+                "set data.template to chat and use a tokenizer with a chat template"
+            )
+        return self._plain(prompt.question)
+
+    def _plain(self, text: str) -> tuple[int, ...]:
+        ids = list(self.tokenizer(text)["input_ids"])
+        if ids and ids[-1] == self.tokenizer.eos_token_id:
+            ids.pop()  # some tokenizers close every text; the response must go on from here
+        if not ids:
+            raise UserError("an empty plain prompt has no token to continue from; the tokenizer adds no BOS")
+        return tuple(ids)
+
+    def messages(self, prompt: Prompt) -> Sequence[Message]:
+        """What a chat model is asked: a plain prompt is one user message."""
+        messages = prompt.messages or ({"role": "user", "content": prompt.question},)
+        if self.system is not None and messages[0]["role"] != "system":
+            return ({"role": "system", "content": self.system}, *messages)
+        return messages
+
+    def turn_end(self) -> list[int]:
+        """Special tokens that the chat template puts after an answer; none for plain text."""
+        if not self.chat:
+            return []
+        question = [{"role": "user", "content": "1"}]
+        options: dict[str, Any] = {"tokenize": True, "return_dict": False, **self.template_options}
+        render = self.tokenizer.apply_chat_template
+        try:
+            opened = list(render(question, add_generation_prompt=True, **options))
+            closed = list(render([*question, {"role": "assistant", "content": "1"}], **options))
+        except TemplateError:
+            return []
+        tail = closed[len(opened) :] if closed[: len(opened)] == opened else []
+        return [i for i in tail if i in set(self.tokenizer.all_special_ids)]
+
+    def text_ids(self, text: str) -> tuple[int, ...]:
+        """Ids of a response that somebody else wrote as text; control tokens that it spells are text too."""
+        return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+    def text(self, ids: Sequence[int]) -> str:
+        """For people and graders; special tokens are left out."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        """One display string per token, special tokens included."""
+        for i in set(ids) - self._shown.keys():
+            self._shown[i] = str(self.tokenizer.decode([i]))
+        return [self._shown[i] for i in ids]
+
+
+def with_question(prompt: Prompt, question: str) -> Prompt:
+    """The same prompt with another last user message (a privileged or a rewrite prompt)."""
+    if prompt.text is not None:
+        return replace(prompt, text=question)
+    messages = list(prompt.messages or ())
+    last = max(i for i, m in enumerate(messages) if m["role"] == "user")
+    messages[last] = {**messages[last], "content": question}
+    return replace(prompt, messages=tuple(messages))
+
+
+def fill(template: str, **slots: str) -> str:
+    """A template with every slot filled; text that happens to hold braces is safe.
+
+    Raises:
+        UserError: the template lacks a slot, or has one that nobody fills.
+    """
+    try:
+        check_slots(template, set(slots))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    parts = Formatter().parse(template)
+    return "".join(literal + (slots[name] if name is not None else "") for literal, name, _, _ in parts)

@@ -1,0 +1,87 @@
+"""The two halves of a causal LM that the losses use: the decoder's hidden states, and the head.
+
+Shape suffixes: B rows, T tokens, V vocabulary, H hidden.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import (
+    DynamicCache,
+    PreTrainedModel,
+)
+
+from onpath.losses import Head
+from onpath.system.errors import UserError
+
+# Models whose logits are not plainly hidden @ head.T say so in their config under these names.
+_SOFTCAP, _DIVIDE = "final_logit_softcapping", "logits_scaling"
+
+
+_MULTIPLY = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a peft wrapper (its layers still adapted), or the model itself."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(inner, PreTrainedModel)
+    return inner
+
+
+def head_of(model: nn.Module, vocabulary: int | None = None) -> Head:
+    """The map from hidden states to logits; rows beyond `vocabulary` are padding and take no part."""
+    inner = unwrapped(model)
+    config: Mapping[str, Any] = inner.config.get_text_config().to_dict()
+    layer = inner.get_output_embeddings()
+    factor = next((config[name] for name in _MULTIPLY if config.get(name) is not None), 1.0)
+    scale = float(factor) / float(config.get(_DIVIDE) or 1.0)
+    return Head(
+        weight=layer.weight,
+        bias=layer.bias,
+        logit_scale=scale,
+        softcap=config.get(_SOFTCAP),
+        tokens=vocabulary,
+    )
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, key: str) -> None:
+    """Compares the logits that the losses will form with the model's own, on four tokens.
+
+    Raises:
+        UserError: the model does something to its logits that `head_of` does not know.
+    """
+    inner, head = unwrapped(model), head_of(model)
+    ids_BT = torch.arange(4, device=head.weight.device)[None]
+    hidden_BTH = hidden_states(model, ids_BT, torch.ones_like(ids_BT))
+    expected_BTV = inner(input_ids=ids_BT, use_cache=False).logits.float()
+    found_BTV = nn.functional.linear(hidden_BTH, head.weight, head.bias).float() * head.logit_scale
+    if head.softcap is not None:
+        found_BTV = (found_BTV / head.softcap).tanh() * head.softcap
+    if not bool(expected_BTV.isfinite().all()):
+        named = (name for name, weight in inner.named_parameters() if not bool(weight.isfinite().all()))
+        raise UserError(
+            f"{key}: its logits are not finite ({next(named, 'no weight')} holds values that are not); use "
+            "another checkpoint, or float32 if its dtype is too narrow"
+        )
+    scale = expected_BTV.abs().max().clamp(min=1e-6)
+    if not bool(((found_BTV - expected_BTV).abs().max() / scale) < 0.02):
+        raise UserError(
+            f"{key}: {inner.config.model_type} models change their logits in a way that onpath does not "
+            "know, so losses would be wrong; use another model family"
+        )
+
+
+def hidden_states(
+    model: nn.Module, ids_BT: Tensor, mask_BT: Tensor, cache: DynamicCache | None = None
+) -> Tensor:
+    """Last hidden states [B, T, H] of right-padded ids; the head is applied elsewhere, in chunks. An empty
+    `cache` receives the keys and values."""
+    decoder = unwrapped(model).get_decoder()
+    output = decoder(
+        input_ids=ids_BT, attention_mask=mask_BT, past_key_values=cache, use_cache=cache is not None
+    )
+    return output.last_hidden_state  # type: ignore[no-any-return]

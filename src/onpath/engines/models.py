@@ -1,0 +1,195 @@
+"""Loading Hugging Face models and tokenizers."""
+
+import contextlib
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as hf_logging
+
+from onpath.config import Student, Teacher
+from onpath.system.errors import UserError
+
+hf_logging.disable_progress_bar()  # onpath shows its own progress
+
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "spiece.model",
+)
+
+
+def locate(name: str) -> str:
+    """`gym:student` → the bundled directory; anything else unchanged."""
+    if not name.startswith("gym:"):
+        return name
+    from onpath import gym
+
+    role = name.removeprefix("gym:")
+    if role in ("student", "teacher"):
+        return str(gym.model_dir(cast(Literal["student", "teacher"], role)))
+    raise UserError(f"{name}: the bundled models are gym:student and gym:teacher")
+
+
+def pick_device(name: str, key: str, otherwise: torch.device | None = None) -> torch.device:
+    """`auto` → `otherwise`, else the first GPU, else the CPU. `key` names the option in errors."""
+    if name == "auto":
+        return otherwise or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # torch's ways to say: unknown, not built, not there
+        raise UserError(f"{key} is {name}, which torch cannot use here: {_first_line(error)}") from None
+    return device
+
+
+def load_model(section: Student | Teacher, key: str, device: torch.device) -> PreTrainedModel:
+    """A causal LM from safetensors, in evaluation mode, without gradients.
+
+    Raises:
+        UserError: nothing readable there; `key` names the option.
+    """
+    where = _existing(section.model, key)
+    adapter = where if (Path(where) / "adapter_config.json").is_file() else None
+    if adapter:
+        where = _base_of(Path(adapter), key)
+    try:
+        with quietly():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                where,
+                dtype=getattr(torch, section.dtype),
+                trust_remote_code=section.trust_remote_code,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+            model, found = loaded
+            if adapter:
+                model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    except SafetensorError as error:
+        raise UserError(f"{key}: {section.model} is damaged: {_first_line(error)}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{key}: cannot load a causal LM from {section.model}: {_first_line(error)}"
+        ) from None
+    _check_complete(found, section, key)
+    frozen: PreTrainedModel = model.eval().requires_grad_(False)
+    nn.Module.to(frozen, device)  # in place; transformers' own `to` is untyped
+    return frozen
+
+
+def _check_complete(found: Mapping[str, Any], section: Student | Teacher, key: str) -> None:
+    """transformers fills weights that are missing, or of another shape, with random numbers."""
+    lacking = sorted(found["missing_keys"]) or sorted(str(m[0]) for m in found["mismatched_keys"])
+    if lacking:
+        how = "are missing" if found["missing_keys"] else "have another shape than its config.json says"
+        raise UserError(
+            f"{key}: {len(lacking)} weights of {section.model} {how}, the first is {lacking[0]}; "
+            "save or download the model again"
+        )
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Without transformers' load report (our errors say it in one sentence) and without its warning that
+    gradient checkpointing has a new name from 5.23 on: peft asks for the old one, and so do we, for the
+    versions before."""
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+            yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+
+
+def _base_of(adapter: Path, key: str) -> str:
+    try:
+        base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{key}: {adapter}/adapter_config.json does not name the adapter's base") from None
+    return _existing(str(base), f"{key}: the base of adapter {adapter}")
+
+
+def load_tokenizer(section: Student | Teacher, key: str) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model."""
+    where = _existing(section.model, key)
+    if Path(where).is_dir() and not any((Path(where) / f).is_file() for f in _TOKENIZER_FILES):
+        # transformers would make an empty one without a word
+        raise UserError(
+            f"{key}: {section.model} has no tokenizer; save one there (tokenizer.save_pretrained)"
+        )
+    try:
+        with quietly():
+            return AutoTokenizer.from_pretrained(where, trust_remote_code=section.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{key}: cannot load a tokenizer from {section.model}: {_first_line(error)}"
+        ) from None
+
+
+def _existing(name: str, key: str) -> str:
+    where = locate(name)
+    looks_local = where.startswith((".", "/", "~")) or where.count("/") > 1
+    if looks_local and not Path(where).expanduser().is_dir():
+        raise UserError(f"{key}: there is no directory {name}")
+    return str(Path(where).expanduser()) if Path(where).expanduser().is_dir() else where
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def check_vocabulary(student: Mapping[str, int], teacher: Mapping[str, int]) -> None:
+    """Both must map every token to the same id; sizes say nothing.
+
+    Raises:
+        UserError: naming up to five tokens that differ.
+    """
+    differing = [t for t in {**student, **teacher} if student.get(t) != teacher.get(t)]
+    if differing:
+        shown = "; ".join(
+            f"{t!r} is {student.get(t, 'absent')} for the student, {teacher.get(t, 'absent')} for the teacher"
+            for t in differing[:5]
+        )
+        raise UserError(
+            f"student and teacher must share one vocabulary, but {len(differing)} tokens differ: {shown}; "
+            "choose a teacher of the student's model family"
+        )
+
+
+def stop_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, key: str = "student.model"
+) -> frozenset[int]:
+    """Every id that ends a response: the generation config's and the tokenizer's EOS."""
+    listed = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = set([listed] if isinstance(listed, int) else listed or [])
+    if isinstance(tokenizer.eos_token_id, int):
+        ids.add(tokenizer.eos_token_id)
+    if not ids:
+        raise UserError(
+            f"{key}: neither its tokenizer nor its generation config names an EOS token, so responses could "
+            f"never end"
+        )
+    return frozenset(ids)
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """Most positions that the model was made for."""
+    return int(model.config.get_text_config().max_position_embeddings)

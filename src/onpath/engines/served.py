@@ -1,0 +1,65 @@
+"""A teacher behind a wire: its likeliest tokens at each response position, as the losses take them."""
+
+from collections import OrderedDict
+
+import torch
+
+from onpath.data.batch import Batch
+from onpath.engines.server import ServedScores, ServerEngine
+from onpath.losses import TeacherTopK
+
+Key = tuple[tuple[int, ...], tuple[int, ...]]
+_KEPT = 8192  # responses whose scores are kept: a method and the loss of the same step ask for the same ones
+
+
+class ServedTeacher:
+    """Scores by `prompt_logprobs` of a server.
+
+    Args:
+        engine: over the server.
+        k: tokens per position.
+    """
+
+    def __init__(self, engine: ServerEngine, *, k: int) -> None:
+        self.engine, self.k = engine, k
+        self._known: OrderedDict[Key, ServedScores] = OrderedDict()
+
+    def scores(self, batch: Batch) -> TeacherTopK:
+        """See `Teacher.scores`: rows of k entries, −inf where a position has fewer."""
+        rows = self._ask([(t.teacher_context, t.response) for t in batch.trajectories])
+        device = batch.token_N.device
+        pads = [
+            (ids, logps, self.k - len(ids))
+            for s in rows
+            for ids, logps in zip(s.ids, s.logprobs, strict=True)
+        ]
+        unused = [_unused(ids, pad) for ids, _, pad in pads]
+        ids_Nk = torch.tensor(
+            [[*ids, *rest] for (ids, _, _), rest in zip(pads, unused, strict=True)], device=device
+        )
+        logp_Nk = torch.tensor([[*logps, *[-torch.inf] * pad] for _, logps, pad in pads], device=device)
+        return TeacherTopK(
+            ids=ids_Nk.reshape(-1, self.k),
+            logp=logp_Nk.reshape(-1, self.k),
+            sampled_logp=torch.tensor([p for s in rows for p in s.sampled], device=device),
+        )
+
+    def _ask(self, keys: list[Key]) -> list[ServedScores]:
+        missing = [key for key in dict.fromkeys(keys) if key not in self._known]
+        found = self.engine.score_top([c for c, _ in missing], [r for _, r in missing], k=self.k)
+        self._known.update(zip(missing, found, strict=True))
+        answers = [self._known[key] for key in keys]
+        while len(self._known) > _KEPT:
+            self._known.popitem(last=False)
+        return answers
+
+
+def _unused(ids: tuple[int, ...], count: int) -> list[int]:
+    """Distinct ids to pad with: each row's ids must differ."""
+    taken, spare = set(ids), 0
+    found: list[int] = []
+    while len(found) < count:
+        if spare not in taken:
+            found.append(spare)
+        spare += 1
+    return found

@@ -1,0 +1,356 @@
+"""Evaluation: n samples per problem, graded; avg@k and pass@k with intervals; paired comparisons.
+
+Works with any engine: `generate` and `decode` are passed in. No torch.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onpath.evaluate.stats import bootstrap_interval, difference_interval, sign_flip_p_value
+from onpath.evaluate.stats import pass_at_k as pass_at_k
+from onpath.grade.base import Grader
+from onpath.records import Graded, Prompt, Rollout, Sampling
+from onpath.system.errors import UserError
+
+Generate = Callable[[Sequence[Prompt], int], Sequence[Rollout]]
+"""(prompts, n) → n rollouts per prompt, the prompts in order, a prompt's rollouts together."""
+Decode = Callable[[Sequence[int]], str]
+"""Response ids → the text that is graded, without special tokens."""
+NAMED = 3
+"""Differing problems named in a message."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProblemResult:
+    """One problem's samples.
+
+    >>> ProblemResult(id="0", digest="", correct=(True, False), lengths=(9, 12), finished=(True, True)).score
+    0.5
+    """
+
+    id: str
+    digest: str
+    """Of question and answer: equal ids of different data sets are not the same problem."""
+    correct: tuple[bool, ...]
+    lengths: tuple[int, ...]
+    """Response tokens, the stop token included."""
+    finished: tuple[bool, ...]
+    """Whether the sample ended by itself (finish_reason stop)."""
+
+    @property
+    def score(self) -> float:
+        """Share of right samples."""
+        return sum(self.correct) / len(self.correct)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalResult:
+    """A line of eval.jsonl, and behind it the problems one by one.
+
+    `avg_at_k` is the mean over problems of the share of all n samples that are right; `pass_at_k` the mean of
+    the unbiased estimate for k of n. Intervals are 95%, over problems.
+    """
+
+    step: int
+    """Optimiser steps that the weights had seen."""
+    split: str
+    n: int
+    k: int
+    problems: int
+    avg_at_k: float
+    ci95: tuple[float, float]
+    """Of avg_at_k."""
+    pass_at_k: float
+    pass_at_k_ci95: tuple[float, float]
+    mean_length: float
+    """Tokens per response, the stop token included."""
+    finished: float
+    """Share of responses that ended by themselves."""
+    grader: str
+    sampling: Sampling
+    details: tuple[ProblemResult, ...] = field(repr=False)
+    """In the order of the prompts; written by `write_details`, not by `to_json`."""
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready, without the details."""
+        plain = asdict(self)
+        del plain["details"]
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
+
+    @property
+    def scores(self) -> dict[str, tuple[bool, ...]]:
+        """Problem id → verdicts, for `paired_difference`."""
+        return {problem.id: problem.correct for problem in self.details}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedDifference:
+    """Model a minus model b on the same problems."""
+
+    problems: int
+    mean_a: float
+    mean_b: float
+    difference: float
+    """mean_a − mean_b."""
+    ci95: tuple[float, float]
+    p_value: float
+    """Two-sided, sign flips over problems."""
+    notes: tuple[str, ...] = ()
+    """Settings that differ without forbidding the comparison."""
+
+
+def evaluate(
+    prompts: Sequence[Prompt],
+    generate: Generate,
+    decode: Decode,
+    grader: Grader,
+    *,
+    n: int,
+    k: int,
+    step: int,
+    split: str,
+) -> tuple[EvalResult, list[Graded]]:
+    """Samples, grades and counts.
+
+    Args:
+        prompts: problems with answers and unique ids.
+        n: samples per problem, k: of pass@k, 1 ≤ k ≤ n.
+        step: optimiser steps that the weights had seen.
+
+    Returns:
+        The result, and every rollout with its verdict in the engine's order.
+
+    Raises:
+        UserError: no prompts, k > n, or a prompt without an answer.
+    """
+    check(prompts, n=n, k=k, split=split)
+    rollouts = list(generate(prompts, n))
+    expected = [prompt.id for prompt in prompts for _ in range(n)]
+    assert [r.prompt.id for r in rollouts] == expected, (
+        "the engine must return n rollouts per prompt, in order"
+    )
+    sampling = rollouts[0].sampling
+    assert all(r.sampling == sampling for r in rollouts), "an evaluation samples in one way"
+    verdicts = grader.grade_many([(decode(r.ids), r.prompt.answer or "") for r in rollouts])
+    graded = [
+        Graded(rollout=r, correct=v.correct, extracted=v.extracted)
+        for r, v in zip(rollouts, verdicts, strict=True)
+    ]
+    details = tuple(_problem_result(graded[i : i + n]) for i in range(0, len(graded), n))
+    return summarise(details, n=n, k=k, step=step, split=split, grader=grader.name, sampling=sampling), graded
+
+
+def check(prompts: Sequence[Prompt], *, n: int, k: int, split: str) -> None:
+    """Refuses an impossible evaluation: call it before a model loads. `UserError` says what is wrong."""
+    if not 1 <= k <= n:
+        raise UserError(f"eval.k is {k}, but must be between 1 and eval.n, the {n} samples per problem")
+    if not prompts:
+        raise UserError(f"evaluation set {split!r} has no prompts")
+    without = [prompt.id for prompt in prompts if prompt.answer is None]
+    if without:
+        raise UserError(
+            f"evaluation set {split!r}: {len(without)} of {len(prompts)} prompts have no answer to grade "
+            f"against, the first is {without[0]!r}; add a column 'answer'"
+        )
+
+
+def summarise(
+    details: Sequence[ProblemResult],
+    *,
+    n: int,
+    k: int,
+    step: int,
+    split: str,
+    grader: str,
+    sampling: Sampling,
+) -> EvalResult:
+    """The numbers of an evaluation from its problems, each of which has n samples."""
+    scores = [problem.score for problem in details]
+    passes = [pass_at_k(n=n, c=sum(problem.correct), k=k) for problem in details]
+    return EvalResult(
+        step=step,
+        split=split,
+        n=n,
+        k=k,
+        problems=len(details),
+        avg_at_k=float(np.mean(scores)),
+        ci95=bootstrap_interval(scores),
+        pass_at_k=float(np.mean(passes)),
+        pass_at_k_ci95=bootstrap_interval(passes),
+        mean_length=float(np.mean([problem.lengths for problem in details])),
+        finished=float(np.mean([problem.finished for problem in details])),
+        grader=grader,
+        sampling=sampling,
+        details=tuple(details),
+    )
+
+
+def _problem_result(graded: Sequence[Graded]) -> ProblemResult:
+    prompt = graded[0].rollout.prompt
+    return ProblemResult(
+        id=prompt.id,
+        digest=_digest(prompt),
+        correct=tuple(g.correct for g in graded),
+        lengths=tuple(len(g.rollout.ids) for g in graded),
+        finished=tuple(g.rollout.finish_reason == "stop" for g in graded),
+    )
+
+
+def _digest(prompt: Prompt) -> str:
+    messages = None if prompt.messages is None else [dict(message) for message in prompt.messages]
+    content = json.dumps([prompt.text, messages, prompt.answer], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def paired_difference(
+    a: Mapping[str, Sequence[float]],
+    b: Mapping[str, Sequence[float]],
+    *,
+    graders: tuple[str, str] | None = None,
+    seed: int = 0,
+) -> PairedDifference:
+    """Compares two models on the same problems; the numbers of samples may differ.
+
+    Args:
+        a, b: problem id → scores of its samples, each within [0, 1] (True and False will do).
+        graders: what graded a and b, where known.
+
+    Raises:
+        UserError: the problems or the graders differ, or there are none.
+    """
+    if graders is not None and graders[0] != graders[1]:
+        raise UserError(f"cannot compare: one was graded by {graders[0]!r}, the other by {graders[1]!r}")
+    for ours, theirs, which in ((a, b, "second"), (b, a, "first")):
+        if missing := [key for key in ours if key not in theirs]:
+            raise UserError(
+                f"cannot compare: the {which} lacks {_named(missing)}; evaluate both on the same data"
+            )
+    if empty := [key for key in a if not len(a[key]) or not len(b[key])]:
+        raise UserError(f"cannot compare: no samples of {_named(empty)}")
+    if not a:
+        raise UserError("cannot compare: there are no problems")
+    means_a, means_b = (np.array([np.mean(side[key]) for key in a], dtype=np.float64) for side in (a, b))
+    return PairedDifference(
+        problems=len(a),
+        mean_a=float(means_a.mean()),
+        mean_b=float(means_b.mean()),
+        difference=float((means_a - means_b).mean()),
+        ci95=difference_interval(means_a - means_b, seed=seed),
+        p_value=sign_flip_p_value(means_a - means_b, seed=seed),
+    )
+
+
+def _named(ids: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, ids[:NAMED]))
+    more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
+    return f"problem{'s' if len(ids) > 1 else ''} {shown}{more}"
+
+
+def write_details(path: Path, result: EvalResult) -> None:
+    """Writes one JSON line per problem, whole or not at all.
+
+    Keys: id, digest, correct, lengths, finished, and the same on every line: step, split, grader, sampling.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    shared = {
+        "step": result.step,
+        "split": result.split,
+        "grader": result.grader,
+        "sampling": asdict(result.sampling),
+    }
+    lines = [json.dumps({**asdict(problem), **shared}) + "\n" for problem in result.details]
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text("".join(lines), encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Details:
+    """What a comparison needs of an evaluation."""
+
+    name: str
+    """For messages: the file, or step and split."""
+    grader: str
+    sampling: Mapping[str, Any]
+    problems: Mapping[str, ProblemResult]
+
+
+def read_details(path: str | Path) -> Details:
+    """Reads what `write_details` wrote.
+
+    Raises:
+        UserError: missing, empty or foreign file (with the line).
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable file of evaluation details: {error}") from None
+    problems: dict[str, ProblemResult] = {}
+    settings: list[tuple[str, Mapping[str, Any]]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            samples = {key: tuple(row[key]) for key in ("correct", "lengths", "finished")}
+            problems[row["id"]] = ProblemResult(id=row["id"], digest=row["digest"], **samples)
+            settings.append((row["grader"], row["sampling"]))
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"{path}, line {number}: not a line of evaluation details ({reason})") from None
+    if not problems:
+        raise UserError(f"{path}: holds no evaluation details")
+    grader, sampling = settings[0]
+    if any(other != settings[0] for other in settings):
+        raise UserError(f"{path}: mixes evaluations with different graders or sampling settings")
+    return Details(name=str(path), grader=grader, sampling=sampling, problems=problems)
+
+
+def _details(evaluation: str | Path | EvalResult) -> Details:
+    if not isinstance(evaluation, EvalResult):
+        return read_details(evaluation)
+    return Details(
+        name=f"{evaluation.split} at step {evaluation.step}",
+        grader=evaluation.grader,
+        sampling=asdict(evaluation.sampling),
+        problems={problem.id: problem for problem in evaluation.details},
+    )
+
+
+def compare(a: str | Path | EvalResult, b: str | Path | EvalResult) -> PairedDifference:
+    """Paired difference (a minus b) of two evaluations, saved by `write_details` or in memory; sampling
+    settings that differ are noted.
+
+    Raises:
+        UserError: unreadable file, or the problems or graders differ.
+    """
+    one, two = _details(a), _details(b)
+    common = one.problems.keys() & two.problems.keys()
+    if other := sorted(key for key in common if one.problems[key].digest != two.problems[key].digest):
+        raise UserError(f"cannot compare {one.name} with {two.name}: {_named(other)} not the same in both")
+    try:
+        result = paired_difference(
+            {key: problem.correct for key, problem in one.problems.items()},
+            {key: problem.correct for key, problem in two.problems.items()},
+            graders=(one.grader, two.grader),
+        )
+    except UserError as error:
+        raise UserError(f"{one.name} and {two.name}: {error}") from None
+    keys = sorted(one.sampling.keys() | two.sampling.keys())
+    pairs = {key: (one.sampling.get(key), two.sampling.get(key)) for key in keys}
+    notes = tuple(f"sampling.{key}: {x} against {y}" for key, (x, y) in pairs.items() if x != y)
+    return replace(result, notes=notes)

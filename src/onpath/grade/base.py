@@ -1,0 +1,59 @@
+"""What a grader is."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, Self
+
+GraderName = Literal["gym", "math", "exact"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What a grader says of one text.
+
+    >>> ExactGrader().grade("7 + 5 is\\n 12 ", "12")
+    Verdict(correct=True, extracted='12')
+    """
+
+    correct: bool
+    extracted: str | None
+    """The answer found in the text, for people; None if there was none."""
+
+
+class Grader:
+    """Compares texts with reference answers. Close it, or use it in a `with` block."""
+
+    name: GraderName
+
+    def grade(self, text: str, answer: str) -> Verdict:
+        """Judges one text.
+
+        Raises:
+            ValueError: the text or the answer is not a string (a prompt without an answer cannot be graded).
+        """
+        if not isinstance(answer, str):
+            raise ValueError(f"there is no answer to grade against: it must be text, not {answer!r}")
+        if not isinstance(text, str):
+            raise ValueError(f"the graded text must be a string, not {type(text).__name__}")
+        return self._judge(text, answer)
+
+    def grade_many(self, pairs: Iterable[tuple[str, str]]) -> list[Verdict]:
+        """Verdicts of (text, answer) pairs, in order; equal pairs are judged once."""
+        asked = list(pairs)
+        verdicts = {pair: self.grade(*pair) for pair in dict.fromkeys(asked)}
+        return [verdicts[pair] for pair in asked]
+
+    def _judge(self, text: str, answer: str) -> Verdict:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Frees what the grader holds; it may be used again, and then takes it anew."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,229 @@
+"""`math`: math-verify in a process of its own with limits of time and memory, so that no text can hang, crash
+or control a run.
+"""
+
+import atexit
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from onpath.grade.base import Grader, GraderName, Verdict
+from onpath.grade.exact import ExactGrader
+
+CPU_SECONDS = 2.0
+"""CPU time that one answer may take."""
+
+
+WALL_SECONDS = 8.0
+"""Wall time that one answer may take."""
+
+
+MEMORY_BYTES = 1 << 30
+"""Address space of the grading process."""
+
+
+START_SECONDS = 120.0
+
+
+TEXT_CHARACTERS = 8000
+"""math reads only the end of longer texts, where the answer stands. A request then fits a pipe's buffer."""
+
+
+ANSWER_CHARACTERS = 1000
+"""math compares longer reference answers as text."""
+
+
+ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LANG", "LC_ALL")
+"""All that the grading process sees of the environment: no tokens, no keys."""
+
+
+class MathGrader(Grader):
+    """math-verify: right if the boxed or stated value equals the answer as maths (1/2 = 0.5 = \\frac{1}{2}).
+
+    Of a text with `</think>` only what follows the last one is read. Where math-verify finds no maths in the
+    text or in the answer (`Paris`), the rule of `exact` decides. A text that exceeds a limit of time or
+    memory, or that crashes the process twice, is wrong, and so is a blank one. Safe to call from threads (one
+    answer at a time) and after a fork.
+
+    Args:
+        cpu_seconds, wall_seconds: limits per answer.
+        memory_bytes: address space of the process.
+    """
+
+    name: GraderName = "math"
+
+    def __init__(
+        self,
+        *,
+        cpu_seconds: float = CPU_SECONDS,
+        wall_seconds: float = WALL_SECONDS,
+        memory_bytes: int = MEMORY_BYTES,
+    ) -> None:
+        self._limits = (cpu_seconds, wall_seconds, memory_bytes)
+        self._lock = threading.Lock()
+        self._worker: _Worker | None = None
+
+    def _judge(self, text: str, answer: str) -> Verdict:
+        text = text.rpartition("</think>")[2]
+        if not text.strip() or not answer.strip():
+            return Verdict(correct=False, extracted=None)
+        if len(answer) > ANSWER_CHARACTERS:
+            return ExactGrader()._judge(text, answer)
+        reply = self._ask({"text": text[-TEXT_CHARACTERS:], "answer": answer})
+        if not reply["read"]:
+            return ExactGrader()._judge(text, answer)
+        return Verdict(correct=reply["correct"], extracted=reply["extracted"])
+
+    def _ask(self, request: dict[str, str]) -> dict[str, Any]:
+        with self._lock:
+            for _ in range(2):  # the first loss may be another's doing: a worker killed from outside
+                if self._worker is None:
+                    self._worker = _Worker(*self._limits)
+                    _open_graders.add(self)
+                try:
+                    return self._worker.ask(request)
+                except _LostError as lost:
+                    self._drop_worker()
+                    if lost.timed_out:
+                        break
+                except BaseException:  # Ctrl-C between request and reply: the next reply would be this one's
+                    self._drop_worker()
+                    raise
+            return {"correct": False, "extracted": None, "read": True}
+
+    def _drop_worker(self) -> None:
+        if self._worker is not None:
+            self._worker.kill()
+        self._worker = None
+        _open_graders.discard(self)
+
+    def close(self) -> None:
+        with self._lock:
+            self._drop_worker()
+
+    def _forget_worker(self) -> None:
+        """In a forked child: the worker is the parent's, and whoever held the lock may be gone."""
+        self._lock = threading.Lock()
+        if self._worker is not None:
+            self._worker.abandon()
+        self._worker = None
+
+
+class _LostError(Exception):
+    """The worker is gone, or must go."""
+
+    def __init__(self, *, timed_out: bool) -> None:
+        super().__init__()
+        self.timed_out = timed_out
+
+
+class _Worker:
+    """A running `_grade_worker.py` and its pipes."""
+
+    def __init__(self, cpu_seconds: float, wall_seconds: float, memory_bytes: int) -> None:
+        self._patience = wall_seconds + 1.0  # the worker's own alarm comes first
+        script = Path(__file__).with_name("worker.py")
+        limits = [str(cpu_seconds), str(wall_seconds), str(memory_bytes)]
+        environment = {key: os.environ[key] for key in ENVIRONMENT if key in os.environ}
+        # -P: a file named like a module, here or beside the script, must not be imported in its place.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-B", str(script), *limits],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**environment, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            bufsize=0,
+        )
+        self._buffer = b""
+        try:
+            self._reply(START_SECONDS)
+        except _LostError:
+            raise RuntimeError(f"the grading process does not start: {self._last_words()}") from None
+
+    def ask(self, request: dict[str, str]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        line = json.dumps(request, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+        try:
+            self._process.stdin.write(line)
+        except BrokenPipeError:
+            raise _LostError(timed_out=False) from None
+        return self._reply(self._patience)
+
+    def _reply(self, seconds: float) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        deadline = time.monotonic() + seconds
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            while b"\n" not in self._buffer:
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    raise _LostError(timed_out=True)
+                piece = os.read(self._process.stdout.fileno(), 1 << 16)
+                if not piece:
+                    raise _LostError(timed_out=self._process.wait() in (-signal.SIGPROF, -signal.SIGALRM))
+                self._buffer += piece
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        reply: dict[str, Any] = json.loads(line)
+        return reply
+
+    def _last_words(self) -> str:
+        self._process.kill()
+        _, errors = self._process.communicate()
+        self._close_pipes()
+        return (errors.decode(errors="replace").strip().splitlines() or ["it ended without a message"])[-1]
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._close_pipes()
+
+    def abandon(self) -> None:
+        self._process.returncode = 0  # not our child: neither wait for it nor warn about it
+        self._close_pipes()
+
+    def _close_pipes(self) -> None:
+        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+            if pipe is not None:
+                pipe.close()
+
+
+_open_graders: set[MathGrader] = set()
+
+
+_shared = MathGrader()
+
+
+def _close_all() -> None:
+    for grader in list(_open_graders):
+        grader.close()
+
+
+def _forget_all() -> None:
+    for grader in list(_open_graders):
+        grader._forget_worker()
+    _open_graders.clear()
+    _shared._forget_worker()  # its lock, even where it has no worker yet
+
+
+atexit.register(_close_all)
+
+
+os.register_at_fork(after_in_child=_forget_all)
+
+
+def grade(text: str, answer: str) -> bool:
+    """Whether the text's final answer equals `answer` as maths (the `math` grader, one shared process).
+
+    >>> grade("so it is \\\\boxed{\\\\frac{1}{2}}", "0.5")
+    True
+
+    Raises:
+        ValueError: the text or the answer is not a string.
+    """
+    return _shared.grade(text, answer).correct

@@ -1,0 +1,347 @@
+"""One pass over tokens and vocabulary: logits by chunk, statistics, value, and gradients formed on the spot.
+
+    for each chunk of C rows:      logits of both sides into two [C, V] buffers            (two products)
+        for each block of R rows:  softmax, statistics, value; ∂/∂z replaces the student's logits
+        grad_hidden = G·W,   grad_head += Gᵀ·h                                              (two products)
+
+A row's weight never touches [C, V]: it scales the [C, H] side of both products.
+
+Shape suffixes: N tokens, C rows of a chunk, R rows of a block, V vocabulary, H hidden, g guided rows.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from onpath.losses import head as heads
+from onpath.losses import rows
+from onpath.losses.guided import Guided, guided_rows
+from onpath.losses.head import Head, WeightGradient
+from onpath.losses.interface import (
+    SparseGuidance,
+    StatsRequest,
+    TeacherHidden,
+    TeacherScores,
+    TeacherTopK,
+    TokenStats,
+)
+from onpath.losses.objective import Objective
+
+_CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}  # of one [C, V] buffer
+_BLOCK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}  # of one [R, V] buffer: on a CPU what the cache holds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Everything that one pass reads. Per-token tensors have N entries."""
+
+    student_hidden: Tensor
+    student_head: Head
+    teacher: TeacherScores | None
+    objective: Objective | None
+    weights: Tensor | None
+    """Of the weighted sum, denominator included; None: ones."""
+    request: StatsRequest
+    sampled_ids: Tensor | None = None
+    behaviour_logp: Tensor | None = None
+    advantage: Tensor | None = None
+    guidance: SparseGuidance | None = None
+    grad_hidden: bool = False
+    grad_weight: bool = False
+    grad_bias: bool = False
+    chunk_rows: int | None = None
+
+    @property
+    def any_grad(self) -> bool:
+        return self.grad_hidden or self.grad_weight or self.grad_bias
+
+
+@dataclass(kw_only=True)
+class Gradients:
+    """In the working dtype; None: not wanted."""
+
+    hidden: Tensor | None = None
+    weight: WeightGradient | None = None
+    bias: Tensor | None = None
+    objective_sq: Tensor | None = None
+    guidance_sq: Tensor | None = None
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """Sums of one pass, per-token values, gradients of the two sums together."""
+
+    values: Tensor  # [N] of the objective, clipped
+    objective_sum: Tensor
+    guidance_sum: Tensor
+    gradients: Gradients
+    stats: dict[str, Tensor] = field(default_factory=dict)
+
+    def token_stats(self) -> TokenStats:
+        return TokenStats(loss=self.values, **self.stats)
+
+
+@dataclass(kw_only=True)
+class _Buffers:
+    student: Tensor  # [C, V]
+    teacher: Tensor | None  # [C, V]
+    scratch: tuple[Tensor, ...]  # [R, V] each
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Chunk:
+    """Consecutive tokens, with the memory that they are worked on in."""
+
+    here: slice  # of all tokens
+    student: Tensor  # [C, V]: logits; after its blocks ∂/∂z, row by row still without its weight
+    teacher: Tensor | None  # [C, V]
+    scratch: tuple[Tensor, ...]  # [R, V] each
+    masked: bool
+    guided: Guided | None
+
+
+@torch.no_grad()
+def run(inputs: Inputs) -> Outcome:
+    """The whole pass. No autograd graph is made or needed."""
+    count, vocabulary = inputs.student_hidden.shape[0], inputs.student_head.vocabulary
+    dtype = heads.working_dtype(inputs.student_hidden, inputs.student_head.weight)
+    like = inputs.student_hidden.new_empty((), dtype=dtype)
+    chunk, block = chunk_sizes(inputs, vocabulary, dtype)
+    weights_N = like.new_ones(count) if inputs.weights is None else inputs.weights.to(dtype)
+    gradients = _allocate(inputs, like)
+    outcome = Outcome(
+        values=like.new_zeros(count),
+        objective_sum=like.new_zeros(()),
+        guidance_sum=like.new_zeros(()),
+        gradients=gradients,
+    )
+    if count == 0:
+        outcome.stats = {"student_entropy": like.new_zeros(0)}
+        return outcome
+    student_VH, teacher_VH = _cut_weights(inputs)
+    buffers = _buffers(inputs, like, chunk, block)
+    masked = inputs.student_head.masks() or (
+        isinstance(inputs.teacher, TeacherHidden) and inputs.teacher.head.masks()
+    )
+    for start in range(0, count, chunk):
+        here = slice(start, min(start + chunk, count))
+        size = here.stop - start
+        student_CV = heads.logits_(
+            inputs.student_head, student_VH, inputs.student_hidden[here], buffers.student[:size]
+        )
+        teacher_CV = None
+        if isinstance(inputs.teacher, TeacherHidden):
+            assert buffers.teacher is not None
+            assert teacher_VH is not None
+            hidden_CH = inputs.teacher.hidden[here]
+            teacher_CV = heads.logits_(inputs.teacher.head, teacher_VH, hidden_CH, buffers.teacher[:size])
+        part = _Chunk(
+            here=here,
+            student=student_CV,
+            teacher=teacher_CV,
+            scratch=buffers.scratch,
+            masked=masked,
+            guided=guided_rows(inputs.guidance, here, weights_N),
+        )
+        values_C = _by_blocks(inputs, part, outcome.stats)
+        _close_chunk(inputs, outcome, part, values_C, weights_N[here], student_VH)
+    return outcome
+
+
+def chunk_sizes(inputs: Inputs, vocabulary: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Rows per chunk and per block, by memory: many rows per product, few enough to stay small."""
+    count, device = inputs.student_hidden.shape[0], inputs.student_hidden.device.type
+    device = device if device in _CHUNK_BYTES else "cuda"
+    row_bytes = vocabulary * dtype.itemsize
+    chunk = inputs.chunk_rows or max(1, _CHUNK_BYTES[device] // row_bytes)
+    if inputs.chunk_rows is None and chunk >= 64:
+        chunk -= chunk % 32
+    chunk = max(1, min(chunk, count))
+    return chunk, max(1, min(chunk, _BLOCK_BYTES[device] // row_bytes))
+
+
+def _allocate(inputs: Inputs, like: Tensor) -> Gradients:
+    head, found = inputs.student_head, Gradients()
+    if inputs.grad_hidden:
+        found.hidden = like.new_zeros(inputs.student_hidden.shape)
+    if inputs.grad_weight:
+        found.weight = WeightGradient(head.weight, like.dtype)
+    if inputs.grad_bias:
+        assert head.bias is not None
+        found.bias = like.new_zeros(head.bias.shape)
+    if inputs.guidance is not None and inputs.guidance.norms and inputs.any_grad:
+        found.objective_sq, found.guidance_sq = like.new_zeros(()), like.new_zeros(())
+    return found
+
+
+def _cut_weights(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+    def cut(head: Head, hidden: Tensor) -> Tensor:
+        weight_VH = head.weight.detach()[: head.vocabulary]
+        wanted = heads.product_dtype(hidden, weight_VH)
+        return weight_VH.to(wanted) if weight_VH.is_cuda else weight_VH
+
+    teacher = inputs.teacher
+    return (
+        cut(inputs.student_head, inputs.student_hidden),
+        cut(teacher.head, teacher.hidden) if isinstance(teacher, TeacherHidden) else None,
+    )
+
+
+def _buffers(inputs: Inputs, like: Tensor, chunk: int, block: int) -> _Buffers:
+    vocabulary = inputs.student_head.vocabulary
+    scratch = 4 if inputs.student_head.softcap is not None else 3
+    return _Buffers(
+        student=like.new_empty(chunk, vocabulary),
+        teacher=like.new_empty(chunk, vocabulary) if isinstance(inputs.teacher, TeacherHidden) else None,
+        scratch=tuple(like.new_empty(block, vocabulary) for _ in range(scratch)),
+    )
+
+
+def _by_blocks(inputs: Inputs, chunk: _Chunk, into: rows.Stats) -> Tensor:
+    """Values [C] of a chunk; its statistics go `into` those of all tokens, ∂/∂z replaces its logits."""
+    values_C, guided = chunk.student.new_zeros(len(chunk.student)), chunk.guided
+    for block, at, slope_RV in _blocks(inputs, chunk):
+        stats = rows.measure(block, inputs.request)
+        all_at = slice(chunk.here.start + at.start, chunk.here.start + at.stop)
+        _keep(stats, into, all_at, len(inputs.student_hidden))
+        if guided is not None:
+            guided.add(block, at, slope_RV, gradient=inputs.any_grad)
+        if inputs.objective is None:
+            continue
+        values_C[at] = rows.evaluate(block, inputs.objective, stats, gradient=inputs.any_grad)
+        if slope_RV is not None and inputs.any_grad:
+            block.student_logp.mul_(slope_RV)
+        if guided is not None:
+            guided.store(chunk.teacher)
+    return values_C
+
+
+def _keep(found: rows.Stats, into: rows.Stats, at: slice, count: int) -> None:
+    """In tensors for all `count` tokens: small ones that live on would keep the large ones between them from
+    being given back."""
+    for name, value in found.items():
+        if name not in into:
+            into[name] = value.new_empty(count, *value.shape[1:])
+        into[name][at] = value
+
+
+def _blocks(inputs: Inputs, chunk: _Chunk) -> Iterator[tuple[rows.Block, slice, Tensor | None]]:
+    """Blocks with both sides normalised; with soft-capping also 1 − tanh², by which ∂/∂z becomes ∂/∂logit."""
+    softcap, temperature = inputs.student_head.softcap, inputs.student_head.temperature
+    count, block_rows = len(chunk.student), len(chunk.scratch[0])
+    for start in range(0, count, block_rows):
+        at = slice(start, min(start + block_rows, count))
+        size, row = at.stop - start, slice(chunk.here.start + start, chunk.here.start + at.stop)
+        scratch = [buffer[:size] for buffer in chunk.scratch]
+        z_RV, slope_RV = chunk.student[at], None
+        if softcap is not None:
+            slope_RV = torch.mul(z_RV, temperature / softcap, out=scratch[3]).square_().neg_().add_(1.0)
+        yield (
+            rows.Block(
+                student_logp=rows.log_softmax_(z_RV),
+                teacher_logp=None if chunk.teacher is None else rows.log_softmax_(chunk.teacher[at]),
+                student_p=scratch[0],
+                gap=scratch[1],
+                teacher_p=scratch[2],
+                masked=chunk.masked,
+                sampled_ids=_cut(inputs.sampled_ids, row),
+                served=_served(inputs.teacher, row),
+                behaviour_logp=_cut(inputs.behaviour_logp, row),
+                advantage=_cut(inputs.advantage, row),
+            ),
+            at,
+            slope_RV,
+        )
+
+
+def _cut(values_N: Tensor | None, row: slice) -> Tensor | None:
+    return None if values_N is None else values_N[row]
+
+
+def _served(teacher: TeacherScores | None, row: slice) -> TeacherTopK | None:
+    if not isinstance(teacher, TeacherTopK):
+        return None
+    return TeacherTopK(
+        ids=teacher.ids[row],
+        logp=teacher.logp[row],
+        tail=_cut(teacher.tail, row),
+        sampled_logp=_cut(teacher.sampled_logp, row),
+    )
+
+
+def _close_chunk(
+    inputs: Inputs, outcome: Outcome, chunk: _Chunk, values_C: Tensor, weights_C: Tensor, weight_VH: Tensor
+) -> None:
+    """Clips, weights, sums and the two gradient products of a chunk."""
+    here, guided, grad_CV = chunk.here, chunk.guided, chunk.student
+    live_C = weights_C != 0
+    scale_C = weights_C
+    objective = inputs.objective
+    if objective is not None and objective.token_clip is not None:
+        scale_C = torch.where(values_C > objective.token_clip, 0.0, weights_C)
+        values_C = values_C.clamp(max=objective.token_clip)
+    outcome.values[here] = values_C
+    outcome.objective_sum += torch.where(live_C, weights_C * values_C, 0.0).sum()
+    if guided is not None:
+        products = guided.weights * torch.cat(guided.values)
+        outcome.guidance_sum += torch.where(guided.weights != 0, products, 0.0).sum()
+    if not inputs.any_grad:
+        return
+    if objective is None:
+        grad_CV.zero_()
+    dead_C = scale_C == 0
+    if bool(dead_C.any()):
+        grad_CV[dead_C] = 0.0  # never 0 · inf
+    _products(inputs, outcome.gradients, chunk, scale_C, weight_VH)
+
+
+def _products(inputs: Inputs, into: Gradients, chunk: _Chunk, scale_C: Tensor, weight_VH: Tensor) -> None:
+    """Gradients of a chunk from ∂/∂z, row by row still without its weight."""
+    here, guided, grad_CV = chunk.here, chunk.guided, chunk.student
+    vocabulary, factor = weight_VH.shape[0], inputs.student_head.factor
+    scale_C = scale_C * factor
+    apart = into.objective_sq is not None
+    if apart or guided is None:
+        _add_hidden(into, here, grad_CV, scale_C, weight_VH)
+    if guided is not None:
+        guidance_gV = guided.gradient()
+        guided_scale = guided.weights * factor
+        guidance_gV[guided_scale == 0] = 0.0
+        if apart:
+            _add_guided_hidden(into, here, guided.rows, guidance_gV, guided_scale, weight_VH)
+        grad_CV.mul_(scale_C[:, None])
+        grad_CV.index_add_(0, guided.rows, guidance_gV.mul_(guided_scale[:, None]))
+        scale_C = torch.ones_like(scale_C)
+        if not apart:
+            _add_hidden(into, here, grad_CV, scale_C, weight_VH)
+    if into.weight is not None:
+        scaled_CH = inputs.student_hidden[here].to(grad_CV.dtype) * scale_C[:, None]
+        into.weight.add_(_operand(grad_CV, weight_VH), scaled_CH)
+    if into.bias is not None:
+        into.bias[:vocabulary] += scale_C @ grad_CV
+
+
+def _operand(grad_CV: Tensor, weight_VH: Tensor) -> Tensor:
+    return grad_CV.to(weight_VH.dtype) if weight_VH.is_cuda else grad_CV
+
+
+def _add_hidden(into: Gradients, here: slice, grad_CV: Tensor, scale_C: Tensor, weight_VH: Tensor) -> None:
+    if into.hidden is None and into.objective_sq is None:
+        return
+    grad_CH = heads.hidden_gradient(_operand(grad_CV, weight_VH), weight_VH).mul_(scale_C[:, None])
+    if into.objective_sq is not None:
+        into.objective_sq += grad_CH.square().sum()
+    if into.hidden is not None:
+        into.hidden[here] = grad_CH
+
+
+def _add_guided_hidden(
+    into: Gradients, here: slice, rows_g: Tensor, grad_gV: Tensor, scale_g: Tensor, weight_VH: Tensor
+) -> None:
+    assert into.guidance_sq is not None
+    grad_gH = heads.hidden_gradient(_operand(grad_gV, weight_VH), weight_VH).mul_(scale_g[:, None])
+    into.guidance_sq += grad_gH.square().sum()
+    if into.hidden is not None:
+        into.hidden[here] = into.hidden[here].index_add(0, rows_g, grad_gH)

@@ -1,0 +1,1 @@
+"""TOPD, stage by stage: candidates, futures, pairs, decide, guide."""

@@ -1,0 +1,147 @@
+"""TOPD's first stage: the positions of each rollout that the per-token loss ranks highest.
+
+A fork is a position of a rollout at which the near futures of student and teacher are compared. It is a
+value: each stage gives it back with one more thing known.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from onpath.config.methods.topd import TOPDOptions
+from onpath.records import Rollout
+from onpath.system.draws import noise
+
+Decision = Literal["fork", "surface", "too_close", "reference"]
+
+
+NO_DISTANCE = 1e-6
+"""Windows closer than this are the same future, whatever the quantiles say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fork:
+    """A position at which the near futures part, or seem to.
+
+    >>> Fork(row=0, position=7, loss=2.5, gap=1.2, draw=0.4).decision
+    'surface'
+    """
+
+    row: int
+    """Index of the rollout in its step."""
+    position: int
+    """Index into the response; both windows start with this token."""
+    loss: float
+    """The per-token loss that ranked it, nats."""
+    gap: float
+    """log p_S − log p_T of the sampled token, nats."""
+    cap: float = 1.0
+    """min(1, median ℓ / ℓ_t) with the reverse KL as ℓ: its weight if it is suppressed."""
+    draw: float
+    """Uniform in [0, 1), a pure function of (seed, step, rollout, position), where a control needs it."""
+    student: tuple[int, ...] = ()
+    teacher: tuple[int, ...] = ()
+    distance: float = float("nan")
+    """D, exact transport distance of the two windows."""
+    decision: Decision = "surface"
+    weight: float = 1.0
+    """Of its token in L_OPD; below 1 where it is suppressed."""
+
+
+def key_of(rollout: Rollout) -> str:
+    """Names a rollout in the draws of its step."""
+    return f"{rollout.prompt.id}/{rollout.sample}"
+
+
+def candidate_counts(lengths: Sequence[int], options: TOPDOptions) -> list[int]:
+    """Candidates of each rollout: known from the lengths alone, so that windows need not wait for all losses.
+
+    >>> candidate_counts([40, 400, 0], TOPDOptions())
+    [1, 9, 0]
+    """
+    wanted = [
+        min(options.max_per_rollout, max(1, int(options.top_share * n + 0.5))) if n else 0 for n in lengths
+    ]
+    scale = min(1.0, options.max_per_step / max(1, sum(wanted)))
+    return wanted if scale == 1.0 else [int(scale * n) for n in wanted]
+
+
+def spaced(order: Sequence[int], *, count: int, min_gap: int) -> list[int]:
+    """The first `count` of an order that keep a distance of at least `min_gap`.
+
+    >>> spaced([5, 6, 9, 1], count=2, min_gap=2)
+    [5, 9]
+    """
+    chosen: list[int] = []
+    for t in order:
+        if len(chosen) == count:
+            break
+        if all(abs(t - c) >= min_gap for c in chosen):
+            chosen.append(t)
+    return chosen
+
+
+def select(
+    values: Mapping[str, Sequence[float]],
+    *,
+    row: int,
+    count: int,
+    key: str,
+    options: TOPDOptions,
+    seed: int,
+) -> list[Fork]:
+    """The candidates of one rollout, by position; with `upper_quartile_of_low_loss` as many references.
+
+    Args:
+        values: per response token, `reverse_kl`, `student_logp` and `teacher_logp`.
+        key: names the rollout in its draws.
+    """
+    losses, gaps = ranked_by(values, options)
+    size, kl = len(losses), values["reverse_kl"]
+    median = max(0.0, statistics.median(kl)) if size else 0.0
+    lots = noise(seed, f"{key}/lots", size) if draws_lots(options) else np.zeros(size)
+
+    def fork(t: int, decision: Decision) -> Fork:
+        return Fork(
+            row=row,
+            position=t,
+            loss=losses[t],
+            gap=gaps[t],
+            cap=min(1.0, median / max(kl[t], 1e-12)),
+            draw=float(lots[t]),
+            decision=decision,
+        )
+
+    def at_random() -> list[int]:
+        order: list[int] = np.argsort(noise(seed, f"{key}/order", size), kind="stable").tolist()
+        return order
+
+    by_loss = sorted(range(size), key=lambda t: -losses[t])  # stable: the first of equals comes first
+    order = at_random() if options.decide == "random_positions" else by_loss
+    found = [fork(t, "surface") for t in spaced(order, count=count, min_gap=options.min_gap)]
+    if options.decide == "upper_quartile_of_low_loss":
+        low = set(by_loss[(size + 1) // 2 :]) - {f.position for f in found}
+        calm = [t for t in at_random() if t in low]
+        found += [fork(t, "reference") for t in spaced(calm, count=count, min_gap=options.min_gap)]
+    return sorted(found, key=lambda f: f.position)
+
+
+def draws_lots(options: TOPDOptions) -> bool:
+    """Whether a control decides by `Fork.draw`."""
+    return options.decide == "random_positions" or options.suppress == "high" or options.plan == "shuffled"
+
+
+def ranked_by(values: Mapping[str, Sequence[float]], options: TOPDOptions) -> tuple[list[float], list[float]]:
+    """Of each token: the loss that ranks it, and the sampled log-ratio."""
+    ours, theirs = values["student_logp"], values["teacher_logp"]
+    gaps = [s - t for s, t in zip(ours, theirs, strict=True)]
+    match options.candidates:
+        case "reverse_kl":
+            return list(values["reverse_kl"]), gaps
+        case "teacher_nll":
+            return [-t for t in theirs], gaps
+        case "sampled_gap":
+            return gaps, gaps

@@ -1,0 +1,111 @@
+"""TOPD: find where the near futures of student and teacher really part, and guide the next K tokens there
+(arXiv 2606.00305).
+
+    y ~ p_S(·|x),  T = 1;   ℓ_t = KL(p_S ‖ p_T) at t;   C = the 2.25% of positions with the largest ℓ_t
+    T = K tokens of the teacher after y_<t,  S = y_t … y_{t+K−1};   D_t = min_γ Σ_ij γ_ij (1 − cos(S_i, T_j))
+    R = C without the lowest 30% by D;   ỹ_{t+i} = Σ_j γ_ij onehot(T_j), each row scaled to mass 1
+    L = L_OPD + λ·Σ_{t∈R} Σ_i KL(ỹ_{t+i} ‖ p_S(·|x, y_<t+i)) / Σ_t 1       the contexts stay the student's own
+
+Ours where the paper is silent: greedy teacher windows; D exact, γ by Sinkhorn with ε 0.05; the 30% as a
+moving quantile over steps; λ = 1, or held at a ratio of gradients; overlapping targets averaged; a fork needs
+D > 0; windows end where a rollout that ran out of room ends; with `student_window: regenerate` only D sees
+the fresh sample.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from onpath.config.methods.topd import TOPDOptions
+from onpath.engines.reading import Readings, read
+from onpath.methods.base import Prepared, Tools, own_response
+from onpath.methods.topd import candidates, decide, futures, guide, pairs
+from onpath.methods.topd.candidates import Fork
+from onpath.records import Rollout, Trajectory
+
+
+class TOPD:
+    """Annotates the student's rollouts with guidance; the responses stay as they are."""
+
+    def __init__(self, options: TOPDOptions, tools: Tools) -> None:
+        self.options, self.tools = options, tools
+        start = 1.0 if options.guidance_weight == "auto" else options.guidance_weight
+        self.guidance_weight = torch.tensor(start, dtype=torch.float64)
+        self.threshold = torch.tensor(torch.nan, dtype=torch.float64)
+        self.seconds: dict[str, float] = {}
+
+    def prepare(self, rollouts: Sequence[Rollout], *, step: int) -> Prepared:
+        """See `Method.prepare`."""
+        options, tools = self.options, self.tools
+        self.seconds = dict.fromkeys(("read", "windows", "transport", "targets"), 0.0)
+        trained = [own_response(r, length=options.first_tokens) for r in rollouts]
+        readings = Readings()
+        found = self.candidates(rollouts, trained, readings, step)
+        with self.timed("transport"):
+            found = pairs.with_distances(found, rollouts, tools, options)
+        self.follow(decide.quantile_of(found, options))
+        found = decide.suppressed(decide.decided(found, options, float(self.threshold)), options)
+        guided = [f for f in found if f.decision == "fork"] if options.guide else []
+        with self.timed("transport"):
+            plans = guide.guidance_plans(guided, rollouts, tools, options, step)
+        with self.timed("targets"):
+            marked = guide.annotated(trained, found, guided, plans, options, tools.renderer.tokens)
+            marked += guide.spliced(guided, rollouts, options)
+        return Prepared(
+            trajectories=marked,
+            readings=readings,
+            guidance_weight=float(self.guidance_weight),
+            **guide.counted(found, marked),
+            metrics={
+                "guidance_weight": float(self.guidance_weight),
+                "fork_threshold": None if self.threshold.isnan() else float(self.threshold),
+                "topd_seconds": {k: round(v, 4) for k, v in self.seconds.items()},
+            },
+        )
+
+    def candidates(
+        self, rollouts: Sequence[Rollout], trained: Sequence[Trajectory], readings: Readings, step: int
+    ) -> list[Fork]:
+        """With both futures, one micro-batch after the other: one of the teacher's caches is in memory."""
+        options, seed = self.options, self.tools.sampling.seed + step
+        counts = candidates.candidate_counts([len(t.response) for t in trained], options)
+        rows = {id(t): row for row, t in enumerate(trained)}
+        found: list[Fork] = []
+        begun = time.perf_counter()
+        for reading in read(self.tools.measure, trained, into=readings, past=options.reuse_cache):
+            here: list[Fork] = []
+            for t, values in reading.by_trajectory(("reverse_kl", "student_logp", "teacher_logp")):
+                row = rows[id(t)]
+                key = candidates.key_of(rollouts[row])
+                here += candidates.select(
+                    values, row=row, count=counts[row], key=key, options=options, seed=seed
+                )
+            with self.timed("windows"):
+                found += futures.with_windows(here, rollouts, self.tools, options, step, reading)
+        self.seconds["read"] = time.perf_counter() - begun - self.seconds["windows"]
+        return sorted(found, key=lambda f: (f.row, f.position))
+
+    def follow(self, quantile: float | None) -> None:
+        """Moves the threshold towards this step's quantile."""
+        if quantile is not None:
+            decay = 0.0 if self.threshold.isnan() else self.options.quantile_decay
+            self.threshold.copy_(decay * self.threshold.nan_to_num() + (1 - decay) * quantile)
+
+    def after_step(self, measured: Mapping[str, float]) -> None:
+        """λ: auto moves so that the last step's ratio of gradients would have been the wanted one."""
+        ratio = measured.get("guidance_grad_ratio", 0.0)
+        if self.options.guidance_weight == "auto" and ratio > 0:
+            self.guidance_weight *= min(4.0, max(0.25, self.options.auto_ratio / ratio))
+
+    def state(self) -> Mapping[str, Tensor]:
+        """See `Method.state`."""
+        return {"topd.threshold": self.threshold, "topd.guidance_weight": self.guidance_weight}
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.seconds[stage] += time.perf_counter() - begun

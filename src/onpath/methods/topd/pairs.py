@@ -1,0 +1,110 @@
+"""TOPD's third stage: the distance of two near futures, by optimal transport.
+
+Shape suffixes: F forks, K student's window, J teacher's window, M window tokens in all, H hidden.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from onpath.config.methods.topd import TOPDOptions
+from onpath.engines.head import unwrapped
+from onpath.engines.teacher import ModelTeacher
+from onpath.methods.base import Tools
+from onpath.methods.topd.candidates import Fork
+from onpath.methods.topd.futures import _prefix
+from onpath.records import Rollout
+from onpath.system.errors import UserError
+from onpath.transport.plans import window_divergence
+
+_TOLERANCE = 1e-3  # of Sinkhorn's rows, which are normalised anyway: targets move by 2e-4 (total variation)
+
+
+def with_distances(
+    found: Sequence[Fork], rollouts: Sequence[Rollout], tools: Tools, options: TOPDOptions
+) -> list[Fork]:
+    """D of every fork, exact, in one batch."""
+    if not found:
+        return []
+    distance_F, _ = pairs_of(found, rollouts, tools, options).transport(epsilon=None)
+    return [replace(f, distance=d) for f, d in zip(found, distance_F.tolist(), strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """The two windows of each fork, padded, as rows of a table of vectors."""
+
+    student_FK: Tensor
+    teacher_FJ: Tensor
+    student_lengths: Tensor
+    teacher_lengths: Tensor
+    table: Tensor
+    """[·, H]: token embeddings, and then the indices are token ids; or one vector per window token."""
+
+    def transport(self, *, epsilon: float | None) -> tuple[Tensor, Tensor]:
+        """Distances [F] and plans [F, K, J]."""
+        return window_divergence(
+            student_ids=self.student_FK,
+            teacher_ids=self.teacher_FJ,
+            embedding=self.table,
+            epsilon=epsilon,
+            tolerance=_TOLERANCE,
+            student_lengths=self.student_lengths,
+            teacher_lengths=self.teacher_lengths,
+        )
+
+
+def pairs_of(found: Sequence[Fork], rollouts: Sequence[Rollout], tools: Tools, options: TOPDOptions) -> Pairs:
+    """The windows in the space that `embedding` names."""
+    device = tools.measure.device
+    student_FK, student_lengths = _padded([f.student for f in found], device)
+    teacher_FJ, teacher_lengths = _padded([f.teacher for f in found], device)
+    if options.embedding == "student_layer":
+        table, student_FK, teacher_FJ = _in_context(found, rollouts, tools, options.embedding_layer)
+    else:
+        owner = tools.measure.student if options.embedding == "student" else _teacher_model(tools)
+        layer = unwrapped(owner).get_input_embeddings()
+        assert isinstance(layer, nn.Embedding)
+        table = layer.weight.detach().to(device)
+    return Pairs(
+        student_FK=student_FK,
+        teacher_FJ=teacher_FJ,
+        student_lengths=student_lengths,
+        teacher_lengths=teacher_lengths,
+        table=table,
+    )
+
+
+def _padded(windows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    longest = max(map(len, windows), default=0)
+    rows = [[*w, *[0] * (longest - len(w))] for w in windows]
+    lengths = torch.tensor([len(w) for w in windows], dtype=torch.long, device=device)
+    return torch.tensor(rows, dtype=torch.long, device=device).reshape(len(windows), longest), lengths
+
+
+def _teacher_model(tools: Tools) -> nn.Module:
+    teacher = tools.measure.teacher
+    if not isinstance(teacher, ModelTeacher):
+        raise UserError("method.embedding teacher needs a teacher in this process; use student")
+    return teacher.model
+
+
+@torch.no_grad()
+def _in_context(
+    found: Sequence[Fork], rollouts: Sequence[Rollout], tools: Tools, layer: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The student's hidden states at each window token, read after its prefix, and indices into them."""
+    models = tools.measure
+    rows = [(_prefix(f, rollouts), w) for f in found for w in (f.student, f.teacher)]
+    vectors: list[Tensor] = []
+    for prefix, window in rows:
+        ids_1T = torch.tensor([[*prefix, *window]], device=models.device)
+        states = unwrapped(models.student).get_decoder()(input_ids=ids_1T, output_hidden_states=True)
+        vectors.append(states.hidden_states[layer][0, len(prefix) :])
+    starts = torch.tensor([len(v) for v in vectors], device=models.device).cumsum(0)
+    spans = [torch.arange(end - len(v), end) for v, end in zip(vectors, starts.tolist(), strict=True)]
+    student_FK, _ = _padded([s.tolist() for s in spans[0::2]], models.device)
+    teacher_FJ, _ = _padded([s.tolist() for s in spans[1::2]], models.device)
+    return torch.cat(vectors), student_FK, teacher_FJ

@@ -1,0 +1,1 @@
+"""TRD: the teacher rewrites the rollout."""

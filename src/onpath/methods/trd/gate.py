@@ -1,0 +1,109 @@
+"""The refine gate: before TRD trains, does the rewriter help on real attempts of this student?
+
+A rewriter that was never shown such attempts may copy their errors or spoil right ones, and training on its
+rewrites then destroys the student. So a sample is rewritten first, with two questions asked of it:
+
+    repaired   P(z right | y wrong) must exceed P(another sample of the student right | y wrong): chance
+    harmed     P(z wrong | y right) must not exceed `method.gate_max_harm`
+"""
+
+import json
+from dataclasses import dataclass
+
+from onpath.data.load import prompts_of_step
+from onpath.methods.base import verdicts
+from onpath.methods.trd.edits import as_edit
+from onpath.methods.trd.method import TRD
+from onpath.run.directory import Run
+from onpath.run.parts import Parts
+from onpath.system import distributed
+from onpath.system.errors import UserError
+
+ENOUGH = 8
+"""Attempts of a kind below which nothing is refused: too few to tell."""
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """Counts over a sample of attempts."""
+
+    attempts: int
+    wrong: int
+    repaired: int
+    """Wrong attempts whose rewrite is right."""
+    retried: int
+    """Wrong attempts whose prompt the student gets right when it tries once more."""
+    right: int
+    harmed: int
+    """Right attempts whose rewrite is wrong."""
+    empty: int
+    foreign: int
+    identical: int
+    unfinished: int
+
+    @property
+    def sentence(self) -> str:
+        return (
+            f"of {self.wrong} wrong attempts {self.repaired} were repaired (the student's own second try: "
+            f"{self.retried}), of {self.right} right ones {self.harmed} were spoilt; {self.empty} rewrites "
+            f"were empty, {self.identical} unchanged, {self.foreign} in a foreign script, {self.unfinished} "
+            f"unfinished, of {self.attempts}"
+        )
+
+
+def gate(parts: Parts, run: Run) -> None:
+    """Rewrites a sample with the starting weights and refuses a rewriter that does harm; the counts go to
+    refine.json. A run that has passed is not asked again.
+
+    Raises:
+        UserError: it does harm, or repairs no more than chance.
+    """
+    method, path = parts.method, run.directory / "refine.json"
+    if not (isinstance(method, TRD) and method.options.gate):
+        return
+    if path.exists() and json.loads(path.read_text(encoding="utf-8"))["passed"]:
+        return
+    found = refinement(parts, method)
+    reason = refusal(found, max_harm=method.options.gate_max_harm)
+    if distributed.rank() == 0:
+        path.write_text(json.dumps({"passed": not reason, **vars(found)}, indent=1) + "\n", encoding="utf-8")
+    if reason:
+        raise UserError(
+            f"the refine gate stops this run: {reason} ({found.sentence}); use a teacher that can rewrite "
+            "this student's attempts, or another template, or set method.gate: false to train all the same"
+        )
+    run.notes.append(f"refine gate: {found.sentence}")
+
+
+def refusal(found: Refinement, *, max_harm: float) -> str:
+    """Why training on such rewrites would do harm; empty if it should not."""
+    if 2 * (found.empty + found.foreign) > found.attempts:
+        return f"{found.empty + found.foreign} of {found.attempts} rewrites are empty or in a foreign script"
+    if found.wrong >= ENOUGH and found.repaired <= found.retried:
+        return "the rewriter repairs no more wrong attempts than chance would"
+    if found.right >= ENOUGH and found.harmed > max_harm * found.right:
+        return f"the rewriter spoils more than {max_harm:.0%} of the right attempts (method.gate_max_harm)"
+    return ""
+
+
+def refinement(parts: Parts, method: TRD) -> Refinement:
+    """Counts over all processes, on the student's real attempts; the draws are those of no training step."""
+    size = min(method.options.gate_prompts, len(parts.pool))
+    prompts = distributed.share(prompts_of_step(parts.pool, size=size, seed=parts.config.run.seed, step=0))
+    pairs = parts.engine.generate(prompts, parts.sampling, n=2, keys=[f"gate/{p.id}" for p in prompts])
+    first, second = pairs[::2], pairs[1::2]
+    again = verdicts(parts.grader, parts.renderer, [(r, r.ids) for r in second])
+    rewrites = method.rewrite(first, when="gate")
+    edits = [as_edit(w, method.options, parts.renderer).detail for w in rewrites]
+    wrong = [w.attempt_right is False for w in rewrites]
+    counts = [
+        len(rewrites),
+        sum(wrong),
+        sum(w.cell == "wrong_to_right" for w in rewrites),
+        sum(ok is True and bad for ok, bad in zip(again, wrong, strict=True)),
+        sum(w.attempt_right is True for w in rewrites),
+        sum(w.cell == "right_to_wrong" for w in rewrites),
+        *(sum(e[flaw] for e in edits) for flaw in ("empty", "foreign", "identical")),
+        sum(not w.finished for w in rewrites),
+    ]
+    return Refinement(*map(int, distributed.total(counts, parts.device)))

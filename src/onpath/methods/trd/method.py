@@ -1,0 +1,81 @@
+"""TRD: the teacher rewrites the student's rollout, and the student learns along the rewrite (arXiv
+2606.08432).
+
+    y ~ p_S(·|x)                                       the attempt
+    r = rewrite_prompt(x, y)   or, teacher: self,   r = rewrite_prompt(x, y*, y)
+    z ~ p_T(·|r)                                       T = 0.6; every row, right or wrong
+    L = Σ_t KL(p_T(·|r, z_<t) ‖ p_S(·|x, z_<t)) / Σ_t 1        over the whole batch, EOS included
+
+The ids of r that wrote z are the teacher's context when it scores z. A wrong prefix of y, which the teacher
+could only continue, is never trained on: that is what token-level weights cannot do.
+
+Deviations from the published code, each with the option that undoes it: a fresh y and z at every update
+(`offline`); y at T = 1 (`rollout.temperature`); z without top-p (`rewrite_top_p: 0.95`); chat template and
+EOS in what the student is trained on (`paper_compat`; the rewrite prompt keeps its template there, since it
+wrote z); a rewrite without any text is dropped and counted; a gate before training; the prompts' wording is
+ours, or the gym's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from onpath.config.methods.trd import TRDOptions
+from onpath.data.render import Renderer
+from onpath.engines.reading import Readings
+from onpath.methods.base import Prepared, SelfTaught, Tools, check_written
+from onpath.methods.diagnose import edit_means, measured
+from onpath.methods.trd.edits import Rewrite, as_edit
+from onpath.methods.trd.rewriter import Rewriter
+from onpath.records import Prompt, Rollout, Trajectory
+
+
+class TRD(SelfTaught):
+    """Replaces each rollout by the teacher's rewrite of it."""
+
+    def __init__(self, options: TRDOptions, tools: Tools) -> None:
+        self.options, self.tools, self.teacher = options, tools, tools.teacher
+        self.rewrite = Rewriter(options, tools)
+        self.bare = Renderer(tools.renderer.tokenizer, template="plain")
+
+    def prepare(self, rollouts: Sequence[Rollout], *, step: int) -> Prepared:
+        """See `Method.prepare`."""
+        rewrites = self.rewrite(rollouts, when="offline" if self.options.offline else f"step {step}")
+        trajectories = [self.trajectory(w) for w in rewrites]
+        look = "method.template and at what the teacher writes"
+        check_written(trajectories, step=step, who="the rewriter", of="attempts", look=look)
+        means, readings = edit_means(rewrites, trajectories), Readings()
+        if self.options.diagnose_every and step % self.options.diagnose_every == 0:
+            reference = self.options.shows_reference
+            trajectories, more, readings = measured(
+                rewrites, trajectories, reference=reference, tools=self.tools
+            )
+            means |= more
+        written = float(
+            sum(w.detail.get(k, 0) for w in rewrites for k in ("teacher_tokens", "locate_tokens"))
+        )
+        return Prepared(
+            trajectories=trajectories,
+            means=means,
+            readings=readings,
+            totals={"teacher_tokens_generated": written},
+        )
+
+    def trajectory(self, w: Rewrite) -> Trajectory:
+        """What is trained on: x on the student's side, the rewrite prompt on the teacher's, z on both."""
+        x, response = w.attempt.context, w.ids
+        if self.options.paper_compat:
+            x = self.bare.ids(Prompt(id=w.attempt.prompt.id, text=w.attempt.prompt.question))
+            response = w.ids[:-1] if w.finished else w.ids
+        edit = as_edit(w, self.options, self.tools.renderer)
+        return Trajectory(
+            student_context=x,
+            teacher_context=w.context if self.options.scoring == "rewrite" else w.attempt.context,
+            response=response,
+            origin=w.attempt,
+            edit=replace(edit, detail={"writer": self.writer, **edit.detail}),
+        )
+
+    @property
+    def writer(self) -> str:
+        """Who wrote z."""
+        return "teacher" if self.options.teacher == "model" else f"self ({self.options.weights})"

@@ -1,0 +1,108 @@
+"""How z is written: the rewrite prompt, trimmed to its budget, and what the teacher writes after it.
+
+Every draw depends on (seed, when, prompt, sample) alone, so that a resumed run and any number of processes
+rewrite alike.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from onpath.config.methods.trd import TRDOptions
+from onpath.methods.base import Tools, verdicts, written
+from onpath.methods.trd.edits import Rewrite
+from onpath.methods.trd.locate import Located, first_errors
+from onpath.methods.trd.prompt import RewritePrompt
+from onpath.records import Rollout, Sampling
+
+
+class Rewriter:
+    """Attempts in, rewrites out."""
+
+    def __init__(self, options: TRDOptions, tools: Tools) -> None:
+        self.options, self.tools = options, tools
+        self.new_tokens = options.rewrite_max_new_tokens or tools.sampling.max_new_tokens
+        self.room = min(options.rewrite_prompt_tokens or tools.room, tools.room - self.new_tokens)
+        self.prompt = RewritePrompt(options, tools)
+
+    def __call__(self, attempts: Sequence[Rollout], *, when: str) -> list[Rewrite]:
+        """One rewrite of each attempt, judged; `when` names the draw (the step)."""
+        right = verdicts(self.tools.grader, self.tools.renderer, [(r, r.ids) for r in attempts])
+        plans = [
+            self.plan(r, ok, at) for r, ok, at in zip(attempts, right, self.errors(attempts), strict=True)
+        ]
+        todo = [plan for plan in plans if plan.kind != "none"]
+        best = iter(self.choose(self.write(todo, when=when)))
+        return [self.left_alone(plan) if plan.kind == "none" else next(best) for plan in plans]
+
+    def errors(self, attempts: Sequence[Rollout]) -> list[Located]:
+        """Tokens before each first error, where they will be kept; else 0: nothing is."""
+        if self.options.minimal_edit:
+            return first_errors(attempts, self.options, self.tools)
+        return [Located(0)] * len(attempts)
+
+    def plan(self, attempt: Rollout, right: bool | None, error: Located) -> Rewrite:
+        """What to do with an attempt: the kind of edit, the prompt, and the tokens of y to keep."""
+        untouched = right is True and self.options.refine == "wrong_only"
+        if error.before is None and right is not False:
+            untouched = True
+        kept = error.before or 0  # wrong, but no error found: rewritten from the start
+        asked, context, trimmed = self.prompt(attempt, room=self.room - kept)
+        kind = "none" if untouched else "minimal_edit" if self.options.minimal_edit else "rewrite"
+        detail = dict(trimmed)
+        if self.options.minimal_edit:
+            detail |= {"kept_tokens": kept, "locate_tokens": error.teacher_tokens}
+        return Rewrite(
+            attempt=attempt, asked=asked, context=context, ids=attempt.ids[:kept], finished=False,
+            attempt_right=right, kind=kind, detail=detail,
+        )  # fmt: skip
+
+    def write(self, plans: Sequence[Rewrite], *, when: str) -> list[list[Rewrite]]:
+        """`best_of` rewrites of each plan, judged."""
+        options, n = self.options, self.options.best_of
+        sampling = Sampling(
+            temperature=options.rewrite_temperature, top_p=options.rewrite_top_p,
+            max_new_tokens=self.new_tokens, seed=self.tools.sampling.seed,
+        )  # fmt: skip
+        jobs = [(plan, i) for plan in plans for i in range(n)]
+        done = written(
+            self.tools,
+            [p.asked for p, _ in jobs],
+            [p.context + p.ids for p, _ in jobs],
+            sampling,
+            keys=[f"{when}/{p.attempt.prompt.id}/{p.attempt.sample}/rewrite {i}" for p, i in jobs],
+        )
+        drafts = []
+        for (plan, _), rest in zip(jobs, done, strict=True):
+            ids = (plan.ids + rest.ids)[: self.new_tokens]
+            whole = rest.finish_reason == "stop" and len(ids) == len(plan.ids) + len(rest.ids)
+            detail = {**plan.detail, "teacher_tokens": len(rest.ids)}
+            drafts.append(replace(plan, ids=ids, finished=whole, detail=detail))
+        right = verdicts(self.tools.grader, self.tools.renderer, [(d.attempt, d.ids) for d in drafts])
+        drafts = [replace(d, right=ok) for d, ok in zip(drafts, right, strict=True)]
+        return [drafts[i : i + n] for i in range(0, len(drafts), n)]
+
+    def choose(self, groups: Sequence[Sequence[Rewrite]]) -> list[Rewrite]:
+        """Of each group the verified one (else any) that the student finds likeliest per token."""
+        if self.options.best_of == 1:
+            return [group[0] for group in groups]
+        flat = [d for group in groups for d in group]
+        logps = self.tools.student.score([d.attempt.context for d in flat], [d.ids for d in flat])
+        likely = {
+            id(d): sum(row) / len(row) if row else -math.inf for d, row in zip(flat, logps, strict=True)
+        }
+        chosen = []
+        for group in groups:
+            best = max(group, key=lambda d: (d.right is True, likely[id(d)]))
+            spent = {
+                "candidates": len(group),
+                "verified": sum(d.right is True for d in group),
+                "teacher_tokens": sum(d.detail["teacher_tokens"] for d in group),
+            }
+            chosen.append(replace(best, detail={**best.detail, **spent}))
+        return chosen
+
+    def left_alone(self, plan: Rewrite) -> Rewrite:
+        """z = y."""
+        y = plan.attempt
+        return replace(plan, ids=y.ids, finished=y.finish_reason == "stop", right=plan.attempt_right)

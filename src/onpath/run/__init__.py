@@ -1,0 +1,1 @@
+"""One run: assembled, measured, logged, stored, resumed."""

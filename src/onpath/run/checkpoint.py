@@ -1,0 +1,178 @@
+"""Exact resume: everything that a step depends on, written beside its place and then renamed.
+
+Rollouts and data order are pure functions of (seed, step), so the state is small: trained weights, optimiser,
+the method's own tensors, and the step. Tensors are safetensors, the rest JSON: nothing loaded here can run
+code.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from onpath.system.errors import UserError
+
+_PREFIX = "step_"
+_FILES = ("model.safetensors", "optimizer.safetensors", "method.safetensors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A checkpoint as read back."""
+
+    step: int
+    path: Path
+    broken: tuple[str, ...]
+    """Newer checkpoints that were found damaged and passed over."""
+
+
+def save(
+    root: Path, *, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, extra: Mapping[str, Tensor]
+) -> Path:
+    """Writes `root/step_N`, complete or not at all.
+
+    Args:
+        root: the run's `checkpoints` directory.
+        step: optimiser steps done.
+        model: its parameters that require gradients are saved, by name.
+        extra: the method's own tensors, such as a moving average.
+
+    Raises:
+        UserError: the disk is full or not writable; what was there before is untouched.
+    """
+    target = root / f"{_PREFIX}{step}"
+    temporary = root / f".{target.name}.tmp-{os.getpid()}"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file(
+            {k: p.detach().contiguous() for k, p in _trained(model).items()}, temporary / "model.safetensors"
+        )
+        save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+        save_file({k: v.detach().contiguous() for k, v in extra.items()}, temporary / "method.safetensors")
+        digests = {f.name: _digest(f) for f in sorted(temporary.iterdir())}
+        (temporary / "state.json").write_text(json.dumps({"step": step, "blake2b": digests}, indent=1) + "\n")
+        _sync(temporary)
+        if (
+            target.exists()
+        ):  # written before a crash that lost nothing else: the same step gives the same state
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+        _sync_directory(root)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"{root}: cannot write the checkpoint of step {step}: {error}; free some space and start again"
+        ) from None
+    return target
+
+
+def load(
+    root: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, extra: Mapping[str, Tensor]
+) -> Loaded | None:
+    """Restores the newest complete checkpoint in place; None if there is none.
+
+    Damaged ones (a killed writer, a bad disk) are passed over and named in `Loaded.broken`.
+    """
+    broken: list[str] = []
+    for path in reversed(list_steps(root)):
+        state = _verified(path)
+        if state is None:
+            broken.append(path.name)
+            continue
+        weights = load_file(path / "model.safetensors")
+        trained = _trained(model)
+        if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in trained.items()}:
+            raise UserError(
+                f"{path}: holds other weights than this model trains; use another run.name or remove it"
+            )
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(weights[name])
+            for name, tensor in load_file(path / "method.safetensors").items():
+                extra[name].copy_(tensor)
+        _restore_optimizer(model, optimizer, load_file(path / "optimizer.safetensors"))
+        return Loaded(step=int(state["step"]), path=path, broken=tuple(broken))
+    if broken:
+        raise UserError(
+            f"{root}: none of its checkpoints is readable ({', '.join(broken)}); remove them to start from "
+            f"step 0"
+        )
+    return None
+
+
+def list_steps(root: Path) -> list[Path]:
+    """Checkpoint directories, oldest first."""
+    found = [p for p in root.glob(f"{_PREFIX}*") if p.name.removeprefix(_PREFIX).isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix(_PREFIX)))
+
+
+def prune(root: Path, *, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints, and what a killed writer left."""
+    for path in [*list_steps(root)[:-keep], *root.glob(f".{_PREFIX}*")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """`exp_avg.<parameter>` and so on; scalars such as AdamW's step become 0-d tensors."""
+    return {
+        f"{kind}.{name}": torch.as_tensor(value).detach().contiguous()
+        for name, p in _trained(model).items()
+        for kind, value in optimizer.state.get(p, {}).items()
+    }
+
+
+def _restore_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+) -> None:
+    trained = _trained(model)
+    for key, value in tensors.items():
+        kind, _, name = key.partition(".")
+        parameter = trained[name]
+        device = "cpu" if kind == "step" else parameter.device
+        optimizer.state[parameter][kind] = value.to(device)
+
+
+def _verified(path: Path) -> dict[str, Any] | None:
+    """The state, if every byte of the checkpoint is what was written."""
+    try:
+        state: dict[str, Any] = json.loads((path / "state.json").read_text())
+        whole = state["step"] == int(path.name.removeprefix(_PREFIX)) and all(
+            _digest(path / name) == state["blake2b"][name] for name in _FILES
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return state if whole else None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
+
+
+def _sync(directory: Path) -> None:
+    for file in directory.iterdir():
+        with file.open("rb") as f:
+            os.fsync(f.fileno())
+    _sync_directory(directory)
+
+
+def _sync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

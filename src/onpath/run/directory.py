@@ -1,0 +1,231 @@
+"""A run's directory: opened or gone on with, its files, its checkpoints, its final model."""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from torch import Tensor
+
+from onpath import config as configuration
+from onpath.config.build import Config
+from onpath.run import checkpoint
+from onpath.run.environment import environment
+from onpath.run.log import Display, JsonLines, Tracker, check_trackers, flatten, open_trackers
+from onpath.run.meter import Meter
+from onpath.run.parts import Parts
+from onpath.system import distributed
+from onpath.system.errors import UserError
+
+
+@dataclass(kw_only=True)
+class Run:
+    """The files of one run. Only the first process writes."""
+
+    directory: Path
+    parts: Parts
+    metrics: JsonLines
+    evals: JsonLines
+    trackers: list[Tracker] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the final model is there: it is written last."""
+        return (self.directory / "model").is_dir()
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds beside trained weights and optimiser."""
+        ahead = self.parts.ahead
+        return {**self.parts.method.state(), **(ahead.state() if ahead else {})}
+
+    def close(self) -> None:
+        """Lets the trackers write what they hold, and waits for what is being sampled."""
+        if self.parts.ahead:
+            self.parts.ahead.close()
+        for tracker in self.trackers:
+            tracker.close()
+
+    def resume(self, optimizer: torch.optim.Optimizer) -> int:
+        """Steps done by earlier processes; weights, optimiser and files are set back to there."""
+        loaded = checkpoint.load(
+            self.directory / "checkpoints",
+            model=self.parts.student,
+            optimizer=optimizer,
+            extra=self.state(),
+        )
+        done = loaded.step if loaded else 0
+        if loaded:
+            self.notes.append(f"going on from {loaded.path} (step {done})")
+            self.notes += [
+                f"checkpoint {name} is damaged or incomplete and was passed over" for name in loaded.broken
+            ]
+        if distributed.rank() == 0:
+            self.metrics.rewind(step=done)
+            self.evals.rewind(step=done if done else -1)
+            for pattern in ("trajectories/*.tmp-*", "evals/*.tmp-*", "evals/.*"):  # of a killed writer
+                for path in self.directory.glob(pattern):
+                    path.unlink()
+        if loaded:
+            self.parts.engine.sync_weights(done)
+        return done
+
+    def announce(self, display: Display, done: int) -> None:
+        """What people should know before the first step."""
+        config = self.parts.config
+        if self.parts.skipped:
+            self.notes.append(f"{self.parts.skipped} bad rows of {config.data.train} were skipped")
+        for warning in self.parts.warnings:
+            display.say(f"warning: {warning}")
+        for note in self.notes:
+            display.say(note)
+        display.say(
+            f"{config.run.name}: {config.method.name}, {len(self.parts.pool):,} prompts, steps {done + 1} to "
+            f"{config.optim.steps} → {self.directory}"
+        )
+
+    def log(self, step: int, meter: Meter, *, lr: float) -> dict[str, Any]:
+        """The step's line of metrics.jsonl."""
+        row = {"step": step, **meter.row(self.parts.device), "lr": lr, "policy_version": step}
+        versions = [r.policy_version for r in meter.rollouts]
+        row["staleness"] = step - 1 - min(versions) if versions else None
+        if distributed.rank() == 0:
+            self.metrics.write(row)
+            for tracker in self.trackers:
+                tracker.log(flatten({k: v for k, v in row.items() if k != "step"}), step)
+        return row
+
+    def checkpoint(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Saves the complete state, then removes old ones."""
+        if distributed.rank() == 0:
+            root = self.directory / "checkpoints"
+            checkpoint.save(
+                root,
+                step=step,
+                model=self.parts.student,
+                optimizer=optimizer,
+                extra=self.state(),
+            )
+            checkpoint.prune(root, keep=self.parts.config.run.keep)
+        distributed.barrier()
+
+    def save_model(self) -> Path:
+        """Final weights: complete or not at all."""
+        target, config = self.directory / "model", self.parts.config
+        if distributed.rank() == 0 and not target.exists():
+            try:
+                if config.student.lora_merge and config.student.lora_rank:
+                    self._save(self.directory / "merged", merged=True)
+                self._save(target, merged=False)
+            except (OSError, SafetensorError) as error:
+                for name in ("merged", "model"):
+                    shutil.rmtree(self.directory / f".{name}.tmp", ignore_errors=True)
+                raise UserError(
+                    f"{target}: cannot write: {error}; free some space and start the same command again"
+                ) from None
+        distributed.barrier()
+        return target
+
+    def _save(self, target: Path, *, merged: bool) -> None:
+        temporary = target.with_name(f".{target.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        model: Any = self.parts.student
+        if merged:
+            model.merge_adapter()
+            plain = model.get_base_model()
+            state = {
+                k.replace(".base_layer", ""): v for k, v in plain.state_dict().items() if "lora_" not in k
+            }
+            plain.save_pretrained(temporary, state_dict=state)
+            model.unmerge_adapter()
+        else:
+            model.save_pretrained(temporary)
+        self.parts.tokenizer.save_pretrained(temporary)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+
+
+def open_run(config: Config, parts: Parts) -> Run:
+    """Makes the run's directory, or checks that the one there belongs to this config.
+
+    Raises:
+        UserError: it belongs to another config (the differing keys are named), or cannot be written.
+    """
+    directory = Path(config.run.dir) / config.run.name
+    check_trackers(config.run.trackers)
+    if distributed.rank() == 0:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            _claim(directory, config)
+            _write(directory / "environment.json", json.dumps(environment(parts), indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"run.dir: cannot write to {directory}: {error.strerror or error}") from None
+    distributed.barrier()
+    run = Run(
+        directory=directory,
+        parts=parts,
+        metrics=JsonLines(directory / "metrics.jsonl"),
+        evals=JsonLines(directory / "eval.jsonl"),
+    )
+    if distributed.rank() == 0 and not run.finished:
+        run.trackers = open_trackers(
+            config.run.trackers,
+            directory=directory,
+            name=config.run.name,
+            config=config.model_dump(mode="json"),
+        )
+    return run
+
+
+def _claim(directory: Path, config: Config) -> None:
+    path = directory / "config.yaml"
+    if not path.exists() or not _begun(directory):
+        _write(path, config.to_yaml())
+        return
+    theirs, ours = configuration.resolved(_read(path)), config.model_dump(mode="json")
+    differing = [k for k in sorted({*_keys(theirs), *_keys(ours)}) if _at(theirs, k) != _at(ours, k)]
+    if differing:
+        key = differing[0]
+        raise UserError(
+            f"{directory} belongs to a run with another config (keys that differ: {len(differing)}, "
+            f"first {key}: {_at(theirs, key)!r} there, {_at(ours, key)!r} here); choose another run.name or "
+            "remove it"
+        )
+
+
+def _begun(directory: Path) -> bool:
+    """Whether a run left more there than its settings: one that failed before its first step has not."""
+    return any(
+        p.name not in ("config.yaml", "environment.json") and not p.name.startswith(".")
+        for p in directory.iterdir()
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        tree = None
+    if not isinstance(tree, dict) or not all(isinstance(options, dict) for options in tree.values()):
+        raise UserError(f"{path}: damaged; choose another run.name or remove the directory")
+    return tree
+
+
+def _keys(tree: dict[str, Any]) -> list[str]:
+    return [f"{section}.{key}" for section, options in tree.items() for key in options]
+
+
+def _at(tree: dict[str, Any], dotted: str) -> Any:
+    section, _, key = dotted.partition(".")
+    return (tree.get(section) or {}).get(key)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

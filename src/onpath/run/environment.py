@@ -1,0 +1,39 @@
+"""What it takes to repeat a run."""
+
+import platform
+import subprocess
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onpath.run.parts import Parts
+from onpath.system import distributed
+
+_PACKAGES = ("onpath", "torch", "transformers", "peft", "datasets", "safetensors", "numpy")
+
+
+def environment(parts: Parts) -> dict[str, Any]:
+    """Versions, device, commit, seeds: what it takes to repeat a run. No environment variables."""
+    commit = None
+    with suppress(OSError, subprocess.SubprocessError):
+        here = Path(__file__).parent
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5, check=True
+        ).stdout.strip()
+    cuda = parts.device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in _PACKAGES},
+        "device": torch.cuda.get_device_name(parts.device)
+        if cuda
+        else platform.processor() or platform.machine(),
+        "processes": distributed.world(),
+        "threads": torch.get_num_threads(),
+        "git_commit": commit,
+        "seeds": {"run": parts.config.run.seed, "eval": parts.config.eval.seed},
+        "skipped_rows": parts.skipped,
+        "grader": parts.grader.name,
+    }

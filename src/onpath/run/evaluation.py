@@ -1,0 +1,62 @@
+"""Evaluations of a run: graded samples, a line of eval.jsonl each."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from onpath.evaluate.scores import EvalResult, evaluate, write_details
+from onpath.records import Prompt, Rollout, Sampling
+from onpath.run.directory import Run
+from onpath.run.log import Display, flatten, read_lines
+from onpath.run.parts import Parts
+from onpath.run.trajectories import sample_row, write_parquet
+from onpath.system import distributed
+
+
+def evaluate_all(parts: Parts, run: Run, display: Display, *, step: int) -> list[EvalResult]:
+    """Every evaluation set with the weights as they are; one line of eval.jsonl each."""
+    section, results = parts.config.eval, []
+    sampling = Sampling(
+        temperature=section.temperature,
+        top_p=section.top_p,
+        top_k=section.top_k,
+        max_new_tokens=section.max_new_tokens,
+        seed=section.seed,
+    )
+
+    def generate(prompts: Sequence[Prompt], n: int) -> list[Rollout]:
+        mine = parts.engine.generate(distributed.share(prompts), sampling, n=n)
+        by_prompt = [tuple(mine[i : i + n]) for i in range(0, len(mine), n)]
+        return [r for group in distributed.gather(by_prompt) for r in group]
+
+    for split, prompts in parts.evals.items():
+        result, graded = evaluate(
+            prompts,
+            generate,
+            parts.renderer.text,
+            parts.grader,
+            n=section.n,
+            k=section.k,
+            step=step,
+            split=split,
+        )
+        results.append(result)
+        if distributed.rank() == 0:
+            run.evals.write(result.to_json())
+            write_details(run.directory / "evals" / f"{split}_step_{step:06d}.jsonl", result)
+            write_parquet(
+                run.directory / "evals" / f"{split}_step_{step:06d}.parquet",
+                [sample_row(g, parts.renderer) for g in graded],
+            )
+            low, high = result.ci95
+            for tracker in run.trackers:
+                tracker.log(flatten({f"eval/{split}": result.to_json()}), step)
+            display.say(
+                f"eval {split} at step {step}: avg@{result.n} {result.avg_at_k:.1%} [{low:.1%}, {high:.1%}]  "
+                f"pass@{result.k} {result.pass_at_k:.1%}  {result.problems:,} problems"
+            )
+    return results
+
+
+def saved_evaluations(run: Run, step: int) -> list[dict[str, Any]]:
+    """Lines of eval.jsonl at a step."""
+    return [row for row in read_lines(run.evals.path) if row["step"] == step]

@@ -1,0 +1,213 @@
+"""What a run says: JSON lines on disk always, a progress display for people, trackers if asked for."""
+
+import importlib.util
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from onpath.system.errors import UserError
+
+Metrics = Mapping[str, Any]
+
+
+class JsonLines:
+    """An append-only file of JSON objects, each line complete on disk before the next begins."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, row: Metrics) -> None:
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot write: {error.strerror}; free some space and start the same command "
+                f"again"
+            ) from None
+
+    def rewind(self, *, step: int) -> None:
+        """Drops the lines after `step`, and a half-written last line: a resumed run writes them again."""
+        if not self.path.exists():
+            return
+        temporary = self.path.with_suffix(".tmp")
+        try:
+            kept = [line for line, row in _complete(self.path) if row["step"] <= step]
+            temporary.write_text("".join(kept), encoding="utf-8")
+            os.replace(temporary, self.path)
+        except OSError as error:
+            with suppress(OSError):
+                temporary.unlink()
+            raise UserError(
+                f"{self.path}: cannot write: {error.strerror}; free some space and start the same command "
+                f"again"
+            ) from None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All complete rows of a JSON lines file; none if it does not exist."""
+    return [row for _, row in _complete(path)] if path.exists() else []
+
+
+def _complete(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+        with suppress(ValueError):  # a killed writer's last line
+            rows.append((f"{line}\n", json.loads(line)))
+    return rows
+
+
+class Tracker(Protocol):
+    """One experiment tracker."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _TensorBoard:
+    def __init__(self, directory: Path, name: str, config: Metrics) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(directory / "tensorboard"))
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        for key, value in values.items():
+            self.writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _Trackio:
+    def __init__(self, directory: Path, name: str, config: Metrics) -> None:
+        import trackio
+
+        self.api = trackio
+        trackio.init(project="onpath", name=name, config=dict(config), resume="allow")
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self.api.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self.api.finish()
+
+
+class _Wandb:
+    def __init__(self, directory: Path, name: str, config: Metrics) -> None:
+        import wandb
+
+        self.run = wandb.init(
+            project="onpath",
+            name=name,
+            id=name.replace("/", "-"),
+            resume="allow",
+            config=dict(config),
+            dir=str(directory),
+            mode=os.environ.get("WANDB_MODE", "offline"),
+        )
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self.run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+_TRACKERS: dict[str, Callable[[Path, str, Metrics], Tracker]] = {
+    "tensorboard": _TensorBoard,
+    "trackio": _Trackio,
+    "wandb": _Wandb,
+}
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Before a run directory is made.
+
+    Raises:
+        UserError: one of them is not installed.
+    """
+    for name in names:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # without an origin: a directory of that name lies here
+            raise UserError(f"run.trackers: {name} is not installed; pip install 'onpath[trackers]'")
+
+
+def open_trackers(names: Sequence[str], *, directory: Path, name: str, config: Metrics) -> list[Tracker]:
+    """The trackers asked for; `check_trackers` has seen that they are installed."""
+    return [_TRACKERS[key](directory, name, config) for key in names]
+
+
+def flatten(row: Metrics, prefix: str = "") -> dict[str, float]:
+    """Numbers only, nested keys joined by a slash: what trackers take."""
+    flat: dict[str, float] = {}
+    for key, value in row.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            flat[prefix + key] = float(value)
+    return flat
+
+
+class Display:
+    """Progress for people: a live bar on a terminal, a plain line now and then elsewhere, or nothing."""
+
+    def __init__(self, *, steps: int, done: int, quiet: bool = False, console: Console | None = None) -> None:
+        self.console = console or Console(file=sys.stderr, quiet=quiet)
+        self.steps, self.first, self.quiet = steps, done, quiet
+        self.live = self.console.is_terminal and not quiet
+        self._started = self._printed = time.monotonic()
+        self._bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}"),
+            TextColumn("left"),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+            transient=True,
+            disable=not self.live,
+        )
+        self._task = self._bar.add_task("", total=steps, completed=done)
+
+    def __enter__(self) -> "Display":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def step(self, row: Metrics) -> None:
+        """One optimiser step done."""
+        seconds = sum(row["seconds"].values())
+        text = f"loss {row['loss']:.4f}  KL {_number(row.get('reverse_kl_nats'))}"
+        if row.get("accuracy") is not None:
+            text += f"  accuracy {row['accuracy']:.1%}"
+        text += f"  {row['tokens'] / max(seconds, 1e-9):,.0f} tok/s"
+        self._bar.update(self._task, completed=row["step"], description=text)
+        if not self.live and (
+            row["step"] in (self.first + 1, self.steps) or time.monotonic() - self._printed > 5
+        ):
+            self._printed = time.monotonic()
+            each = (self._printed - self._started) / (row["step"] - self.first)
+            left = (self.steps - row["step"]) * each
+            self.say(f"step {row['step']}/{self.steps}  {text}  {left:,.0f} s left")
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,142 @@
+"""Measures one optimiser step: sums with counts, divided only when a line is written."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from onpath.data.batch import Batch
+from onpath.losses import LossResult
+from onpath.methods import Prepared
+from onpath.records import Graded, Rollout
+from onpath.system import distributed
+
+STAGES = ("sample", "correct", "score", "train", "sync")
+PER_TOKEN = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy", "student_logp", "teacher_logp")
+"""Statistics of the loss's own pass that are averaged per step and stored per token."""
+TOPS = ("student_top_ids", "student_top_logp", "teacher_top_ids", "teacher_top_logp")
+"""Likewise, where the pass was asked for the likeliest tokens: a list per token."""
+_NATS = {
+    "reverse_kl": "reverse_kl_nats",
+    "forward_kl": "forward_kl_nats",
+    "student_entropy": "student_entropy_nats",
+    "teacher_entropy": "teacher_entropy_nats",
+}
+
+
+class Stopwatch:
+    """Seconds by stage; on a GPU each stage waits for its kernels: they are not billed to the next."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        begun = self._now()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + self._now() - begun
+
+    @staticmethod
+    def _now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+@dataclass(kw_only=True)
+class Meter:
+    """What one optimiser step did, on this process."""
+
+    watch: Stopwatch
+    rollouts: Sequence[Rollout]
+    prepared: Prepared
+    denominator: float
+    """Response tokens (total weight) of all processes."""
+    graded: Sequence[Graded] = ()
+    grad_norm: float = 0.0
+    gradient_cosine: float | None = None
+    """Of this step's gradient and the last one's, before clipping."""
+    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    per_token: dict[int, dict[str, list[float]]] = field(default_factory=dict)
+    """id() of a trajectory → statistic → one value per response token."""
+    top: dict[int, dict[str, list[Any]]] = field(default_factory=dict)
+    """id() of a trajectory → one of `TOPS` → a list per response token, likeliest first."""
+
+    def add(self, batch: Batch, result: LossResult) -> None:
+        """One micro-batch."""
+        counted = batch.weight_N != 0
+        self.sums["loss"] += float(result.loss.detach())
+        self.sums["objective"] += float(result.objective_sum)
+        self.sums["guidance"] += float(result.guidance_sum)
+        self.sums["counted"] += float(counted.sum())
+        if result.objective_grad_sq is not None and result.guidance_grad_sq is not None:
+            self.sums["objective_grad_sq"] += float(result.objective_grad_sq)
+            self.sums["guidance_grad_sq"] += float(result.guidance_grad_sq)
+        for name in PER_TOKEN:
+            value_N = getattr(result.stats, name)
+            if value_N is None:
+                continue
+            self.sums[name] += float(value_N[counted].double().sum())
+            self.sums[f"tokens of {name}"] += float(counted.sum())
+            for trajectory, values in zip(batch.trajectories, batch.by_row(value_N), strict=True):
+                self.per_token.setdefault(id(trajectory), {})[name] = values
+        for name in TOPS:
+            top_Nk = getattr(result.stats, name)
+            if top_Nk is not None:
+                for trajectory, lists in zip(batch.trajectories, batch.by_row(top_Nk), strict=True):
+                    self.top.setdefault(id(trajectory), {})[name] = lists
+
+    def measured(self, device: torch.device) -> dict[str, float]:
+        """Of guidance, over all processes: its part of the loss, and |λ∇L_traj| / |∇L_OPD|."""
+        names = ("guidance", "guidance_grad_sq", "objective_grad_sq")
+        guidance, above, below = distributed.total([self.sums[k] for k in names], device)
+        if below == 0:
+            return {}
+        return {"guidance": guidance, "guidance_grad_ratio": (above / below) ** 0.5}
+
+    def row(self, device: torch.device) -> dict[str, Any]:
+        """The step's metrics over all processes."""
+        verdicts = [g.correct for g in self.graded]
+        lengths = [len(r.ids) for r in self.rollouts]
+        mine = {
+            **{
+                k: self.sums[k] for k in ("loss", "counted", *_NATS, *(f"tokens of {name}" for name in _NATS))
+            },
+            "rollouts": len(lengths),
+            "generated": sum(lengths),
+            "right": sum(verdicts),
+            "graded": len(verdicts),
+            "finished": sum(r.finish_reason == "stop" for r in self.rollouts),
+            **self.prepared.totals,
+            **{f"sum of {k}": total for k, (total, _) in self.prepared.means.items()},
+            **{f"count of {k}": count for k, (_, count) in self.prepared.means.items()},
+        }
+        all_of = dict(zip(mine, distributed.total(mine.values(), device), strict=True))
+        rollouts = max(all_of["rollouts"], 1.0)
+        row: dict[str, Any] = {"loss": all_of["loss"], "tokens": int(all_of["counted"])}
+        for name, label in _NATS.items():  # None: no token, or a teacher that does not say
+            tokens = all_of[f"tokens of {name}"]
+            row[label] = all_of[name] / tokens if tokens else None
+        row |= {
+            "accuracy": all_of["right"] / all_of["graded"] if all_of["graded"] else None,
+            "mean_length": all_of["generated"] / rollouts,
+            "finished": all_of["finished"] / rollouts,
+            "student_tokens_generated": int(all_of["generated"]),
+            "grad_norm": self.grad_norm,
+            **{k: int(all_of[k]) for k in self.prepared.totals},
+        }
+        for k in self.prepared.means:
+            count = all_of[f"count of {k}"]
+            row[k] = all_of[f"sum of {k}"] / count if count else None
+        if self.gradient_cosine is not None:
+            row["gradient_cosine"] = self.gradient_cosine
+        row |= self.measured(device)
+        return (
+            row
+            | dict(self.prepared.metrics)
+            | {"seconds": {k: round(v, 4) for k, v in self.watch.seconds.items()}}
+        )

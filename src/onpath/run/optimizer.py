@@ -1,0 +1,41 @@
+"""AdamW and the learning rate's schedule."""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from onpath.config.build import Config
+from onpath.run.parts import Parts
+
+
+def make_optimizer(parts: Parts) -> tuple[torch.optim.AdamW, Callable[[int], None]]:
+    """AdamW, and the function that sets the learning rate of a step."""
+    config = parts.config.optim
+    trained = [p for p in parts.student.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps
+    )
+
+    def schedule(step: int) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * rate(step, parts.config)
+
+    return optimizer, schedule
+
+
+def rate(step: int, config: Config) -> float:
+    """Learning rate of step `step` (from 0) as a share of the peak: linear warm-up, then the schedule."""
+    optim = config.optim
+    warm = math.ceil(optim.warmup * optim.steps)
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    done = (step - warm) / max(1, optim.steps - warm)
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[
+        optim.schedule
+    ]
+    return optim.min_lr_ratio + (1 - optim.min_lr_ratio) * shape

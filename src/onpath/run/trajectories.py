@@ -1,0 +1,300 @@
+"""What was trained on, as Parquet: one file per stored step, readable with pandas; read back with care: a
+damaged file is named, a huge run is sampled.
+"""
+
+import json
+import os
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from onpath.config.build import Config
+from onpath.data.render import Renderer
+from onpath.records import Graded, Trajectory
+from onpath.run.directory import Run
+from onpath.run.meter import Meter
+from onpath.run.parts import Parts
+from onpath.system import distributed
+from onpath.system.errors import UserError
+
+
+def store_step(parts: Parts, run: Run, meter: Meter, step: int) -> None:
+    """What the step trained on, as Parquet, every so many steps."""
+    if not is_stored(parts.config, step):
+        return
+    verdict = {id(g.rollout): g.correct for g in meter.graded}
+    rows = [
+        trajectory_row(
+            t,
+            step=step,
+            renderer=parts.renderer,
+            correct=verdict.get(id(t.origin)),
+            values=meter.per_token.get(id(t), {}),
+            top=meter.top.get(id(t)),
+        )
+        for t in meter.prepared.trajectories
+    ]
+    rows = distributed.gather(rows)
+    if distributed.rank() == 0:
+        write_parquet(run.directory / "trajectories" / f"step_{step:06d}.parquet", rows)
+
+
+TOP_TOKENS = 5
+"""Likeliest tokens of both models that are stored per response token."""
+
+
+def is_stored(config: Config, step: int) -> bool:
+    """Whether the trajectories of a step (the first is 1) are written."""
+    every = config.run.trajectories_every
+    return bool(every) and (step in (1, config.optim.steps) or step % every == 0)
+
+
+def trajectory_row(
+    trajectory: Trajectory,
+    *,
+    step: int,
+    renderer: Renderer,
+    correct: bool | None,
+    values: Mapping[str, Sequence[float]],
+    top: Mapping[str, Sequence[Sequence[Any]]] | None = None,
+) -> dict[str, Any]:
+    """One trajectory as plain values.
+
+    Args:
+        values: per-token numbers by name, as long as the response.
+        top: `{student,teacher}_top_{ids,logp}`, a list per response token, likeliest first.
+    """
+    origin = trajectory.origin
+    return {
+        "step": step,
+        "prompt_id": origin.prompt.id if origin else None,
+        "sample": origin.sample if origin else None,
+        "prompt": origin.prompt.question if origin else None,
+        "answer": origin.prompt.answer if origin else None,
+        "solution": origin.prompt.solution if origin else None,
+        "correct": correct,
+        "student_context": list(trajectory.student_context),
+        "teacher_context": list(trajectory.teacher_context),
+        "response": list(trajectory.response),
+        "response_text": renderer.text(trajectory.response),
+        "tokens": renderer.tokens(trajectory.response),
+        "weights": list(trajectory.token_weights),
+        "origin_response": list(origin.ids) if origin else None,
+        "origin_text": renderer.text(origin.ids) if origin else None,
+        "origin_tokens": renderer.tokens(origin.ids) if origin else None,
+        "origin_logprobs": list(origin.logprobs) if origin else None,
+        "finish_reason": origin.finish_reason if origin else None,
+        "policy_version": origin.policy_version if origin else None,
+        "edit": trajectory.edit.kind,
+        "kept": trajectory.edit.kept,
+        "reason": trajectory.edit.reason,
+        "detail": json.dumps(dict(trajectory.edit.detail)),
+        **{name: list(v) for name, v in values.items()},
+        **top_columns(top or {}, renderer),
+    }
+
+
+def top_columns(top: Mapping[str, Sequence[Sequence[Any]]], renderer: Renderer) -> dict[str, Any]:
+    """`{student,teacher}_top_{tokens,logp}`: what both models would rather, or also, have written; nats."""
+    return {
+        name.replace("_ids", "_tokens"): [
+            renderer.tokens(r) if name.endswith("_ids") else list(r) for r in rows
+        ]
+        for name, rows in top.items()
+    }
+
+
+def sample_row(graded: Graded, renderer: Renderer) -> dict[str, Any]:
+    """One graded sample as plain values."""
+    rollout = graded.rollout
+    return {
+        "id": rollout.prompt.id,
+        "sample": rollout.sample,
+        "correct": graded.correct,
+        "extracted": graded.extracted,
+        "length": len(rollout.ids),
+        "finish_reason": rollout.finish_reason,
+        "text": renderer.text(rollout.ids),
+        "ids": list(rollout.ids),
+    }
+
+
+def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Complete or not at all.
+
+    Raises:
+        UserError: the disk is full or not writable.
+    """
+    temporary = path.with_suffix(f".tmp-{os.getpid()}")
+    columns = dict.fromkeys(name for row in rows for name in row)  # the first row may not have been scored
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({c: [row.get(c) for row in rows] for c in columns}), temporary)
+        os.replace(temporary, path)
+    except (OSError, pa.ArrowException) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: cannot write: {error}; free some space and start the same command again"
+        ) from None
+
+
+def read_trajectories(run: Path) -> list[dict[str, Any]]:
+    """All stored rows of a run, oldest step first."""
+    rows: list[dict[str, Any]] = []
+    for path in sorted((run / "trajectories").glob("step_*.parquet")):
+        rows += pq.read_table(path).to_pylist()
+    return rows
+
+
+Row = dict[str, Any]
+
+
+NOT_QUANTITIES = ("weights", "origin_logprobs")
+"""Columns of one number per token that are not read off the models along the response."""
+
+
+_UNUSED = ("student_context", "teacher_context")
+
+
+_TOPS = tuple(f"{who}_top_{what}" for who in ("student", "teacher") for what in ("tokens", "logp"))
+
+
+_BATCH = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A sample of what a run stored."""
+
+    rows: tuple[Row, ...]
+    """As `store.trajectory_row` wrote them, `detail` parsed; contexts left out. The likeliest tokens, ten
+    to a response token, stay with Arrow until `listed` is asked for them."""
+    total: int
+    """Rows in all files."""
+    steps: tuple[int, ...]
+    """Stored steps."""
+
+
+def trajectory_files(run: Path) -> list[Path]:
+    """Parquet files of a run, oldest step first."""
+    return sorted((run / "trajectories").glob("step_*.parquet"))
+
+
+def step_of(path: Path) -> int:
+    """The step in a file's name.
+
+    >>> step_of(Path("step_000012.parquet"))
+    12
+    """
+    digits = path.stem.removeprefix("step_")
+    if not digits.isdecimal():
+        raise UserError(f"{path}: not a file of stored trajectories; they are named step_NNNNNN.parquet")
+    return int(digits)
+
+
+def sample(run: Path, *, rows: int, tokens: int) -> Stored:
+    """At most so many rows and response tokens, drawn evenly over the files, the same at every call.
+
+    Raises:
+        UserError: a file is damaged or foreign.
+    """
+    files = trajectory_files(run)
+    steps = tuple(map(step_of, files))
+    chosen = _thin(files, rows)
+    drawn: list[Row] = []
+    for path in chosen:
+        drawn += _draw(path, rows=rows // len(chosen), tokens=tokens // len(chosen))
+    total = sum(_opened(path).metadata.num_rows for path in files)
+    return Stored(rows=tuple(drawn), total=total, steps=steps)
+
+
+def _thin(files: Sequence[Path], most: int) -> list[Path]:
+    """Evenly spaced, the first and the last included."""
+    if len(files) <= most:
+        return list(files)
+    if most == 1:
+        return [files[-1]]
+    return [files[round(i * (len(files) - 1) / (most - 1))] for i in range(most)]
+
+
+def _draw(path: Path, *, rows: int, tokens: int) -> list[Row]:
+    count = _opened(path).metadata.num_rows
+    wanted = set(random.Random(path.name).sample(range(count), min(count, max(1, rows))))
+    drawn: list[Row] = []
+    left = tokens
+    for row in read_rows(path, wanted=wanted, late=_TOPS):
+        if drawn and left < len(row["response"]):
+            break
+        left -= len(row["response"])
+        drawn.append(row)
+    return drawn
+
+
+def listed(value: Any) -> Any:
+    """A value of a row as plain Python, whether it was read late or not."""
+    return value.as_py() if isinstance(value, pa.Scalar) else value
+
+
+def read_rows(
+    path: Path, *, wanted: set[int] | None = None, contexts: bool = False, late: Sequence[str] = ()
+) -> Iterator[Row]:
+    """Rows of one file in order, all or those with a wanted index; a batch in memory at a time. Columns that
+    are `late` come as Arrow scalars, and not at all where they are null.
+
+    Raises:
+        UserError: damaged, or not what a run stores.
+    """
+    file, start = _opened(path), 0
+    columns = [c for c in file.schema_arrow.names if contexts or c not in _UNUSED]
+    needed = {"step", "tokens", "response", "edit", "detail"}
+    if contexts:
+        needed |= {"prompt", "prompt_id", "answer", "finish_reason"}
+    missing = needed - set(columns)
+    if missing:
+        raise UserError(f"{path}: not stored trajectories: it lacks the column {min(missing)}")
+    try:
+        for batch in file.iter_batches(batch_size=_BATCH, columns=columns):
+            here = [i for i in range(batch.num_rows) if wanted is None or start + i in wanted]
+            start += batch.num_rows
+            if here:
+                yield from _rows_of(batch.take(pa.array(here, pa.int64())), late)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise _damaged(path, error) from None
+
+
+def _rows_of(batch: pa.RecordBatch, late: Sequence[str]) -> Iterator[Row]:
+    names = [name for name in late if name in batch.schema.names]
+    for place, row in enumerate(batch.drop_columns(names).to_pylist()):
+        kept = {name: batch.column(name)[place] for name in names}
+        row |= {name: scalar for name, scalar in kept.items() if scalar.is_valid}
+        yield {**row, "detail": json.loads(row["detail"] or "{}")}
+
+
+def quantities(row: Row) -> list[str]:
+    """Names of the per-token quantities that a row holds.
+
+    >>> quantities({"response": [4, 2], "reverse_kl": [0.1, 0.2], "weights": [1.0, 1.0], "edit": "none"})
+    ['reverse_kl']
+    """
+    return [
+        name
+        for name, value in row.items()
+        if name not in NOT_QUANTITIES and isinstance(value, list) and value and isinstance(value[0], float)
+    ]
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = str(error).split("\n")[0].rstrip(". ")
+    return UserError(f"{path}: damaged or not Parquet ({reason}); remove it, or run that step again")

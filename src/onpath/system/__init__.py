@@ -1,0 +1,1 @@
+"""The process: errors, ranks, memory, draws, files. Imports nothing of onpath."""

@@ -1,0 +1,553 @@
+"""`onpath study`: intervals proved by simulation, a study killed and continued, budgets, tuning, refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from itertools import product
+from math import comb
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from scipy import stats
+
+from onpath.commands.cli import main
+from onpath.commands.study import command as study
+from onpath.commands.study import fork_server as forked
+from onpath.commands.study import plan
+from onpath.commands.study.budget import Used, missed, steps_of
+from onpath.commands.study.intervals import crossed_variance, difference, estimate, holm, p_value
+from onpath.commands.study.jobs import Progress, Slots, locked, run_jobs
+from onpath.commands.study.plan import Job
+from onpath.commands.study.tables import sentences
+from onpath.run.log import read_lines
+from onpath.system.errors import UserError
+from tests.conftest import CHARACTERS, make_model, make_tokenizer
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "gym-study" / "config.yaml"
+
+Make = Callable[..., Path]
+
+
+# The statistics.
+
+
+def by_sums_of_squares(x: np.ndarray) -> tuple[float, float]:
+    """Variance of the mean and Satterthwaite's degrees of freedom, the textbook's way: sums, then means."""
+    rows, columns = x.shape
+    total = sum(float(v) for v in x.ravel())
+    correction = total**2 / (rows * columns)
+    whole = sum(float(v) ** 2 for v in x.ravel()) - correction
+    of_rows = sum(float(sum(row)) ** 2 for row in x) / columns - correction
+    of_columns = sum(float(sum(column)) ** 2 for column in x.T) / rows - correction
+    a, b = of_rows / (rows - 1), of_columns / (columns - 1)
+    c = (whole - of_rows - of_columns) / ((rows - 1) * (columns - 1))
+    freedom = (a + b - c) ** 2 / (
+        a**2 / (rows - 1) + b**2 / (columns - 1) + c**2 / ((rows - 1) * (columns - 1))
+    )
+    return (a + b - c) / (rows * columns), freedom
+
+
+def simulated(rng: np.random.Generator, runs: int, problems: int, *sigmas: float) -> np.ndarray:
+    by_seed, by_problem, by_both = sigmas
+    return (
+        0.1
+        + by_seed * rng.standard_normal((runs, 1))
+        + by_problem * rng.standard_normal((1, problems))
+        + by_both * rng.standard_normal((runs, problems))
+    )
+
+
+def test_variance_equals_the_textbook_sums_of_squares() -> None:
+    x = simulated(np.random.default_rng(0), 4, 30, 0.1, 0.2, 0.1)
+    variance, freedom = crossed_variance(x)
+    expected, expected_freedom = by_sums_of_squares(x)
+    assert variance == pytest.approx(expected, rel=1e-9)
+    assert freedom == pytest.approx(expected_freedom, rel=1e-9)
+    found = difference(x)
+    half = stats.t(expected_freedom).ppf(0.975) * expected**0.5
+    assert found.ci95 == pytest.approx((x.mean() - half, x.mean() + half), rel=1e-9)
+    assert found.p_value == pytest.approx(2 * stats.t(expected_freedom).sf(abs(x.mean()) / expected**0.5))
+    assert found.over == "problems and seeds"
+
+
+@pytest.mark.parametrize(
+    ("runs", "sigmas"),
+    [(5, (0.05, 0.3, 0.2)), (5, (0.1, 0.05, 0.1)), (2, (0.05, 0.3, 0.3)), (3, (0, 0.3, 0.3))],
+)
+def test_intervals_cover_the_truth(runs: int, sigmas: tuple[float, float, float]) -> None:
+    rng = np.random.default_rng(1)
+    hits = [
+        low <= 0.1 <= high
+        for low, high in (difference(simulated(rng, runs, 50, *sigmas)).ci95 for _ in range(600))
+    ]
+    assert 0.925 <= np.mean(hits) <= 0.995
+
+
+def test_a_bootstrap_over_five_seeds_would_not_cover() -> None:
+    """Why intervals.py does not resample: the fixture tells the two apart."""
+    rng = np.random.default_rng(2)
+    hits = []
+    for _ in range(300):
+        means = simulated(rng, 5, 50, 0.1, 0.0, 0.05).mean(axis=1)
+        low, high = np.quantile(means[rng.integers(0, 5, (400, 5))].mean(axis=1), [0.025, 0.975])
+        hits.append(low <= 0.1 <= high)
+    assert np.mean(hits) < 0.9
+
+
+def test_one_run_says_problems_only_and_sureness_is_never_free() -> None:
+    one = np.array([[0.0, 0.5, 1.0, 0.5, 0.25]])
+    assert estimate(one).over == difference(one).over == "problems only"
+    low, high = estimate(np.ones((3, 20))).ci95
+    assert low < 0.9
+    assert high == 1
+    nothing = difference(np.zeros((3, 20)))
+    assert (nothing.ci95, nothing.p_value) == ((0, 0), 1)
+    assert difference(np.full((2, 1), 0.3)).ci95 == (-1, 1)
+    assert estimate(np.array([[0.99, 1, 1], [1, 0.9, 1]])).ci95[1] == 1
+    assert p_value(one) == pytest.approx(stats.ttest_1samp(one[0], 0).pvalue)
+
+
+def test_holm_against_its_definition() -> None:
+    values = [0.02, 0.5, 0.001, 0.04, 0.012]
+    for level in np.linspace(0.001, 1, 300):
+        rejected: set[int] = set()
+        for rank, i in enumerate(np.argsort(values)):
+            if values[i] > level / (len(values) - rank):
+                break
+            rejected.add(int(i))
+        assert rejected == {i for i, p in enumerate(holm(values)) if p <= level + 1e-12}
+
+
+# A study on tiny models.
+
+
+@pytest.fixture(scope="session")
+def study_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models, a data file for each use; the answer is the student's likeliest first token, so that some
+    samples are right."""
+    root = tmp_path_factory.mktemp("study")
+    tokenizer, student = make_tokenizer(), make_model(0)
+    for name, model in {"student": student, "teacher": make_model(1, hidden=48)}.items():
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    for offset, name in ((0, "train"), (100, "test"), (200, "held")):
+        rows = []
+        for i in range(offset, offset + 24):
+            text = f"{i}+{7 * i}=?"
+            ids = torch.tensor([[1, *tokenizer(text, add_special_tokens=False)["input_ids"], 3]])
+            likely = int(student(ids).logits[0, -1, 4:].argmax()) + 4
+            rows.append({"id": str(i), "prompt": text, "answer": CHARACTERS[likely]})
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+@pytest.fixture
+def make(study_files: Path, tmp_path: Path) -> Make:
+    """Writes a study's YAML; keywords replace its sections."""
+
+    def write(**changes: Any) -> Path:
+        files = study_files
+        data = {
+            "name": "tiny",
+            "dir": str(tmp_path / "studies"),
+            "base": {
+                "student": {"model": str(files / "student"), "device": "cpu"},
+                "teacher": {"model": str(files / "teacher"), "device": "cpu"},
+                "data": {"train": str(files / "train.jsonl")},
+                "rollout": {"prompts": 4, "max_new_tokens": 6},
+                "optim": {"steps": 2, "lr": 0.003},
+                "eval": {"grader": "exact", "max_new_tokens": 1},
+                "run": {"save_every": 0, "trajectories_every": 0},
+            },
+            "arms": {"untouched": "untouched", "opd": {}, "forward": {"method.divergence": "forward_kl"}},
+            "seeds": 2,
+            "evals": {"splits": [str(files / "test.jsonl")], "n": 4, "k": 2, "limit": 16},
+            "parallel": {"processes": 2},
+        }
+        path = tmp_path / "study.yaml"
+        path.write_text(yaml.safe_dump(data | changes, sort_keys=False))
+        return path
+
+    return write
+
+
+def result(path: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((path / "study.json").read_text())
+    return data
+
+
+def scores_by_hand(directory: Path, run: str, step: int, k: int) -> dict[str, list[float]]:
+    """Of each problem, the share of right samples and the share of k-subsets with a right one."""
+    lines = (directory / run / "evals" / f"test_step_{step:06d}.jsonl").read_text().splitlines()
+    verdicts = [row["correct"] for row in sorted(map(json.loads, lines), key=lambda r: r["id"])]
+    subsets = [[v for v in product([0, 1], repeat=len(x)) if sum(v) == k] for x in verdicts]
+    return {
+        "avg_at_k": [float(np.mean(v)) for v in verdicts],
+        "pass_at_k": [
+            sum(any(take and right for take, right in zip(s, v, strict=True)) for s in all_of)
+            / comb(len(v), k)
+            for v, all_of in zip(verdicts, subsets, strict=True)
+        ],
+    }
+
+
+def check_numbers(directory: Path, data: Mapping[str, Any]) -> None:
+    """study.json against the runs' own files, computed another way."""
+    tables: dict[str, list[dict[str, list[float]]]] = {}
+    for row in data["rows"]:
+        by_hand = scores_by_hand(directory, row["run"], row["steps"], 2)
+        tables.setdefault(row["arm"], []).append(by_hand)
+        metrics = read_lines(directory / row["run"] / "metrics.jsonl")
+        assert row["updated_tokens"] == sum(m["tokens"] for m in metrics)
+        assert row["tokens_generated_student"] == sum(m["student_tokens_generated"] for m in metrics)
+        assert row["wall_seconds"] == pytest.approx(sum(s for m in metrics for s in m["seconds"].values()))
+        for measure, values in by_hand.items():
+            assert row["evals"]["test"][measure] == pytest.approx(np.mean(values))
+    for arm in data["arms"]:
+        for measure in ("avg_at_k", "pass_at_k"):
+            shown = arm["evals"]["test"][measure]
+            own, base = (np.array([t[measure] for t in tables[a]]) for a in (arm["arm"], "opd"))
+            assert shown["mean"] == pytest.approx(own.mean())
+            if arm["arm"] == "opd":
+                assert shown["difference"] is None
+                continue
+            gap = own - base  # an untouched student is one row, laid against each seed
+            assert shown["difference"]["mean"] == pytest.approx(gap.mean())
+            assert shown["difference"]["pairs"] == 2
+            if (gap.mean(axis=0).var() > 0) and gap.mean(axis=1).var() * 16 * 2 > (gap**2).mean():
+                variance, freedom = by_sums_of_squares(gap)
+                half = stats.t(freedom).ppf(0.975) * variance**0.5
+                assert shown["difference"]["ci95"] == pytest.approx([gap.mean() - half, gap.mean() + half])
+
+
+@pytest.mark.slow
+def test_killed_and_continued_in_processes(make: Make) -> None:
+    path = make()
+    directory = Path(yaml.safe_load(path.read_text())["dir"]) / "tiny"
+    command = [sys.executable, "-m", "onpath", "study", str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL
+    ) as first:
+        while first.poll() is None and len(list((directory / "logs").glob("runs-*"))) < 4:
+            time.sleep(0.05)
+        time.sleep(0.2)
+        os.kill(first.pid, signal.SIGKILL)
+        with pytest.raises(UserError, match="a run that a killed one left behind"), locked(directory):
+            pass
+        os.killpg(first.pid, signal.SIGKILL)
+    assert not (directory / "study.json").exists()
+    whole = {p: p.stat().st_mtime_ns for p in (directory / "runs").glob("*/model")}
+    assert 1 <= len(whole) < 4
+
+    second = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert second.returncode == 0, second.stderr
+    assert {p: p.stat().st_mtime_ns for p in whole} == whole  # not run again
+    assert "5/5" in second.stderr
+    data = result(directory)
+    assert [(r["arm"], r["seed"]) for r in data["rows"]] == [
+        ("untouched", None), ("opd", 0), ("forward", 0), ("opd", 1), ("forward", 1),
+    ]  # fmt: skip
+    assert any(r["evals"]["test"]["avg_at_k"] > 0 for r in data["rows"])
+    check_numbers(directory, data)
+    assert "test, pass@2: 16 problems, 4 samples each" in second.stdout
+    assert "| forward | 2 |" in (directory / "study.md").read_text()
+    assert not list(directory.glob("runs/*/checkpoints"))
+
+
+def test_one_seed_one_budget_and_tuning(make: Make, in_process: list[Job], study_files: Path) -> None:
+    path = make(
+        seeds=[3],
+        budget={"updated_tokens": 60, "pilot_steps": 3},
+        tune={"lrs": [0.02, 0.002], "split": str(study_files / "held.jsonl"), "limit": 8},
+        arms={
+            "teacher": "teacher",
+            "opd": {},
+            "sft": {"method": {"writer": "teacher", "divergence": "cross_entropy"}},
+            "same": {"budget": {"generated_tokens": "sft"}, "tuned_like": "opd"},
+        },
+    )
+    directory = study.run_study(path, quiet=True)
+    data = result(directory)
+    steps = {arm["arm"]: arm["steps"] for arm in data["arms"]}
+    for name in ("opd", "sft"):
+        assert steps[name] == round(60 / data["pilots"][name]["updated_tokens"])
+    written = {
+        name: p["tokens_generated_student"] + p["tokens_generated_teacher"]
+        for name, p in data["pilots"].items()
+    }
+    assert data["pilots"]["sft"]["tokens_generated_teacher"] > 0
+    assert steps["same"] == round(steps["sft"] * written["sft"] / written["same"])
+
+    assert [t["arm"] for t in data["tuning"]] == ["opd", "sft"]
+    rates = {arm["arm"]: arm["lr"] for arm in data["arms"]}
+    for tried in data["tuning"]:
+        best = max(tried["grid"], key=lambda g: (g["avg_at_k"], -g["lr"]))
+        assert tried["chosen"] == best["lr"] == rates[tried["arm"]]
+        assert [g["lr"] for g in tried["grid"]] == [0.002, 0.02]
+    assert rates["same"] == rates["opd"]
+    tuned = [j for j in in_process if j.stage == "tuning"]
+    assert {j.config.run.seed for j in tuned} == {1000}
+    assert {tuple(j.config.data.eval) for j in tuned} == {("tuning",)}
+    assert {j.config.optim.steps for j in tuned if j.arm == "opd"} == {steps["opd"]}
+
+    assert any("one seed cover problems only" in note for note in data["notes"])
+    assert all(a["evals"]["test"]["avg_at_k"]["over"] == "problems only" for a in data["arms"])
+    assert all(a["evals"]["test"]["avg_at_k"]["seed_sd"] is None for a in data["arms"])
+    teacher = next(j for j in in_process if j.arm == "teacher")
+    assert teacher.config.student.model == str(study_files / "teacher")
+
+    ran = len(in_process)
+    study.run_study(path, quiet=True)
+    assert len(in_process) == ran  # nothing is repeated, and the rates stay
+    assert result(directory) == data
+
+
+def test_a_failed_run_leaves_the_others_results(
+    make: Make, in_process: list[Job], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make(arms={"opd": {}, "opsd": {"method.name": "opsd"}}, seeds=1)  # the data has no solutions
+    assert main(["study", str(path), "--quiet"]) == 2
+    said = capsys.readouterr()
+    assert "1 of the study's runs failed, first opsd-seed0" in said.err
+    assert "needs the column solution" in said.err
+    assert "opd " in said.out
+    notes = result(Path(yaml.safe_load(path.read_text())["dir"]) / "tiny")["notes"]
+    assert any(note.startswith("opsd-seed0 failed") for note in notes)
+    assert "opsd has no finished run" in notes
+
+
+def test_runs_of_other_data_or_grader_are_refused(
+    make: Make, in_process: list[Job], study_files: Path
+) -> None:
+    path = make(arms={"opd": {}, "forward": {"method.divergence": "forward_kl"}}, seeds=1)
+    directory = study.run_study(path, quiet=True)
+    file = next((directory / "runs" / "forward-seed0" / "evals").glob("*.jsonl"))
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for change, sentence in (
+        ({"grader": "math"}, "one was graded by 'math', the other by 'exact'"),
+        ({"digest": "0"}, "problem '100' is not the same in both"),
+        (
+            {"sampling": {**rows[0]["sampling"], "temperature": 0.5}},
+            "sampling.temperature is 0.5 in one, 1.0",
+        ),
+    ):
+        file.write_text("".join(json.dumps(row | change) + "\n" for row in rows))
+        with pytest.raises(UserError, match=sentence):
+            study.run_study(path, quiet=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
+    with pytest.raises(UserError, match="only one of them has problem '100'"):
+        study.run_study(path, quiet=True)
+
+    with pytest.raises(UserError, match=r"made with optim.steps 2, the study now says 3"):
+        study.run_study(make(arms={"opd": {}}, seeds=1, budget={"updates": 3}), quiet=True)
+    (directory / "sources.json").write_text(json.dumps({str(study_files / "train.jsonl"): "another"}))
+    with pytest.raises(UserError, match="has changed since the study"):
+        study.run_study(path, quiet=True)
+
+
+def test_other_questions_do_not_train_again(make: Make, in_process: list[Job], study_files: Path) -> None:
+    arms = {
+        "untouched": "untouched",
+        "opd": {},
+        "sft": {"method": {"writer": "teacher", "divergence": "cross_entropy"}, "rollout.temperature": 0.8},
+        "adapter": {"student": {"lora_rank": 4, "lora_alpha": 8.0}},
+    }
+    first = study.run_study(make(arms=arms, seeds=1), quiet=True)
+    before = result(first)
+    trained = [j.name for j in in_process if j.trains]
+    assert trained == ["opd-seed0", "sft-seed0", "adapter-seed0"]
+
+    more = {"splits": [str(study_files / f"{s}.jsonl") for s in ("test", "held")], "n": 6, "k": 3}
+    study.run_study(make(arms=arms, seeds=1, evals=more), quiet=True)
+    data = result(first)
+    assert [j.name for j in in_process if j.trains] == trained
+    assert (data["study"]["n"], data["study"]["k"]) == (6, 3)
+    assert data["study"]["problems"] == {"test": 24, "held": 24}
+    for row, old in zip(data["rows"], before["rows"], strict=True):
+        assert {k: row[k] for k in ("run", "steps", "lr", "updated_tokens")} == {
+            k: old[k] for k in ("run", "steps", "lr", "updated_tokens")
+        }
+        assert row["evaluation"] != row["run"] == old["evaluation"]
+        then, now = (verdicts(first / r["evaluation"]) for r in (old, row))
+        assert all(now[name][:4] == then[name] for name in then)  # the same draws of the same model
+        assert any(sum(right) for right in now.values())
+
+    ran = len(in_process)
+    study.run_study(make(arms=arms, seeds=1), quiet=True)  # the old questions again
+    study.run_study(make(arms=arms, seeds=1, evals=more), quiet=True)
+    assert len(in_process) == ran
+    assert result(first) == data
+    another = make(name="fresh", arms=arms, seeds=1, evals=more)
+    fresh = result(study.run_study(another, quiet=True))
+    for ours, theirs in zip(data["rows"], fresh["rows"], strict=True):
+        assert ours["evals"] == theirs["evals"]
+
+    with pytest.raises(UserError, match=r"was made with eval\.every 0, the study now says 1"):
+        study.run_study(make(arms=arms, seeds=1, evals=more | {"every": 1}), quiet=True)
+
+
+def verdicts(run: Path) -> dict[str, list[bool]]:
+    """Problem → verdicts on its samples, of the last evaluation on `test`."""
+    lines = max((run / "evals").glob("test_step_*.jsonl")).read_text().splitlines()
+    return {row["id"]: row["correct"] for row in map(json.loads, lines)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"arms": {"opd": {}, "b": {"data.limit": 5}}}, "arm b has data.limit 5 and arm opd None"),
+        ({"arms": {"opd": {}, "b": {"eval": {"grader": "math"}}}}, "arm b has eval.grader 'math'"),
+        ({"arms": {"opd": {"method.divergenc": 1}}}, "arm opd: unknown key method.divergenc; did you mean"),
+        ({"arms": {"a": {}}}, "base_arm is opd, which is none of the arms a"),
+        ({"arms": {"opd": "control"}}, "kind is 'control'"),
+        ({"arms": {"opd": 3}}, "an arm is untouched, teacher, or a mapping"),
+        ({"arms": {"opd": {}, "a/b": {}}}, "cannot name a directory"),
+        ({"budget": {"updates": 3, "wall_seconds": 5}}, "give one of"),
+        ({"budget": {"updated_tokens": -1}}, "must be above 0"),
+        ({"budget": {"updated_tokens": "opd"}}, "budget.updated_tokens must be a number"),
+        (
+            {"arms": {"opd": {}, "b": {"budget": {"wall_seconds": "topd"}}}},
+            "budget.wall_seconds is 'topd', neither a number nor an arm",
+        ),
+        ({"budget": {"updates": 3}, "arms": {"opd": {"optim.steps": 2}}}, "which the budget decides"),
+        ({"tune": {"lrs": [1, 2]}, "arms": {"opd": {"optim.lr": 2}}}, "optim.lr, which tune chooses"),
+        ({"tune": {"lrs": [1, 2], "seed": 1}}, "tune.seed 1 is one of the seeds"),
+        ({"tune": {"lrs": [1, 2], "split": "gym:hard"}, "evals": {"splits": ["gym:hard"]}}, "compared on"),
+        ({"arms": {"opd": {}, "b": {"tuned_like": "opd"}}}, "tuned_like is opd, which is no arm"),
+        ({"seeds": [1, 1]}, "holds one twice"),
+        ({"seed": 1}, "unknown key seed; a study has name"),
+        ({"parallel": {"processes": 0}}, "at least 1"),
+        ({"base": 3}, "base must be a mapping"),
+        ({"base": {"optim": {"lr": -1}}}, "base: optim.lr is -1"),
+        ({"base": "nowhere.yaml"}, "no such config file"),
+    ],
+)  # fmt: skip
+def test_refused_in_one_sentence(
+    changes: dict[str, Any], sentence: str, make: Make, in_process: list[Job]
+) -> None:
+    with pytest.raises(UserError) as error:
+        study.run_study(make(**changes), quiet=True)
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not in_process
+
+
+def test_unreadable_studies(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot read the study"):
+        study.load_study(tmp_path / "none.yaml")
+    for text, sentence in (("a: [", "not valid YAML"), ("- 1", "must be a mapping"), ("{}", "arms is")):
+        path = tmp_path / "x.yaml"
+        path.write_text(text)
+        with pytest.raises(UserError, match=sentence):
+            study.load_study(path)
+
+
+def test_names_bases_and_layers(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("optim: {lr: 0.5}\nmethod: {name: opd, divergence: forward_kl}\n")
+    text = make(
+        base="base.yaml",
+        arms={"opd": {"rollout.prompts": 3}, "topd": {"method": {"name": "topd"}, "method.window": 7}},
+    ).read_text()
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(text.replace("name: tiny\n", "").replace("base.yaml", "../base.yaml"))
+    config = study.load_study(folder / "config.yaml")
+    assert config.name == "mine"
+    opd, topd = (plan.arm_config(config, arm) for arm in ("opd", "topd"))
+    assert (opd.optim.lr, opd.rollout.prompts, opd.method.divergence) == (0.5, 3, "forward_kl")
+    assert topd.method.divergence == "reverse_kl"  # topd's own default, not the base's option of opd
+    assert topd.method.window == 7  # type: ignore[union-attr]
+    assert (opd.eval.n, opd.eval.k, opd.eval.start, opd.data.eval_limit) == (4, 2, False, 16)
+
+
+def test_budgets_in_seconds_and_notes_where_missed(make: Make) -> None:
+    config = study.load_study(
+        make(budget={"wall_seconds": 30}, arms={"opd": {}, "b": {"budget": {"updates": 9}}, "c": {}})
+    )
+    use = Used(updated_tokens=100, tokens_generated_student=80, tokens_generated_teacher=40, wall_seconds=0.5)
+    assert steps_of(config, {"opd": use}) == {"opd": 60, "b": 9}  # c's pilot failed
+    assert [job.name for job in plan.pilots(config)] == ["opd", "c"]
+    spent = Used(updated_tokens=1, tokens_generated_student=1, tokens_generated_teacher=0, wall_seconds=36.0)
+    assert missed(config, {"opd": spent, "b": spent}) == ["opd used 36 wall_seconds, +20% of its budget 30"]
+
+
+def test_two_studies_do_not_share_a_directory(tmp_path: Path) -> None:
+    with (
+        locked(tmp_path),
+        pytest.raises(UserError, match="another onpath study is at work"),
+        locked(tmp_path),
+    ):
+        pass
+    with locked(tmp_path):
+        pass  # free again
+
+
+def test_slots_give_threads_and_gpus() -> None:
+    slots = Slots(processes=3, threads=2, gpus=("4", "7"))
+    seen = [slots.environment(i) for i in range(3)]
+    assert [e["CUDA_VISIBLE_DEVICES"] for e in seen] == ["4", "7", "4"]
+    assert {e["OMP_NUM_THREADS"] for e in seen} == {"2"}
+
+
+def test_a_process_that_dies_is_reported(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.console import Console
+
+    config = study.load_study(make(arms={"opd": {}}, seeds=1))
+    (job,) = plan.runs(config, {"opd": 1}, {})
+
+    def stillborn(*args: Any, **options: Any) -> BaseProcess:
+        process = start(*args, **options)
+        process.kill()
+        return process
+
+    start = forked.start
+    monkeypatch.setattr(forked, "start", stillborn)
+    config.directory.mkdir(parents=True)
+    progress = Progress(console=Console(quiet=True), processes=1, total=1)
+    with locked(config.directory) as lock:
+        failed = run_jobs([job], Slots(processes=1, threads=1), progress, study=config.directory, lock=lock)
+    assert failed["opd-seed0"].startswith("ended without a word (log: ")
+    assert progress.done == 1
+
+
+def test_time_left_counts_what_is_ahead(make: Make) -> None:
+    from rich.console import Console
+
+    config = study.load_study(make(arms={"opd": {}, "b": {}}, seeds=2))
+    jobs = plan.stages(config)[2]
+    progress = Progress(console=Console(quiet=True), processes=2, ahead=jobs[2:])
+    assert progress.seconds_left([], []) is None
+    progress.took = [(jobs[0], 10.0), (jobs[1], 30.0)]
+    assert progress.seconds_left([], []) == pytest.approx((10 + 30) / 2)
+
+
+@pytest.mark.skipif(not RECIPE.exists(), reason="the recipe is not part of the package")
+def test_every_arm_of_the_recipe_is_valid_and_another() -> None:
+    config = study.load_study(RECIPE)
+    plan.check_alike(config)
+    assert len(config.seeds) >= 5
+    resolved = {name: plan.arm_config(config, name) for name in config.trained}
+    bodies = {name: c.model_dump_json() + str(config.budget_of(name)) for name, c in resolved.items()}
+    assert len(set(bodies.values())) == len(bodies)
+    assert {c.method.name for c in resolved.values()} == {"opd", "opsd", "trd", "topd"}
+
+
+def test_no_winner_from_one_seed() -> None:
+    leader = {"highest": "b", "mean": 0.9, "not_told_apart": []}
+    said = {
+        seeds: sentences({"study": {"seeds": list(range(seeds))}, "leaders": {"test": row}})[0]
+        for seeds, row in ((1, leader), (2, leader), (3, leader | {"not_told_apart": ["a", "c"]}))
+    }
+    assert said[1].endswith("no winner: one seed does not say what another would have given.")
+    assert said[2].endswith("ahead of every other arm.")
+    assert said[3].endswith("no winner: not told apart from it: a, c.")

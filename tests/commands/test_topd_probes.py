@@ -1,0 +1,135 @@
+"""Probes of near futures: areas, correlations, detection by hand; both probes on tiny models."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from onpath.commands.probes import futures as divergence
+from onpath.commands.probes import local_correction
+from onpath.commands.probes.futures import Place, summarise
+from onpath.commands.probes.separation import area, auc, correlations, detections
+from onpath.config.build import Config
+from onpath.run.assemble import assemble
+from onpath.system.errors import UserError
+
+Tiny = Callable[..., Config]
+
+
+def place(position: int, **known: object) -> Place:
+    numbers = {"reverse_kl": 1.0, "sampled_gap": 0.0, "distance": 0.1, "noise": None}
+    start = {"prompt_id": "p", "token": "x", "groups": (), "label": None, **numbers}
+    start |= {"student_text": "", "teacher_text": ""}
+    return Place(**{**start, "position": position, **known})  # type: ignore[arg-type]
+
+
+def test_area_counts_ties_half() -> None:
+    scores, positive = np.array([3.0, 2.0, 2.0, 1.0]), np.array([True, True, False, False])
+    assert area(scores, positive) == pytest.approx((1 + 1 + 0.5 + 1) / 4)
+    assert area(scores, np.array([True] * 4)) is None
+    assert auc(scores, np.array([False] * 4), np.array(["a"] * 4)) is None
+
+
+def test_correlations_by_hand() -> None:
+    found = correlations([1.0, 2.0, 3.0, 4.0], [1.0, 3.0, 2.0, 4.0])
+    assert found["pearson"] == pytest.approx(0.8)
+    assert found["spearman"] == pytest.approx(0.8)
+    assert correlations([1.0, 2.0, 3.0], [5.0, 5.0, 5.0])["pearson"] is None
+
+
+def test_detection_flags_equally_many_by_each_rule() -> None:
+    """Ten tokens; the four loudest are candidates, and three of them survive the drop of 30%."""
+    columns = {
+        "reverse_kl": np.array([9.0, 8, 7, 6, 1, 1, 1, 1, 1, 1]),
+        "distance": np.array([0.0, 0.5, 0.6, 0.7, 0.9, 0.8, 0, 0, 0, 0]),
+        "sampled_gap": np.array([5.0, 0, 0, 4, 6, 0, 0, 0, 0, 0]),
+        "error": np.array([False, True, True, False, True, False, False, False, False, False]),
+        "habit": np.array([True, False, False, False, False, False, False, False, False, False]),
+    }
+    found = {d.rule: d for d in detections(columns, share=0.4)}
+    assert {d.flagged for name, d in found.items() if name != "all candidates by loss"} == {3}
+    assert found["loss alone"].precision == pytest.approx(2 / 3)
+    assert found["loss alone"].habits == pytest.approx(1 / 3)
+    assert found["both (TOPD)"].precision == pytest.approx(2 / 3)  # 3, 2, 1
+    assert found["both (TOPD)"].habits == 0
+    assert found["distance alone"].recall == pytest.approx(1 / 3)  # 4, 5, 3
+    assert found["sampled log-ratio alone"].precision == pytest.approx(1 / 3)  # 4, 0, 3
+
+
+def test_summary_by_hand() -> None:
+    distances = [0.0, 0.1, 0.2, 0.3, 0.4]
+    low = [place(i, prompt_id=f"l{i}", groups=("low",), distance=d) for i, d in enumerate(distances)]
+    high = [
+        place(9, prompt_id="a", groups=("high",), distance=0.3, noise=0.2),
+        place(9, prompt_id="b", groups=("high",), distance=0.31, noise=0.0),
+        place(9, prompt_id="c", groups=("high", "random"), distance=0.9),
+    ]
+    summary = summarise([*low, *high])
+    assert summary["low_divergence_threshold"] == pytest.approx(0.3)  # the upper quartile of low
+    assert summary["low_divergence_share_of_high_loss"]["share"] == pytest.approx(1 / 3)
+    assert summary["distance"]["high"]["quartiles"][1] == pytest.approx(0.31)
+    assert summary["noise_floor"]["mean"] == pytest.approx(0.1)
+    assert "error_against_habit" not in summary
+
+
+@pytest.mark.parametrize("source", ["file", "gym"])
+def test_the_divergence_probe_writes_its_files(source: str, tiny: Tiny, tmp_path: Path) -> None:
+    gym = {"student__model": "gym:student", "teacher__model": "gym:teacher", "data__train": "gym:train",
+           "data__eval": {}, "rollout__max_new_tokens": 30}  # fmt: skip
+    parts = assemble(tiny(**(gym if source == "gym" else {})))
+    path = divergence.run_probe(parts, rollouts=6, out=tmp_path / "probes", window=5)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    summary = json.loads(path.with_suffix(".json").read_text())
+    assert path.with_suffix(".png").stat().st_size > 1000
+    assert {g for row in rows for g in row["groups"]} == {"high", "random", "low"}
+    assert summary["distance"]["high"]["n"] == 6
+    for row in rows:
+        assert 0 <= row["distance"] <= 2
+        assert (row["noise"] is not None) == bool(row["groups"])
+    if source == "gym":
+        assert {row["label"] for row in rows} >= {"habit", "copied"}
+        by_prompt = {row["prompt_id"] for row in rows}
+        assert len(rows) > 20 * len(by_prompt)  # every position
+    else:
+        assert len(rows) <= 18
+    again = divergence.run_probe(parts, rollouts=6, out=tmp_path / "again", window=5)
+    assert again.read_text() == path.read_text()
+
+
+def test_the_loudest_positions_are_the_high_group(tiny: Tiny) -> None:
+    parts = assemble(tiny())
+    found = divergence.probe(parts, rollouts=4, window=5, each=2, everywhere=False)
+    for prompt in {p.prompt_id for p in found}:
+        mine = [p for p in found if p.prompt_id == prompt]
+        least = min(p.reverse_kl for p in mine if "high" in p.groups)
+        assert all(p.reverse_kl <= least for p in mine if "high" not in p.groups)
+        assert max(p.reverse_kl for p in mine if "low" in p.groups) < least
+
+
+def test_local_correction_brings_the_student_nearer_and_leaves_it_alone(tiny: Tiny, tmp_path: Path) -> None:
+    parts = assemble(tiny())
+    weights = [p.clone() for p in parts.student.parameters()]
+    path = local_correction.run_probe(
+        parts, prefixes=2, out=tmp_path, updates=6, samples=8, lr=1e-2, window=5
+    )
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    summary = json.loads(path.with_suffix(".json").read_text())
+    assert len(rows) == summary["prefixes"] == 2
+    assert path.with_suffix(".png").stat().st_size > 1000
+    for row in rows:
+        assert row["topd"] < row["before"]
+        assert row["topd"] != row["opd"]
+    mean = np.mean([row["opd"] - row["topd"] for row in rows])
+    assert summary["opd_minus_topd"]["mean"] == pytest.approx(mean)
+    assert all(torch.equal(a, b) for a, b in zip(weights, parts.student.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "number", [{"rollouts": 0}, {"rollouts": 2, "each": 0}, {"rollouts": 2, "window": 0}]
+)
+def test_numbers_below_one_are_refused(number: dict[str, int], tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="at least 1"):
+        divergence.run_probe(assemble(tiny()), **{"out": tmp_path, **number})

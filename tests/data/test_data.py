@@ -1,0 +1,306 @@
+"""Sources, columns, bad rows and the order of prompts."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onpath.data import load as data
+from onpath.data.load import load_prompts, prompts_of_step, shuffled
+from onpath.records import Prompt
+from onpath.system.errors import UserError
+
+GOOD = {"prompt": "7 + 5?", "answer": "12"}
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "7 + 5?"}]
+
+
+def jsonl(path: Path, *rows: Any) -> str:
+    """Writes rows (bytes and text as they are, the rest as JSON) and returns the path."""
+    lines = [
+        row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode()
+        for row in rows
+    ]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return str(path)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., str]:
+    return lambda *rows: jsonl(tmp_path / "a.jsonl", *rows)
+
+
+def pool(n: int) -> list[Prompt]:
+    return [Prompt(id=str(i), text=f"question {i}") for i in range(n)]
+
+
+def test_columns_become_fields(write: Callable[..., str]) -> None:
+    loaded = load_prompts(write({"id": 7, **GOOD, "solution": "7 + 5 = 12", "level": 3}, {"prompt": CHAT}))
+    assert loaded.prompts[0] == Prompt(id="7", text="7 + 5?", answer="12", solution="7 + 5 = 12")
+    assert loaded.prompts[1] == Prompt(id="1", messages=tuple(CHAT))
+    assert (loaded.skipped, loaded.reasons) == (0, ())
+
+
+@pytest.mark.parametrize(
+    ("value", "answer"),
+    [
+        (12, "12"),
+        (12.0, "12"),
+        (0.5, "0.5"),
+        (-3, "-3"),
+        ("1/2", "1/2"),
+        (None, None),
+        (1e300, "1e+300"),
+        (float("nan"), None),
+    ],
+)
+def test_answers_become_text(write: Callable[..., str], value: Any, answer: str | None) -> None:
+    assert load_prompts(write({"prompt": "?", "answer": value})).prompts[0].answer == answer
+
+
+@pytest.mark.parametrize(
+    "context", ["see 12", [{"role": "user", "content": "see"}, {"role": "user", "content": "12"}]]
+)
+def test_privileged_context_is_the_solution(write: Callable[..., str], context: Any) -> None:
+    loaded = load_prompts(write({"prompt": "?", "privileged_context": context}))
+    assert loaded.prompts[0].solution == ("see 12" if context == "see 12" else "see\n12")
+
+
+def test_solution_wins_over_privileged_context(write: Callable[..., str]) -> None:
+    loaded = load_prompts(write({"prompt": "?", "privileged_context": "b", "solution": "a"}))
+    assert loaded.prompts[0].solution == "a"
+
+
+def test_blank_lines_and_byte_order_mark_do_not_count(write: Callable[..., str]) -> None:
+    loaded = load_prompts(write(b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), "", "   ", GOOD))
+    assert [p.id for p in loaded.prompts] == ["0", "1"]
+
+
+def test_limit_counts_good_rows_and_reads_no_further(write: Callable[..., str]) -> None:
+    path = write("broken", GOOD, GOOD, "never read")
+    loaded = load_prompts(path, limit=2, skip_bad=True)
+    assert ([p.id for p in loaded.prompts], loaded.skipped) == (["1", "2"], 1)
+
+
+BAD_ROWS: list[tuple[str, Any, str]] = [
+    ("not JSON", '{"prompt": ', "not valid JSON"),
+    ("not an object", "[1, 2]", "must be an object with a key 'prompt', not a list"),
+    ("bare number", "3", "not a number"),
+    ("no prompt", {"question": "7 + 5?"}, "no key 'prompt' (it has 'question')"),
+    ("null prompt", {"prompt": None}, "'prompt' must be text or a list of messages, not null"),
+    ("number for a prompt", {"prompt": 12}, "not a number"),
+    ("empty prompt", {"prompt": "  \n"}, "'prompt' is empty"),
+    ("no messages", {"prompt": []}, "an empty list of messages"),
+    ("text for a message", {"prompt": ["hello"]}, "message 0 of 'prompt' must be an object"),
+    ("message without role", {"prompt": [{"content": "hello"}]}, "'role' must be text, not null"),
+    ("content in parts", {"prompt": [{"role": "user", "content": [{}]}]}, "must be text, not a list"),
+    ("tool call", {"prompt": [{"role": "user", "content": "a", "tool_calls": [1]}]}, "has 'tool_calls'"),
+    ("ends with an answer", {"prompt": [{"role": "assistant", "content": "12"}]}, "must be the user's"),
+    ("empty question", {"prompt": [{"role": "user", "content": " "}]}, "last message of 'prompt' is empty"),
+    ("answer is a list", {"prompt": "?", "answer": [1]}, "'answer' must be text or a number, not a list"),
+    ("answer is a boolean", {"prompt": "?", "answer": True}, "'answer' must be text or a number"),
+    ("answer is empty", {"prompt": "?", "answer": " "}, "'answer' is empty; leave it out"),
+    ("solution is a number", {"prompt": "?", "solution": 3}, "(or 'privileged_context') must be text"),
+    ("id is a list", {"prompt": "?", "id": [3]}, "'id' must be text or an integer, not a list"),
+    ("id is empty", {"prompt": "?", "id": ""}, "'id' must be text or an integer, not empty text"),
+    ("same id again", {"prompt": "?", "id": "0"}, "a.jsonl, line 1; ids must be unique"),
+    ("not UTF-8", b'{"prompt": "\xff"}', "not UTF-8 (byte 12)"),
+    ("half a surrogate pair", '{"prompt": "a\\ud800"}', "half a surrogate pair at character 1"),
+    ("nested beyond the stack", "[" * 200_000, "not usable JSON"),
+    ("endless number", '{"prompt": ' + "9" * 5000 + "}", "not usable JSON"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"), [case[1:] for case in BAD_ROWS], ids=[case[0] for case in BAD_ROWS]
+)
+def test_a_bad_row_stops_with_file_line_and_reason_or_is_counted(
+    write: Callable[..., str], row: Any, reason: str
+) -> None:
+    path = write(GOOD, "", row, GOOD)
+    with pytest.raises(UserError) as error:
+        load_prompts(path)
+    message = str(error.value)
+    assert message.startswith(f"{path}, line 3: ")
+    assert reason in message
+    assert "\n" not in message
+    assert len(message) < 400 + len(path)
+    loaded = load_prompts(path, skip_bad=True)
+    assert ([p.id for p in loaded.prompts], loaded.skipped) == (["0", "2"], 1)
+    assert reason in loaded.reasons[0]
+
+
+def test_only_bad_rows_is_an_error_even_when_skipping(write: Callable[..., str]) -> None:
+    with pytest.raises(UserError, match=r"all 2 rows are bad, first .*line 1"):
+        load_prompts(write("x", "y"), skip_bad=True)
+
+
+def bad_sources(tmp: Path) -> dict[str, tuple[str, str]]:
+    """Case → (source, what the message says)."""
+    (tmp / "empty.jsonl").write_text("")
+    (tmp / "blank.jsonl").write_text("\n\n")
+    (tmp / "data.csv").write_text("prompt\n7\n")
+    (tmp / "torn.parquet").write_bytes(b"PAR1 this is no Parquet")
+    (tmp / "plain").mkdir()
+    (tmp / "secret.jsonl").mkdir()
+    pd.DataFrame({"question": ["a"], "answer": [1]}).to_parquet(tmp / "column.parquet")
+    pd.DataFrame({"prompt": []}).to_parquet(tmp / "empty.parquet")
+    pd.DataFrame({"prompt": ["a", None]}).to_parquet(tmp / "null.parquet")
+    return {
+        "missing file": (str(tmp / "no.jsonl"), "no such file or directory; a source is"),
+        "relative missing file": ("no/such.parquet", "no such file or directory"),
+        "not even a name": ("what is this?", "no such file or directory"),
+        "empty file": (str(tmp / "empty.jsonl"), "no prompts to use: it has no rows"),
+        "blank file": (str(tmp / "blank.jsonl"), "it has no rows"),
+        "unknown type": (str(tmp / "data.csv"), "unknown file type '.csv'"),
+        "torn Parquet": (str(tmp / "torn.parquet"), "not a readable Parquet file"),
+        "Parquet without prompt": (
+            str(tmp / "column.parquet"),
+            "no column 'prompt' (it has question, answer)",
+        ),
+        "empty Parquet": (str(tmp / "empty.parquet"), "it has no rows"),
+        "Parquet with a null": (str(tmp / "null.parquet"), "null.parquet, row 1: 'prompt' must be text"),
+        "foreign directory": (str(tmp / "plain"), "not a readable directory of datasets.save_to_disk"),
+        "directory named like a file": (str(tmp / "secret.jsonl"), "not a readable directory"),
+        "unknown gym split": (
+            "gym:easy",
+            "the gym has no split 'easy'; it has train, validation, test, hard",
+        ),
+    }
+
+
+CASES = [
+    "missing file", "relative missing file", "not even a name", "empty file", "blank file", "unknown type",
+    "torn Parquet", "Parquet without prompt", "empty Parquet", "Parquet with a null", "foreign directory",
+    "directory named like a file", "unknown gym split",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_bad_source_is_one_sentence(tmp_path: Path, case: str) -> None:
+    cases = bad_sources(tmp_path)
+    assert set(cases) == set(CASES)
+    source, reason = cases[case]
+    with pytest.raises(UserError) as error:
+        load_prompts(source)
+    assert reason in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_parquet_and_saved_datasets_read_like_jsonl(tmp_path: Path, write: Callable[..., str]) -> None:
+    import datasets
+
+    rows = [{"prompt": CHAT, "answer": "12", "level": 1}, {"prompt": CHAT[1:], "answer": None, "level": 2}]
+    expected = load_prompts(write(*rows)).prompts
+    pd.DataFrame(rows).to_parquet(tmp_path / "a.parquet")
+    saved = datasets.Dataset.from_list(rows)
+    saved.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"train": saved, "test": saved.select([0])}).save_to_disk(str(tmp_path / "two"))
+    assert load_prompts(str(tmp_path / "a.parquet")).prompts == expected
+    assert load_prompts(str(tmp_path / "one")).prompts == expected
+    assert load_prompts(str(tmp_path / "two")).prompts == expected
+    assert load_prompts(f"{tmp_path / 'two'}:test").prompts == expected[:1]
+    assert load_prompts(str(tmp_path / "two"), split_default="test").prompts == expected[:1]
+    with pytest.raises(UserError, match="no split 'dev'; it has train, test"):
+        load_prompts(f"{tmp_path / 'two'}:dev")
+
+
+def test_integer_answers_with_a_gap_survive_pandas(tmp_path: Path) -> None:
+    pd.DataFrame({"prompt": ["a", "b"], "answer": [12, None]}).to_parquet(tmp_path / "a.parquet")
+    assert [p.answer for p in load_prompts(str(tmp_path / "a.parquet")).prompts] == ["12", None]
+
+
+@pytest.mark.parametrize(
+    ("source", "split"), [("org/set", "train"), ("org/set:test", "test"), ("set:test[:9]", "test[:9]")]
+)
+def test_a_name_goes_to_datasets(monkeypatch: pytest.MonkeyPatch, source: str, split: str) -> None:
+    import datasets
+
+    def load_dataset(name: str, *, split: str) -> Any:
+        return datasets.Dataset.from_list([{"prompt": f"{name} {split}"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load_prompts(source).prompts[0].text == f"{source.partition(':')[0]} {split}"
+
+
+def test_an_unknown_name_is_a_users_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def load_dataset(name: str, *, split: str) -> Any:
+        raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist\non the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError, match=r"org/set: .* cannot load its split 'train': Dataset .* exist$"):
+        load_prompts("org/set")
+
+
+def test_gym_rows_have_a_default_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def rows(split: str, n: int, seed: int) -> list[dict[str, str]]:
+        asked.append((split, n, seed))
+        return [{"id": f"{split}-{i}", "prompt": "a=3+4", "answer": "07", "solution": "7"} for i in range(n)]
+
+    monkeypatch.setattr("onpath.gym.rows", rows)
+    assert len(load_prompts("gym:train").prompts) == data.GYM_TRAIN_PROMPTS
+    assert len(load_prompts("gym:hard").prompts) == data.GYM_EVAL_PROMPTS
+    assert load_prompts("gym:test", limit=3).prompts[2].answer == "07"
+    assert asked == [("train", 2000, 0), ("hard", 1000, 0), ("test", 3, 0)]
+
+
+PINNED = [[6, 4, 3, 1, 5, 7, 0, 2], [2, 1, 6, 7, 5, 0, 3, 4], [0, 4, 1, 7, 2, 3, 6, 5]]
+
+
+def test_the_order_is_pinned() -> None:
+    """Runs made with other versions must resume in the same order."""
+    assert shuffled(8, seed=0, epoch=0) == PINNED[0]
+    assert shuffled(8, seed=0, epoch=1) == PINNED[1]
+    assert shuffled(8, seed=1, epoch=0) == PINNED[2]
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(1, 30), size=st.integers(1, 30), seed=st.integers(0, 5))
+def test_steps_walk_through_whole_epochs(n: int, size: int, seed: int) -> None:
+    prompts = pool(n)
+    if size > n:
+        with pytest.raises(UserError, match=f"rollout.prompts is {size}, but there are only {n}"):
+            prompts_of_step(prompts, size=size, seed=seed, step=0)
+        return
+    walked = [
+        p.id for step in range(3 * n) for p in prompts_of_step(prompts, size=size, seed=seed, step=step)
+    ]
+    for epoch in range(3):
+        assert walked[epoch * n : (epoch + 1) * n] == [str(i) for i in shuffled(n, seed=seed, epoch=epoch)]
+    assert Counter(walked[: n * 3]) == Counter({p.id: 3 for p in prompts})
+
+
+def test_order_depends_on_seed_and_epoch() -> None:
+    orders = {tuple(shuffled(50, seed=seed, epoch=epoch)) for seed in range(4) for epoch in range(4)}
+    assert len(orders) == 16
+
+
+def test_no_torch_and_no_hash_seed_in_the_order(write: Callable[..., str]) -> None:
+    code = (
+        "import sys; from onpath.data.load import load_prompts, shuffled; import onpath.grade, onpath.evaluate;"
+        f"load_prompts({write(GOOD)!r}); assert 'torch' not in sys.modules;"
+        "print(shuffled(9, seed=3, epoch=2))"
+    )
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": h},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        for h in "12"
+    ]
+    assert runs[0].stdout == runs[1].stdout == f"{shuffled(9, seed=3, epoch=2)}\n"

@@ -1,0 +1,73 @@
+"""Rendering: golden text and ids for chat and plain prompts, and templates with slots."""
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from onpath.data.render import Renderer, fill, with_question
+from onpath.engines.models import check_vocabulary
+from onpath.records import Prompt
+from onpath.system.errors import UserError
+
+# Ids of conftest's tokenizer: <pad> 0, <bos> 1, <eos> 2, <sol> 3, digits from 4, then + - = ? ; space letters
+ONE, PLUS, TWO, ASK = 5, 14, 6, 17
+MESSAGES = ({"role": "system", "content": "a"}, {"role": "user", "content": "1+2?"})
+A = 20
+
+
+def test_chat_prompts_end_with_the_generation_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
+    renderer = Renderer(tokenizer)
+    assert renderer.ids(Prompt(id="0", text="1+2?")) == (1, ONE, PLUS, TWO, ASK, 3)
+    assert renderer.ids(Prompt(id="0", messages=MESSAGES)) == (1, A, ONE, PLUS, TWO, ASK, 3)
+
+
+def test_a_system_message_goes_where_none_is(tokenizer: PreTrainedTokenizerFast) -> None:
+    renderer = Renderer(tokenizer, system="b")
+    assert renderer.ids(Prompt(id="0", text="1?")) == (1, A + 1, ONE, ASK, 3)
+    assert renderer.ids(Prompt(id="0", messages=MESSAGES))[1] == A, "the prompt's own system message stays"
+
+
+def test_plain_prompts_are_the_text_alone(tokenizer: PreTrainedTokenizerFast) -> None:
+    renderer = Renderer(tokenizer, template="plain")
+    assert renderer.ids(Prompt(id="0", text="1+2?")) == (ONE, PLUS, TWO, ASK)
+    with pytest.raises(UserError, match="list of messages"):
+        renderer.ids(Prompt(id="0", messages=MESSAGES))
+    with pytest.raises(UserError, match="no token to continue from"):
+        renderer.ids(Prompt(id="0", text=""))
+
+
+def test_chat_without_a_template_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>")
+    with pytest.raises(UserError, match="no chat template"):
+        Renderer(bare, template="chat")
+    assert not Renderer(bare).chat
+
+
+def test_text_leaves_special_tokens_out_and_tokens_keep_them(tokenizer: PreTrainedTokenizerFast) -> None:
+    renderer = Renderer(tokenizer)
+    assert renderer.text((ONE, PLUS, TWO, 2)) == "1+2"
+    assert renderer.tokens((ONE, 2)) == ["1", "<eos>"]
+
+
+def test_the_question_is_the_last_user_message() -> None:
+    prompt = with_question(Prompt(id="0", messages=MESSAGES, answer="3"), "x")
+    assert prompt.question == "x"
+    assert prompt.messages is not None
+    assert prompt.messages[0] == MESSAGES[0]
+    assert prompt.answer == "3"
+    assert with_question(Prompt(id="0", text="y"), "x").text == "x"
+
+
+def test_slots_are_filled_and_checked() -> None:
+    assert fill("{problem} so {attempt}", problem="{a}", attempt="}{") == "{a} so }{"
+    with pytest.raises(UserError, match=r"exactly the slots \{attempt\}, \{problem\}; it has \{problem\}"):
+        fill("{problem}", problem="a", attempt="b")
+    with pytest.raises(UserError, match="it has none"):
+        fill("no slots", problem="a")
+
+
+def test_vocabularies_are_compared_by_token_and_id() -> None:
+    check_vocabulary({"a": 0, "b": 1}, {"b": 1, "a": 0})
+    with pytest.raises(UserError, match="2 tokens differ: 'a' is 0 for the student, 1 for the teacher"):
+        check_vocabulary({"a": 0, "b": 1}, {"a": 1, "b": 0})
+    with pytest.raises(UserError, match="'c' is absent for the student, 2 for the teacher"):
+        check_vocabulary({"a": 0, "b": 1}, {"a": 0, "b": 1, "c": 2})

@@ -1,0 +1,155 @@
+"""A stand-in for `vllm serve` in this process: it answers with a real model, and can be told to misbehave."""
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from onpath.engines.head import unwrapped
+from onpath.engines.hf import HFEngine
+from onpath.records import Prompt, Sampling
+
+Answer = dict[str, Any]
+
+
+class FakeVLLM:
+    """Serves one model at `url` until `stop()`; `start()` again takes the same port.
+
+    `spoil` changes an answer before it is sent, or returns a status to send instead; `slow` seconds pass
+    before each answer; `requests` are those to /v1/completions so far.
+    """
+
+    def __init__(self, engine: HFEngine, name: str) -> None:
+        self.engine, self.name = engine, name
+        self.spoil: Callable[[Answer], Answer | int] = lambda answer: answer
+        self.slow = 0.0
+        self.requests: list[Answer] = []
+        self.headers: list[str | None] = []
+        self.resets = 0
+        self.takes_weights = True
+        self.waits_for_push: Callable[[Answer], bool] = lambda body: False
+        """Which requests wait until new weights arrive after them, or 0.3 s."""
+        self._pushes = 0
+        self._pushed = threading.Condition()
+        self._original = {k: v.clone() for k, v in unwrapped(engine.model).state_dict().items()}
+        self._lock = threading.Lock()
+        self._port = 0
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    def start(self, *, fresh: bool = False) -> None:
+        """`fresh`: as after a restart, with the weights that it was started with."""
+        if fresh:
+            unwrapped(self.engine.model).load_state_dict(self._original)
+        self._server = ThreadingHTTPServer(("127.0.0.1", self._port), self._handler())
+        self._server.daemon_threads = True
+        self._port = self._server.server_address[1]
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_: object) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                self._send({"data": [{"id": fake.name, "root": fake.name, "max_model_len": 512}]})
+
+            def do_POST(self) -> None:
+                size = int(self.headers.get("Content-Length") or 0)
+                body = json.loads(self.rfile.read(size) or b"{}")
+                fake.headers.append(self.headers.get("Authorization"))
+                time.sleep(fake.slow)
+                if fake.waits_for_push(body):
+                    fake.wait_for_push()
+                with fake._lock:
+                    answer = fake.answer(self.path, body)
+                self._send(answer)
+
+            def _send(self, answer: Answer | int) -> None:
+                status = answer if isinstance(answer, int) else 200
+                data = json.dumps({"error": {"message": "told to"}} if isinstance(answer, int) else answer)
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(data.encode())
+
+        return Handler
+
+    def wait_for_push(self) -> None:
+        with self._pushed:
+            seen = self._pushes
+            self._pushed.wait_for(lambda: self._pushes > seen, timeout=0.3)
+
+    def answer(self, path: str, body: Answer) -> Answer | int:
+        if path == "/reset_prefix_cache":
+            self.resets += 1
+            return {}
+        if path == "/collective_rpc":
+            assert body["method"] == "reload_weights"
+            if self.takes_weights:
+                take(self.engine.model, Path(body["kwargs"]["weights_path"]))
+            with self._pushed:
+                self._pushes += 1
+                self._pushed.notify_all()
+            return {"results": [None]}
+        if path == "/tokenize":
+            asked = self.engine.renderer.tokenizer(body["prompt"], add_special_tokens=False)
+            return self.spoil({"tokens": asked["input_ids"]})
+        if path == "/v1/chat/completions":
+            self.requests.append(body)
+            return self.spoil({"model": f"{self.name}-of-today", "choices": [self._message(body)]})
+        assert path == "/v1/completions"
+        assert body["model"] == self.name
+        self.requests.append(body)
+        scoring = "prompt_logprobs" in body
+        choice = self._scores(body) if scoring else self._completion(body)
+        return self.spoil({"model": self.name, "choices": [{"index": 0, **choice}]})
+
+    def _completion(self, body: Answer) -> Answer:
+        sampling = Sampling(
+            temperature=body["temperature"], top_p=body["top_p"], top_k=body["top_k"],
+            max_new_tokens=body["max_tokens"],
+        )  # fmt: skip
+        (c,) = self.engine.continue_from([body["prompt"]], sampling, keys=[str(body["seed"])])
+        return {"token_ids": list(c.ids), "logprobs": {"token_logprobs": list(c.logprobs)}}
+
+    def _message(self, body: Answer) -> Answer:
+        renderer = self.engine.renderer
+        sampling = Sampling(
+            temperature=body["temperature"], top_p=body["top_p"], max_new_tokens=body["max_tokens"]
+        )
+        prompt = Prompt(id="", text=body["messages"][-1]["content"])
+        (c,) = self.engine.continue_from([renderer.ids(prompt)], sampling, keys=[str(body.get("seed"))])
+        content = "".join(renderer.tokens([i for i in c.ids if i not in self.engine.stop_ids]))
+        message = {"role": "assistant", "content": content}
+        return {"index": 0, "message": message, "finish_reason": c.finish_reason}
+
+    @torch.no_grad()
+    def _scores(self, body: Answer) -> Answer:
+        ids, k = body["prompt"], body["prompt_logprobs"]
+        logp_TV = unwrapped(self.engine.model)(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        entries: list[Answer | None] = [None]
+        for row_V, token in zip(logp_TV[:-1], ids[1:], strict=True):
+            best = [int(i) for i in row_V.topk(k).indices]
+            entries.append({str(i): {"logprob": float(row_V[i])} for i in dict.fromkeys([token, *best])})
+        return {"prompt_logprobs": entries, "token_ids": [0]}
+
+
+def take(model: nn.Module, directory: Path) -> None:
+    """Loads a weights directory as a server would: whole, or not at all."""
+    unwrapped(model).load_state_dict(load_file(directory / "model.safetensors"), strict=True)

@@ -1,0 +1,140 @@
+"""Drafts make continuations cheaper and change nothing: right ones, wrong ones, none, too many."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
+
+from onpath.data.batch import collate
+from onpath.data.render import Renderer
+from onpath.engines.base import Completion
+from onpath.engines.decoding.branches import Past, branch
+from onpath.engines.decoding.drafts import Drafts
+from onpath.engines.hf import HFEngine
+from onpath.engines.teacher import ModelTeacher
+from onpath.records import Sampling, Trajectory
+
+K = 21
+CONTEXT = 5
+PLACES = [(row, length) for row in range(4) for length in range(CONTEXT, 20, 3 + row)]
+KEYS = [f"{row}/{length}" for row, length in PLACES]
+
+Propose = Callable[["Counted", int, int, Sequence[int]], list[int]]
+
+
+class Counted:
+    """An engine whose forward passes are counted, and four rows that it has scored."""
+
+    def __init__(self, directory: Path, stop_ids: frozenset[int]) -> None:
+        model = AutoModelForCausalLM.from_pretrained(directory)
+        assert isinstance(model, Qwen3ForCausalLM)
+        renderer = Renderer(AutoTokenizer.from_pretrained(directory))
+        self.engine = HFEngine(model.eval(), renderer, stop_ids=stop_ids)
+        generator = torch.Generator().manual_seed(5)
+        self.rows = [tuple(torch.randint(4, 40, (25,), generator=generator).tolist()) for _ in range(4)]
+        trajectories = [
+            Trajectory(student_context=r[:CONTEXT], teacher_context=r[:CONTEXT], response=r[CONTEXT:])
+            for r in self.rows
+        ]
+        batch = collate(trajectories)
+        self.past = Past(model, [batch])
+        ModelTeacher(model).hidden(batch, self.past.parts[0])
+        self.passes = 0
+        model.get_decoder().register_forward_hook(self._count)
+
+    def _count(self, *_: object) -> None:
+        self.passes += 1
+
+    def write(self, sampling: Sampling, drafts: Sequence[Drafts] | None) -> list[Completion]:
+        self.passes = 0
+        return branch(self.engine, self.past, PLACES, sampling, keys=KEYS, drafts=drafts)
+
+
+class Planted(Drafts):
+    """Drafts by a function of (row, length, written)."""
+
+    def __init__(self, row: int, counted: Counted, propose: Propose) -> None:
+        self.row, self.counted, self.propose = row, counted, propose
+
+    def after(self, *, length: int, written: Sequence[int], room: int) -> list[int]:
+        return self.propose(self.counted, self.row, length, written)[:room]
+
+
+@pytest.fixture(params=[frozenset({2}), frozenset(range(2, 12))], ids=["rarely ends", "often ends"])
+def counted(request: pytest.FixtureRequest, model_dirs: dict[str, Path]) -> Counted:
+    return Counted(model_dirs["teacher"], request.param)
+
+
+def greedy_rest(counted: Counted, row: int, length: int, written: Sequence[int]) -> list[int]:
+    """What the model will write, by reading everything anew."""
+    prefix = [*counted.rows[row][:length], *written]
+    with torch.no_grad():
+        for _ in range(7):
+            logits = counted.engine.model(torch.tensor([prefix])).logits
+            prefix.append(int(logits[0, -1].argmax()))
+    return prefix[length + len(written) :]
+
+
+def often_right(counted: Counted, row: int, length: int, written: Sequence[int]) -> list[int]:
+    right = greedy_rest(counted, row, length, written)
+    return [(token + (i == (row + length) % 4)) % 40 for i, token in enumerate(right)]
+
+
+PROPOSALS: dict[str, Propose] = {
+    "right": greedy_rest,
+    "often right": often_right,
+    "wrong": lambda *_: [3] * 7,
+    "none": lambda *_: [],
+    "of different lengths": lambda c, row, n, w: greedy_rest(c, row, n, w)[: row * 2],
+    "no tokens of the model": lambda *_: [-1] * 7,
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("name", PROPOSALS)
+def test_drafts_do_not_change_what_is_written(name: str, temperature: float, counted: Counted) -> None:
+    sampling = Sampling(temperature=temperature, max_new_tokens=K, seed=3)
+    expected = counted.engine.continue_from(
+        [counted.rows[row][:length] for row, length in PLACES], sampling, keys=KEYS
+    )
+    found = counted.write(sampling, [Planted(row, counted, PROPOSALS[name]) for row in range(4)])
+    assert [c.ids for c in found] == [c.ids for c in expected]
+    assert [c.finish_reason for c in found] == [c.finish_reason for c in expected]
+    for a, b in zip(found, expected, strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+
+
+def test_right_drafts_save_passes(model_dirs: dict[str, Path]) -> None:
+    counted = Counted(model_dirs["teacher"], frozenset({2}))
+    sampling = Sampling(temperature=0.0, max_new_tokens=K)
+    plain = counted.write(sampling, None)
+    assert counted.passes == K
+    known = {place: list(c.ids) for place, c in zip(PLACES, plain, strict=True)}
+    drafts = [Planted(row, counted, lambda _, r, n, w: known[r, n][len(w) :]) for row in range(4)]
+    assert counted.write(sampling, drafts) == plain
+    assert counted.passes == 3  # eight tokens each: 7 drafted and the one after them
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ([], [10, 11, 12]),  # from the place on
+        ([30], [11, 12, 13]),  # went its own way: the same distance on
+        ([30, 31], [12, 13, 14]),
+        ([0, 2, 3], [14, 15, 16]),  # 2, 3 stand at 2 and at 12: 14 is nearer to where it would be
+        ([30, 9], [10, 11, 12]),  # 9 stands at 9
+        ([30] * 10, []),  # past the end
+    ],
+)
+def test_drafts_follow_the_text_back(written: list[int], expected: list[int]) -> None:
+    response = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 1, 2, 3, 4, 5, 6]
+    drafts = Drafts(start=100, response=response, likeliest=list(range(17)))
+    assert drafts.after(length=110, written=written, room=3) == expected
+
+
+def test_a_response_of_one_token_has_drafts() -> None:
+    drafts = Drafts(start=2, response=[7], likeliest=[5])
+    assert drafts.after(length=2, written=[], room=4) == [5]
+    assert drafts.after(length=2, written=[8], room=4) == []

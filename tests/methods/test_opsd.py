@@ -1,0 +1,179 @@
+"""OPSD: two contexts and one response, whose weights the teacher has, and what it refuses."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from onpath import config as configuration
+from onpath.config.build import Config
+from onpath.config.methods.opsd import OPSDOptions
+from onpath.data.batch import collate
+from onpath.methods import make_method
+from onpath.run.assemble import assemble
+from onpath.system.errors import UserError
+from onpath.training import sample, train
+from tests.methods.test_trd import attempt, ids, logps
+
+TEMPLATE = "{problem} ref:{solution} now:"
+
+
+def test_worked_example(tiny: Callable[..., Config]) -> None:
+    parts = assemble(tiny(method__name="opsd", method__template=TEMPLATE, method__diagnose_every=0))
+    y = attempt("so 13<eos>")
+    (t,) = parts.method.prepare([y], step=0).trajectories
+    assert t.student_context == ids("<bos>7+5=?<sol>")
+    assert t.teacher_context == ids("<bos>7+5=? ref:7 plus 5 now:<sol>")
+    assert t.response == ids("so 13<eos>")
+    assert t.origin is y
+    assert t.edit.kind == "none"
+    batch = collate([t])
+    assert batch.student_at_N.tolist() == list(range(6, 12))
+    assert batch.teacher_at_N.tolist() == list(range(24, 30))
+    assert batch.weight_N.tolist() == [1.0] * 6
+
+
+def test_the_answer_alone_as_a_hint(tiny: Callable[..., Config]) -> None:
+    options = {"method__hint": "answer", "method__template": "{problem} it is {answer}."}
+    parts = assemble(tiny(method__name="opsd", method__diagnose_every=0, **options))
+    (t,) = parts.method.prepare([attempt("13<eos>")], step=0).trajectories
+    assert t.teacher_context == ids("<bos>7+5=? it is 12.<sol>")
+
+
+def test_our_own_wording_shows_problem_and_solution(tiny: Callable[..., Config]) -> None:
+    parts = assemble(tiny())  # our wording does not fit a tiny model, but it can be rendered
+    method = make_method(OPSDOptions(diagnose_every=0), parts.tools)
+    (t,) = method.prepare([attempt("13<eos>")], step=0).trajectories
+    text = parts.renderer.text(t.teacher_context)
+    assert text.startswith("7+5=?")
+    assert text.index("7 plus 5") > 5
+
+
+def loss(parts: Any, trajectories: Sequence[Any], clip: float | None) -> float:
+    """Forward KL in float64 by full softmax, entries capped, token mean."""
+    total, count = 0.0, 0
+    for t in trajectories:
+        ours = logps(parts.student.eval(), t.student_context, t.response)
+        with parts.teacher.acting() as model:
+            theirs = logps(model, t.teacher_context, t.response)
+        terms = theirs.exp() * (theirs - ours)
+        total += float((terms if clip is None else terms.clamp(max=clip)).sum())
+        count += len(t.response)
+    return total / count
+
+
+@pytest.mark.parametrize("clip", [0.05, 0.01, None])
+def test_clipped_forward_kl(tiny: Callable[..., Config], clip: float | None) -> None:
+    config = tiny(method__name="opsd", method__template=TEMPLATE, method__entry_clip=clip, optim__steps=1)
+    parts = assemble(config)
+    expected = loss(parts, parts.method.prepare(sample(parts, 0), step=0).trajectories, clip)
+    row = json.loads((train(config, quiet=True).directory / "metrics.jsonl").read_text())
+    assert row["loss"] == pytest.approx(expected, abs=1e-5)
+    assert abs(expected) > 1e-3, "below 0 where the cap bites: a clipped divergence is none"
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+@pytest.mark.parametrize("weights", ["base", "live", "ema"])
+def test_whose_weights_the_teacher_has(tiny: Callable[..., Config], lora: int, weights: str) -> None:
+    options = {"method__weights": weights, "method__ema_decay": 0.75, "student__lora_rank": lora}
+    parts = assemble(tiny(method__name="opsd", method__template=TEMPLATE, **options))
+    batch = collate(parts.method.prepare(sample(parts, 0), step=0).trajectories)
+    before = parts.teacher.hidden(batch)
+    trained = [p for p in parts.student.parameters() if p.requires_grad]
+    starts = [p.detach().clone() for p in trained]
+    with torch.no_grad():
+        for p in trained:
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())), alpha=0.3)
+    assert bool((parts.teacher.hidden(batch) == before).all()) == (weights != "live")
+    parts.method.after_step({})
+    state = parts.method.state()
+    if weights == "base":
+        assert torch.equal(parts.teacher.hidden(batch), before)
+    if weights != "ema":
+        assert not state
+        return
+    average = dict(parts.teacher.model.named_parameters())
+    names = [n for n, p in parts.student.named_parameters() if p.requires_grad]
+    for name, start, p in zip(names, starts, trained, strict=True):
+        torch.testing.assert_close(average[name], 0.75 * start + 0.25 * p.detach())
+        assert torch.equal(state[f"ema.{name}"], average[name])
+
+
+@pytest.mark.parametrize("weights", ["base", "ema"])
+def test_killed_and_resumed_is_the_same_run(tiny: Callable[..., Config], weights: str) -> None:
+    options = {"method__name": "opsd", "method__template": TEMPLATE, "method__weights": weights}
+    whole = train(tiny(**options, run__save_every=1, run__keep=3, run__name="whole"), quiet=True).directory
+    config = tiny(**options, run__save_every=1, run__keep=3, run__name="cut")
+    cut = train(config, quiet=True).directory
+    for name in ("model", "checkpoints/step_3", "checkpoints/step_2"):
+        for file in (cut / name).iterdir():
+            file.unlink()
+        (cut / name).rmdir()
+    train(config, quiet=True)
+    rows = [[json.loads(x) for x in (d / "metrics.jsonl").read_text().splitlines()] for d in (whole, cut)]
+    assert [{**r, "seconds": 0} for r in rows[0]] == [{**r, "seconds": 0} for r in rows[1]]
+
+
+def test_diagnostics_split_by_verdict(tiny: Callable[..., Config]) -> None:
+    parts = assemble(tiny(method__name="opsd", method__template=TEMPLATE))
+    attempts = [attempt("13<eos>"), attempt("12<eos>"), attempt("so 12<eos>")]
+    method = make_method(OPSDOptions(template=TEMPLATE), replace(parts.tools, onset_ids=(30,)))
+    prepared = method.prepare(attempts, step=0)
+    by_verdict: dict[str, list[float]] = {"right": [], "wrong": []}
+    for t, name in zip(prepared.trajectories, ("wrong", "right", "wrong"), strict=True):
+        ours = logps(parts.student.eval(), t.student_context, t.response)
+        theirs = logps(parts.teacher.model, t.teacher_context, t.response)
+        by_verdict[name] += (ours.exp() * (ours - theirs)).sum(-1).tolist()
+    for name, values in by_verdict.items():  # the exact grader: the last line is the answer, and no more
+        total, count = prepared.means[f"reverse_kl_y_{name}_nats"]
+        assert count == len(values)
+        assert total == pytest.approx(sum(values), abs=1e-5)
+    assert method.prepare(attempts, step=1).means
+    rarely = make_method(OPSDOptions(template=TEMPLATE, diagnose_every=2), parts.tools)
+    assert not rarely.prepare(attempts, step=1).means
+
+
+@pytest.mark.parametrize(("column", "hint"), [("solution", "solution"), ("answer", "answer")])
+def test_missing_columns_stop_before_models_load(
+    tiny: Callable[..., Config], tmp_path: Path, column: str, hint: str
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    whole = {"id": "a", "prompt": "1+1=?", "answer": "2", "solution": "one and one"}
+    for other in ({**whole, column: "  "}, {k: v for k, v in whole.items() if k != column}):
+        path.write_text(json.dumps(whole) + "\n" + json.dumps({**other, "id": "b"}) + "\n")
+        config = tiny(
+            method__name="opsd",
+            method__hint=hint,
+            data__train=str(path),
+            student__model="/nowhere",
+            rollout__prompts=2,
+        )
+        with pytest.raises(
+            UserError, match=f"opsd needs the column {column} for .* 1 of 2|line 2: .* is empty"
+        ):
+            assemble(config)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"template": "{problem}"}, "the slots {problem}, {solution}; it has {problem}"),
+        ({"template": "{problem} {solution}", "hint": "answer"}, "the slots {answer}, {problem}"),
+        ({"weights": "old"}, "base"),
+    ],
+)
+def test_impossible_options(tiny: Callable[..., Config], method: dict[str, Any], message: str) -> None:
+    data = tiny().model_dump(mode="json")
+    data["method"] = {"name": "opsd", **method}
+    with pytest.raises(UserError) as raised:
+        configuration.build(data)
+    assert message in str(raised.value)
+
+
+def test_the_gym_has_no_prompt_with_the_answer_alone() -> None:
+    with pytest.raises(UserError, match="use hint: solution"):
+        configuration.build({"method": {"name": "opsd", "hint": "answer"}})

@@ -1,0 +1,501 @@
+"""TOPD: a worked example by hand, every option, and what must not matter: batches, caches, ranks."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import exp, log
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from onpath import config as configuration
+from onpath.config.build import Config
+from onpath.config.methods.topd import TOPDOptions
+from onpath.data.batch import collate, micro_batches
+from onpath.engines.base import Completion
+from onpath.engines.reading import Readings, read
+from onpath.losses import Head, Objective, TeacherHidden, fused_objective
+from onpath.methods import Prepared, make_method
+from onpath.methods.base import own_response
+from onpath.methods.topd import guide
+from onpath.methods.topd.candidates import Fork
+from onpath.methods.topd.futures import teacher_futures
+from onpath.methods.topd.method import TOPD
+from onpath.records import Prompt, Rollout, Sampling, Trajectory, token_count
+from onpath.run.assemble import assemble
+from onpath.run.log import read_lines
+from onpath.run.loss import sparse_guidance
+from onpath.run.parts import Parts
+from onpath.run.trajectories import read_trajectories
+from onpath.system.errors import UserError
+from onpath.training import sample, train
+from onpath.transport.plans import window_divergence
+
+Tiny = Callable[..., Config]
+
+
+def of_method(options: dict[str, Any]) -> dict[str, Any]:
+    """As the keywords of `tiny`."""
+    return {f"method__{key}": value for key, value in options.items()}
+
+
+@pytest.fixture
+def topd(tiny: Tiny) -> Callable[..., Parts]:
+    """Parts of a TOPD run over the tiny models; keyword options of the method."""
+
+    def build(**method: Any) -> Parts:
+        section = {"name": "topd", "window": 6, "top_share": 0.1, **method}
+        return assemble(tiny(**of_method(section), rollout__max_new_tokens=20))
+
+    return build
+
+
+def prepared(parts: Parts, step: int = 0) -> Prepared:
+    return parts.method.prepare(sample(parts, step), step=step)
+
+
+def found_in(trajectories: Sequence[Trajectory]) -> list[dict[str, Any]]:
+    return [f for t in trajectories for f in t.edit.detail.get("forks", [])]
+
+
+def essence(done: Prepared) -> list[Any]:
+    """Everything that training depends on."""
+
+    def row(t: Trajectory) -> Any:
+        targets = [(g.start, [dict(target) for target in g.targets]) for g in t.guidance]
+        known = ("position", "decision", "distance", "teacher_window")
+        return t.response, t.token_weights, targets, [[f[k] for k in known] for f in found_in([t])]
+
+    order = sorted(done.trajectories, key=lambda t: (t.origin is None, t.student_context, t.response))
+    return [row(t) for t in order]
+
+
+def same(a: Any, b: Any) -> None:
+    """Equal but for the last digits."""
+    if isinstance(a, float):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+    elif isinstance(a, dict):
+        same(sorted(a.items()), sorted(b.items()))
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            same(x, y)
+    else:
+        assert a == b
+
+
+# The worked example: S = (0 1), T = (1 2), e0 ⟂ e1, e2 between them.
+EMBEDDING = torch.tensor([[1.0, 0.0], [0.0, 3.0], [2.0, 2.0], [-1.0, 0.5]])
+COST = [[1.0, 1 - 0.5**0.5], [0.0, 1 - 0.5**0.5]]
+SHARE = exp(-1.0) / (1 + exp(-1.0))  # of the diagonal, at ε = 1/2: a/(½−a) = exp(−(c00+c11−c01−c10)/2ε)
+
+
+def test_worked_example_distance_plan_and_targets() -> None:
+    ids = {"student_ids": torch.tensor([0, 1]), "teacher_ids": torch.tensor([1, 2]), "embedding": EMBEDDING}
+    distance, plan = window_divergence(**ids)
+    assert distance.item() == pytest.approx((COST[0][1] + COST[1][0]) / 2)  # 0 ↔ 2, 1 ↔ 1: 0.1464
+    assert plan.tolist() == [[0.0, 0.5], [0.5, 0.0]]
+    _, smooth = window_divergence(**ids, epsilon=0.5)
+    assert smooth.tolist() == [pytest.approx([SHARE / 2, (1 - SHARE) / 2], abs=1e-5),
+                               pytest.approx([(1 - SHARE) / 2, SHARE / 2], abs=1e-5)]  # fmt: skip
+    fork = Fork(row=0, position=1, loss=1.0, gap=0.0, draw=0.5, student=(0, 1), teacher=(1, 2))
+    (guidance,) = guide.guidance_of([fork], [smooth.double().numpy()], [3], TOPDOptions())[0]
+    assert guidance.start == 1
+    assert guidance.targets[0] == pytest.approx({1: 0.26894, 2: 0.73106}, abs=1e-4)
+    assert guidance.targets[1] == pytest.approx({1: 0.73106, 2: 0.26894}, abs=1e-4)
+
+
+@pytest.mark.parametrize(("mass", "strength", "expected"), [("row", 2.0, 1.07209), ("literal", 1.0, None)])
+def test_worked_example_loss(mass: Any, strength: float, expected: float | None) -> None:
+    """A uniform student over four tokens, three response tokens, two of them guided; L_OPD is 0."""
+    plan = np.array([[SHARE / 2, (1 - SHARE) / 2], [(1 - SHARE) / 2, SHARE / 2]])
+    fork = Fork(row=0, position=1, loss=1.0, gap=0.0, draw=0.5, student=(0, 1), teacher=(1, 2))
+    guidance = guide.guidance_of([fork], [plan], [3], TOPDOptions(mass=mass))[0]
+    trajectory = Trajectory(
+        student_context=(1,),
+        teacher_context=(1,),
+        response=(3, 0, 1),
+        guidance=guidance,
+        weights=(1.0, 0.5, 1.0),
+    )
+    batch = collate([trajectory])
+    uniform = torch.zeros(3, 2)
+    head = Head(weight=EMBEDDING)
+    result = fused_objective(
+        student_hidden=uniform, student_head=head, teacher=TeacherHidden(hidden=uniform, head=head),
+        objective=Objective(kind="reverse_kl"), weights=batch.weight_N, denominator=token_count([trajectory]),
+        sampled_ids=batch.token_N, guidance=sparse_guidance(batch, strength=strength),
+    )  # fmt: skip
+    entropy = -SHARE * log(SHARE) - (1 - SHARE) * log(1 - SHARE)
+    row = 2 * (log(4) - entropy)  # two rows
+    by_hand = {"row": 2.0 * row / 3, "literal": 0.5 * (row + 2 * log(0.5)) / 3}[
+        mass
+    ]  # three tokens, one capped
+    assert result.loss.item() == pytest.approx(by_hand, abs=1e-5)
+    if expected is not None:
+        assert by_hand == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_step_against_a_plain_recomputation(topd: Callable[..., Parts]) -> None:
+    """ℓ from full logits, windows from `generate`, D by trying all assignments' optimum with scipy."""
+    from scipy.optimize import linear_sum_assignment
+
+    parts = topd(drop_share=0.0, top_share=0.05)
+    rollouts = sample(parts, 0)
+    done = parts.method.prepare(rollouts, step=0)
+    table = torch.nn.functional.normalize(parts.student.get_input_embeddings().weight.detach(), dim=-1)
+    teacher: Any = parts.teacher
+    compared = 0
+    for r, t in zip(rollouts, done.trajectories, strict=True):
+        ids = torch.tensor([r.context + r.ids])
+        span = slice(len(r.context) - 1, len(r.context) + len(r.ids) - 1)
+        with torch.no_grad():
+            s, q = (m(input_ids=ids).logits[0, span].log_softmax(-1) for m in (parts.student, teacher.model))
+        kl = (s.exp() * (s - q)).sum(-1)
+        (fork,) = found_in([t])
+        assert fork["position"] == int(kl.argmax())
+        assert fork["loss"] == pytest.approx(float(kl.max()), rel=1e-4)
+        prefix = torch.tensor([r.context + r.ids[: fork["position"]]])
+        mask = torch.ones_like(prefix)
+        written = teacher.model.generate(
+            input_ids=prefix, attention_mask=mask, max_new_tokens=6, do_sample=False
+        )
+        window = written[0, prefix.shape[1] :].tolist()
+        if r.finish_reason == "length":
+            window = window[: len(r.ids) - fork["position"]]
+        assert fork["teacher_window"] == window
+        assert fork["student_window"] == list(r.ids[fork["position"] :][:6])
+        if len(window) == len(fork["student_window"]):
+            cost = (1 - table[fork["student_window"]] @ table[window].T).numpy()
+            assert fork["distance"] == pytest.approx(cost[linear_sum_assignment(cost)].mean(), abs=1e-5)
+            compared += 1
+    assert compared >= 3
+
+
+def test_forks_guide_the_rows_from_their_position_on(topd: Callable[..., Parts]) -> None:
+    done = prepared(topd(decide="all_high_loss"))
+    for t in done.trajectories:
+        guided = {g.start + i for g in t.guidance for i in range(len(g.targets))}
+        expected = {
+            f["position"] + i for f in found_in([t]) for i in range(6) if f["position"] + i < len(t.response)
+        }
+        assert guided == expected
+        for g in t.guidance:
+            assert all(sum(row.values()) == pytest.approx(1.0) for row in g.targets)
+            allowed = {i for f in found_in([t]) for i in f["teacher_window"]}
+            assert all(set(row) <= allowed for row in g.targets)
+
+
+CHANGES: list[dict[str, Any]] = [
+    {"candidates": "teacher_nll"},
+    {"candidates": "sampled_gap"},
+    {"top_share": 0.2},
+    {"min_gap": 4, "top_share": 0.3},
+    {"max_per_rollout": 1},
+    {"max_per_step": 24, "top_share": 0.3},
+    {"window": 3},
+    {"teacher_temperature": 1.0},
+    {"student_window": "regenerate"},
+    {"embedding": "teacher"},
+    {"embedding": "student_layer"},
+    {"embedding": "student_layer", "embedding_layer": 1},
+    {"decide": "threshold", "threshold": 0.97},
+    {"decide": "upper_quartile_of_low_loss"},
+    {"decide": "sampled_gap"},
+    {"decide": "random_positions"},
+    {"decide": "all_high_loss"},
+    {"drop_share": 0.7},
+    {"plan": "shuffled"},
+    {"plan": "positional"},
+    {"plan": "teacher_window_ce"},
+    {"epsilon": 0.5},
+    {"mass": "literal"},
+    {"overlap": "suppress", "top_share": 0.3},
+    {"guide": False, "suppress": "low"},
+    {"guide": False, "suppress": "high"},
+    {"suppress": "low"},
+    {"first_tokens": 9},
+]
+
+
+def test_every_option_changes_what_is_trained_on(topd: Callable[..., Parts]) -> None:
+    base = topd()
+    rollouts = sample(base, 0)
+    outcomes = [essence(base.method.prepare(rollouts, step=0))]
+    for change in CHANGES:
+        method = TOPDOptions(**{"window": 6, "top_share": 0.1, **change})
+        outcomes.append(essence(make_method(method, base.tools).prepare(rollouts, step=0)))
+    seen: dict[str, Any] = {}
+    for change, outcome in zip([{}, *CHANGES], outcomes, strict=True):
+        assert seen.setdefault(repr(outcome), change) is change
+
+
+@pytest.mark.parametrize("change", [{"teacher_temperature": 0.7}, {"student_window": "regenerate"}])
+def test_what_is_drawn_is_drawn_by_seed_and_step(change: Any, topd: Callable[..., Parts]) -> None:
+    parts = topd(**change)
+    rollouts = sample(parts, 0)
+    first, again, later = (
+        essence(make_method(parts.config.method, parts.tools).prepare(rollouts, step=step))
+        for step in (0, 0, 1)
+    )
+    assert first == again
+    assert first != later
+
+
+def test_neither_cache_nor_batches_matter(topd: Callable[..., Parts]) -> None:
+    parts = topd()
+    rollouts = sample(parts, 0)
+    whole = essence(parts.method.prepare(rollouts, step=0))
+    for reuse in (True, False):
+        for max_tokens in (40, 110, 16_384):
+            tools = replace(parts.tools, measure=replace(parts.tools.measure, max_tokens=max_tokens))
+            method = make_method(parts.config.method.model_copy(update={"reuse_cache": reuse}), tools)
+            same(essence(method.prepare(rollouts, step=0)), whole)
+
+
+@pytest.mark.parametrize("busy", [2048, 1], ids=["one pass", "a pass per length"])
+def test_branches_write_what_a_fresh_prefix_would(
+    busy: int, topd: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedy and sampled, several places per row, several passes into one cache, windows that end early."""
+    monkeypatch.setattr("onpath.data.batch._BUSY_TOKENS", busy)
+    parts = topd()
+    rollouts = sample(parts, 0)
+    places = [
+        Fork(row=row, position=t, loss=0, gap=0, draw=0)
+        for row, r in enumerate(rollouts) for t in range(0, len(r.ids), 2 + row % 3)
+    ]  # fmt: skip
+    keys = [f"{f.row}/{f.position}" for f in places]
+    passes: list[int] = []
+    for max_tokens in (16_384, 64):
+        models = replace(parts.tools.measure, max_tokens=max_tokens)
+        for temperature in (0.0, 1.0):
+            sampling = Sampling(temperature=temperature, max_new_tokens=30, seed=3)
+            for reading in read(models, [own_response(r) for r in rollouts], past=True):
+                passes.append(len(reading.batches))
+                here = [id(t.origin) for t in reading.trajectories]
+                mine = [i for i, f in enumerate(places) if id(rollouts[f.row]) in here]
+                args = ([places[i] for i in mine], rollouts, parts.tools, sampling, [keys[i] for i in mine])
+                ours, plain = teacher_futures(*args, reading), teacher_futures(*args, None)
+                assert [c.ids for c in ours] == [c.ids for c in plain]
+                assert [c.finish_reason for c in ours] == [c.finish_reason for c in plain]
+                for a, b in zip(ours, plain, strict=True):
+                    assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+    assert (max(passes) > 1) is (busy == 1)
+
+
+def test_the_loss_reads_nothing_twice(topd: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One forward pass of each model per step, and the same loss and gradients as with passes of its own."""
+    from onpath.run.loss import loss_of, teacher_states
+
+    parts = topd()
+    done = prepared(parts)
+    gradients = []
+    for readings in (done.readings, Readings()):
+        total = 0.0
+        for micro in micro_batches(done.trajectories, max_tokens=16_384):
+            batch = collate(micro)
+            known = replace(done, readings=readings)
+            result = loss_of(parts, batch, teacher_states(parts, batch, known), known, 100.0)
+            result.loss.backward()
+            total += result.loss.item()
+        gradients.append((total, [p.grad.clone() for p in parts.student.parameters() if p.grad is not None]))
+        parts.student.zero_grad()
+    assert gradients[0][0] == pytest.approx(gradients[1][0], rel=1e-6)
+    for a, b in zip(gradients[0][1], gradients[1][1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+    assert done.readings.student == []  # handed over, once
+    calls = {"student": 0, "teacher": 0}
+    for name, model in (("student", parts.student), ("teacher", parts.tools.measure.teacher.model)):
+        decoder = model.get_decoder()
+        count = lambda *_, who=name: calls.__setitem__(who, calls[who] + 1)  # noqa: E731
+        decoder.register_forward_hook(count)
+    rollouts = sample(parts, 0)
+    calls |= {"student": 0, "teacher": 0}
+    monkeypatch.setattr(
+        "onpath.methods.topd.futures.teacher_futures", lambda found, *_: [_silence()] * len(found)
+    )
+    again = parts.method.prepare(rollouts, step=0)
+    (batch,) = (collate(m) for m in micro_batches(again.trajectories, max_tokens=16_384))
+    loss_of(parts, batch, teacher_states(parts, batch, again), again, 100.0)
+    assert calls == {"student": 1, "teacher": 1}
+
+
+def _silence() -> Completion:
+    return Completion(ids=(2,), logprobs=(0.0,), finish_reason="stop")
+
+
+def test_readings_give_each_graph_once() -> None:
+    def trajectory(token: int) -> Trajectory:
+        return Trajectory(student_context=(1,), teacher_context=(1,), response=(token,))
+
+    rows = {((1,), (t,)): torch.full((1, 2), float(t)) for t in (3, 4, 5)}
+    split = [{k: v for k, v in rows.items() if k[1] != (5,)}, {((1,), (5,)): rows[((1,), (5,))]}]
+    readings = Readings(student=list(split))
+    assert readings.student_hidden(collate([trajectory(3), trajectory(9)])) is None
+    found = readings.student_hidden(collate([trajectory(4)]))
+    assert found is not None
+    assert found.tolist() == [[4.0, 4.0]]
+    assert readings.student_hidden(collate([trajectory(3)])) is None  # its graph went with 4's
+    assert readings.student_hidden(collate([trajectory(5)])) is not None
+
+
+def test_suppressed_weights_scale_the_loss_and_not_the_count(topd: Callable[..., Parts]) -> None:
+    done = prepared(topd(suppress="low", top_share=0.2))
+    lowered = [(f["weight"], f["decision"]) for f in found_in(done.trajectories) if f["weight"] < 1]
+    assert lowered
+    assert {decision for _, decision in lowered} == {"surface"}
+    assert token_count(done.trajectories) == sum(len(t.response) for t in done.trajectories)
+    for t in done.trajectories:
+        for f in found_in([t]):
+            assert t.token_weights[f["position"]] == f["weight"]
+
+
+def test_teacher_window_ce_is_spliced_after_the_prefix(topd: Callable[..., Parts]) -> None:
+    parts = topd(plan="teacher_window_ce")
+    done = prepared(parts)
+    extra = [t for t in done.trajectories if t.edit.kind == "teacher_window"]
+    real = [f for f in found_in(done.trajectories) if f["decision"] == "fork"]
+    assert len(extra) == len(real) > 0
+    for t in extra:
+        position = t.edit.detail["position"]
+        assert t.origin is not None
+        assert t.student_context == t.origin.context + t.origin.ids[:position]
+        assert set(t.token_weights) == {0.0}
+        assert [dict(row) for row in t.guidance[0].targets] == [{i: 1.0} for i in t.response]
+    assert token_count(done.trajectories) == sum(len(t.response) for t in done.trajectories if t not in extra)
+    batch = collate(extra)
+    with torch.no_grad():
+        logits = parts.student(input_ids=batch.student_ids_BS, attention_mask=batch.student_mask_BS).logits
+        nll = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1)[batch.student_at_N], batch.token_N, reduction="sum"
+        )
+    from onpath.run.loss import loss_of, teacher_states
+
+    result = loss_of(parts, batch, teacher_states(parts, batch, done), done, 10.0)
+    assert result.loss.item() == pytest.approx(nll.item() / 10, rel=1e-5)
+
+
+def test_first_tokens_cut_candidates_and_guidance(topd: Callable[..., Parts]) -> None:
+    done = prepared(topd(first_tokens=8, top_share=0.3))
+    for t in done.trajectories:
+        assert len(t.response) <= 8
+        assert all(f["position"] < 8 for f in found_in([t]))
+    assert any(len(f["student_window"]) == 6 for f in found_in(done.trajectories) if f["position"] > 3)
+
+
+def test_the_moving_quantile_and_the_auto_weight(topd: Callable[..., Parts]) -> None:
+    method = topd(guidance_weight="auto", quantile_decay=0.5).method
+    assert isinstance(method, TOPD)
+    method.follow(0.4)
+    assert float(method.threshold) == pytest.approx(0.4)  # nothing before it
+    method.follow(0.8)
+    assert float(method.threshold) == pytest.approx(0.6)
+    method.follow(None)
+    method.after_step({"guidance_grad_ratio": 1.0})
+    assert float(method.guidance_weight) == pytest.approx(0.5)
+    method.after_step({"guidance_grad_ratio": 0.01})  # at most four times as much in one step
+    assert float(method.guidance_weight) == pytest.approx(2.0)
+    method.after_step({})
+    assert float(method.guidance_weight) == pytest.approx(2.0)
+
+
+def test_auto_holds_the_ratio_of_gradients(tiny: Tiny) -> None:
+    method = {"name": "topd", "window": 6, "guidance_weight": "auto", "auto_ratio": 0.25, "top_share": 0.1}
+    config = tiny(**of_method(method), optim__steps=6, run__name="auto")
+    rows = read_lines(train(config, quiet=True).directory / "metrics.jsonl")
+    assert rows[0]["guidance_weight"] == 1.0
+    assert rows[0]["guidance_grad_ratio"] > 0.5
+    assert np.mean([r["guidance_grad_ratio"] for r in rows[2:]]) == pytest.approx(0.25, rel=0.35)
+
+
+def test_a_resumed_run_is_the_same_run(tiny: Tiny, tmp_path: Path) -> None:
+    """The moving quantile and λ are in the checkpoint."""
+    method = {"name": "topd", "window": 6, "guidance_weight": "auto", "top_share": 0.1}
+    options = {**of_method(method), "run__save_every": 2, "optim__schedule": "constant"}
+    whole = train(tiny(**options, optim__steps=4, run__name="whole"), quiet=True)
+    half = train(tiny(**options, optim__steps=2, run__name="half"), quiet=True)
+    (half.directory / "config.yaml").unlink()
+    import shutil
+
+    shutil.rmtree(half.model)
+    rest = train(tiny(**options, optim__steps=4, run__name="half"), quiet=True)
+    ignored = ("seconds", "topd_seconds", "lr")
+    rows = [
+        [{k: v for k, v in row.items() if k not in ignored} for row in read_lines(d / "metrics.jsonl")]
+        for d in (whole.directory, rest.directory)
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_forks_are_stored_and_metrics_logged(tiny: Tiny) -> None:
+    method = of_method({"name": "topd", "window": 6, "top_share": 0.1})
+    config = tiny(**method, optim__steps=1, run__trajectories_every=1)
+    done = train(config, quiet=True)
+    (row,) = read_lines(done.directory / "metrics.jsonl")
+    stored = read_trajectories(done.directory)
+    found = [f for r in stored for f in json.loads(r["detail"]).get("forks", [])]
+    assert len(found) == row["fork_candidates"] > 0
+    assert sum(f["decision"] == "fork" for f in found) == row["forks"]
+    assert row["fork_share"] == pytest.approx(row["forks"] / row["fork_candidates"])
+    assert row["candidate_distance"] == pytest.approx(np.mean([f["distance"] for f in found]))
+    assert sum(len(f["teacher_window"]) for f in found) == row["teacher_tokens_generated"]
+    assert row["guidance_grad_ratio"] > 0
+    assert row["guidance"] > 0
+    assert set(row["topd_seconds"]) == {"read", "windows", "transport", "targets"}
+    kept = [f for f in found if f["decision"] == "fork"]
+    assert all(f["plan"] for f in kept)
+    assert all("".join(f["teacher_tokens"]) == f["teacher_text"] for f in kept)
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(tiny: Tiny, tmp_path: Path) -> None:
+    method = {"name": "topd", "window": 6, "guidance_weight": "auto", "suppress": "high", "top_share": 0.1}
+    options = {**of_method(method), "rollout__prompts": 5, "optim__steps": 2}
+    one = train(tiny(**options, run__name="one"), quiet=True).directory
+    config = tiny(**options, run__name="two")
+    path = tmp_path / "two.yaml"
+    path.write_text(config.to_yaml())
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    command = [*launch, "-m", "onpath", "train", str(path), "--quiet"]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    names = (
+        "loss", "tokens", "grad_norm", "forks", "fork_candidates", "candidate_distance", "fork_threshold",
+        "guidance", "guidance_grad_ratio", "guidance_weight", "suppressed_tokens", "teacher_tokens_generated",
+    )  # fmt: skip
+    rows = [read_lines(d / "metrics.jsonl") for d in (one, Path(config.run.dir) / "two")]
+    for a, b in zip(*rows, strict=True):
+        assert {k: a[k] for k in names} == pytest.approx({k: b[k] for k in names}, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"guide": False}, "changes nothing"),
+        ({"guidance_weight": -1.0}, "at least 0"),
+        ({"decide": "loss"}, "method.decide"),
+        ({"plan": "emd"}, "method.plan"),
+    ],
+)
+def test_impossible_options_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        configuration.build({"method": {"name": "topd", **changes}})
+
+
+def test_nothing_to_do_is_done(topd: Callable[..., Parts]) -> None:
+    parts = topd()
+    assert parts.method.prepare([], step=0).trajectories == []
+    empty = Rollout(
+        prompt=Prompt(id="p", text="?"), ids=(), logprobs=(), finish_reason="length", policy_version=0,
+        sampling=Sampling(), context=(1, 9),
+    )  # fmt: skip
+    (only,) = parts.method.prepare([empty], step=0).trajectories
+    assert only.response == ()
+    assert only.edit.kind == "none"

@@ -1,0 +1,132 @@
+"""What two processes share out; methods with a state, token weights and restarts on any number of processes.
+
+`test_two_processes.py` has plain OPD.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from onpath.config.build import Config
+from onpath.run.log import read_lines
+from onpath.system import distributed
+from onpath.training import train
+from tests.run.test_resume import Stopped, stop_at
+from tests.system.test_two_processes import torchrun
+
+Tiny = Callable[..., Config]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("count", [0, 1, 4, 7])
+def test_shares_are_whole_and_come_back_in_order(
+    world: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = list(range(count))
+    monkeypatch.setattr(distributed, "world", lambda: world)
+    shares = []
+    for rank in range(world):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        shares.append(distributed.share(items))
+    assert sorted(i for share in shares for i in share) == items
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+    def gathered(parts: list[Any], mine: list[Any]) -> None:
+        parts[:] = shares
+
+    monkeypatch.setattr(dist, "all_gather_object", gathered)
+    assert distributed.gather(shares[0]) == items
+
+
+def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (distributed.rank(), distributed.world()) == (0, 1)
+    assert distributed.total([1, 2.5, 10**15 + 1], torch.device("cpu")) == [1.0, 2.5, 10.0**15 + 1]
+    assert distributed.gather([3, 1]) == [3, 1]
+    distributed.barrier()
+    model = torch.nn.Linear(2, 2)
+    distributed.sum_gradients(model)
+    assert model.weight.grad is None
+
+
+def test_gradients_are_summed_not_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a rank that had nothing to do, whose gradients are None, and weights of two dtypes."""
+    monkeypatch.setattr(distributed, "world", lambda: 3)
+    monkeypatch.setattr(dist, "all_reduce", lambda flat: flat.mul_(3).add_(1))
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2).to(torch.bfloat16))
+    model[0].bias.requires_grad_(False)
+    model[0].weight.grad = torch.full((3, 2), 2.0)
+    distributed.sum_gradients(model)
+    assert torch.equal(model[0].weight.grad, torch.full((3, 2), 7.0))
+    assert torch.equal(model[1].weight.grad, torch.ones(2, 3, dtype=torch.bfloat16))
+    assert model[0].bias.grad is None
+
+
+def numbers(run: Path) -> list[dict[str, float]]:
+    return [
+        {k: v for k, v in row.items() if isinstance(v, int | float)}
+        for row in read_lines(run / "metrics.jsonl")
+    ]
+
+
+def same(one: Path, two: Path) -> None:
+    rows = numbers(one), numbers(two)
+    assert len(rows[0]) == len(rows[1]) > 0
+    for a, b in zip(*rows, strict=True):
+        assert a == pytest.approx(b, rel=2e-5, abs=1e-6)
+    weights = [load_file(next((run / "model").glob("*.safetensors"))) for run in (one, two)]
+    for name, tensor in weights[0].items():
+        assert tensor.allclose(weights[1][name], rtol=1e-4, atol=5e-6), name
+
+
+@pytest.mark.slow
+def test_two_contexts_an_average_and_weighted_tokens(tiny: Tiny, tmp_path: Path) -> None:
+    """OPSD with a moving average under LoRA, tokens weighted by a statistic, three prompts with two samples
+    each."""
+    options = {
+        "method__name": "opsd",
+        "method__weights": "ema",
+        "method__ema_decay": 0.5,
+        "method__reweight": "teacher_entropy",
+        "method__cosine_every": 1,
+        "student__lora_rank": 4,
+        "rollout__prompts": 3,
+        "rollout__n": 2,
+        "optim__steps": 3,
+        "optim__lr": 1e-2,
+        "run__trajectories_every": 1,
+        "data__eval": {},
+    }
+    one = train(tiny(**options, run__name="one"), quiet=True).directory
+    two = torchrun(tiny(**options, run__name="two"), tmp_path, processes=2)
+    same(one, two)
+    assert {"gradient_cosine"} <= set(numbers(one)[-1])
+    stored = [pq.read_table(run / "trajectories" / "step_000001.parquet").to_pylist() for run in (one, two)]
+    key = [
+        sorted((r["prompt_id"], r["sample"], r["response"], r["correct"]) for r in rows) for rows in stored
+    ]
+    assert key[0] == key[1]
+    assert len(key[0]) == 6
+    averages = [load_file(run / "checkpoints" / "step_3" / "method.safetensors") for run in (one, two)]
+    assert averages[0].keys() == averages[1].keys() != set()
+    for name, tensor in averages[0].items():
+        assert tensor.allclose(averages[1][name], rtol=1e-4, atol=5e-6), name
+
+
+@pytest.mark.slow
+def test_begun_by_one_process_and_ended_by_two(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"rollout__prompts": 5, "optim__steps": 4, "run__save_every": 2, "data__eval": {}}
+    whole = train(tiny(**options, run__name="whole"), quiet=True).directory
+    config = tiny(**options, run__name="begun")
+    with monkeypatch.context() as patch:
+        stop_at(patch, "onpath.training", "one_step", call=4, after=False)
+        with pytest.raises(Stopped):
+            train(config, quiet=True)
+    same(whole, torchrun(config, tmp_path, processes=2))

@@ -1,0 +1,74 @@
+"""Two gloo processes under torchrun give what one process gives."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from onpath.config.build import Config
+from onpath.engines.vllm import request_seed
+from onpath.run.log import read_lines
+from onpath.training import train
+from tests.engines.test_server import fake_of, restarted
+
+COLUMNS = ("loss", "tokens", "reverse_kl_nats", "student_entropy_nats", "grad_norm", "mean_length", "lr")
+
+
+def torchrun(config: Config, tmp_path: Path, *, processes: int) -> Path:
+    path = tmp_path / f"{config.run.name}.yaml"
+    path.write_text(config.to_yaml())
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    command = [*launcher, "--standalone", "-m", "onpath", "train", str(path), "--quiet"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return Path(config.run.dir) / config.run.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prompts", [7, 1])  # an odd share; a rank that has nothing to do
+def test_two_processes_are_one(prompts: int, tiny: Callable[..., Config], tmp_path: Path) -> None:
+    options = {"rollout__prompts": prompts, "optim__steps": 3, "eval__start": True}
+    one = train(tiny(**options, run__name="one"), quiet=True).directory
+    two = torchrun(tiny(**options, run__name="two"), tmp_path, processes=2)
+    assert_same(one, two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlap", [False, True])
+def test_two_processes_share_a_rollout_server(
+    overlap: bool, tiny: Callable[..., Config], model_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    """New weights go to it once for both, and not before the second has its samples of the old ones."""
+    fake = fake_of(model_dirs["student"])
+    options = {"rollout__engine": "vllm", "rollout__url": fake.url, "rollout__overlap": overlap}
+    options |= {"rollout__prompts": 2, "optim__steps": 3, "optim__lr": 0.01, "eval__start": True}
+    ones = [tiny(**options, run__name=name) for name in ("one", "two")]
+    late = {request_seed(ones[0].run.seed, f"step {step}/1/0") for step in range(3)}  # of the second process
+    fake.waits_for_push = lambda body: body.get("seed") in late
+    one = train(ones[0], quiet=True).directory
+    pushes = fake.resets
+    asked = {body.get("seed") for body in fake.requests}
+    restarted(fake)
+    two = torchrun(ones[1], tmp_path, processes=2)
+    fake.stop()
+    assert late <= asked
+    assert_same(one, two)
+    assert fake.resets == 2 * pushes == 2 * (1 + 3)
+
+
+def assert_same(one: Path, two: Path) -> None:
+    """Metrics, evaluations and weights of two runs."""
+    rows = [read_lines(run / "metrics.jsonl") for run in (one, two)]
+    assert len(rows[0]) == len(rows[1]) == 3
+    for a, b in zip(*rows, strict=True):
+        assert {k: a[k] for k in COLUMNS} == pytest.approx({k: b[k] for k in COLUMNS}, rel=1e-5, abs=1e-7)
+    evals = [read_lines(run / "eval.jsonl") for run in (one, two)]
+    assert evals[0] == evals[1]
+    weights = [load_file(run / "model" / "model.safetensors") for run in (one, two)]
+    for name, tensor in weights[0].items():
+        assert tensor.allclose(weights[1][name], rtol=1e-4, atol=2e-6), name
