@@ -81,7 +81,7 @@ class Ours:
         from onpath.training import one_step
 
         self.parts = assemble(config.build(settings(directory)))
-        self.optimizer, schedule = make_optimizer(self.parts)
+        self.optimizer, schedule = make_optimizer(self.parts.config, self.parts.models.student)
         schedule(0)
         self.steps, self.watch, self._one_step = 0, watch, one_step
         self._measure()
@@ -99,8 +99,8 @@ class Ours:
 
             return inner
 
-        parts.engine.continue_from = timed("generation", parts.engine.continue_from)
-        parts.teacher.hidden = timed("forward teacher", parts.teacher.hidden)
+        parts.generators.student.continue_from = timed("generation", parts.generators.student.continue_from)
+        parts.models.teacher.hidden = timed("forward teacher", parts.models.teacher.hidden)
         story.student_states = timed("forward student", story.student_states)
         story.fused_objective = timed("heads and loss", story.fused_objective)
         torch.Tensor.backward = timed("backward", torch.Tensor.backward)
@@ -181,16 +181,17 @@ def make_trainer(directory: Path, watch: Watch, callbacks: Sequence[Any], steps:
 def agreement(ours: Ours, trainer: Any) -> dict[str, float]:
     """Loss and gradient of both sides on one batch of our rollouts, from the same weights."""
     from onpath.data.batch import collate
-    from onpath.run.loss import loss_of, teacher_states
+    from onpath.run.loss import Step, loss_of, teacher_states
     from onpath.training import sample
 
     parts = ours.parts
     rollouts = sample(parts, step=0)
     prepared = parts.method.prepare(rollouts, step=0)
-    trainer.model.load_state_dict(parts.student.state_dict())
+    trainer.model.load_state_dict(parts.models.student.state_dict())
     count = sum(len(r.ids) for r in rollouts)
     batch = collate(prepared.trajectories)
-    mine = loss_of(parts, batch, teacher_states(parts, batch, prepared), prepared, count).loss
+    step = Step(prepared=prepared, objective=parts.objective, denominator=count)
+    mine = loss_of(parts.models, batch, teacher_states(parts.models, batch, prepared), step).loss
     inputs = {}
     for name, rows, left in (
         ("prompt", [r.context for r in rollouts], True),
@@ -207,7 +208,9 @@ def agreement(ours: Ours, trainer: Any) -> dict[str, float]:
         "loss_onpath": float(mine.detach()),
         "loss_trl": float(theirs.detach()),
         "loss_difference": abs(float(mine.detach()) - float(theirs.detach())),
-        "gradient_relative_difference": _gradient_difference(parts.student, mine, trainer.model, theirs),
+        "gradient_relative_difference": _gradient_difference(
+            parts.models.student, mine, trainer.model, theirs
+        ),
     }
 
 

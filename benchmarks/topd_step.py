@@ -71,11 +71,11 @@ def measure(directory: Path, options: argparse.Namespace, window: int) -> list[d
             meter = one_step(parts, optimizer, pair)
             row[name] = {"step": time.perf_counter() - begun, **meter.watch.seconds}
             if name == "topd":
-                row["topd"] |= meter.prepared.metrics["topd_seconds"]
+                row["topd"] |= meter.step.prepared.metrics["topd_seconds"]
                 row["counts"] = {
                     "tokens": sum(len(r.ids) for r in meter.rollouts),
                     **{
-                        k: meter.prepared.totals[k]
+                        k: meter.step.prepared.totals[k]
                         for k in ("fork_candidates", "forks", "teacher_tokens_generated")
                     },
                 }

@@ -65,7 +65,7 @@ def step_on(
     if micro_batch_tokens is not None:
         optim = parts.config.optim.model_copy(update={"micro_batch_tokens": micro_batch_tokens})
         parts = replace(parts, config=parts.config.model_copy(update={"optim": optim}))
-    recorder = Recorder(parts.student)
+    recorder = Recorder(parts.models.student)
     given = replace(parts, method=Given(list(trajectories)), sampler=Silent())
     meter = one_step(given, recorder, 0)  # type: ignore[arg-type]
     return meter, recorder.gradients

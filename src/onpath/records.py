@@ -69,6 +69,21 @@ class Sampling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Completion:
+    """Tokens generated after a prefix.
+
+    >>> Completion(ids=(4, 2), logprobs=(-0.3, -0.1), finish_reason="stop").finish_reason
+    'stop'
+    """
+
+    ids: tuple[int, ...]
+    """The stop token included, if one was drawn."""
+    logprobs: tuple[float, ...]
+    """Under the distribution drawn from (after temperature, top-k, top-p), nats."""
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rollout:
     """One sampled response. `ids` includes the stop token if one was drawn.
 
@@ -91,12 +106,23 @@ class Rollout:
     """The ids that the response continues: the rendered prompt."""
     sample: int = 0
     """Which of the prompt's n samples this is."""
+    place: int = 0
+    """Its index among the rollouts that were generated together: what joins it to its verdict."""
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.logprobs):
             raise ValueError(
                 f"rollout of {self.prompt.id!r}: {len(self.ids)} ids, {len(self.logprobs)} logprobs"
             )
+
+    @property
+    def key(self) -> str:
+        """Names it in the draws of its step: prompt and sample."""
+        return f"{self.prompt.id}/{self.sample}"
+
+    def prefix(self, length: int) -> tuple[int, ...]:
+        """The context and the first `length` tokens of the response."""
+        return self.context + self.ids[:length]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +180,8 @@ class Trajectory:
     edit: Edit = field(default_factory=lambda: Edit(kind="none"))
     behaviour_logprobs: tuple[float, ...] | None = None
     """Log-probs under the policy that wrote the response, where the objective corrects for it."""
+    place: int | None = None
+    """Its index among the trajectories that are read or trained on together; set there."""
 
     def __post_init__(self) -> None:
         if not self.student_context or not self.teacher_context:
@@ -168,32 +196,6 @@ class Trajectory:
     def token_weights(self) -> tuple[float, ...]:
         """Weights with the default spelled out."""
         return (1.0,) * len(self.response) if self.weights is None else self.weights
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scores:
-    """A served teacher's top-k log-probs of one response.
-
-    >>> s = Scores(ids=((5, 8),), logprobs=((-0.1, -3.0),), sampled=(-0.1,))
-    >>> 0 <= s.tail_mass()[0] < 1
-    True
-    """
-
-    ids: tuple[tuple[int, ...], ...]
-    """Per response position, the k most likely token ids."""
-    logprobs: tuple[tuple[float, ...], ...]
-    sampled: tuple[float, ...]
-    """Teacher log-prob of the response's own token, nats."""
-
-    def __post_init__(self) -> None:
-        if not len(self.ids) == len(self.logprobs) == len(self.sampled):
-            raise ValueError("scores: ids, logprobs and sampled must have one entry per response token")
-
-    def tail_mass(self) -> tuple[float, ...]:
-        """Probability outside the top k, per position, never below 0."""
-        from math import exp
-
-        return tuple(max(0.0, 1.0 - sum(map(exp, row))) for row in self.logprobs)
 
 
 @dataclass(frozen=True, kw_only=True)

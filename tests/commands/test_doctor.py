@@ -24,12 +24,12 @@ from onpath.commands.doctor.finding import Finding
 from onpath.commands.doctor.sample import Probe, logp_of, make_probe, rows_of, untouched
 from onpath.config.build import Config, build
 from onpath.data.batch import Batch
-from onpath.engines.base import Completion
 from onpath.engines.hf import HFEngine
 from onpath.engines.replay import weights_digest
-from onpath.losses import TeacherHidden, TeacherTopK
+from onpath.engines.teacher import Teacher
+from onpath.losses import Head, TeacherHidden, TeacherTopK
 from onpath.methods import Prepared
-from onpath.records import Prompt, Rollout, Sampling
+from onpath.records import Completion, Prompt, Rollout, Sampling
 from onpath.run.assemble import assemble
 from onpath.run.parts import Parts
 from tests.conftest import CHARACTERS, TEMPLATE, make_tokenizer
@@ -129,15 +129,15 @@ def test_the_gyms_defaults_pass(method: str) -> None:
 @pytest.mark.parametrize("lora", [0, 4])
 def test_every_method_leaves_the_weights_as_they_were(method: str, lora: int, tiny: Tiny) -> None:
     parts = assemble(tiny(method__name=method, student__lora_rank=lora, optim__lr=0.1))
-    before = weights_digest(parts.student), {k: v.clone() for k, v in parts.method.state().items()}
+    before = weights_digest(parts.models.student), {k: v.clone() for k, v in parts.method.state().items()}
     with untouched(parts) as restore:
         probe = make_probe(parts)
         costs.measure(parts, probe)
-        assert weights_digest(parts.student) != before[0], "the step was a real one"
+        assert weights_digest(parts.models.student) != before[0], "the step was a real one"
         assert restore()
-    assert weights_digest(parts.student) == before[0]
+    assert weights_digest(parts.models.student) == before[0]
     assert all(v.nan_to_num(-1).equal(before[1][k].nan_to_num(-1)) for k, v in parts.method.state().items())
-    assert parts.engine.policy_version == 0
+    assert parts.generators.student.policy_version == 0
 
 
 def test_long_responses_are_cut_and_long_steps_shared(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,19 +245,27 @@ def test_an_engine_that_adds_a_bos(parts: Parts, probe: Probe) -> None:
         def score(self, contexts: Any, responses: Any) -> Any:
             return self.engine.score([(1, *c) for c in contexts], responses)
 
-    assert status(scores.engine_logprobs(replace(parts, engine=Adds(parts.engine)), probe.rollouts)) == "fail"
+    assert (
+        status(scores.engine_logprobs(with_engine(parts, Adds(parts.generators.student)), probe.rollouts))
+        == "fail"
+    )
 
 
 # 3. Shifted scores
 
 
-class Shifted:
+class Shifted(Teacher):
     """A teacher whose scores are those of the position beside."""
 
     def __init__(self, teacher: Any, by: int) -> None:
-        self.teacher, self.head, self.by = teacher, teacher.head, by
+        self.teacher, self.model, self.by = teacher, teacher.model, by
+        self.context_length = teacher.context_length
 
-    def scores(self, batch: Batch) -> TeacherHidden:
+    @property
+    def head(self) -> Head:
+        return self.teacher.head
+
+    def scores(self, batch: Batch, cache: Any = None) -> TeacherHidden:
         return TeacherHidden(hidden=self.hidden(batch), head=self.head)
 
     def hidden(self, batch: Batch) -> Tensor:
@@ -266,7 +274,7 @@ class Shifted:
 
 @pytest.mark.parametrize("by", [-1, 1])
 def test_shifted_scores(by: int, parts: Parts, probe: Probe) -> None:
-    spoilt = replace(parts, teacher=Shifted(parts.teacher, by))
+    spoilt = with_teacher(parts, Shifted(parts.models.teacher, by))
     found = scores.alignment(spoilt, probe)
     assert found.status == "fail"
     assert f"shifted by {by:+d}" in found.advice
@@ -279,7 +287,9 @@ def test_scores_that_depend_on_the_padding(parts: Parts, probe: Probe) -> None:
             return self.teacher.hidden(batch) * (1 + 0.05 * (len(batch.trajectories) > 1))
 
     assert status(scores.teacher_itself(parts, probe)) == "ok"
-    assert status(scores.teacher_itself(replace(parts, teacher=Padded(parts.teacher, 0)), probe)) == "fail"
+    assert (
+        status(scores.teacher_itself(with_teacher(parts, Padded(parts.models.teacher, 0)), probe)) == "fail"
+    )
 
 
 # 4. Another tokenizer of equal size
@@ -302,6 +312,15 @@ def test_another_tokenizer_of_equal_size_and_a_wrong_grader_in_one_go(
 
 
 # 5. Stale weights
+
+
+def with_engine(parts: Parts, engine: Any) -> Parts:
+    """The run with another engine over the student's weights."""
+    return replace(parts, generators=replace(parts.generators, student=engine))
+
+
+def with_teacher(parts: Parts, teacher: Any) -> Parts:
+    return replace(parts, models=replace(parts.models, teacher=teacher))
 
 
 class Passes:
@@ -335,12 +354,17 @@ def status(found: Finding) -> str:
 
 def aged(parts: Parts) -> HFEngine:
     """An engine over a copy of the weights."""
-    stops = parts.engine.stop_ids
-    return HFEngine(copy.deepcopy(parts.student), parts.renderer, stop_ids=stops, vocabulary=parts.vocabulary)
+    stops = parts.generators.student.stop_ids
+    return HFEngine(
+        copy.deepcopy(parts.models.student),
+        parts.text.renderer,
+        stop_ids=stops,
+        vocabulary=parts.models.vocabulary,
+    )
 
 
 def test_an_engine_that_keeps_its_weights(parts: Parts, probe: Probe) -> None:
-    spoilt = replace(parts, engine=aged(parts))
+    spoilt = with_engine(parts, aged(parts))
     assert status(scores.engine_logprobs(spoilt, probe.rollouts)) == "ok", "equal so far"
     with untouched(spoilt):
         found = scores.engine_follows(spoilt)
@@ -351,7 +375,7 @@ def test_an_engine_that_keeps_its_weights(parts: Parts, probe: Probe) -> None:
 
 
 def test_an_engine_with_older_weights(parts: Parts, probe: Probe) -> None:
-    spoilt = replace(parts, engine=aged(parts))
+    spoilt = with_engine(parts, aged(parts))
     with untouched(parts):
         scores.stir(parts, share=0.05, seed=0)
         assert status(scores.engine_logprobs(spoilt, probe.rollouts)) == "fail"
@@ -363,7 +387,7 @@ def test_an_engine_that_forgets_its_version(parts: Parts) -> None:
             self.engine.sync_weights(0)
 
     with untouched(parts):
-        found = scores.engine_follows(replace(parts, engine=Forgets(parts.engine)))
+        found = scores.engine_follows(with_engine(parts, Forgets(parts.generators.student)))
     assert (found.status, "version 0" in found.message) == ("fail", True)
 
 
@@ -401,7 +425,7 @@ def test_an_engine_that_samples_otherwise_than_asked(truly: dict[str, Any], repo
             return [replace(r, logprobs=p) for r, p in zip(rollouts, logps, strict=True)]
 
     parts = assemble(tiny(rollout__prompts=32, rollout__max_new_tokens=24))
-    spoilt = replace(parts, engine=Otherwise(parts.engine))
+    spoilt = with_engine(parts, Otherwise(parts.generators.student))
     rollouts = make_probe(spoilt).rollouts
     assert status(scores.on_policy(spoilt, rollouts)) == "fail"
     gaps = scores.engine_logprobs(spoilt, rollouts)
@@ -494,7 +518,7 @@ def test_a_gradient_without_a_teacher(parts: Parts, probe: Probe) -> None:
             return torch.ones_like(self.teacher.hidden(batch))
 
     assert status(training.gradient(parts, probe)) == "ok"
-    found = training.gradient(replace(parts, teacher=Constant(parts.teacher, 0)), probe)
+    found = training.gradient(with_teacher(parts, Constant(parts.models.teacher, 0)), probe)
     assert (found.status, "does not depend" in found.advice) == ("fail", True)
 
 
@@ -594,7 +618,7 @@ def test_json_has_no_infinity(tiny: Tiny, parts: Parts, probe: Probe) -> None:
         def score(self, contexts: Any, responses: Any) -> Any:
             return [row[:-1] for row in self.engine.score(contexts, responses)]
 
-    found = scores.engine_logprobs(replace(parts, engine=Short(parts.engine)), probe.rollouts)
+    found = scores.engine_logprobs(with_engine(parts, Short(parts.generators.student)), probe.rollouts)
     assert (found.status, found.values["max_gap_nats"]) == ("fail", float("inf")), "a log-prob is missing"
     text = json.dumps(summary(parts.config, [found], 1.0), allow_nan=False)
     assert json.loads(text)["checks"][0]["values"]["max_gap_nats"] is None

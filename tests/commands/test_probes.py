@@ -40,12 +40,14 @@ def test_probe_of_a_tiny_pair(tiny: Callable[..., Config], tmp_path: Path) -> No
 
 def test_modes_are_the_teachers(tiny: Callable[..., Config]) -> None:
     parts = assemble(tiny(method__name="opd", data__limit=3, rollout__prompts=3))
-    (r, *_) = parts.engine.generate(parts.pool, parts.sampling, keys=[f"probe/{p.id}" for p in parts.pool])
+    (r, *_) = parts.generators.student.generate(
+        parts.prompts.pool, parts.sampling, keys=[f"probe/{p.id}" for p in parts.prompts.pool]
+    )
     found = {p.prompt_id: p for p in probe(parts, rollouts=3, continuations=1, every=50)}[r.prompt.id]
-    theirs = logps(parts.teacher.model, r.context, r.ids)
+    theirs = logps(parts.models.teacher.model, r.context, r.ids)
     own = [exp(row[i]) for row, i in zip(theirs.tolist(), r.ids, strict=True)]
     assert found.token_probability == pytest.approx(own, abs=1e-5)
-    mass = theirs[:, list(parts.tools.onset_ids)].exp().sum(-1).tolist()
+    mass = theirs[:, list(parts.tools.text.correction_ids)].exp().sum(-1).tolist()
     assert found.onset_mass == pytest.approx(mass, abs=1e-5)
 
 

@@ -111,7 +111,7 @@ def test_the_loudest_positions_are_the_high_group(tiny: Tiny) -> None:
 
 def test_local_correction_brings_the_student_nearer_and_leaves_it_alone(tiny: Tiny, tmp_path: Path) -> None:
     parts = assemble(tiny())
-    weights = [p.clone() for p in parts.student.parameters()]
+    weights = [p.clone() for p in parts.models.student.parameters()]
     path = local_correction.run_probe(
         parts, prefixes=2, out=tmp_path, updates=6, samples=8, lr=1e-2, window=5
     )
@@ -124,7 +124,7 @@ def test_local_correction_brings_the_student_nearer_and_leaves_it_alone(tiny: Ti
         assert row["topd"] != row["opd"]
     mean = np.mean([row["opd"] - row["topd"] for row in rows])
     assert summary["opd_minus_topd"]["mean"] == pytest.approx(mean)
-    assert all(torch.equal(a, b) for a, b in zip(weights, parts.student.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(weights, parts.models.student.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ CASES: dict[str, tuple[Break, str]] = {
     "out of range": (lambda c: c.set("optim.lr", -1), r"optim\.lr is -1: input should be greater than 0"),
     "wrong method": (
         lambda c: c.set("method.name", "grpo"),
-        r"method\.name is 'grpo'; .*opd, opsd, trd, topd",
+        r"method\.name is 'grpo'; .*opd, opsd, topd, trd",
     ),
     "key of another method": (
         lambda c: (c.set("method.name", "opd"), c.set("method.window", 5))[0],
@@ -365,9 +365,9 @@ def test_a_model_that_does_more_to_its_logits_is_refused(
 def test_logits_that_are_no_numbers_are_said(temperature: float, tiny: Callable[..., Config]) -> None:
     parts = assemble(tiny())
     with torch.no_grad():
-        parts.student.model.norm.weight.fill_(float("nan"))
+        parts.models.student.model.norm.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="logits are not finite"):
-        parts.engine.continue_from([(1, 5)], Sampling(temperature=temperature, max_new_tokens=3))
+        parts.generators.student.continue_from([(1, 5)], Sampling(temperature=temperature, max_new_tokens=3))
 
 
 def test_a_gradient_that_is_no_number_stops_the_run(

@@ -171,7 +171,7 @@ def parts(request: pytest.FixtureRequest, tiny: Callable[..., Config]) -> Parts:
 
 def numbers(meter: Meter, parts: Parts) -> dict[str, float]:
     """The numbers of a line of metrics.jsonl, without its times."""
-    return {k: v for k, v in meter.row(parts.device).items() if isinstance(v, int | float)}
+    return {k: v for k, v in meter.row(parts.models.device).items() if isinstance(v, int | float)}
 
 
 def wider(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,9 +213,9 @@ def test_the_denominator_is_that_of_the_whole_step(tiny: Callable[..., Config]) 
     parts = assemble(tiny(optim__max_grad_norm=1e9, data__eval={}))
     made = eight(parts)
     tokens = [len(t.response) for t in made]
-    alone = [step_on(parts, [t])[0].row(parts.device) for t in made]
+    alone = [step_on(parts, [t])[0].row(parts.models.device) for t in made]
     assert [r["tokens"] for r in alone] == tokens
-    together = step_on(parts, made)[0].row(parts.device)
+    together = step_on(parts, made)[0].row(parts.models.device)
     mean_of_tokens = sum(n * r["loss"] for n, r in zip(tokens, alone, strict=True)) / sum(tokens)
     mean_of_means = sum(r["loss"] for r in alone) / len(alone)
     assert together["loss"] == pytest.approx(mean_of_tokens, rel=1e-5)
@@ -230,12 +230,14 @@ def test_weight_zero_is_not_counted_and_half_is_half(tiny: Callable[..., Config]
     first = replace(t, response=t.response[:5])
     masked = replace(t, weights=(1.0,) * 5 + (0.0,) * 7)
     (a, ga), (b, gb) = step_on(parts, [first]), step_on(parts, [masked])
-    assert a.denominator == b.denominator == 5
-    assert a.row(parts.device)["loss"] == pytest.approx(b.row(parts.device)["loss"], rel=1e-5)
+    assert a.step.denominator == b.step.denominator == 5
+    assert a.row(parts.models.device)["loss"] == pytest.approx(b.row(parts.models.device)["loss"], rel=1e-5)
     torch.testing.assert_close(flat(ga), flat(gb), rtol=1e-4, atol=1e-6)
     half = step_on(parts, [replace(first, weights=(0.5,) * 5)])[0]
-    assert half.denominator == 5, "a weight scales the loss, it does not drop the token from the count"
-    assert half.row(parts.device)["loss"] == pytest.approx(0.5 * a.row(parts.device)["loss"], rel=1e-5)
+    assert half.step.denominator == 5, "a weight scales the loss, it does not drop the token from the count"
+    assert half.row(parts.models.device)["loss"] == pytest.approx(
+        0.5 * a.row(parts.models.device)["loss"], rel=1e-5
+    )
 
 
 def test_a_step_without_tokens_changes_nothing(tiny: Callable[..., Config]) -> None:
@@ -244,7 +246,7 @@ def test_a_step_without_tokens_changes_nothing(tiny: Callable[..., Config]) -> N
 
     for trajectories in ([], [replace(t, response=())], [replace(t, weights=(0.0,) * len(t.response))]):
         meter, gradients = step_on(parts, trajectories)
-        row = meter.row(parts.device)
+        row = meter.row(parts.models.device)
         assert row["loss"] == row["tokens"] == row["grad_norm"] == 0
         assert not gradients, "the optimiser must not move on nothing: its moments would"
 
@@ -255,5 +257,5 @@ def test_eos_is_supervised(tiny: Callable[..., Config]) -> None:
     t = Trajectory(student_context=(1, 9, 10), teacher_context=(1, 9, 10), response=(5, 6, EOS))
 
     with_eos, without = step_on(parts, [t]), step_on(parts, [replace(t, weights=(1.0, 1.0, 0.0))])
-    assert with_eos[0].denominator == 3
+    assert with_eos[0].step.denominator == 3
     assert (flat(with_eos[1]) * 3 - flat(without[1]) * 2).norm() > 1e-3

@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onpath.data import load as data
 from onpath.data.load import load_prompts, prompts_of_step, shuffled
 from onpath.records import Prompt
 from onpath.system.errors import UserError
@@ -249,9 +248,9 @@ def test_gym_rows_have_a_default_size(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append((split, n, seed))
         return [{"id": f"{split}-{i}", "prompt": "a=3+4", "answer": "07", "solution": "7"} for i in range(n)]
 
-    monkeypatch.setattr("onpath.gym.rows", rows)
-    assert len(load_prompts("gym:train").prompts) == data.GYM_TRAIN_PROMPTS
-    assert len(load_prompts("gym:hard").prompts) == data.GYM_EVAL_PROMPTS
+    monkeypatch.setattr("onpath.gym.task.rows", rows)
+    assert len(load_prompts("gym:train").prompts) == 2000
+    assert len(load_prompts("gym:hard").prompts) == 1000
     assert load_prompts("gym:test", limit=3).prompts[2].answer == "07"
     assert asked == [("train", 2000, 0), ("hard", 1000, 0), ("test", 3, 0)]
 
@@ -289,7 +288,8 @@ def test_order_depends_on_seed_and_epoch() -> None:
 
 def test_no_torch_and_no_hash_seed_in_the_order(write: Callable[..., str]) -> None:
     code = (
-        "import sys; from onpath.data.load import load_prompts, shuffled; import onpath.grade, onpath.evaluate;"
+        "import sys; from onpath.data.load import load_prompts, shuffled;"
+        "import onpath.grade, onpath.evaluate;"
         f"load_prompts({write(GOOD)!r}); assert 'torch' not in sys.modules;"
         "print(shuffled(9, seed=3, epoch=2))"
     )

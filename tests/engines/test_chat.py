@@ -15,7 +15,7 @@ from onpath.commands.study.plan import arm_config
 from onpath.config.build import Config, build
 from onpath.config.sections import Teacher as TeacherSection
 from onpath.data.render import Renderer
-from onpath.engines.chat import ChatWriter
+from onpath.engines.chat import ChatEngine
 from onpath.engines.wire import Line
 from onpath.records import Prompt, Sampling
 from onpath.run.assemble import assemble
@@ -50,16 +50,16 @@ def black_box(tiny: Tiny, endpoint: FakeVLLM, **more: Any) -> Config:
     return tiny(**{**where, "teacher__patience": 5.0, **more})
 
 
-def writer_to(endpoint: FakeVLLM, **section: Any) -> ChatWriter:
+def writer_to(endpoint: FakeVLLM, **section: Any) -> ChatEngine:
     line = Line(TeacherSection(url=endpoint.url, engine="chat", patience=5.0), "teacher")
     extra = TeacherSection(**section).extra_body
-    return ChatWriter(line, "large", endpoint.engine.renderer, stop_ids=frozenset({2}), extra=extra)
+    return ChatEngine(line, "large", endpoint.engine.renderer, stop_ids=frozenset({2}), extra=extra)
 
 
 def test_rewrites_teach_as_those_of_a_teacher_in_process(tiny: Tiny, endpoint: FakeVLLM) -> None:
     trd = {**TRD, "method__rewrite_temperature": 0.0}
     here, there = assemble(tiny(**trd)), assemble(black_box(tiny, endpoint, **trd))
-    special = set(here.tokenizer.all_special_ids)
+    special = set(here.text.renderer.tokenizer.all_special_ids)
     drawn = [
         t.origin
         for t in here.method.prepare(sample(here, 0), step=0).trajectories
@@ -94,7 +94,7 @@ def test_a_request_is_messages_and_limits(endpoint: FakeVLLM, monkeypatch: pytes
     messages = ({"role": "system", "content": "be brief"}, {"role": "user", "content": "1+2"})
     prompt = Prompt(id="a", messages=messages)
     sampling = Sampling(temperature=0.5, top_p=0.9, max_new_tokens=5)
-    (done,) = writer_to(endpoint, extra_body=extra).write([prompt], sampling, keys=["k"])
+    (done,) = writer_to(endpoint, extra_body=extra).answer([prompt], [()], sampling, keys=["k"])
     assert endpoint.requests == [{
         "model": "large", "messages": list(messages), "temperature": 0.5, "top_p": 0.9, "max_tokens": 5,
         "reasoning_effort": "low",
@@ -112,7 +112,7 @@ def test_its_text_becomes_ids_of_the_student(endpoint: FakeVLLM) -> None:
         return lambda a: {**a, "choices": [{"message": {"content": text}, "finish_reason": reason}]}
 
     def written(room: int = 8) -> Any:
-        return writer.write([Prompt(id="a", text="1")], Sampling(max_new_tokens=room), keys=["k"])[0]
+        return writer.answer([Prompt(id="a", text="1")], [()], Sampling(max_new_tokens=room), keys=["k"])[0]
 
     endpoint.spoil = says("1+2", "stop")
     plain = tuple(tokenizer("1+2", add_special_tokens=False)["input_ids"])
@@ -163,7 +163,7 @@ def test_offline_asks_once(tiny: Tiny, endpoint: FakeVLLM) -> None:
     asked = [json.dumps(r, sort_keys=True) for r in endpoint.requests]
     assert len(asked) == len(set(asked))
     config = black_box(tiny, endpoint, **offline)
-    assert len(asked) <= len(assemble(config).pool)
+    assert len(asked) <= len(assemble(config).prompts.pool)
     run = Path(config.run.dir) / "tiny"
     before = read_lines(run / "metrics.jsonl")
     for name in ("model", "checkpoints"):
@@ -202,7 +202,7 @@ def test_empty_samples_are_not_learnt(tiny: Tiny, endpoint: FakeVLLM) -> None:
     parts = assemble(black_box(tiny, endpoint, **sft))
     made = parts.method.prepare(sample(parts, 0), step=0).trajectories
     assert {t.edit.kept for t in made} == {True, False}
-    assert all(t.edit.kept == bool(parts.renderer.text(t.response).strip()) for t in made)
+    assert all(t.edit.kept == bool(parts.text.renderer.text(t.response).strip()) for t in made)
     endpoint.spoil = lambda a: {**a, "choices": [{"message": {"content": ""}, "finish_reason": "length"}]}
     with pytest.raises(UserError, match="the teacher returned no text for any of"):
         parts.method.prepare(sample(parts, 0), step=0)
@@ -217,8 +217,8 @@ def test_the_stop_token_is_the_one_that_closes_an_answer() -> None:
         "{% endfor %}"
     )
     line = Line(TeacherSection(url="http://localhost:1", engine="chat"), "teacher")
-    assert ChatWriter(line, "m", Renderer(tokenizer), stop_ids=frozenset({2, end})).stop == end
-    assert ChatWriter(line, "m", Renderer(tokenizer), stop_ids=frozenset({2})).stop == 2
+    assert ChatEngine(line, "m", Renderer(tokenizer), stop_ids=frozenset({2, end})).stop == end
+    assert ChatEngine(line, "m", Renderer(tokenizer), stop_ids=frozenset({2})).stop == 2
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_probes_say_what_they_need(
     path = tmp_path / "config.yaml"
     path.write_text(black_box(tiny, endpoint, **TRD).to_yaml())
     assert main(["inspect", "--probe", probe, str(path)]) == 2
-    assert "goes on from token ids" in capsys.readouterr().err
+    assert "what the teacher would go on with" in capsys.readouterr().err
     assert not endpoint.requests
 
 

@@ -9,12 +9,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
 from onpath.data.batch import collate
 from onpath.data.render import Renderer
-from onpath.engines.base import Completion
 from onpath.engines.decoding.branches import Past, branch
 from onpath.engines.decoding.drafts import Drafts
 from onpath.engines.hf import HFEngine
 from onpath.engines.teacher import ModelTeacher
-from onpath.records import Sampling, Trajectory
+from onpath.records import Completion, Sampling, Trajectory
 
 K = 21
 CONTEXT = 5

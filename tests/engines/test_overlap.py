@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from onpath.config.build import Config
 from onpath.engines.hf import HFEngine
-from onpath.engines.overlap import Ahead
+from onpath.engines.overlap import Overlap
 from onpath.run.assemble import assemble
 from onpath.run.log import read_lines
 from onpath.run.optimizer import make_optimizer
@@ -48,23 +48,23 @@ def test_each_step_trains_on_the_weights_before(lora: int, tiny: Tiny) -> None:
     assert [r["staleness"] for r in read_lines(run / "metrics.jsonl")] == [0, 1, 1, 1, 1]
 
     parts = assemble(tiny(**OPTIONS | {"rollout__overlap": False}, student__lora_rank=lora))
-    optimizer, schedule = make_optimizer(parts)
-    behind = [copy.deepcopy(parts.student)]
+    optimizer, schedule = make_optimizer(parts.config, parts.models.student)
+    behind = [copy.deepcopy(parts.models.student)]
     losses = []
     for step in range(5):
-        behind.append(copy.deepcopy(parts.student))
+        behind.append(copy.deepcopy(parts.models.student))
         writer = HFEngine(
             behind[max(0, step - 1) + 1],
-            parts.renderer,
-            stop_ids=parts.engine.stop_ids,
-            vocabulary=parts.vocabulary,
+            parts.text.renderer,
+            stop_ids=parts.generators.student.stop_ids,
+            vocabulary=parts.models.vocabulary,
         )
         writer.sync_weights(max(0, step - 1))
         schedule(step)
         losses.append(one_step(replace(parts, sampler=writer), optimizer, step).sums["loss"])
     assert [r["loss"] for r in read_lines(run / "metrics.jsonl")] == losses
     saved = load_file(run / "checkpoints" / "step_5" / "model.safetensors")
-    trained = {n: p for n, p in parts.student.named_parameters() if p.requires_grad}
+    trained = {n: p for n, p in parts.models.student.named_parameters() if p.requires_grad}
     assert saved.keys() == trained.keys()
     assert all(p.equal(saved[n]) for n, p in trained.items())
 
@@ -161,24 +161,24 @@ def test_an_error_in_the_background_reaches_the_user(tiny: Tiny, monkeypatch: py
 
 def test_the_copy_stands_still_while_the_weights_move(tiny: Tiny) -> None:
     parts = assemble(tiny(**OPTIONS))
-    assert isinstance(parts.ahead, Ahead)
+    assert isinstance(parts.overlap, Overlap)
     seen = []
 
     def draw(step: int) -> list[Any]:
-        before = [p.clone() for p in parts.ahead.engine.model.parameters()]
+        before = [p.clone() for p in parts.overlap.engine.model.parameters()]
         time.sleep(0.05)
         seen.append(
-            all(a.equal(b) for a, b in zip(before, parts.ahead.engine.model.parameters(), strict=True))
+            all(a.equal(b) for a, b in zip(before, parts.overlap.engine.model.parameters(), strict=True))
         )
         return []
 
-    parts.ahead(0, draw)
+    parts.overlap(0, draw)
     with torch.no_grad():
-        for p in parts.student.parameters():
+        for p in parts.models.student.parameters():
             p.add_(1.0)
-    parts.ahead(1, draw)
-    parts.ahead(2, draw)
-    parts.ahead.close()
+    parts.overlap(1, draw)
+    parts.overlap(2, draw)
+    parts.overlap.close()
     assert len(seen) >= 3
     assert all(seen)
 

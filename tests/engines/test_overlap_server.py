@@ -67,8 +67,8 @@ def by_hand(tiny: Tiny, student: FakeVLLM) -> list[float]:
     """Losses of the same without a thread, one batch after the other."""
     restarted(student)
     parts = assemble(remote(tiny, student, run__name="by hand"))
-    optimizer, schedule = make_optimizer(parts)
-    parts.engine.sync_weights(0)
+    optimizer, schedule = make_optimizer(parts.config, parts.models.student)
+    parts.generators.student.sync_weights(0)
     batch, losses = sample(parts, 0), []
     for step in range(STEPS):
         following = sample(parts, step + 1)
@@ -88,7 +88,7 @@ def test_without_waiting_the_weights_would_move_under_a_batch(
     tiny: Tiny, student: FakeVLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The test above can fail."""
-    monkeypatch.setattr("onpath.engines.overlap.Ahead.before_sync", lambda self: None)
+    monkeypatch.setattr("onpath.engines.overlap.Overlap.before_sync", lambda self: None)
     try:
         _, losses = overlapped(tiny, student)
     except (UserError, AssertionError):
@@ -106,14 +106,14 @@ def test_a_batch_that_cannot_be_drawn_says_why(tiny: Tiny, student: FakeVLLM) ->
 def test_a_restarted_server_gets_the_weights_of_the_last_push(tiny: Tiny, student: FakeVLLM) -> None:
     """Not those of the student, which are training meanwhile."""
     parts = assemble(remote(tiny, student))
-    engine = parts.engine
+    engine = parts.generators.student
     assert isinstance(engine, ServerEngine)
-    scaled(parts.student)
+    scaled(parts.models.student)
     engine.sync_weights(1)
-    pushed = {n: p.detach().clone() for n, p in unwrapped(parts.student).named_parameters()}
-    scaled(parts.student)
+    pushed = {n: p.detach().clone() for n, p in unwrapped(parts.models.student).named_parameters()}
+    scaled(parts.models.student)
     restarted(student)
-    (rollout,) = engine.generate(parts.pool[:1], parts.sampling)
+    (rollout,) = engine.generate(parts.prompts.pool[:1], parts.sampling)
     assert engine.resyncs == 1
     assert rollout.policy_version == 1
     held = student.engine.model.state_dict()
@@ -125,7 +125,7 @@ def test_a_restarted_server_gets_the_weights_of_the_last_push(tiny: Tiny, studen
     student.takes_weights = False
     restarted(student)
     with pytest.raises(UserError, match="does not answer as before"):
-        engine.generate(parts.pool[:1], parts.sampling)
+        engine.generate(parts.prompts.pool[:1], parts.sampling)
 
 
 def test_vllm_cannot_sleep_while_it_samples_ahead(tiny: Tiny) -> None:

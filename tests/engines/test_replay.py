@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from onpath.config.build import Config
-from onpath.engines.base import Completion
 from onpath.engines.hf import HFEngine
-from onpath.engines.replay import Cache, weights_digest
+from onpath.engines.replay import Replay, weights_digest
+from onpath.records import Completion
 from onpath.run.assemble import assemble
 from onpath.run.parts import Parts
-from onpath.training import sample, train, write_ahead
+from onpath.training import generate_ahead, sample, train
 from tests.conftest import make_model
 from tests.methods.test_trd import TEMPLATE, fingerprint
 
@@ -31,15 +31,15 @@ def offline(tiny: Callable[..., Config]) -> Callable[..., Config]:
 
 
 def test_half_written_lines_are_passed_over(tmp_path: Path) -> None:
-    Cache(tmp_path).put({"a": DONE})
+    Replay(tmp_path).put({"a": DONE})
     path = tmp_path / "process-0.jsonl"
     with path.open("a") as file:
         file.write('{"key": "b", "ids": [4')
-    again = Cache(tmp_path)
+    again = Replay(tmp_path)
     assert again.get("a") == DONE
     assert again.get("b") is None
     again.put({"c": DONE})
-    assert Cache(tmp_path).get("c") == DONE
+    assert Replay(tmp_path).get("c") == DONE
 
 
 def test_digest_sees_every_weight() -> None:
@@ -53,13 +53,13 @@ def test_digest_sees_every_weight() -> None:
 
 def unsettled(parts: Parts) -> None:
     with torch.no_grad():
-        for p in parts.student.parameters():
+        for p in parts.models.student.parameters():
             p.mul_(1.5)
 
 
 def test_trained_on_what_the_start_wrote(offline: Callable[..., Config]) -> None:
     parts = assemble(offline())
-    write_ahead(parts)
+    generate_ahead(parts)
     at_start = fingerprint(parts.method, sample(parts, 2), step=2)
     unsettled(parts)
     assert fingerprint(parts.method, sample(parts, 2), step=2) == at_start
@@ -69,7 +69,7 @@ def test_trained_on_what_the_start_wrote(offline: Callable[..., Config]) -> None
 
 def test_a_prompt_is_written_once(offline: Callable[..., Config]) -> None:
     parts = assemble(offline(data__limit=8))  # a pool of one step, read in three passes
-    write_ahead(parts)
+    generate_ahead(parts)
     passes = [{r.prompt.id: r.ids for r in sample(parts, step)} for step in range(3)]
     assert passes[0] == passes[1] == passes[2]
     assert len(list((Path(parts.config.run.dir) / "tiny" / "cache").glob("*.jsonl"))) == 1

@@ -134,13 +134,13 @@ def test_a_server_samples_from_the_weights_that_train(tiny: Tiny, student: FakeV
 
 def test_rollouts_of_a_server_carry_the_models_logprobs(tiny: Tiny, student: FakeVLLM) -> None:
     parts = assemble(tiny(rollout__engine="vllm", rollout__url=student.url))
-    rollouts = parts.engine.generate(parts.pool[:6], parts.sampling, n=2)
-    own = parts.engine_over(parts.student)
+    rollouts = parts.generators.student.generate(parts.prompts.pool[:6], parts.sampling, n=2)
+    own = parts.generators.over(parts.models.student)
     scores = own.score([r.context for r in rollouts], [r.ids for r in rollouts])
     for r, expected in zip(rollouts, scores, strict=True):
         assert r.logprobs == pytest.approx(expected, abs=1e-5)
     assert len({r.ids for r in rollouts}) > 6, "samples of one prompt differ"
-    again = parts.engine.generate(parts.pool[:6][::-1], parts.sampling, n=2)
+    again = parts.generators.student.generate(parts.prompts.pool[:6][::-1], parts.sampling, n=2)
     assert {(r.prompt.id, r.sample): r.ids for r in again} == {
         (r.prompt.id, r.sample): r.ids for r in rollouts
     }
@@ -150,32 +150,32 @@ def test_a_server_that_came_back_with_its_old_weights_is_given_the_new_ones(
     tiny: Tiny, student: FakeVLLM
 ) -> None:
     parts = assemble(tiny(rollout__engine="vllm", rollout__url=student.url))
-    engine = parts.engine
+    engine = parts.generators.student
     assert isinstance(engine, ServerEngine)
-    scaled(parts.student)
+    scaled(parts.models.student)
     engine.sync_weights(1)
     assert engine.gap() < 1e-4
     restarted(student)
     assert engine.gap() > 1e-2, "the fault is planted"
-    (rollout,) = engine.generate(parts.pool[:1], parts.sampling)
+    (rollout,) = engine.generate(parts.prompts.pool[:1], parts.sampling)
     assert engine.resyncs == 1
     assert rollout.policy_version == 1
-    (expected,) = parts.engine_over(parts.student).score([rollout.context], [rollout.ids])
+    (expected,) = parts.generators.over(parts.models.student).score([rollout.context], [rollout.ids])
     assert rollout.logprobs == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_restart_is_seen_however_little_the_weights_have_moved(tiny: Tiny, student: FakeVLLM) -> None:
     parts = assemble(tiny(rollout__engine="vllm", rollout__url=student.url))
-    engine = parts.engine
+    engine = parts.generators.student
     assert isinstance(engine, ServerEngine)
     engine.sync_weights(0)
     with torch.no_grad():
-        for p in parts.student.parameters():
+        for p in parts.models.student.parameters():
             p.mul_(1.00004)
     engine.sync_weights(1)
     restarted(student)
     assert engine.gap() < engine.tolerance, "less than rounding may explain"
-    engine.generate(parts.pool[:1], parts.sampling)
+    engine.generate(parts.prompts.pool[:1], parts.sampling)
     assert engine.resyncs == 1
 
 
@@ -184,7 +184,7 @@ def test_rollouts_of_old_weights_stop_the_run(tiny: Tiny) -> None:
     assert len(sample(parts, 1)) == 8, "one step old"
     with pytest.raises(UserError, match=r"step 3: rollouts were written by weights 2 steps old"):
         sample(parts, 2)
-    parts.engine.sync_weights(2)
+    parts.generators.student.sync_weights(2)
     assert len(sample(parts, 2)) == 8
 
 

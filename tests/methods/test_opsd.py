@@ -48,7 +48,7 @@ def test_our_own_wording_shows_problem_and_solution(tiny: Callable[..., Config])
     parts = assemble(tiny())  # our wording does not fit a tiny model, but it can be rendered
     method = make_method(OPSDOptions(diagnose_every=0), parts.tools)
     (t,) = method.prepare([attempt("13<eos>")], step=0).trajectories
-    text = parts.renderer.text(t.teacher_context)
+    text = parts.text.renderer.text(t.teacher_context)
     assert text.startswith("7+5=?")
     assert text.index("7 plus 5") > 5
 
@@ -57,8 +57,8 @@ def loss(parts: Any, trajectories: Sequence[Any], clip: float | None) -> float:
     """Forward KL in float64 by full softmax, entries capped, token mean."""
     total, count = 0.0, 0
     for t in trajectories:
-        ours = logps(parts.student.eval(), t.student_context, t.response)
-        with parts.teacher.acting() as model:
+        ours = logps(parts.models.student.eval(), t.student_context, t.response)
+        with parts.models.teacher.acting() as model:
             theirs = logps(model, t.teacher_context, t.response)
         terms = theirs.exp() * (theirs - ours)
         total += float((terms if clip is None else terms.clamp(max=clip)).sum())
@@ -82,22 +82,22 @@ def test_whose_weights_the_teacher_has(tiny: Callable[..., Config], lora: int, w
     options = {"method__weights": weights, "method__ema_decay": 0.75, "student__lora_rank": lora}
     parts = assemble(tiny(method__name="opsd", method__template=TEMPLATE, **options))
     batch = collate(parts.method.prepare(sample(parts, 0), step=0).trajectories)
-    before = parts.teacher.hidden(batch)
-    trained = [p for p in parts.student.parameters() if p.requires_grad]
+    before = parts.models.teacher.hidden(batch)
+    trained = [p for p in parts.models.student.parameters() if p.requires_grad]
     starts = [p.detach().clone() for p in trained]
     with torch.no_grad():
         for p in trained:
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())), alpha=0.3)
-    assert bool((parts.teacher.hidden(batch) == before).all()) == (weights != "live")
-    parts.method.after_step({})
-    state = parts.method.state()
+    assert bool((parts.models.teacher.hidden(batch) == before).all()) == (weights != "live")
+    parts.models.teacher.follow()
+    state = parts.models.teacher.state()
     if weights == "base":
-        assert torch.equal(parts.teacher.hidden(batch), before)
+        assert torch.equal(parts.models.teacher.hidden(batch), before)
     if weights != "ema":
         assert not state
         return
-    average = dict(parts.teacher.model.named_parameters())
-    names = [n for n, p in parts.student.named_parameters() if p.requires_grad]
+    average = dict(parts.models.teacher.model.named_parameters())
+    names = [n for n, p in parts.models.student.named_parameters() if p.requires_grad]
     for name, start, p in zip(names, starts, trained, strict=True):
         torch.testing.assert_close(average[name], 0.75 * start + 0.25 * p.detach())
         assert torch.equal(state[f"ema.{name}"], average[name])
@@ -121,12 +121,14 @@ def test_killed_and_resumed_is_the_same_run(tiny: Callable[..., Config], weights
 def test_diagnostics_split_by_verdict(tiny: Callable[..., Config]) -> None:
     parts = assemble(tiny(method__name="opsd", method__template=TEMPLATE))
     attempts = [attempt("13<eos>"), attempt("12<eos>"), attempt("so 12<eos>")]
-    method = make_method(OPSDOptions(template=TEMPLATE), replace(parts.tools, onset_ids=(30,)))
+    method = make_method(
+        OPSDOptions(template=TEMPLATE), replace(parts.tools, text=replace(parts.text, correction_ids=(30,)))
+    )
     prepared = method.prepare(attempts, step=0)
     by_verdict: dict[str, list[float]] = {"right": [], "wrong": []}
     for t, name in zip(prepared.trajectories, ("wrong", "right", "wrong"), strict=True):
-        ours = logps(parts.student.eval(), t.student_context, t.response)
-        theirs = logps(parts.teacher.model, t.teacher_context, t.response)
+        ours = logps(parts.models.student.eval(), t.student_context, t.response)
+        theirs = logps(parts.models.teacher.model, t.teacher_context, t.response)
         by_verdict[name] += (ours.exp() * (ours - theirs)).sum(-1).tolist()
     for name, values in by_verdict.items():  # the exact grader: the last line is the answer, and no more
         total, count = prepared.means[f"reverse_kl_y_{name}_nats"]

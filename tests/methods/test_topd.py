@@ -18,19 +18,18 @@ from onpath import config as configuration
 from onpath.config.build import Config
 from onpath.config.methods.topd import TOPDOptions
 from onpath.data.batch import collate, micro_batches
-from onpath.engines.base import Completion
-from onpath.engines.reading import Readings, read
+from onpath.engines.forward import Kept, forward
 from onpath.losses import Head, Objective, TeacherHidden, fused_objective
-from onpath.methods import Prepared, make_method
-from onpath.methods.base import own_response
+from onpath.methods import make_method
+from onpath.methods.base import Prepared, own_response
 from onpath.methods.topd import guide
 from onpath.methods.topd.candidates import Fork
 from onpath.methods.topd.futures import teacher_futures
 from onpath.methods.topd.method import TOPD
-from onpath.records import Prompt, Rollout, Sampling, Trajectory, token_count
+from onpath.records import Completion, Prompt, Rollout, Sampling, Trajectory, token_count
 from onpath.run.assemble import assemble
 from onpath.run.log import read_lines
-from onpath.run.loss import sparse_guidance
+from onpath.run.loss import Step, sparse_guidance
 from onpath.run.parts import Parts
 from onpath.run.trajectories import read_trajectories
 from onpath.system.errors import UserError
@@ -149,14 +148,17 @@ def test_a_step_against_a_plain_recomputation(topd: Callable[..., Parts]) -> Non
     parts = topd(drop_share=0.0, top_share=0.05)
     rollouts = sample(parts, 0)
     done = parts.method.prepare(rollouts, step=0)
-    table = torch.nn.functional.normalize(parts.student.get_input_embeddings().weight.detach(), dim=-1)
-    teacher: Any = parts.teacher
+    table = torch.nn.functional.normalize(parts.models.student.get_input_embeddings().weight.detach(), dim=-1)
+    teacher: Any = parts.models.teacher
     compared = 0
     for r, t in zip(rollouts, done.trajectories, strict=True):
         ids = torch.tensor([r.context + r.ids])
         span = slice(len(r.context) - 1, len(r.context) + len(r.ids) - 1)
         with torch.no_grad():
-            s, q = (m(input_ids=ids).logits[0, span].log_softmax(-1) for m in (parts.student, teacher.model))
+            s, q = (
+                m(input_ids=ids).logits[0, span].log_softmax(-1)
+                for m in (parts.models.student, teacher.model)
+            )
         kl = (s.exp() * (s - q)).sum(-1)
         (fork,) = found_in([t])
         assert fork["position"] == int(kl.argmax())
@@ -254,7 +256,7 @@ def test_neither_cache_nor_batches_matter(topd: Callable[..., Parts]) -> None:
     whole = essence(parts.method.prepare(rollouts, step=0))
     for reuse in (True, False):
         for max_tokens in (40, 110, 16_384):
-            tools = replace(parts.tools, measure=replace(parts.tools.measure, max_tokens=max_tokens))
+            tools = replace(parts.tools, models=replace(parts.models, max_tokens=max_tokens))
             method = make_method(parts.config.method.model_copy(update={"reuse_cache": reuse}), tools)
             same(essence(method.prepare(rollouts, step=0)), whole)
 
@@ -274,15 +276,15 @@ def test_branches_write_what_a_fresh_prefix_would(
     keys = [f"{f.row}/{f.position}" for f in places]
     passes: list[int] = []
     for max_tokens in (16_384, 64):
-        models = replace(parts.tools.measure, max_tokens=max_tokens)
+        models = replace(parts.tools.models, max_tokens=max_tokens)
         for temperature in (0.0, 1.0):
             sampling = Sampling(temperature=temperature, max_new_tokens=30, seed=3)
-            for reading in read(models, [own_response(r) for r in rollouts], past=True):
-                passes.append(len(reading.batches))
-                here = [id(t.origin) for t in reading.trajectories]
-                mine = [i for i, f in enumerate(places) if id(rollouts[f.row]) in here]
+            for one in forward(models, [own_response(r) for r in rollouts], past=True):
+                passes.append(len(one.batches))
+                here = [t.place for t in one.trajectories]
+                mine = [i for i, f in enumerate(places) if f.row in here]
                 args = ([places[i] for i in mine], rollouts, parts.tools, sampling, [keys[i] for i in mine])
-                ours, plain = teacher_futures(*args, reading), teacher_futures(*args, None)
+                ours, plain = teacher_futures(*args, one), teacher_futures(*args, None)
                 assert [c.ids for c in ours] == [c.ids for c in plain]
                 assert [c.finish_reason for c in ours] == [c.finish_reason for c in plain]
                 for a, b in zip(ours, plain, strict=True):
@@ -297,22 +299,29 @@ def test_the_loss_reads_nothing_twice(topd: Callable[..., Parts], monkeypatch: p
     parts = topd()
     done = prepared(parts)
     gradients = []
-    for readings in (done.readings, Readings()):
+    for kept in (done.kept, Kept()):
         total = 0.0
         for micro in micro_batches(done.trajectories, max_tokens=16_384):
             batch = collate(micro)
-            known = replace(done, readings=readings)
-            result = loss_of(parts, batch, teacher_states(parts, batch, known), known, 100.0)
+            known = replace(done, kept=kept)
+            result = loss_of(
+                parts.models,
+                batch,
+                teacher_states(parts.models, batch, known),
+                whole_step(parts, known, 100.0),
+            )
             result.loss.backward()
             total += result.loss.item()
-        gradients.append((total, [p.grad.clone() for p in parts.student.parameters() if p.grad is not None]))
-        parts.student.zero_grad()
+        gradients.append(
+            (total, [p.grad.clone() for p in parts.models.student.parameters() if p.grad is not None])
+        )
+        parts.models.student.zero_grad()
     assert gradients[0][0] == pytest.approx(gradients[1][0], rel=1e-6)
     for a, b in zip(gradients[0][1], gradients[1][1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
-    assert done.readings.student == []  # handed over, once
+    assert done.kept.student == []  # handed over, once
     calls = {"student": 0, "teacher": 0}
-    for name, model in (("student", parts.student), ("teacher", parts.tools.measure.teacher.model)):
+    for name, model in (("student", parts.models.student), ("teacher", parts.tools.models.teacher.model)):
         decoder = model.get_decoder()
         count = lambda *_, who=name: calls.__setitem__(who, calls[who] + 1)  # noqa: E731
         decoder.register_forward_hook(count)
@@ -323,27 +332,34 @@ def test_the_loss_reads_nothing_twice(topd: Callable[..., Parts], monkeypatch: p
     )
     again = parts.method.prepare(rollouts, step=0)
     (batch,) = (collate(m) for m in micro_batches(again.trajectories, max_tokens=16_384))
-    loss_of(parts, batch, teacher_states(parts, batch, again), again, 100.0)
+    teacher = teacher_states(parts.models, batch, again)
+    loss_of(parts.models, batch, teacher, whole_step(parts, again, 100.0))
     assert calls == {"student": 1, "teacher": 1}
+
+
+def whole_step(parts: Parts, done: Prepared, denominator: float) -> Step:
+    """As the story makes it."""
+    guided = any(t.guidance for t in done.trajectories)
+    return Step(prepared=done, objective=parts.objective, denominator=denominator, guided=guided)
 
 
 def _silence() -> Completion:
     return Completion(ids=(2,), logprobs=(0.0,), finish_reason="stop")
 
 
-def test_readings_give_each_graph_once() -> None:
+def test_kept_states_give_each_graph_once() -> None:
     def trajectory(token: int) -> Trajectory:
         return Trajectory(student_context=(1,), teacher_context=(1,), response=(token,))
 
     rows = {((1,), (t,)): torch.full((1, 2), float(t)) for t in (3, 4, 5)}
     split = [{k: v for k, v in rows.items() if k[1] != (5,)}, {((1,), (5,)): rows[((1,), (5,))]}]
-    readings = Readings(student=list(split))
-    assert readings.student_hidden(collate([trajectory(3), trajectory(9)])) is None
-    found = readings.student_hidden(collate([trajectory(4)]))
+    kept = Kept(student=list(split))
+    assert kept.student_hidden(collate([trajectory(3), trajectory(9)])) is None
+    found = kept.student_hidden(collate([trajectory(4)]))
     assert found is not None
     assert found.tolist() == [[4.0, 4.0]]
-    assert readings.student_hidden(collate([trajectory(3)])) is None  # its graph went with 4's
-    assert readings.student_hidden(collate([trajectory(5)])) is not None
+    assert kept.student_hidden(collate([trajectory(3)])) is None  # its graph went with 4's
+    assert kept.student_hidden(collate([trajectory(5)])) is not None
 
 
 def test_suppressed_weights_scale_the_loss_and_not_the_count(topd: Callable[..., Parts]) -> None:
@@ -372,13 +388,16 @@ def test_teacher_window_ce_is_spliced_after_the_prefix(topd: Callable[..., Parts
     assert token_count(done.trajectories) == sum(len(t.response) for t in done.trajectories if t not in extra)
     batch = collate(extra)
     with torch.no_grad():
-        logits = parts.student(input_ids=batch.student_ids_BS, attention_mask=batch.student_mask_BS).logits
+        logits = parts.models.student(
+            input_ids=batch.student_ids_BS, attention_mask=batch.student_mask_BS
+        ).logits
         nll = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1)[batch.student_at_N], batch.token_N, reduction="sum"
         )
     from onpath.run.loss import loss_of, teacher_states
 
-    result = loss_of(parts, batch, teacher_states(parts, batch, done), done, 10.0)
+    teacher = teacher_states(parts.models, batch, done)
+    result = loss_of(parts.models, batch, teacher, whole_step(parts, done, 10.0))
     assert result.loss.item() == pytest.approx(nll.item() / 10, rel=1e-5)
 
 

@@ -16,14 +16,17 @@ from onpath.config.build import Config
 from onpath.config.methods.topd import TOPDOptions
 from onpath.config.methods.trd import TRDOptions
 from onpath.data.batch import collate
-from onpath.engines.base import Completion
-from onpath.grade.base import Verdict
+from onpath.data.tasks import Task
+from onpath.engines.base import Engine
+from onpath.grade.base import Grader, Verdict
 from onpath.methods import make_method
+from onpath.methods.base import Tools
 from onpath.methods.trd.compare import edit_distance, is_foreign
 from onpath.methods.trd.edits import Rewrite
 from onpath.methods.trd.gate import Refinement, refusal
 from onpath.methods.trd.method import TRD
-from onpath.records import Prompt, Rollout, Sampling
+from onpath.methods.trd.rewriter import Rewriter
+from onpath.records import Completion, Prompt, Rollout, Sampling
 from onpath.run.assemble import assemble
 from onpath.run.parts import Parts
 from onpath.system.errors import UserError
@@ -44,10 +47,8 @@ def ids(text: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-class Scripted:
+class Scripted(Engine):
     """An engine that writes what it was told to, in turn, and notes what it was asked."""
-
-    policy_version = 0
 
     def __init__(self, *texts: str) -> None:
         self.texts, self.asked, self.keys, self.sampling = list(texts), [], [], None
@@ -76,8 +77,19 @@ class Scripted:
         return [tuple(-float(i) for i in r) for r in responses]
 
 
-class LastTwo:
+class Threes(Task):
+    """Whose checker of steps takes the first 3 for an error."""
+
+    name, splits, checks_steps = "threes", {}, True
+
+    def first_error(self, problem: str, response: str) -> int | None:
+        return response.find("3") if "3" in response else None
+
+
+class LastTwo(Grader):
     """Right if the text ends with the answer."""
+
+    name = "last two"
 
     def grade_many(self, pairs: Any) -> list[Verdict]:
         return [Verdict(correct=t.endswith(a), extracted=t) for t, a in pairs]
@@ -103,10 +115,19 @@ def parts(tiny: Callable[..., Config]) -> Parts:
     return assemble(tiny(method__name="trd", method__template=TEMPLATE))
 
 
+def with_writer(parts: Parts, writer: Engine, **text: Any) -> Tools:
+    """The run's tools with another engine in the teacher's name, and a grader that looks at ends of texts."""
+    return replace(
+        parts.tools,
+        generators=replace(parts.generators, teacher=writer),
+        text=replace(parts.text, grader=LastTwo(), **text),
+    )
+
+
 def scripted(parts: Parts, *texts: str, **options: Any) -> tuple[TRD, Scripted]:
     """TRD whose rewriter writes the texts, and whose grader looks at the ends of texts."""
     writer = Scripted(*texts)
-    tools = replace(parts.tools, writer=writer, grader=LastTwo())
+    tools = with_writer(parts, writer)
     method = make_method(TRDOptions(**{"template": TEMPLATE, "diagnose_every": 0, **options}), tools)
     assert isinstance(method, TRD)
     return method, writer
@@ -270,7 +291,8 @@ def test_best_of_keeps_the_likeliest_of_the_verified(parts: Parts) -> None:
     # The scripted student gives token i the log-prob −i: the likeliest has the smallest mean id.
     attempts = [attempt("13<eos>")]
     method, writer = scripted(parts, "9<eos>", "zz12<eos>", "12<eos>", "1<eos>", best_of=4)
-    method.tools = method.rewrite.tools = replace(method.tools, student=Scripted("12<eos>"))
+    generators = replace(method.tools.generators, student=Scripted("12<eos>"))
+    method.tools = method.rewrite.tools = replace(method.tools, generators=generators)
     (t,) = method.prepare(attempts, step=0).trajectories
     assert t.response == ids("12<eos>")
     assert (t.edit.detail["candidates"], t.edit.detail["verified"]) == (4, 2)
@@ -279,10 +301,9 @@ def test_best_of_keeps_the_likeliest_of_the_verified(parts: Parts) -> None:
 
 
 def test_minimal_edit_keeps_the_sound_part(parts: Parts) -> None:
-    tools = replace(parts.tools, first_error=lambda problem, text: text.find("3") if "3" in text else None)
     writer = Scripted("2<eos>")
     options = TRDOptions(template=TEMPLATE, minimal_edit=True, diagnose_every=0)
-    method = make_method(options, replace(tools, writer=writer, grader=LastTwo()))
+    method = make_method(options, with_writer(parts, writer, task=Threes()))
     wrong, right, lost = method.prepare(
         [attempt("so 13<eos>"), attempt("12<eos>"), attempt("14<eos>")], step=0
     ).trajectories
@@ -303,8 +324,8 @@ def test_minimal_edit_keeps_the_sound_part(parts: Parts) -> None:
 
 def test_minimal_edit_from_the_teachers_doubt(parts: Parts) -> None:
     attempts = sample(parts, 0)
-    ours = parts.tools.student.score([r.context for r in attempts], [r.ids for r in attempts])
-    theirs = parts.tools.writer.score([r.context for r in attempts], [r.ids for r in attempts])
+    ours = parts.tools.generators.student.score([r.context for r in attempts], [r.ids for r in attempts])
+    theirs = parts.tools.generators.teacher.score([r.context for r in attempts], [r.ids for r in attempts])
     method = make_method(
         TRDOptions(template=TEMPLATE, minimal_edit=True, locate="teacher_logprob", locate_drop=2.0),
         parts.tools,
@@ -380,20 +401,22 @@ def test_who_writes_for_oneself_under_lora(tiny: Callable[..., Config], weights:
     attempts = sample(parts, 0)
     before = fingerprint(parts.method, attempts)
     with torch.no_grad():
-        for name, p in parts.student.named_parameters():
+        for name, p in parts.models.student.named_parameters():
             if "lora_B" in name:
                 p.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
     assert (fingerprint(parts.method, attempts) != before) == moves
     if weights == "ema":
-        parts.method.after_step({})  # now the average has moved
-        assert parts.method.state()
+        parts.models.teacher.follow()  # now the average has moved
+        assert parts.models.teacher.state()
 
 
 def test_diagnostics_by_another_way(parts: Parts) -> None:
     attempts = sample(parts, 0)
-    method = make_method(TRDOptions(template=TEMPLATE), replace(parts.tools, onset_ids=(5, 9)))
+    method = make_method(
+        TRDOptions(template=TEMPLATE), replace(parts.tools, text=replace(parts.text, correction_ids=(5, 9)))
+    )
     prepared = method.prepare(attempts, step=0)
-    student, teacher = parts.student.eval(), parts.teacher.model
+    student, teacher = parts.models.student.eval(), parts.models.teacher.model
     rows: dict[str, list[Any]] = {
         k: [] for k in ("y_s", "z_s", "token_gap_y", "token_gap_z", "mass_y", "mass_z", "kl")
     }
@@ -506,8 +529,9 @@ def test_gate_lets_a_good_rewriter_pass_once(
 ) -> None:
     asked: list[int] = []
 
-    def fine(parts: Parts, method: TRD) -> Refinement:
-        asked.append(len(method.rewrite(sample(parts, 0), when="gate")))
+    def fine(rewriter: Rewriter, tools: Tools, pool: Sequence[Prompt]) -> Refinement:
+        rollouts = tools.generators.student.generate(pool[:8], tools.sampling)
+        asked.append(len(rewriter(rollouts, when="gate")))
         return counts()
 
     monkeypatch.setattr("onpath.methods.trd.gate.refinement", fine)

@@ -192,8 +192,8 @@ def test_a_checkpoint_under_another_name_is_not_believed(tiny: Tiny) -> None:
     checkpoints = train(config, quiet=True).directory / "checkpoints"
     shutil.copytree(checkpoints / "step_2", checkpoints / "step_9")
     parts = assemble(config)
-    optimizer, _ = make_optimizer(parts)
-    loaded = checkpoint.load(checkpoints, model=parts.student, optimizer=optimizer, extra={})
+    optimizer, _ = make_optimizer(parts.config, parts.models.student)
+    loaded = checkpoint.load(checkpoints, model=parts.models.student, optimizer=optimizer, extra={})
     assert loaded is not None
     assert (loaded.step, loaded.broken) == (2, ("step_9",))
 
@@ -203,17 +203,22 @@ def test_another_models_checkpoint_is_refused(tiny: Tiny) -> None:
     checkpoints = train(config, quiet=True).directory / "checkpoints"
     parts = assemble(tiny(student__lora_rank=2))
     with pytest.raises(UserError, match="holds other weights than this model trains"):
-        checkpoint.load(checkpoints, model=parts.student, optimizer=make_optimizer(parts)[0], extra={})
+        checkpoint.load(
+            checkpoints,
+            model=parts.models.student,
+            optimizer=make_optimizer(parts.config, parts.models.student)[0],
+            extra={},
+        )
 
 
 def test_optimiser_moments_come_back(tiny: Tiny) -> None:
     config = tiny(data__eval={})
     checkpoints = train(config, quiet=True).directory / "checkpoints"
     parts = assemble(config)
-    optimizer, _ = make_optimizer(parts)
-    checkpoint.load(checkpoints, model=parts.student, optimizer=optimizer, extra={})
+    optimizer, _ = make_optimizer(parts.config, parts.models.student)
+    checkpoint.load(checkpoints, model=parts.models.student, optimizer=optimizer, extra={})
     saved = load_file(checkpoints / "step_3" / "optimizer.safetensors")
-    named = dict(parts.student.named_parameters())
+    named = dict(parts.models.student.named_parameters())
     assert {f"{k}.{n}" for n, p in named.items() for k in optimizer.state[p]} == set(saved)
     for name, p in named.items():
         assert int(optimizer.state[p]["step"]) == 3

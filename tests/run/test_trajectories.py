@@ -11,9 +11,8 @@ import torch
 
 from onpath.config.build import Config
 from onpath.run.assemble import assemble
-from onpath.run.loss import top_k
 from onpath.run.optimizer import make_optimizer
-from onpath.run.trajectories import read_trajectories, write_parquet
+from onpath.run.trajectories import read_trajectories, top_tokens, write_parquet
 from onpath.training import one_step, train
 
 Tiny = Callable[..., Config]
@@ -21,16 +20,16 @@ Tiny = Callable[..., Config]
 
 def test_likeliest_tokens_are_those_of_the_full_softmax_and_are_looked_up_where_stored(tiny: Tiny) -> None:
     config = tiny(optim__steps=3, run__trajectories_every=0)
-    assert [top_k(config, step) for step in (1, 2, 3)] == [0, 0, 0]
+    assert [top_tokens(config, step) for step in (1, 2, 3)] == [0, 0, 0]
     config = tiny(optim__steps=3, run__trajectories_every=100)
-    assert [top_k(config, step) for step in (1, 2, 3)] == [5, 0, 5]
+    assert [top_tokens(config, step) for step in (1, 2, 3)] == [5, 0, 5]
     parts = assemble(config)
-    starting = copy.deepcopy(parts.student)
-    meter = one_step(parts, make_optimizer(parts)[0], 0)
-    assert one_step(parts, make_optimizer(parts)[0], 1).top == {}
-    trajectory = max(meter.prepared.trajectories, key=lambda t: len(t.response))
-    top = meter.top[id(trajectory)]
-    for who, model in (("student", starting), ("teacher", parts.teacher.model)):
+    starting = copy.deepcopy(parts.models.student)
+    meter = one_step(parts, make_optimizer(parts.config, parts.models.student)[0], 0)
+    assert one_step(parts, make_optimizer(parts.config, parts.models.student)[0], 1).top == {}
+    trajectory = max(meter.step.prepared.trajectories, key=lambda t: len(t.response))
+    top = meter.top[trajectory.place]
+    for who, model in (("student", starting), ("teacher", parts.models.teacher.model)):
         ids = torch.tensor([trajectory.student_context + trajectory.response])
         with torch.no_grad():
             logp = model.eval()(ids.to(model.device)).logits[0].float().log_softmax(-1).cpu()

@@ -105,8 +105,8 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 def check_engine(parts: Any) -> None:
     """Greedy tokens, log-probs of samples, batching and new weights: against the engine in this process."""
-    engine, own = parts.engine, parts.engine_over(parts.student)
-    prompts = parts.pool[:16]
+    engine, own = parts.generators.student, parts.generators.over(parts.models.student)
+    prompts = parts.prompts.pool[:16]
     greedy = Sampling(temperature=0.0, max_new_tokens=64)
     assert [r.ids for r in engine.generate(prompts, greedy)] == [r.ids for r in own.generate(prompts, greedy)]
     assert gap_of(engine, own, prompts) < 1e-4
@@ -114,7 +114,7 @@ def check_engine(parts: Any) -> None:
     two = engine.generate(prompts[::-1], parts.sampling, n=2)
     assert {(r.prompt.id, r.sample): r.ids for r in one} == {(r.prompt.id, r.sample): r.ids for r in two}
     with torch.no_grad():
-        for p in parts.student.parameters():
+        for p in parts.models.student.parameters():
             p.add_(0.02 * torch.randn_like(p))
     assert engine.gap() > 1e-2, "stale weights are seen"
     engine.sync_weights(1)
@@ -132,25 +132,28 @@ def gap_of(engine: Any, own: Any, prompts: Any) -> float:
 
 def test_in_process(tmp_path: Path) -> None:
     parts = assemble(gym(tmp_path, "engine", rollout=IN_PROCESS))
-    assert isinstance(parts.engine, VLLMEngine)
+    assert isinstance(parts.generators.student, VLLMEngine)
     check_engine(parts)
 
 
 def test_in_process_with_an_adapter(tmp_path: Path) -> None:
     parts = assemble(gym(tmp_path, "lora", rollout=IN_PROCESS, student={"lora_rank": 4}))
     with torch.no_grad():
-        for name, p in parts.student.named_parameters():
+        for name, p in parts.models.student.named_parameters():
             if "lora_B" in name:
                 p.normal_(std=0.3)
-    assert parts.engine.gap() > 1e-2
-    parts.engine.sync_weights(1)
-    assert gap_of(parts.engine, parts.engine_over(parts.student), parts.pool[:8]) < 1e-3
+    assert parts.generators.student.gap() > 1e-2
+    parts.generators.student.sync_weights(1)
+    assert (
+        gap_of(parts.generators.student, parts.generators.over(parts.models.student), parts.prompts.pool[:8])
+        < 1e-3
+    )
 
 
 def test_a_server_as_engine(tmp_path: Path, student: Served) -> None:
     parts = assemble(gym(tmp_path, "server", rollout={"engine": "vllm", "url": student.url}))
-    assert isinstance(parts.engine, ServerEngine)
-    parts.engine.sync_weights(0)
+    assert isinstance(parts.generators.student, ServerEngine)
+    parts.generators.student.sync_weights(0)
     check_engine(parts)
 
 

@@ -209,14 +209,14 @@ class Reader:
 
     def read(self, arm: str, ids: Sequence[int]) -> tuple[list[str], list[float]]:
         """Tokens, and reverse KL of the arm's student from the teacher at each, nats."""
+        from onpath.engines.forward import Models, per_token
         from onpath.engines.models import load_model
-        from onpath.engines.reading import Measure
         from onpath.engines.teacher import ModelTeacher
         from onpath.records import Trajectory
 
         model = self.run_model(arm)
         student = load_model(configuration.Student(model=model), NAME, self.device)
-        measure = Measure(
+        models = Models(
             student=student,
             teacher=ModelTeacher(self.teacher),
             vocabulary=student.config.vocab_size,
@@ -224,9 +224,8 @@ class Reader:
             max_tokens=16_384,
         )
         context = self.renderer.ids(self.prompt)
-        (values,) = measure(
-            [Trajectory(student_context=context, teacher_context=context, response=tuple(ids))]
-        )
+        read = Trajectory(student_context=context, teacher_context=context, response=tuple(ids))
+        (values,) = per_token(models, [read])
         return self.renderer.tokens(ids), values["reverse_kl"]
 
     def run_model(self, arm: str) -> str:

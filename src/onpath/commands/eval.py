@@ -15,6 +15,7 @@ from rich.table import Table
 from onpath.config import Student
 from onpath.data.load import load_prompts
 from onpath.data.render import Renderer
+from onpath.data.tasks import split_name
 from onpath.engines.hf import HFEngine
 from onpath.engines.models import load_model, load_tokenizer, pick_device, stop_ids
 from onpath.evaluate.scores import EvalResult, compare, evaluate
@@ -74,7 +75,7 @@ def evaluate_model(
     def generate(asked: Sequence[Prompt], count: int) -> list[Rollout]:
         return engine.generate(asked, sampling, n=count)
 
-    split = options.data.removeprefix("gym:") if options.data.startswith("gym:") else Path(options.data).stem
+    split = split_name(options.data)
     result, graded = evaluate(prompts, generate, renderer.text, grader, n=n, k=options.k, step=0, split=split)
     return result, graded, renderer
 

@@ -1,10 +1,10 @@
 """The configuration: one YAML section per stage, checked before anything is loaded. No torch."""
 
-from onpath.config.build import Config, build, load, nearest, read_yaml, resolved
+from onpath.config.build import Config, build, load, nearest, read_yaml, resolved, with_own
 from onpath.config.describe import describe, json_schema
 from onpath.config.sections import Data, Eval, Optim, RolloutSection, Run, Student, Teacher
 
 __all__ = [
     "Config", "Data", "Eval", "Optim", "RolloutSection", "Run", "Student", "Teacher",
-    "build", "describe", "json_schema", "load", "nearest", "read_yaml", "resolved",
+    "build", "describe", "json_schema", "load", "nearest", "read_yaml", "resolved", "with_own",
 ]  # fmt: skip

@@ -7,17 +7,26 @@ or an impossible pair raises `UserError` with one sentence.
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from onpath.config.methods import METHOD_OPTIONS, Method
+from onpath.config.methods import METHODS, MethodOptions, SomeMethod, options_class
 from onpath.config.methods.opd import OPDOptions
-from onpath.config.methods.opsd import OPSDOptions
-from onpath.config.methods.trd import TRDOptions
 from onpath.config.section import Section
-from onpath.config.sections import Data, Eval, Optim, RolloutSection, Run, Student, Teacher
+from onpath.config.sections import (
+    Data,
+    Eval,
+    Optim,
+    Reward,
+    RolloutSection,
+    Run,
+    Student,
+    Teacher,
+    labelled,
+)
+from onpath.system import code
 from onpath.system.errors import UserError
 
 _COMMAND_LINE = "the command line"
@@ -29,22 +38,26 @@ class Config(Section):
     student: Student = Student()
     teacher: Teacher = Teacher()
     data: Data = Data()
-    method: Annotated[Method, Field(discriminator="name")] = OPDOptions()
+    method: SomeMethod = OPDOptions()
     rollout: RolloutSection = RolloutSection()
     optim: Optim = Optim()
     eval: Eval = Eval()
+    rewards: dict[str, Reward] = Field({})
+    """Functions of your own that score rollouts: label → reward. One reward, or a list of them, will do: the
+    function's name is its label."""
     run: Run = Run()
 
     @model_validator(mode="before")
     @classmethod
-    def _default_method(cls, value: Any) -> Any:
-        """`method: {divergence: …}` without a name means opd."""
-        if (
-            isinstance(value, Mapping)
-            and isinstance(value.get("method"), Mapping)
-            and "name" not in value["method"]
-        ):
-            return {**value, "method": {"name": "opd", **value["method"]}}
+    def _short_forms(cls, value: Any) -> Any:
+        """`method: {divergence: …}` without a name means opd; rewards need no labels."""
+        if not isinstance(value, Mapping):
+            return value
+        value = dict(value)
+        if isinstance(value.get("method"), Mapping) and "name" not in value["method"]:
+            value["method"] = {"name": "opd", **value["method"]}
+        if "rewards" in value:
+            value["rewards"] = labelled(value["rewards"])
         return value
 
     @model_validator(mode="after")
@@ -73,7 +86,7 @@ class Config(Section):
                 "use float32 with optim.bf16, or LoRA (student.lora_rank)"
             )
         self._reachable()
-        gym, method = self.data.train.startswith("gym:"), self.method
+        method = self.method
         if self.rollout.overlap and method.divergence == "sampled" and method.ppo_clip is None:
             raise ValueError(
                 "rollout.overlap: method.divergence sampled takes rollouts for samples of the weights that "
@@ -88,20 +101,7 @@ class Config(Section):
                 "rollout.overlap has vLLM sample while the student trains, so it cannot sleep; drop "
                 "enable_sleep_mode from rollout.vllm, or rollout.overlap"
             )
-        if self.rollout.overlap and isinstance(method, TRDOptions) and method.offline:
-            raise ValueError(
-                "rollout.overlap: with method.offline all rollouts are sampled before the first step; set "
-                "rollout.overlap: false"
-            )
-        if isinstance(method, TRDOptions) and method.minimal_edit and method.locate == "checker" and not gym:
-            raise ValueError(
-                f"method.locate: checker needs a task with a checker of steps, as the gym is, not "
-                f"{self.data.train}; use teacher_logprob"
-            )
-        if isinstance(method, OPSDOptions) and method.hint == "answer" and method.template is None and gym:
-            raise ValueError(
-                "method.hint: answer is a prompt that the gym's models were never shown; use hint: solution"
-            )
+        method.check(self)
         return self
 
     def _reachable(self) -> None:
@@ -137,16 +137,10 @@ class Config(Section):
 
     def _learns_from_text(self) -> None:
         method = self.method
-        samples = isinstance(method, OPDOptions) and method.writer == "teacher"
-        if not (samples or isinstance(method, TRDOptions)) or method.divergence != "cross_entropy":
+        if not method.learns_from_text or method.divergence != "cross_entropy":
             raise ValueError(
                 "teacher.engine: chat gives text and no log-probs: use method.name trd, or opd with "
                 "method.writer: teacher, and method.divergence: cross_entropy"
-            )
-        if isinstance(method, TRDOptions) and method.minimal_edit:
-            raise ValueError(
-                "method.minimal_edit has the teacher go on from the student's tokens, which a chat endpoint "
-                "cannot; set it to false, or use teacher.engine: vllm"
             )
         if method.reweight in ("teacher_entropy", "divergence"):
             raise ValueError(
@@ -159,22 +153,28 @@ class Config(Section):
 
 
 def load(
-    path: str | Path | None = None, overrides: Sequence[tuple[str, Any]] | Mapping[str, Any] = ()
+    path: str | Path | None = None,
+    overrides: Sequence[tuple[str, Any]] | Mapping[str, Any] = (),
+    *,
+    allow_code: bool = False,
 ) -> Config:
     """Reads a YAML file (None: the defaults) and applies dotted overrides.
 
     Args:
         path: YAML mapping of sections.
         overrides: such as `{"optim.lr": 1e-4}`, or pairs; strings are read as YAML.
+        allow_code: run the Python files that the config names (`method.name: mine.py:Mine`). A relative one
+            is looked for in the working directory, then beside the YAML.
 
     Raises:
         UserError: unreadable file, wrong key, wrong value or impossible pair.
     """
-    data: dict[str, Any] = {} if path is None else _read_yaml(Path(path))
+    data: dict[str, Any] = {} if path is None else code.beside(_read_yaml(Path(path)), Path(path).parent)
     given = dict(overrides)
     for dotted, text in given.items():
         _override(data, dotted, text)
-    return build(data, source=str(path) if path else _COMMAND_LINE, overridden=given)
+    with code.allowed(allow_code):
+        return build(data, source=str(path) if path else _COMMAND_LINE, overridden=given)
 
 
 def build(data: Mapping[str, Any], *, source: str = "config", overridden: Iterable[str] = ()) -> Config:
@@ -189,7 +189,7 @@ def build(data: Mapping[str, Any], *, source: str = "config", overridden: Iterab
     except ValidationError as error:
         key = _dotted(error)
         ours = any(key == dotted or key.startswith(f"{dotted}.") for dotted in overridden)
-        raise UserError(f"{_COMMAND_LINE if ours else source}: {_sentence(error)}") from None
+        raise UserError(f"{_COMMAND_LINE if ours else source}: {_sentence(error, data)}") from None
 
 
 def resolved(tree: dict[str, Any]) -> dict[str, Any]:
@@ -270,36 +270,40 @@ def _override(data: dict[str, Any], dotted: str, text: Any) -> None:
     target[last] = value
 
 
-def _sentence(error: ValidationError) -> str:
+def _sentence(error: ValidationError, data: Mapping[str, Any]) -> str:
     """The first problem of a pydantic error as one sentence with the dotted key."""
     first, key = error.errors(include_url=False)[0], _dotted(error)
     loc = key.split(".")
     match first["type"]:
         case "extra_forbidden":
-            return f"unknown key {key}; {nearest(loc[-1], _keys_beside(loc, error))}"
+            return f"unknown key {key}; {nearest(loc[-1], _keys_beside(loc, data))}"
         case "union_tag_invalid":
-            known = ", ".join(METHOD_OPTIONS)
+            known = f"{', '.join(METHODS)}, or a class of yours as file.py:Class"
             return f"method.name is {first['input'].get('name')!r}; it must be one of {known}"
         case "value_error":
-            return f"{key + ': ' if key else ''}{first['ctx']['error']}"
+            reason = str(first["ctx"]["error"])
+            return reason if not key or reason.startswith(key) else f"{key}: {reason}"
         case _:
             return f"{key} is {_short(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
 def _dotted(error: ValidationError) -> str:
     loc = [str(part) for part in error.errors(include_url=False)[0]["loc"]]
-    if loc[:1] == ["method"] and len(loc) > 1 and loc[1] in METHOD_OPTIONS:
+    if loc[:1] == ["method"] and len(loc) > 1 and loc[1] in (*METHODS, "own"):
         del loc[1]  # pydantic names the union's branch
     return ".".join(loc)
 
 
-def _keys_beside(loc: Sequence[str], error: ValidationError) -> Sequence[str]:
-    if len(loc) == 1:
-        return list(Config.model_fields)
-    if loc[0] != "method":
-        return list(_section_type(loc[0]).model_fields)
-    names = [str(p) for p in error.errors()[0]["loc"]]
-    return list(METHOD_OPTIONS[names[1]].model_fields)
+def _keys_beside(loc: Sequence[str], data: Mapping[str, Any]) -> Sequence[str]:
+    match loc:
+        case [_]:
+            return list(Config.model_fields)
+        case ["method", *_]:
+            return list(options_class(data["method"].get("name", "opd")).model_fields)
+        case ["rewards", *_]:
+            return list(Reward.model_fields)
+        case _:
+            return list(_section_type(loc[0]).model_fields)
 
 
 def _section_type(section: str) -> type[BaseModel]:
@@ -318,3 +322,50 @@ def nearest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def with_own(
+    config: Config | Mapping[str, Any] | str | Path | None,
+    *,
+    method: Any = None,
+    divergence: Any = None,
+    grader: Any = None,
+    rewards: Mapping[str, Any] | None = None,
+    allow_code: bool = False,
+) -> Config:
+    """A config with Python objects for method, divergence, grader or rewards, named as a YAML names them.
+
+    Args:
+        method: a class with nested `Options`, or an instance of those.
+        divergence, grader, rewards: functions; rewards by label.
+
+    Raises:
+        UserError: the config is not valid, or `method` is not a method.
+    """
+    if config is None or isinstance(config, str | Path):
+        tree = {} if config is None else code.beside(_read_yaml(Path(config)), Path(config).parent)
+    elif isinstance(config, Config):
+        if method is None and divergence is None and grader is None and not rewards:
+            return config
+        tree = config.model_dump(mode="json")
+        tree["method"] = {} if method is not None else tree["method"]  # those were another method's options
+    else:
+        tree = {section: dict(options) for section, options in config.items()}
+    chosen = dict(tree.get("method") or {})
+    if method is not None:
+        options = method if isinstance(method, MethodOptions) else None
+        owner = type(options).method_class if options else method
+        if owner is None or not hasattr(owner, "Options"):
+            raise UserError("method must be a class derived from onpath.methods.Method, or its Options")
+        given = options.model_dump(exclude_unset=True) if options else {}
+        chosen |= {**given, "name": code.register(code.name_of(owner), owner)}
+    if divergence is not None:
+        chosen["divergence"] = code.register(code.name_of(divergence), divergence)
+    tree["method"] = chosen
+    if grader is not None:
+        tree["eval"] = {**(tree.get("eval") or {}), "grader": code.register(code.name_of(grader), grader)}
+    if rewards:
+        own = {label: {"name": code.register(code.name_of(f), f)} for label, f in rewards.items()}
+        tree["rewards"] = {**(labelled(tree.get("rewards") or {})), **own}
+    with code.allowed(allow_code):
+        return build(tree, source=str(config) if isinstance(config, str | Path) else "config")

@@ -3,33 +3,45 @@
 import json
 from collections.abc import Iterator
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
 from onpath.config.build import Config, _section_type
-from onpath.config.methods import METHOD_OPTIONS
+from onpath.config.methods import METHODS
+from onpath.config.section import OneOf
+from onpath.config.sections import Reward
 
 
 def describe() -> Iterator[tuple[str, str, str, str]]:
     """(key, type, default, documentation) of every option, for `--help` and the docs."""
     for section in Config.model_fields:
         if section == "method":
-            for name, options in METHOD_OPTIONS.items():
+            for name, options in METHODS.items():
                 yield from _describe_fields(f"method[{name}]", options)
+        elif section == "rewards":
+            yield from _describe_fields("rewards.LABEL", Reward)
         else:
             yield from _describe_fields(section, _section_type(section))
 
 
 def _describe_fields(prefix: str, model: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
     for key, info in model.model_fields.items():
-        if key != "name" or prefix == "run":
-            default = json.dumps(info.get_default(call_default_factory=True))
-            yield f"{prefix}.{key}", _type_name(info.annotation), default, info.description or ""
+        if key == "name" and prefix.startswith("method"):
+            continue
+        kind = next((_names(m) for m in info.metadata if isinstance(m, OneOf)), _type_name(info.annotation))
+        default = "none" if info.is_required() else json.dumps(info.get_default(call_default_factory=True))
+        yield f"{prefix}.{key}", kind, default, info.description or ""
+
+
+def _names(one: OneOf) -> str:
+    return " | ".join((*one.known, "file.py:name"))
 
 
 def _type_name(annotation: Any) -> str:
     origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return next((_names(m) for m in args[1:] if isinstance(m, OneOf)), _type_name(args[0]))
     if origin is Literal:
         return " | ".join(map(str, args))
     if origin in (Union, UnionType):

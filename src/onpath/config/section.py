@@ -1,6 +1,12 @@
-"""Base of every section of the configuration."""
+"""Base of every section of the configuration, and names that may be a user's own code."""
 
-from pydantic import BaseModel, ConfigDict
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+from onpath.system import code
 
 
 class Section(BaseModel):
@@ -13,3 +19,33 @@ class Section(BaseModel):
         protected_namespaces=(),
         allow_inf_nan=False,
     )
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Annotates text that is a built-in name or names own code: `Annotated[str, OneOf(…, "function")]`."""
+
+    known: tuple[str, ...]
+    own: str
+    """What a user's own must be: `function`, `class`."""
+
+    def check(self, value: str) -> str:
+        """The value.
+
+        Raises:
+            ValueError: neither built in nor own code.
+        """
+        if value not in self.known and not code.is_own(value):
+            raise ValueError(
+                f"{value!r} must be one of {', '.join(self.known)}, or a {self.own} of yours as file.py:name"
+            )
+        return value
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        own = {"type": "string", "pattern": r"\\.py:[A-Za-z_]\\w*$"}
+        return {"anyOf": [{"enum": list(self.known)}, own]}

@@ -1,12 +1,14 @@
 """The sections of the configuration but `method`, each option with its documentation. No torch."""
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from onpath.config.section import Section
+from onpath.config.section import OneOf, Section
+from onpath.data.tasks import split_name, task_of
+from onpath.records import Sampling
+from onpath.system import code
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -67,12 +69,13 @@ class Teacher(Served):
 
 class Data(Section):
     train: str = "gym:train"
-    """JSONL or Parquet file, `datasets` directory or name (name:split), or gym:train."""
+    """JSONL or Parquet file, `datasets` directory or name (name:split), gym:train, or a function of yours,
+    file.py:rows, that gives rows."""
     limit: int | None = Field(None, ge=1)
     """Use only the first so many training prompts (a finite pool, shuffled by run.seed each epoch)."""
     eval: dict[str, str] = Field({"test": "gym:test"})
-    """Evaluation sets: split name → source, as for data.train. Without it: the gym's test split for the gym's
-    training data, none for any other."""
+    """Evaluation sets: split name → source, as for data.train. Without it: the task's test split for the
+    gym's training data, none for a file."""
     eval_limit: int | None = Field(None, ge=1)
     """Use only the first so many problems of each evaluation set."""
     skip_bad: bool = False
@@ -89,11 +92,11 @@ class Data(Section):
     @classmethod
     def _complete_eval(cls, value: Any) -> Any:
         if isinstance(value, Mapping) and isinstance(value.get("eval"), str):
-            source = value["eval"]
-            name = source.removeprefix("gym:") if source.startswith("gym:") else Path(source).stem or "eval"
-            return {**value, "eval": {name: source}}
-        if isinstance(value, Mapping) and "eval" not in value:
-            return value if str(value.get("train", "gym:")).startswith("gym:") else {**value, "eval": {}}
+            return {**value, "eval": {split_name(value["eval"]) or "eval": value["eval"]}}
+        if isinstance(value, Mapping) and "eval" not in value and "train" in value:
+            task = task_of(str(value["train"]))
+            own = {"test": f"{task.name}:test"} if task and "test" in task.splits else {}
+            return {**value, "eval": own}
         return value
 
 
@@ -123,6 +126,16 @@ class RolloutSection(Served):
     run. rollout.overlap makes them 1."""
     batch_tokens: int = Field(32_768, ge=1)
     """Tokens (sequences × longest length) that one generation batch may hold."""
+
+    def sampling(self, *, seed: int) -> Sampling:
+        """How this stage draws tokens."""
+        return Sampling(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            max_new_tokens=self.max_new_tokens,
+            seed=seed,
+        )
 
 
 class Optim(Section):
@@ -158,9 +171,9 @@ class Optim(Section):
 
 
 class Eval(Section):
-    grader: Literal["auto", "gym", "math", "exact"] = "auto"
-    """auto: gym for gym data, else math (math-verify in a process of its own). exact: the last line,
-    stripped."""
+    grader: Annotated[str, OneOf(("auto", "gym", "math", "exact"), "function")] = "auto"
+    """auto: the task's own checker for the gym's data, else math (math-verify in a process of its own).
+    exact: the last line, stripped. Or a function of yours, file.py:grade, of (text, answer) → bool."""
     every: int = Field(0, ge=0)
     """Evaluate every so many steps; 0 only at the start and the end."""
     start: bool = True
@@ -180,6 +193,44 @@ class Eval(Section):
     seed: int = 1234
     """Of evaluation samples: the same for every model, so that comparisons are paired."""
 
+    def sampling(self) -> Sampling:
+        """How evaluation draws tokens."""
+        return Sampling(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            max_new_tokens=self.max_new_tokens,
+            seed=self.seed,
+        )
+
+
+class Reward(Section):
+    """A function of your own that scores rollouts (docs/extending.md); its mean is logged."""
+
+    name: str
+    """file.py:function; its parameters say what it is given: text, answer, prompt, rollout."""
+    weight: float = 1.0
+    """Of this reward in the total, which is logged as reward and which methods may use."""
+    at_least: float | None = None
+    """Trajectories of rollouts with a smaller value are recorded, but not trained on; null trains on all."""
+    weights_tokens: bool = False
+    """Weigh a trajectory's tokens by its value (0 or above), scaled to mean 1 over the step."""
+
+    @field_validator("name")
+    @classmethod
+    def _own(cls, value: str) -> str:
+        if not code.is_own(value):
+            raise ValueError(f"must name a function of yours as file.py:function, not {value}")
+        return value
+
+
+def labelled(rewards: Any) -> Any:
+    """One reward, or a list of them, by the functions' names."""
+    given = [rewards] if isinstance(rewards, Mapping) and isinstance(rewards.get("name"), str) else rewards
+    if not isinstance(given, list) or not all(isinstance(r, Mapping) and "name" in r for r in given):
+        return rewards
+    return {str(r["name"]).rpartition(":")[2]: r for r in given}
+
 
 class Run(Section):
     name: str = Field("opd-gym", min_length=1)
@@ -194,9 +245,9 @@ class Run(Section):
     """Checkpoints kept; older ones are removed."""
     trajectories_every: int = Field(10, ge=0)
     """Store what was trained on every so many steps (and at the first and the last); 0 never."""
-    trackers: list[Literal["tensorboard", "trackio", "wandb"]] = Field([])
-    """Also log there (extra onpath[trackers]); JSON lines are always written. wandb runs offline unless
-    WANDB_MODE says otherwise."""
+    trackers: list[Annotated[str, OneOf(("tensorboard", "trackio", "wandb"), "class")]] = Field([])
+    """Also log there: tensorboard, trackio, wandb (extra onpath[trackers]), or a class of yours,
+    file.py:Class; JSON lines are always written. wandb runs offline unless WANDB_MODE says otherwise."""
     threads: int = Field(0, ge=0)
     """torch's CPU threads per process; 0 leaves torch's choice."""
 

@@ -48,6 +48,21 @@ class Batch:
         }
         return Batch(**moved)
 
+    @property
+    def places(self) -> list[int]:
+        """Where the trajectories stand in what is read or trained on together."""
+        found = [t.place for t in self.trajectories]
+        assert None not in found, "a trajectory of this batch was never given its place"
+        return [place for place in found if place is not None]
+
+    def at_student(self, hidden_BSH: Tensor) -> Tensor:
+        """The student's hidden states [N, H] that predict each response token."""
+        return hidden_BSH.flatten(0, 1)[self.student_at_N]
+
+    def at_teacher(self, hidden_BTH: Tensor) -> Tensor:
+        """The teacher's, likewise; the hidden states may be on another device, where the result is too."""
+        return hidden_BTH.flatten(0, 1)[self.teacher_at_N.to(hidden_BTH.device)]
+
     def by_row(self, value_N: Tensor) -> list[list[float]]:
         """Per-token values as one list per trajectory."""
         sizes = [len(t.response) for t in self.trajectories]

@@ -1,4 +1,4 @@
-"""Prompts from files, `datasets` and the gym, and the order in which training sees them. No torch.
+"""Prompts from files, `datasets`, tasks and own code, and the order in which training sees them. No torch.
 
 Columns: `prompt` (text, or messages of role and content), optional `answer` (what the grader compares with),
 optional `solution` or TRL's `privileged_context` (what only a teacher may see), optional `id`. Other columns
@@ -9,24 +9,24 @@ import json
 import math
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from onpath.data.tasks import task_of, task_rows
 from onpath.records import Message, Prompt
+from onpath.system import code
 from onpath.system.errors import UserError
 
 COLUMNS = ("id", "prompt", "answer", "solution", "privileged_context")
-GYM_SPLITS = ("train", "validation", "test", "hard")
-GYM_TRAIN_PROMPTS = 2000
-"""Size of gym:train where no limit is given."""
-GYM_EVAL_PROMPTS = 1000
-"""Size of every other gym split where no limit is given."""
 REASONS_KEPT = 5
 JSONL_SUFFIXES = (".jsonl", ".jsonlines", ".ndjson")
-SOURCES = "a .jsonl or .parquet file, a directory saved by datasets, a datasets name[:split], or gym:<split>"
+SOURCES = (
+    "a .jsonl or .parquet file, a directory saved by datasets, a datasets name[:split], gym:<split>, or a "
+    "function of yours, file.py:name"
+)
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.%\[\]:-]+)?")
 
 
@@ -66,9 +66,9 @@ def load_prompts(
 
     Args:
         source: a JSONL or Parquet file, a directory written by `Dataset.save_to_disk`, a `datasets` name
-            (both of the latter with an optional `:split`), or `gym:train|validation|test|hard`.
-        limit: keep only the first so many good rows; None keeps all (of the gym: GYM_TRAIN_PROMPTS or
-            GYM_EVAL_PROMPTS).
+            (both of the latter with an optional `:split`), a task's split such as `gym:train`, or own code
+            that gives rows (`file.py:name`: an iterable, or a function without arguments that returns one).
+        limit: keep only the first so many good rows; None keeps all (of a task: as many as it says).
         skip_bad: count bad rows instead of stopping at the first.
         split_default: split of a `datasets` source that names none.
 
@@ -139,8 +139,11 @@ def prompts_of_step(prompts: Sequence[Prompt], *, size: int, seed: int, step: in
 
 def _rows(source: str, limit: int | None, split_default: str) -> Iterator[_Row]:
     """Chooses the reader by the form of the source."""
-    if source.startswith("gym:"):
-        return _gym_rows(source, limit)
+    if code.is_own(source):
+        return _own_rows(source)
+    task = task_of(source)
+    if task is not None:
+        return _numbered(source, task_rows(task, source, limit))
     path = Path(source).expanduser()
     base, _, split = source.rpartition(":")
     if path.is_file():
@@ -157,14 +160,16 @@ def _rows(source: str, limit: int | None, split_default: str) -> Iterator[_Row]:
     return _hub_rows(name, split or split_default)
 
 
-def _gym_rows(source: str, limit: int | None) -> Iterator[_Row]:
-    split = source.removeprefix("gym:")
-    if split not in GYM_SPLITS:
-        raise UserError(f"{source}: the gym has no split {split!r}; it has {', '.join(GYM_SPLITS)}")
-    from onpath import gym
+def _own_rows(source: str) -> Iterator[_Row]:
+    given = code.load(source, key="data")
+    rows = given() if callable(given) else given
+    if not isinstance(rows, Iterable) or isinstance(rows, str | Mapping):
+        raise UserError(f"{source}: must give rows, mappings with a key 'prompt', not {_kind(rows)}")
+    return _numbered(source, rows)
 
-    count = limit or (GYM_TRAIN_PROMPTS if split == "train" else GYM_EVAL_PROMPTS)
-    for number, row in enumerate(gym.rows(split, count, seed=0)):
+
+def _numbered(source: str, rows: Iterable[Any]) -> Iterator[_Row]:
+    for number, row in enumerate(rows):
         yield _Row(where=f"{source}, row {number}", value=row)
 
 

@@ -1,5 +1,6 @@
 """Messages ↔ token ids: the only user of a chat template, for student and teacher prompts alike."""
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from string import Formatter
@@ -99,6 +100,10 @@ class Renderer:
     def text(self, ids: Sequence[int]) -> str:
         """For people and graders; special tokens are left out."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def tokens_before(self, ids: Sequence[int], offset: int) -> int:
+        """How many leading tokens make no more than `offset` characters of text."""
+        return bisect_right(range(len(ids) + 1), offset, key=lambda t: len(self.text(ids[:t]))) - 1
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """One display string per token, special tokens included."""

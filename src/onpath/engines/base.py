@@ -1,33 +1,32 @@
-"""What every engine can do."""
+"""What every engine can do, and the questions that it answers about itself."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+
+from torch import nn
 
 from onpath.data.render import Renderer
-from onpath.records import FinishReason, Prompt, Rollout, Sampling
+from onpath.engines.decoding.branches import Past, Place
+from onpath.engines.decoding.drafts import Drafts
+from onpath.engines.wire import Server
+from onpath.records import Completion, Prompt, Rollout, Sampling
 
 
-@dataclass(frozen=True, kw_only=True)
-class Completion:
-    """Tokens written after a prefix.
+class Engine:
+    """Generates and scores tokens. The same request gives the same tokens however it is batched.
 
-    >>> Completion(ids=(4, 2), logprobs=(-0.3, -0.1), finish_reason="stop").finish_reason
-    'stop'
+    A subclass defines `continue_from`, `score` and, if its weights can change, `sync_weights`.
     """
 
-    ids: tuple[int, ...]
-    """The stop token included, if one was drawn."""
-    logprobs: tuple[float, ...]
-    """Under the distribution drawn from (after temperature, top-k, top-p), nats."""
-    finish_reason: FinishReason
-
-
-class Engine(Protocol):
-    """Writes and scores tokens. The same request gives the same tokens however it is batched."""
-
-    policy_version: int
+    renderer: Renderer
+    policy_version: int = 0
     """Optimiser steps that the engine's weights have seen."""
+    shares_weights: bool = False
+    """Whether it reads the very tensors that train: then nothing may be generated while they move."""
+    takes_prefixes: bool = True
+    """Whether it goes on from token ids and scores them; False: it answers messages only."""
+    server: Server | None = None
+    """The server that it asks, if there is one."""
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, n: int = 1, keys: Sequence[str] | None = None
@@ -36,23 +35,63 @@ class Engine(Protocol):
 
         `keys` name the requests (default: the prompts' ids): a draw depends on (seed, key, sample) alone.
         """
-        ...
+        return sampled(self, self.renderer, prompts, sampling, n=n, keys=keys)
 
     def continue_from(
         self, prefixes: Sequence[Sequence[int]], sampling: Sampling, *, keys: Sequence[str] | None = None
     ) -> list[Completion]:
         """One completion per prefix. `keys` name the requests: a draw depends on (seed, key) alone."""
-        ...
+        raise NotImplementedError
+
+    def answer(
+        self,
+        prompts: Sequence[Prompt],
+        prefixes: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        keys: Sequence[str],
+    ) -> list[Completion]:
+        """One completion per prefix, which is a rendering of the prompt beside it and may hold the beginning
+        of a response. An engine that answers messages only is shown the prompts."""
+        return self.continue_from(prefixes, sampling, keys=keys)
+
+    def can_draw_from(self, past: Past | None) -> bool:
+        """Whether it can go on from the keys and values that a scoring pass has left."""
+        return False
+
+    def draw_from(
+        self,
+        past: Past,
+        places: Sequence[Place],
+        sampling: Sampling,
+        *,
+        keys: Sequence[str],
+        drafts: Sequence[Drafts] | None = None,
+    ) -> list[Completion]:
+        """`continue_from` at places of the rows of `past`; only if it can draw from it."""
+        raise NotImplementedError
 
     def score(
         self, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
     ) -> list[tuple[float, ...]]:
         """Log-probs of each response token under the model itself (temperature 1), nats."""
-        ...
+        raise NotImplementedError
 
     def sync_weights(self, version: int) -> None:
         """Takes over the trained weights; rollouts from now on carry `version`."""
-        ...
+        self.policy_version = version
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generators:
+    """Who generates."""
+
+    student: Engine
+    """With the student's weights: rollouts and evaluations."""
+    teacher: Engine
+    """In the teacher's name: rewrites, windows, samples."""
+    over: Callable[[nn.Module], Engine]
+    """An engine in this process over a model of the student's kind."""
 
 
 def sampled(
@@ -75,6 +114,7 @@ def sampled(
         Rollout(
             prompt=p,
             sample=i,
+            place=place,
             context=ids,
             ids=c.ids,
             logprobs=c.logprobs,
@@ -82,5 +122,5 @@ def sampled(
             policy_version=engine.policy_version,
             sampling=sampling,
         )
-        for (p, i, ids), c in zip(jobs, done, strict=True)
+        for place, ((p, i, ids), c) in enumerate(zip(jobs, done, strict=True))
     ]

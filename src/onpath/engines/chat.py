@@ -10,16 +10,21 @@ from functools import partial
 from typing import Any
 
 from onpath.data.render import Renderer
-from onpath.engines.base import Completion
-from onpath.engines.replay import Cache, address
+from onpath.engines.base import Engine
+from onpath.engines.replay import Replay, address
 from onpath.engines.vllm import request_seed
 from onpath.engines.wire import Line, Nonsense, only_choice
-from onpath.records import Prompt, Sampling
+from onpath.records import Completion, Prompt, Sampling
+from onpath.system.errors import UserError
 
 _PATH = "/v1/chat/completions"
+_MESSAGES_ONLY = (
+    "teacher.engine: chat answers messages only, and this needs a teacher that goes on from token ids and "
+    "scores them; use hf or vllm"
+)
 
 
-class ChatWriter:
+class ChatEngine(Engine):
     """Answers messages.
 
     Args:
@@ -28,7 +33,7 @@ class ChatWriter:
         renderer: of the student: makes messages of prompts and ids of text.
         stop_ids: ids that end a response of the student.
         extra: further fields of every request; None leaves a field out.
-        cache: if given, each request is answered once, over all runs of the same directory.
+        replay: if given, each request is answered once, over all runs of the same directory.
     """
 
     def __init__(
@@ -39,15 +44,38 @@ class ChatWriter:
         *,
         stop_ids: frozenset[int],
         extra: Mapping[str, Any] | None = None,
-        cache: Cache | None = None,
+        replay: Replay | None = None,
     ) -> None:
         self.line, self.model, self.renderer = line, model, renderer
-        self.extra, self.cache = extra or {}, cache
+        self.extra, self.replay = extra or {}, replay
         ends = [*renderer.turn_end(), renderer.tokenizer.eos_token_id, *sorted(stop_ids)]
         self.stop = next(i for i in ends if i in stop_ids)
 
-    def write(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, keys: Sequence[str]
+    takes_prefixes = False
+
+    def continue_from(
+        self, prefixes: Sequence[Sequence[int]], sampling: Sampling, *, keys: Sequence[str] | None = None
+    ) -> list[Completion]:
+        """It cannot.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(_MESSAGES_ONLY)
+
+    def score(
+        self, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> list[tuple[float, ...]]:
+        """It cannot; see `continue_from`."""
+        raise UserError(_MESSAGES_ONLY)
+
+    def answer(
+        self,
+        prompts: Sequence[Prompt],
+        prefixes: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        keys: Sequence[str],
     ) -> list[Completion]:
         """One answer per prompt, without log-probs; the student's stop token follows what the endpoint ended
         by itself. `sampling.top_k` is no part of the protocol and is left out.
@@ -56,21 +84,21 @@ class ChatWriter:
             UserError: the endpoint stays away, refuses a request, or talks nonsense.
         """
         bodies = [self._body(p, sampling, key) for p, key in zip(prompts, keys, strict=True)]
-        room, many = sampling.max_new_tokens, self.line.section.concurrency
-        if self.cache is None:
-            return self._asked(bodies, room, range(len(bodies)))
+        longest, many = sampling.max_new_tokens, self.line.section.concurrency
+        if self.replay is None:
+            return self._asked(bodies, longest, range(len(bodies)))
         addresses = [address(self.line.url, b, key) for b, key in zip(bodies, keys, strict=True)]
         done: list[Completion] = []
         for begin in range(0, len(bodies), many):  # a few at a time, so that a failure loses few answers
             here = slice(begin, begin + many)
-            done += self.cache.answered(addresses[here], partial(self._asked, bodies[here], room))
+            done += self.replay.answered(addresses[here], partial(self._asked, bodies[here], longest))
         return done
 
     def _asked(
-        self, bodies: Sequence[Mapping[str, Any]], room: int, wanted: Sequence[int]
+        self, bodies: Sequence[Mapping[str, Any]], longest: int, wanted: Sequence[int]
     ) -> list[Completion]:
         said = self.line.ask(_PATH, [bodies[i] for i in wanted], _understood)
-        return [self._completion(text, ended, room) for text, ended in said]
+        return [self._completion(text, ended, longest) for text, ended in said]
 
     def _body(self, prompt: Prompt, sampling: Sampling, key: str) -> dict[str, Any]:
         body = {
@@ -83,11 +111,11 @@ class ChatWriter:
         }
         return {k: v for k, v in {**body, **self.extra}.items() if v is not None}
 
-    def _completion(self, text: str, ended: bool, room: int) -> Completion:
+    def _completion(self, text: str, ended: bool, longest: int) -> Completion:
         ids = self.renderer.text_ids(text)
-        if ended and len(ids) < room:
+        if ended and len(ids) < longest:
             return Completion(ids=(*ids, self.stop), logprobs=(), finish_reason="stop")
-        return Completion(ids=ids[:room], logprobs=(), finish_reason="length")
+        return Completion(ids=ids[:longest], logprobs=(), finish_reason="length")
 
 
 def _understood(_: int, answer: Any) -> tuple[str, bool]:

@@ -3,7 +3,8 @@
 Shape suffixes: B rows, T tokens, V vocabulary, H hidden.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +23,17 @@ _SOFTCAP, _DIVIDE = "final_logit_softcapping", "logits_scaling"
 
 
 _MULTIPLY = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """The model without dropout and the like; afterwards it is as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield model
+    finally:
+        model.train(was_training)
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from onpath.data.batch import collate, micro_batches
 from onpath.data.render import Renderer
-from onpath.engines.base import Completion, sampled
+from onpath.engines.base import Engine
+from onpath.engines.decoding.branches import Past, Place, branch
+from onpath.engines.decoding.drafts import Drafts
 from onpath.engines.decoding.draw import draw
 from onpath.engines.decoding.kv_cache import attends_plainly, roomy_cache
-from onpath.engines.head import head_of, hidden_states, unwrapped
+from onpath.engines.head import evaluating, head_of, hidden_states, unwrapped
 from onpath.engines.models import context_length
 from onpath.losses import token_stats
-from onpath.records import Prompt, Rollout, Sampling, Trajectory
+from onpath.records import Completion, Sampling, Trajectory
 from onpath.system.draws import noise
 from onpath.system.errors import UserError
 
@@ -31,7 +33,7 @@ _COMPACT_BELOW = 0.75  # drop finished rows once fewer than this share of the ba
 _LOOK_EVERY = {"cpu": 1}  # tokens between two looks at who is still writing: each look waits for a GPU
 
 
-class HFEngine:
+class HFEngine(Engine):
     """Engine over a transformers causal LM.
 
     Args:
@@ -41,6 +43,7 @@ class HFEngine:
         batch_tokens: rows × (prefix + new tokens) that one batch may hold.
         bf16: write under bfloat16 autocast, as the training forward pass does.
         vocabulary: number of ids that may be drawn; rows of the head beyond it are padding.
+        shares_weights: whether `model` is the one that trains.
     """
 
     def __init__(
@@ -52,19 +55,14 @@ class HFEngine:
         batch_tokens: int = 32_768,
         bf16: bool = False,
         vocabulary: int | None = None,
+        shares_weights: bool = False,
     ) -> None:
+        self.shares_weights = shares_weights
         self.model, self.renderer, self.batch_tokens = model, renderer, batch_tokens
         self.stop_ids, self.bf16, self.vocabulary = stop_ids, bf16, vocabulary
-        self.policy_version = 0
         self.device = next(model.parameters()).device
         self._look_every = _LOOK_EVERY.get(self.device.type, 8)
         self._stop = torch.tensor(sorted(stop_ids), device=self.device)
-
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, n: int = 1, keys: Sequence[str] | None = None
-    ) -> list[Rollout]:
-        """See `Engine.generate`."""
-        return sampled(self, self.renderer, prompts, sampling, n=n, keys=keys)
 
     def continue_from(
         self, prefixes: Sequence[Sequence[int]], sampling: Sampling, *, keys: Sequence[str] | None = None
@@ -73,14 +71,10 @@ class HFEngine:
         keys = [str(i) for i in range(len(prefixes))] if keys is None else keys
         self._check_lengths(prefixes, sampling)
         results: dict[int, Completion] = {}
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             for rows in self._batches([len(p) for p in prefixes], sampling.max_new_tokens):
-                written = self._write([prefixes[i] for i in rows], sampling, [keys[i] for i in rows])
-                results.update(zip(rows, written, strict=True))
-        finally:
-            self.model.train(was_training)
+                done = self._write([prefixes[i] for i in rows], sampling, [keys[i] for i in rows])
+                results.update(zip(rows, done, strict=True))
         return [results[i] for i in range(len(prefixes))]
 
     @torch.no_grad()
@@ -89,33 +83,53 @@ class HFEngine:
     ) -> list[tuple[float, ...]]:
         """See `Engine.score`."""
         read = [
-            Trajectory(student_context=tuple(c), teacher_context=tuple(c), response=tuple(r))
-            for c, r in zip(contexts, responses, strict=True)
+            Trajectory(student_context=tuple(c), teacher_context=tuple(c), response=tuple(r), place=i)
+            for i, (c, r) in enumerate(zip(contexts, responses, strict=True))
         ]
-        results: dict[int, tuple[float, ...]] = {}
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        results: list[tuple[float, ...]] = [()] * len(read)
+        with evaluating(self.model):
             for rows in micro_batches(read, max_tokens=self.batch_tokens):
                 batch = collate(rows, device=self.device)
                 with self._autocast():
                     hidden_BTH = hidden_states(self.model, batch.student_ids_BS, batch.student_mask_BS)
                 stats = token_stats(
-                    student_hidden=hidden_BTH.flatten(0, 1)[batch.student_at_N],
+                    student_hidden=batch.at_student(hidden_BTH),
                     student_head=head_of(self.model, self.vocabulary),
                     teacher=None,
                     sampled_ids=batch.token_N,
                 )
                 assert stats.student_logp is not None
-                values = batch.by_row(stats.student_logp)
-                results |= {id(t): tuple(v) for t, v in zip(rows, values, strict=True)}
-        finally:
-            self.model.train(was_training)
-        return [results.get(id(t), ()) for t in read]
+                for t, values in zip(rows, batch.by_row(stats.student_logp), strict=True):
+                    assert t.place is not None
+                    results[t.place] = tuple(values)
+        return results
 
-    def sync_weights(self, version: int) -> None:
-        """Nothing to copy: the engine reads the weights that train."""
-        self.policy_version = version
+    def over(self, model: nn.Module, *, renderer: Renderer | None = None) -> "HFEngine":
+        """The like of this engine over another model, which does not train."""
+        return HFEngine(
+            model,
+            renderer or self.renderer,
+            stop_ids=self.stop_ids,
+            batch_tokens=self.batch_tokens,
+            bf16=self.bf16,
+            vocabulary=self.vocabulary,
+        )
+
+    def can_draw_from(self, past: Past | None) -> bool:
+        """See `Engine.can_draw_from`."""
+        return past is not None
+
+    def draw_from(
+        self,
+        past: Past,
+        places: Sequence[Place],
+        sampling: Sampling,
+        *,
+        keys: Sequence[str],
+        drafts: Sequence[Drafts] | None = None,
+    ) -> list[Completion]:
+        """See `Engine.draw_from`."""
+        return branch(self, past, places, sampling, keys=keys, drafts=drafts)
 
     def _check_lengths(self, prefixes: Sequence[Sequence[int]], sampling: Sampling) -> None:
         longest, room = max((len(p) for p in prefixes), default=0), context_length(unwrapped(self.model))

@@ -1,39 +1,37 @@
-"""Who writes and who scores, as the config says: models in this process, a vLLM, servers."""
+"""Who generates and who scores, as the config says: models in this process, a vLLM, servers."""
 
-import sys
+import copy
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from onpath.config.build import Config
-from onpath.config.methods.opsd import OPSDOptions
-from onpath.config.methods.trd import TRDOptions
 from onpath.data.render import Renderer
 from onpath.engines.base import Engine
-from onpath.engines.chat import ChatWriter
+from onpath.engines.chat import ChatEngine
 from onpath.engines.head import check_head, head_of, unwrapped
 from onpath.engines.hf import HFEngine
 from onpath.engines.models import context_length, load_model, locate, pick_device
-from onpath.engines.replay import Cache, CachedEngine, weights_digest
+from onpath.engines.replay import Replay, ReplayingEngine, weights_digest
 from onpath.engines.served import ServedTeacher
-from onpath.engines.teacher import ModelTeacher, SelfTeacher, SilentTeacher
+from onpath.engines.teacher import ModelTeacher, SelfTeacher, SilentTeacher, Teacher
 from onpath.engines.wire import Line
 from onpath.system import distributed
 from onpath.system.errors import UserError
 
-AnyTeacher = ModelTeacher | SelfTeacher | ServedTeacher | SilentTeacher
 _EXACT, _HALF = 1e-3, 0.5  # nats by which a vLLM's log-probs may differ from the trainer's, by dtype
 
 
 def student_engine(config: Config, student: nn.Module, own: HFEngine) -> Engine:
-    """Writes the rollouts and the evaluations.
+    """Generates the rollouts and the evaluations.
 
     Args:
         own: over the student itself.
     """
+    # With rollout.overlap it generates from a thread of its own, and tokenizers are not safe to share.
+    renderer = copy.deepcopy(own.renderer) if config.rollout.overlap else own.renderer
     section, half = config.rollout, config.optim.bf16 or config.student.dtype != "float32"
     if section.engine == "hf":
         return own
@@ -44,7 +42,7 @@ def student_engine(config: Config, student: nn.Module, own: HFEngine) -> Engine:
 
         return ServerEngine(
             Server(section, "rollout", [config.student.model, str(locate(config.student.model))]),
-            own.renderer,
+            renderer,
             stop_ids=own.stop_ids,
             vocabulary=own.vocabulary,
             student=student,
@@ -61,10 +59,10 @@ def student_engine(config: Config, student: nn.Module, own: HFEngine) -> Engine:
     return VLLMEngine(
         student,
         _directory(config, student),
-        own.renderer,
+        renderer,
         stop_ids=own.stop_ids,
         vocabulary=own.vocabulary,
-        room=context_length(unwrapped(student)),
+        context_length=context_length(unwrapped(student)),
         dtype="bfloat16" if half else "float32",
         tolerance=_HALF if half else _EXACT,
         options=section.vllm,
@@ -78,9 +76,9 @@ def _directory(config: Config, student: nn.Module) -> str:
     given = Path(locate(config.student.model))
     if not given.is_dir() or ((given / "config.json").is_file() and list(given.glob("*.safetensors"))):
         return str(given)
-    copy = Path(tempfile.mkdtemp(prefix="onpath-vllm-"))
-    save_weights(student, copy)
-    return str(copy)
+    merged = Path(tempfile.mkdtemp(prefix="onpath-vllm-"))
+    save_weights(student, merged)
+    return str(merged)
 
 
 def make_teacher(
@@ -90,12 +88,13 @@ def make_teacher(
     vocabulary: int,
     stop_ids: frozenset[int],
     device: torch.device,
-) -> AnyTeacher:
+) -> Teacher:
     """Another model, in this process or on a server, or the student itself."""
     method = config.method
-    if method.self_taught:
-        assert isinstance(method, OPSDOptions | TRDOptions)
-        return SelfTeacher(student, weights=method.weights, decay=method.ema_decay, vocabulary=vocabulary)
+    if method.teacher_weights is not None:
+        return SelfTeacher(
+            student, weights=method.teacher_weights, decay=method.teacher_decay, vocabulary=vocabulary
+        )
     if config.teacher.engine == "chat":
         return SilentTeacher()
     if config.teacher.engine == "vllm":
@@ -105,9 +104,11 @@ def make_teacher(
         names = [config.teacher.model, str(locate(config.teacher.model))]
         server = Server(config.teacher, "teacher", names)
         engine = ServerEngine(server, renderer, stop_ids=stop_ids, vocabulary=vocabulary)
-        return ServedTeacher(engine, k=min(method.support_k, vocabulary))
+        longest = context_length(unwrapped(student))
+        return ServedTeacher(engine, k=min(method.support_k, vocabulary), context_length=longest)
     where = pick_device(config.teacher.device, "teacher.device", otherwise=device)
     model = load_model(config.teacher, "teacher.model", where)
+    check_head(model, "teacher.model")
     rows = head_of(model).vocabulary
     if rows < vocabulary:
         raise UserError(
@@ -117,71 +118,51 @@ def make_teacher(
     return ModelTeacher(model, vocabulary=vocabulary)
 
 
-def make_writer(
-    config: Config,
-    teacher: AnyTeacher,
-    renderer: Renderer,
-    stop_ids: frozenset[int],
-    engine_over: Callable[[nn.Module], HFEngine],
-) -> Engine | ChatWriter:
-    """Writes in the teacher's name."""
-    if isinstance(teacher, ServedTeacher):
-        return teacher.engine
-    if isinstance(teacher, SilentTeacher):
-        section, line = config.teacher, Line(config.teacher, "teacher")
-        return ChatWriter(line, section.model, renderer, stop_ids=stop_ids, extra=section.extra_body)
-    return engine_over(teacher.model)
+def check_teacher(config: Config, teacher: Teacher, longest: int) -> None:
+    """It must be able to read what the student reads and generates.
 
-
-def room_of(teacher: AnyTeacher, student: nn.Module) -> int:
-    """Most tokens, prompt and response, that the teacher takes. What a black box takes only it knows."""
-    if isinstance(teacher, SilentTeacher):
-        return sys.maxsize
-    if isinstance(teacher, ServedTeacher):
-        return teacher.engine.server.room or context_length(unwrapped(student))
-    return context_length(unwrapped(teacher.model))
-
-
-def check_teacher(config: Config, teacher: AnyTeacher, longest: int) -> None:
-    """It must be able to read what the student reads and writes."""
-    if isinstance(teacher, SelfTeacher | SilentTeacher):
-        return
-    if isinstance(teacher, ModelTeacher):
-        check_head(teacher.model, "teacher.model")
-        room: int | None = context_length(unwrapped(teacher.model))
-        needed = longest + config.rollout.max_new_tokens
-    else:
-        room = teacher.engine.server.room
-        needed = longest + config.rollout.max_new_tokens + 1  # a server writes a token after what it scores
-    if room is not None and needed > room:
+    Args:
+        longest: tokens of the longest prompt.
+    """
+    needed = longest + config.rollout.max_new_tokens + teacher.spare
+    if needed > teacher.context_length and not config.method.self_taught:
         raise UserError(
-            f"teacher.model: its context of {room} tokens is too short for prompts of up to {longest} and "
-            f"{config.rollout.max_new_tokens} new ones; lower rollout.max_new_tokens or drop long prompts"
+            f"teacher.model: its context of {teacher.context_length} tokens is too short for prompts of up "
+            f"to {longest} and {config.rollout.max_new_tokens} new ones; lower rollout.max_new_tokens or drop "
+            "long prompts"
         )
 
 
-def offline_cache(
-    config: Config,
-    sampler: Engine,
-    writer: Engine | ChatWriter,
-    student: nn.Module,
-    renderer: Renderer,
-) -> tuple[Cache | None, Engine, Engine | ChatWriter]:
-    """The cache, the sampler and the writer: caching ones where the starting weights write everything."""
-    if not (isinstance(config.method, TRDOptions) and config.method.offline):
-        return None, sampler, writer
-    cache = Cache(Path(config.run.dir) / config.run.name / "cache")
+def teacher_engine(
+    config: Config, teacher: Teacher, own: HFEngine, stop_ids: frozenset[int], replay: Replay | None
+) -> Engine:
+    """Generates in the teacher's name.
 
-    def caching(engine: Engine, weights: str) -> Engine:
-        return CachedEngine(engine, cache, weights=weights, renderer=renderer)
+    Args:
+        own: over the student itself; another model in this process gets its like.
+        replay: where the starting weights generate everything, each request is answered once.
+    """
+    if not teacher.gives_scores:
+        section, line = config.teacher, Line(config.teacher, "teacher")
+        return ChatEngine(
+            line, section.model, own.renderer, stop_ids=stop_ids, extra=section.extra_body, replay=replay
+        )
+    engine: Engine = teacher.engine if isinstance(teacher, ServedTeacher) else own.over(_model(teacher))
+    if replay is None:
+        return engine
+    weights = f"{config.teacher.url}/{config.teacher.model}"
+    if teacher.model is not None:
+        weights = weights_digest(teacher.model)
+    return ReplayingEngine(engine, replay, weights=weights)
 
-    sampler = caching(sampler, weights_digest(student))
-    if isinstance(writer, ChatWriter):
-        writer.cache = cache
-        return cache, sampler, writer
-    theirs = (
-        weights_digest(writer.model)
-        if isinstance(writer, HFEngine)
-        else f"{config.teacher.url}/{config.teacher.model}"
-    )
-    return cache, sampler, caching(writer, theirs)
+
+def _model(teacher: Teacher) -> nn.Module:
+    assert teacher.model is not None, "a teacher that scores is a model in this process or on a server"
+    return teacher.model
+
+
+def make_replay(config: Config) -> Replay | None:
+    """What the starting weights generate, kept on disk, where the method asks for all of it beforehand."""
+    if not config.method.generates_ahead:
+        return None
+    return Replay(Path(config.run.dir) / config.run.name / "cache")

@@ -5,7 +5,7 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from onpath.config import Student, Teacher
+from onpath.data.tasks import task_of
 from onpath.system.errors import UserError
 
 hf_logging.disable_progress_bar()  # onpath shows its own progress
@@ -35,15 +36,14 @@ _TOKENIZER_FILES = (
 
 
 def locate(name: str) -> str:
-    """`gym:student` → the bundled directory; anything else unchanged."""
-    if not name.startswith("gym:"):
+    """`gym:student` → the directory of the task's model; anything else unchanged."""
+    task = task_of(name)
+    if task is None:
         return name
-    from onpath import gym
-
-    role = name.removeprefix("gym:")
-    if role in ("student", "teacher"):
-        return str(gym.model_dir(cast(Literal["student", "teacher"], role)))
-    raise UserError(f"{name}: the bundled models are gym:student and gym:teacher")
+    try:
+        return str(task.model(name.partition(":")[2]))
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 def pick_device(name: str, key: str, otherwise: torch.device | None = None) -> torch.device:

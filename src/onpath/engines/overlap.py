@@ -18,11 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from onpath.config.build import Config
-from onpath.config.methods.trd import TRDOptions
 from onpath.engines.base import Engine
 from onpath.engines.hf import HFEngine
-from onpath.engines.server import ServerEngine
-from onpath.engines.vllm import VLLMEngine
 from onpath.records import Rollout
 from onpath.system import distributed
 from onpath.system.errors import UserError
@@ -31,18 +28,27 @@ Draw = Callable[[int], list[Rollout]]
 """Step (from 0) → its rollouts, by this class's engine."""
 
 
-class Ahead:
+class Overlap:
     """Hands out each step's rollouts, drawn by the weights of the step before, and draws the next ones.
 
     Args:
-        student: the model that trains; None: the engine has weights of its own.
-        engine: otherwise over a copy of it. Its tokenizer is its own too (they are not safe to share).
+        engine: draws, with a renderer of its own.
         steps: of the run; nothing is drawn beyond.
+        student: the model that trains, and frozen: the copy of it that the engine reads. None: the engine has
+            weights of its own.
     """
 
-    def __init__(self, student: nn.Module | None, engine: Engine, *, steps: int) -> None:
-        self.student, self.engine, self.steps = student, engine, steps
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="onpath-ahead")
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        steps: int,
+        student: nn.Module | None = None,
+        frozen: nn.Module | None = None,
+    ) -> None:
+        self.engine, self.steps = engine, steps
+        self._student, self._frozen = student, frozen
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="onpath-overlap")
         self._next: tuple[int, Future[list[Rollout]]] | None = None
 
     def __call__(self, step: int, draw: Draw) -> list[Rollout]:
@@ -58,7 +64,7 @@ class Ahead:
         if waiting is not None:
             assert waiting[0] == step, f"step {waiting[0]} was drawn, step {step} is asked for"
             return waiting[1].result()
-        if self.student is not None:  # the first step, or the first after a resume: the copy is one step old
+        if self._frozen is not None:  # the first step, or the first after a resume: the copy is one step old
             self.engine.sync_weights(max(0, step - 1))
         return draw(step)
 
@@ -69,29 +75,29 @@ class Ahead:
         Raises:
             UserError: it could not be drawn.
         """
-        if self.student is None:
+        if self._frozen is None:
             if self._next is not None:
                 self._next[1].result()
             distributed.barrier()
 
     @torch.no_grad()
     def _follow(self, *, version: int) -> None:
-        if self.student is None:
-            return
-        assert isinstance(self.engine, HFEngine)
-        for mine, theirs in zip(self.engine.model.parameters(), self.student.parameters(), strict=True):
-            if theirs.requires_grad:
-                mine.copy_(theirs)
-        self.engine.sync_weights(version)
+        for frozen, trained in self._pairs().values():
+            frozen.copy_(trained)
+        if self._frozen is not None:
+            self.engine.sync_weights(version)
+
+    def _pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of each trained parameter: the copy and the parameter."""
+        if self._frozen is None or self._student is None:
+            return {}
+        copies = dict(self._frozen.named_parameters())
+        return {n: (copies[n], p) for n, p in self._student.named_parameters() if p.requires_grad}
 
     def state(self) -> dict[str, Tensor]:
         """The weights that draw the next batch: one step older than those of the checkpoint. Nothing where
         the engine has its own."""
-        if self.student is None:
-            return {}
-        assert isinstance(self.engine, HFEngine)
-        copies = dict(self.engine.model.named_parameters())
-        return {f"ahead.{n}": copies[n] for n, p in self.student.named_parameters() if p.requires_grad}
+        return {f"ahead.{n}": frozen for n, (frozen, _) in self._pairs().items()}
 
     def close(self) -> None:
         """Waits for what is being drawn."""
@@ -99,12 +105,12 @@ class Ahead:
 
 
 def fresh(config: Config, rollouts: list[Rollout], step: int) -> list[Rollout]:
-    """The rollouts, if weights of at most `rollout.max_staleness` steps before `step` (from 0) wrote them.
+    """The rollouts, if the weights that generated them are at most `rollout.max_staleness` steps old.
 
     Raises:
-        UserError: older ones did. Not with method.offline: there the starting weights write everything.
+        UserError: older ones did. Not where the starting weights generate everything.
     """
-    if isinstance(config.method, TRDOptions) and config.method.offline:
+    if config.method.generates_ahead:
         return rollouts
     limit = config.rollout.max_staleness
     oldest = min((r.policy_version for r in rollouts), default=step)
@@ -117,20 +123,17 @@ def fresh(config: Config, rollouts: list[Rollout], step: int) -> list[Rollout]:
     return rollouts
 
 
-def make_ahead(
-    config: Config, student: nn.Module, own: Engine, engine_over: Callable[[nn.Module], HFEngine]
-) -> Ahead | None:
+def make_overlap(config: Config, student: nn.Module, engine: Engine, own: HFEngine) -> Overlap | None:
     """None without `rollout.overlap`.
 
     Args:
-        own: the student's engine.
+        engine: the student's engine.
+        own: over the student itself.
     """
     if not config.rollout.overlap:
         return None
-    if not isinstance(own, HFEngine):
-        assert isinstance(own, ServerEngine | VLLMEngine)
-        own.renderer = copy.deepcopy(own.renderer)
-        return Ahead(None, own, steps=config.optim.steps)
-    engine = engine_over(copy.deepcopy(student).requires_grad_(False))
-    engine.renderer = copy.deepcopy(engine.renderer)
-    return Ahead(student, engine, steps=config.optim.steps)
+    if not engine.shares_weights:
+        return Overlap(engine, steps=config.optim.steps)
+    frozen = copy.deepcopy(student).requires_grad_(False)
+    drawing = own.over(frozen, renderer=copy.deepcopy(own.renderer))
+    return Overlap(drawing, steps=config.optim.steps, student=student, frozen=frozen)

@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from onpath.data.render import Renderer
-from onpath.engines.base import Completion, Engine, sampled
-from onpath.records import Prompt, Rollout, Sampling
+from onpath.engines.base import Engine, sampled
+from onpath.records import Completion, Prompt, Rollout, Sampling
 from onpath.system import distributed
 from onpath.system.errors import UserError
 
 
-class Cache:
+class Replay:
     """Completions by key, in a directory that all processes share."""
 
     def __init__(self, directory: Path) -> None:
@@ -91,16 +90,14 @@ def _read(path: Path) -> dict[str, Completion]:
     return found
 
 
-class CachedEngine:
+class ReplayingEngine(Engine):
     """An engine whose weights stand still: each request is answered once, and then from the cache.
 
     `generate` names a request by its prompt alone, so that a prompt has the same samples in every step.
     """
 
-    policy_version = 0
-
-    def __init__(self, engine: Engine, cache: Cache, *, weights: str, renderer: Renderer) -> None:
-        self.engine, self.cache, self.weights, self.renderer = engine, cache, weights, renderer
+    def __init__(self, engine: Engine, replay: Replay, *, weights: str) -> None:
+        self.engine, self.replay, self.weights, self.renderer = engine, replay, weights, engine.renderer
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, n: int = 1, keys: Sequence[str] | None = None
@@ -114,7 +111,7 @@ class CachedEngine:
         """See `Engine.continue_from`."""
         names = [str(i) for i in range(len(prefixes))] if keys is None else list(keys)
         addresses = [self._address(p, sampling, name) for p, name in zip(prefixes, names, strict=True)]
-        return self.cache.answered(
+        return self.replay.answered(
             addresses,
             lambda missing: self.engine.continue_from(
                 [prefixes[i] for i in missing], sampling, keys=[names[i] for i in missing]

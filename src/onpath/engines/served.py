@@ -3,28 +3,34 @@
 from collections import OrderedDict
 
 import torch
+from transformers import DynamicCache
 
 from onpath.data.batch import Batch
 from onpath.engines.server import ServedScores, ServerEngine
+from onpath.engines.teacher import Teacher
 from onpath.losses import TeacherTopK
 
 Key = tuple[tuple[int, ...], tuple[int, ...]]
 _KEPT = 8192  # responses whose scores are kept: a method and the loss of the same step ask for the same ones
 
 
-class ServedTeacher:
+class ServedTeacher(Teacher):
     """Scores by `prompt_logprobs` of a server.
 
     Args:
         engine: over the server.
         k: tokens per position.
+        context_length: of the student, where the server does not say its own.
     """
 
-    def __init__(self, engine: ServerEngine, *, k: int) -> None:
+    spare = 1  # a server generates a token after what it scores
+
+    def __init__(self, engine: ServerEngine, *, k: int, context_length: int) -> None:
         self.engine, self.k = engine, k
+        self.context_length = engine.server.context_length or context_length
         self._known: OrderedDict[Key, ServedScores] = OrderedDict()
 
-    def scores(self, batch: Batch) -> TeacherTopK:
+    def scores(self, batch: Batch, cache: DynamicCache | None = None) -> TeacherTopK:
         """See `Teacher.scores`: rows of k entries, −inf where a position has fewer."""
         rows = self._ask([(t.teacher_context, t.response) for t in batch.trajectories])
         device = batch.token_N.device

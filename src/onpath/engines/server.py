@@ -13,11 +13,11 @@ from typing import Any, TypeGuard
 from torch import nn
 
 from onpath.data.render import Renderer
-from onpath.engines.base import Completion, sampled
+from onpath.engines.base import Engine
 from onpath.engines.vllm import checked_completion, request_seed
 from onpath.engines.weights import largest_gap, probe_ids, probe_logprobs, save_weights
 from onpath.engines.wire import Nonsense, Server
-from onpath.records import Prompt, Rollout, Sampling
+from onpath.records import Completion, Sampling
 from onpath.system import distributed
 from onpath.system.errors import UserError
 
@@ -38,7 +38,7 @@ class ServedScores:
     """Of the response's own tokens."""
 
 
-class ServerEngine:
+class ServerEngine(Engine):
     """Engine over a server's model.
 
     Args:
@@ -47,6 +47,8 @@ class ServerEngine:
         weights: directory that the server can read, for the student's weights.
         tolerance: largest gap, in nats, that rounding may explain.
     """
+
+    server: Server
 
     def __init__(
         self,
@@ -65,12 +67,6 @@ class ServerEngine:
         self._held: Sequence[float] | None = None
         self.resyncs = 0
         """How often the server had lost the trained weights, by a restart, and was given them again."""
-
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, n: int = 1, keys: Sequence[str] | None = None
-    ) -> list[Rollout]:
-        """See `Engine.generate`."""
-        return sampled(self, self.renderer, prompts, sampling, n=n, keys=keys)
 
     def continue_from(
         self, prefixes: Sequence[Sequence[int]], sampling: Sampling, *, keys: Sequence[str] | None = None

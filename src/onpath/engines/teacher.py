@@ -4,8 +4,10 @@ No [T, V] is kept anywhere: the losses read hidden states and head in chunks. On
 """
 
 import contextlib
-from collections.abc import Iterator
-from typing import Literal, Protocol
+import copy
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from peft import PeftModel
@@ -13,51 +15,98 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from onpath.data.batch import Batch
-from onpath.engines.head import head_of, hidden_states
+from onpath.engines.decoding.branches import Past
+from onpath.engines.head import evaluating, head_of, hidden_states, unwrapped
+from onpath.engines.models import context_length
 from onpath.losses import Head, TeacherHidden, TeacherScores
 
 
-class Teacher(Protocol):
-    """Scores the response positions of a batch."""
+class Teacher:
+    """Scores the response positions of a batch. A subclass defines `scores`, and what else it can do."""
 
-    def scores(self, batch: Batch) -> TeacherScores | None:
+    model: nn.Module | None = None
+    """The model in this process, if it is one."""
+    gives_scores: bool = True
+    """False: a black box that only generates; divergences are not measured."""
+    context_length: int = sys.maxsize
+    """Most tokens, prompt and response, that it takes. What a black box takes only it knows."""
+    spare: int = 0
+    """Tokens beyond what it scores that must fit too."""
+
+    @property
+    def head(self) -> Head | None:
+        """What makes logits of its hidden states; the losses give no gradient to it."""
+        return None
+
+    def scores(self, batch: Batch, cache: DynamicCache | None = None) -> TeacherScores | None:
         """What predicts each response token in the teacher's context, [N, …], on the batch's device; None: it
-        gives no scores."""
-        ...
+        gives no scores. An empty `cache` receives the keys and values."""
+        raise NotImplementedError
+
+    def past(self, batches: Sequence[Batch]) -> Past | None:
+        """Empty KV caches for a scoring pass over some batches, from which can be generated afterwards; None:
+        its attention does not allow that, or it is not in this process."""
+        return None
+
+    def acting(self) -> contextlib.AbstractContextManager[object]:
+        """While something is generated in its name: the student's own weights are the teacher's."""
+        return contextlib.nullcontext()
+
+    def follow(self) -> None:
+        """Called after each optimiser step: one step of a moving average."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What a resumed run cannot recompute, restored in place."""
+        return {}
 
 
-class SilentTeacher:
-    """A black box that writes (`engines/chat.py`) and scores nothing: divergences are not measured."""
+class SilentTeacher(Teacher):
+    """A black box that generates (`engines/chat.py`) and scores nothing."""
 
-    def scores(self, batch: Batch) -> None:
+    gives_scores = False
+
+    def scores(self, batch: Batch, cache: DynamicCache | None = None) -> None:
         """See `Teacher.scores`."""
 
 
-class ModelTeacher:
+class ModelTeacher(Teacher):
     """A frozen model with its own device and dtype."""
+
+    model: nn.Module
 
     def __init__(self, model: nn.Module, *, vocabulary: int | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.head = head_of(model, vocabulary)
+        self._head = head_of(model, vocabulary)
         self.device = next(model.parameters()).device
+        self.context_length = context_length(unwrapped(model))
+
+    @property
+    def head(self) -> Head:
+        """See `Teacher.head`."""
+        return self._head
 
     @torch.no_grad()
     def hidden(self, batch: Batch, cache: DynamicCache | None = None) -> Tensor:
-        """Hidden states [N, H] that predict each response token in the teacher's context. An empty `cache`
-        receives the keys and values."""
+        """Hidden states [N, H] that predict each response token in the teacher's context."""
         return _teacher_positions(self.model, batch, self.device, cache)
 
-    def scores(self, batch: Batch) -> TeacherHidden:
+    def scores(self, batch: Batch, cache: DynamicCache | None = None) -> TeacherHidden:
         """See `Teacher.scores`."""
-        return TeacherHidden(hidden=self.hidden(batch), head=self.head)
+        return TeacherHidden(hidden=self.hidden(batch, cache), head=self.head)
+
+    def past(self, batches: Sequence[Batch]) -> Past | None:
+        """See `Teacher.past`."""
+        return Past(self.model, batches) if Past.possible(self.model) else None
 
 
-class SelfTeacher:
+class SelfTeacher(Teacher):
     """The student's own weights as teacher (OPSD, TRD with teacher: self).
 
     `base`: the starting weights, by switching a LoRA adapter off, else from a frozen copy. `live`: the
     weights as they are. `ema`: a copy that follows with `decay` at each `follow()`.
     """
+
+    model: nn.Module
 
     def __init__(
         self,
@@ -67,13 +116,12 @@ class SelfTeacher:
         decay: float = 0.99,
         vocabulary: int | None = None,
     ) -> None:
-        import copy
-
         self.student, self.weights, self.decay = student, weights, decay
         self.adapter = weights == "base" and isinstance(student, PeftModel)
         shares = weights == "live" or self.adapter
         self.model = student if shares else copy.deepcopy(student).eval().requires_grad_(False)
         self._vocabulary = vocabulary
+        self.context_length = context_length(unwrapped(student))
 
     @property
     def head(self) -> Head:
@@ -83,16 +131,12 @@ class SelfTeacher:
     @contextlib.contextmanager
     def acting(self) -> Iterator[nn.Module]:
         """The model as the teacher has it: adapter off for `base` under LoRA, no dropout."""
-        was_training = self.model.training
-        self.model.eval()
         adapted = isinstance(self.model, PeftModel) and self.adapter
-        with self.model.disable_adapter() if adapted else contextlib.nullcontext():  # type: ignore[operator]
-            try:
-                yield self.model
-            finally:
-                self.model.train(was_training)
+        off = self.model.disable_adapter() if adapted else contextlib.nullcontext()  # type: ignore[operator]
+        with evaluating(self.model), off:
+            yield self.model
 
-    def scores(self, batch: Batch) -> TeacherHidden:
+    def scores(self, batch: Batch, cache: DynamicCache | None = None) -> TeacherHidden:
         """See `Teacher.scores`."""
         return TeacherHidden(hidden=self.hidden(batch), head=self.head)
 
@@ -120,4 +164,4 @@ def _teacher_positions(
 ) -> Tensor:
     ids_BT, mask_BT = batch.teacher_ids_BT.to(device), batch.teacher_mask_BT.to(device)
     hidden_BTH = hidden_states(model, ids_BT, mask_BT, cache)
-    return hidden_BTH.flatten(0, 1)[batch.teacher_at_N.to(device)].to(batch.token_N.device)
+    return batch.at_teacher(hidden_BTH).to(batch.token_N.device)

@@ -15,21 +15,21 @@ import torch
 from torch import nn
 
 from onpath.data.render import Renderer
-from onpath.engines.base import Completion, sampled
+from onpath.engines.base import Engine
 from onpath.engines.weights import largest_gap, merged_weights, probe_ids, probe_logprobs
-from onpath.records import Prompt, Rollout, Sampling
+from onpath.records import Completion, Sampling
 from onpath.system.errors import UserError
 
 _NEVER = -1000.0  # vLLM's servers write -9999 for -inf
 
 
-class VLLMEngine:
+class VLLMEngine(Engine):
     """Engine over a vLLM of its own.
 
     Args:
         model: the student that trains, adapter or not; its weights are pushed by `sync_weights`.
         directory: where vLLM finds the architecture and the starting weights.
-        room: most tokens of prompt and response.
+        context_length: most tokens of prompt and response.
         dtype: of vLLM's copy.
         tolerance: largest gap, in nats, between its log-probs and the student's that rounding may explain.
         options: passed to `vllm.LLM` as they are. With `enable_sleep_mode` it sleeps whenever it has written
@@ -44,7 +44,7 @@ class VLLMEngine:
         *,
         stop_ids: frozenset[int],
         vocabulary: int,
-        room: int,
+        context_length: int,
         dtype: str,
         tolerance: float,
         options: Mapping[str, Any],
@@ -52,15 +52,9 @@ class VLLMEngine:
         self.model, self.renderer = model, renderer
         self.stop_ids, self.vocabulary, self.tolerance = stop_ids, vocabulary, tolerance
         self.policy_version = 0
-        self._llm = _start(directory, dtype, room, options)
+        self._llm = _start(directory, dtype, context_length, options)
         self._one_at_a_time = threading.Lock()  # rollout.overlap writes from a thread of its own
         self._sleeps, self._asleep = bool(options.get("enable_sleep_mode")), False
-
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, n: int = 1, keys: Sequence[str] | None = None
-    ) -> list[Rollout]:
-        """See `Engine.generate`."""
-        return sampled(self, self.renderer, prompts, sampling, n=n, keys=keys)
 
     def continue_from(
         self, prefixes: Sequence[Sequence[int]], sampling: Sampling, *, keys: Sequence[str] | None = None
@@ -205,7 +199,7 @@ def request_seed(seed: int, key: str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def _start(directory: str, dtype: str, room: int, options: Mapping[str, Any]) -> Any:
+def _start(directory: str, dtype: str, context_length: int, options: Mapping[str, Any]) -> Any:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # weights are handed over in this process
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -218,7 +212,7 @@ def _start(directory: str, dtype: str, room: int, options: Mapping[str, Any]) ->
         ) from None
     settings: dict[str, Any] = {
         "dtype": dtype,
-        "max_model_len": room,
+        "max_model_len": context_length,
         "skip_tokenizer_init": True,
         "enable_prefix_caching": True,
         "logprobs_mode": "processed_logprobs",

@@ -147,7 +147,7 @@ class Server(Line):
                 f"or set {option} to its name"
             )
         self.model: str = found["id"]
-        self.room: int | None = found.get("max_model_len")
+        self.context_length: int | None = found.get("max_model_len")
 
     def complete(self, bodies: Sequence[Mapping[str, Any]], understand: Callable[[int, Any], T]) -> list[T]:
         """Answers to completion requests, in their order.

@@ -3,9 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, Self
-
-GraderName = Literal["gym", "math", "exact"]
+from typing import Self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +22,8 @@ class Verdict:
 class Grader:
     """Compares texts with reference answers. Close it, or use it in a `with` block."""
 
-    name: GraderName
+    name: str
+    """As `eval.grader` calls it."""
 
     def grade(self, text: str, answer: str) -> Verdict:
         """Judges one text.
@@ -46,6 +45,10 @@ class Grader:
 
     def _judge(self, text: str, answer: str) -> Verdict:
         raise NotImplementedError
+
+    def stated(self, answer: str) -> str:
+        """A response that states the answer plainly: what `onpath doctor` asks the grader about."""
+        return answer
 
     def close(self) -> None:
         """Frees what the grader holds; it may be used again, and then takes it anew."""

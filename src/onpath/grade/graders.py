@@ -1,29 +1,44 @@
 """Graders by name."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from onpath.data.tasks import task_of
 from onpath.grade.base import Grader
 from onpath.grade.exact import ExactGrader
-from onpath.grade.gym import GymGrader
 from onpath.grade.math import MathGrader
+from onpath.grade.own import OwnGrader
+from onpath.grade.task import TaskGrader
+from onpath.system import code
 from onpath.system.errors import UserError
 
-GRADERS: dict[str, type[Grader]] = {"gym": GymGrader, "math": MathGrader, "exact": ExactGrader}
+
+def _gym() -> Grader:
+    task = task_of("gym:")
+    assert task is not None
+    return TaskGrader(task)
+
+
+GRADERS: dict[str, Callable[[], Grader]] = {"gym": _gym, "math": MathGrader, "exact": ExactGrader}
 
 
 def make_grader(name: str) -> Grader:
-    """The grader of that name: `gym`, `math` or `exact`.
+    """The grader of that name: `gym`, `math`, `exact`, or a function of the user's own as file.py:name.
 
     Raises:
-        UserError: another name.
+        UserError: another name, or own code that may not run.
     """
+    if code.is_own(name):
+        return OwnGrader(code.load(name, key="eval.grader"), name=name)
     if name not in GRADERS:
         raise UserError(f"eval.grader is {name!r}; it must be one of {', '.join(GRADERS)}")
     return GRADERS[name]()
 
 
 def grader_for(name: str, sources: Sequence[str]) -> Grader:
-    """`make_grader` with `auto`: the gym's checker where every source is the gym, else math."""
+    """`make_grader` with `auto`: a task's own checker where every source is that task's, else math."""
     if name != "auto":
         return make_grader(name)
-    return make_grader("gym" if sources and all(source.startswith("gym:") for source in sources) else "math")
+    tasks = [task_of(source) for source in sources]
+    first = tasks[0] if tasks else None
+    alike = first is not None and all(task is not None and task.name == first.name for task in tasks)
+    return TaskGrader(first) if first is not None and alike else make_grader("math")

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from onpath.grade.base import Grader, GraderName, Verdict
+from onpath.grade.base import Grader, Verdict
 from onpath.grade.exact import ExactGrader
 
 CPU_SECONDS = 2.0
@@ -57,7 +57,7 @@ class MathGrader(Grader):
         memory_bytes: address space of the process.
     """
 
-    name: GraderName = "math"
+    name = "math"
 
     def __init__(
         self,
@@ -80,6 +80,10 @@ class MathGrader(Grader):
         if not reply["read"]:
             return ExactGrader()._judge(text, answer)
         return Verdict(correct=reply["correct"], extracted=reply["extracted"])
+
+    def stated(self, answer: str) -> str:
+        """See `Grader.stated`."""
+        return f"So the answer is \\boxed{{{answer}}}."
 
     def _ask(self, request: dict[str, str]) -> dict[str, Any]:
         with self._lock:

@@ -8,6 +8,7 @@ Support = Literal["full", "teacher_topk", "student_topk", "union"]
 Tail = Literal["renormalise", "bucket", "none"]
 Estimator = Literal["policy_gradient", "k1_loss", "k3_loss"]
 
+KINDS: tuple[str, ...] = get_args(Kind)
 DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon")
 
 

@@ -1,29 +1,25 @@
-"""One published method, one small file, one signature: rollouts in, trajectories out."""
+"""One published method, one file, one signature: rollouts in, trajectories out.
 
-from onpath.config.methods.base import LossOptions
-from onpath.config.methods.opd import OPDOptions
-from onpath.config.methods.opsd import OPSDOptions
-from onpath.config.methods.topd import TOPDOptions
-from onpath.config.methods.trd import TRDOptions
-from onpath.methods.base import Method, Prepared, Tools
-from onpath.methods.opd import OPD
-from onpath.methods.opsd import OPSD
-from onpath.methods.topd.method import TOPD
-from onpath.methods.trd.method import TRD
+`method.name: foo` is the class in `onpath.methods.foo` whose `Options` are those of
+`onpath.config.methods.foo`: nothing else names it.
+"""
 
-__all__ = ["Method", "Prepared", "Tools", "make_method"]
+from importlib import import_module
+
+from onpath.config.methods import MethodOptions
+from onpath.engines.forward import forward, per_token
+from onpath.methods.base import Method, Prepared, Text, Tools, own_response
+from onpath.records import Edit, Guidance, Rollout, Trajectory
+
+__all__ = [
+    "Edit", "Guidance", "Method", "MethodOptions", "Prepared", "Rollout", "Text", "Tools", "Trajectory",
+    "forward", "make_method", "own_response", "per_token",
+]  # fmt: skip
 
 
-def make_method(options: LossOptions, tools: Tools) -> Method:
+def make_method(options: MethodOptions, tools: Tools) -> Method:
     """The method that the options belong to."""
-    match options:
-        case OPDOptions():
-            return OPD(options, tools)
-        case OPSDOptions():
-            return OPSD(options, tools)
-        case TRDOptions():
-            return TRD(options, tools)
-        case TOPDOptions():
-            return TOPD(options, tools)
-        case _:
-            raise NotImplementedError(type(options).__name__)
+    if type(options).method_class is None:
+        import_module(f"{__name__}.{options.name}")
+    method: Method = type(options).method_class(options, tools)
+    return method

@@ -1,71 +1,104 @@
-"""What was done to a rollout, as a record; verdicts and filters."""
+"""What a method is: it turns rollouts into trajectories. Everything else is the same for all of them.
 
-import contextlib
-from collections.abc import Callable, Mapping, Sequence
+A method of your own is a class like those beside this file, in a file anywhere: docs/extending.md.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from onpath.config.methods import MethodOptions
 from onpath.data.render import Renderer, fill, with_question
-from onpath.engines.base import Completion, Engine
-from onpath.engines.chat import ChatWriter
-from onpath.engines.reading import Measure, Readings
-from onpath.engines.teacher import SelfTeacher, Teacher
-from onpath.grade.base import Grader
-from onpath.records import Prompt, Rollout, Sampling, Trajectory
+from onpath.data.tasks import Task
+from onpath.engines.base import Generators
+from onpath.engines.forward import Kept, Models
+from onpath.grade.base import Grader, Verdict
+from onpath.grade.rewards import Reward, totals, values_of
+from onpath.records import Completion, Prompt, Rollout, Sampling, Trajectory
 from onpath.system.errors import UserError
 
 
-def verdicts(
-    grader: Grader, renderer: Renderer, pairs: Sequence[tuple[Rollout, tuple[int, ...]]]
-) -> list[bool | None]:
-    """Whether each response (the ids) answers its rollout's prompt; None without an answer to compare
-    with."""
-    known = [(renderer.text(ids), r.prompt.answer) for r, ids in pairs if r.prompt.answer is not None]
-    found = iter(grader.grade_many(known))
-    return [None if r.prompt.answer is None else next(found).correct for r, _ in pairs]
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """What stands between ids and people: prompts, verdicts, the task's own knowledge."""
+
+    renderer: Renderer
+    grader: Grader
+    templates: Mapping[str, str]
+    """User messages of privileged prompts: `hint`, `hint_answer`, `rewrite`, `rewrite_with_reference`."""
+    task: Task | None = None
+    """The task that the training prompts belong to."""
+    correction_ids: tuple[int, ...] = ()
+    """First tokens of the words that open a correction."""
+    rewards: tuple[Reward, ...] = ()
+
+    def verdicts(self, pairs: Sequence[tuple[Rollout, Sequence[int]]]) -> list[Verdict | None]:
+        """Whether each response (the ids) answers its rollout's prompt; None without an answer to compare
+        with."""
+        known = [
+            (self.renderer.text(ids), r.prompt.answer) for r, ids in pairs if r.prompt.answer is not None
+        ]
+        found = iter(self.grader.grade_many(known))
+        return [None if r.prompt.answer is None else next(found) for r, _ in pairs]
+
+    def right(self, pairs: Sequence[tuple[Rollout, Sequence[int]]]) -> list[bool | None]:
+        """The verdicts' first half."""
+        return [None if v is None else v.correct for v in self.verdicts(pairs)]
+
+    def reward_values(self, rollouts: Sequence[Rollout]) -> dict[str, list[float]]:
+        """Label → one value per rollout, of each reward of the config."""
+        return values_of(self.rewards, rollouts, [self.renderer.text(r.ids) for r in rollouts])
+
+    def reward(self, rollouts: Sequence[Rollout]) -> list[float]:
+        """The weighted sum of the config's rewards for each rollout: what a method may filter or weigh by."""
+        return totals(self.rewards, self.reward_values(rollouts), len(rollouts))
+
+    def privileged_context(self, prompt: Prompt, template: str, column: str) -> tuple[int, ...]:
+        """Ids of a prompt that also shows `column` (solution or answer)."""
+        slots = {"problem": prompt.question, column: needed(prompt, column, "the privileged prompt")}
+        return self.renderer.ids(with_question(prompt, fill(template, **slots)))
+
+    def judging_context(self, rollout: Rollout, *, reference: bool) -> tuple[int, ...]:
+        """Where a teacher that has not seen y reads it: after the problem, or after problem and reference."""
+        if not reference:
+            return rollout.context
+        return self.privileged_context(rollout.prompt, self.templates["hint"], "solution")
+
+    def first_error(self, rollout: Rollout) -> int | None:
+        """Tokens before the first wrong step of a response; None: there is none, or the task cannot tell."""
+        if self.task is None or not self.task.checks_steps:
+            return None
+        at = self.task.first_error(rollout.prompt.question, self.renderer.text(rollout.ids))
+        return None if at is None else self.renderer.tokens_before(rollout.ids, at)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tools:
     """What methods work with."""
 
-    student: Engine
-    writer: Engine | ChatWriter
-    """Writes in the teacher's name: rewrites, windows, samples. A black box answers messages only."""
-    teacher: Teacher
-    """Scores the response positions."""
-    renderer: Renderer
-    grader: Grader
+    models: Models
+    """Both models, to be read: `onpath.engines.forward.per_token`."""
+    generators: Generators
+    """Both engines: `tools.generators.teacher.continue_from(…)`."""
+    text: Text
     sampling: Sampling
     """Of the student's rollouts."""
-    templates: Mapping[str, str]
-    """User messages of privileged prompts: `hint`, `hint_answer`, `rewrite`, `rewrite_with_reference`."""
-    vocabulary: int
-    """Number of token ids that student and teacher share."""
-    measure: Measure
-    """Per-token statistics of student and teacher."""
-    room: int
-    """Most tokens, prompt and response, that the writer takes."""
-    first_error: Callable[[str, str], int | None] | None = None
-    """The task's checker of steps: (problem, response) → characters before the first error."""
-    onset_ids: tuple[int, ...] = ()
-    """First tokens of the words that open a correction."""
 
-    @property
-    def speaker(self) -> Engine:
-        """The writer, where it goes on from token ids and scores them.
-
-        Raises:
-            UserError: it is a black box.
-        """
-        if isinstance(self.writer, ChatWriter):
-            raise UserError(
-                "teacher.engine: chat answers messages only, and this needs a teacher that goes on from "
-                "token ids and scores them; use hf or vllm"
-            )
-        return self.writer
+    def in_teachers_name(
+        self,
+        prompts: Sequence[Prompt],
+        prefixes: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        keys: Sequence[str],
+    ) -> list[Completion]:
+        """What is generated in the teacher's name after prefixes, which are renderings of prompts: a black
+        box is shown the prompts."""
+        with self.models.teacher.acting():
+            return self.generators.teacher.answer(prompts, prefixes, sampling, keys=keys)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,49 +113,79 @@ class Prepared:
     """Likewise, as (sum, count) of this process: divided after both are summed over all processes."""
     totals: Mapping[str, float] = field(default_factory=dict)
     """Likewise, summed over all processes."""
-    readings: Readings = field(default_factory=Readings)
+    kept: Kept = field(default_factory=Kept)
     """Hidden states that the method has computed already and the loss can use."""
     guidance_weight: float = 1.0
     """λ of the trajectories' guidance."""
 
 
-class Method(Protocol):
-    """One published method."""
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal:
+    """What a method finds out about itself on a sample of prompts, before it trains."""
+
+    sentence: str
+    """For people."""
+    refusal: str = ""
+    """Why training like this would do harm; empty if it should not."""
+    binding: bool = True
+    """Whether `before_training` refuses to go on then."""
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Method:
+    """One published method: `prepare` is all that it must define.
+
+    Args:
+        options: an instance of `Options`, from the config's section `method`.
+        tools: models, engines, text, sampling.
+    """
+
+    Options: ClassVar[type[MethodOptions]] = MethodOptions
+
+    def __init__(self, options: Any, tools: Tools) -> None:
+        self.options, self.tools = options, tools
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "Options" in vars(cls):
+            cls.Options.method_class = cls
 
     def prepare(self, rollouts: Sequence[Rollout], *, step: int) -> Prepared:
-        """Edits or annotates the rollouts of one optimiser step (of this process)."""
-        ...
+        """Edits or annotates the rollouts of one optimiser step (of this process). Draws depend on `step`."""
+        raise NotImplementedError
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Looks at the training prompts before anything is generated.
+
+        Raises:
+            UserError: one cannot be used.
+        """
+
+    def before_training(self, prompts: Sequence[Prompt], directory: Path) -> str:
+        """Called once before the first step, on every process, with the starting weights.
+
+        Args:
+            prompts: the training pool.
+            directory: of the run; what is written there is found again by a resumed run.
+
+        Returns:
+            A sentence for people, or nothing.
+
+        Raises:
+            UserError: the run should not start.
+        """
+        return ""
+
+    def rehearse(self, prompts: Sequence[Prompt]) -> Rehearsal | None:
+        """What `before_training` would find, without a trace: for `onpath doctor`. None: it asks nothing."""
+        return None
 
     def after_step(self, measured: Mapping[str, float]) -> None:
-        """Called once after each optimiser step, with what it measured (`Meter.measured`)."""
-        ...
+        """Called after each optimiser step, with what it measured (`Meter.measured`)."""
 
     def state(self) -> Mapping[str, Tensor]:
         """Tensors that a resumed run needs, restored in place."""
-        ...
-
-
-class Stateless:
-    """The two calls that most methods have no use for."""
-
-    def after_step(self, measured: Mapping[str, float]) -> None:
-        return
-
-    def state(self) -> Mapping[str, Tensor]:
         return {}
-
-
-class SelfTaught:
-    """The same two calls where the teacher follows the student."""
-
-    teacher: Teacher
-
-    def after_step(self, measured: Mapping[str, float]) -> None:
-        if isinstance(self.teacher, SelfTeacher):
-            self.teacher.follow()
-
-    def state(self) -> Mapping[str, Tensor]:
-        return self.teacher.state() if isinstance(self.teacher, SelfTeacher) else {}
 
 
 def own_response(
@@ -138,37 +201,8 @@ def own_response(
     )
 
 
-def privileged_context(prompt: Prompt, template: str, column: str, tools: Tools) -> tuple[int, ...]:
-    """Ids of a prompt that also shows `column` (solution or answer)."""
-    slots = {"problem": prompt.question, column: needed(prompt, column, "the privileged prompt")}
-    return tools.renderer.ids(with_question(prompt, fill(template, **slots)))
-
-
-def judging_context(rollout: Rollout, *, reference: bool, tools: Tools) -> tuple[int, ...]:
-    """Where a teacher that has not seen y reads it: after the problem, or after problem and reference."""
-    if not reference:
-        return rollout.context
-    return privileged_context(rollout.prompt, tools.templates["hint"], "solution", tools)
-
-
-def written(
-    tools: Tools,
-    prompts: Sequence[Prompt],
-    prefixes: Sequence[Sequence[int]],
-    sampling: Sampling,
-    *,
-    keys: Sequence[str],
-) -> list[Completion]:
-    """What is written in the teacher's name after prefixes, which are renderings of prompts: a black box is
-    shown the prompts."""
-    if isinstance(tools.writer, ChatWriter):
-        return tools.writer.write(prompts, sampling, keys=keys)
-    with acting(tools.teacher):
-        return tools.writer.continue_from(prefixes, sampling, keys=keys)
-
-
-def check_written(trajectories: Sequence[Trajectory], *, step: int, who: str, of: str, look: str) -> None:
-    """Some of what was written in the teacher's name must be text.
+def check_generated(trajectories: Sequence[Trajectory], *, step: int, who: str, of: str, look: str) -> None:
+    """Some of what was generated in the teacher's name must be text.
 
     Raises:
         UserError: none of it is.
@@ -178,11 +212,6 @@ def check_written(trajectories: Sequence[Trajectory], *, step: int, who: str, of
             f"step {step + 1}: {who} returned no text for any of {len(trajectories)} {of}, so there is "
             f"nothing to train on; look at {look}"
         )
-
-
-def acting(teacher: Teacher) -> contextlib.AbstractContextManager[object]:
-    """While the writer writes in the teacher's name: a `self` teacher has its adapter off, if it must."""
-    return teacher.acting() if isinstance(teacher, SelfTeacher) else contextlib.nullcontext()
 
 
 def needed(prompt: Prompt, column: str, why: str) -> str:

@@ -13,16 +13,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from onpath.config.methods.opd import OPDOptions
-from onpath.engines.base import Completion
-from onpath.methods.base import Prepared, Stateless, Tools, check_written, own_response, written
-from onpath.records import Edit, Rollout
+from onpath.methods.base import Method, Prepared, check_generated, own_response
+from onpath.records import Completion, Edit, Rollout
 
 
-class OPD(Stateless):
+class OPD(Method):
     """Leaves trajectories as the student wrote them."""
 
-    def __init__(self, options: OPDOptions, tools: Tools) -> None:
-        self.options, self.tools = options, tools
+    Options = OPDOptions
+    options: OPDOptions
 
     def prepare(self, rollouts: Sequence[Rollout], *, step: int) -> Prepared:
         """See `Method.prepare`."""
@@ -32,20 +31,20 @@ class OPD(Stateless):
 
     def _written_by_teacher(self, rollouts: Sequence[Rollout], step: int) -> Prepared:
         sampling = replace(self.tools.sampling, seed=self.tools.sampling.seed + step)
-        keys = [f"{r.prompt.id}/{r.sample}/teacher" for r in rollouts]
+        keys = [f"{r.key}/teacher" for r in rollouts]
         asked = [r.prompt for r in rollouts]
-        samples = written(self.tools, asked, [r.context for r in rollouts], sampling, keys=keys)
+        samples = self.tools.in_teachers_name(asked, [r.context for r in rollouts], sampling, keys=keys)
         trajectories = [
             replace(own_response(r), response=c.ids, behaviour_logprobs=None, edit=self._edit(c))
             for r, c in zip(rollouts, samples, strict=True)
         ]
-        check_written(trajectories, step=step, who="the teacher", of="prompts", look="what it writes")
+        check_generated(trajectories, step=step, who="the teacher", of="prompts", look="what it writes")
         return Prepared(
             trajectories=trajectories, totals={"teacher_tokens_generated": sum(len(c.ids) for c in samples)}
         )
 
     def _edit(self, sample: Completion) -> Edit:
         """Dropped if it has no text: it would teach to say nothing."""
-        if self.tools.renderer.text(sample.ids).strip():
+        if self.tools.text.renderer.text(sample.ids).strip():
             return Edit(kind="teacher_sample")
         return Edit(kind="teacher_sample", kept=False, reason="empty")

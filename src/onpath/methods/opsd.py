@@ -12,19 +12,22 @@ gym).
 from collections.abc import Sequence
 
 from onpath.config.methods.opsd import OPSDOptions
-from onpath.engines.reading import Readings
-from onpath.methods.base import Prepared, SelfTaught, Tools, own_response, privileged_context, verdicts
-from onpath.methods.diagnose import read_along, token_means
+from onpath.engines.forward import Kept, per_token
+from onpath.methods.base import Method, Prepared, Tools, own_response
+from onpath.methods.diagnose import token_means
 from onpath.records import Prompt, Rollout
 from onpath.system.errors import UserError
 
 
-class OPSD(SelfTaught):
+class OPSD(Method):
     """Gives each rollout a second context, in which the teacher has seen the solution."""
 
+    Options = OPSDOptions
+    options: OPSDOptions
+
     def __init__(self, options: OPSDOptions, tools: Tools) -> None:
-        self.options, self.tools, self.teacher = options, tools, tools.teacher
-        named = tools.templates["hint" if options.hint == "solution" else "hint_answer"]
+        super().__init__(options, tools)
+        named = tools.text.templates["hint" if options.hint == "solution" else "hint_answer"]
         self.template = options.template or named
 
     def prepare(self, rollouts: Sequence[Rollout], *, step: int) -> Prepared:
@@ -32,10 +35,11 @@ class OPSD(SelfTaught):
         trajectories = [own_response(r, teacher_context=self.teacher_context(r)) for r in rollouts]
         if not self.options.diagnose_every or step % self.options.diagnose_every:
             return Prepared(trajectories=trajectories)
-        right = verdicts(self.tools.grader, self.tools.renderer, [(r, r.ids) for r in rollouts])
-        readings = Readings()  # the loss reads no model again
-        means = token_means(read_along(trajectories, self.tools, into=readings), right)
-        return Prepared(trajectories=trajectories, means=means, readings=readings)
+        right = self.tools.text.right([(r, r.ids) for r in rollouts])
+        kept = Kept()  # the loss runs no model again
+        ids = self.tools.text.correction_ids
+        means = token_means(per_token(self.tools.models, trajectories, keep=kept, mass_ids=ids), right)
+        return Prepared(trajectories=trajectories, means=means, kept=kept)
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Every privileged prompt and its response must fit the model.
@@ -43,16 +47,20 @@ class OPSD(SelfTaught):
         Raises:
             UserError: naming the first that does not.
         """
-        new = self.tools.sampling.max_new_tokens
+        new, longest = self.tools.sampling.max_new_tokens, self.tools.models.teacher.context_length
         for prompt in prompts:
-            length = len(privileged_context(prompt, self.template, self.options.hint, self.tools))
-            if length + new > self.tools.room:
+            length = len(self.privileged(prompt))
+            if length + new > longest:
                 raise UserError(
                     f"prompt {prompt.id!r} with its {self.options.hint} has {length} tokens; with {new} new "
-                    f"ones it does not fit the model's context of {self.tools.room}: drop it, or lower "
+                    f"ones it does not fit the model's context of {longest}: drop it, or lower "
                     "rollout.max_new_tokens"
                 )
 
     def teacher_context(self, rollout: Rollout) -> tuple[int, ...]:
         """Ids of the privileged prompt."""
-        return privileged_context(rollout.prompt, self.template, self.options.hint, self.tools)
+        return self.privileged(rollout.prompt)
+
+    def privileged(self, prompt: Prompt) -> tuple[int, ...]:
+        """Ids of a prompt that shows the hint."""
+        return self.tools.text.privileged_context(prompt, self.template, self.options.hint)

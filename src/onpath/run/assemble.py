@@ -1,39 +1,36 @@
 """From a config to the parts of a run. Cheap checks come first: nothing large loads before the data is known
-to be good.
-"""
+to be good."""
 
 import torch
-from torch import nn
 
 from onpath.config.build import Config
-from onpath.data.tasks import checker_of, onset_ids, templates_for
+from onpath.data.render import Renderer
+from onpath.data.tasks import correction_ids, task_of, templates_of
+from onpath.engines.base import Engine, Generators
+from onpath.engines.forward import Models
 from onpath.engines.head import check_head, head_of
 from onpath.engines.hf import HFEngine
-from onpath.engines.make import (
-    check_teacher,
-    make_teacher,
-    make_writer,
-    offline_cache,
-    room_of,
-    student_engine,
-)
+from onpath.engines.make import check_teacher, make_replay, make_teacher, student_engine, teacher_engine
 from onpath.engines.models import load_model, load_tokenizer, pick_device, stop_ids
-from onpath.engines.overlap import make_ahead
-from onpath.engines.reading import Measure
+from onpath.engines.overlap import make_overlap
+from onpath.engines.replay import ReplayingEngine, weights_digest
 from onpath.engines.student import shared_vocabulary, trainable
 from onpath.grade.graders import grader_for
-from onpath.methods import Tools, make_method
-from onpath.methods.opsd import OPSD
-from onpath.records import Sampling
+from onpath.grade.rewards import Reward
+from onpath.methods import make_method
+from onpath.methods.base import Text, Tools
 from onpath.run.gradient_cosine import GradientCosine
 from onpath.run.inputs import check_prompts, load_data, make_renderer
 from onpath.run.parts import Parts
-from onpath.system import distributed
+from onpath.system import code, distributed
 from onpath.system.allocator import keep_freed_memory
 
 
-def assemble(config: Config) -> Parts:
+def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
     """Loads and checks everything that a run needs.
+
+    Args:
+        engine: generates the rollouts and evaluations in place of the one that the config names.
 
     Raises:
         UserError: in one sentence, whatever the user can fix.
@@ -41,7 +38,7 @@ def assemble(config: Config) -> Parts:
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     objective = config.method.objective()
-    loaded, evals = load_data(config)
+    prompts = load_data(config)
     tokenizer = load_tokenizer(config.student, "student.model")
     device = distributed.local_device(pick_device(config.student.device, "student.device"))
     distributed.start(device)
@@ -51,36 +48,13 @@ def assemble(config: Config) -> Parts:
     base = load_model(config.student, "student.model", device)
     stops = stop_ids(base, tokenizer)
     check_head(base, "student.model")
-    longest = check_prompts(config, renderer, base, loaded.prompts, evals)
+    longest = check_prompts(config, renderer, base, prompts)
     student = trainable(config, base)
     vocabulary, warnings = shared_vocabulary(config, tokenizer)
     vocabulary = min(vocabulary, head_of(student).vocabulary)
     teacher = make_teacher(config, student, renderer, vocabulary, stops, device)
     check_teacher(config, teacher, longest)
-    grader = grader_for(config.eval.grader, [config.data.train, *config.data.eval.values()])
-    sampling = Sampling(
-        temperature=config.rollout.temperature,
-        top_p=config.rollout.top_p,
-        top_k=config.rollout.top_k,
-        max_new_tokens=config.rollout.max_new_tokens,
-        seed=config.run.seed,
-    )
-
-    def engine_over(model: nn.Module) -> HFEngine:
-        return HFEngine(
-            model,
-            renderer,
-            stop_ids=stops,
-            batch_tokens=config.rollout.batch_tokens,
-            bf16=config.optim.bf16,
-            vocabulary=vocabulary,
-        )
-
-    engine = student_engine(config, student, engine_over(student))
-    writer = make_writer(config, teacher, renderer, stops, engine_over)
-    cache, sampler, writer = offline_cache(config, engine, writer, student, renderer)
-    ahead = make_ahead(config, student, engine, engine_over)
-    measure = Measure(
+    models = Models(
         student=student,
         teacher=teacher,
         vocabulary=vocabulary,
@@ -88,44 +62,58 @@ def assemble(config: Config) -> Parts:
         max_tokens=config.optim.micro_batch_tokens,
         bf16=config.optim.bf16,
     )
-    tools = Tools(
-        student=engine,
-        writer=writer,
-        teacher=teacher,
-        renderer=renderer,
-        grader=grader,
-        sampling=sampling,
-        templates=templates_for(config),
+    own = HFEngine(
+        student,
+        renderer,
+        stop_ids=stops,
+        batch_tokens=config.rollout.batch_tokens,
+        bf16=config.optim.bf16,
         vocabulary=vocabulary,
-        measure=measure,
-        room=room_of(teacher, student),
-        first_error=checker_of(config),
-        onset_ids=onset_ids(config, tokenizer),
+        shares_weights=True,
     )
+    replay = make_replay(config)
+    generators = Generators(
+        student=engine or student_engine(config, student, own),
+        teacher=teacher_engine(config, teacher, own, stops, replay),
+        over=own.over,
+    )
+    overlap = make_overlap(config, student, generators.student, own)
+    sampler = generators.student if overlap is None else overlap.engine
+    if replay is not None:
+        sampler = ReplayingEngine(sampler, replay, weights=weights_digest(student))
+    text = make_text(config, renderer)
+    sampling = config.rollout.sampling(seed=config.run.seed)
+    tools = Tools(models=models, generators=generators, text=text, sampling=sampling)
     method = make_method(config.method, tools)
-    if isinstance(method, OPSD):
-        method.check(loaded.prompts)
+    method.check(prompts.pool)
     return Parts(
         config=config,
-        pool=loaded.prompts,
-        evals=evals,
-        skipped=loaded.skipped,
-        tokenizer=tokenizer,
-        renderer=renderer,
-        student=student,
-        teacher=teacher,
-        engine=engine,
-        engine_over=engine_over,
-        sampler=ahead.engine if ahead else sampler,
-        method=method,
-        grader=grader,
-        objective=objective,
+        prompts=prompts,
+        models=models,
+        generators=generators,
+        text=text,
         sampling=sampling,
-        vocabulary=vocabulary,
-        device=device,
-        tools=tools,
-        cosine=GradientCosine(student, every=config.method.cosine_every),
-        cache=cache,
-        ahead=ahead,
+        sampler=sampler,
+        method=method,
+        objective=objective,
+        gradient_cosine=GradientCosine(student, every=config.method.cosine_every),
+        replay=replay,
+        overlap=overlap,
         warnings=tuple(warnings),
+    )
+
+
+def make_text(config: Config, renderer: Renderer) -> Text:
+    """Prompts, verdicts, rewards, and what the task knows."""
+    data = config.data
+    return Text(
+        renderer=renderer,
+        grader=grader_for(config.eval.grader, [data.train, *data.eval.values()]),
+        templates=templates_of(data.train),
+        task=task_of(data.train),
+        correction_ids=correction_ids(config.method.correction_words, data.train, renderer.tokenizer),
+        rewards=tuple(
+            Reward(label=label, function=code.load(r.name, key=f"rewards.{label}"), weight=r.weight)
+            for label, r in config.rewards.items()
+        ),
     )

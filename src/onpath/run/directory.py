@@ -41,21 +41,27 @@ class Run:
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds beside trained weights and optimiser."""
-        ahead = self.parts.ahead
-        return {**self.parts.method.state(), **(ahead.state() if ahead else {})}
+        parts = self.parts
+        follows = parts.overlap.state() if parts.overlap else {}
+        return {**parts.method.state(), **parts.models.teacher.state(), **follows}
 
     def close(self) -> None:
         """Lets the trackers write what they hold, and waits for what is being sampled."""
-        if self.parts.ahead:
-            self.parts.ahead.close()
+        if self.parts.overlap:
+            self.parts.overlap.close()
         for tracker in self.trackers:
             tracker.close()
+
+    def note(self, sentence: str) -> None:
+        """What people should know before the first step; nothing is no note."""
+        if sentence:
+            self.notes.append(sentence)
 
     def resume(self, optimizer: torch.optim.Optimizer) -> int:
         """Steps done by earlier processes; weights, optimiser and files are set back to there."""
         loaded = checkpoint.load(
             self.directory / "checkpoints",
-            model=self.parts.student,
+            model=self.parts.models.student,
             optimizer=optimizer,
             extra=self.state(),
         )
@@ -72,26 +78,26 @@ class Run:
                 for path in self.directory.glob(pattern):
                     path.unlink()
         if loaded:
-            self.parts.engine.sync_weights(done)
+            self.parts.generators.student.sync_weights(done)
         return done
 
     def announce(self, display: Display, done: int) -> None:
         """What people should know before the first step."""
         config = self.parts.config
-        if self.parts.skipped:
-            self.notes.append(f"{self.parts.skipped} bad rows of {config.data.train} were skipped")
+        if self.parts.prompts.skipped:
+            self.notes.append(f"{self.parts.prompts.skipped} bad rows of {config.data.train} were skipped")
         for warning in self.parts.warnings:
             display.say(f"warning: {warning}")
         for note in self.notes:
             display.say(note)
         display.say(
-            f"{config.run.name}: {config.method.name}, {len(self.parts.pool):,} prompts, steps {done + 1} to "
-            f"{config.optim.steps} → {self.directory}"
+            f"{config.run.name}: {config.method.name}, {len(self.parts.prompts.pool):,} prompts, steps "
+            f"{done + 1} to {config.optim.steps} → {self.directory}"
         )
 
     def log(self, step: int, meter: Meter, *, lr: float) -> dict[str, Any]:
         """The step's line of metrics.jsonl."""
-        row = {"step": step, **meter.row(self.parts.device), "lr": lr, "policy_version": step}
+        row = {"step": step, **meter.row(self.parts.models.device), "lr": lr, "policy_version": step}
         versions = [r.policy_version for r in meter.rollouts]
         row["staleness"] = step - 1 - min(versions) if versions else None
         if distributed.rank() == 0:
@@ -107,7 +113,7 @@ class Run:
             checkpoint.save(
                 root,
                 step=step,
-                model=self.parts.student,
+                model=self.parts.models.student,
                 optimizer=optimizer,
                 extra=self.state(),
             )
@@ -134,7 +140,7 @@ class Run:
     def _save(self, target: Path, *, merged: bool) -> None:
         temporary = target.with_name(f".{target.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        model: Any = self.parts.student
+        model: Any = self.parts.models.student
         if merged:
             model.merge_adapter()
             plain = model.get_base_model()
@@ -145,7 +151,7 @@ class Run:
             model.unmerge_adapter()
         else:
             model.save_pretrained(temporary)
-        self.parts.tokenizer.save_pretrained(temporary)
+        self.parts.text.renderer.tokenizer.save_pretrained(temporary)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
 

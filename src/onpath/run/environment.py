@@ -23,17 +23,17 @@ def environment(parts: Parts) -> dict[str, Any]:
         commit = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5, check=True
         ).stdout.strip()
-    cuda = parts.device.type == "cuda"
+    cuda = parts.models.device.type == "cuda"
     return {
         "python": platform.python_version(),
         "packages": {name: version(name) for name in _PACKAGES},
-        "device": torch.cuda.get_device_name(parts.device)
+        "device": torch.cuda.get_device_name(parts.models.device)
         if cuda
         else platform.processor() or platform.machine(),
         "processes": distributed.world(),
         "threads": torch.get_num_threads(),
         "git_commit": commit,
         "seeds": {"run": parts.config.run.seed, "eval": parts.config.eval.seed},
-        "skipped_rows": parts.skipped,
-        "grader": parts.grader.name,
+        "skipped_rows": parts.prompts.skipped,
+        "grader": parts.text.grader.name,
     }

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from onpath.evaluate.scores import EvalResult, evaluate, write_details
-from onpath.records import Prompt, Rollout, Sampling
+from onpath.records import Prompt, Rollout
 from onpath.run.directory import Run
 from onpath.run.log import Display, flatten, read_lines
 from onpath.run.parts import Parts
@@ -15,25 +15,19 @@ from onpath.system import distributed
 def evaluate_all(parts: Parts, run: Run, display: Display, *, step: int) -> list[EvalResult]:
     """Every evaluation set with the weights as they are; one line of eval.jsonl each."""
     section, results = parts.config.eval, []
-    sampling = Sampling(
-        temperature=section.temperature,
-        top_p=section.top_p,
-        top_k=section.top_k,
-        max_new_tokens=section.max_new_tokens,
-        seed=section.seed,
-    )
+    sampling = section.sampling()
 
     def generate(prompts: Sequence[Prompt], n: int) -> list[Rollout]:
-        mine = parts.engine.generate(distributed.share(prompts), sampling, n=n)
+        mine = parts.generators.student.generate(distributed.share(prompts), sampling, n=n)
         by_prompt = [tuple(mine[i : i + n]) for i in range(0, len(mine), n)]
         return [r for group in distributed.gather(by_prompt) for r in group]
 
-    for split, prompts in parts.evals.items():
+    for split, prompts in parts.prompts.evals.items():
         result, graded = evaluate(
             prompts,
             generate,
-            parts.renderer.text,
-            parts.grader,
+            parts.text.renderer.text,
+            parts.text.grader,
             n=section.n,
             k=section.k,
             step=step,
@@ -45,7 +39,7 @@ def evaluate_all(parts: Parts, run: Run, display: Display, *, step: int) -> list
             write_details(run.directory / "evals" / f"{split}_step_{step:06d}.jsonl", result)
             write_parquet(
                 run.directory / "evals" / f"{split}_step_{step:06d}.parquet",
-                [sample_row(g, parts.renderer) for g in graded],
+                [sample_row(g, parts.text.renderer) for g in graded],
             )
             low, high = result.ci95
             for tracker in run.trackers:

@@ -1,12 +1,12 @@
 """The prompts of a run, read and checked before a model trains."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from onpath.config.build import Config
-from onpath.config.methods.trd import TRDOptions
-from onpath.data.load import LoadedPrompts, load_prompts, prompts_of_step
+from onpath.data.load import load_prompts, prompts_of_step
 from onpath.data.render import Renderer
 from onpath.engines.head import head_of
 from onpath.engines.models import context_length
@@ -15,8 +15,23 @@ from onpath.records import Prompt
 from onpath.system.errors import UserError
 
 
-def load_data(config: Config) -> tuple[LoadedPrompts, dict[str, tuple[Prompt, ...]]]:
-    """The training pool and the evaluation sets."""
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """What a run trains on and is evaluated on."""
+
+    pool: tuple[Prompt, ...]
+    evals: Mapping[str, tuple[Prompt, ...]]
+    """Split → problems, each with an answer."""
+    skipped: int = 0
+    """Bad rows left out (data.skip_bad)."""
+
+
+def load_data(config: Config) -> Prompts:
+    """The training pool and the evaluation sets.
+
+    Raises:
+        UserError: unreadable, too few, or without a column that the method needs.
+    """
     data = config.data
     pool = load_prompts(data.train, limit=data.limit, skip_bad=data.skip_bad)
     prompts_of_step(pool.prompts, size=config.rollout.prompts, seed=0, step=0)  # refuses a pool too small
@@ -28,7 +43,7 @@ def load_data(config: Config) -> tuple[LoadedPrompts, dict[str, tuple[Prompt, ..
                 f"prompt, but {len(lacking)} of {len(pool.prompts)} have none, the first with id "
                 f"{lacking[0]!r}"
             )
-    return pool, load_evals(config)
+    return Prompts(pool=pool.prompts, evals=load_evals(config), skipped=pool.skipped)
 
 
 def load_evals(config: Config) -> dict[str, tuple[Prompt, ...]]:
@@ -63,30 +78,31 @@ def check_prompts(
     config: Config,
     renderer: Renderer,
     student: PreTrainedModel,
-    pool: Sequence[Prompt],
-    evals: Mapping[str, Sequence[Prompt]],
+    prompts: Prompts,
 ) -> int:
     """Every prompt and its response must fit the model before the first step, not at the thousandth.
 
     Returns:
         The most tokens of a prompt.
     """
-    new, lower = config.rollout.max_new_tokens, "rollout.max_new_tokens"
-    if isinstance(config.method, TRDOptions) and (config.method.rewrite_max_new_tokens or 0) > new:
-        new, lower = config.method.rewrite_max_new_tokens or 0, "method.rewrite_max_new_tokens"
-    asked = [(prompt, new, lower, config.data.train) for prompt in pool]
-    for split, prompts in evals.items():
+    new, lower = max(
+        (config.rollout.max_new_tokens, "rollout.max_new_tokens"),
+        config.method.longest_generated,
+        key=lambda limit: limit[0],
+    )
+    asked = [(prompt, new, lower, config.data.train) for prompt in prompts.pool]
+    for split, problems in prompts.evals.items():
         source = config.data.eval[split]
-        asked += [(p, config.eval.max_new_tokens, "eval.max_new_tokens", source) for p in prompts]
-    room, rows, longest = context_length(student), head_of(student).vocabulary, 0
+        asked += [(p, config.eval.max_new_tokens, "eval.max_new_tokens", source) for p in problems]
+    fits, rows, longest = context_length(student), head_of(student).vocabulary, 0
     for prompt, new, lower, source in asked:
         ids = renderer.ids(prompt)
         longest = max(longest, len(ids))
-        if len(ids) + new > room:
-            remedy = "drop it" if len(ids) >= room else f"drop it, or lower {lower}"
+        if len(ids) + new > fits:
+            remedy = "drop it" if len(ids) >= fits else f"drop it, or lower {lower}"
             raise UserError(
                 f"{source}: prompt {prompt.id!r} has {len(ids)} tokens; with {new} new ones it does not fit "
-                f"the student's context of {room}: {remedy}"
+                f"the student's context of {fits}: {remedy}"
             )
         if max(ids) >= rows:
             raise UserError(

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from onpath.system import code
 from onpath.system.errors import UserError
 
 Metrics = Mapping[str, Any]
@@ -67,11 +68,15 @@ def _complete(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 class Tracker(Protocol):
-    """One experiment tracker."""
+    """One experiment tracker: a class made of (directory, name, config) of the run."""
 
-    def log(self, values: Mapping[str, float], step: int) -> None: ...
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Numbers of an optimiser step, nested names joined by a slash."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """The run ends."""
+        ...
 
 
 class _TensorBoard:
@@ -134,17 +139,33 @@ def check_trackers(names: Sequence[str]) -> None:
     """Before a run directory is made.
 
     Raises:
-        UserError: one of them is not installed.
+        UserError: one of them is not installed, or is no tracker.
     """
     for name in names:
+        if code.is_own(name):
+            _own_tracker(name)
+            continue
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:  # without an origin: a directory of that name lies here
             raise UserError(f"run.trackers: {name} is not installed; pip install 'onpath[trackers]'")
 
 
 def open_trackers(names: Sequence[str], *, directory: Path, name: str, config: Metrics) -> list[Tracker]:
-    """The trackers asked for; `check_trackers` has seen that they are installed."""
-    return [_TRACKERS[key](directory, name, config) for key in names]
+    """The trackers asked for; `check_trackers` has seen that they are there."""
+    return [
+        (_own_tracker(key) if code.is_own(key) else _TRACKERS[key])(directory, name, config) for key in names
+    ]
+
+
+def _own_tracker(name: str) -> Callable[[Path, str, Metrics], Tracker]:
+    made = code.load(name, key="run.trackers")
+    if not callable(made) or not all(hasattr(made, method) for method in ("log", "close")):
+        raise UserError(
+            f"run.trackers: {name} must be a class made of (directory, name, config), with log(values, step) "
+            "and close()"
+        )
+    tracker: Callable[[Path, str, Metrics], Tracker] = made
+    return tracker
 
 
 def flatten(row: Metrics, prefix: str = "") -> dict[str, float]:

@@ -1,84 +1,79 @@
 """From trajectories in a batch to the loss: both models' states, guidance, the objective's inputs."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from onpath.config.build import Config
-from onpath.config.methods.topd import TOPDOptions
 from onpath.data.batch import Batch
-from onpath.engines.head import hidden_states
-from onpath.engines.teacher import ModelTeacher, SelfTeacher
+from onpath.engines.forward import Models
 from onpath.losses import (
     LossResult,
+    Objective,
     SparseGuidance,
     StatsRequest,
     TeacherHidden,
     TeacherScores,
     fused_objective,
 )
-from onpath.methods import Prepared
-from onpath.run.parts import Parts
-from onpath.run.trajectories import TOP_TOKENS, is_stored
+from onpath.methods.base import Prepared
 
 
-def loss_of(
-    parts: Parts,
-    batch: Batch,
-    teacher: TeacherScores | None,
-    prepared: Prepared,
-    denominator: float,
-    top_k: int = 0,
-) -> LossResult:
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What the micro-batches of one optimiser step share."""
+
+    prepared: Prepared
+    objective: Objective
+    denominator: float
+    """Response tokens that count, over all processes."""
+    guided: bool = False
+    """Whether a trajectory of any process carries guidance."""
+    top_k: int = 0
+    """Likeliest tokens of both models that are looked up and stored."""
+
+
+def loss_of(models: Models, batch: Batch, teacher: TeacherScores | None, step: Step) -> LossResult:
     """Weighted sum of the objective over the batch's response tokens ÷ the step's global count."""
     return fused_objective(
-        student_hidden=student_states(parts, batch, prepared),
-        student_head=parts.head,
+        student_hidden=student_states(models, batch, step.prepared),
+        student_head=models.head,
         teacher=teacher,
-        objective=parts.objective,
+        objective=step.objective,
         sampled_ids=batch.token_N,
         weights=batch.weight_N,
-        denominator=denominator,
-        **loss_inputs(parts, batch, prepared, top_k),
+        denominator=step.denominator,
+        **loss_inputs(batch, step),
     )
 
 
-def teacher_states(parts: Parts, batch: Batch, prepared: Prepared) -> TeacherScores | None:
+def teacher_states(models: Models, batch: Batch, prepared: Prepared) -> TeacherScores | None:
     """What the teacher makes of the batch, unless the method has asked already."""
-    known_NH = prepared.readings.teacher_hidden(batch)
-    if known_NH is not None and isinstance(parts.teacher, ModelTeacher | SelfTeacher):
-        return TeacherHidden(hidden=known_NH, head=parts.teacher.head)
-    return parts.teacher.scores(batch)
+    known_NH, head = prepared.kept.teacher_hidden(batch), models.teacher.head
+    if known_NH is not None and head is not None:
+        return TeacherHidden(hidden=known_NH, head=head)
+    return models.teacher.scores(batch)
 
 
-def student_states(parts: Parts, batch: Batch, prepared: Prepared) -> Tensor:
-    """The student's hidden states [N, H] with their graph, unless the method has read them with it."""
-    known_NH = prepared.readings.student_hidden(batch)
-    if known_NH is not None:
-        return known_NH
-    with parts.autocast():
-        hidden_BSH = hidden_states(parts.student, batch.student_ids_BS, batch.student_mask_BS)
-    return hidden_BSH.flatten(0, 1)[batch.student_at_N]
+def student_states(models: Models, batch: Batch, prepared: Prepared) -> Tensor:
+    """The student's hidden states [N, H] with their graph, unless the method has run it with one."""
+    known_NH = prepared.kept.student_hidden(batch)
+    return models.student_states(batch) if known_NH is None else known_NH
 
 
-def top_k(config: Config, step: int) -> int:
-    """How many of the likeliest tokens the loss's pass looks up: those that are stored with the step."""
-    return TOP_TOKENS if is_stored(config, step) else 0
-
-
-def loss_inputs(parts: Parts, batch: Batch, prepared: Prepared, top_k: int) -> dict[str, Any]:
+def loss_inputs(batch: Batch, step: Step) -> dict[str, Any]:
     """What is measured beside the loss, and what some objectives need beside states, tokens and weights."""
-    inputs: dict[str, Any] = {"stats": StatsRequest(top_k=top_k)}
-    if isinstance(parts.config.method, TOPDOptions) and parts.config.method.guide:
-        inputs["guidance"] = sparse_guidance(batch, strength=prepared.guidance_weight)
-    if parts.objective.kind == "sampled":
+    inputs: dict[str, Any] = {"stats": StatsRequest(top_k=step.top_k)}
+    if step.guided:  # in every batch of the step, so that the two gradients are measured over the same tokens
+        inputs["guidance"] = sparse_guidance(batch, strength=step.prepared.guidance_weight)
+    if step.objective.kind == "sampled":
         behaviour = [t.behaviour_logprobs for t in batch.trajectories]
-        if parts.objective.ppo_clip is not None:
+        if step.objective.ppo_clip is not None:
             flat = [p for row in behaviour for p in (row or ())]
-            inputs["behaviour_logp"] = torch.tensor(flat, device=parts.device)
-        if parts.objective.discount:
+            inputs["behaviour_logp"] = torch.tensor(flat, device=batch.token_N.device)
+        if step.objective.discount:
             inputs["sequence_ids"] = batch.row_N
     return inputs
 

@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from onpath.data.batch import Batch
+from onpath.grade.base import Verdict
 from onpath.losses import LossResult
-from onpath.methods import Prepared
-from onpath.records import Graded, Rollout
+from onpath.records import Rollout
+from onpath.run.loss import Step
 from onpath.system import distributed
 
 STAGES = ("sample", "correct", "score", "train", "sync")
@@ -53,22 +54,23 @@ class Meter:
 
     watch: Stopwatch
     rollouts: Sequence[Rollout]
-    prepared: Prepared
-    denominator: float
-    """Response tokens (total weight) of all processes."""
-    graded: Sequence[Graded] = ()
+    step: Step
+    verdicts: Sequence[Verdict | None] = ()
+    """One per rollout; None: there is no answer to compare with."""
+    rewards: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Label → one value per rollout; `reward` is their weighted sum."""
     grad_norm: float = 0.0
     gradient_cosine: float | None = None
     """Of this step's gradient and the last one's, before clipping."""
     sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    per_token: dict[int, dict[str, list[float]]] = field(default_factory=dict)
-    """id() of a trajectory → statistic → one value per response token."""
-    top: dict[int, dict[str, list[Any]]] = field(default_factory=dict)
-    """id() of a trajectory → one of `TOPS` → a list per response token, likeliest first."""
+    per_token: dict[int, dict[str, list[float]]] = field(default_factory=lambda: defaultdict(dict))
+    """A trajectory's place → statistic → one value per response token."""
+    top: dict[int, dict[str, list[Any]]] = field(default_factory=lambda: defaultdict(dict))
+    """A trajectory's place → one of `TOPS` → a list per response token, likeliest first."""
 
     def add(self, batch: Batch, result: LossResult) -> None:
         """One micro-batch."""
-        counted = batch.weight_N != 0
+        counted, places = batch.weight_N != 0, batch.places
         self.sums["loss"] += float(result.loss.detach())
         self.sums["objective"] += float(result.objective_sum)
         self.sums["guidance"] += float(result.guidance_sum)
@@ -82,13 +84,13 @@ class Meter:
                 continue
             self.sums[name] += float(value_N[counted].double().sum())
             self.sums[f"tokens of {name}"] += float(counted.sum())
-            for trajectory, values in zip(batch.trajectories, batch.by_row(value_N), strict=True):
-                self.per_token.setdefault(id(trajectory), {})[name] = values
+            for place, values in zip(places, batch.by_row(value_N), strict=True):
+                self.per_token[place][name] = values
         for name in TOPS:
             top_Nk = getattr(result.stats, name)
             if top_Nk is not None:
-                for trajectory, lists in zip(batch.trajectories, batch.by_row(top_Nk), strict=True):
-                    self.top.setdefault(id(trajectory), {})[name] = lists
+                for place, lists in zip(places, batch.by_row(top_Nk), strict=True):
+                    self.top[place][name] = lists
 
     def measured(self, device: torch.device) -> dict[str, float]:
         """Of guidance, over all processes: its part of the loss, and |λ∇L_traj| / |∇L_OPD|."""
@@ -100,8 +102,9 @@ class Meter:
 
     def row(self, device: torch.device) -> dict[str, Any]:
         """The step's metrics over all processes."""
-        verdicts = [g.correct for g in self.graded]
+        verdicts = [v.correct for v in self.verdicts if v is not None]
         lengths = [len(r.ids) for r in self.rollouts]
+        means = {**self.step.prepared.means, **{k: (sum(v), float(len(v))) for k, v in self.rewards.items()}}
         mine = {
             **{
                 k: self.sums[k] for k in ("loss", "counted", *_NATS, *(f"tokens of {name}" for name in _NATS))
@@ -111,9 +114,9 @@ class Meter:
             "right": sum(verdicts),
             "graded": len(verdicts),
             "finished": sum(r.finish_reason == "stop" for r in self.rollouts),
-            **self.prepared.totals,
-            **{f"sum of {k}": total for k, (total, _) in self.prepared.means.items()},
-            **{f"count of {k}": count for k, (_, count) in self.prepared.means.items()},
+            **self.step.prepared.totals,
+            **{f"sum of {k}": total for k, (total, _) in means.items()},
+            **{f"count of {k}": count for k, (_, count) in means.items()},
         }
         all_of = dict(zip(mine, distributed.total(mine.values(), device), strict=True))
         rollouts = max(all_of["rollouts"], 1.0)
@@ -127,9 +130,9 @@ class Meter:
             "finished": all_of["finished"] / rollouts,
             "student_tokens_generated": int(all_of["generated"]),
             "grad_norm": self.grad_norm,
-            **{k: int(all_of[k]) for k in self.prepared.totals},
+            **{k: int(all_of[k]) for k in self.step.prepared.totals},
         }
-        for k in self.prepared.means:
+        for k in means:
             count = all_of[f"count of {k}"]
             row[k] = all_of[f"sum of {k}"] / count if count else None
         if self.gradient_cosine is not None:
@@ -137,6 +140,6 @@ class Meter:
         row |= self.measured(device)
         return (
             row
-            | dict(self.prepared.metrics)
+            | dict(self.step.prepared.metrics)
             | {"seconds": {k: round(v, 4) for k, v in self.watch.seconds.items()}}
         )

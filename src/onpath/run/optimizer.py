@@ -4,26 +4,26 @@ import math
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from onpath.config.build import Config
-from onpath.run.parts import Parts
 
 
-def make_optimizer(parts: Parts) -> tuple[torch.optim.AdamW, Callable[[int], None]]:
+def make_optimizer(config: Config, student: nn.Module) -> tuple[torch.optim.AdamW, Callable[[int], None]]:
     """AdamW, and the function that sets the learning rate of a step."""
-    config = parts.config.optim
-    trained = [p for p in parts.student.parameters() if p.requires_grad]
+    optim = config.optim
+    trained = [p for p in student.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": optim.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps
+        [g for g in groups if g["params"]], lr=optim.lr, betas=optim.betas, eps=optim.eps
     )
 
     def schedule(step: int) -> None:
         for group in optimizer.param_groups:
-            group["lr"] = config.lr * rate(step, parts.config)
+            group["lr"] = optim.lr * rate(step, config)
 
     return optimizer, schedule
 

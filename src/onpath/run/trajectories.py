@@ -16,32 +16,33 @@ import pyarrow.parquet as pq
 from onpath.config.build import Config
 from onpath.data.render import Renderer
 from onpath.records import Graded, Trajectory
-from onpath.run.directory import Run
 from onpath.run.meter import Meter
 from onpath.run.parts import Parts
 from onpath.system import distributed
 from onpath.system.errors import UserError
 
 
-def store_step(parts: Parts, run: Run, meter: Meter, step: int) -> None:
-    """What the step trained on, as Parquet, every so many steps."""
+def store_step(parts: Parts, directory: Path, meter: Meter, step: int) -> None:
+    """What the step trained on, as Parquet in `directory`/trajectories, every so many steps."""
     if not is_stored(parts.config, step):
         return
-    verdict = {id(g.rollout): g.correct for g in meter.graded}
-    rows = [
-        trajectory_row(
-            t,
-            step=step,
-            renderer=parts.renderer,
-            correct=verdict.get(id(t.origin)),
-            values=meter.per_token.get(id(t), {}),
-            top=meter.top.get(id(t)),
+    rows = []
+    for place, t in enumerate(meter.step.prepared.trajectories):
+        verdict = None if t.origin is None else meter.verdicts[t.origin.place]
+        rows.append(
+            trajectory_row(
+                t,
+                step=step,
+                renderer=parts.text.renderer,
+                correct=None if verdict is None else verdict.correct,
+                values=meter.per_token.get(place, {}),
+                top=meter.top.get(place),
+                rewards={} if t.origin is None else {k: v[t.origin.place] for k, v in meter.rewards.items()},
+            )
         )
-        for t in meter.prepared.trajectories
-    ]
     rows = distributed.gather(rows)
     if distributed.rank() == 0:
-        write_parquet(run.directory / "trajectories" / f"step_{step:06d}.parquet", rows)
+        write_parquet(directory / "trajectories" / f"step_{step:06d}.parquet", rows)
 
 
 TOP_TOKENS = 5
@@ -54,6 +55,11 @@ def is_stored(config: Config, step: int) -> bool:
     return bool(every) and (step in (1, config.optim.steps) or step % every == 0)
 
 
+def top_tokens(config: Config, step: int) -> int:
+    """How many of the likeliest tokens the loss's pass looks up: those that are stored with the step."""
+    return TOP_TOKENS if is_stored(config, step) else 0
+
+
 def trajectory_row(
     trajectory: Trajectory,
     *,
@@ -62,12 +68,14 @@ def trajectory_row(
     correct: bool | None,
     values: Mapping[str, Sequence[float]],
     top: Mapping[str, Sequence[Sequence[Any]]] | None = None,
+    rewards: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """One trajectory as plain values.
 
     Args:
         values: per-token numbers by name, as long as the response.
         top: `{student,teacher}_top_{ids,logp}`, a list per response token, likeliest first.
+        rewards: of its rollout, by label.
     """
     origin = trajectory.origin
     return {
@@ -94,6 +102,7 @@ def trajectory_row(
         "kept": trajectory.edit.kept,
         "reason": trajectory.edit.reason,
         "detail": json.dumps(dict(trajectory.edit.detail)),
+        **(rewards or {}),
         **{name: list(v) for name, v in values.items()},
         **top_columns(top or {}, renderer),
     }

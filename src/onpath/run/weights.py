@@ -1,29 +1,48 @@
-"""Which response tokens count, and how much: truncation and token weights of any method's trajectories."""
+"""Which response tokens count, and how much: truncation, rewards and token weights of any method's
+trajectories."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from onpath.methods import Prepared
+from onpath.engines.forward import forward
+from onpath.methods.base import Prepared
 from onpath.records import Trajectory
 from onpath.run.parts import Parts
 from onpath.system import distributed
+from onpath.system.errors import UserError
+
+_STATISTIC = {
+    "teacher_entropy": "teacher_entropy",
+    "student_entropy": "student_entropy",
+    "divergence": "reverse_kl",
+}
 
 
-def shaped(parts: Parts, prepared: Prepared) -> Prepared:
-    """With `method.first_tokens` and `method.reweight` applied to what is trained on."""
-    options, kept = parts.config.method, [t for t in prepared.trajectories if t.edit.kept]
+def shaped(
+    parts: Parts, prepared: Prepared, rewards: Mapping[str, Sequence[float]] | None = None
+) -> Prepared:
+    """With the config's rewards, `method.first_tokens` and `method.reweight` applied to what is trained on,
+    and every trajectory knowing its place.
+
+    Args:
+        rewards: label → one value per rollout of the step (of this process).
+    """
+    options = parts.config.method
+    trajectories = rewarded(parts, prepared.trajectories, rewards or {})
+    kept = [t for t in trajectories if t.edit.kept]
     if options.first_tokens is not None:
         kept = [truncated(t, options.first_tokens) for t in kept]
     if options.reweight != "none":
         kept = reweighted(parts, kept)
     trained = iter(kept)
-    return replace(
-        prepared, trajectories=[next(trained) if t.edit.kept else t for t in prepared.trajectories]
-    )
+    placed = [
+        replace(next(trained) if t.edit.kept else t, place=place) for place, t in enumerate(trajectories)
+    ]
+    return replace(prepared, trajectories=placed)
 
 
 def truncated(trajectory: Trajectory, length: int) -> Trajectory:
-    """Only the first `length` response tokens; the rest is neither read nor counted."""
+    """Only the first `length` response tokens; the rest is neither scored nor counted."""
     if len(trajectory.response) <= length:
         return trajectory
     behaviour = trajectory.behaviour_logprobs
@@ -38,23 +57,53 @@ def truncated(trajectory: Trajectory, length: int) -> Trajectory:
     )
 
 
+def rewarded(
+    parts: Parts, trajectories: Sequence[Trajectory], rewards: Mapping[str, Sequence[float]]
+) -> list[Trajectory]:
+    """Trajectories of rollouts below a reward's `at_least` dropped; weights by `weights_tokens`."""
+    found = list(trajectories)
+    for label, section in parts.config.rewards.items():
+        of = [None if t.origin is None else rewards[label][t.origin.place] for t in found]
+        if section.at_least is not None:
+            low = [v is not None and v < section.at_least for v in of]
+            found = [_dropped(t, f"reward {label}") if out else t for t, out in zip(found, low, strict=True)]
+        if section.weights_tokens:
+            if any(v is not None and v < 0 for v in of):
+                raise UserError(f"rewards.{label}.weights_tokens: its values must be at least 0")
+            values = [[1.0 if v is None else v] * len(t.response) for t, v in zip(found, of, strict=True)]
+            found = weighted(parts, found, values)
+    return found
+
+
+def _dropped(trajectory: Trajectory, reason: str) -> Trajectory:
+    if not trajectory.edit.kept:
+        return trajectory
+    return replace(trajectory, edit=replace(trajectory.edit, kept=False, reason=reason))
+
+
 def reweighted(parts: Parts, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-    """Weights in proportion to a statistic of each token, with mean 1 over the step's tokens of all
-    processes; the order stays."""
-    name = {
-        "teacher_entropy": "teacher_entropy",
-        "student_entropy": "student_entropy",
-        "divergence": "reverse_kl",
-    }[parts.config.method.reweight]
-    found: list[tuple[Trajectory, list[float]]] = []
-    for batch, stats in parts.tools.measure.batches(trajectories):
-        found += zip(batch.trajectories, batch.by_row(getattr(stats, name)), strict=True)
-    raw = [[w * s for w, s in zip(t.token_weights, values, strict=True)] for t, values in found]
-    count = sum(sum(t.token_weights) for t, _ in found)
-    weight, tokens = distributed.total([sum(map(sum, raw)), count], parts.device)
+    """Weights in proportion to a statistic of each token; the order stays."""
+    name, values = _STATISTIC[parts.config.method.reweight], [[0.0] * len(t.response) for t in trajectories]
+    for one in forward(parts.models, trajectories):
+        for place, found in one.by_place([name]):
+            values[place] = found[name]
+    return weighted(parts, trajectories, values)
+
+
+def weighted(
+    parts: Parts, trajectories: Sequence[Trajectory], values: Sequence[Sequence[float]]
+) -> list[Trajectory]:
+    """Weights times values, scaled to mean 1 over the tokens of all processes that are trained on."""
+    raw = [
+        [w * v for w, v in zip(t.token_weights, row, strict=True)]
+        for t, row in zip(trajectories, values, strict=True)
+    ]
+    kept = [t.edit.kept for t in trajectories]
+    count = sum(sum(t.token_weights) for t in trajectories if t.edit.kept)
+    mine = [sum(sum(row) for row, k in zip(raw, kept, strict=True) if k), count]
+    weight, tokens = distributed.total(mine, parts.models.device)
     scale = tokens / weight if weight > 0 else 0.0
-    weighted = {
-        id(t): replace(t, weights=tuple(w * scale for w in row))
-        for (t, _), row in zip(found, raw, strict=True)
-    }
-    return [weighted.get(id(t), t) for t in trajectories]  # one without a response has nothing to weigh
+    return [
+        replace(t, weights=tuple(w * scale for w in row)) if row else t
+        for t, row in zip(trajectories, raw, strict=True)
+    ]

@@ -23,9 +23,7 @@ from onpath.commands.doctor.finding import Finding, guarded, skipped
 from onpath.commands.doctor.sample import Probe, make_probe, untouched
 from onpath.config import Student, Teacher
 from onpath.config.build import Config
-from onpath.config.methods.trd import TRDOptions
 from onpath.engines.models import load_tokenizer, locate
-from onpath.engines.teacher import SilentTeacher
 from onpath.grade.graders import grader_for
 from onpath.run.assemble import assemble
 from onpath.run.inputs import make_renderer
@@ -123,7 +121,7 @@ def diagnose(config: Config, *, refused: str | None = None) -> Iterator[Finding]
         yield Finding(name="models", status="fail", message=f"the run cannot start: {said}")
         yield from (skipped(name, "the run cannot start") for name in _NEED_MODELS)
         return
-    with closing(parts.grader):
+    with closing(parts.text.grader):
         yield _models(parts)
         yield tokens.served_tokens(parts)
         yield from _of_models(parts)
@@ -172,7 +170,7 @@ def _of_models(parts: Parts) -> Iterator[Finding]:
             if not probe.trajectories:
                 yield skipped(name, "there is no trajectory to look at")
                 continue
-            if name in _NEED_SCORES and isinstance(parts.teacher, SilentTeacher):
+            if name in _NEED_SCORES and not parts.models.teacher.gives_scores:
                 yield skipped(name, "a chat endpoint gives no scores")
                 continue
             yield guarded(name, partial(check, parts, probe))
@@ -204,12 +202,11 @@ def restored(same: bool) -> Finding:
 
 
 def _models(parts: Parts) -> Finding:
-    trained = sum(p.numel() for p in parts.student.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in parts.student.parameters())
-    message = (
-        f"student of {total / 1e6:,.3g}M parameters, {trained / 1e6:,.3g}M of them trained, on {parts.device}"
-    )
-    values = {"parameters": total, "trained": trained, "device": str(parts.device)}
+    trained = sum(p.numel() for p in parts.models.student.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in parts.models.student.parameters())
+    device, sizes = parts.models.device, f"{total / 1e6:,.3g}M parameters, {trained / 1e6:,.3g}M of them"
+    message = f"student of {sizes} trained, on {device}"
+    values = {"parameters": total, "trained": trained, "device": str(device)}
     if parts.warnings:
         return Finding(name="models", status="warning", message=parts.warnings[0], values=values)
     return Finding(name="models", status="ok", message=message, values=values)
@@ -218,10 +215,7 @@ def _models(parts: Parts) -> Finding:
 def _undecorated(config: Config) -> Config:
     """Without what would write into the run's directory (TRD's offline cache) or sample in the background."""
     rollout = config.rollout.model_copy(update={"overlap": False})
-    if isinstance(config.method, TRDOptions):
-        method = config.method.model_copy(update={"offline": False})
-        return config.model_copy(update={"method": method, "rollout": rollout})
-    return config.model_copy(update={"rollout": rollout})
+    return config.model_copy(update={"method": config.method.without_traces(), "rollout": rollout})
 
 
 def _reads_ids(config: Config) -> bool:

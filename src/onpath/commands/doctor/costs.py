@@ -49,21 +49,21 @@ def measure(parts: Parts, probe: Probe) -> Cost:
     fewer = max(1, min(prompts, int(prompts * _STEP_SECONDS / max(expected, 1e-9))))
     rollout = config.rollout.model_copy(update={"prompts": fewer})
     parts = replace(parts, config=config.model_copy(update={"rollout": rollout}))
-    optimizer, schedule = make_optimizer(parts)
+    optimizer, schedule = make_optimizer(parts.config, parts.models.student)
     schedule(0)
-    on_gpu = parts.device.type == "cuda"
+    on_gpu = parts.models.device.type == "cuda"
     if on_gpu:
-        torch.cuda.reset_peak_memory_stats(parts.device)
-    saved = sum(p.numel() * p.element_size() for p in parts.student.parameters() if p.requires_grad)
+        torch.cuda.reset_peak_memory_stats(parts.models.device)
+    saved = sum(p.numel() * p.element_size() for p in parts.models.student.parameters() if p.requires_grad)
     meter = one_step(parts, optimizer, 0)
-    peak = torch.cuda.max_memory_allocated(parts.device) if on_gpu else _peak_of_process() - saved
+    peak = torch.cuda.max_memory_allocated(parts.models.device) if on_gpu else _peak_of_process() - saved
     scale = prompts / fewer
     return Cost(
         seconds={stage: meter.watch.seconds.get(stage, 0.0) * scale for stage in (*STAGES, "grade")},
         generated_tokens=round(sum(len(r.ids) for r in meter.rollouts) * scale),
         scale=scale,
         peak_bytes=peak,
-        room_bytes=_room(parts.device),
+        room_bytes=_room(parts.models.device),
     )
 
 
@@ -78,7 +78,7 @@ def speed(parts: Parts, cost: Cost) -> Finding:
         if every
         else 1 + int(config.eval.start)
     )
-    problems = sum(len(prompts) for prompts in parts.evals.values())
+    problems = sum(len(prompts) for prompts in parts.prompts.evals.values())
     evaluating = times * problems * config.eval.n * each * generate
     hours = (config.optim.steps * step + evaluating) / 3600
     values = {
@@ -102,8 +102,8 @@ def speed(parts: Parts, cost: Cost) -> Finding:
 def memory(parts: Parts, cost: Cost) -> Finding:
     """Peak of a real step against what is there."""
     peak, room = cost.peak_bytes / 2**30, cost.room_bytes / 2**30
-    where = "GPU" if parts.device.type == "cuda" else "host"
-    values = {"peak_gib": peak, "room_gib": room, "device": parts.device.type}
+    where = "GPU" if parts.models.device.type == "cuda" else "host"
+    values = {"peak_gib": peak, "room_gib": room, "device": parts.models.device.type}
     message = f"a step takes {peak:.2g} of {room:.3g} GiB of {where} memory"
     message += "" if cost.scale == 1 else f" (measured on 1/{cost.scale:.1f} of a step: at least that)"
     if peak <= _FULL * room:
@@ -116,7 +116,7 @@ def memory(parts: Parts, cost: Cost) -> Finding:
 def disk(parts: Parts) -> Finding:
     """Checkpoints that are kept, one being written, and the final model, against the free space."""
     config = parts.config
-    trained = sum(p.numel() * p.element_size() for p in parts.student.parameters() if p.requires_grad)
+    trained = sum(p.numel() * p.element_size() for p in parts.models.student.parameters() if p.requires_grad)
     copies = 1 + int(config.student.lora_merge)
     need = (3 * trained * (config.run.keep + 1) + copies * trained) / 2**30
     place = Path(config.run.dir).absolute()

@@ -16,8 +16,6 @@ _FEW = 0.1
 """Share of unreadable answers, or of solutions that miss the answer, up to which a check only warns."""
 _WORD = re.compile(r"(?<![\\\w])[^\W\d_]{2,}")
 _SENTENCE_WORDS = 3
-_STATED = {"gym": "ans {}", "math": "So the answer is \\boxed{{{}}}.", "exact": "{}"}
-"""An answer as a response would state it, by grader."""
 
 
 def read_pool(config: Config) -> tuple[LoadedPrompts, Finding]:
@@ -82,7 +80,7 @@ def answers(grader: Grader, prompts: Sequence[Prompt]) -> Finding:
     known = _spread([p for p in prompts if p.answer is not None])
     if not known:
         return skipped("answers", "no prompt has an answer, so no accuracy will be measured")
-    stated = [(_STATED[grader.name].format(p.answer), p.answer or "") for p in known]
+    stated = [(grader.stated(p.answer or ""), p.answer or "") for p in known]
     verdicts = zip(known, grader.grade_many(stated), strict=True)
     failed = [p for p, v in verdicts if not v.correct or (grader.name == "math" and is_prose(p.answer or ""))]
     values = {"grader": grader.name, "graded": len(known), "unreadable": len(failed)}
@@ -153,13 +151,13 @@ def sampling(config: Config, refused: str | None) -> Finding:
         )
     plain = (rollout.temperature, rollout.top_p, rollout.top_k) == (1.0, 1.0, 0)
     if not plain:
-        corrected = config.method.ppo_clip is not None
+        trained, corrected = config.method.trains_on_rollouts, config.method.ppo_clip is not None
         message = f"rollouts are drawn at {settings}: not the student's own distribution"
         return Finding(
             name="sampling",
-            status="ok" if config.method.name == "trd" else "warning",
-            message=message + ("; TRD only seeds rewrites with them" if config.method.name == "trd" else ""),
-            advice="" if corrected or config.method.name == "trd" else "drop off_policy unless you want this",
+            status="warning" if trained else "ok",
+            message=message + ("" if trained else f"; {config.method.name} does not train on them"),
+            advice="drop off_policy unless you want this" if trained and not corrected else "",
             values=values,
         )
     alike = (evaluation.temperature, evaluation.top_p, evaluation.top_k) == (1.0, 1.0, 0)

@@ -13,12 +13,9 @@ from torch import Tensor
 
 from onpath.data.batch import Batch, collate, micro_batches
 from onpath.data.load import prompts_of_step
-from onpath.engines.head import hidden_states
-from onpath.engines.reading import Readings
 from onpath.losses import Head, TeacherHidden, TeacherScores, TeacherTopK, TokenStats, token_stats
 from onpath.methods import Prepared
 from onpath.records import Rollout, Trajectory
-from onpath.run.loss import student_states, teacher_states
 from onpath.run.parts import Parts
 from onpath.run.weights import shaped
 from onpath.system.errors import UserError
@@ -56,10 +53,10 @@ def make_probe(parts: Parts) -> Probe:
     low, high = _ROLLOUTS
     sampling = replace(parts.sampling, max_new_tokens=min(_LENGTH, parts.sampling.max_new_tokens))
     size = max(low, min(high, _TOKENS // sampling.max_new_tokens))
-    size = min(size, config.rollout.prompts, len(parts.pool))
-    prompts = prompts_of_step(parts.pool, size=size, seed=config.run.seed, step=0)
+    size = min(size, config.rollout.prompts, len(parts.prompts.pool))
+    prompts = prompts_of_step(parts.prompts.pool, size=size, seed=config.run.seed, step=0)
     begun = time.perf_counter()
-    rollouts = parts.engine.generate(prompts, sampling, keys=[f"doctor/{p.id}" for p in prompts])
+    rollouts = parts.generators.student.generate(prompts, sampling, keys=[f"doctor/{p.id}" for p in prompts])
     prepared, refused = unread(), ""
     kept: list[Trajectory] = []
     try:
@@ -82,12 +79,12 @@ def make_probe(parts: Parts) -> Probe:
 def batches_of(parts: Parts, trajectories: Sequence[Trajectory]) -> Iterator[Batch]:
     """Micro-batches of the config's size on the student's device."""
     for micro in micro_batches(trajectories, max_tokens=parts.config.optim.micro_batch_tokens):
-        yield collate(micro, device=parts.device)
+        yield collate(micro, device=parts.models.device)
 
 
 def unread() -> Prepared:
     """No hidden states of before: everything is read anew."""
-    return Prepared(trajectories=[], readings=Readings())
+    return Prepared(trajectories=[])
 
 
 def as_they_are(rollouts: Sequence[Rollout]) -> list[Trajectory]:
@@ -103,24 +100,24 @@ def as_they_are(rollouts: Sequence[Rollout]) -> list[Trajectory]:
 def trainer_stats(parts: Parts, trajectories: Sequence[Trajectory]) -> list[tuple[Batch, TokenStats]]:
     """The student's statistics along trajectories by the forward pass that training uses, without a
     teacher."""
-    was_training, found = parts.student.training, []
-    parts.student.train()
+    was_training, found = parts.models.student.training, []
+    parts.models.student.train()
     for batch in batches_of(parts, trajectories):
         stats = token_stats(
-            student_hidden=student_states(parts, batch, unread()),
-            student_head=parts.head,
+            student_hidden=parts.models.student_states(batch),
+            student_head=parts.models.head,
             teacher=None,
             sampled_ids=batch.token_N,
         )
         found.append((batch, stats))
-    parts.student.train(was_training)
+    parts.models.student.train(was_training)
     return found
 
 
 @torch.no_grad()
 def teacher_scores(parts: Parts, batch: Batch) -> TeacherScores:
     """What a teacher that gives scores makes of a batch, read anew."""
-    scores = teacher_states(parts, batch, unread())
+    scores = parts.models.teacher.scores(batch)
     assert scores is not None
     return scores
 
@@ -128,11 +125,9 @@ def teacher_scores(parts: Parts, batch: Batch) -> TeacherScores:
 @torch.no_grad()
 def divergence(parts: Parts, batch: Batch) -> TokenStats:
     """Student against teacher, per token."""
-    with parts.autocast():
-        hidden_BSH = hidden_states(parts.student, batch.student_ids_BS, batch.student_mask_BS)
     return token_stats(
-        student_hidden=hidden_BSH.flatten(0, 1)[batch.student_at_N],
-        student_head=parts.head,
+        student_hidden=parts.models.student_states(batch),
+        student_head=parts.models.head,
         teacher=teacher_scores(parts, batch),
         sampled_ids=batch.token_N,
     )
@@ -179,7 +174,7 @@ def untouched(parts: Parts) -> Iterator[Callable[[], bool]]:
     Yields:
         A function that puts them back and says whether they are the same again; it also runs at the end.
     """
-    trained = {n: p for n, p in parts.student.named_parameters() if p.requires_grad} | dict(
+    trained = {n: p for n, p in parts.models.student.named_parameters() if p.requires_grad} | dict(
         parts.method.state()
     )
     saved = {name: p.detach().to("cpu", copy=True) for name, p in trained.items()}
@@ -188,9 +183,9 @@ def untouched(parts: Parts) -> Iterator[Callable[[], bool]]:
     def restore() -> bool:
         for name, tensor in trained.items():
             tensor.copy_(saved[name])
-        for p in parts.student.parameters():
+        for p in parts.models.student.parameters():
             p.grad = None
-        parts.engine.sync_weights(0)
+        parts.generators.student.sync_weights(0)
         return all(_same(tensor.detach().cpu(), saved[name]) for name, tensor in trained.items())
 
     try:
@@ -206,7 +201,7 @@ def _same(one: Tensor, two: Tensor) -> bool:
 
 def narrow(parts: Parts) -> bool:
     """Whether some forward pass is in half precision, so that equal models differ by rounding."""
-    dtypes = {p.dtype for p in parts.student.parameters()}
+    dtypes = {p.dtype for p in parts.models.student.parameters()}
     return parts.config.optim.bf16 or dtypes != {torch.float32} or parts.config.teacher.dtype != "float32"
 
 

@@ -25,9 +25,7 @@ from onpath.commands.doctor.sample import (
 )
 from onpath.data.batch import Batch, collate
 from onpath.engines.head import hidden_states
-from onpath.engines.teacher import ModelTeacher, SelfTeacher
 from onpath.losses import TeacherHidden, TeacherScores, token_stats
-from onpath.methods.base import acting
 from onpath.records import Rollout, Sampling, Trajectory
 from onpath.run.parts import Parts
 
@@ -56,7 +54,9 @@ def engine_logprobs(parts: Parts, rollouts: Sequence[Rollout]) -> Finding:
     """
     trajectories = as_they_are(rollouts)[:_COMPARED]
     expected = _student_logps(parts, trajectories)
-    scored = parts.engine.score([t.student_context for t in trajectories], [t.response for t in trajectories])
+    scored = parts.generators.student.score(
+        [t.student_context for t in trajectories], [t.response for t in trajectories]
+    )
     scoring = _gaps(scored, expected)
     gaps, what = scoring, "scored"
     if parts.sampling.untruncated:
@@ -88,7 +88,9 @@ def engine_follows(parts: Parts) -> Finding:
 
     Call it within `probe.untouched`.
     """
-    rollout = parts.engine.generate(parts.pool[:4], replace(parts.sampling, max_new_tokens=16))
+    rollout = parts.generators.student.generate(
+        parts.prompts.pool[:4], replace(parts.sampling, max_new_tokens=16)
+    )
     trajectories = as_they_are(rollout)
     before, after, moved = _student_logps(parts, trajectories), [], 0.0
     for seed in range(_STIRS):
@@ -97,12 +99,14 @@ def engine_follows(parts: Parts) -> Finding:
         moved = _mean(_gaps(before, after))
         if moved > _MOVED:
             break
-    parts.engine.sync_weights(1)
-    scored = parts.engine.score([t.student_context for t in trajectories], [t.response for t in trajectories])
+    parts.generators.student.sync_weights(1)
+    scored = parts.generators.student.score(
+        [t.student_context for t in trajectories], [t.response for t in trajectories]
+    )
     gap = _mean(_gaps(scored, after))
-    version = parts.engine.generate(parts.pool[:1], replace(parts.sampling, max_new_tokens=1))[
-        0
-    ].policy_version
+    version = parts.generators.student.generate(
+        parts.prompts.pool[:1], replace(parts.sampling, max_new_tokens=1)
+    )[0].policy_version
     values = {"moved_nats": moved, "gap_nats": gap, "policy_version": version}
     message = f"weights moved by {moved:.2g} nats a token; after sync the engine is {gap:.1e} nats from them"
     if not gap < 0.2 * moved:
@@ -119,7 +123,7 @@ def engine_follows(parts: Parts) -> Finding:
 def stir(parts: Parts, *, share: float, seed: int) -> None:
     """Moves every trained tensor by noise of `share` of its own spread (a LoRA matrix of zeros: of 0.02)."""
     generator = torch.Generator().manual_seed(seed)
-    for p in parts.student.parameters():
+    for p in parts.models.student.parameters():
         if p.requires_grad:
             spread = float(p.float().std()) if p.numel() > 1 else 0.0
             noise = torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
@@ -176,8 +180,9 @@ def teacher_itself(parts: Parts, probe: Probe) -> Finding:
         kl_N = torch.cat(
             [distance(teacher_scores(parts, alone), part) for alone, part in _apart(parts, batch, together)]
         )
-        if isinstance(parts.teacher, ModelTeacher | SelfTeacher):
-            own = own_scores(_by_students_path(parts, batch), parts.teacher.head)
+        head = parts.models.teacher.head
+        if head is not None:
+            own = own_scores(_by_students_path(parts, batch), head)
             kl_N = torch.maximum(kl_N, distance(own, together))
         worst, total, count = max(worst, float(kl_N.max())), total + float(kl_N.sum()), count + len(kl_N)
     mean = total / count
@@ -192,11 +197,13 @@ def teacher_itself(parts: Parts, probe: Probe) -> Finding:
 def alignment(parts: Parts, probe: Probe) -> Finding:
     """What the teacher writes, it must score as it wrote it: at the same position, not one beside it."""
     some = probe.trajectories[:_COMPARED]
-    room = max(2, min(32, parts.tools.room - max(len(t.teacher_context) for t in some)))
+    room = max(
+        2, min(32, parts.tools.models.teacher.context_length - max(len(t.teacher_context) for t in some))
+    )
     sampling = Sampling(max_new_tokens=room, seed=parts.config.run.seed)
     contexts = [t.teacher_context for t in some]
-    with acting(parts.teacher):
-        written = parts.tools.speaker.continue_from(
+    with parts.models.teacher.acting():
+        written = parts.tools.generators.teacher.continue_from(
             contexts, sampling, keys=[f"doctor/{i}" for i in range(len(some))]
         )
     if any(not c.logprobs or math.isnan(sum(c.logprobs)) for c in written):
@@ -209,7 +216,9 @@ def alignment(parts: Parts, probe: Probe) -> Finding:
     gaps: dict[int, list[float]] = {-1: [], 0: [], 1: []}
     for batch in batches_of(parts, trajectories):
         scores = teacher_scores(parts, batch)
-        own_N = torch.tensor([p for t in batch.trajectories for p in wrote[id(t)]], device=parts.device)
+        own_N = torch.tensor(
+            [p for t in batch.trajectories for p in wrote[id(t)]], device=parts.models.device
+        )
         for offset, found in gaps.items():
             found += _shifted_gaps(scores, batch.token_N, batch.row_N, own_N, offset)
     mean = {offset: _mean(g) for offset, g in gaps.items()}
@@ -241,7 +250,7 @@ def teacher_differs(parts: Parts, probe: Probe) -> Finding:
         assert stats.reverse_kl is not None
         kls += stats.reverse_kl.tolist()
         logps += [] if stats.teacher_logp is None else stats.teacher_logp.tolist()
-    kl, logp, uniform = _mean(kls), _mean(logps), -math.log(parts.vocabulary)
+    kl, logp, uniform = _mean(kls), _mean(logps), -math.log(parts.models.vocabulary)
     values = {"reverse_kl_nats": kl, "teacher_logp_nats": logp, "tokens": len(kls)}
     message = f"KL(student ‖ teacher) is {kl:.2g} nats a token on {len(kls):,} tokens"
     if not kl > _SAME_KL[narrow(parts)]:
@@ -301,19 +310,18 @@ def distance(one: TeacherScores, two: TeacherScores) -> Tensor:
 def _apart(parts: Parts, batch: Batch, scores: TeacherScores) -> Iterator[tuple[Batch, TeacherScores]]:
     """Each trajectory as a batch of its own, with its rows of the common reading."""
     for row, trajectory in enumerate(batch.trajectories):
-        yield collate([trajectory], device=parts.device), rows_of(scores, batch.row_N == row)
+        yield collate([trajectory], device=parts.models.device), rows_of(scores, batch.row_N == row)
 
 
 def _by_students_path(parts: Parts, batch: Batch) -> Tensor:
     """The teacher's hidden states as training reads the student's, on the student's side of the batch."""
-    teacher = parts.teacher
-    assert isinstance(teacher, ModelTeacher | SelfTeacher)
-    with torch.no_grad(), acting(teacher):
-        device = next(teacher.model.parameters()).device
-        hidden_BSH = hidden_states(
-            teacher.model, batch.student_ids_BS.to(device), batch.student_mask_BS.to(device)
-        )
-    return hidden_BSH.flatten(0, 1)[batch.student_at_N.to(device)].to(batch.token_N.device)
+    teacher, model = parts.models.teacher, parts.models.teacher.model
+    assert model is not None, "only a teacher in this process has hidden states"
+    with torch.no_grad(), teacher.acting():
+        device = next(model.parameters()).device
+        moved = batch.to(device)
+        hidden_BSH = hidden_states(model, moved.student_ids_BS, moved.student_mask_BS)
+    return moved.at_student(hidden_BSH).to(batch.token_N.device)
 
 
 def _shifted_gaps(

@@ -12,10 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from onpath.commands.doctor.finding import Finding, skipped
 from onpath.config.build import Config
-from onpath.config.methods.trd import TRDOptions
 from onpath.data.render import Renderer
 from onpath.engines.models import check_vocabulary
-from onpath.engines.server import ServerEngine
 from onpath.engines.wire import Nonsense
 from onpath.records import Prompt
 from onpath.run.parts import Parts
@@ -68,10 +66,10 @@ def same_tokens(student: Tokenizer, teacher: Tokenizer | None, texts: Sequence[s
 
 def served_tokens(parts: Parts) -> Finding:
     """A server makes the same ids of the same texts: its model was started with the student's tokenizer."""
-    servers = [e.server for e in (parts.engine, parts.tools.writer) if isinstance(e, ServerEngine)]
+    servers = [e.server for e in (parts.generators.student, parts.generators.teacher) if e.server is not None]
     if not servers:
         return skipped("server_tokens", "no vLLM server takes part")
-    everything = [*parts.pool, *(p for prompts in parts.evals.values() for p in prompts)]
+    everything = [*parts.prompts.pool, *(p for prompts in parts.prompts.evals.values() for p in prompts)]
     texts = texts_of(everything)
     for server in servers:
         asked = [{"model": server.model, "prompt": t, "add_special_tokens": False} for t in texts]
@@ -80,7 +78,9 @@ def served_tokens(parts: Parts) -> Finding:
         except UserError as error:
             advice = "token ids go over the wire, so training does not need it, but nothing was compared"
             return Finding(name="server_tokens", status="warning", message=str(error), advice=advice)
-        split = [t for t, ids in zip(texts, theirs, strict=True) if ids != _plain(parts.tokenizer, t)]
+        split = [
+            t for t, ids in zip(texts, theirs, strict=True) if ids != _plain(parts.text.renderer.tokenizer, t)
+        ]
         if split:
             message = f"{server.key}.url makes other ids of {len(split)} of {len(texts)} texts, "
             message += f"{split[0][:40]!r} say"
@@ -197,8 +197,7 @@ def context(config: Config, renderer: Renderer, prompts: Sequence[Prompt], rooms
     longest_texts = sorted(prompts, key=lambda p: len(p.question), reverse=True)[:500]
     longest = max(len(renderer.ids(p)) for p in longest_texts)
     new = max(config.rollout.max_new_tokens, config.eval.max_new_tokens if config.data.eval else 0)
-    if isinstance(config.method, TRDOptions):
-        new = max(new, config.method.rewrite_max_new_tokens or 0)
+    new = max(new, config.method.longest_generated[0])
     if not rooms:
         return skipped("context", "the models' configs name no context length")
     side, room = min(rooms.items(), key=lambda item: item[1])

@@ -16,18 +16,13 @@ from onpath.commands.doctor.sample import (
     unread,
     without_guidance,
 )
-from onpath.config.methods.trd import TRDOptions
 from onpath.data.batch import Batch, collate
 from onpath.data.render import Renderer
 from onpath.engines.head import unwrapped
 from onpath.engines.models import stop_ids
-from onpath.engines.teacher import SelfTeacher
 from onpath.losses import TeacherScores
-from onpath.methods.base import verdicts, written
-from onpath.methods.trd.gate import refinement, refusal
-from onpath.methods.trd.method import TRD
 from onpath.records import Rollout, Sampling, Trajectory
-from onpath.run.loss import loss_of, student_states
+from onpath.run.loss import Step, loss_of
 from onpath.run.parts import Parts
 
 _UNFINISHED = 0.5
@@ -40,12 +35,12 @@ _SAME_GRADIENT = 1e-3
 
 def eos(parts: Parts, probe: Probe) -> Finding:
     """Responses end with a stop token, it is in the ids, and the loss counts it."""
-    stops = stop_ids(unwrapped(parts.student), parts.tokenizer)
+    stops = stop_ids(unwrapped(parts.models.student), parts.text.renderer.tokenizer)
     ended = [r for r in probe.rollouts if r.finish_reason == "stop"]
     stripped = sum(not r.ids or r.ids[-1] not in stops for r in ended)
     present = [t for t in probe.trajectories if t.response[-1] in stops]
     masked = sum(_final_weight(parts, t) == 0 for t in present)
-    closing = _turn_end(parts.renderer, stops)
+    closing = _turn_end(parts.text.renderer, stops)
     values = {
         "stop_ids": sorted(stops),
         "rollouts": len(probe.rollouts),
@@ -60,7 +55,7 @@ def eos(parts: Parts, probe: Probe) -> Finding:
 
     if closing:
         message = f"the chat template closes an answer with {closing!r}, which ends no response (stops: "
-        message += ", ".join(map(repr, parts.renderer.tokens(sorted(stops)))) + ")"
+        message += ", ".join(map(repr, parts.text.renderer.tokens(sorted(stops)))) + ")"
         return found("fail", message, "add its id to eos_token_id in the student's generation_config.json")
     if stripped:
         message = f"{stripped} of {len(ended)} finished rollouts lack their stop token"
@@ -69,7 +64,9 @@ def eos(parts: Parts, probe: Probe) -> Finding:
         message = f"the stop token has weight 0 in {masked} of {len(present)} trajectories that end with it"
         return found("fail", message, "it must count, or the student never learns to stop")
     if ended and not present:
-        reason = "method.paper_compat takes it out" if _paper_compat(parts) else "it was cut off"
+        reason = (
+            "method.paper_compat takes it out" if not parts.config.method.supervises_end else "it was cut off"
+        )
         message = f"{len(ended)} rollouts finished, but no trained response ends with a stop token: {reason}"
         return found("warning", message, "the student is not taught to stop")
     message = (
@@ -89,11 +86,11 @@ def gradient(parts: Parts, probe: Probe) -> Finding:
         return skipped("gradient", f"{parts.objective.kind} trains without a teacher's scores")
     batch = next(batches_of(parts, without_guidance(probe.trajectories[:_GRADED])))
     scores = teacher_scores(parts, batch)
-    order = torch.arange(len(batch.token_N) - 1, -1, -1, device=parts.device)
+    order = torch.arange(len(batch.token_N) - 1, -1, -1, device=parts.models.device)
     real = _gradient(parts, batch, scores)
     other = _gradient(parts, batch, rows_of(scores, order))  # the same scores, of other positions
     with torch.no_grad():
-        itself = own_scores(student_states(parts, batch, unread()), parts.head)
+        itself = own_scores(parts.models.student_states(batch), parts.models.head)
     equal = _gradient(parts, batch, itself)
     norm, apart, at_self = float(real.norm()), float((real - other).norm()), float(equal.norm())
     values = {"norm": norm, "other_teacher_differs_by": apart, "norm_with_student_as_teacher": at_self}
@@ -120,18 +117,16 @@ def gradient(parts: Parts, probe: Probe) -> Finding:
 
 def refine(parts: Parts) -> Finding:
     """TRD's gate: does the rewriter help on this student's real attempts?"""
-    method = parts.method
-    if not isinstance(method, TRD):
+    found = parts.method.rehearse(parts.prompts.pool)
+    if found is None:
         return skipped("refine", f"{parts.config.method.name} rewrites nothing")
-    found = refinement(parts, method)
-    reason = refusal(found, max_harm=method.options.gate_max_harm)
-    values = dict(vars(found))
-    if not reason:
+    values = dict(found.values)
+    if not found.refusal:
         return Finding(name="refine", status="ok", message=found.sentence, values=values)
     return Finding(
         name="refine",
-        status="fail" if method.options.gate else "warning",
-        message=f"{reason}: {found.sentence}",
+        status="fail" if found.binding else "warning",
+        message=f"{found.refusal}: {found.sentence}",
         advice="use a teacher that can rewrite this student's attempts, or another method.template",
         values=values,
     )
@@ -153,7 +148,7 @@ def method_kept(probe: Probe) -> Finding:
 
 def contexts(parts: Parts, probe: Probe) -> Finding:
     """Both contexts begin alike, and the student's is what its prompt renders to."""
-    bos = parts.tokenizer.bos_token_id
+    bos = parts.text.renderer.tokenizer.bos_token_id
     one_sided = sum(
         (t.student_context[0] == bos) != (t.teacher_context[0] == bos) for t in probe.trajectories
     )
@@ -186,9 +181,9 @@ def accuracy(parts: Parts, probe: Probe) -> Finding:
     if probe.shortened:
         return skipped("accuracy", "responses may be long, and were cut short here")
     greedy = replace(parts.sampling, temperature=0.0, top_p=1.0, top_k=0)
-    theirs = [] if isinstance(parts.teacher, SelfTeacher) else _writer_on(parts, graded, greedy)
-    student = sum(bool(ok) for ok in verdicts(parts.grader, parts.renderer, [(r, r.ids) for r in graded]))
-    teacher = sum(bool(ok) for ok in verdicts(parts.grader, parts.renderer, theirs))
+    theirs = [] if parts.config.method.self_taught else _teacher_on(parts, graded, greedy)
+    student = sum(bool(ok) for ok in parts.text.right([(r, r.ids) for r in graded]))
+    teacher = sum(bool(ok) for ok in parts.text.right(theirs))
     values = {"graded": len(graded), "student_right": student, "teacher_right": teacher if theirs else None}
     message = f"student right on {student} of {len(graded)} prompts"
     message += f", teacher (greedy) on {teacher}" if theirs else ""
@@ -201,26 +196,23 @@ def accuracy(parts: Parts, probe: Probe) -> Finding:
     return Finding(name="accuracy", status="warning", message=message, advice=advice, values=values)
 
 
-def _writer_on(
+def _teacher_on(
     parts: Parts, rollouts: Sequence[Rollout], sampling: Sampling
 ) -> list[tuple[Rollout, tuple[int, ...]]]:
     """The same prompts, answered in the teacher's name."""
     asked, prefixes = [r.prompt for r in rollouts], [r.context for r in rollouts]
-    answers = written(parts.tools, asked, prefixes, sampling, keys=[f"doctor/{i}" for i in range(len(asked))])
+    keys = [f"doctor/{i}" for i in range(len(asked))]
+    answers = parts.tools.in_teachers_name(asked, prefixes, sampling, keys=keys)
     return [(r, a.ids) for r, a in zip(rollouts, answers, strict=True)]
 
 
 def _foreign(parts: Parts, rollout: Rollout) -> bool:
-    return rollout.context != parts.renderer.ids(rollout.prompt)
+    return rollout.context != parts.text.renderer.ids(rollout.prompt)
 
 
 def _final_weight(parts: Parts, trajectory: Trajectory) -> float:
     """Weight of the last response token as the loss receives it."""
-    return float(collate([trajectory], device=parts.device).weight_N[-1])
-
-
-def _paper_compat(parts: Parts) -> bool:
-    return isinstance(parts.config.method, TRDOptions) and parts.config.method.paper_compat
+    return float(collate([trajectory], device=parts.models.device).weight_N[-1])
 
 
 def _turn_end(renderer: Renderer, stops: frozenset[int]) -> str:
@@ -231,13 +223,14 @@ def _turn_end(renderer: Renderer, stops: frozenset[int]) -> str:
 
 def _gradient(parts: Parts, batch: Batch, teacher: TeacherScores) -> Tensor:
     """Of all trained weights, as one vector."""
-    was_training = parts.student.training
-    parts.student.train()
-    parts.student.zero_grad(set_to_none=True)
+    was_training = parts.models.student.training
+    parts.models.student.train()
+    parts.models.student.zero_grad(set_to_none=True)
     denominator = max(1.0, float((batch.weight_N != 0).sum()))
-    loss_of(parts, batch, teacher, unread(), denominator).loss.backward()
-    trained = [p for p in parts.student.parameters() if p.requires_grad]
+    step = Step(prepared=unread(), objective=parts.objective, denominator=denominator)
+    loss_of(parts.models, batch, teacher, step).loss.backward()
+    trained = [p for p in parts.models.student.parameters() if p.requires_grad]
     flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in trained])
-    parts.student.zero_grad(set_to_none=True)
-    parts.student.train(was_training)
+    parts.models.student.zero_grad(set_to_none=True)
+    parts.models.student.train(was_training)
     return flat.float()

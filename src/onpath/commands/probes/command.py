@@ -38,7 +38,11 @@ def run_named(name: str, where: str, *, rollouts: int, continuations: int, every
     out = path / "probes" if path.is_dir() else Path(config.run.dir) / config.run.name / "probes"
     out.mkdir(parents=True, exist_ok=True)
     parts = assemble(config)
-    _ = parts.tools.speaker  # every probe asks what the teacher would go on with
+    if not parts.generators.teacher.takes_prefixes:
+        raise UserError(
+            "teacher.engine: chat answers messages only, and every probe asks what the teacher would go on "
+            "with; use hf or vllm"
+        )
     match name:
         case "divergence":
             return divergence.run_probe(parts, rollouts=rollouts, out=out)

@@ -20,10 +20,10 @@ from onpath.commands.probes.futures_picture import draw
 from onpath.commands.probes.separation import Detection, auc, correlations, detections
 from onpath.config.methods.topd import TOPDOptions
 from onpath.data.load import prompts_of_step
-from onpath.engines.reading import read
+from onpath.engines.forward import forward
 from onpath.evaluate.stats import bootstrap_interval
 from onpath.methods.base import own_response
-from onpath.methods.topd.candidates import Fork, key_of, ranked_by, spaced
+from onpath.methods.topd.candidates import Fork, ranked_by, spaced
 from onpath.methods.topd.futures import with_windows
 from onpath.methods.topd.pairs import with_distances
 from onpath.records import Rollout
@@ -108,26 +108,24 @@ def probe(parts: Parts, *, rollouts: int, window: int | None, each: int, everywh
     """The positions with their futures, rollout by rollout."""
     options = options_of(parts, window)
     prompts = prompts_of_step(
-        parts.pool, size=min(rollouts, len(parts.pool)), seed=parts.config.run.seed, step=0
+        parts.prompts.pool, size=min(rollouts, len(parts.prompts.pool)), seed=parts.config.run.seed, step=0
     )
-    made = parts.engine.generate(prompts, parts.sampling, keys=[f"probe/{p.id}" for p in prompts])
+    made = parts.generators.student.generate(prompts, parts.sampling, keys=[f"probe/{p.id}" for p in prompts])
     label_of = labeller(parts)
     groups: dict[tuple[int, int], tuple[str, ...]] = {}
     found: list[Fork] = []
     noises: dict[tuple[int, int], float] = {}
-    rows = {id(r): row for row, r in enumerate(made)}
-    for reading in read(parts.tools.measure, [own_response(r) for r in made], past=True):
+    for one in forward(parts.models, [own_response(r) for r in made], past=True):
         here: list[Fork] = []
-        for t, values in reading.by_trajectory():
-            row = rows[id(t.origin)]
+        for row, values in one.by_place():
             mine = chosen(values, made[row], options, each, seed=parts.config.run.seed)
             groups |= {(row, position): names for position, names in mine.items()}
             losses, gaps = ranked_by(values, options)
             wanted = range(len(losses)) if everywhere and label_of is not None else sorted(mine)
             here += [Fork(row=row, position=t, loss=losses[t], gap=gaps[t], draw=0.0) for t in wanted]
-        found += with_windows(here, made, parts.tools, options, 0, reading)
+        found += with_windows(here, made, parts.tools, options, 0, one)
         grouped = [f for f in here if groups.get((f.row, f.position))]
-        noises |= noise_floor(parts, grouped, made, options, reading)
+        noises |= noise_floor(parts, grouped, made, options, one)
     found = sorted(with_distances(found, made, parts.tools, options), key=lambda f: (f.row, f.position))
     return [
         p
@@ -144,7 +142,7 @@ def _places(
     noises: Mapping[tuple[int, int], float],
     label_of: Callable[[Rollout], list[str]] | None,
 ) -> list[Place]:
-    tokens = parts.renderer.tokens(rollout.ids)
+    tokens = parts.text.renderer.tokens(rollout.ids)
     labels = label_of(rollout) if label_of is not None else [None] * len(tokens)
     return [
         Place(
@@ -157,8 +155,8 @@ def _places(
             sampled_gap=f.gap,
             distance=f.distance,
             noise=noises.get((f.row, f.position)),
-            student_text="".join(parts.renderer.tokens(f.student)),
-            teacher_text="".join(parts.renderer.tokens(f.teacher)),
+            student_text="".join(parts.text.renderer.tokens(f.student)),
+            teacher_text="".join(parts.text.renderer.tokens(f.teacher)),
         )
         for f in found
     ]
@@ -166,23 +164,18 @@ def _places(
 
 def options_of(parts: Parts, window: int | None) -> TOPDOptions:
     """The method's own, if it is TOPD, else the defaults with K = 24; ranked by reverse KL in any case."""
-    method = parts.config.method
-    options = method if isinstance(method, TOPDOptions) else TOPDOptions(window=24)
+    given = parts.config.method.model_dump()
+    options = TOPDOptions(**given) if given["name"] == "topd" else TOPDOptions(window=24)
     changes = {"candidates": "reverse_kl", **({} if window is None else {"window": window})}
     return options.model_copy(update=changes)
 
 
 def labeller(parts: Parts) -> Callable[[Rollout], list[str]] | None:
     """Truth by token, where the task has it."""
-    if not parts.config.data.train.startswith("gym:"):
+    task, renderer = parts.text.task, parts.text.renderer
+    if task is None or not task.labels_tokens:
         return None
-    from onpath import gym
-
-    def labels(rollout: Rollout) -> list[str]:
-        tokens = parts.renderer.tokens(rollout.ids)
-        return [label.kind for label in gym.label_tokens(rollout.prompt.question, tokens)]
-
-    return labels
+    return lambda rollout: task.labels(rollout.prompt.question, renderer.tokens(rollout.ids))
 
 
 def chosen(
@@ -191,7 +184,7 @@ def chosen(
     """Positions of one rollout → the groups that they are in."""
     losses = ranked_by(values, options)[0]
     by_loss = sorted(range(len(losses)), key=lambda t: (-losses[t], t))
-    rng = np.random.default_rng([seed, *key_of(rollout).encode()])
+    rng = np.random.default_rng([seed, *rollout.key.encode()])
     low = rng.permutation(by_loss[(len(losses) + 1) // 2 :]).tolist()
     orders = {"high": by_loss, "random": rng.permutation(len(losses)).tolist(), "low": low}
     found: dict[int, tuple[str, ...]] = {}

@@ -21,7 +21,7 @@ from onpath.commands.probes.futures import options_of
 from onpath.config.methods.topd import TOPDOptions
 from onpath.data.batch import collate, micro_batches
 from onpath.data.load import prompts_of_step
-from onpath.engines.reading import read
+from onpath.engines.forward import forward
 from onpath.evaluate.stats import bootstrap_interval, difference_interval
 from onpath.methods import Prepared
 from onpath.methods.base import own_response
@@ -31,7 +31,7 @@ from onpath.methods.topd.futures import with_windows
 from onpath.methods.topd.guide import guidance_plans
 from onpath.methods.topd.pairs import with_distances
 from onpath.records import Rollout, Trajectory, token_count
-from onpath.run.loss import loss_of, teacher_states
+from onpath.run.loss import Step, loss_of
 from onpath.run.parts import Parts
 from onpath.system.errors import UserError
 
@@ -110,19 +110,18 @@ def run_probe(
 
 def worst_forks(parts: Parts, count: int, options: TOPDOptions) -> list[tuple[Rollout, Fork]]:
     """The loudest token of each of some rollouts; of those the ones whose futures are the farthest apart."""
-    size = min(2 * count, len(parts.pool))
-    prompts = prompts_of_step(parts.pool, size=size, seed=parts.config.run.seed, step=0)
-    made = parts.engine.generate(prompts, parts.sampling, keys=[f"probe/{p.id}" for p in prompts])
-    rows = {id(r): row for row, r in enumerate(made)}
+    size = min(2 * count, len(parts.prompts.pool))
+    prompts = prompts_of_step(parts.prompts.pool, size=size, seed=parts.config.run.seed, step=0)
+    made = parts.generators.student.generate(prompts, parts.sampling, keys=[f"probe/{p.id}" for p in prompts])
     found: list[Fork] = []
-    for reading in read(parts.tools.measure, [own_response(r) for r in made], past=True):
+    for one in forward(parts.models, [own_response(r) for r in made], past=True):
         here = []
-        for t, values in reading.by_trajectory():
+        for row, values in one.by_place():
             losses, gaps = ranked_by(values, options)
             order = sorted(range(len(losses)), key=lambda u: -losses[u])
             (u,) = spaced(order, count=1, min_gap=1)
-            here.append(Fork(row=rows[id(t.origin)], position=u, loss=losses[u], gap=gaps[u], draw=0.0))
-        found += with_windows(here, made, parts.tools, options, 0, reading)
+            here.append(Fork(row=row, position=u, loss=losses[u], gap=gaps[u], draw=0.0))
+        found += with_windows(here, made, parts.tools, options, 0, one)
     measured = with_distances(found, made, parts.tools, options)
     worst = sorted(measured, key=lambda f: (-f.distance, f.row))[:count]
     return [(made[f.row], f) for f in worst]
@@ -139,14 +138,14 @@ def _correct(
     lr: float,
 ) -> Corrected:
     prefix = rollout.context + rollout.ids[: fork.position]
-    before = _futures(parts, parts.student, rollout, prefix, options, samples, draw=-1)
+    before = _futures(parts, parts.models.student, rollout, prefix, options, samples, draw=-1)
     futures = {"before": before}
     for arm in ARMS:
-        student = copy.deepcopy(parts.student)
+        student = copy.deepcopy(parts.models.student)
         _update(parts, student, rollout, prefix, fork, options, arm, updates=updates, samples=samples, lr=lr)
         futures[arm] = _futures(parts, student, rollout, prefix, options, samples, draw=-1)
     before_d, opd_d, topd_d = (_distance(parts, made, fork, options) for made in futures.values())
-    text = parts.renderer.text
+    text = parts.text.renderer.text
     return Corrected(
         prompt_id=rollout.prompt.id,
         position=fork.position,
@@ -173,7 +172,7 @@ def _futures(
     draw: int,
 ) -> list[Rollout]:
     """Sampled near futures of the prefix, as rollouts whose context it is. `draw` −1 is for measuring."""
-    copied = parts.engine_over(student)
+    copied = parts.generators.over(student)
     sampling = replace(parts.sampling, max_new_tokens=options.window, seed=parts.sampling.seed + 1 + draw)
     keys = [f"local correction/{rollout.prompt.id}/{i}" for i in range(samples)]
     return [
@@ -213,7 +212,11 @@ def _update(
 ) -> None:
     """Trains `student` in place."""
     guided = options.model_copy(update={"guide": arm == "topd"})
-    mine = replace(parts, student=student, config=parts.config.model_copy(update={"method": guided}))
+    mine = replace(
+        parts,
+        models=replace(parts.models, student=student),
+        config=parts.config.model_copy(update={"method": guided}),
+    )
     optim = parts.config.optim
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=optim.betas, eps=optim.eps, weight_decay=0.0)
@@ -223,11 +226,15 @@ def _update(
         trajectories = [own_response(r) for r in made]
         if arm == "topd":
             trajectories = _guided(mine, trajectories, made, fork, options, update)
-        prepared = Prepared(trajectories=trajectories, guidance_weight=weight)
+        step = Step(
+            prepared=Prepared(trajectories=trajectories, guidance_weight=weight),
+            objective=parts.objective,
+            denominator=token_count(trajectories),
+            guided=arm == "topd",
+        )
         for micro in micro_batches(trajectories, max_tokens=optim.micro_batch_tokens):
-            batch = collate(micro, device=parts.device)
-            teacher = teacher_states(mine, batch, prepared)
-            loss_of(mine, batch, teacher, prepared, token_count(trajectories)).loss.backward()
+            batch = collate(micro, device=parts.models.device)
+            loss_of(mine.models, batch, mine.models.teacher.scores(batch), step).loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, optim.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -243,7 +250,7 @@ def _guided(
 ) -> list[Trajectory]:
     real = _at_start(made, fork, options)
     plans = guidance_plans(real, made, parts.tools, options, step)
-    return guide.annotated(trajectories, real, real, plans, options, parts.renderer.tokens)
+    return guide.annotated(trajectories, real, real, plans, options, parts.text.renderer.tokens)
 
 
 def summarise(found: Sequence[Corrected]) -> dict[str, Any]:

@@ -16,12 +16,10 @@ from typing import Any
 
 from onpath.commands.probes.prefix_picture import draw
 from onpath.commands.probes.prefix_records import Probed
-from onpath.config.methods.opsd import OPSDOptions
-from onpath.config.methods.trd import TRDOptions
 from onpath.data.load import prompts_of_step
 from onpath.engines.base import Engine
-from onpath.methods.base import acting, judging_context, own_response, verdicts
-from onpath.methods.trd.locate import tokens_before
+from onpath.engines.forward import per_token
+from onpath.methods.base import own_response
 from onpath.records import Rollout
 from onpath.run.parts import Parts
 from onpath.system.errors import UserError
@@ -47,7 +45,9 @@ def run_probe(
     for name, value in (("rollouts", rollouts), ("continuations", continuations), ("every", every)):
         if value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1")
-    found = probe(parts, rollouts=min(rollouts, len(parts.pool)), continuations=continuations, every=every)
+    found = probe(
+        parts, rollouts=min(rollouts, len(parts.prompts.pool)), continuations=continuations, every=every
+    )
     path = out / "prefix_failure.jsonl"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -63,25 +63,28 @@ def run_probe(
 
 def probe(parts: Parts, *, rollouts: int, continuations: int, every: int) -> list[Probed]:
     """The rollouts, continued and read."""
-    prompts = prompts_of_step(parts.pool, size=rollouts, seed=parts.config.run.seed, step=0)
+    prompts = prompts_of_step(parts.prompts.pool, size=rollouts, seed=parts.config.run.seed, step=0)
     unanswered = [p.id for p in prompts if p.answer is None]
     if unanswered:
         raise UserError(f"prompt {unanswered[0]!r} has no answer, so its continuations cannot be graded")
-    made = parts.engine.generate(prompts, parts.sampling, keys=[f"probe/{p.id}" for p in prompts])
-    tools, contexts = parts.tools, [teacher_context(parts, r) for r in made]
-    right = verdicts(parts.grader, parts.renderer, [(r, r.ids) for r in made])
-    errors = [None if ok else first_error(parts, r) for r, ok in zip(made, right, strict=True)]
+    made = parts.generators.student.generate(prompts, parts.sampling, keys=[f"probe/{p.id}" for p in prompts])
+    shown = parts.config.method.shows_reference
+    contexts = [parts.text.judging_context(r, reference=shown) for r in made]
+    right = parts.text.right([(r, r.ids) for r in made])
+    errors = [None if ok else parts.text.first_error(r) for r, ok in zip(made, right, strict=True)]
     grids = [positions(len(r.ids), e, every) for r, e in zip(made, errors, strict=True)]
-    student = successes(parts, parts.engine, made, [r.context for r in made], grids, continuations)
-    with acting(parts.teacher):
-        teacher = successes(parts, tools.speaker, made, contexts, grids, continuations)
-    read = [own_response(r, teacher_context=c) for r, c in zip(made, contexts, strict=True)]
-    values = tools.measure(read, mass_ids=tools.onset_ids)
+    student = successes(
+        parts, parts.generators.student, made, [r.context for r in made], grids, continuations
+    )
+    with parts.models.teacher.acting():
+        teacher = successes(parts, parts.generators.teacher, made, contexts, grids, continuations)
+    own = [own_response(r, teacher_context=c) for r, c in zip(made, contexts, strict=True)]
+    values = per_token(parts.models, own, mass_ids=parts.text.correction_ids)
     return [
         Probed(
             prompt_id=r.prompt.id,
             right=ok is True,
-            tokens=tuple(parts.renderer.tokens(r.ids)),
+            tokens=tuple(parts.text.renderer.tokens(r.ids)),
             first_error=e,
             positions=grid,
             trials=continuations,
@@ -92,21 +95,6 @@ def probe(parts: Parts, *, rollouts: int, continuations: int, every: int) -> lis
         )
         for r, ok, e, grid, s, t, v in zip(made, right, errors, grids, student, teacher, values, strict=True)
     ]
-
-
-def teacher_context(parts: Parts, rollout: Rollout) -> tuple[int, ...]:
-    """What the method's teacher sees when it has not seen y."""
-    method = parts.config.method
-    shown = isinstance(method, OPSDOptions) or (isinstance(method, TRDOptions) and method.shows_reference)
-    return judging_context(rollout, reference=shown, tools=parts.tools)
-
-
-def first_error(parts: Parts, rollout: Rollout) -> int | None:
-    """Tokens before the first error, where the task can tell."""
-    if parts.tools.first_error is None:
-        return None
-    at = parts.tools.first_error(rollout.prompt.question, parts.renderer.text(rollout.ids))
-    return None if at is None else tokens_before(parts.renderer, rollout.ids, at)
 
 
 def positions(length: int, first_error: int | None, every: int) -> tuple[int, ...]:
@@ -135,7 +123,7 @@ def successes(
         keys=[f"probe/{made[row].prompt.id}/{t}/{i}" for row, t, i in jobs],
     )
     whole = [(made[row], made[row].ids[:t] + c.ids) for (row, t, _), c in zip(jobs, done, strict=True)]
-    right = iter(verdicts(parts.grader, parts.renderer, whole))
+    right = iter(parts.text.right(whole))
     return [tuple(sum(next(right) is True for _ in range(trials)) for _ in grid) for grid in grids]
 
 

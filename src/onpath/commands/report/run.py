@@ -12,6 +12,7 @@ from onpath.commands.report import prefix_failure as prefixes
 from onpath.commands.report.charts import Chart
 from onpath.commands.report.pack import pack_all
 from onpath.commands.report.text import known_tokens
+from onpath.data.tasks import task_of
 from onpath.run.log import read_lines
 from onpath.run.trajectories import Row, Stored, sample
 from onpath.system.errors import UserError
@@ -268,11 +269,8 @@ def others(metrics: Sequence[Row]) -> Iterator[Chart | None]:
 
 def truth_of(config: dict[str, Any]) -> Callable[[str, Sequence[str]], list[str]] | None:
     """(prompt, tokens) → the kind of each token, where the task knows it: the gym does."""
-    if not str(at(config, "data.train") or "").startswith("gym:"):
-        return None
-    from onpath import gym
-
-    return lambda prompt, tokens: [label.kind for label in gym.label_tokens(prompt, tokens)]
+    task = task_of(str(at(config, "data.train") or ""))
+    return task.labels if task is not None and task.labels_tokens else None
 
 
 def arranged(rows: Sequence[Row]) -> list[Row]:

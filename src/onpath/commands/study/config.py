@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from onpath import config as configuration
 from onpath.config.build import Config
 from onpath.config.section import Section
+from onpath.data.tasks import split_name
 from onpath.system.errors import UserError
 
 MEASURES = ("updates", "updated_tokens", "generated_tokens", "wall_seconds")
@@ -102,9 +103,7 @@ class Evals(Section):
     def _named(cls, value: Any) -> Any:
         if not isinstance(value, list):
             return value
-        return {
-            str(s).removeprefix("gym:") if str(s).startswith("gym:") else Path(str(s)).stem: s for s in value
-        }
+        return {split_name(str(s)): s for s in value}
 
 
 class Tune(Section):

@@ -32,7 +32,7 @@ def evaluate_untrained(config: Config) -> None:
         parts = assemble(config)
         run = open_run(config, parts)
         run.evals.rewind(step=-1)
-        parts.engine.sync_weights(0)
+        parts.generators.student.sync_weights(0)
         with Display(steps=0, done=0, quiet=True) as display:
             evaluate_all(parts, run, display, step=0)
     finally:

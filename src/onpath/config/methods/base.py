@@ -1,23 +1,35 @@
-"""What the options of all methods have in common: the per-token objective. No torch."""
+"""What the options of all methods have in common: the per-token objective, and the questions that the rest of
+the library asks a method instead of asking which one it is. No torch.
 
-from typing import Literal
+A question is a property with a default; a method's options answer otherwise where they must.
+"""
+
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from onpath.config.section import Section
-from onpath.losses.objective import Objective
+from onpath.config.section import OneOf, Section
+from onpath.losses.objective import KINDS, Objective
+from onpath.system import code
 
-Divergence = Literal[
-    "reverse_kl", "forward_kl", "jensen_shannon", "sampled", "cross_entropy", "negative_advantage"
-]
+TeacherWeights = Literal["base", "live", "ema"]
 
 
-class LossOptions(Section):
-    """The per-token objective; the names are those of `onpath.losses.Objective`."""
+Divergence = Annotated[str, OneOf(KINDS, "function")]
 
+
+class MethodOptions(Section):
+    """Options of a method. The names of the per-token objective are those of `onpath.losses.Objective`."""
+
+    method_class: ClassVar[Any] = None
+    """The `onpath.methods.Method` that these options belong to; set where that class is defined."""
+
+    name: str = ""
+    """`opd`, `opsd`, `trd`, `topd`, or a method of your own as file.py:Class (docs/extending.md)."""
     divergence: Divergence = "reverse_kl"
     """reverse_kl is KL(student‖teacher), forward_kl KL(teacher‖student); sampled is the policy gradient on
-    the sampled token; cross_entropy and negative_advantage (a control) use no teacher."""
+    the sampled token; cross_entropy and negative_advantage (a control) use no teacher; or a function of your
+    own, file.py:name."""
     beta: float = Field(0.5, gt=0, lt=1)
     """Teacher's weight in the Jensen-Shannon mixture; jensen_shannon only."""
     support: Literal["full", "teacher_topk", "student_topk", "union"] = "full"
@@ -40,14 +52,20 @@ class LossOptions(Section):
     discount: float = Field(0.0, ge=0, le=1)
     """Weight of future log-ratios in a token's advantage; 0 is the token's own; sampled only."""
 
+    cosine_every: int = Field(0, ge=0)
+    """Measure the cosine of consecutive steps' gradients every so many steps (keeps one copy); 0 never."""
+
     def objective(self) -> Objective:
         """The loss that these options describe.
 
         Raises:
             ValueError: a combination that is known to be wrong, with the reason.
         """
+        kind: Any = self.divergence
+        if code.is_own(kind):
+            kind = code.load(kind, key="method.divergence")
         return Objective(
-            kind=self.divergence,
+            kind=kind,
             beta=self.beta if self.divergence == "jensen_shannon" else None,
             support=self.support,
             k=self.support_k if self.support != "full" else None,
@@ -58,15 +76,74 @@ class LossOptions(Section):
             discount=self.discount,
         )
 
-    cosine_every: int = Field(0, ge=0)
-    """Measure the cosine of consecutive steps' gradients every so many steps (keeps one copy); 0 never."""
-
     @property
     def needs(self) -> tuple[str, ...]:
         """Columns that every training prompt must have."""
         return ()
 
     @property
+    def on_policy(self) -> bool:
+        """Whether rollouts must come untruncated from the student: what most objectives assume."""
+        return True
+
+    @property
+    def generates_ahead(self) -> bool:
+        """Whether the starting weights generate all that the run will train on, before its first step."""
+        return False
+
+    @property
+    def teacher_weights(self) -> TeacherWeights | None:
+        """Which of the student's own weights teach; None: the teacher is another model."""
+        return None
+
+    @property
+    def teacher_decay(self) -> float:
+        """Decay per optimiser step of `teacher_weights: ema`."""
+        return 0.99
+
+    @property
     def self_taught(self) -> bool:
         """Whether the student is its own teacher."""
+        return self.teacher_weights is not None
+
+    @property
+    def trains_on_rollouts(self) -> bool:
+        """Whether the loss runs along the student's own rollouts."""
+        return True
+
+    @property
+    def supervises_end(self) -> bool:
+        """Whether the stop token is trained on."""
+        return True
+
+    @property
+    def shows_reference(self) -> bool:
+        """Whether the teacher sees the reference solution."""
         return False
+
+    @property
+    def learns_from_text(self) -> bool:
+        """Whether a teacher that only answers messages, and scores nothing, is enough."""
+        return False
+
+    @property
+    def longest_generated(self) -> tuple[int, str]:
+        """Most new tokens that the method asks for beside rollout.max_new_tokens, and the option that says
+        so."""
+        return 0, "rollout.max_new_tokens"
+
+    @property
+    def correction_words(self) -> tuple[str, ...] | None:
+        """Words whose teacher probability is logged as epistemic mass; None: the task's, or TRD's list."""
+        return None
+
+    def check(self, config: Any) -> None:
+        """Looks at the whole config (`onpath.config.Config`) for what cannot go together with this method.
+
+        Raises:
+            ValueError: it cannot; one sentence that names the keys and says what would be right.
+        """
+
+    def without_traces(self) -> "MethodOptions":
+        """The same method where nothing may be written beside a run (`onpath doctor`)."""
+        return self

@@ -2,10 +2,10 @@
 
 from typing import Literal
 
-from onpath.config.methods.base import LossOptions
+from onpath.config.methods.base import MethodOptions
 
 
-class OPDOptions(LossOptions):
+class OPDOptions(MethodOptions):
     """On-policy distillation and its token-level baselines."""
 
     name: Literal["opd"] = "opd"
@@ -18,3 +18,11 @@ class OPDOptions(LossOptions):
     def on_policy(self) -> bool:
         """Whether rollouts must come untruncated from the student."""
         return self.writer == "student" and (not self.off_policy or self.divergence == "sampled")
+
+    @property
+    def trains_on_rollouts(self) -> bool:
+        return self.writer == "student"
+
+    @property
+    def learns_from_text(self) -> bool:
+        return self.writer == "teacher"

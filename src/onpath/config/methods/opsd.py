@@ -1,14 +1,15 @@
 """Options of OPSD."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from onpath.config.methods.base import Divergence, LossOptions
+from onpath.config.methods.base import Divergence, MethodOptions, TeacherWeights
+from onpath.data.tasks import task_of
 from onpath.data.templates import check_slots
 
 
-class OPSDOptions(LossOptions):
+class OPSDOptions(MethodOptions):
     """Self-distillation with privileged information (arXiv 2601.18734)."""
 
     name: Literal["opsd"] = "opsd"
@@ -16,7 +17,7 @@ class OPSDOptions(LossOptions):
     """As published; reverse_kl and jensen_shannon as options."""
     entry_clip: float | None = Field(0.05, gt=0)
     """Cap each vocabulary entry's contribution before summing; null is off."""
-    weights: Literal["base", "live", "ema"] = "base"
+    weights: TeacherWeights = "base"
     """Whose weights the privileged teacher has: the start's (LoRA: adapter off), the student's own, or their
     moving average."""
     ema_decay: float = Field(0.99, ge=0, lt=1)
@@ -43,8 +44,28 @@ class OPSDOptions(LossOptions):
         return (self.hint,)
 
     @property
-    def self_taught(self) -> bool:
+    def teacher_weights(self) -> TeacherWeights:
+        return self.weights
+
+    @property
+    def teacher_decay(self) -> float:
+        return self.ema_decay
+
+    @property
+    def shows_reference(self) -> bool:
         return True
+
+    @property
+    def correction_words(self) -> tuple[str, ...] | None:
+        return self.epistemic
+
+    def check(self, config: Any) -> None:
+        task = task_of(config.data.train)
+        if self.hint == "answer" and self.template is None and task and "hint_answer" not in task.templates:
+            raise ValueError(
+                f"method.hint: answer is a prompt that the {task.name}'s models were never shown; use hint: "
+                "solution"
+            )
 
     @model_validator(mode="after")
     def _slots(self) -> "OPSDOptions":

@@ -4,10 +4,10 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from onpath.config.methods.base import LossOptions
+from onpath.config.methods.base import MethodOptions
 
 
-class TOPDOptions(LossOptions):
+class TOPDOptions(MethodOptions):
     """Trajectory-aware OPD: near-future windows, optimal transport, guidance (arXiv 2606.00305)."""
 
     name: Literal["topd"] = "topd"

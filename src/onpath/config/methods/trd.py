@@ -1,14 +1,15 @@
 """Options of TRD."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from onpath.config.methods.base import Divergence, LossOptions
+from onpath.config.methods.base import Divergence, MethodOptions, TeacherWeights
+from onpath.data.tasks import task_of
 from onpath.data.templates import check_slots
 
 
-class TRDOptions(LossOptions):
+class TRDOptions(MethodOptions):
     """Trajectory-refined distillation (arXiv 2606.08432)."""
 
     name: Literal["trd"] = "trd"
@@ -17,7 +18,7 @@ class TRDOptions(LossOptions):
     teacher: Literal["model", "self"] = "model"
     """Who rewrites and scores: the teacher model, or the student's own weights shown the reference solution.
     """
-    weights: Literal["base", "live", "ema"] = "base"
+    weights: TeacherWeights = "base"
     """Weights of teacher: self, as for opsd."""
     ema_decay: float = Field(0.99, ge=0, lt=1)
     """Decay per optimiser step of the moving average; weights ema only."""
@@ -82,8 +83,36 @@ class TRDOptions(LossOptions):
         )
 
     @property
-    def self_taught(self) -> bool:
-        return self.teacher == "self"
+    def teacher_weights(self) -> TeacherWeights | None:
+        return self.weights if self.teacher == "self" else None
+
+    @property
+    def teacher_decay(self) -> float:
+        return self.ema_decay
+
+    @property
+    def generates_ahead(self) -> bool:
+        return self.offline
+
+    @property
+    def trains_on_rollouts(self) -> bool:
+        return False
+
+    @property
+    def supervises_end(self) -> bool:
+        return not self.paper_compat
+
+    @property
+    def learns_from_text(self) -> bool:
+        return True
+
+    @property
+    def longest_generated(self) -> tuple[int, str]:
+        return self.rewrite_max_new_tokens or 0, "method.rewrite_max_new_tokens"
+
+    @property
+    def correction_words(self) -> tuple[str, ...] | None:
+        return self.epistemic
 
     @property
     def shows_reference(self) -> bool:
@@ -121,3 +150,24 @@ class TRDOptions(LossOptions):
         if self.template is not None:
             check_slots(self.template, self.slots)
         return self
+
+    def check(self, config: Any) -> None:
+        if self.offline and config.rollout.overlap:
+            raise ValueError(
+                "rollout.overlap: with method.offline all rollouts are sampled before the first step; set "
+                "rollout.overlap: false"
+            )
+        task = task_of(config.data.train)
+        if self.minimal_edit and self.locate == "checker" and not (task and task.checks_steps):
+            raise ValueError(
+                f"method.locate: checker needs a task with a checker of steps, as the gym is, not "
+                f"{config.data.train}; use teacher_logprob"
+            )
+        if self.minimal_edit and config.teacher.engine == "chat":
+            raise ValueError(
+                "method.minimal_edit has the teacher go on from the student's tokens, which a chat endpoint "
+                "cannot; set it to false, or use teacher.engine: vllm"
+            )
+
+    def without_traces(self) -> "TRDOptions":
+        return self.model_copy(update={"offline": False})

@@ -14,19 +14,18 @@ It starts by feeding the last token of the prefix once more, at its own position
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from onpath.data.batch import Batch
-from onpath.engines.base import Completion
 from onpath.engines.decoding.drafts import Drafts
 from onpath.engines.decoding.draw import draw
 from onpath.engines.decoding.kv_cache import Stack, attends_plainly, picked, shared
 from onpath.engines.head import unwrapped
-from onpath.engines.hf import HFEngine
-from onpath.records import Sampling
+from onpath.records import Completion, Sampling
 from onpath.system.draws import noise
 
 # B rows, C columns (places of a row), I tokens of a column fed at once, Q = C·I, R columns still writing,
@@ -38,6 +37,16 @@ _LOGITS = 2**27  # and times the vocabulary
 _AHEAD = 8  # tokens that one pass checks, at most; drafts beyond a first mistake are wasted
 
 Place = tuple[int, int]
+
+
+class InProcess(Protocol):
+    """What is used of an engine over a model in this process."""
+
+    model: nn.Module
+    device: torch.device
+    stop_ids: frozenset[int]
+    vocabulary: int | None
+    bf16: bool
 
 
 class Past:
@@ -73,7 +82,7 @@ class _Columns:
 
 @torch.inference_mode()
 def branch(
-    engine: HFEngine,
+    engine: InProcess,
     past: Past,
     places: Sequence[Place],
     sampling: Sampling,
@@ -182,7 +191,7 @@ class _Paper:
 
 
 def _write(
-    engine: HFEngine,
+    engine: InProcess,
     past: Past,
     columns: _Columns,
     paper: _Paper,

@@ -12,7 +12,6 @@ from typing import Literal
 import numpy as np
 
 from onpath.config.methods.topd import TOPDOptions
-from onpath.records import Rollout
 from onpath.system.draws import noise
 
 Decision = Literal["fork", "surface", "too_close", "reference"]
@@ -49,11 +48,6 @@ class Fork:
     decision: Decision = "surface"
     weight: float = 1.0
     """Of its token in L_OPD; below 1 where it is suppressed."""
-
-
-def key_of(rollout: Rollout) -> str:
-    """Names a rollout in the draws of its step."""
-    return f"{rollout.prompt.id}/{rollout.sample}"
 
 
 def candidate_counts(lengths: Sequence[int], options: TOPDOptions) -> list[int]:

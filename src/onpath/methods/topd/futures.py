@@ -4,13 +4,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from onpath.config.methods.topd import TOPDOptions
-from onpath.engines.base import Completion
-from onpath.engines.decoding.branches import branch
-from onpath.engines.hf import HFEngine
-from onpath.engines.reading import Reading
+from onpath.engines.forward import Pass
 from onpath.methods.base import Tools
-from onpath.methods.topd.candidates import Fork, key_of
-from onpath.records import Rollout, Sampling
+from onpath.methods.topd.candidates import Fork
+from onpath.records import Completion, Rollout, Sampling
 
 
 def horizon(rollout: Rollout, position: int, window: int) -> int:
@@ -25,29 +22,29 @@ def with_windows(
     tools: Tools,
     options: TOPDOptions,
     step: int,
-    reading: Reading | None = None,
+    scored: Pass | None = None,
 ) -> list[Fork]:
     """Forks with both futures.
 
     Args:
         rollouts: of the whole step; `Fork.row` points into them.
         step: seeds the draws of sampled windows.
-        reading: the pass in which the teacher scored these rollouts; None reads each prefix anew.
+        scored: the pass in which the teacher scored these rollouts; None reads each prefix anew.
     """
-    keys = [f"{key_of(rollouts[f.row])}/{f.position}" for f in found]
+    keys = [f"{rollouts[f.row].key}/{f.position}" for f in found]
     sampling = replace(
         tools.sampling,
         max_new_tokens=options.window,
         seed=tools.sampling.seed + step,
         temperature=options.teacher_temperature,
     )
-    theirs = teacher_futures(found, rollouts, tools, sampling, [f"{k}/teacher" for k in keys], reading)
+    theirs = teacher_futures(found, rollouts, tools, sampling, [f"{k}/teacher" for k in keys], scored)
     ours = [rollouts[f.row].ids[f.position :] for f in found]
     if options.student_window == "regenerate":
         drawn = replace(sampling, temperature=tools.sampling.temperature)
-        prefixes = [_prefix(f, rollouts) for f in found]
-        written = tools.student.continue_from(prefixes, drawn, keys=[f"{k}/student" for k in keys])
-        ours = [c.ids for c in written]
+        prefixes = [rollouts[f.row].prefix(f.position) for f in found]
+        fresh = tools.generators.student.continue_from(prefixes, drawn, keys=[f"{k}/student" for k in keys])
+        ours = [c.ids for c in fresh]
     ends = [horizon(rollouts[f.row], f.position, options.window) for f in found]
     return [
         replace(f, student=tuple(mine[:end]), teacher=tuple(c.ids[:end]))
@@ -61,16 +58,12 @@ def teacher_futures(
     tools: Tools,
     sampling: Sampling,
     keys: Sequence[str],
-    reading: Reading | None,
+    scored: Pass | None,
 ) -> list[Completion]:
-    """What the teacher writes after y_<t: from its scoring pass if that was kept, else reading y_<t anew."""
-    if reading is None or reading.past is None or not isinstance(tools.writer, HFEngine):
-        return tools.speaker.continue_from([_prefix(f, rollouts) for f in found], sampling, keys=keys)
-    rows = {id(t.origin): row for row, t in enumerate(reading.trajectories)}
-    places = [(rows[id(rollouts[f.row])], len(rollouts[f.row].context) + f.position) for f in found]
-    return branch(tools.writer, reading.past, places, sampling, keys=keys, drafts=reading.drafts())
-
-
-def _prefix(fork: Fork, rollouts: Sequence[Rollout]) -> tuple[int, ...]:
-    rollout = rollouts[fork.row]
-    return rollout.context + rollout.ids[: fork.position]
+    """What the teacher generates after y_<t: from its scoring pass if that was kept, else from y_<t anew."""
+    teacher = tools.generators.teacher
+    if scored is None or scored.past is None or not teacher.can_draw_from(scored.past):
+        return teacher.continue_from([rollouts[f.row].prefix(f.position) for f in found], sampling, keys=keys)
+    rows = {t.place: row for row, t in enumerate(scored.trajectories)}
+    places = [(rows[f.row], len(rollouts[f.row].context) + f.position) for f in found]
+    return teacher.draw_from(scored.past, places, sampling, keys=keys, drafts=scored.drafts())

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from onpath.config.methods.topd import TOPDOptions
 from onpath.methods.base import Tools
 from onpath.methods.topd.candidates import NO_DISTANCE, Fork
-from onpath.methods.topd.futures import _prefix
 from onpath.methods.topd.pairs import pairs_of
 from onpath.records import Edit, Guidance, Rollout, Trajectory
 from onpath.system.draws import noise
@@ -212,7 +211,7 @@ def spliced(guided: Sequence[Fork], rollouts: Sequence[Rollout], options: TOPDOp
     made = []
     for f in guided:
         end = None if options.first_tokens is None else max(0, options.first_tokens - f.position)
-        prefix, window = _prefix(f, rollouts), f.teacher[:end]
+        prefix, window = rollouts[f.row].prefix(f.position), f.teacher[:end]
         made.append(
             Trajectory(
                 student_context=prefix,

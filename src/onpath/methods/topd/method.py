@@ -20,18 +20,21 @@ import torch
 from torch import Tensor
 
 from onpath.config.methods.topd import TOPDOptions
-from onpath.engines.reading import Readings, read
-from onpath.methods.base import Prepared, Tools, own_response
+from onpath.engines.forward import Kept, forward
+from onpath.methods.base import Method, Prepared, Tools, own_response
 from onpath.methods.topd import candidates, decide, futures, guide, pairs
 from onpath.methods.topd.candidates import Fork
 from onpath.records import Rollout, Trajectory
 
 
-class TOPD:
+class TOPD(Method):
     """Annotates the student's rollouts with guidance; the responses stay as they are."""
 
+    Options = TOPDOptions
+    options: TOPDOptions
+
     def __init__(self, options: TOPDOptions, tools: Tools) -> None:
-        self.options, self.tools = options, tools
+        super().__init__(options, tools)
         start = 1.0 if options.guidance_weight == "auto" else options.guidance_weight
         self.guidance_weight = torch.tensor(start, dtype=torch.float64)
         self.threshold = torch.tensor(torch.nan, dtype=torch.float64)
@@ -42,8 +45,8 @@ class TOPD:
         options, tools = self.options, self.tools
         self.seconds = dict.fromkeys(("read", "windows", "transport", "targets"), 0.0)
         trained = [own_response(r, length=options.first_tokens) for r in rollouts]
-        readings = Readings()
-        found = self.candidates(rollouts, trained, readings, step)
+        kept = Kept()
+        found = self.candidates(rollouts, trained, kept, step)
         with self.timed("transport"):
             found = pairs.with_distances(found, rollouts, tools, options)
         self.follow(decide.quantile_of(found, options))
@@ -52,11 +55,11 @@ class TOPD:
         with self.timed("transport"):
             plans = guide.guidance_plans(guided, rollouts, tools, options, step)
         with self.timed("targets"):
-            marked = guide.annotated(trained, found, guided, plans, options, tools.renderer.tokens)
+            marked = guide.annotated(trained, found, guided, plans, options, tools.text.renderer.tokens)
             marked += guide.spliced(guided, rollouts, options)
         return Prepared(
             trajectories=marked,
-            readings=readings,
+            kept=kept,
             guidance_weight=float(self.guidance_weight),
             **guide.counted(found, marked),
             metrics={
@@ -67,24 +70,21 @@ class TOPD:
         )
 
     def candidates(
-        self, rollouts: Sequence[Rollout], trained: Sequence[Trajectory], readings: Readings, step: int
+        self, rollouts: Sequence[Rollout], trained: Sequence[Trajectory], kept: Kept, step: int
     ) -> list[Fork]:
         """With both futures, one micro-batch after the other: one of the teacher's caches is in memory."""
         options, seed = self.options, self.tools.sampling.seed + step
         counts = candidates.candidate_counts([len(t.response) for t in trained], options)
-        rows = {id(t): row for row, t in enumerate(trained)}
         found: list[Fork] = []
         begun = time.perf_counter()
-        for reading in read(self.tools.measure, trained, into=readings, past=options.reuse_cache):
+        for one in forward(self.tools.models, trained, keep=kept, past=options.reuse_cache):
             here: list[Fork] = []
-            for t, values in reading.by_trajectory(("reverse_kl", "student_logp", "teacher_logp")):
-                row = rows[id(t)]
-                key = candidates.key_of(rollouts[row])
+            for row, values in one.by_place(("reverse_kl", "student_logp", "teacher_logp")):
                 here += candidates.select(
-                    values, row=row, count=counts[row], key=key, options=options, seed=seed
+                    values, row=row, count=counts[row], key=rollouts[row].key, options=options, seed=seed
                 )
             with self.timed("windows"):
-                found += futures.with_windows(here, rollouts, self.tools, options, step, reading)
+                found += futures.with_windows(here, rollouts, self.tools, options, step, one)
         self.seconds["read"] = time.perf_counter() - begun - self.seconds["windows"]
         return sorted(found, key=lambda f: (f.row, f.position))
 

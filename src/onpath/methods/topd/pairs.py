@@ -11,10 +11,8 @@ from torch import Tensor, nn
 
 from onpath.config.methods.topd import TOPDOptions
 from onpath.engines.head import unwrapped
-from onpath.engines.teacher import ModelTeacher
 from onpath.methods.base import Tools
 from onpath.methods.topd.candidates import Fork
-from onpath.methods.topd.futures import _prefix
 from onpath.records import Rollout
 from onpath.system.errors import UserError
 from onpath.transport.plans import window_divergence
@@ -58,13 +56,13 @@ class Pairs:
 
 def pairs_of(found: Sequence[Fork], rollouts: Sequence[Rollout], tools: Tools, options: TOPDOptions) -> Pairs:
     """The windows in the space that `embedding` names."""
-    device = tools.measure.device
+    device = tools.models.device
     student_FK, student_lengths = _padded([f.student for f in found], device)
     teacher_FJ, teacher_lengths = _padded([f.teacher for f in found], device)
     if options.embedding == "student_layer":
         table, student_FK, teacher_FJ = _in_context(found, rollouts, tools, options.embedding_layer)
     else:
-        owner = tools.measure.student if options.embedding == "student" else _teacher_model(tools)
+        owner = tools.models.student if options.embedding == "student" else _teacher_model(tools)
         layer = unwrapped(owner).get_input_embeddings()
         assert isinstance(layer, nn.Embedding)
         table = layer.weight.detach().to(device)
@@ -85,10 +83,10 @@ def _padded(windows: Sequence[Sequence[int]], device: torch.device) -> tuple[Ten
 
 
 def _teacher_model(tools: Tools) -> nn.Module:
-    teacher = tools.measure.teacher
-    if not isinstance(teacher, ModelTeacher):
+    model = tools.models.teacher.model
+    if model is None:
         raise UserError("method.embedding teacher needs a teacher in this process; use student")
-    return teacher.model
+    return model
 
 
 @torch.no_grad()
@@ -96,8 +94,8 @@ def _in_context(
     found: Sequence[Fork], rollouts: Sequence[Rollout], tools: Tools, layer: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The student's hidden states at each window token, read after its prefix, and indices into them."""
-    models = tools.measure
-    rows = [(_prefix(f, rollouts), w) for f in found for w in (f.student, f.teacher)]
+    models = tools.models
+    rows = [(rollouts[f.row].prefix(f.position), w) for f in found for w in (f.student, f.teacher)]
     vectors: list[Tensor] = []
     for prefix, window in rows:
         ids_1T = torch.tensor([[*prefix, *window]], device=models.device)

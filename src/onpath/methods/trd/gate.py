@@ -8,14 +8,15 @@ rewrites then destroys the student. So a sample is rewritten first, with two que
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from onpath.data.load import prompts_of_step
-from onpath.methods.base import verdicts
+from onpath.methods.base import Tools
 from onpath.methods.trd.edits import as_edit
-from onpath.methods.trd.method import TRD
-from onpath.run.directory import Run
-from onpath.run.parts import Parts
+from onpath.methods.trd.rewriter import Rewriter
+from onpath.records import Prompt
 from onpath.system import distributed
 from onpath.system.errors import UserError
 
@@ -51,20 +52,21 @@ class Refinement:
         )
 
 
-def gate(parts: Parts, run: Run) -> None:
-    """Rewrites a sample with the starting weights and refuses a rewriter that does harm; the counts go to
-    refine.json. A run that has passed is not asked again.
+def gate(rewriter: Rewriter, tools: Tools, prompts: Sequence[Prompt], directory: Path) -> str:
+    """Rewrites a sample with the starting weights; the counts go to `directory/refine.json`. A run that has
+    passed is not asked again.
+
+    Returns:
+        What was found, in a sentence.
 
     Raises:
-        UserError: it does harm, or repairs no more than chance.
+        UserError: the rewriter does harm, or repairs no more than chance.
     """
-    method, path = parts.method, run.directory / "refine.json"
-    if not (isinstance(method, TRD) and method.options.gate):
-        return
+    path = directory / "refine.json"
     if path.exists() and json.loads(path.read_text(encoding="utf-8"))["passed"]:
-        return
-    found = refinement(parts, method)
-    reason = refusal(found, max_harm=method.options.gate_max_harm)
+        return ""
+    found = refinement(rewriter, tools, prompts)
+    reason = refusal(found, max_harm=rewriter.options.gate_max_harm)
     if distributed.rank() == 0:
         path.write_text(json.dumps({"passed": not reason, **vars(found)}, indent=1) + "\n", encoding="utf-8")
     if reason:
@@ -72,7 +74,7 @@ def gate(parts: Parts, run: Run) -> None:
             f"the refine gate stops this run: {reason} ({found.sentence}); use a teacher that can rewrite "
             "this student's attempts, or another template, or set method.gate: false to train all the same"
         )
-    run.notes.append(f"refine gate: {found.sentence}")
+    return f"refine gate: {found.sentence}"
 
 
 def refusal(found: Refinement, *, max_harm: float) -> str:
@@ -86,15 +88,16 @@ def refusal(found: Refinement, *, max_harm: float) -> str:
     return ""
 
 
-def refinement(parts: Parts, method: TRD) -> Refinement:
+def refinement(rewriter: Rewriter, tools: Tools, pool: Sequence[Prompt]) -> Refinement:
     """Counts over all processes, on the student's real attempts; the draws are those of no training step."""
-    size = min(method.options.gate_prompts, len(parts.pool))
-    prompts = distributed.share(prompts_of_step(parts.pool, size=size, seed=parts.config.run.seed, step=0))
-    pairs = parts.engine.generate(prompts, parts.sampling, n=2, keys=[f"gate/{p.id}" for p in prompts])
+    text, size = tools.text, min(rewriter.options.gate_prompts, len(pool))
+    prompts = distributed.share(prompts_of_step(pool, size=size, seed=tools.sampling.seed, step=0))
+    keys = [f"gate/{p.id}" for p in prompts]
+    pairs = tools.generators.student.generate(prompts, tools.sampling, n=2, keys=keys)
     first, second = pairs[::2], pairs[1::2]
-    again = verdicts(parts.grader, parts.renderer, [(r, r.ids) for r in second])
-    rewrites = method.rewrite(first, when="gate")
-    edits = [as_edit(w, method.options, parts.renderer).detail for w in rewrites]
+    again = text.right([(r, r.ids) for r in second])
+    rewrites = rewriter(first, when="gate")
+    edits = [as_edit(w, rewriter.options, text.renderer).detail for w in rewrites]
     wrong = [w.attempt_right is False for w in rewrites]
     counts = [
         len(rewrites),
@@ -106,4 +109,4 @@ def refinement(parts: Parts, method: TRD) -> Refinement:
         *(sum(e[flaw] for e in edits) for flaw in ("empty", "foreign", "identical")),
         sum(not w.finished for w in rewrites),
     ]
-    return Refinement(*map(int, distributed.total(counts, parts.device)))
+    return Refinement(*map(int, distributed.total(counts, tools.models.device)))

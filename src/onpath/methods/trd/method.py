@@ -18,46 +18,63 @@ ours, or the gym's.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from onpath.config.methods.trd import TRDOptions
 from onpath.data.render import Renderer
-from onpath.engines.reading import Readings
-from onpath.methods.base import Prepared, SelfTaught, Tools, check_written
-from onpath.methods.diagnose import edit_means, measured
+from onpath.engines.forward import Kept
+from onpath.methods.base import Method, Prepared, Rehearsal, Tools, check_generated
 from onpath.methods.trd.edits import Rewrite, as_edit
+from onpath.methods.trd.gate import gate, refinement, refusal
+from onpath.methods.trd.metrics import edit_means, measured
 from onpath.methods.trd.rewriter import Rewriter
 from onpath.records import Prompt, Rollout, Trajectory
 
 
-class TRD(SelfTaught):
+class TRD(Method):
     """Replaces each rollout by the teacher's rewrite of it."""
 
+    Options = TRDOptions
+    options: TRDOptions
+
     def __init__(self, options: TRDOptions, tools: Tools) -> None:
-        self.options, self.tools, self.teacher = options, tools, tools.teacher
+        super().__init__(options, tools)
         self.rewrite = Rewriter(options, tools)
-        self.bare = Renderer(tools.renderer.tokenizer, template="plain")
+        self.bare = Renderer(tools.text.renderer.tokenizer, template="plain")
 
     def prepare(self, rollouts: Sequence[Rollout], *, step: int) -> Prepared:
         """See `Method.prepare`."""
         rewrites = self.rewrite(rollouts, when="offline" if self.options.offline else f"step {step}")
         trajectories = [self.trajectory(w) for w in rewrites]
         look = "method.template and at what the teacher writes"
-        check_written(trajectories, step=step, who="the rewriter", of="attempts", look=look)
-        means, readings = edit_means(rewrites, trajectories), Readings()
+        check_generated(trajectories, step=step, who="the rewriter", of="attempts", look=look)
+        means, kept = edit_means(rewrites, trajectories), Kept()
         if self.options.diagnose_every and step % self.options.diagnose_every == 0:
             reference = self.options.shows_reference
-            trajectories, more, readings = measured(
-                rewrites, trajectories, reference=reference, tools=self.tools
-            )
+            trajectories, more, kept = measured(rewrites, trajectories, reference=reference, tools=self.tools)
             means |= more
-        written = float(
+        generated = float(
             sum(w.detail.get(k, 0) for w in rewrites for k in ("teacher_tokens", "locate_tokens"))
         )
         return Prepared(
             trajectories=trajectories,
             means=means,
-            readings=readings,
-            totals={"teacher_tokens_generated": written},
+            kept=kept,
+            totals={"teacher_tokens_generated": generated},
+        )
+
+    def before_training(self, prompts: Sequence[Prompt], directory: Path) -> str:
+        """The refine gate: see `onpath.methods.trd.gate`."""
+        return gate(self.rewrite, self.tools, prompts, directory) if self.options.gate else ""
+
+    def rehearse(self, prompts: Sequence[Prompt]) -> Rehearsal:
+        """The gate's question."""
+        found = refinement(self.rewrite, self.tools, prompts)
+        return Rehearsal(
+            sentence=found.sentence,
+            refusal=refusal(found, max_harm=self.options.gate_max_harm),
+            binding=self.options.gate,
+            values=vars(found),
         )
 
     def trajectory(self, w: Rewrite) -> Trajectory:
@@ -66,7 +83,7 @@ class TRD(SelfTaught):
         if self.options.paper_compat:
             x = self.bare.ids(Prompt(id=w.attempt.prompt.id, text=w.attempt.prompt.question))
             response = w.ids[:-1] if w.finished else w.ids
-        edit = as_edit(w, self.options, self.tools.renderer)
+        edit = as_edit(w, self.options, self.tools.text.renderer)
         return Trajectory(
             student_context=x,
             teacher_context=w.context if self.options.scoring == "rewrite" else w.attempt.context,

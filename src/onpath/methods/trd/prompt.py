@@ -17,11 +17,15 @@ class RewritePrompt:
     """Attempts in, contexts out."""
 
     def __init__(self, options: TRDOptions, tools: Tools) -> None:
-        named = "{problem}" if options.slots == {"problem"} else tools.templates[_NAMES[options.slots]]
-        self.template, self.slots, self.renderer = options.template or named, options.slots, tools.renderer
+        named = "{problem}" if options.slots == {"problem"} else tools.text.templates[_NAMES[options.slots]]
+        self.template, self.slots, self.renderer = (
+            options.template or named,
+            options.slots,
+            tools.text.renderer,
+        )
 
-    def __call__(self, attempt: Rollout, *, room: int) -> tuple[Prompt, tuple[int, ...], dict[str, int]]:
-        """What is asked, its ids, at most `room` of them, and how many tokens that took: too long, the
+    def __call__(self, attempt: Rollout, *, longest: int) -> tuple[Prompt, tuple[int, ...], dict[str, int]]:
+        """What is asked, its ids, at most `longest` of them, and how many tokens that took: too long, the
         attempt loses its end, then the reference does.
 
         Raises:
@@ -40,17 +44,16 @@ class RewritePrompt:
             question = fill(self.template, problem=attempt.prompt.question, **shown)
             asked = with_question(attempt.prompt, question)
             ids = self.renderer.ids(asked)
-            if len(ids) <= room:
+            if len(ids) <= longest:
                 return asked, ids, {f"{k}_tokens_trimmed": n for k, n in cut.items() if n}
             part = next((k for k, n in cut.items() if n < len(tokens[k])), None)
             if part is None:
                 raise UserError(
                     f"prompt {attempt.prompt.id!r}: its rewrite prompt has {len(ids)} tokens with attempt "
-                    f"and "
-                    f"reference cut away, but only {room} fit; shorten the prompt or the template, or change "
-                    "method.rewrite_prompt_tokens or method.rewrite_max_new_tokens"
+                    f"and reference cut away, but only {longest} fit; shorten the prompt or the template, or "
+                    "change method.rewrite_prompt_tokens or method.rewrite_max_new_tokens"
                 )
-            cut[part] = min(len(tokens[part]), cut[part] + len(ids) - room)
+            cut[part] = min(len(tokens[part]), cut[part] + len(ids) - longest)
 
     def _shortened(self, tokens: list[int], n: int) -> str:
         return self.renderer.text(tokens[: len(tokens) - n])

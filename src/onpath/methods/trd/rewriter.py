@@ -7,9 +7,10 @@ rewrite alike.
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 
 from onpath.config.methods.trd import TRDOptions
-from onpath.methods.base import Tools, verdicts, written
+from onpath.methods.base import Tools
 from onpath.methods.trd.edits import Rewrite
 from onpath.methods.trd.locate import Located, first_errors
 from onpath.methods.trd.prompt import RewritePrompt
@@ -22,17 +23,18 @@ class Rewriter:
     def __init__(self, options: TRDOptions, tools: Tools) -> None:
         self.options, self.tools = options, tools
         self.new_tokens = options.rewrite_max_new_tokens or tools.sampling.max_new_tokens
-        self.room = min(options.rewrite_prompt_tokens or tools.room, tools.room - self.new_tokens)
+        longest = tools.models.teacher.context_length
+        self.prompt_tokens = min(options.rewrite_prompt_tokens or longest, longest - self.new_tokens)
         self.prompt = RewritePrompt(options, tools)
 
     def __call__(self, attempts: Sequence[Rollout], *, when: str) -> list[Rewrite]:
         """One rewrite of each attempt, judged; `when` names the draw (the step)."""
-        right = verdicts(self.tools.grader, self.tools.renderer, [(r, r.ids) for r in attempts])
+        right = self.tools.text.right([(r, r.ids) for r in attempts])
         plans = [
             self.plan(r, ok, at) for r, ok, at in zip(attempts, right, self.errors(attempts), strict=True)
         ]
         todo = [plan for plan in plans if plan.kind != "none"]
-        best = iter(self.choose(self.write(todo, when=when)))
+        best = iter(self.choose(self.generate(todo, when=when)))
         return [self.left_alone(plan) if plan.kind == "none" else next(best) for plan in plans]
 
     def errors(self, attempts: Sequence[Rollout]) -> list[Located]:
@@ -47,7 +49,7 @@ class Rewriter:
         if error.before is None and right is not False:
             untouched = True
         kept = error.before or 0  # wrong, but no error found: rewritten from the start
-        asked, context, trimmed = self.prompt(attempt, room=self.room - kept)
+        asked, context, trimmed = self.prompt(attempt, longest=self.prompt_tokens - kept)
         kind = "none" if untouched else "minimal_edit" if self.options.minimal_edit else "rewrite"
         detail = dict(trimmed)
         if self.options.minimal_edit:
@@ -57,7 +59,7 @@ class Rewriter:
             attempt_right=right, kind=kind, detail=detail,
         )  # fmt: skip
 
-    def write(self, plans: Sequence[Rewrite], *, when: str) -> list[list[Rewrite]]:
+    def generate(self, plans: Sequence[Rewrite], *, when: str) -> list[list[Rewrite]]:
         """`best_of` rewrites of each plan, judged."""
         options, n = self.options, self.options.best_of
         sampling = Sampling(
@@ -65,12 +67,11 @@ class Rewriter:
             max_new_tokens=self.new_tokens, seed=self.tools.sampling.seed,
         )  # fmt: skip
         jobs = [(plan, i) for plan in plans for i in range(n)]
-        done = written(
-            self.tools,
+        done = self.tools.in_teachers_name(
             [p.asked for p, _ in jobs],
             [p.context + p.ids for p, _ in jobs],
             sampling,
-            keys=[f"{when}/{p.attempt.prompt.id}/{p.attempt.sample}/rewrite {i}" for p, i in jobs],
+            keys=[f"{when}/{p.attempt.key}/rewrite {i}" for p, i in jobs],
         )
         drafts = []
         for (plan, _), rest in zip(jobs, done, strict=True):
@@ -78,7 +79,7 @@ class Rewriter:
             whole = rest.finish_reason == "stop" and len(ids) == len(plan.ids) + len(rest.ids)
             detail = {**plan.detail, "teacher_tokens": len(rest.ids)}
             drafts.append(replace(plan, ids=ids, finished=whole, detail=detail))
-        right = verdicts(self.tools.grader, self.tools.renderer, [(d.attempt, d.ids) for d in drafts])
+        right = self.tools.text.right([(d.attempt, d.ids) for d in drafts])
         drafts = [replace(d, right=ok) for d, ok in zip(drafts, right, strict=True)]
         return [drafts[i : i + n] for i in range(0, len(drafts), n)]
 
@@ -87,13 +88,12 @@ class Rewriter:
         if self.options.best_of == 1:
             return [group[0] for group in groups]
         flat = [d for group in groups for d in group]
-        logps = self.tools.student.score([d.attempt.context for d in flat], [d.ids for d in flat])
-        likely = {
-            id(d): sum(row) / len(row) if row else -math.inf for d, row in zip(flat, logps, strict=True)
-        }
+        student = self.tools.generators.student
+        logps = iter(student.score([d.attempt.context for d in flat], [d.ids for d in flat]))
         chosen = []
         for group in groups:
-            best = max(group, key=lambda d: (d.right is True, likely[id(d)]))
+            likely = [sum(row) / len(row) if row else -math.inf for row in islice(logps, len(group))]
+            best, _ = max(zip(group, likely, strict=True), key=lambda one: (one[0].right is True, one[1]))
             spent = {
                 "candidates": len(group),
                 "verified": sum(d.right is True for d in group),

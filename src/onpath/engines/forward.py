@@ -1,4 +1,5 @@
-"""Both models along trajectories: per-token statistics, and hidden states that the loss can use again.
+"""Forward passes of both models along trajectories: per-token statistics, and hidden states that the loss can
+use again.
 
 The weights do not move between a method's `prepare` and the loss of the same step, so the teacher's hidden
 states are kept for the loss always, and the student's with their graphs where the whole step fits into the
@@ -7,79 +8,60 @@ budget of one micro-batch.
 Shape suffixes: B rows, S padded length, N response tokens, H hidden.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from onpath.data.batch import Batch, collate, micro_batches
 from onpath.engines.decoding.branches import Past
 from onpath.engines.decoding.drafts import Drafts
 from onpath.engines.head import head_of, hidden_states
-from onpath.engines.teacher import ModelTeacher, Teacher
-from onpath.losses import StatsRequest, TeacherHidden, TeacherScores, TokenStats, token_stats
+from onpath.engines.teacher import Teacher
+from onpath.losses import Head, StatsRequest, TeacherHidden, TeacherScores, TokenStats, token_stats
 from onpath.records import Trajectory
 
+Key = tuple[tuple[int, ...], tuple[int, ...]]
+"""Context and response: hidden states depend on nothing else."""
 Values = dict[str, list[float]]
 """Statistic → one value per response token."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measure:
-    """Reads trajectories with the student that trains and the teacher that scores."""
+class Models:
+    """The student that trains and the teacher that scores."""
 
     student: nn.Module
     teacher: Teacher
     vocabulary: int
+    """Number of token ids that they share."""
     device: torch.device
+    """Of the student."""
     max_tokens: int
     """Padded tokens of one forward pass."""
     bf16: bool = False
 
-    @torch.no_grad()
-    def batches(
-        self, trajectories: Sequence[Trajectory], *, mass_ids: Sequence[int] = ()
-    ) -> list[tuple[Batch, TokenStats]]:
-        """One forward pass of each model; trajectories without a response are left out."""
-        request = StatsRequest(mass_ids=torch.tensor(mass_ids, device=self.device) if mass_ids else None)
-        found = []
-        was_training = self.student.training
-        self.student.eval()
-        for micro in micro_batches(trajectories, max_tokens=self.max_tokens):
-            batch = collate(micro, device=self.device)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                hidden_BSH = hidden_states(self.student, batch.student_ids_BS, batch.student_mask_BS)
-            stats = token_stats(
-                student_hidden=hidden_BSH.flatten(0, 1)[batch.student_at_N],
-                student_head=head_of(self.student, self.vocabulary),
-                teacher=self.teacher.scores(batch),
-                sampled_ids=batch.token_N,
-                stats=request,
-            )
-            found.append((batch, stats))
-        self.student.train(was_training)
-        return found
+    @property
+    def head(self) -> Head:
+        """The student's output layer."""
+        return head_of(self.student, self.vocabulary)
 
-    def __call__(self, trajectories: Sequence[Trajectory], *, mass_ids: Sequence[int] = ()) -> list[Values]:
-        """The statistics that this teacher can give, in the trajectories' order; empty where nothing is
-        read."""
-        by_id: dict[int, Values] = {}
-        for batch, stats in self.batches(trajectories, mass_ids=mass_ids):
-            for name, value_N in vars(stats).items():
-                if isinstance(value_N, Tensor) and value_N.ndim == 1:
-                    for trajectory, values in zip(batch.trajectories, batch.by_row(value_N), strict=True):
-                        by_id.setdefault(id(trajectory), {})[name] = values
-        return [by_id.get(id(t), {}) for t in trajectories]
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """bfloat16 forward passes if optim.bf16 asks for them."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
-
-Key = tuple[tuple[int, ...], tuple[int, ...]]
-"""Context and response: hidden states depend on nothing else."""
+    def student_states(self, batch: Batch) -> Tensor:
+        """The student's hidden states [N, H] that predict each response token, with their graph if gradients
+        are on."""
+        with self.autocast():
+            hidden_BSH = hidden_states(self.student, batch.student_ids_BS, batch.student_mask_BS)
+        return batch.at_student(hidden_BSH)
 
 
 @dataclass(kw_only=True)
-class Readings:
+class Kept:
     """Hidden states of one step, handed to the loss."""
 
     teacher: dict[Key, Tensor] = field(default_factory=dict)
@@ -87,11 +69,11 @@ class Readings:
     """One entry per graph; it goes with the first batch that uses it: a graph is walked back once."""
 
     def teacher_hidden(self, batch: Batch) -> Tensor | None:
-        """[N, H], or None if a trajectory of the batch was not read."""
+        """[N, H], or None if a trajectory of the batch was not scored."""
         return _gathered(self.teacher, [(t.teacher_context, t.response) for t in batch.trajectories])
 
     def student_hidden(self, batch: Batch) -> Tensor | None:
-        """[N, H] with the graphs of the reading, or None if they were not kept, or are used up."""
+        """[N, H] with the graphs of the pass, or None if they were not kept, or are used up."""
         keys = [(t.student_context, t.response) for t in batch.trajectories]
         used = [graph for graph in self.student if any(key in graph for key in keys)]
         found = _gathered({key: row for graph in used for key, row in graph.items()}, keys)
@@ -107,7 +89,7 @@ def _gathered(known: dict[Key, Tensor], keys: Sequence[Key]) -> Tensor | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class Pass:
     """Some trajectories as both models see them: as many micro-batches as fit into the budget of one."""
 
     batches: tuple[Batch, ...]
@@ -117,11 +99,11 @@ class Reading:
 
     @property
     def trajectories(self) -> list[Trajectory]:
-        """In the order of the rows of `past`."""
+        """In the order of the rows of `past`; `place` is the index in what was asked for."""
         return [t for batch in self.batches for t in batch.trajectories]
 
     def drafts(self) -> list[Drafts]:
-        """Of the rows of `past`: what the teacher would probably write from inside them."""
+        """Of the rows of `past`: what the teacher would probably generate from inside them."""
         found = []
         for batch, stats in zip(self.batches, self.stats, strict=True):
             assert stats.teacher_top_ids is not None
@@ -132,10 +114,8 @@ class Reading:
                 found.append(Drafts(start=context, response=t.response, likeliest=likeliest[start:end]))
         return found
 
-    def by_trajectory(
-        self, names: Sequence[str] | None = None
-    ) -> Iterator[tuple[Trajectory, dict[str, list[float]]]]:
-        """Each trajectory with its per-token statistics; `names`: only these."""
+    def by_place(self, names: Sequence[str] | None = None) -> Iterator[tuple[int, Values]]:
+        """Each trajectory's place and per-token statistics; `names`: only these."""
         for batch, stats in zip(self.batches, self.stats, strict=True):
             rows = {
                 name: batch.by_row(value_N)
@@ -143,90 +123,94 @@ class Reading:
                 if isinstance(value_N, Tensor) and value_N.ndim == 1 and (names is None or name in names)
             }
             for b, trajectory in enumerate(batch.trajectories):
-                yield trajectory, {name: values[b] for name, values in rows.items()}
+                assert trajectory.place is not None
+                yield trajectory.place, {name: values[b] for name, values in rows.items()}
 
 
-def read(
-    models: Measure,
+def forward(
+    models: Models,
     trajectories: Sequence[Trajectory],
     *,
-    into: Readings | None = None,
+    keep: Kept | None = None,
     past: bool = False,
     mass_ids: Sequence[int] = (),
-) -> Iterator[Reading]:
+) -> Iterator[Pass]:
     """Both models along the trajectories; those without a response are left out.
 
     Args:
-        models: the student that trains and the teacher that scores.
-        into: receives what the loss can use again. None keeps nothing.
+        keep: receives what the loss can use again. None keeps nothing, and gradients are off.
         past: also give the teacher's keys and values.
         mass_ids: token ids whose total teacher probability is wanted.
     """
     mass = torch.tensor(mass_ids, device=models.device) if mass_ids else None
     request = StatsRequest(mass_ids=mass, top_k=1 if past else 0)
-    micros = micro_batches(trajectories, max_tokens=models.max_tokens)
+    placed = [replace(t, place=i) for i, t in enumerate(trajectories)]
+    micros = micro_batches(placed, max_tokens=models.max_tokens)
     groups = _grouped([collate(m, device=models.device) for m in micros], models.max_tokens)
-    graph = into is not None and len(groups) == 1
+    # Graphs of several groups would all live until the loss: only a step of one group keeps them.
+    graph = keep is not None and len(groups) == 1
     for group in groups:
         stats = []
-        memory = _memory(models, group) if past else None
+        memory = models.teacher.past(group) if past else None
         for b, batch in enumerate(group):
             student_NH = _student(models, batch, graph=graph)
-            scores = _teacher(models, batch, None if memory is None else memory.parts[b])
-            if into is not None and isinstance(scores, TeacherHidden):
-                into.teacher |= _by_key(scores.hidden, batch, [t.teacher_context for t in batch.trajectories])
-            if into is not None and graph:
+            scores = models.teacher.scores(batch, None if memory is None else memory.parts[b])
+            if keep is not None and isinstance(scores, TeacherHidden):
+                keep.teacher |= _by_key(scores.hidden, batch, [t.teacher_context for t in batch.trajectories])
+            if keep is not None and graph:
                 contexts = [t.student_context for t in batch.trajectories]
-                into.student.append(_by_key(student_NH, batch, contexts))
+                keep.student.append(_by_key(student_NH, batch, contexts))
             stats.append(_stats(models, batch, student_NH, scores, request))
-        yield Reading(batches=tuple(group), stats=tuple(stats), past=memory)
+        yield Pass(batches=tuple(group), stats=tuple(stats), past=memory)
+
+
+def per_token(
+    models: Models,
+    trajectories: Sequence[Trajectory],
+    *,
+    keep: Kept | None = None,
+    mass_ids: Sequence[int] = (),
+) -> list[Values]:
+    """The statistics that this teacher can give, in the trajectories' order; empty without a response.
+
+    Args: see `forward`.
+    """
+    found: list[Values] = [{} for _ in trajectories]
+    for one in forward(models, trajectories, keep=keep, mass_ids=mass_ids):
+        for place, values in one.by_place():
+            found[place] = values
+    return found
 
 
 def _grouped(batches: Sequence[Batch], max_tokens: int) -> list[list[Batch]]:
     """Consecutive batches whose padded tokens fit together; one that does not fit is a group of its own."""
     groups: list[list[Batch]] = []
-    room = 0
+    left = 0
     for batch in batches:
         size = max(batch.student_ids_BS.numel(), batch.teacher_ids_BT.numel())
-        if size > room:
+        if size > left:
             groups.append([])
-            room = max_tokens
+            left = max_tokens
         groups[-1].append(batch)
-        room -= size
+        left -= size
     return groups
 
 
-def _student(models: Measure, batch: Batch, *, graph: bool) -> Tensor:
+def _student(models: Models, batch: Batch, *, graph: bool) -> Tensor:
     was_training = models.student.training
-    models.student.train(graph)  # for the loss, as the loss reads
-    with (
-        torch.set_grad_enabled(graph),
-        torch.autocast(models.device.type, torch.bfloat16, enabled=models.bf16),
-    ):
-        hidden_BSH = hidden_states(models.student, batch.student_ids_BS, batch.student_mask_BS)
+    models.student.train(graph)  # what the loss uses again must be the training pass
+    with torch.set_grad_enabled(graph):
+        hidden_NH = models.student_states(batch)
     models.student.train(was_training)
-    return hidden_BSH.flatten(0, 1)[batch.student_at_N]
-
-
-def _memory(models: Measure, batches: Sequence[Batch]) -> Past | None:
-    teacher = models.teacher
-    if not isinstance(teacher, ModelTeacher) or not Past.possible(teacher.model):
-        return None
-    return Past(teacher.model, batches)
-
-
-def _teacher(models: Measure, batch: Batch, cache: DynamicCache | None) -> TeacherScores | None:
-    if cache is None or not isinstance(models.teacher, ModelTeacher):
-        return models.teacher.scores(batch)
-    return TeacherHidden(hidden=models.teacher.hidden(batch, cache), head=models.teacher.head)
+    return hidden_NH
 
 
 def _stats(
-    models: Measure, batch: Batch, student_NH: Tensor, scores: TeacherScores | None, request: StatsRequest
+    models: Models, batch: Batch, student_NH: Tensor, scores: TeacherScores | None, request: StatsRequest
 ) -> TokenStats:
     return token_stats(
         student_hidden=student_NH,
-        student_head=head_of(models.student, models.vocabulary),
+        student_head=models.head,
         teacher=scores,
         sampled_ids=batch.token_N,
         stats=request,

@@ -1,0 +1,78 @@
+"""Rewards: functions of the user's own that score a rollout. Logged always; a filter or a weight where asked
+for.
+
+    def brevity(text, answer):              # any of text, answer, prompt, rollout, by name
+        return 1.0 / (1 + len(text))
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from onpath.records import Rollout
+from onpath.system.errors import UserError
+
+ARGUMENTS = ("text", "answer", "prompt", "rollout")
+"""What a reward may ask for: the response's text, the reference answer or None, the two records."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reward:
+    """One function and its part in the total.
+
+    Raises:
+        UserError: it asks for something else than `ARGUMENTS`.
+    """
+
+    label: str
+    function: Callable[..., float]
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise UserError(f"rewards.{self.label}: must be a function, not {type(self.function).__name__}")
+        asked = [p.name for p in inspect.signature(self.function).parameters.values()]
+        if foreign := [name for name in asked if name not in ARGUMENTS]:
+            raise UserError(
+                f"rewards.{self.label}: its parameter {foreign[0]} is none of {', '.join(ARGUMENTS)}"
+            )
+
+    def __call__(self, rollout: Rollout, text: str) -> float:
+        """The value of one rollout.
+
+        Raises:
+            UserError: the function fails, or gives no finite number.
+        """
+        known: Mapping[str, Any] = {
+            "text": text,
+            "answer": rollout.prompt.answer,
+            "prompt": rollout.prompt,
+            "rollout": rollout,
+        }
+        asked = {name: known[name] for name in inspect.signature(self.function).parameters}
+        try:
+            value = float(self.function(**asked))
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(
+                f"rewards.{self.label} fails for prompt {rollout.prompt.id!r}: {reason}"
+            ) from error
+        if not math.isfinite(value):
+            raise UserError(
+                f"rewards.{self.label} is {value} for prompt {rollout.prompt.id!r}; it must be finite"
+            )
+        return value
+
+
+def values_of(
+    rewards: Sequence[Reward], rollouts: Sequence[Rollout], texts: Sequence[str]
+) -> dict[str, list[float]]:
+    """Label → one value per rollout."""
+    return {r.label: [r(y, text) for y, text in zip(rollouts, texts, strict=True)] for r in rewards}
+
+
+def totals(rewards: Sequence[Reward], values: Mapping[str, Sequence[float]], count: int) -> list[float]:
+    """Σ weight · value of each rollout."""
+    return [sum(r.weight * values[r.label][i] for r in rewards) for i in range(count)]

@@ -1,0 +1,138 @@
+"""A user's own code that a config names: `mine.py:Mine`. It runs only where somebody has said that it may.
+
+A config that came from elsewhere must not run anything by itself. So a name of this form is looked up only
+after `allow()` (the command line's `--allow-code`), within `allowed()` (the Python calls' `allow_code=True`),
+or if this process has loaded it already.
+"""
+
+import hashlib
+import importlib.util
+import inspect
+import re
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from onpath.system.errors import UserError
+
+_SPEC = re.compile(r"(?P<file>.+\.py):(?P<name>[A-Za-z_]\w*)")
+_process_wide = False
+_here: ContextVar[bool] = ContextVar("own code allowed", default=False)
+_loaded: dict[str, Any] = {}
+
+
+def allow() -> None:
+    """From now on this process runs code that a config names."""
+    global _process_wide
+    _process_wide = True
+
+
+@contextmanager
+def allowed(yes: bool = True) -> Iterator[None]:
+    """In this block code that a config names may run; with False nothing changes."""
+    token = _here.set(yes or _here.get())
+    try:
+        yield
+    finally:
+        _here.reset(token)
+
+
+def is_allowed() -> bool:
+    """Whether own code may run here."""
+    return _process_wide or _here.get()
+
+
+def is_own(name: object) -> bool:
+    """Whether a name means own code.
+
+    >>> is_own("mine.py:Mine"), is_own("gym:train"), is_own("opd")
+    (True, False, False)
+    """
+    return isinstance(name, str) and _SPEC.fullmatch(name) is not None
+
+
+def beside(tree: Any, directory: Path) -> Any:
+    """A config's tree in which a relative own file that is not in the working directory, but in the config's,
+    is named by where it is."""
+    if isinstance(tree, Mapping):
+        return {key: beside(value, directory) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [beside(value, directory) for value in tree]
+    found = _SPEC.fullmatch(tree) if isinstance(tree, str) else None
+    if found is None or Path(found["file"]).is_file() or not (directory / found["file"]).is_file():
+        return tree
+    return f"{directory / found['file']}:{found['name']}"
+
+
+def register(name: str, value: Any) -> str:
+    """Makes an object that a Python call passed known under a name that a config can hold."""
+    _loaded[name] = value
+    return name
+
+
+def name_of(value: Any) -> str:
+    """What a config calls an object that a Python call passed: `file.py:Name`, or `module:Name`."""
+    name = str(getattr(value, "__name__", type(value).__name__))
+    try:
+        file = inspect.getsourcefile(value)
+    except TypeError:
+        file = None
+    where = file if file and file.endswith(".py") else f"{getattr(value, '__module__', 'own')}.py"
+    return f"{where}:{re.sub(r'[^0-9A-Za-z_]', '_', name)}"
+
+
+def load(name: str, *, key: str) -> Any:
+    """The object that `file.py:Name` means.
+
+    Args:
+        key: the option that holds the name, for errors.
+
+    Raises:
+        UserError: it may not run here, there is no such file or name, or the file fails.
+    """
+    if name in _loaded:
+        return _loaded[name]
+    found = _SPEC.fullmatch(name)
+    if found is None:
+        raise UserError(f"{key} is {name!r}; own code is named file.py:Name")
+    if not is_allowed():
+        raise UserError(
+            f"{key}: {name} is Python code that the config names, and nothing may run it yet: read it, then "
+            "add --allow-code to the command (from Python: allow_code=True)"
+        )
+    module = _module(Path(found["file"]).expanduser(), key)
+    if not hasattr(module, found["name"]):
+        known = [n for n, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__]
+        raise UserError(
+            f"{key}: {found['file']} has no {found['name']}; it defines {', '.join(known) or 'nothing'}"
+        )
+    return _loaded.setdefault(name, getattr(module, found["name"]))
+
+
+def _module(path: Path, key: str) -> ModuleType:
+    if not path.is_file():
+        raise UserError(f"{key}: there is no file {path}")
+    label = f"onpath_own_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+    if label in sys.modules:
+        return sys.modules[label]
+    spec = importlib.util.spec_from_file_location(label, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[label] = module  # dataclasses and pydantic look a class's module up by name
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        del sys.modules[label]
+        raise
+    except Exception as error:
+        del sys.modules[label]
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        line = f", line {lines[-1]}" if lines else ""
+        raise UserError(f"{key}: {path}{line} fails: {type(error).__name__}: {error}") from error
+    return module
