@@ -128,8 +128,8 @@ def check_teacher(config: Config, teacher: Teacher, longest: int) -> None:
     if needed > teacher.context_length and not config.method.self_taught:
         raise UserError(
             f"teacher.model: its context of {teacher.context_length} tokens is too short for prompts of up "
-            f"to {longest} and {config.rollout.max_new_tokens} new ones; lower rollout.max_new_tokens or drop "
-            "long prompts"
+            f"to {longest} and {config.rollout.max_new_tokens} new ones; lower rollout.max_new_tokens or "
+            "drop long prompts"
         )
 
 
