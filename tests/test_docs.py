@@ -109,13 +109,9 @@ def test_the_readmes_first_config_is_a_config() -> None:
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
     text = README.read_text(encoding="utf-8")
     assert text[: text.index(code)].count("\n") + code.count("\n") <= SCREEN_AND_A_HALF
-    (given,) = [n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call) and n.args and _is_build(n)]
-    config = configuration.build(ast.literal_eval(given.args[0]))
+    (given,) = [n.value for n in ast.parse(code).body if isinstance(n, ast.Assign)]
+    config = configuration.build(ast.literal_eval(given))
     assert f"{config.run.dir}/{config.run.name}/model" in code
-
-
-def _is_build(call: ast.Call) -> bool:
-    return isinstance(call.func, ast.Attribute) and call.func.attr == "build"
 
 
 def test_the_config_in_yaml_is_a_config() -> None:
