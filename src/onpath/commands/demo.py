@@ -25,6 +25,7 @@ from onpath.commands.terminal import coloured, legend
 from onpath.run.log import read_lines
 from onpath.run.trajectories import Row, read_rows, trajectory_files
 from onpath.system.errors import UserError
+from onpath.system.files import written
 
 NAME = "demo"
 BEFORE = "before"
@@ -263,5 +264,6 @@ def draw(directory: Path, data: Mapping[str, Any]) -> Path:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
     path = directory / "demo.png"
-    figure.savefig(path, dpi=130)
+    with written(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
     return path

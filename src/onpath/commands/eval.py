@@ -5,7 +5,6 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from onpath.grade.graders import grader_for
 from onpath.records import Graded, Prompt, Rollout, Sampling
 from onpath.run.trajectories import sample_row, write_parquet
 from onpath.system.errors import UserError
+from onpath.system.files import make_directory, write_text
 
 
 def run_eval(options: argparse.Namespace) -> int:
@@ -36,6 +36,8 @@ def run_eval(options: argparse.Namespace) -> int:
         raise UserError(f"--k is {options.k}, but there are {n} samples per problem; raise --n or lower --k")
     prompts = load_prompts(options.data, limit=options.limit, split_default="test").prompts
     grader = grader_for(options.grader, [options.data])
+    if options.out:
+        make_directory(Path(options.out))
     models = [options.model, *([options.against] if options.against else [])]
     done = [(name, *evaluate_model(name, prompts, grader, options, n)) for name in models]
     report: dict[str, Any] = {"models": {name: result.to_json() for name, result, _, _ in done}}
@@ -83,16 +85,10 @@ def _write(
     directory: Path, report: dict[str, Any], done: Sequence[tuple[str, EvalResult, list[Graded], Renderer]]
 ) -> None:
     path = directory / "eval.json"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)  # it comes last: where it is, the samples are
-        for index, (_, _, graded, renderer) in enumerate(done):
-            write_parquet(directory / f"samples_{index}.parquet", [sample_row(g, renderer) for g in graded])
-        path.write_text(json.dumps(report, indent=1) + "\n")
-    except OSError as error:
-        with suppress(OSError):
-            path.unlink()
-        raise UserError(f"--out: cannot write to {directory}: {error.strerror}") from None
+    path.unlink(missing_ok=True)  # it comes last: where it is, the samples are
+    for index, (_, _, graded, renderer) in enumerate(done):
+        write_parquet(directory / f"samples_{index}.parquet", [sample_row(g, renderer) for g in graded])
+    write_text(path, json.dumps(report, indent=1) + "\n")
 
 
 def _print(report: dict[str, Any]) -> None:

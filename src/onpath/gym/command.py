@@ -8,6 +8,7 @@ from pathlib import Path
 
 from onpath.gym.tasks import SIZES, rows
 from onpath.system.errors import UserError
+from onpath.system.files import write_text
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,8 +48,7 @@ def _tasks(arguments: argparse.Namespace) -> None:
     if arguments.out is None:
         sys.stdout.write(text)
     else:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(text)
+        write_text(arguments.out, text)
 
 
 def _train(arguments: argparse.Namespace) -> None:

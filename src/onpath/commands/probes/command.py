@@ -7,6 +7,7 @@ from typing import Any
 
 from onpath import config as configuration
 from onpath.system.errors import UserError
+from onpath.system.files import make_directory
 
 PROBES = ("prefix-failure", "divergence", "local-correction")
 
@@ -36,7 +37,7 @@ def run_named(name: str, where: str, *, rollouts: int, continuations: int, every
     from onpath.run.assemble import assemble
 
     out = path / "probes" if path.is_dir() else Path(config.run.dir) / config.run.name / "probes"
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
     parts = assemble(config)
     _ = parts.tools.speaker  # every probe asks what the teacher would go on with
     match name:

@@ -29,6 +29,7 @@ from onpath.methods.topd.pairs import with_distances
 from onpath.records import Rollout
 from onpath.run.parts import Parts
 from onpath.system.errors import UserError
+from onpath.system.files import write_text
 
 GROUPS = ("high", "random", "low")
 """Positions of the highest loss, drawn at random, drawn at random from the lower half of the losses."""
@@ -94,13 +95,9 @@ def run_probe(
     found = probe(parts, rollouts=rollouts, window=window, each=each, everywhere=everywhere)
     path = out / "divergence.jsonl"
     summary = summarise(found)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(vars(p)) + "\n" for p in found), encoding="utf-8")
-        path.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        draw(found, summary, path.with_suffix(".png"))
-    except OSError as error:
-        raise UserError(f"{out}: cannot write: {error.strerror}") from None
+    write_text(path, "".join(json.dumps(vars(p)) + "\n" for p in found))
+    write_text(path.with_suffix(".json"), json.dumps(summary, indent=1) + "\n")
+    draw(found, summary, path.with_suffix(".png"))
     return path
 
 

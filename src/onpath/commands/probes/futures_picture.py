@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from onpath.system.files import written
+
 if TYPE_CHECKING:
     from onpath.commands.probes.futures import Place
 
@@ -38,7 +40,8 @@ def draw(found: Sequence[Place], summary: Mapping[str, Any], path: Path) -> None
     _scatter(right, found)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    with written(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
 
 
 def _steps(axis: Any, values: Sequence[float], colour: str, label: str, **style: Any) -> None:

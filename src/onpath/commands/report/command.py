@@ -1,13 +1,13 @@
 """`onpath report`: one self-contained page of a run or a study; docs/report.md says what is on it."""
 
 import argparse
-from contextlib import suppress
 from pathlib import Path
 
 from onpath.commands.report.page import page
 from onpath.commands.report.run import gather_run
 from onpath.commands.report.study import gather_study
 from onpath.system.errors import UserError
+from onpath.system.files import write_text
 
 __all__ = ["run_report", "write_report"]
 
@@ -32,12 +32,7 @@ def write_report(directory: Path, out: Path | None = None) -> Path:
     else:
         raise UserError(f"{directory}: neither a run (no config.yaml) nor a study (no study.json)")
     path = out or directory / "report.html"
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(page(data), encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"{path}: cannot write: {error.strerror or error}") from None
+    if not path.parent.is_dir():  # a mistyped path, more likely than a wish for a new directory
+        raise UserError(f"{path}: there is no directory {path.parent}")
+    write_text(path, page(data))
     return path

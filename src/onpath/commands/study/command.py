@@ -8,7 +8,6 @@ results   study.json, study.md, a table
 """
 
 import json
-import os
 import signal
 import sys
 import threading
@@ -31,6 +30,7 @@ from onpath.commands.study.plan import Job
 from onpath.commands.study.results import gather, notes_of, tuned
 from onpath.commands.study.tables import markdown, print_study
 from onpath.system.errors import UserError
+from onpath.system.files import remove_leftovers, write_text
 
 __all__ = ["StudyConfig", "carry_out", "load_study", "run_study"]
 
@@ -69,6 +69,7 @@ def carry_out(
     """
     plan.check_alike(study)
     with locked(study.directory) as lock, _terminable():
+        remove_leftovers(study.directory)
         _claim(study)
         slots = slots_for(study.parallel, study.base.student.device)
         stages = plan.stages(study)
@@ -97,8 +98,8 @@ def carry_out(
         pairs = [(job, asked.get(job.name, job)) for job in made]
         data = results(study, pairs, failed, command=command)
         data |= {"tuning": tuning, "pilots": {arm: asdict(use) for arm, use in measured.items()}}
-        _write(study.directory / "study.json", json.dumps(data, indent=1, ensure_ascii=False) + "\n")
-        _write(study.directory / "study.md", markdown(data))
+        write_text(study.directory / "study.json", json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+        write_text(study.directory / "study.md", markdown(data))
     return data, failed
 
 
@@ -148,18 +149,9 @@ def _claim(study: StudyConfig) -> None:
                 f"{source} has changed since the study in {study.directory} began: its runs would not be "
                 "comparable; give the study another name"
             )
-    _write(path, json.dumps(before | now, indent=1) + "\n")
+    write_text(path, json.dumps(before | now, indent=1) + "\n")
     resolved = yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
-    _write(study.directory / "study.yaml", resolved)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot write: {error.strerror}") from None
+    write_text(study.directory / "study.yaml", resolved)
 
 
 def _terminal() -> Console:
