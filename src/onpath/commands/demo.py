@@ -21,7 +21,7 @@ from onpath.commands.report.command import write_report
 from onpath.commands.report.text import cell, known_tokens
 from onpath.commands.study.command import StudyConfig, carry_out, check_failed
 from onpath.commands.study.tables import Sheet, measured, print_sheet, sentences
-from onpath.commands.terminal import coloured, legend
+from onpath.commands.terminal import coloured, console_for, legend
 from onpath.run.log import read_lines
 from onpath.run.trajectories import Row, read_rows, trajectory_files
 from onpath.system.errors import UserError
@@ -41,7 +41,7 @@ _COLOURS = {"before": "#777777", "opd": "#0072B2", "trd": "#D55E00", "topd": "#0
 def demo(*, quick: bool, directory: str) -> int:
     """Trains, evaluates, prints table and trajectories, draws, writes the page. Returns the exit code."""
     begun = time.monotonic()
-    console = Console(file=sys.stdout)
+    console = console_for(sys.stdout)
     study = demo_study(quick=quick, directory=directory)
     if study.directory.exists() and not (study.directory / "study.yaml").is_file():
         raise UserError(f"{study.directory} is not an earlier demo's: move it away, or set --dir")

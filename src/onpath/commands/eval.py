@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from onpath.commands.terminal import console_for
 from onpath.config import Student
 from onpath.data.load import load_prompts
 from onpath.data.render import Renderer
@@ -92,9 +92,7 @@ def _write(
 
 
 def _print(report: dict[str, Any]) -> None:
-    console = Console(file=sys.stdout)
-    if not console.is_terminal:
-        console = Console(file=sys.stdout, width=160)  # a file or a pipe cuts nothing off
+    console = console_for(sys.stdout)
     table = Table(box=None, pad_edge=False)
     for column in (
         "model",

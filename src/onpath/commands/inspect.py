@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from onpath.commands.report.text import cell, known_tokens, sides, was_changed
-from onpath.commands.terminal import coloured, forks, legend, rewritten
+from onpath.commands.terminal import coloured, console_for, forks, legend, rewritten
 from onpath.run.trajectories import Row, quantities, read_rows, step_of, trajectory_files
 from onpath.system.errors import UserError
 
@@ -39,9 +39,7 @@ def run_inspect(options: argparse.Namespace) -> int:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False))
         return 0
-    console = Console(file=sys.stdout)
-    if not console.is_terminal:
-        console = Console(file=sys.stdout, width=120, color_system=None)
+    console = console_for(sys.stdout)
     if not rows:
         console.print("no stored trajectory matches", highlight=False)
         return 0

@@ -29,6 +29,7 @@ from onpath.commands.study.jobs import Progress, locked, run_jobs, slots_for
 from onpath.commands.study.plan import Job
 from onpath.commands.study.results import gather, notes_of, tuned
 from onpath.commands.study.tables import markdown, print_study
+from onpath.commands.terminal import console_for
 from onpath.system.errors import UserError
 from onpath.system.files import remove_leftovers, write_text
 
@@ -51,7 +52,7 @@ def run_study(path: str | Path, *, quiet: bool = False) -> Path:
     """
     study = load_study(path)
     data, failed = carry_out(study, command=f"onpath study {path}", quiet=quiet)
-    print_study(_terminal(), data)
+    print_study(console_for(sys.stdout), data)
     check_failed(failed)
     return study.directory
 
@@ -152,11 +153,6 @@ def _claim(study: StudyConfig) -> None:
     write_text(path, json.dumps(before | now, indent=1) + "\n")
     resolved = yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
     write_text(study.directory / "study.yaml", resolved)
-
-
-def _terminal() -> Console:
-    console = Console(file=sys.stdout)
-    return console if console.is_terminal else Console(file=sys.stdout, width=220)  # a pipe cuts nothing off
 
 
 @contextmanager
