@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 from onpath import __version__
@@ -84,9 +85,11 @@ def _add_demo(commands: Any) -> None:
 
 
 def _demo(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
-    from onpath.commands.demo import demo
+    from onpath.commands.demo import demo, print_demo
+    from onpath.commands.terminal import console_for
 
-    return demo(quick=options.quick, directory=options.dir)
+    print_demo(console_for(sys.stdout), demo(quick=options.quick, directory=options.dir))
+    return 0
 
 
 def _add_train(commands: Any) -> None:
@@ -129,9 +132,18 @@ def _add_doctor(commands: Any) -> None:
 
 
 def _doctor(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
-    from onpath.commands.doctor.command import run_doctor
+    from rich.console import Console
 
-    return run_doctor(options, overrides)
+    from onpath.commands.doctor.command import print_counts, print_finding, run_doctor
+
+    if options.json:
+        found = run_doctor(options.config, overrides=overrides)
+        print(json.dumps(found.to_json(), indent=1, ensure_ascii=False))
+    else:
+        console = Console(file=sys.stdout, soft_wrap=True)
+        found = run_doctor(options.config, overrides=overrides, each=partial(print_finding, console))
+        print_counts(console, found)
+    return int(found.status == "fail")
 
 
 def _add_eval(commands: Any) -> None:
@@ -165,9 +177,29 @@ def _add_eval(commands: Any) -> None:
 
 
 def _eval(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
-    from onpath.commands.eval import run_eval
+    from onpath.commands.eval import evaluate_model, print_evaluated
+    from onpath.commands.terminal import console_for
 
-    return run_eval(options)
+    found = evaluate_model(
+        options.model,
+        data=options.data,
+        against=options.against,
+        n=options.n,
+        k=options.k,
+        limit=options.limit,
+        grader=options.grader,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        max_new_tokens=options.max_new_tokens,
+        batch_tokens=options.batch_tokens,
+        seed=options.seed,
+        dtype=options.dtype,
+        device=options.device,
+        out=options.out,
+    )
+    print(json.dumps(found.to_json())) if options.json else print_evaluated(console_for(sys.stdout), found)
+    return 0
 
 
 def _add_study(commands: Any) -> None:
@@ -184,9 +216,16 @@ def _add_study(commands: Any) -> None:
 
 
 def _study(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
-    from onpath.commands.study.command import run_study
+    from onpath.commands.study.command import carry_out, load_study
+    from onpath.commands.study.tables import print_study
+    from onpath.commands.terminal import console_for
 
-    print(f"study: {run_study(options.config, quiet=options.quiet)}")
+    # What `run_study` does; but where some runs have failed, the results of the others are shown first.
+    command = f"onpath study {options.config}"
+    found = carry_out(load_study(options.config), command=command, quiet=options.quiet)
+    print_study(console_for(sys.stdout), found.data)
+    found.check()
+    print(f"study: {found.directory}")
     return 0
 
 
@@ -202,9 +241,11 @@ def _add_report(commands: Any) -> None:
 
 
 def _report(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
-    from onpath.commands.report.command import run_report
+    from onpath.commands.report.command import write_report
 
-    return run_report(options)
+    page = write_report(options.directory, options.out)
+    print(f"{page} ({page.stat().st_size / 1e6:.1f} MB)")
+    return 0
 
 
 def _add_inspect(commands: Any) -> None:
@@ -259,9 +300,24 @@ def _inspect(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
         )
         print("\n".join(shown(path)))
         return 0
-    from onpath.commands.inspect import run_inspect
+    from onpath.commands.inspect import print_inspected, run_inspect
+    from onpath.commands.terminal import console_for
 
-    return run_inspect(options)
+    found = run_inspect(
+        options.directory,
+        step=options.step,
+        only=options.only,
+        prompt_id=options.id,
+        sort=options.sort,
+        colour=options.colour,
+        limit=options.limit,
+    )
+    if options.json:
+        for row in found.rows:
+            print(json.dumps(row, ensure_ascii=False))
+    else:
+        print_inspected(console_for(sys.stdout), found)
+    return 0
 
 
 def _add_config(commands: Any) -> None:
