@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onpath.commands.eval import evaluate_model as evaluate_model
+    from onpath.commands.export import export_model as export_model
     from onpath.commands.report.command import write_report as write_report
     from onpath.commands.study.command import run_study as run_study
     from onpath.config.build import Config as Config
@@ -22,6 +23,7 @@ __all__ = [
     "UserError",
     "__version__",
     "evaluate_model",
+    "export_model",
     "run_study",
     "train",
     "write_report",
@@ -32,6 +34,7 @@ _HOME = {
     "RunResult": "onpath.training",
     "UserError": "onpath.system.errors",
     "evaluate_model": "onpath.commands.eval",
+    "export_model": "onpath.commands.export",
     "run_study": "onpath.commands.study.command",
     "train": "onpath.training",
     "write_report": "onpath.commands.report.command",

@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[Callable[..., Any], list[str]]] = {
     "demo": (demo, []),
     "doctor": (run_doctor, []),
     "eval": (onpath.evaluate_model, ["MODEL", "--data", "F"]),
+    "export": (onpath.export_model, ["RUN", "OUT"]),
     "inspect": (run_inspect, ["DIR"]),
     "inspect --probe": (run_named, ["DIR"]),
     "report": (onpath.write_report, ["DIR"]),

@@ -58,6 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_study(commands)
     _add_report(commands)
+    _add_export(commands)
     _add_inspect(commands)
     _add_doctor(commands)
     _add_config(commands)
@@ -245,6 +246,32 @@ def _report(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
 
     page = write_report(options.directory, options.out)
     print(f"{page} ({page.stat().st_size / 1e6:.1f} MB)")
+    return 0
+
+
+def _add_export(commands: Any) -> None:
+    command = commands.add_parser(
+        "export",
+        help="a Hugging Face model of a run or of one of its checkpoints",
+        description="Writes a model directory that transformers loads by itself, with its tokenizer. A LoRA "
+        "adapter is merged into the weights of its base.",
+    )
+    command.add_argument(
+        "source",
+        metavar="RUN_OR_CHECKPOINT",
+        help="directory of a run (its final model, else its newest sound checkpoint), or checkpoints/step_N",
+    )
+    command.add_argument("out", metavar="OUT", help="directory to write; it must not exist")
+    command.add_argument(
+        "--adapter", action="store_true", help="of a LoRA run: the adapter alone, not merged"
+    )
+    command.set_defaults(run=_export)
+
+
+def _export(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
+    from onpath.commands.export import export_model
+
+    print(f"model: {export_model(options.source, options.out, adapter=options.adapter)}")
     return 0
 
 

@@ -78,15 +78,8 @@ def load(
         if state is None:
             broken.append(path.name)
             continue
-        weights = load_file(path / "model.safetensors")
-        trained = _trained(model)
-        if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in trained.items()}:
-            raise UserError(
-                f"{path}: holds other weights than this model trains; use another run.name or remove it"
-            )
+        load_weights(path, model)
         with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(weights[name])
             for name, tensor in load_file(path / "method.safetensors").items():
                 extra[name].copy_(tensor)
         _restore_optimizer(model, optimizer, load_file(path / "optimizer.safetensors"))
@@ -97,6 +90,27 @@ def load(
             f"step 0"
         )
     return None
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """The trained weights of one checkpoint, in place.
+
+    Raises:
+        UserError: it holds others than this model trains.
+    """
+    weights, trained = load_file(path / "model.safetensors"), _trained(model)
+    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in trained.items()}:
+        raise UserError(
+            f"{path}: holds other weights than this model trains; use another run.name or remove it"
+        )
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(weights[name])
+
+
+def is_sound(path: Path) -> bool:
+    """Whether every byte of a checkpoint is what was written."""
+    return _verified(path) is not None
 
 
 def list_steps(root: Path) -> list[Path]:
