@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from onpath import config as configuration
 from onpath.config import Config
-from onpath.engines.models import load_model, load_tokenizer
+from onpath.engines.models import load_model, load_tokenizer, quietly
 from onpath.engines.student import trainable
 from onpath.run import checkpoint
 from onpath.system.errors import UserError
@@ -55,7 +55,7 @@ def export_model(source: str | Path, out: str | Path, *, adapter: bool = False) 
         checkpoint.load_weights(weights, model)
         model = model.merge_and_unload() if isinstance(model, PeftModel) and not adapter else model
     tokenizer = load_tokenizer(config.student, "student.model")
-    with written(target, also=(SafetensorError,)) as temporary:
+    with quietly(), written(target, also=(SafetensorError,)) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     return target

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from onpath import config as configuration
 from onpath.config.build import Config
+from onpath.engines.models import quietly
 from onpath.run import checkpoint
 from onpath.run.environment import environment
 from onpath.run.log import Display, JsonLines, Tracker, check_trackers, flatten, open_trackers
@@ -122,7 +123,7 @@ class Run:
 
     def _save(self, target: Path, *, merged: bool) -> None:
         model: Any = self.parts.student
-        with written(target, also=(SafetensorError,)) as temporary:
+        with quietly(), written(target, also=(SafetensorError,)) as temporary:
             if merged:
                 model.merge_adapter()
                 plain = model.get_base_model()
