@@ -1,6 +1,7 @@
 """The command line. Exit codes: 0 done, 2 the user can fix it (one sentence on stderr), 1 a fault of ours.
 
-Subcommands import what they need when they run, so that `onpath --help` and `onpath config` stay light.
+Subcommands import what they need when they run, so that `onpath --help` is quick and `onpath config` loads no
+torch.
 """
 
 import argparse
@@ -8,13 +9,11 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
 from onpath import __version__
-from onpath import config as configuration
-from onpath.config.build import nearest
 from onpath.system.errors import guarded
 
 TAKES_OVERRIDES = ("train", "doctor", "config")
@@ -35,14 +34,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says in one sentence what is wrong with a command line, and guesses no abbreviations."""
+    """Says in one sentence what is wrong with a command line, and guesses no abbreviations.
 
-    def __init__(self, **options: Any) -> None:
+    Args:
+        more: what stands below the options; it is asked only when the help is printed.
+    """
+
+    def __init__(self, *, more: Callable[[], str] | None = None, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False)
+        self.more = more
+
+    def format_help(self) -> str:
+        """The epilog is made now."""
+        if self.more is not None:
+            self.epilog = self.more().replace("%", "%%")
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         """Exit code 2."""
         if found := re.match(r"argument COMMAND: invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            from onpath.config import nearest
+
             known = re.findall(r"[\w-]+", found[2])
             message = f"unknown command {found[1]}; {nearest(found[1], known)}"
         self.exit(2, f"onpath: {message} (`{self.prog} --help` shows what there is)\n")
@@ -99,18 +111,24 @@ def _add_train(commands: Any) -> None:
         help="run a config to its end, or go on where it stopped",
         usage="onpath train [CONFIG.yaml] [--section.key value ...]",
         description="Runs a config to its end; the same command goes on where a stopped run was.",
-        epilog=_options_text(),
+        more=_first_options,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    train.add_argument(
-        "config", nargs="?", metavar="CONFIG.yaml", help="sections as below (default: the gym)"
-    )
+    train.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="its options (default: the gym)")
     train.add_argument("--quiet", action="store_true", help="no progress display")
     train.set_defaults(run=_train)
 
 
+def _first_options() -> str:
+    from onpath.commands.options import first_options
+
+    return first_options()
+
+
 def _train(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
-    config = configuration.load(options.config, overrides)
+    from onpath.config import load
+
+    config = load(options.config, overrides)  # what is wrong with it is said before torch is imported
     from onpath.training import train
 
     result = train(config, quiet=options.quiet)
@@ -350,31 +368,29 @@ def _inspect(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
 def _add_config(commands: Any) -> None:
     command = commands.add_parser(
         "config",
-        help="print the resolved defaults, or the JSON schema",
-        usage="onpath config [CONFIG.yaml] [--schema] [--section.key value ...]",
+        help="print the resolved defaults, all options, or the JSON schema",
+        usage="onpath config [CONFIG.yaml] [--options | --schema] [--section.key value ...]",
         description="Prints the resolved config: defaults, then the file, then the overrides.",
-        epilog=_options_text(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("config", nargs="?", metavar="CONFIG.yaml")
-    command.add_argument("--schema", action="store_true", help="print the JSON schema instead")
+    command.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="as for train (default: the gym)")
+    instead = command.add_mutually_exclusive_group()
+    instead.add_argument("--options", action="store_true", help="print what each option means instead")
+    instead.add_argument("--schema", action="store_true", help="print the JSON schema instead")
     command.set_defaults(run=_config)
 
 
 def _config(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
-    if options.schema:
+    from onpath import config as configuration
+
+    if options.options:
+        from onpath.commands.options import all_options
+
+        print(all_options())
+    elif options.schema:
         print(json.dumps(configuration.json_schema(), indent=2))
     else:
         print(configuration.load(options.config, overrides).to_yaml(), end="")
     return 0
-
-
-def _options_text() -> str:
-    how = "YAML: section, then key; command line: --section.key value, read as YAML: null, true, [a, b]"
-    lines = [f"options of a config ({how}):", ""]
-    for key, kind, default, text in configuration.describe():
-        lines += [f"  {key}  ({kind}; default {default})", f"      {text}"]
-    return "\n".join(lines).replace("%", "%%")
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
