@@ -15,7 +15,7 @@ assert not heavy, f"import onpath loads {heavy}"
 """
 NEEDED = (
     "onpath/py.typed",
-    "onpath/report/assets/page.html",
+    "onpath/commands/report/assets/page.html",
     "onpath/gym/bundled/student/model.safetensors",
     "onpath/gym/bundled/teacher/model.safetensors",
 )

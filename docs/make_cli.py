@@ -17,14 +17,15 @@ INTRODUCTION = """# The command line
 
 Made from `--help` by `make docs`; `make check` fails if it is out of date. Exit codes: 0 done, 2 something
 that you can fix (one sentence says what), 1 a fault of onpath's (doctor: a check failed), 130 interrupted.
+The options of a config, which `train`, `doctor` and `config` take, stand at the [end](#options-of-a-config).
 """
 
 
-def help_of(arguments: list[str]) -> str:
-    """What `onpath … --help` prints."""
+def said_by(*arguments: str) -> str:
+    """What a command prints."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-        main([*arguments, "--help"])
+        main(arguments)
     return re.sub(r"[ \t]+$", "", out.getvalue(), flags=re.M).strip()
 
 
@@ -32,11 +33,12 @@ def page() -> str:
     """The whole page."""
     parser = make_parser()
     commands = next(a for a in parser._actions if hasattr(a, "choices") and a.choices)
-    parts = [INTRODUCTION, f"```\n{help_of([])}\n```\n"]
+    parts = [INTRODUCTION, f"```\n{said_by('--help')}\n```\n"]
     for name in commands.choices:  # type: ignore[union-attr]
-        parts.append(f"## onpath {name}\n\n```\n{help_of([name])}\n```\n")
+        parts.append(f"## onpath {name}\n\n```\n{said_by(name, '--help')}\n```\n")
         for sub in ("tasks", "train", "measure") if name == "gym" else ():
-            parts.append(f"### onpath gym {sub}\n\n```\n{help_of(['gym', sub])}\n```\n")
+            parts.append(f"### onpath gym {sub}\n\n```\n{said_by('gym', sub, '--help')}\n```\n")
+    parts.append(f"## Options of a config\n\n```\n{said_by('config', '--options')}\n```\n")
     return "\n".join(parts)
 
 

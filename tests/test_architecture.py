@@ -28,7 +28,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "training": {"config", "data", "engines", "methods", "records", "run", "system"},
     "commands": {
-        *("config", "data", "divergence", "engines", "evaluate", "grade", "gym", "losses", "methods", "records"),
+        *(
+            "config",
+            "data",
+            "divergence",
+            "engines",
+            "evaluate",
+            "grade",
+            "gym",
+            "losses",
+            "methods",
+            "records",
+        ),
         *("run", "system", "training", "transport"),
     },
 }
@@ -65,11 +76,17 @@ def entry(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
-ARROWS = {(module, target) for module, path in MODULES.items() for target in imports(path) if target != module}
+ARROWS = {
+    (module, target) for module, path in MODULES.items() for target in imports(path) if target != module
+}
 
 
 def test_the_top_level_explains_the_library() -> None:
-    names = {p.stem if p.suffix == ".py" else p.name for p in HOUSE.iterdir() if not p.name.startswith((".", "__py"))}
+    names = {
+        p.stem if p.suffix == ".py" else p.name
+        for p in HOUSE.iterdir()
+        if not p.name.startswith((".", "__py"))
+    }
     assert names - {"__init__", "__main__", "py"} == set(MAY_IMPORT)
     assert len(MAY_IMPORT) <= ENTRIES
 
@@ -97,7 +114,7 @@ def test_no_circle_and_few_floors() -> None:
     floor: dict[str, int] = {}
 
     def height(module: str, above: tuple[str, ...]) -> int:
-        assert module not in above, f"a circle: {' -> '.join((*above[above.index(module):], module))}"
+        assert module not in above, f"a circle: {' -> '.join((*above[above.index(module) :], module))}"
         if module not in floor:
             floor[module] = 1 + max((height(b, (*above, module)) for b in below[module]), default=0)
         return floor[module]
@@ -140,7 +157,11 @@ def test_the_core_asks_nobody_who_he_is() -> None:
     for module, path in MODULES.items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             named: list[ast.AST] = []
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id == "isinstance"
+            ):
                 named = list(ast.walk(node.args[1]))
             elif isinstance(node, ast.MatchClass):
                 named = [node.cls]

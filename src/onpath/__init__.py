@@ -7,14 +7,38 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from onpath.commands.eval import evaluate_model as evaluate_model
+    from onpath.commands.export import export_model as export_model
+    from onpath.commands.report.command import write_report as write_report
+    from onpath.commands.study.command import run_study as run_study
     from onpath.config.build import Config as Config
+    from onpath.system.errors import UserError as UserError
     from onpath.training import RunResult as RunResult
     from onpath.training import train as train
 
 __version__ = "0.1.0"
-__all__ = ["Config", "RunResult", "__version__", "train"]
+__all__ = [
+    "Config",
+    "RunResult",
+    "UserError",
+    "__version__",
+    "evaluate_model",
+    "export_model",
+    "run_study",
+    "train",
+    "write_report",
+]
 
-_HOME = {"Config": "onpath.config", "RunResult": "onpath.training", "train": "onpath.training"}
+_HOME = {
+    "Config": "onpath.config",
+    "RunResult": "onpath.training",
+    "UserError": "onpath.system.errors",
+    "evaluate_model": "onpath.commands.eval",
+    "export_model": "onpath.commands.export",
+    "run_study": "onpath.commands.study.command",
+    "train": "onpath.training",
+    "write_report": "onpath.commands.report.command",
+}
 _SUBMODULES = {"config", "divergence", "evaluate", "grade", "gym", "losses", "records", "transport"}
 
 
@@ -23,7 +47,6 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    # `onpath.train` is both a module and the promised function: the function wins, as documented.
     if name in _HOME:
         value = getattr(import_module(_HOME[name]), name)
         globals()[name] = value

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from onpath.commands import demo as module
+from onpath.commands.cli import main
 from onpath.commands.demo import BEFORE, demo_study, forked, most_telling, repaired, table
 from onpath.commands.study.command import StudyConfig
 from onpath.commands.study.plan import Job, arm_config
@@ -38,7 +39,7 @@ def test_three_methods_side_by_side_and_the_same_again(
     monkeypatch.setattr(module, "demo_study", lambda **options: smaller(whole(**options)))
     seen = []
     for _ in range(2):
-        assert module.demo(quick=True, directory=str(tmp_path)) == 0
+        assert main(["demo", "--quick", "--dir", str(tmp_path)]) == 0
         seen.append(re.sub(r"\d+ s\n", "", capsys.readouterr().out))
     assert seen[0] == seen[1]
     assert [job.arm for job in in_process] == 2 * list(ARMS)  # a demo starts anew

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from onpath.commands.cli import main
 from onpath.commands.doctor import costs, scores, training
-from onpath.commands.doctor.command import diagnose, load_leniently, summary
+from onpath.commands.doctor.command import Diagnosis, diagnose, load_leniently
 from onpath.commands.doctor.finding import Finding
 from onpath.commands.doctor.sample import Probe, logp_of, make_probe, rows_of, untouched
 from onpath.config.build import Config, build
@@ -620,7 +620,9 @@ def test_json_has_no_infinity(tiny: Tiny, parts: Parts, probe: Probe) -> None:
 
     found = scores.engine_logprobs(with_engine(parts, Short(parts.generators.student)), probe.rollouts)
     assert (found.status, found.values["max_gap_nats"]) == ("fail", float("inf")), "a log-prob is missing"
-    text = json.dumps(summary(parts.config, [found], 1.0), allow_nan=False)
+    text = json.dumps(
+        Diagnosis(config=parts.config, findings=(found,), seconds=1.0).to_json(), allow_nan=False
+    )
     assert json.loads(text)["checks"][0]["values"]["max_gap_nats"] is None
 
 

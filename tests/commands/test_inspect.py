@@ -110,8 +110,8 @@ def test_nothing_in_a_token_can_steer_the_terminal() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--step", "5"], "--step 5 is not stored; there are 1, 6, 12"),
-        (["--colour", "loss"], "--colour loss: no such per-token column"),
+        (["--step", "5"], "step 5 is not stored; there are 1, 6, 12"),
+        (["--colour", "loss"], "colour loss: no such per-token column"),
         (["--id", "nobody"], "no such prompt"),
     ],
 )

@@ -54,7 +54,7 @@ def test_page_holds_everything_and_loads_nothing(run: Path) -> None:
     assert page.stat().st_size < 5e6
     assert not re.search(r"""(src|href)\s*=\s*["'](?!#)|@import|url\(""", text)
     assert "default-src 'none'" in text
-    assert list(run.glob(".*.tmp")) == []
+    assert list(run.glob(".*")) == []
 
 
 def test_numbers_on_the_page_are_those_of_the_files(run: Path) -> None:

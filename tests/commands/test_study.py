@@ -276,7 +276,7 @@ def test_one_seed_one_budget_and_tuning(make: Make, in_process: list[Job], study
             "same": {"budget": {"generated_tokens": "sft"}, "tuned_like": "opd"},
         },
     )
-    directory = study.run_study(path, quiet=True)
+    directory = study.run_study(path, quiet=True).directory
     data = result(directory)
     steps = {arm["arm"]: arm["steps"] for arm in data["arms"]}
     for name in ("opd", "sft"):
@@ -330,7 +330,7 @@ def test_runs_of_other_data_or_grader_are_refused(
     make: Make, in_process: list[Job], study_files: Path
 ) -> None:
     path = make(arms={"opd": {}, "forward": {"method.divergence": "forward_kl"}}, seeds=1)
-    directory = study.run_study(path, quiet=True)
+    directory = study.run_study(path, quiet=True).directory
     file = next((directory / "runs" / "forward-seed0" / "evals").glob("*.jsonl"))
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     for change, sentence in (
@@ -362,7 +362,7 @@ def test_other_questions_do_not_train_again(make: Make, in_process: list[Job], s
         "sft": {"method": {"writer": "teacher", "divergence": "cross_entropy"}, "rollout.temperature": 0.8},
         "adapter": {"student": {"lora_rank": 4, "lora_alpha": 8.0}},
     }
-    first = study.run_study(make(arms=arms, seeds=1), quiet=True)
+    first = study.run_study(make(arms=arms, seeds=1), quiet=True).directory
     before = result(first)
     trained = [j.name for j in in_process if j.trains]
     assert trained == ["opd-seed0", "sft-seed0", "adapter-seed0"]
@@ -388,7 +388,7 @@ def test_other_questions_do_not_train_again(make: Make, in_process: list[Job], s
     assert len(in_process) == ran
     assert result(first) == data
     another = make(name="fresh", arms=arms, seeds=1, evals=more)
-    fresh = result(study.run_study(another, quiet=True))
+    fresh = result(study.run_study(another, quiet=True).directory)
     for ours, theirs in zip(data["rows"], fresh["rows"], strict=True):
         assert ours["evals"] == theirs["evals"]
 

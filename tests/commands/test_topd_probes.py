@@ -10,7 +10,8 @@ import torch
 
 from onpath.commands.probes import futures as divergence
 from onpath.commands.probes import local_correction
-from onpath.commands.probes.futures import Place, summarise
+from onpath.commands.probes.futures import summarise
+from onpath.commands.probes.place import Place
 from onpath.commands.probes.separation import area, auc, correlations, detections
 from onpath.config.build import Config
 from onpath.run.assemble import assemble

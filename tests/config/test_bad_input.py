@@ -436,11 +436,11 @@ def test_eval_and_inspect_say_what_is_wrong(
 ) -> None:
     student = str(model_dirs["student"])
     for arguments, expected in (
-        (["eval", "./nowhere", "--data", str(data_file)], "MODEL: there is no directory"),
+        (["eval", "./nowhere", "--data", str(data_file)], "model: there is no directory"),
         (["eval", student, "--data", "none.jsonl"], "no such file"),
-        (["eval", student, "--data", str(data_file), "--n", "2", "--k", "3"], "--k is 3"),
-        (["eval", student, "--data", str(data_file), "--k", "0"], "--k is 0; pass@k needs 1"),
-        (["eval", student, "--data", str(data_file), "--temperature", "nan"], "--temperature is nan"),
+        (["eval", student, "--data", str(data_file), "--n", "2", "--k", "3"], "k is 3, but there are 2"),
+        (["eval", student, "--data", str(data_file), "--k", "0"], "k is 0; pass@k needs 1"),
+        (["eval", student, "--data", str(data_file), "--temperature", "nan"], "temperature is nan"),
         (["inspect", str(tmp_path)], "not a run directory"),
     ):
         assert main(arguments) == 2

@@ -376,9 +376,9 @@ def test_details_of_two_evaluations_in_one_file_are_refused(tmp_path: Path) -> N
 
 def test_details_that_cannot_be_written_leave_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot write"):
         write_details(tmp_path / "file" / "details.jsonl", run(0.5)[0])
     (tmp_path / "taken.jsonl").mkdir()
-    with pytest.raises(UserError, match=r"taken.jsonl: cannot be written"):
+    with pytest.raises(UserError, match=r"taken.jsonl: cannot write"):
         write_details(tmp_path / "taken.jsonl", run(0.5)[0])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "taken.jsonl"]

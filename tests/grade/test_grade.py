@@ -338,17 +338,32 @@ def _grade_in_child(results: Any) -> None:
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # what is being tested
 def test_a_forked_child_has_its_own_worker() -> None:
     assert grade("\\boxed{12}", "12")
-    parent = worker_pid(grade_module._shared)
+    parent = worker_pid(grade_module._shared())
     context = multiprocessing.get_context("fork")
     results = context.Queue()
-    with grade_module._shared._lock:  # held by a thread that the child does not have
+    with grade_module._shared()._lock:  # held by a thread that the child does not have
         child = context.Process(target=_grade_in_child, args=(results,))
         child.start()
     assert results.get(timeout=60) == [True, False]
     child.join(timeout=60)
     assert child.exitcode == 0
     assert grade("\\boxed{13}", "13")
-    assert worker_pid(grade_module._shared) == parent
+    assert worker_pid(grade_module._shared()) == parent
+
+
+def test_importing_leaves_no_hooks_behind() -> None:
+    """They come with the first grader, and once."""
+    code = (
+        "import atexit, os; hooks = []\n"
+        "atexit.register = lambda hook, *_: hooks.append(hook)\n"
+        "os.register_at_fork = lambda **named: hooks.extend(named.values())\n"
+        "ours = lambda: [h.__name__ for h in hooks if getattr(h, '__module__', '') == 'onpath.grade.math']\n"
+        "import onpath.grade.math as g\n"
+        "assert (ours(), g._kept) == ([], {})\n"
+        "assert g._shared() is g._shared() is not g.MathGrader()\n"
+        "assert ours() == ['_close_all', '_forget_all']"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_script_leaves_no_process_and_prints_nothing() -> None:
@@ -358,7 +373,7 @@ def test_a_script_leaves_no_process_and_prints_nothing() -> None:
         "impatient = g.MathGrader(cpu_seconds=0.2)\n"
         "assert not impatient.grade('9**9**9**9', '12').correct and impatient.grade('12', '12').correct\n"
         "print(impatient._worker._process.pid)\n"
-        "print(g._shared._worker._process.pid)"
+        "print(g._shared()._worker._process.pid)"
     )
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True
@@ -372,7 +387,7 @@ def test_a_script_leaves_no_process_and_prints_nothing() -> None:
 def test_a_worker_outlives_no_killed_parent() -> None:
     code = (
         "import onpath.grade.math as g; g.grade('1', '1');"
-        "print(g._shared._worker._process.pid, flush=True); input()"
+        "print(g._shared()._worker._process.pid, flush=True); input()"
     )
     parent = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

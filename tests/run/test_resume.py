@@ -103,7 +103,7 @@ PLACES = {
     "after a line": ("onpath.run.directory.Run", "log", 3, True),
     "between parquet and checkpoint": ("onpath.training", "store_step", 2, True),
     "in a checkpoint, after one file": ("onpath.run.checkpoint", "save_file", 2, True),
-    "in a checkpoint, before its rename": ("onpath.run.checkpoint", "_sync", 1, True),
+    "in a checkpoint, before its rename": ("onpath.system.files", "_sync", 1, True),
     "after a checkpoint, before the old ones go": ("onpath.run.checkpoint", "prune", 1, False),
     "before the last checkpoint": ("onpath.run.directory.Run", "checkpoint", 2, False),
     "after the last checkpoint": ("onpath.run.directory.Run", "checkpoint", 2, True),
@@ -134,11 +134,11 @@ def test_what_a_killed_writer_left_is_removed(tiny: Tiny, whole: dict[str, Any])
     config = tiny(run__name="left", **OPTIONS)
     run = Path(config.run.dir) / "left"
     for name in (
-        "trajectories/step_000001.tmp-77",
-        "evals/test_step_000000.tmp-77",
-        "evals/.test_step_000000.jsonl.77",
+        "trajectories/.step_000001.parquet.tmp-77",
+        "evals/.test_step_000000.jsonl.tmp-77",
         "checkpoints/.step_2.tmp-77/model.safetensors",
-        ".model.tmp/config.json",
+        ".metrics.jsonl.tmp-77",
+        ".model.tmp-77/config.json",
     ):
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text("half")
@@ -315,7 +315,7 @@ def test_lines_that_cannot_be_written_are_said(tmp_path: Path, monkeypatch: pyte
         file.write('{"step": 3, "text": "ü'.encode()[:-1])  # killed in the middle of a letter
     lines.rewind(step=9)
     assert [row["step"] for row in read_lines(lines.path)] == [1, 2]
-    assert not list(tmp_path.glob("*.tmp"))
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 # Before the directory is made.

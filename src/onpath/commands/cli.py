@@ -1,6 +1,7 @@
 """The command line. Exit codes: 0 done, 2 the user can fix it (one sentence on stderr), 1 a fault of ours.
 
-Subcommands import what they need when they run, so that `onpath --help` and `onpath config` stay light.
+Subcommands import what they need when they run, so that `onpath --help` is quick and `onpath config` loads no
+torch.
 """
 
 import argparse
@@ -8,12 +9,11 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 from onpath import __version__
-from onpath import config as configuration
-from onpath.config.build import nearest
 from onpath.system.errors import guarded
 
 TAKES_OVERRIDES = ("train", "doctor", "config")
@@ -34,14 +34,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says in one sentence what is wrong with a command line, and guesses no abbreviations."""
+    """Says in one sentence what is wrong with a command line, and guesses no abbreviations.
 
-    def __init__(self, **options: Any) -> None:
+    Args:
+        more: what stands below the options; it is asked only when the help is printed.
+    """
+
+    def __init__(self, *, more: Callable[[], str] | None = None, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False)
+        self.more = more
+
+    def format_help(self) -> str:
+        """The epilog is made now."""
+        if self.more is not None:
+            self.epilog = self.more().replace("%", "%%")
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         """Exit code 2."""
         if found := re.match(r"argument COMMAND: invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            from onpath.config import nearest
+
             known = re.findall(r"[\w-]+", found[2])
             message = f"unknown command {found[1]}; {nearest(found[1], known)}"
         self.exit(2, f"onpath: {message} (`{self.prog} --help` shows what there is)\n")
@@ -57,6 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_study(commands)
     _add_report(commands)
+    _add_export(commands)
     _add_inspect(commands)
     _add_doctor(commands)
     _add_config(commands)
@@ -84,9 +98,11 @@ def _add_demo(commands: Any) -> None:
 
 
 def _demo(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
-    from onpath.commands.demo import demo
+    from onpath.commands.demo import demo, print_demo
+    from onpath.commands.terminal import console_for
 
-    return demo(quick=options.quick, directory=options.dir)
+    print_demo(console_for(sys.stdout), demo(quick=options.quick, directory=options.dir))
+    return 0
 
 
 def _add_train(commands: Any) -> None:
@@ -95,18 +111,24 @@ def _add_train(commands: Any) -> None:
         help="run a config to its end, or go on where it stopped",
         usage="onpath train [CONFIG.yaml] [--section.key value ...]",
         description="Runs a config to its end; the same command goes on where a stopped run was.",
-        epilog=_options_text(),
+        more=_first_options,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    train.add_argument(
-        "config", nargs="?", metavar="CONFIG.yaml", help="sections as below (default: the gym)"
-    )
+    train.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="its options (default: the gym)")
     train.add_argument("--quiet", action="store_true", help="no progress display")
     train.set_defaults(run=_train)
 
 
+def _first_options() -> str:
+    from onpath.commands.options import first_options
+
+    return first_options()
+
+
 def _train(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
-    config = configuration.load(options.config, overrides)
+    from onpath.config import load
+
+    config = load(options.config, overrides)  # what is wrong with it is said before torch is imported
     from onpath.training import train
 
     result = train(config, quiet=options.quiet)
@@ -129,9 +151,18 @@ def _add_doctor(commands: Any) -> None:
 
 
 def _doctor(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
-    from onpath.commands.doctor.command import run_doctor
+    from rich.console import Console
 
-    return run_doctor(options, overrides)
+    from onpath.commands.doctor.command import print_counts, print_finding, run_doctor
+
+    if options.json:
+        found = run_doctor(options.config, overrides=overrides)
+        print(json.dumps(found.to_json(), indent=1, ensure_ascii=False))
+    else:
+        console = Console(file=sys.stdout, soft_wrap=True)
+        found = run_doctor(options.config, overrides=overrides, each=partial(print_finding, console))
+        print_counts(console, found)
+    return int(found.status == "fail")
 
 
 def _add_eval(commands: Any) -> None:
@@ -165,9 +196,29 @@ def _add_eval(commands: Any) -> None:
 
 
 def _eval(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
-    from onpath.commands.eval import run_eval
+    from onpath.commands.eval import evaluate_model, print_evaluated
+    from onpath.commands.terminal import console_for
 
-    return run_eval(options)
+    found = evaluate_model(
+        options.model,
+        data=options.data,
+        against=options.against,
+        n=options.n,
+        k=options.k,
+        limit=options.limit,
+        grader=options.grader,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        max_new_tokens=options.max_new_tokens,
+        batch_tokens=options.batch_tokens,
+        seed=options.seed,
+        dtype=options.dtype,
+        device=options.device,
+        out=options.out,
+    )
+    print(json.dumps(found.to_json())) if options.json else print_evaluated(console_for(sys.stdout), found)
+    return 0
 
 
 def _add_study(commands: Any) -> None:
@@ -184,9 +235,16 @@ def _add_study(commands: Any) -> None:
 
 
 def _study(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
-    from onpath.commands.study.command import run_study
+    from onpath.commands.study.command import carry_out, load_study
+    from onpath.commands.study.tables import print_study
+    from onpath.commands.terminal import console_for
 
-    print(f"study: {run_study(options.config, quiet=options.quiet)}")
+    # What `run_study` does; but where some runs have failed, the results of the others are shown first.
+    command = f"onpath study {options.config}"
+    found = carry_out(load_study(options.config), command=command, quiet=options.quiet)
+    print_study(console_for(sys.stdout), found.data)
+    found.check()
+    print(f"study: {found.directory}")
     return 0
 
 
@@ -202,9 +260,37 @@ def _add_report(commands: Any) -> None:
 
 
 def _report(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
-    from onpath.commands.report.command import run_report
+    from onpath.commands.report.command import write_report
 
-    return run_report(options)
+    page = write_report(options.directory, options.out)
+    print(f"{page} ({page.stat().st_size / 1e6:.1f} MB)")
+    return 0
+
+
+def _add_export(commands: Any) -> None:
+    command = commands.add_parser(
+        "export",
+        help="a Hugging Face model of a run or of one of its checkpoints",
+        description="Writes a model directory that transformers loads by itself, with its tokenizer. A LoRA "
+        "adapter is merged into the weights of its base.",
+    )
+    command.add_argument(
+        "source",
+        metavar="RUN_OR_CHECKPOINT",
+        help="directory of a run (its final model, else its newest sound checkpoint), or checkpoints/step_N",
+    )
+    command.add_argument("out", metavar="OUT", help="directory to write; it must not exist")
+    command.add_argument(
+        "--adapter", action="store_true", help="of a LoRA run: the adapter alone, not merged"
+    )
+    command.set_defaults(run=_export)
+
+
+def _export(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
+    from onpath.commands.export import export_model
+
+    print(f"model: {export_model(options.source, options.out, adapter=options.adapter)}")
+    return 0
 
 
 def _add_inspect(commands: Any) -> None:
@@ -259,39 +345,52 @@ def _inspect(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
         )
         print("\n".join(shown(path)))
         return 0
-    from onpath.commands.inspect import run_inspect
+    from onpath.commands.inspect import print_inspected, run_inspect
+    from onpath.commands.terminal import console_for
 
-    return run_inspect(options)
+    found = run_inspect(
+        options.directory,
+        step=options.step,
+        only=options.only,
+        prompt_id=options.id,
+        sort=options.sort,
+        colour=options.colour,
+        limit=options.limit,
+    )
+    if options.json:
+        for row in found.rows:
+            print(json.dumps(row, ensure_ascii=False))
+    else:
+        print_inspected(console_for(sys.stdout), found)
+    return 0
 
 
 def _add_config(commands: Any) -> None:
     command = commands.add_parser(
         "config",
-        help="print the resolved defaults, or the JSON schema",
-        usage="onpath config [CONFIG.yaml] [--schema] [--section.key value ...]",
+        help="print the resolved defaults, all options, or the JSON schema",
+        usage="onpath config [CONFIG.yaml] [--options | --schema] [--section.key value ...]",
         description="Prints the resolved config: defaults, then the file, then the overrides.",
-        epilog=_options_text(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("config", nargs="?", metavar="CONFIG.yaml")
-    command.add_argument("--schema", action="store_true", help="print the JSON schema instead")
+    command.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="as for train (default: the gym)")
+    instead = command.add_mutually_exclusive_group()
+    instead.add_argument("--options", action="store_true", help="print what each option means instead")
+    instead.add_argument("--schema", action="store_true", help="print the JSON schema instead")
     command.set_defaults(run=_config)
 
 
 def _config(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
-    if options.schema:
+    from onpath import config as configuration
+
+    if options.options:
+        from onpath.commands.options import all_options
+
+        print(all_options())
+    elif options.schema:
         print(json.dumps(configuration.json_schema(), indent=2))
     else:
         print(configuration.load(options.config, overrides).to_yaml(), end="")
     return 0
-
-
-def _options_text() -> str:
-    how = "YAML: section, then key; command line: --section.key value, read as YAML: null, true, [a, b]"
-    lines = [f"options of a config ({how}):", ""]
-    for key, kind, default, text in configuration.describe():
-        lines += [f"  {key}  ({kind}; default {default})", f"      {text}"]
-    return "\n".join(lines).replace("%", "%%")
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:

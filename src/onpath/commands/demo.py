@@ -4,9 +4,9 @@ A study of one seed (`onpath.study`), its table, three trajectories, a picture a
 """
 
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ from onpath import gym
 from onpath.commands.inspect import show_row
 from onpath.commands.report.command import write_report
 from onpath.commands.report.text import cell, known_tokens
-from onpath.commands.study.command import StudyConfig, carry_out, check_failed
+from onpath.commands.study.command import StudyConfig, carry_out
 from onpath.commands.study.tables import Sheet, measured, print_sheet, sentences
 from onpath.commands.terminal import coloured, legend
 from onpath.run.log import read_lines
 from onpath.run.trajectories import Row, read_rows, trajectory_files
 from onpath.system.errors import UserError
+from onpath.system.files import written
 
 NAME = "demo"
 BEFORE = "before"
@@ -37,26 +38,56 @@ ARMS = {
 _COLOURS = {"before": "#777777", "opd": "#0072B2", "trd": "#D55E00", "topd": "#009E73"}
 
 
-def demo(*, quick: bool, directory: str) -> int:
-    """Trains, evaluates, prints table and trajectories, draws, writes the page. Returns the exit code."""
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """What a demo leaves."""
+
+    study: StudyConfig
+    data: Mapping[str, Any]
+    """What its study.json holds."""
+    picture: Path
+    page: Path
+    seconds: float
+    """That it took."""
+
+
+def demo(*, quick: bool = False, directory: str | Path = "runs") -> Demo:
+    """Trains and evaluates all three, draws the picture and writes the page.
+
+    Args:
+        quick: fewer updates and fewer problems.
+        directory: where the directory `demo` goes; the one of an earlier demo is replaced.
+
+    Raises:
+        UserError: there is a directory of that name which is no demo's, or a run failed.
+    """
     begun = time.monotonic()
-    console = Console(file=sys.stdout)
-    study = demo_study(quick=quick, directory=directory)
+    study = demo_study(quick=quick, directory=str(directory))
     if study.directory.exists() and not (study.directory / "study.yaml").is_file():
-        raise UserError(f"{study.directory} is not an earlier demo's: move it away, or set --dir")
+        raise UserError(
+            f"{study.directory} is not an earlier demo's: move it away, or choose another directory"
+        )
     shutil.rmtree(study.directory, ignore_errors=True)  # a demo starts anew each time
-    data, failed = carry_out(study, command="onpath demo --quick" if quick else "onpath demo")
-    check_failed(failed)
+    found = carry_out(study, command="onpath demo --quick" if quick else "onpath demo")
+    found.check()
+    return Demo(
+        study=study,
+        data=found.data,
+        picture=draw(study.directory, found.data),
+        page=write_report(study.directory),
+        seconds=time.monotonic() - begun,
+    )
+
+
+def print_demo(console: Console, made: Demo) -> None:
+    """Table, sentences, three trajectories, and where the rest is."""
     console.print()
-    print_sheet(console, table(data))
-    for text in [*sentences(data), *data["notes"]]:
+    print_sheet(console, table(made.data))
+    for text in [*sentences(made.data), *made.data["notes"]]:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
-    print_trajectories(console, study)
-    picture = draw(study.directory, data)
-    page = write_report(study.directory)
-    seconds = f"{time.monotonic() - begun:.0f} s"
-    console.print(f"\npage {page}   picture {picture}   {seconds}", highlight=False, soft_wrap=True)
-    return 0
+    print_trajectories(console, made.study)
+    where = f"page {made.page}   picture {made.picture}   {made.seconds:.0f} s"
+    console.print(f"\n{where}", highlight=False, soft_wrap=True)
 
 
 def demo_study(*, quick: bool, directory: str) -> StudyConfig:
@@ -262,5 +293,6 @@ def draw(directory: Path, data: Mapping[str, Any]) -> Path:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
     path = directory / "demo.png"
-    figure.savefig(path, dpi=130)
+    with written(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
     return path

@@ -1,9 +1,7 @@
 """`onpath inspect`: stored trajectories on a terminal or as JSON lines."""
 
-import argparse
-import json
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -15,7 +13,7 @@ from onpath.run.trajectories import Row, quantities, read_rows, step_of, traject
 from onpath.system.errors import UserError
 
 VERDICTS = {True: "right", False: "wrong", None: "not graded"}
-_MATCHES: dict[str | None, Callable[[Row], bool]] = {
+ONLY: dict[str, Callable[[Row], bool]] = {
     "right": lambda row: row["correct"] is True,
     "wrong": lambda row: row["correct"] is False,
     "repaired": lambda row: cell(row) == "wrong_to_right",
@@ -23,34 +21,56 @@ _MATCHES: dict[str | None, Callable[[Row], bool]] = {
     "edited": lambda row: row["edit"] != "none",
     "dropped": lambda row: not row["kept"],
     "forks": lambda row: any(f["decision"] == "fork" for f in row["detail"].get("forks") or ()),
-    None: lambda row: True,
 }
+"""What rows can be filtered by."""
 _SORT_KEYS: dict[str, Callable[[Row], float]] = {
     "kl": lambda row: -max(row.get("reverse_kl") or [0.0]),
     "length": lambda row: -len(row["response"]),
 }
 
 
-def run_inspect(options: argparse.Namespace) -> int:
-    """Prints the trajectories that the options ask for."""
-    stored = stored_rows(options)
-    rows = select(stored, options)
-    if options.json:
-        for row in rows:
-            print(json.dumps(row, ensure_ascii=False))
-        return 0
-    console = Console(file=sys.stdout)
-    if not console.is_terminal:
-        console = Console(file=sys.stdout, width=120, color_system=None)
-    if not rows:
-        console.print("no stored trajectory matches", highlight=False)
-        return 0
-    colour = options.colour or default_colour(rows)
-    console.print(legend(console, colour))
-    known = known_tokens(stored)
-    for row in rows:
-        show_row(console, row, colour, known)
-    return 0
+@dataclass(frozen=True, kw_only=True)
+class Inspected:
+    """The trajectories asked for."""
+
+    rows: tuple[Row, ...]
+    """As `onpath.run.trajectories.trajectory_row` stored them, `detail` parsed."""
+    colour: str
+    """The per-token quantity to colour by."""
+    tokens: Mapping[int, str]
+    """Token ids of the step → their text, as far as they are known."""
+
+
+def run_inspect(
+    directory: str | Path,
+    *,
+    step: int | None = None,
+    only: str | None = None,
+    prompt_id: str | None = None,
+    sort: str = "stored",
+    colour: str | None = None,
+    limit: int | None = 5,
+) -> Inspected:
+    """Reads what a run trained on.
+
+    Args:
+        directory: of the run.
+        step: None: the last stored one.
+        only: one of `ONLY`: by verdict, wrong → right, right → wrong, rewritten, not trained on, with forks.
+        prompt_id: only trajectories of this prompt.
+        sort: stored, kl or length, the largest first.
+        colour: a per-token column; None: reverse_kl, or the first that there is.
+        limit: how many; None: all.
+
+    Raises:
+        UserError: no such run, step, column or prompt, or a damaged file.
+    """
+    stored = stored_rows(Path(directory), step)
+    names = sorted({name for row in stored for name in quantities(row)})
+    if names and colour not in (None, *names):
+        raise UserError(f"colour {colour}: no such per-token column; there are {', '.join(names)}")
+    rows = select(stored, only=only, prompt_id=prompt_id, sort=sort, limit=limit)
+    return Inspected(rows=tuple(rows), colour=colour or default_colour(rows), tokens=known_tokens(stored))
 
 
 def default_colour(rows: Sequence[Row]) -> str:
@@ -59,46 +79,57 @@ def default_colour(rows: Sequence[Row]) -> str:
     return "reverse_kl" if "reverse_kl" in names or not names else names[0]
 
 
-def stored_rows(options: argparse.Namespace) -> list[Row]:
-    """All rows of the step that is asked for.
+def stored_rows(directory: Path, step: int | None) -> list[Row]:
+    """All rows of a step; None: of the last one.
 
     Raises:
         UserError: no such run, nothing stored, no such step, or a damaged file.
     """
-    directory = Path(options.directory)
     if not (directory / "config.yaml").is_file():
         raise UserError(f"{directory}: not a run directory (it has no config.yaml)")
     files = {step_of(path): path for path in trajectory_files(directory)}
     if not files:
         raise UserError(f"{directory}: no stored trajectories; train with run.trajectories_every above 0")
-    step = max(files) if options.step is None else options.step
-    if step not in files:
-        raise UserError(f"--step {step} is not stored; there are {', '.join(map(str, files))}")
-    return list(read_rows(files[step], contexts=True))
+    if step is not None and step not in files:
+        raise UserError(f"step {step} is not stored; there are {', '.join(map(str, files))}")
+    return list(read_rows(files[max(files) if step is None else step], contexts=True))
 
 
-def select(rows: Sequence[Row], options: argparse.Namespace) -> list[Row]:
+def select(
+    rows: Sequence[Row], *, only: str | None, prompt_id: str | None, sort: str, limit: int | None
+) -> list[Row]:
     """Rows after the filters, in the order asked for, as many as asked for.
 
     Raises:
-        UserError: no such per-token column or prompt.
+        UserError: no such filter, order or prompt.
     """
-    names = sorted({name for row in rows for name in quantities(row)})
-    if names and options.colour not in (None, *names):
-        raise UserError(f"--colour {options.colour}: no such per-token column; there are {', '.join(names)}")
-    if options.id is not None and all(row["prompt_id"] != options.id for row in rows):
-        raise UserError(
-            f"--id {options.id}: no such prompt at this step; the first one is {rows[0]['prompt_id']!r}"
-        )
-    if options.limit < 1:
-        raise UserError(f"--limit is {options.limit}; ask for 1 or more")
-    matching = [r for r in rows if _MATCHES[options.only](r) and options.id in (None, r["prompt_id"])]
-    if options.sort != "stored":
-        matching.sort(key=_SORT_KEYS[options.sort])
-    return matching[: options.limit]
+    if only is not None and only not in ONLY:
+        raise UserError(f"only is {only!r}; it must be one of {', '.join(ONLY)}")
+    if sort != "stored" and sort not in _SORT_KEYS:
+        raise UserError(f"sort is {sort!r}; it must be one of stored, {', '.join(_SORT_KEYS)}")
+    if prompt_id is not None and all(row["prompt_id"] != prompt_id for row in rows):
+        first = f"; the first one is {rows[0]['prompt_id']!r}" if rows else ""
+        raise UserError(f"id {prompt_id}: no such prompt at this step{first}")
+    if limit is not None and limit < 1:
+        raise UserError(f"limit is {limit}; ask for 1 or more")
+    matching = [r for r in rows if only is None or ONLY[only](r)]
+    matching = [r for r in matching if prompt_id in (None, r["prompt_id"])]
+    if sort != "stored":
+        matching.sort(key=_SORT_KEYS[sort])
+    return matching[:limit]
 
 
-def show_row(console: Console, row: Row, quantity: str, known: dict[int, str]) -> None:
+def print_inspected(console: Console, found: Inspected) -> None:
+    """The trajectories one below the other."""
+    if not found.rows:
+        console.print("no stored trajectory matches", highlight=False)
+        return
+    console.print(legend(console, found.colour))
+    for row in found.rows:
+        show_row(console, row, found.colour, found.tokens)
+
+
+def show_row(console: Console, row: Row, quantity: str, known: Mapping[int, str]) -> None:
     """One trajectory: problem, verdict, edit, tokens, what was changed, forks with both futures."""
     colour = console.color_system is not None
     console.print()

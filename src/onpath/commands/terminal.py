@@ -1,8 +1,10 @@
-"""Tokens on a terminal: coloured by a number each, or marked where there is no colour."""
+"""A console that fits where it prints to; tokens coloured by a number each, or marked where there is no
+colour.
+"""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.style import Style
@@ -18,6 +20,14 @@ _RAMP = ((255, 243, 214), (254, 217, 142), (254, 153, 41), (217, 95, 14), (153, 
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
 """What could move the cursor, turn the line around or hide text."""
 _MOST_LINKS = 3
+_ENDLESS = 10_000
+"""Characters of a line in a file or a pipe."""
+
+
+def console_for(stream: TextIO) -> Console:
+    """As wide as the terminal; a file or a pipe cuts nothing off, and has no colour."""
+    console = Console(file=stream)
+    return console if console.is_terminal else Console(file=stream, width=_ENDLESS, color_system=None)
 
 
 def visible(text: str) -> str:

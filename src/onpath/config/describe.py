@@ -8,24 +8,45 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 
 from onpath.config.build import Config, _section_type
-from onpath.config.methods import METHODS
+from onpath.config.methods import METHODS, MethodOptions
 from onpath.config.section import OneOf
 from onpath.config.sections import Reward
 
+Option = tuple[str, str, str, str]
+"""Key, type, default, documentation."""
 
-def describe() -> Iterator[tuple[str, str, str, str]]:
-    """(key, type, default, documentation) of every option, for `--help` and the docs."""
+
+def describe() -> Iterator[Option]:
+    """Every option once, for `--help` and the docs.
+
+    `method.key` is one that all methods have; `method[name].key` one that this method has alone, or with
+    another default.
+    """
     for section in Config.model_fields:
         if section == "method":
-            for name, options in METHODS.items():
-                yield from _describe_fields(f"method[{name}]", options)
+            yield from _describe_methods()
         elif section == "rewards":
             yield from _describe_fields("rewards.LABEL", Reward)
         else:
             yield from _describe_fields(section, _section_type(section))
 
 
-def _describe_fields(prefix: str, model: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
+def _describe_methods() -> Iterator[Option]:
+    default = json.dumps(Config.model_fields["method"].default.name)
+    yield (
+        "method.name",
+        " | ".join((*METHODS, "file.py:Class")),
+        default,
+        "What is done with rollouts before they train.",
+    )
+    shared = list(_describe_fields("method", MethodOptions))
+    yield from shared
+    for name, options in METHODS.items():
+        own = (option for option in _describe_fields("method", options) if option not in shared)
+        yield from ((key.replace("method", f"method[{name}]", 1), *rest) for key, *rest in own)  # type: ignore[misc]
+
+
+def _describe_fields(prefix: str, model: type[BaseModel]) -> Iterator[Option]:
     for key, info in model.model_fields.items():
         if key == "name" and prefix.startswith("method"):
             continue

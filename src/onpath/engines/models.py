@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils.tqdm import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
@@ -22,9 +27,6 @@ from transformers.utils import logging as hf_logging
 from onpath.config import Student, Teacher
 from onpath.data.tasks import task_of
 from onpath.system.errors import UserError
-
-hf_logging.disable_progress_bar()  # onpath shows its own progress
-
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -106,17 +108,24 @@ def _check_complete(found: Mapping[str, Any], section: Student | Teacher, key: s
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Without transformers' load report (our errors say it in one sentence) and without its warning that
-    gradient checkpointing has a new name from 5.23 on: peft asks for the old one, and so do we, for the
-    versions before."""
-    verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+    """Without transformers' load report (our errors say it in one sentence), without its progress bars, and
+    without its warning that gradient checkpointing has a new name from 5.23 on: peft asks for the old one,
+    and so do we, for the versions before. Afterwards all is as the program had it."""
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    no_downloads = are_progress_bars_disabled()  # huggingface_hub's bars are another switch
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+        # Where the environment decides on download bars, each of our calls would be answered with a warning.
+        warnings.filterwarnings("ignore", message="Cannot (en|dis)able progress bars", category=UserWarning)
+        hf_logging.set_verbosity_error()
+        hf_logging.disable_progress_bar()
+        try:
             yield
-    finally:
-        hf_logging.set_verbosity(verbosity)
+        finally:
+            hf_logging.set_verbosity(verbosity)
+            if bars:
+                hf_logging.enable_progress_bar()
+            disable_progress_bars() if no_downloads else enable_progress_bars()
 
 
 def _base_of(adapter: Path, key: str) -> str:

@@ -5,9 +5,7 @@ Works with any engine: `generate` and `decode` are passed in. No torch.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from onpath.evaluate.stats import pass_at_k as pass_at_k
 from onpath.grade.base import Grader
 from onpath.records import Graded, Prompt, Rollout, Sampling
 from onpath.system.errors import UserError
+from onpath.system.files import write_text
 
 Generate = Callable[[Sequence[Prompt], int], Sequence[Rollout]]
 """(prompts, n) → n rollouts per prompt, the prompts in order, a prompt's rollouts together."""
@@ -269,15 +268,7 @@ def write_details(path: Path, result: EvalResult) -> None:
         "sampling": asdict(result.sampling),
     }
     lines = [json.dumps({**asdict(problem), **shared}) + "\n" for problem in result.details]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text("".join(lines), encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+    write_text(path, "".join(lines))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ class MathGrader(Grader):
         wall_seconds: float = WALL_SECONDS,
         memory_bytes: int = MEMORY_BYTES,
     ) -> None:
+        _watch_forks_and_exit()
         self._limits = (cpu_seconds, wall_seconds, memory_bytes)
         self._lock = threading.Lock()
         self._worker: _Worker | None = None
@@ -129,7 +131,7 @@ class _LostError(Exception):
 
 
 class _Worker:
-    """A running `_grade_worker.py` and its pipes."""
+    """A running `worker.py` and its pipes."""
 
     def __init__(self, cpu_seconds: float, wall_seconds: float, memory_bytes: int) -> None:
         self._patience = wall_seconds + 1.0  # the worker's own alarm comes first
@@ -198,9 +200,19 @@ class _Worker:
 
 
 _open_graders: set[MathGrader] = set()
+_kept: dict[str, MathGrader] = {}
 
 
-_shared = MathGrader()
+def _shared() -> MathGrader:
+    """The grader of `grade`, made at first use; of threads that come at once, one's stays."""
+    return _kept.get("shared") or _kept.setdefault("shared", MathGrader())
+
+
+@cache
+def _watch_forks_and_exit() -> None:
+    """At the first grader, before it has a lock that a forked child could find held."""
+    atexit.register(_close_all)
+    os.register_at_fork(after_in_child=_forget_all)
 
 
 def _close_all() -> None:
@@ -209,16 +221,9 @@ def _close_all() -> None:
 
 
 def _forget_all() -> None:
-    for grader in list(_open_graders):
+    for grader in {*_open_graders, *_kept.values()}:  # the lock of the shared one even where it has no worker
         grader._forget_worker()
     _open_graders.clear()
-    _shared._forget_worker()  # its lock, even where it has no worker yet
-
-
-atexit.register(_close_all)
-
-
-os.register_at_fork(after_in_child=_forget_all)
 
 
 def grade(text: str, answer: str) -> bool:
@@ -230,4 +235,4 @@ def grade(text: str, answer: str) -> bool:
     Raises:
         ValueError: the text or the answer is not a string.
     """
-    return _shared.grade(text, answer).correct
+    return _shared().grade(text, answer).correct

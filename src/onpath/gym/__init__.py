@@ -8,11 +8,9 @@
 `import onpath.gym` is light: only `main`'s training and measuring load torch.
 """
 
-from pathlib import Path
-from typing import Literal
-
 from onpath.gym.check import TokenLabel, first_error, first_error_token, grade, label_tokens
 from onpath.gym.mixture import TEMPLATES
+from onpath.gym.models import model_dir
 from onpath.gym.tasks import rows
 from onpath.gym.vocab import ONSET_WORDS, tokenize
 
@@ -29,13 +27,6 @@ __all__ = [
     "rows",
     "tokenize",
 ]
-
-
-def model_dir(name: Literal["student", "teacher"]) -> Path:
-    """Directory of a bundled checkpoint, in Hugging Face format."""
-    if name not in ("student", "teacher"):
-        raise ValueError(f"the gym bundles a student and a teacher; not {name!r}")
-    return Path(__file__).parent / "bundled" / name
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,11 +3,13 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from onpath.gym.models import Role, model_dir
 from onpath.gym.tasks import SIZES, rows
 from onpath.system.errors import UserError
+from onpath.system.files import write_text
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,41 +36,37 @@ def parser() -> argparse.ArgumentParser:
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; the exit code."""
-    arguments = parser().parse_args(argv)
-    actions = {"tasks": _tasks, "train": _train, "measure": _measure}
-    actions[arguments.command](arguments)
+    arguments = vars(parser().parse_args(argv))
+    actions: dict[str, Callable[..., None]] = {"tasks": _tasks, "train": _train, "measure": _measure}
+    actions[arguments.pop("command")](**arguments)
     return 0
 
 
-def _tasks(arguments: argparse.Namespace) -> None:
-    if arguments.n < 1:
-        raise UserError(f"--n must be at least 1, not {arguments.n}")
-    text = "".join(json.dumps(row) + "\n" for row in rows(arguments.split, arguments.n, arguments.seed))
-    if arguments.out is None:
+def _tasks(*, split: str, n: int, seed: int, out: Path | None) -> None:
+    if n < 1:
+        raise UserError(f"--n must be at least 1, not {n}")
+    text = "".join(json.dumps(row) + "\n" for row in rows(split, n, seed))
+    if out is None:
         sys.stdout.write(text)
     else:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(text)
+        write_text(out, text)
 
 
-def _train(arguments: argparse.Namespace) -> None:
+def _train(*, out: Path, seed: int, quick: bool) -> None:
     from onpath.gym.recipe import make_models
 
-    make_models(arguments.out, seed=arguments.seed, quick=arguments.quick)
+    make_models(out, seed=seed, quick=quick)
 
 
-def _measure(arguments: argparse.Namespace) -> None:
-    from onpath.gym import model_dir
-    from onpath.gym import properties as measure
+def _measure(*, models: Path | None, out: Path | None, scale: float) -> None:
+    from onpath.gym import properties
 
-    home = {
-        role: arguments.models / role if arguments.models else model_dir(role)
-        for role in ("teacher", "student")
-    }
+    roles: tuple[Role, ...] = ("teacher", "student")
+    home: dict[str, Path] = {role: models / role if models else model_dir(role) for role in roles}
     for role, path in home.items():
         if not (path / "config.json").is_file():
             raise UserError(f"no {role} in {path}; `onpath gym train --out DIR` makes one")
-    numbers = measure.measure(home, scale=arguments.scale, log=lambda line: print(line, file=sys.stderr))
-    print(measure.markdown(numbers))
-    if arguments.out is not None:
-        measure.write(numbers, arguments.out)
+    numbers = properties.measure(home, scale=scale, log=lambda line: print(line, file=sys.stderr))
+    print(properties.markdown(numbers))
+    if out is not None:
+        properties.write(numbers, out)

@@ -7,7 +7,6 @@ code.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from onpath.system.errors import UserError
+from onpath.system.files import written
 
 _PREFIX = "step_"
 _FILES = ("model.safetensors", "optimizer.safetensors", "method.safetensors")
@@ -50,10 +50,11 @@ def save(
         UserError: the disk is full or not writable; what was there before is untouched.
     """
     target = root / f"{_PREFIX}{step}"
-    temporary = root / f".{target.name}.tmp-{os.getpid()}"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    # One that is there was written before a crash that lost nothing else: the same step gives the same state.
+    with written(
+        target, what=f"the checkpoint of step {step}", sync=True, also=(SafetensorError,)
+    ) as temporary:
+        temporary.mkdir()
         save_file(
             {k: p.detach().contiguous() for k, p in _trained(model).items()}, temporary / "model.safetensors"
         )
@@ -61,18 +62,6 @@ def save(
         save_file({k: v.detach().contiguous() for k, v in extra.items()}, temporary / "method.safetensors")
         digests = {f.name: _digest(f) for f in sorted(temporary.iterdir())}
         (temporary / "state.json").write_text(json.dumps({"step": step, "blake2b": digests}, indent=1) + "\n")
-        _sync(temporary)
-        if (
-            target.exists()
-        ):  # written before a crash that lost nothing else: the same step gives the same state
-            shutil.rmtree(target)
-        os.replace(temporary, target)
-        _sync_directory(root)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"{root}: cannot write the checkpoint of step {step}: {error}; free some space and start again"
-        ) from None
     return target
 
 
@@ -89,15 +78,8 @@ def load(
         if state is None:
             broken.append(path.name)
             continue
-        weights = load_file(path / "model.safetensors")
-        trained = _trained(model)
-        if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in trained.items()}:
-            raise UserError(
-                f"{path}: holds other weights than this model trains; use another run.name or remove it"
-            )
+        load_weights(path, model)
         with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(weights[name])
             for name, tensor in load_file(path / "method.safetensors").items():
                 extra[name].copy_(tensor)
         _restore_optimizer(model, optimizer, load_file(path / "optimizer.safetensors"))
@@ -110,6 +92,27 @@ def load(
     return None
 
 
+def load_weights(path: Path, model: nn.Module) -> None:
+    """The trained weights of one checkpoint, in place.
+
+    Raises:
+        UserError: it holds others than this model trains.
+    """
+    weights, trained = load_file(path / "model.safetensors"), _trained(model)
+    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in trained.items()}:
+        raise UserError(
+            f"{path}: holds other weights than this model trains; use another run.name or remove it"
+        )
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(weights[name])
+
+
+def is_sound(path: Path) -> bool:
+    """Whether every byte of a checkpoint is what was written."""
+    return _verified(path) is not None
+
+
 def list_steps(root: Path) -> list[Path]:
     """Checkpoint directories, oldest first."""
     found = [p for p in root.glob(f"{_PREFIX}*") if p.name.removeprefix(_PREFIX).isdigit()]
@@ -117,8 +120,8 @@ def list_steps(root: Path) -> list[Path]:
 
 
 def prune(root: Path, *, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints, and what a killed writer left."""
-    for path in [*list_steps(root)[:-keep], *root.glob(f".{_PREFIX}*")]:
+    """Removes all but the newest `keep` checkpoints."""
+    for path in list_steps(root)[:-keep]:
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -161,18 +164,3 @@ def _verified(path: Path) -> dict[str, Any] | None:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()
-
-
-def _sync(directory: Path) -> None:
-    for file in directory.iterdir():
-        with file.open("rb") as f:
-            os.fsync(f.fileno())
-    _sync_directory(directory)
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

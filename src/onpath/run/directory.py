@@ -1,8 +1,6 @@
 """A run's directory: opened or gone on with, its files, its checkpoints, its final model."""
 
 import json
-import os
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from torch import Tensor
 
 from onpath import config as configuration
 from onpath.config.build import Config
+from onpath.engines.models import quietly
 from onpath.run import checkpoint
 from onpath.run.environment import environment
 from onpath.run.log import Display, JsonLines, Tracker, check_trackers, flatten, open_trackers
@@ -21,6 +20,7 @@ from onpath.run.meter import Meter
 from onpath.run.parts import Parts
 from onpath.system import distributed
 from onpath.system.errors import UserError
+from onpath.system.files import remove_leftovers, write_text, written
 
 
 @dataclass(kw_only=True)
@@ -74,9 +74,6 @@ class Run:
         if distributed.rank() == 0:
             self.metrics.rewind(step=done)
             self.evals.rewind(step=done if done else -1)
-            for pattern in ("trajectories/*.tmp-*", "evals/*.tmp-*", "evals/.*"):  # of a killed writer
-                for path in self.directory.glob(pattern):
-                    path.unlink()
         if loaded:
             self.parts.generators.student.sync_weights(done)
         return done
@@ -124,36 +121,26 @@ class Run:
         """Final weights: complete or not at all."""
         target, config = self.directory / "model", self.parts.config
         if distributed.rank() == 0 and not target.exists():
-            try:
-                if config.student.lora_merge and config.student.lora_rank:
-                    self._save(self.directory / "merged", merged=True)
-                self._save(target, merged=False)
-            except (OSError, SafetensorError) as error:
-                for name in ("merged", "model"):
-                    shutil.rmtree(self.directory / f".{name}.tmp", ignore_errors=True)
-                raise UserError(
-                    f"{target}: cannot write: {error}; free some space and start the same command again"
-                ) from None
+            if config.student.lora_merge and config.student.lora_rank:
+                self._save(self.directory / "merged", merged=True)
+            self._save(target, merged=False)
         distributed.barrier()
         return target
 
     def _save(self, target: Path, *, merged: bool) -> None:
-        temporary = target.with_name(f".{target.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
         model: Any = self.parts.models.student
-        if merged:
-            model.merge_adapter()
-            plain = model.get_base_model()
-            state = {
-                k.replace(".base_layer", ""): v for k, v in plain.state_dict().items() if "lora_" not in k
-            }
-            plain.save_pretrained(temporary, state_dict=state)
-            model.unmerge_adapter()
-        else:
-            model.save_pretrained(temporary)
-        self.parts.text.renderer.tokenizer.save_pretrained(temporary)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(temporary, target)
+        with quietly(), written(target, also=(SafetensorError,)) as temporary:
+            if merged:
+                model.merge_adapter()
+                plain = model.get_base_model()
+                state = {
+                    k.replace(".base_layer", ""): v for k, v in plain.state_dict().items() if "lora_" not in k
+                }
+                plain.save_pretrained(temporary, state_dict=state)
+                model.unmerge_adapter()
+            else:
+                model.save_pretrained(temporary)
+            self.parts.text.renderer.tokenizer.save_pretrained(temporary)
 
 
 def open_run(config: Config, parts: Parts) -> Run:
@@ -168,9 +155,10 @@ def open_run(config: Config, parts: Parts) -> Run:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             _claim(directory, config)
-            _write(directory / "environment.json", json.dumps(environment(parts), indent=1) + "\n")
         except OSError as error:
             raise UserError(f"run.dir: cannot write to {directory}: {error.strerror or error}") from None
+        remove_leftovers(directory)
+        write_text(directory / "environment.json", json.dumps(environment(parts), indent=1) + "\n")
     distributed.barrier()
     run = Run(
         directory=directory,
@@ -191,7 +179,7 @@ def open_run(config: Config, parts: Parts) -> Run:
 def _claim(directory: Path, config: Config) -> None:
     path = directory / "config.yaml"
     if not path.exists() or not _begun(directory):
-        _write(path, config.to_yaml())
+        write_text(path, config.to_yaml())
         return
     theirs, ours = configuration.resolved(_read(path)), config.model_dump(mode="json")
     differing = [k for k in sorted({*_keys(theirs), *_keys(ours)}) if _at(theirs, k) != _at(ours, k)]
@@ -229,9 +217,3 @@ def _keys(tree: dict[str, Any]) -> list[str]:
 def _at(tree: dict[str, Any], dotted: str) -> Any:
     section, _, key = dotted.partition(".")
     return (tree.get(section) or {}).get(key)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from onpath.system import code
 from onpath.system.errors import UserError
+from onpath.system.files import unwritable, write_text
 
 Metrics = Mapping[str, Any]
 
@@ -31,27 +32,13 @@ class JsonLines:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
         except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot write: {error.strerror}; free some space and start the same command "
-                f"again"
-            ) from None
+            raise unwritable(self.path, error) from None
 
     def rewind(self, *, step: int) -> None:
         """Drops the lines after `step`, and a half-written last line: a resumed run writes them again."""
         if not self.path.exists():
             return
-        temporary = self.path.with_suffix(".tmp")
-        try:
-            kept = [line for line, row in _complete(self.path) if row["step"] <= step]
-            temporary.write_text("".join(kept), encoding="utf-8")
-            os.replace(temporary, self.path)
-        except OSError as error:
-            with suppress(OSError):
-                temporary.unlink()
-            raise UserError(
-                f"{self.path}: cannot write: {error.strerror}; free some space and start the same command "
-                f"again"
-            ) from None
+        write_text(self.path, "".join(line for line, row in _complete(self.path) if row["step"] <= step))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

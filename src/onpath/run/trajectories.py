@@ -3,7 +3,6 @@ damaged file is named, a huge run is sampled.
 """
 
 import json
-import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from onpath.run.meter import Meter
 from onpath.run.parts import Parts
 from onpath.system import distributed
 from onpath.system.errors import UserError
+from onpath.system.files import written
 
 
 def store_step(parts: Parts, directory: Path, meter: Meter, step: int) -> None:
@@ -139,17 +139,9 @@ def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         UserError: the disk is full or not writable.
     """
-    temporary = path.with_suffix(f".tmp-{os.getpid()}")
     columns = dict.fromkeys(name for row in rows for name in row)  # the first row may not have been scored
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with written(path, also=(pa.ArrowException,)) as temporary:
         pq.write_table(pa.table({c: [row.get(c) for row in rows] for c in columns}), temporary)
-        os.replace(temporary, path)
-    except (OSError, pa.ArrowException) as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"{path}: cannot write: {error}; free some space and start the same command again"
-        ) from None
 
 
 def read_trajectories(run: Path) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 import os
 import sys
 import traceback
-from typing import Any
+from collections.abc import Callable
 
 
 class UserError(ValueError):
@@ -13,7 +13,7 @@ class UserError(ValueError):
     """
 
 
-def guarded(run: Any) -> int:
+def guarded(run: Callable[[], int | None]) -> int:
     """Runs a command; its exit code. What the user can fix is one sentence on stderr."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a warning at every fork otherwise
     try:

@@ -1,13 +1,11 @@
 """`onpath doctor`: all checks, cheap ones first, printed as they come or as one JSON object."""
 
-import argparse
-import json
 import math
 import os
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from transformers import AutoConfig
 from onpath import config as configuration
 from onpath.commands.doctor import costs, scores, tokens, training
 from onpath.commands.doctor import inputs as before
-from onpath.commands.doctor.finding import Finding, guarded, skipped
+from onpath.commands.doctor.finding import Finding, Status, guarded, skipped
 from onpath.commands.doctor.sample import Probe, make_probe, untouched
 from onpath.config import Student, Teacher
 from onpath.config.build import Config
@@ -44,27 +42,67 @@ _NEED_MODELS = (
 """Checks that cannot run where the models cannot."""
 
 
-def run_doctor(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
-    """Prints what was found; 1 if a check failed."""
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """What the doctor found."""
+
+    config: Config
+    findings: tuple[Finding, ...]
+    seconds: float
+    """That it took."""
+
+    @property
+    def status(self) -> Status:
+        """The worst: fail, warning or ok."""
+        found = {f.status for f in self.findings}
+        return "fail" if "fail" in found else "warning" if "warning" in found else "ok"
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object."""
+        method = self.config.method
+        return {
+            "status": self.status,
+            "method": method.name,
+            "student": self.config.student.model,
+            "teacher": None if method.self_taught else self.config.teacher.model,
+            "seconds": round(self.seconds, 2),
+            "checks": [
+                {**vars(f), "values": {k: _json_ready(v) for k, v in f.values.items()}} for f in self.findings
+            ],
+        }
+
+
+def run_doctor(
+    config: Config | str | Path | None = None,
+    *,
+    overrides: Sequence[tuple[str, str]] = (),
+    each: Callable[[Finding], None] = lambda finding: None,
+) -> Diagnosis:
+    """Checks a config for silent faults with a small real batch; writes nothing.
+
+    Args:
+        config: see `onpath.config`; or the path of its YAML; None: the gym.
+        overrides: dotted keys and values, of a YAML.
+        each: is told every finding as it comes.
+
+    Raises:
+        UserError: no config at all, or several processes.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("onpath doctor looks at one process: start it without torchrun")
-    config, refused = load_leniently(options.config, overrides)
-    begun, console = time.perf_counter(), Console(file=sys.stdout, soft_wrap=True)
-    found: list[Finding] = []
+    begun, refused = time.perf_counter(), None
+    if not isinstance(config, Config):
+        config, refused = load_leniently(config, overrides)
+    found = []
     for finding in diagnose(config, refused=refused):
         found.append(finding)
-        if not options.json:
-            show(console, finding)
-    seconds = time.perf_counter() - begun
-    if options.json:
-        print(json.dumps(summary(config, found, seconds), indent=1, ensure_ascii=False))
-    else:
-        counts = [f"{n} {s}" for s in _STYLES if (n := sum(f.status == s for f in found))]
-        console.print(f"{', '.join(counts)} in {seconds:.0f} s", highlight=False)
-    return int(any(f.status == "fail" for f in found))
+        each(finding)
+    return Diagnosis(config=config, findings=tuple(found), seconds=time.perf_counter() - begun)
 
 
-def load_leniently(path: str | None, overrides: Sequence[tuple[str, str]]) -> tuple[Config, str | None]:
+def load_leniently(
+    path: str | Path | None, overrides: Sequence[tuple[str, str]]
+) -> tuple[Config, str | None]:
     """The config; and if only its sampling is refused, why, with the config that accepts it, so that the
     other checks still run."""
     try:
@@ -76,25 +114,12 @@ def load_leniently(path: str | None, overrides: Sequence[tuple[str, str]]) -> tu
         return accepted, str(error)
 
 
-def summary(config: Config, found: Sequence[Finding], seconds: float) -> dict[str, Any]:
-    """The JSON object."""
-    worst = next((s for s in ("fail", "warning") if any(f.status == s for f in found)), "ok")
-    return {
-        "status": worst,
-        "method": config.method.name,
-        "student": config.student.model,
-        "teacher": None if config.method.self_taught else config.teacher.model,
-        "seconds": round(seconds, 2),
-        "checks": [{**vars(f), "values": {k: _json_ready(v) for k, v in f.values.items()}} for f in found],
-    }
-
-
 def _json_ready(value: Any) -> Any:
     """JSON has no infinity and no NaN."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def show(console: Console, finding: Finding) -> None:
+def print_finding(console: Console, finding: Finding) -> None:
     """One line, and one more with what to do."""
     line = Text(f"{finding.status:<8}", style=_STYLES[finding.status])
     line.append(f" {finding.name:<16} ", style="bold")
@@ -102,6 +127,12 @@ def show(console: Console, finding: Finding) -> None:
     console.print(line, highlight=False)
     if finding.advice:
         console.print(Text(f"{'':<26}→ {finding.advice}"), highlight=False)
+
+
+def print_counts(console: Console, found: Diagnosis) -> None:
+    """The last line."""
+    counts = [f"{n} {s}" for s in _STYLES if (n := sum(f.status == s for f in found.findings))]
+    console.print(f"{', '.join(counts)} in {found.seconds:.0f} s", highlight=False)
 
 
 def diagnose(config: Config, *, refused: str | None = None) -> Iterator[Finding]:

@@ -7,11 +7,14 @@ from typing import Any
 
 from onpath import config as configuration
 from onpath.system.errors import UserError
+from onpath.system.files import make_directory
 
 PROBES = ("prefix-failure", "divergence", "local-correction")
 
 
-def run_named(name: str, where: str, *, rollouts: int, continuations: int, every: int) -> Path:
+def run_named(
+    name: str, where: str | Path, *, rollouts: int = 32, continuations: int = 4, every: int = 8
+) -> Path:
     """Runs a probe and returns the path of its JSON lines; summary and picture lie beside it.
 
     Args:
@@ -21,8 +24,11 @@ def run_named(name: str, where: str, *, rollouts: int, continuations: int, every
         where: a run directory (its final model is probed, if it has one) or a config file (its student is).
 
     Raises:
-        UserError: neither of them, numbers that make no sense, or a teacher that only answers messages.
+        UserError: no such probe, neither a run nor a config, numbers that make no sense, or a teacher that
+            only answers messages.
     """
+    if name not in PROBES:
+        raise UserError(f"there is no probe {name!r}; there are {', '.join(PROBES)}")
     path = Path(where)
     file = path if path.is_file() else path / "config.yaml"
     if not file.is_file():
@@ -36,7 +42,7 @@ def run_named(name: str, where: str, *, rollouts: int, continuations: int, every
     from onpath.run.assemble import assemble
 
     out = path / "probes" if path.is_dir() else Path(config.run.dir) / config.run.name / "probes"
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
     parts = assemble(config)
     if not parts.generators.teacher.takes_prefixes:
         raise UserError(

@@ -8,7 +8,7 @@ teacher.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onpath.commands.probes.futures_picture import draw
-from onpath.commands.probes.separation import Detection, auc, correlations, detections
+from onpath.commands.probes.place import GROUPS, Place
+from onpath.commands.probes.separation import auc, correlations, detections
 from onpath.config.methods.topd import TOPDOptions
 from onpath.data.load import prompts_of_step
 from onpath.engines.forward import forward
@@ -29,40 +30,7 @@ from onpath.methods.topd.pairs import with_distances
 from onpath.records import Rollout
 from onpath.run.parts import Parts
 from onpath.system.errors import UserError
-
-GROUPS = ("high", "random", "low")
-"""Positions of the highest loss, drawn at random, drawn at random from the lower half of the losses."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """One position of one rollout, with both futures.
-
-    >>> p = Place(prompt_id="7", position=2, token="8", groups=("high",), label="error", reverse_kl=2.0,
-    ...           sampled_gap=3.0, distance=0.4, noise=None, student_text="81", teacher_text="72")
-    >>> p.value("sampled_gap")
-    3.0
-    """
-
-    prompt_id: str
-    position: int
-    token: str
-    groups: tuple[str, ...]
-    """Of `GROUPS`; empty for a position that was looked at for its label only."""
-    label: str | None
-    """What the task's checker says the token is; None: nobody knows."""
-    reverse_kl: float
-    sampled_gap: float
-    """log p_S − log p_T of the token."""
-    distance: float
-    noise: float | None
-    """Distance of two of the teacher's own sampled windows; None: not measured here."""
-    student_text: str
-    teacher_text: str
-
-    def value(self, name: str) -> float:
-        """A number by name."""
-        return float(getattr(self, name))
+from onpath.system.files import write_text
 
 
 def run_probe(
@@ -94,13 +62,9 @@ def run_probe(
     found = probe(parts, rollouts=rollouts, window=window, each=each, everywhere=everywhere)
     path = out / "divergence.jsonl"
     summary = summarise(found)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(vars(p)) + "\n" for p in found), encoding="utf-8")
-        path.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        draw(found, summary, path.with_suffix(".png"))
-    except OSError as error:
-        raise UserError(f"{out}: cannot write: {error.strerror}") from None
+    write_text(path, "".join(json.dumps(vars(p)) + "\n" for p in found))
+    write_text(path.with_suffix(".json"), json.dumps(summary, indent=1) + "\n")
+    draw(found, summary, path.with_suffix(".png"))
     return path
 
 
@@ -287,6 +251,3 @@ def _share(high: Sequence[Place], floor: float) -> dict[str, Any]:
 def _counts(rows: Sequence[Place]) -> dict[str, int]:
     labels = [str(p.label) for p in rows]
     return {label: labels.count(label) for label in sorted(set(labels))}
-
-
-__all__ = ["Detection", "Place", "probe", "run_probe", "summarise"]

@@ -1,15 +1,13 @@
 """The picture of near-future divergence: by group, against the loss, and by what the tokens are in truth."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from onpath.commands.probes.futures import Place
+from onpath.commands.probes.place import Place
+from onpath.system.files import written
 
 _COLOURS = {"high": "#D55E00", "random": "0.45", "low": "#0072B2"}
 _LABELS = {"error": "#D55E00", "habit": "#0072B2", "right": "#009E73", "choice": "#CC79A7"}
@@ -38,7 +36,8 @@ def draw(found: Sequence[Place], summary: Mapping[str, Any], path: Path) -> None
     _scatter(right, found)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    with written(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
 
 
 def _steps(axis: Any, values: Sequence[float], colour: str, label: str, **style: Any) -> None:

@@ -34,6 +34,7 @@ from onpath.records import Rollout, Trajectory, token_count
 from onpath.run.loss import Step, loss_of
 from onpath.run.parts import Parts
 from onpath.system.errors import UserError
+from onpath.system.files import write_text, written
 
 ARMS = ("opd", "topd")
 
@@ -98,13 +99,9 @@ def run_probe(
         "window": options.window,
         **summarise(found),
     }
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(vars(c)) + "\n" for c in found), encoding="utf-8")
-        path.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        draw(found, path.with_suffix(".png"))
-    except OSError as error:
-        raise UserError(f"{out}: cannot write: {error.strerror}") from None
+    write_text(path, "".join(json.dumps(vars(c)) + "\n" for c in found))
+    write_text(path.with_suffix(".json"), json.dumps(summary, indent=1) + "\n")
+    draw(found, path.with_suffix(".png"))
     return path
 
 
@@ -291,4 +288,5 @@ def draw(found: Sequence[Corrected], path: Path) -> None:
     axis.set_ylim(bottom=0)
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    with written(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")

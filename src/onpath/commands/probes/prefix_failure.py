@@ -23,6 +23,7 @@ from onpath.methods.base import own_response
 from onpath.records import Rollout
 from onpath.run.parts import Parts
 from onpath.system.errors import UserError
+from onpath.system.files import write_text
 
 
 def run_probe(
@@ -49,15 +50,9 @@ def run_probe(
         parts, rollouts=min(rollouts, len(parts.prompts.pool)), continuations=continuations, every=every
     )
     path = out / "prefix_failure.jsonl"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps({**vars(p), "failed": p.failed(epsilon)}) + "\n" for p in found]
-        path.write_text("".join(lines), encoding="utf-8")
-        summary = json.dumps(summarise(found, epsilon=epsilon), indent=1) + "\n"
-        path.with_suffix(".json").write_text(summary, encoding="utf-8")
-        draw(found, path.with_suffix(".png"))
-    except OSError as error:
-        raise UserError(f"{out}: cannot write: {error.strerror}") from None
+    write_text(path, "".join(json.dumps({**vars(p), "failed": p.failed(epsilon)}) + "\n" for p in found))
+    write_text(path.with_suffix(".json"), json.dumps(summarise(found, epsilon=epsilon), indent=1) + "\n")
+    draw(found, path.with_suffix(".png"))
     return path
 
 

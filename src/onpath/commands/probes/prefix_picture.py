@@ -6,6 +6,7 @@ from typing import Any
 
 from onpath.commands.probes.prefix_records import Probed, by_offset, clearest, rates
 from onpath.evaluate.stats import bootstrap_interval
+from onpath.system.files import written
 
 _STUDENT, _TEACHER, _ONSET, _OWN = (
     "#0072B2",
@@ -49,7 +50,8 @@ def draw(found: Sequence[Probed], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         if known:
             axis.axvline(0, color="0.6", linewidth=0.8, linestyle=":")
-    figure.savefig(path, dpi=150)
+    with written(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
 
 
 def _line(axis: Any, grouped: dict[int, list[float]], colour: str, label: str, *, band: bool = True) -> None:

@@ -8,13 +8,12 @@ results   study.json, study.md, a table
 """
 
 import json
-import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,46 +28,56 @@ from onpath.commands.study.config import StudyConfig, load_study
 from onpath.commands.study.jobs import Progress, locked, run_jobs, slots_for
 from onpath.commands.study.plan import Job
 from onpath.commands.study.results import gather, notes_of, tuned
-from onpath.commands.study.tables import markdown, print_study
+from onpath.commands.study.tables import markdown
 from onpath.system.errors import UserError
+from onpath.system.files import remove_leftovers, write_text
 
-__all__ = ["StudyConfig", "carry_out", "load_study", "run_study"]
+__all__ = ["StudyConfig", "StudyResult", "carry_out", "load_study", "run_study"]
 
 
-def run_study(path: str | Path, *, quiet: bool = False) -> Path:
-    """Runs what is left of a study, writes its results and prints them.
+@dataclass(frozen=True, kw_only=True)
+class StudyResult:
+    """What a study leaves."""
+
+    directory: Path
+    """Its runs, study.json and study.md."""
+    data: Mapping[str, Any]
+    """What study.json holds: a row per run, and per arm means, intervals and paired differences."""
+    failed: Mapping[str, str]
+    """Run → sentence of those that failed; the results are those of the others."""
+
+    def check(self) -> None:
+        """Raises UserError with the first of the failed runs' sentences."""
+        if self.failed:
+            name, why = next(iter(self.failed.items()))
+            raise UserError(f"{len(self.failed)} of the study's runs failed, first {name}: {why}")
+
+
+def run_study(path: str | Path, *, quiet: bool = False) -> StudyResult:
+    """Runs what is left of a study and writes its results.
 
     Args:
         path: the study's YAML.
-        quiet: no progress; files and tables are written all the same.
-
-    Returns:
-        The study's directory.
+        quiet: no progress; the files are written all the same.
 
     Raises:
         UserError: something that the user can fix. Where only some runs failed, the results of the others are
             written first.
     """
-    study = load_study(path)
-    data, failed = carry_out(study, command=f"onpath study {path}", quiet=quiet)
-    print_study(_terminal(), data)
-    check_failed(failed)
-    return study.directory
+    found = carry_out(load_study(path), command=f"onpath study {path}", quiet=quiet)
+    found.check()
+    return found
 
 
-def carry_out(
-    study: StudyConfig, *, command: str, quiet: bool = False
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Runs what is left and writes the results.
+def carry_out(study: StudyConfig, *, command: str, quiet: bool = False) -> StudyResult:
+    """Runs what is left and writes the results, also where some runs failed: ask `StudyResult.check`.
 
     Args:
         command: what the results say they were made with.
-
-    Returns:
-        What study.json holds, and run → sentence of those that failed.
     """
     plan.check_alike(study)
     with locked(study.directory) as lock, _terminable():
+        remove_leftovers(study.directory)
         _claim(study)
         slots = slots_for(study.parallel, study.base.student.device)
         stages = plan.stages(study)
@@ -97,16 +106,9 @@ def carry_out(
         pairs = [(job, asked.get(job.name, job)) for job in made]
         data = results(study, pairs, failed, command=command)
         data |= {"tuning": tuning, "pilots": {arm: asdict(use) for arm, use in measured.items()}}
-        _write(study.directory / "study.json", json.dumps(data, indent=1, ensure_ascii=False) + "\n")
-        _write(study.directory / "study.md", markdown(data))
-    return data, failed
-
-
-def check_failed(failed: Mapping[str, str]) -> None:
-    """Raises UserError with the first of the failed runs' sentences."""
-    if failed:
-        name, why = next(iter(failed.items()))
-        raise UserError(f"{len(failed)} of the study's runs failed, first {name}: {why}")
+        write_text(study.directory / "study.json", json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+        write_text(study.directory / "study.md", markdown(data))
+    return StudyResult(directory=study.directory, data=data, failed=failed)
 
 
 def results(
@@ -148,23 +150,9 @@ def _claim(study: StudyConfig) -> None:
                 f"{source} has changed since the study in {study.directory} began: its runs would not be "
                 "comparable; give the study another name"
             )
-    _write(path, json.dumps(before | now, indent=1) + "\n")
+    write_text(path, json.dumps(before | now, indent=1) + "\n")
     resolved = yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
-    _write(study.directory / "study.yaml", resolved)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot write: {error.strerror}") from None
-
-
-def _terminal() -> Console:
-    console = Console(file=sys.stdout)
-    return console if console.is_terminal else Console(file=sys.stdout, width=220)  # a pipe cuts nothing off
+    write_text(study.directory / "study.yaml", resolved)
 
 
 @contextmanager

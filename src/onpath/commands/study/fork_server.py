@@ -30,7 +30,7 @@ def _kept(sent: Any) -> int:
 
 
 def start(work: str, config: Path, *, log: Path, lock: int, environment: Mapping[str, str]) -> BaseProcess:
-    """Starts one function of `onpath.study.work` in a process of its own; what it returns is the exit code.
+    """Starts one function of `study.worker` in a process of its own; what it returns is the exit code.
 
     Args:
         work: the function's name.
@@ -59,7 +59,7 @@ def _begin(work: str, config: Path, log: Path, lock: int, environment: dict[str,
         os.dup2(output.fileno(), 2)
     import torch
 
-    from onpath.commands.study import worker as jobs
+    from onpath.commands.study import worker
 
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # the server had its own
-    sys.exit(getattr(jobs, work)(config))
+    sys.exit(getattr(worker, work)(config))

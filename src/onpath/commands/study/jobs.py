@@ -23,6 +23,7 @@ from onpath.commands.study.config import Parallel
 from onpath.commands.study.plan import Job
 from onpath.run.log import read_lines
 from onpath.system.errors import UserError
+from onpath.system.files import write_text
 
 _POLL = 0.1
 _REFRESH = 2.0
@@ -187,9 +188,8 @@ def _start(job: Job, slots: Slots, slot: int, study: Path, lock: int) -> _Runnin
         study / part / f"{job.stage}-{job.name}{end}"
         for part, end in (("configs", ".yaml"), ("logs", ".txt"))
     )
-    for path in (config, log):
-        path.parent.mkdir(exist_ok=True)
-    config.write_text(job.config.to_yaml(), encoding="utf-8")
+    write_text(config, job.config.to_yaml())
+    log.parent.mkdir(exist_ok=True)
     log.touch()
     resumed = job.directory.exists()
     process = forked.start(

@@ -4,9 +4,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401  (slow to import, and always needed)
 
-import onpath.training  # noqa: F401
 from onpath import config as configuration
-from onpath.commands.cli import main
 from onpath.config.build import Config
 from onpath.run.assemble import assemble
 from onpath.run.directory import open_run
@@ -14,16 +12,21 @@ from onpath.run.evaluation import evaluate_all
 from onpath.run.log import Display
 from onpath.system import distributed
 from onpath.system.errors import guarded
+from onpath.training import train
 
 
 def trained(config: Path) -> int:
-    """`onpath train`; the exit code."""
-    return main(["train", str(config), "--quiet"])
+    """A config's run, to its end; the exit code of `onpath train`."""
+
+    def run() -> None:
+        train(configuration.load(config), quiet=True)
+
+    return guarded(run)
 
 
 def untrained(config: Path) -> int:
     """The evaluation of a config's student as it is; the exit code."""
-    return guarded(lambda: evaluate_untrained(configuration.load(str(config))))
+    return guarded(lambda: evaluate_untrained(configuration.load(config)))
 
 
 def evaluate_untrained(config: Config) -> None:

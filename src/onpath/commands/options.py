@@ -1,0 +1,64 @@
+"""The options of a config as text: those that a first config needs, and all."""
+
+import re
+import shutil
+import textwrap
+from collections.abc import Iterable, Iterator
+
+from onpath.config.describe import Option, describe
+
+FIRST = (
+    "student.model", "student.lora_rank", "teacher.model", "data.train", "data.eval", "method.name",
+    "rollout.prompts", "rollout.max_new_tokens", "optim.steps", "optim.lr", "eval.grader", "run.name",
+)  # fmt: skip
+"""What a first config needs."""
+HOW = "In YAML: section, then key. On the command line: --section.key value, in YAML (null, true)."
+_OF_ONE_METHOD = re.compile(r"method\[(.+?)\]")
+_WIDEST = 110
+
+
+def first_options() -> str:
+    """Those of a first config, and where the others are."""
+    known = {option[0]: option for option in describe()}
+    printed = _printed(known[key] for key in FIRST)
+    rest = "All options: onpath config --options"
+    return "\n".join(["options of a first config:", "", *printed, "", *_wrapped(HOW), rest])
+
+
+def all_options() -> str:
+    """Every option once: a first config's, then the others section by section."""
+    groups: dict[str, list[Option]] = {"a first config": []}
+    for key, *rest in describe():
+        groups.setdefault(_group_of(key), []).append((_OF_ONE_METHOD.sub("method", key), *rest))  # type: ignore[arg-type]
+    lines = _wrapped(HOW)
+    for name, options in groups.items():
+        lines += ["", f"{name}:", "", *_printed(options)]
+    return "\n".join(lines)
+
+
+def _group_of(key: str) -> str:
+    if key in FIRST:
+        return "a first config"
+    section = key.partition(".")[0]
+    if section == "method":
+        return "method, whatever its name"
+    own = _OF_ONE_METHOD.fullmatch(section)
+    return f"method.name {own[1]}, its own or other defaults" if own else section
+
+
+def _printed(options: Iterable[Option]) -> Iterator[str]:
+    for key, kind, default, text in options:
+        yield from _wrapped(f"{key}  ({kind}; default {default})", 2, then=8)
+        yield from _wrapped(text, 6)
+
+
+def _wrapped(text: str, indent: int = 0, *, then: int | None = None) -> list[str]:
+    """Lines of a paragraph as wide as the terminal."""
+    return textwrap.wrap(
+        text,
+        min(_WIDEST, shutil.get_terminal_size().columns),
+        initial_indent=" " * indent,
+        subsequent_indent=" " * (indent if then is None else then),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

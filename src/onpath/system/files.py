@@ -1,0 +1,110 @@
+"""Files and directories that are there whole or not at all: written beside their place, then renamed."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from onpath.system.errors import UserError
+
+_MARK = ".tmp-"
+
+
+@contextmanager
+def written(
+    path: Path, *, what: str = "", sync: bool = False, also: tuple[type[Exception], ...] = ()
+) -> Iterator[Path]:
+    """Yields a temporary name beside `path`; what the block writes there, a file or a directory, takes the
+    place of `path` when the block ends. Whatever happens, nothing half-written stays, and what was there
+    before stays until the new one is whole. Directories on the way are made.
+
+    Args:
+        what: is written, for the sentence; empty: the path says it.
+        sync: also after a loss of power (fsync).
+        also: exceptions beside OSError that mean a disk cannot be written.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}{_MARK}{os.getpid()}")
+    failures: tuple[type[Exception], ...] = (OSError, *also)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(temporary)  # of a killed process that had this number
+        yield temporary
+        if sync:
+            _sync(temporary)
+        if temporary.is_dir() and path.is_dir():
+            _remove(path)  # a directory takes no other's place
+        os.replace(temporary, path)
+        if sync:
+            _sync_entry(path.parent)
+    except failures as error:
+        raise unwritable(path, error, what=what) from None
+    finally:
+        with suppress(OSError):
+            _remove(temporary)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A whole file of UTF-8, or what was there before.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with written(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def make_directory(path: Path) -> None:
+    """Before hours of work: the directory that their result goes to.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(path, error) from None
+
+
+def unwritable(path: Path, error: Exception, *, what: str = "") -> UserError:
+    """The sentence for a disk that is full or not ours to write on."""
+    reason = str(getattr(error, "strerror", None) or error).split("\n")[0]
+    deed = f"cannot write {what}" if what else "cannot write"
+    return UserError(f"{path}: {deed}: {reason}; free some space and start the same command again")
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Removes what killed writers left in a directory and those below it. Nobody else may be writing there.
+
+    Raises:
+        UserError: it cannot be removed.
+    """
+    for path in list(directory.rglob(f".*{_MARK}*")):
+        try:
+            _remove(path)
+        except OSError as error:
+            raise unwritable(path, error) from None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    for inner in sorted(path.rglob("*")) if path.is_dir() else ():
+        _sync_entry(inner)
+    _sync_entry(path)
+
+
+def _sync_entry(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
