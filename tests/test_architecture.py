@@ -87,7 +87,7 @@ def test_the_top_level_explains_the_library() -> None:
         for p in HOUSE.iterdir()
         if not p.name.startswith((".", "__py"))
     }
-    assert names - {"__init__", "__main__", "py"} == set(MAY_IMPORT)
+    assert names - {"__init__", "__main__", "py.typed"} == set(MAY_IMPORT)
     assert len(MAY_IMPORT) <= ENTRIES
 
 

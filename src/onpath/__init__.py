@@ -39,7 +39,9 @@ _HOME = {
     "train": "onpath.training",
     "write_report": "onpath.commands.report.command",
 }
-_SUBMODULES = {"config", "divergence", "evaluate", "grade", "gym", "losses", "records", "transport"}
+_SUBMODULES = {
+    *("config", "divergence", "evaluate", "grade", "gym", "losses", "methods", "records", "transport")
+}
 
 
 def __dir__() -> list[str]:

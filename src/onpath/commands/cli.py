@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 from onpath import __version__
+from onpath.system import code
 from onpath.system.errors import guarded
 
 TAKES_OVERRIDES = ("train", "doctor", "config")
@@ -30,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] and arguments[0] in TAKES_OVERRIDES:
         arguments, overrides = split_overrides(arguments)
     options = make_parser().parse_args(arguments)
+    if getattr(options, "allow_code", False):
+        code.allow()
     return guarded(lambda: options.run(options, overrides))
 
 
@@ -58,6 +61,14 @@ class _Parser(argparse.ArgumentParser):
             known = re.findall(r"[\w-]+", found[2])
             message = f"unknown command {found[1]}; {nearest(found[1], known)}"
         self.exit(2, f"onpath: {message} (`{self.prog} --help` shows what there is)\n")
+
+
+def _add_allow_code(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--allow-code",
+        action="store_true",
+        help="run the Python files that the config names (docs/extending.md); read them first",
+    )
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -109,13 +120,14 @@ def _add_train(commands: Any) -> None:
     train = commands.add_parser(
         "train",
         help="run a config to its end, or go on where it stopped",
-        usage="onpath train [CONFIG.yaml] [--section.key value ...]",
+        usage="onpath train [CONFIG.yaml] [--allow-code] [--section.key value ...]",
         description="Runs a config to its end; the same command goes on where a stopped run was.",
         more=_first_options,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     train.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="its options (default: the gym)")
     train.add_argument("--quiet", action="store_true", help="no progress display")
+    _add_allow_code(train)
     train.set_defaults(run=_train)
 
 
@@ -141,12 +153,13 @@ def _add_doctor(commands: Any) -> None:
     command = commands.add_parser(
         "doctor",
         help="look for silent faults before a run: ids, templates, scores, gradient, cost",
-        usage="onpath doctor [CONFIG.yaml] [--json] [--section.key value ...]",
+        usage="onpath doctor [CONFIG.yaml] [--json] [--allow-code] [--section.key value ...]",
         description="Checks a config for silent faults with a small real batch; writes nothing. Exit code 1: "
         "a check failed. docs/doctor.md says what each one looks at.",
     )
     command.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="as for train (default: the gym)")
     command.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    _add_allow_code(command)
     command.set_defaults(run=_doctor)
 
 
@@ -181,7 +194,9 @@ def _add_eval(commands: Any) -> None:
     command.add_argument("--n", type=int, help="samples per problem (default: k)")
     command.add_argument("--k", type=int, default=4, help="pass@k (default: 4)")
     command.add_argument("--limit", type=int, help="only the first so many problems")
-    command.add_argument("--grader", default="auto", choices=["auto", "gym", "math", "exact"])
+    command.add_argument(
+        "--grader", default="auto", metavar="NAME", help="auto, gym, math, exact, or your own as file.py:name"
+    )
     command.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1)")
     command.add_argument("--top-p", type=float, default=1.0, help="default: 1")
     command.add_argument("--top-k", type=int, default=0, help="default: off")
@@ -192,6 +207,7 @@ def _add_eval(commands: Any) -> None:
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:0")
     command.add_argument("--out", metavar="DIR", help="write eval.json and the graded samples there")
     command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    _add_allow_code(command)
     command.set_defaults(run=_eval)
 
 
@@ -231,6 +247,7 @@ def _add_study(commands: Any) -> None:
         "config", metavar="CONFIG.yaml", help="base, arms, seeds, budget, tune, evals, parallel"
     )
     command.add_argument("--quiet", action="store_true", help="no progress display")
+    _add_allow_code(command)
     command.set_defaults(run=_study)
 
 
@@ -329,6 +346,7 @@ def _add_inspect(commands: Any) -> None:
     command.add_argument(
         "--every", type=int, default=8, help="tokens between a probe's positions (default: 8)"
     )
+    _add_allow_code(command)
     command.set_defaults(run=_inspect)
 
 
@@ -376,6 +394,7 @@ def _add_config(commands: Any) -> None:
     instead = command.add_mutually_exclusive_group()
     instead.add_argument("--options", action="store_true", help="print what each option means instead")
     instead.add_argument("--schema", action="store_true", help="print the JSON schema instead")
+    _add_allow_code(command)
     command.set_defaults(run=_config)
 
 
@@ -385,7 +404,8 @@ def _config(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -
     if options.options:
         from onpath.commands.options import all_options
 
-        print(all_options())
+        chosen = type(configuration.load(options.config, overrides).method)
+        print(all_options(None if chosen in configuration.METHODS.values() else chosen))
     elif options.schema:
         print(json.dumps(configuration.json_schema(), indent=2))
     else:

@@ -21,6 +21,7 @@ from onpath.grade.base import Grader
 from onpath.grade.graders import grader_for
 from onpath.records import Prompt, Rollout, Sampling
 from onpath.run.trajectories import sample_row, write_parquet
+from onpath.system import code
 from onpath.system.errors import UserError
 from onpath.system.files import make_directory, write_text
 
@@ -68,6 +69,7 @@ def evaluate_model(
     seed: int = 1234,
     dtype: str = "float32",
     device: str = "auto",
+    allow_code: bool = False,
     out: str | Path | None = None,
 ) -> Evaluated:
     """Samples a model's answers and grades them; with `against` also a second model's, on the same problems.
@@ -81,11 +83,12 @@ def evaluate_model(
         n: samples per problem; None: k.
         k: of pass@k.
         limit: only the first so many problems.
-        grader: auto, gym, math or exact.
+        grader: auto, gym, math, exact, or a function of your own as file.py:name.
         temperature, top_p, top_k, max_new_tokens, seed: of the samples; temperature 0 is greedy.
         batch_tokens: tokens in one generation batch.
         dtype: of the weights: float32, bfloat16 or float16.
         device: auto, or as torch names it.
+        allow_code: run the Python files that `grader` and `data` name.
         out: directory for eval.json and the graded samples.
 
     Raises:
@@ -97,13 +100,15 @@ def evaluate_model(
     )
     _check(sampling, n=count, k=k, batch_tokens=batch_tokens, dtype=dtype)
     source = str(data)
-    prompts = load_prompts(source, limit=limit, split_default="test").prompts
+    with code.allowed(allow_code):
+        prompts = load_prompts(source, limit=limit, split_default="test").prompts
+        chosen = grader_for(grader, [source])
     split = split_name(source)
     if out is not None:
         make_directory(Path(out))
         (Path(out) / "eval.json").unlink(missing_ok=True)  # it comes last: where it is, the samples are
     results = {}
-    with grader_for(grader, [source]) as judge:
+    with chosen as judge:
         questions = _Questions(
             prompts=prompts,
             grader=judge,

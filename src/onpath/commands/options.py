@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterable, Iterator
 
 from onpath.config.describe import Option, describe
+from onpath.config.methods import MethodOptions
 
 FIRST = (
     "student.model", "student.lora_rank", "teacher.model", "data.train", "data.eval", "method.name",
@@ -25,10 +26,14 @@ def first_options() -> str:
     return "\n".join(["options of a first config:", "", *printed, "", *_wrapped(HOW), rest])
 
 
-def all_options() -> str:
-    """Every option once: a first config's, then the others section by section."""
+def all_options(own: type[MethodOptions] | None = None) -> str:
+    """Every option once: a first config's, then the others section by section.
+
+    Args:
+        own: options of a method of the user's own.
+    """
     groups: dict[str, list[Option]] = {"a first config": []}
-    for key, *rest in describe():
+    for key, *rest in describe(own):
         groups.setdefault(_group_of(key), []).append((_OF_ONE_METHOD.sub("method", key), *rest))  # type: ignore[arg-type]
     lines = _wrapped(HOW)
     for name, options in groups.items():

@@ -2,9 +2,10 @@
 
 from onpath.config.build import Config, build, load, nearest, read_yaml, resolved, with_own
 from onpath.config.describe import describe, json_schema
+from onpath.config.methods import METHODS
 from onpath.config.sections import Data, Eval, Optim, RolloutSection, Run, Student, Teacher
 
 __all__ = [
-    "Config", "Data", "Eval", "Optim", "RolloutSection", "Run", "Student", "Teacher",
+    "METHODS", "Config", "Data", "Eval", "Optim", "RolloutSection", "Run", "Student", "Teacher",
     "build", "describe", "json_schema", "load", "nearest", "read_yaml", "resolved", "with_own",
 ]  # fmt: skip

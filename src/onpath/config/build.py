@@ -185,7 +185,10 @@ def build(data: Mapping[str, Any], *, source: str = "config", overridden: Iterab
         overridden: dotted keys that did not come from there, but from the command line.
     """
     try:
-        return Config.model_validate(data)
+        config = Config.model_validate(data)
+        if code.is_allowed():  # what it names is known from now on, and fails here if it fails
+            code.load_all(config.model_dump(mode="json"))
+        return config
     except ValidationError as error:
         key = _dotted(error)
         ours = any(key == dotted or key.startswith(f"{dotted}.") for dotted in overridden)

@@ -1,7 +1,7 @@
 """The options as text and as a JSON schema."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -16,22 +16,22 @@ Option = tuple[str, str, str, str]
 """Key, type, default, documentation."""
 
 
-def describe() -> Iterator[Option]:
-    """Every option once, for `--help` and the docs.
+def describe(own: type[MethodOptions] | None = None) -> Iterator[Option]:
+    """Every option once, for `--help` and the docs; `own`: options of a method that is not built in.
 
     `method.key` is one that all methods have; `method[name].key` one that this method has alone, or with
     another default.
     """
     for section in Config.model_fields:
         if section == "method":
-            yield from _describe_methods()
+            yield from _describe_methods({**METHODS, **({own.__qualname__: own} if own else {})})
         elif section == "rewards":
             yield from _describe_fields("rewards.LABEL", Reward)
         else:
             yield from _describe_fields(section, _section_type(section))
 
 
-def _describe_methods() -> Iterator[Option]:
+def _describe_methods(methods: Mapping[str, type[MethodOptions]]) -> Iterator[Option]:
     default = json.dumps(Config.model_fields["method"].default.name)
     yield (
         "method.name",
@@ -41,7 +41,7 @@ def _describe_methods() -> Iterator[Option]:
     )
     shared = list(_describe_fields("method", MethodOptions))
     yield from shared
-    for name, options in METHODS.items():
+    for name, options in methods.items():
         own = (option for option in _describe_fields("method", options) if option not in shared)
         yield from ((key.replace("method", f"method[{name}]", 1), *rest) for key, *rest in own)  # type: ignore[misc]
 

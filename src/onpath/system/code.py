@@ -69,6 +69,22 @@ def beside(tree: Any, directory: Path) -> Any:
     return f"{directory / found['file']}:{found['name']}"
 
 
+def load_all(tree: Any, *, key: str = "") -> None:
+    """Loads every own file that a config's tree names, so that it is known from now on.
+
+    Raises:
+        UserError: see `load`.
+    """
+    if isinstance(tree, Mapping):
+        for name, value in tree.items():
+            load_all(value, key=f"{key}.{name}" if key else str(name))
+    elif isinstance(tree, list):
+        for value in tree:
+            load_all(value, key=key)
+    elif is_own(tree):
+        load(tree, key=key)
+
+
 def register(name: str, value: Any) -> str:
     """Makes an object that a Python call passed known under a name that a config can hold."""
     _loaded[name] = value

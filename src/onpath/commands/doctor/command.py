@@ -26,6 +26,7 @@ from onpath.grade.graders import grader_for
 from onpath.run.assemble import assemble
 from onpath.run.inputs import make_renderer
 from onpath.run.parts import Parts
+from onpath.system import code
 from onpath.system.errors import UserError
 
 _STYLES = {"ok": "green", "warning": "yellow", "fail": "bold red", "skipped": "dim"}
@@ -76,6 +77,7 @@ def run_doctor(
     config: Config | str | Path | None = None,
     *,
     overrides: Sequence[tuple[str, str]] = (),
+    allow_code: bool = False,
     each: Callable[[Finding], None] = lambda finding: None,
 ) -> Diagnosis:
     """Checks a config for silent faults with a small real batch; writes nothing.
@@ -83,6 +85,7 @@ def run_doctor(
     Args:
         config: see `onpath.config`; or the path of its YAML; None: the gym.
         overrides: dotted keys and values, of a YAML.
+        allow_code: run the Python files that the config names.
         each: is told every finding as it comes.
 
     Raises:
@@ -91,12 +94,13 @@ def run_doctor(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("onpath doctor looks at one process: start it without torchrun")
     begun, refused = time.perf_counter(), None
-    if not isinstance(config, Config):
-        config, refused = load_leniently(config, overrides)
     found = []
-    for finding in diagnose(config, refused=refused):
-        found.append(finding)
-        each(finding)
+    with code.allowed(allow_code):
+        if not isinstance(config, Config):
+            config, refused = load_leniently(config, overrides)
+        for finding in diagnose(config, refused=refused):
+            found.append(finding)
+            each(finding)
     return Diagnosis(config=config, findings=tuple(found), seconds=time.perf_counter() - begun)
 
 

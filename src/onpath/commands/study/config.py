@@ -11,6 +11,7 @@ from onpath import config as configuration
 from onpath.config.build import Config
 from onpath.config.section import Section
 from onpath.data.tasks import split_name
+from onpath.system import code
 from onpath.system.errors import UserError
 
 MEASURES = ("updates", "updated_tokens", "generated_tokens", "wall_seconds")
@@ -232,7 +233,7 @@ def load_study(path: str | Path) -> StudyConfig:
         UserError: unreadable file, wrong key, wrong value or impossible pair.
     """
     path = Path(path)
-    data = _read(path)
+    data = code.beside(_read(path), path.parent)
     base = data.get("base")
     if isinstance(base, str):
         data["base"] = configuration.load(path.parent / base)

@@ -14,6 +14,8 @@ from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
 
+from onpath.system import code
+
 
 class _Descriptor:
     """A descriptor that stays open in the process that this is sent to."""
@@ -37,18 +39,22 @@ def start(work: str, config: Path, *, log: Path, lock: int, environment: Mapping
         config: its argument.
         log: where everything that the process prints is appended.
         lock: a descriptor that the process holds as long as it lives.
-        environment: all variables of the process.
+        environment: all variables of the process. Own code may run there if it may here.
     """
     context = get_context("forkserver")
     context.set_forkserver_preload(["onpath.commands.study.worker"])
-    arguments = (work, config, log, _Descriptor(lock), dict(environment))
+    arguments = (work, config, log, _Descriptor(lock), dict(environment), code.is_allowed())
     process = context.Process(target=_begin, args=arguments)
     process.start()
     return process
 
 
-def _begin(work: str, config: Path, log: Path, lock: int, environment: dict[str, str]) -> None:
+def _begin(
+    work: str, config: Path, log: Path, lock: int, environment: dict[str, str], own_code: bool
+) -> None:
     del lock  # open until the process ends
+    if own_code:
+        code.allow()
     os.environ.clear()
     os.environ.update(environment)
     with log.open("ab") as output, open(os.devnull, "rb") as nothing:

@@ -19,6 +19,7 @@ from onpath.methods.trd.rewriter import Rewriter
 from onpath.records import Prompt
 from onpath.system import distributed
 from onpath.system.errors import UserError
+from onpath.system.files import write_text
 
 ENOUGH = 8
 """Attempts of a kind below which nothing is refused: too few to tell."""
@@ -68,7 +69,7 @@ def gate(rewriter: Rewriter, tools: Tools, prompts: Sequence[Prompt], directory:
     found = refinement(rewriter, tools, prompts)
     reason = refusal(found, max_harm=rewriter.options.gate_max_harm)
     if distributed.rank() == 0:
-        path.write_text(json.dumps({"passed": not reason, **vars(found)}, indent=1) + "\n", encoding="utf-8")
+        write_text(path, json.dumps({"passed": not reason, **vars(found)}, indent=1) + "\n")
     if reason:
         raise UserError(
             f"the refine gate stops this run: {reason} ({found.sentence}); use a teacher that can rewrite "

@@ -1,0 +1,327 @@
+"""docs/extending.md, run as a stranger would: files outside the package, named in YAML or passed."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+import onpath
+from onpath.commands.cli import main
+from onpath.config import Config, build, load
+from onpath.system import code
+from onpath.system.errors import UserError
+
+PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
+EXAMPLES = dict(re.findall(r"```\w+ file=(\S+)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S))
+Tiny = Callable[..., Config]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_allowed_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test is a process of its own: nothing may run, and nothing was loaded."""
+    monkeypatch.setattr(code, "_process_wide", False)
+    monkeypatch.setattr(code, "_loaded", {})
+    for name in [name for name in sys.modules if name.startswith("onpath_own_")]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+@pytest.fixture
+def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stranger's directory with the page's files."""
+    directory = tmp_path / "mine"
+    directory.mkdir()
+    for name, text in EXAMPLES.items():
+        (directory / name).write_text(text)
+    monkeypatch.chdir(directory)
+    return directory
+
+
+def config_of(tiny: Tiny, example: str, directory: Path, **more: Any) -> Path:
+    """The page's YAML over the tiny models."""
+    tree = yaml.safe_load(tiny(run__name=Path(example).stem, **more).to_yaml())
+    for section, options in yaml.safe_load(EXAMPLES[example]).items():
+        if section == "rewards":
+            tree[section] = options
+        else:
+            tree[section] = options if section == "method" else {**tree[section], **options}
+    path = directory / f"full-{example}"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def rows_of(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def mine(name: str) -> Any:
+    """The page's object, loaded by a stranger's own import."""
+    spec = importlib.util.spec_from_file_location("stranger", f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_examples_are_short() -> None:
+    for name in ("longer.py", "hellinger.py", "lastword.py", "brevity.py"):
+        assert len(EXAMPLES[name].splitlines()) <= 30, name
+
+
+YAMLS = [name for name in EXAMPLES if name.endswith(".yaml")]
+
+
+@pytest.mark.parametrize("example", YAMLS)
+def test_nothing_runs_until_somebody_says_so(
+    example: str, tiny: Tiny, outside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, python = config_of(tiny, example, outside), outside / f"{Path(example).stem}.py"
+    python.write_text(f"open('ran', 'w').close()\n{python.read_text()}")
+    for command in ("train", "doctor"):
+        assert main([command, str(path)]) in (1, 2)
+        said = capsys.readouterr()
+        assert "--allow-code" in said.err + said.out
+    assert not (outside / "ran").exists()
+    assert main(["train", str(path), "--quiet", "--allow-code"]) == 0
+    assert (outside / "ran").exists()
+
+
+def test_a_method_works_everywhere(
+    tiny: Tiny, outside: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    more = {"rollout__max_new_tokens": 40, "rollout__prompts": 12, "run__trajectories_every": 1}
+    path = config_of(tiny, "longer.yaml", outside, **more)
+    config = load(path, allow_code=True)
+    run = Path(config.run.dir) / "longer"
+    assert main(["train", str(path), "--quiet", "--allow-code"]) == 0
+    stored = pq.read_table(run / "trajectories" / "step_000001.parquet").to_pylist()
+    assert sum(row["kept"] for row in stored) == len(stored) // 2
+    shortest_kept = min(len(r["response"]) for r in stored if r["kept"])
+    assert all(len(r["response"]) <= shortest_kept for r in stored if not r["kept"])
+    assert {r["reason"] for r in stored if not r["kept"]} == {"short"}
+    assert rows_of(run)[0]["kept_length"] > rows_of(run)[0]["mean_length"]
+    written = yaml.safe_load((run / "config.yaml").read_text())
+    assert written["method"]["name"] == "longer.py:Longer"
+    assert written["method"]["share"] == 0.5
+    capsys.readouterr()
+    for command in (["report", str(run)], ["inspect", str(run), "--only", "dropped"]):
+        assert main(command) == 0
+    assert "short" in capsys.readouterr().out
+    assert main(["config", str(path), "--allow-code", "--options"]) == 0
+    assert "Share of the rollouts that are kept." in capsys.readouterr().out
+    assert main(["config", str(path), "--allow-code", "--method.share", "0.25"]) == 0
+    assert "share: 0.25" in capsys.readouterr().out
+    assert main(["train", str(path), "--quiet", "--allow-code", "--method.share", "0.25"]) == 2
+    assert "method.share: 0.5 there, 0.25 here" in capsys.readouterr().err, "the resume check knows it"
+    assert main(["train", str(path), "--allow-code", "--method.shar", "0.25"]) == 2
+    assert "unknown key method.shar; did you mean share?" in capsys.readouterr().err
+    assert main(["doctor", str(path), "--allow-code"]) in (0, 1)
+    assert "unknown" not in capsys.readouterr().out
+
+
+def test_a_method_in_a_study(tiny: Tiny, outside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In processes of their own, as `onpath study` starts them."""
+    base = yaml.safe_load(tiny(eval__start=False).to_yaml())
+    del base["rewards"]
+    study = {
+        "name": "strangers",
+        "dir": str(outside / "studies"),
+        "base": base,
+        "arms": {"opd": {}, "longer": {"method": {"name": "longer.py:Longer", "share": 0.5}}},
+        "seeds": 2,
+        "budget": {"updates": 2},
+        "parallel": {"processes": 1, "threads": 1},
+    }
+    Path("study.yaml").write_text(yaml.safe_dump(study))
+    done = subprocess.run(
+        [sys.executable, "-m", "onpath", "study", "study.yaml", "--allow-code", "--quiet"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((outside / "studies" / "strangers" / "study.json").read_text())
+    assert {arm["arm"] for arm in found["arms"]} == {"opd", "longer"}
+    assert main(["report", str(outside / "studies" / "strangers")]) == 0
+
+
+def test_objects_instead_of_names(tiny: Tiny, outside: Path) -> None:
+    """From a notebook: nothing is named, so nothing need be allowed."""
+    Longer = mine("longer").Longer
+    config = tiny(run__name="objects", run__trajectories_every=1)
+    done = onpath.train(
+        config,
+        method=Longer.Options(share=0.25),
+        divergence=mine("hellinger").hellinger,
+        grader=mine("lastword").grade,
+        rewards={"short": mine("brevity").brevity},
+        quiet=True,
+    )
+    tree = yaml.safe_load((done.directory / "config.yaml").read_text())
+    assert tree["method"]["name"].endswith("longer.py:Longer")
+    assert tree["method"]["share"] == 0.25
+    assert tree["method"]["divergence"].endswith("hellinger.py:hellinger")
+    assert tree["eval"]["grader"].endswith("lastword.py:grade")
+    assert rows_of(done.directory)[0]["short"] > 0
+    stored = pq.read_table(done.directory / "trajectories" / "step_000001.parquet").to_pylist()
+    assert sum(row["kept"] for row in stored) == len(stored) // 4
+    plain = onpath.train(tiny(run__name="plain"), method=Longer, quiet=True)
+    assert yaml.safe_load((plain.directory / "config.yaml").read_text())["method"]["share"] == 0.5
+
+
+def test_a_divergence_trains(tiny: Tiny, outside: Path) -> None:
+    """Its loss is the function's own mean over the same tokens."""
+    from onpath.run.assemble import assemble
+    from tests.stepping import step_on
+
+    path = config_of(tiny, "hellinger.yaml", outside)
+    parts = assemble(load(path, allow_code=True))
+    from onpath.training import sample
+
+    made = parts.method.prepare(sample(parts, 0), step=0).trajectories
+    meter, gradients = step_on(parts, made)
+    import torch
+
+    total = count = 0.0
+    for t in made:
+        logps = []
+        for model in (parts.models.teacher.model, parts.models.student):
+            ids = torch.tensor([t.student_context + t.response])
+            with torch.no_grad():
+                logits = model.eval()(ids).logits[0, len(t.student_context) - 1 : -1]
+            logps.append(logits[:, : parts.models.vocabulary].double().log_softmax(-1))
+        total += float(mine("hellinger").hellinger(*logps).sum())
+        count += len(t.response)
+    assert meter.sums["loss"] == pytest.approx(total / count, rel=1e-4)
+    assert max(float(g.abs().max()) for g in gradients.values()) > 0
+
+
+def test_a_reward_is_logged_and_filters_and_weighs(tiny: Tiny, outside: Path) -> None:
+    path = config_of(tiny, "brevity.yaml", outside, run__trajectories_every=1, eval__start=False)
+    tree = yaml.safe_load(path.read_text())
+    directory = Path(tree["run"]["dir"]) / tree["run"]["name"]
+    onpath.train(load(path, allow_code=True), quiet=True)
+    stored = pq.read_table(directory / "trajectories" / "step_000001.parquet").to_pylist()
+    values = [1 / (1 + len(row["origin_text"])) for row in stored]
+    assert [row["brevity"] for row in stored] == pytest.approx(values)
+    assert rows_of(directory)[0]["brevity"] == pytest.approx(sum(values) / len(values))
+    cut = sorted(values)[len(values) // 2]
+    reward = {"name": "brevity.py:brevity", "at_least": cut, "weights_tokens": True}
+    tree = {**tree, "rewards": [reward], "run": {**tree["run"], "name": "cut"}}
+    with code.allowed():
+        onpath.train(build(tree), quiet=True)
+    again = pq.read_table(directory.parent / "cut" / "trajectories" / "step_000001.parquet").to_pylist()
+    assert [row["kept"] for row in again] == [v >= cut for v in values]
+    kept = [row for row in again if row["kept"]]
+    weights = [w for row in kept for w in row["weights"]]
+    assert sum(weights) == pytest.approx(len(weights)), "mean 1 over the step"
+    ratios = {round(row["weights"][0] / row["brevity"], 6) for row in kept}
+    assert len(ratios) == 1
+
+
+def test_a_tracker_and_rows_of_ones_own(tiny: Tiny, outside: Path) -> None:
+    path = config_of(tiny, "printing.yaml", outside)
+    done = onpath.train(load(path, allow_code=True), quiet=True)
+    tracked = [line.split() for line in (done.directory / "tracked.txt").read_text().splitlines()]
+    losses = {str(row["step"]): row["loss"] for row in rows_of(done.directory)}
+    assert {s: float(v) for s, v in tracked if v != "None"} == pytest.approx(losses)
+    done = onpath.train(load(config_of(tiny, "sums.yaml", outside), allow_code=True), quiet=True)
+    assert done.evaluations[0]["problems"] == 200
+
+
+def test_a_task_of_ones_own(tiny: Tiny, outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from onpath.data import tasks
+
+    monkeypatch.setattr(tasks, "_TASKS", dict(tasks._TASKS))
+    tree = yaml.safe_load(tiny(run__name="parity", eval__grader="auto").to_yaml())
+    done = mine("parity").main(tree)
+    assert done.evaluations[0]["grader"] == "parity"
+    assert done.evaluations[0]["problems"] == 20
+
+
+def test_an_engine_of_ones_own(tiny: Tiny) -> None:
+    from onpath.engines.base import Engine
+    from onpath.records import Completion
+
+    class Echo(Engine):
+        """Always generates the same two tokens."""
+
+        def __init__(self) -> None:
+            self.synced: list[int] = []
+
+        def continue_from(self, prefixes: Any, sampling: Any, *, keys: Any = None) -> list[Completion]:
+            return [Completion(ids=(5, 2), logprobs=(-1.0, -1.0), finish_reason="stop") for _ in prefixes]
+
+        def score(self, contexts: Any, responses: Any) -> list[tuple[float, ...]]:
+            return [tuple(-1.0 for _ in r) for r in responses]
+
+        def sync_weights(self, version: int) -> None:
+            super().sync_weights(version)
+            self.synced.append(version)
+
+    from onpath.run.assemble import assemble
+
+    engine, config = Echo(), tiny(run__name="echo", eval__start=False)
+    engine.renderer = assemble(config).text.renderer
+    done = onpath.train(config, engine=engine, quiet=True)
+    assert {row["mean_length"] for row in rows_of(done.directory)} == {2.0}
+    assert engine.synced == list(range(config.optim.steps + 1))
+
+
+WRONG = {
+    "no such file": ("gone.py:Mine", "there is no file gone.py"),
+    "no such name": ("longer.py:Shorter", r"longer.py has no Shorter; it defines Longer"),
+    "no method": ("hellinger.py:hellinger", "is not a method: derive a class from onpath.methods.Method"),
+    "a file that fails": ("broken.py:Mine", r"broken.py, line 2 fails: ZeroDivisionError"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_cannot_be_loaded_is_said(
+    name: str, tiny: Tiny, outside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (outside / "broken.py").write_text("x = 1\ny = 1 / 0\n")
+    own, expected = WRONG[name]
+    path = config_of(tiny, "longer.yaml", outside)
+    assert main(["train", str(path), "--allow-code", "--method.name", own]) == 2
+    said = capsys.readouterr().err.strip()
+    assert re.search(expected, said), said
+    assert "\n" not in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("def grade(text, answer):\n    return 1 / 0\n", "fails for the answer"),
+        ("def grade(text, answer):\n    return 'yes'\n", "must give True or False, not 'yes'"),
+    ],
+)
+def test_a_grader_that_fails_is_named(body: str, expected: str, tiny: Tiny, outside: Path) -> None:
+    (outside / "lastword.py").write_text(body)
+    path = config_of(tiny, "lastword.yaml", outside)
+    with pytest.raises(UserError, match=expected):
+        onpath.train(load(path, allow_code=True), quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("def brevity(length):\n    return 1.0\n", "its parameter length is none of text, answer, prompt"),
+        ("def brevity(text):\n    return float('nan')\n", "must be finite"),
+        ("def brevity(text):\n    return text.no\n", "AttributeError"),
+    ],
+)
+def test_a_reward_that_fails_is_named(body: str, expected: str, tiny: Tiny, outside: Path) -> None:
+    (outside / "brevity.py").write_text(body)
+    path = config_of(tiny, "brevity.yaml", outside)
+    with pytest.raises(UserError, match=expected):
+        onpath.train(load(path, allow_code=True), quiet=True)
