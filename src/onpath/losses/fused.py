@@ -172,9 +172,9 @@ def _check(
     }
     check_shapes(student_hidden, head, teacher, per_token)
     if objective.needs_teacher and teacher is None:
-        raise ValueError(f"{objective.kind} needs a teacher")
+        raise ValueError(f"{objective.name} needs a teacher")
     if not objective.is_divergence and sampled_ids is None:
-        raise ValueError(f"{objective.kind} needs sampled_ids, the response's tokens")
+        raise ValueError(f"{objective.name} needs sampled_ids, the response's tokens")
     if objective.ppo_clip is not None and behaviour_logp is None:
         raise ValueError(
             "ppo_clip compares with the policy that drew the tokens: without behaviour_logp it never clips"

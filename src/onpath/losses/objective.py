@@ -1,14 +1,22 @@
 """What is minimised at one token, as data. A combination that is known to be wrong cannot be built."""
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from functools import partial
+from typing import Any, Literal, get_args
 
-Kind = Literal["forward_kl", "reverse_kl", "jensen_shannon", "sampled", "cross_entropy", "negative_advantage"]
+Divergence = Literal["reverse_kl", "forward_kl", "jensen_shannon"]
+"""The names in `onpath.divergence.DIVERGENCES`, written out: reading them there would load torch."""
+TokenLoss = Literal["sampled", "cross_entropy", "negative_advantage"]
+"""Losses of the sampled token alone."""
+Kind = Literal[Divergence, TokenLoss]
+KINDS: tuple[str, ...] = get_args(Kind)
+OwnDivergence = Callable[..., Any]
+"""f(*, teacher_logp, student_logp), or f(teacher_logp, student_logp) by position: [..., V] → [...], nats."""
 Support = Literal["full", "teacher_topk", "student_topk", "union"]
 Tail = Literal["renormalise", "bucket", "none"]
 Estimator = Literal["policy_gradient", "k1_loss", "k3_loss"]
-
-DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +28,10 @@ class Objective:
     ValueError: reverse_kl on a bare top-k set rewards the student for leaving the set ...
     """
 
-    kind: Kind = "reverse_kl"
+    kind: Kind | OwnDivergence = "reverse_kl"
     """`sampled`: reverse KL from sampled tokens as a policy gradient. `cross_entropy`: plain SFT on the
-    response. `negative_advantage`: a control without a teacher, which pushes unlikely sampled tokens down."""
+    response. `negative_advantage`: a control without a teacher, which pushes unlikely sampled tokens down.
+    A function is a divergence of your own, differentiated by autograd: docs/objectives.md."""
     beta: float | None = None
     """jensen_shannon: the teacher's share of the mixture, strictly between 0 and 1."""
     support: Support = "full"
@@ -47,8 +56,10 @@ class Objective:
     """negative_advantage: for sampled tokens with a student log-prob below this, nats (here p < 0.1)."""
 
     def __post_init__(self) -> None:
+        if callable(self.kind):
+            takes_names(self.kind)
         for name, known in (("kind", Kind), ("support", Support), ("tail", Tail), ("estimator", Estimator)):
-            if getattr(self, name) not in get_args(known):
+            if not callable(getattr(self, name)) and getattr(self, name) not in get_args(known):
                 raise ValueError(
                     f"{name} must be one of {', '.join(get_args(known))}, not {getattr(self, name)!r}"
                 )
@@ -61,30 +72,65 @@ class Objective:
                 raise ValueError(f"{name} must be above 0 (or None for no clip), not {value}")
 
     @property
+    def name(self) -> str:
+        """Of the kind, for people: a function has its own."""
+        return self.kind if isinstance(self.kind, str) else _name(self.kind)
+
+    @property
     def is_divergence(self) -> bool:
         """Compares distributions, not the sampled token alone."""
-        return self.kind in DIVERGENCES
+        return callable(self.kind) or self.kind in get_args(Divergence)
 
     @property
     def needs_teacher(self) -> bool:
         return self.is_divergence or self.kind == "sampled"
 
 
+def takes_names(function: OwnDivergence) -> bool:
+    """Whether a divergence is called with names; else by position, the teacher first.
+
+    Names come first: a function that has the two in the other order is still called right.
+
+    Raises:
+        ValueError: it can be called in neither way.
+    """
+    signature, logps = inspect.signature(function), {"teacher_logp": None, "student_logp": None}
+    for by_name in (True, False):
+        try:
+            signature.bind(**logps) if by_name else signature.bind(*logps.values())
+        except TypeError:
+            continue
+        return by_name
+    raise ValueError(
+        f"a divergence is called as f(teacher_logp, student_logp), and {_name(function)}{signature} cannot be"
+    )
+
+
+def _name(function: OwnDivergence) -> str:
+    while isinstance(function, partial):
+        function = function.func
+    return function.__name__ if inspect.isroutine(function) else type(function).__name__
+
+
 def _check_divergence(o: Objective) -> None:
     if (o.kind == "jensen_shannon") != (o.beta is not None):
-        raise ValueError(f"beta belongs to jensen_shannon and only to it: kind is {o.kind}, beta is {o.beta}")
+        raise ValueError(f"beta belongs to jensen_shannon and only to it: kind is {o.name}, beta is {o.beta}")
     if o.beta is not None and not 0 < o.beta < 1:
         raise ValueError(
             f"jensen_shannon at beta {o.beta} is zero everywhere: the mixture is one of its two sides; "
             "use forward_kl (TRL's beta = 0) or reverse_kl (TRL's beta = 1)"
         )
+    if o.entry_clip is not None and callable(o.kind):
+        raise ValueError(
+            f"entry_clip caps the terms of a built-in divergence, and {o.name} sums its own: cap them there"
+        )
     if o.entry_clip is not None and not o.is_divergence:
         raise ValueError(
-            f"entry_clip caps the terms of a sum over the vocabulary, and {o.kind} has no such sum"
+            f"entry_clip caps the terms of a sum over the vocabulary, and {o.name} has no such sum"
         )
     if o.token_clip is not None and not o.is_divergence:
         raise ValueError(
-            f"token_clip caps a divergence, which is at least 0; {o.kind} is not one: use ppo_clip for "
+            f"token_clip caps a divergence, which is at least 0; {o.name} is not one: use ppo_clip for "
             f"sampled"
         )
 
@@ -103,7 +149,7 @@ def _check_support(o: Objective) -> None:
             "is a baseline): differentiate the KL itself, kind reverse_kl, or use sampled with support full"
         )
     if not o.is_divergence:
-        raise ValueError(f"{o.kind} looks at the sampled token alone: support must be full")
+        raise ValueError(f"{o.name} looks at the sampled token alone: support must be full")
     if o.k is None or o.k < 1:
         raise ValueError(f"support {o.support} needs k, the size of the set, at least 1, not {o.k}")
     if o.k == 1 and o.tail == "renormalise" and o.support != "union":
@@ -122,7 +168,7 @@ def _refuse_bare_set(o: Objective) -> None:
             "outside): use tail bucket or renormalise"
         )
     raise ValueError(
-        f"{o.kind} on a bare top-k set compares two masses that are not distributions, so it can be "
+        f"{o.name} on a bare top-k set compares two masses that are not distributions, so it can be "
         f"negative and is not least "
         "at p_S = p_T: use tail bucket or renormalise"
     )
@@ -131,7 +177,7 @@ def _refuse_bare_set(o: Objective) -> None:
 def _check_sampled(o: Objective) -> None:
     if o.kind != "sampled":
         if o.ppo_clip is not None or o.discount != 0.0 or o.estimator != "policy_gradient":
-            raise ValueError(f"ppo_clip, discount and estimator belong to kind sampled, not to {o.kind}")
+            raise ValueError(f"ppo_clip, discount and estimator belong to kind sampled, not to {o.name}")
     elif o.estimator == "k1_loss":
         raise ValueError(
             "back-propagating log p_S − log p_T of the sampled token drops the teacher from the gradient, "

@@ -5,11 +5,9 @@ from typing import Literal
 from pydantic import Field
 
 from onpath.config.section import Section
-from onpath.losses.objective import Objective
+from onpath.losses.objective import Kind, Objective
 
-Divergence = Literal[
-    "reverse_kl", "forward_kl", "jensen_shannon", "sampled", "cross_entropy", "negative_advantage"
-]
+Divergence = Kind
 
 
 class LossOptions(Section):
