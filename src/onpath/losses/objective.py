@@ -15,17 +15,16 @@ KINDS: tuple[str, ...] = get_args(Kind)
 OwnDivergence = Callable[..., Any]
 """f(*, teacher_logp, student_logp), or f(teacher_logp, student_logp) by position: [..., V] → [...], nats."""
 Support = Literal["full", "teacher_topk", "student_topk", "union"]
-Tail = Literal["renormalise", "bucket", "none"]
-Estimator = Literal["policy_gradient", "k1_loss", "k3_loss"]
+Tail = Literal["renormalise", "bucket"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
     """A loss per token, in nats. docs/objectives.md has the equation, the direction and the paper of each.
 
-    >>> Objective(kind="reverse_kl", support="teacher_topk", k=32, tail="none")
+    >>> Objective(kind="jensen_shannon", beta=1.0)
     Traceback (most recent call last):
-    ValueError: reverse_kl on a bare top-k set rewards the student for leaving the set ...
+    ValueError: jensen_shannon at beta 1.0 is zero everywhere: the mixture is one of its two sides; ...
     """
 
     kind: Kind | OwnDivergence = "reverse_kl"
@@ -44,8 +43,6 @@ class Objective:
     """Cap on each vocabulary entry's contribution before the sum, nats (OPSD: 0.05)."""
     token_clip: float | None = None
     """Cap on the token's loss, nats (0.06-0.1 in the literature); a capped token gives no gradient."""
-    estimator: Estimator = "policy_gradient"
-    """sampled: how the log-ratio is used. Only `policy_gradient` is right; the others are refused."""
     ppo_clip: float | None = None
     """sampled: ε of PPO's clip, against the behaviour's log-probs."""
     discount: float = 0.0
@@ -56,13 +53,12 @@ class Objective:
     """negative_advantage: for sampled tokens with a student log-prob below this, nats (here p < 0.1)."""
 
     def __post_init__(self) -> None:
+        _check_name("support", self.support, get_args(Support))
+        _check_name("tail", self.tail, get_args(Tail))
         if callable(self.kind):
             takes_names(self.kind)
-        for name, known in (("kind", Kind), ("support", Support), ("tail", Tail), ("estimator", Estimator)):
-            if not callable(getattr(self, name)) and getattr(self, name) not in get_args(known):
-                raise ValueError(
-                    f"{name} must be one of {', '.join(get_args(known))}, not {getattr(self, name)!r}"
-                )
+        else:
+            _check_name("kind", self.kind, KINDS)
         _check_divergence(self)
         _check_support(self)
         _check_sampled(self)
@@ -112,6 +108,11 @@ def _name(function: OwnDivergence) -> str:
     return function.__name__ if inspect.isroutine(function) else type(function).__name__
 
 
+def _check_name(field: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{field} must be one of {', '.join(known)}, not {value!r}")
+
+
 def _check_divergence(o: Objective) -> None:
     if (o.kind == "jensen_shannon") != (o.beta is not None):
         raise ValueError(f"beta belongs to jensen_shannon and only to it: kind is {o.name}, beta is {o.beta}")
@@ -156,40 +157,11 @@ def _check_support(o: Objective) -> None:
         raise ValueError(
             "one renormalised outcome has probability 1 on both sides, so the loss is zero: use tail bucket"
         )
-    if o.tail == "none":
-        _refuse_bare_set(o)
-
-
-def _refuse_bare_set(o: Objective) -> None:
-    if o.kind == "reverse_kl":
-        raise ValueError(
-            "reverse_kl on a bare top-k set rewards the student for leaving the set (it lowers the sum by "
-            "moving its mass "
-            "outside): use tail bucket or renormalise"
-        )
-    raise ValueError(
-        f"{o.name} on a bare top-k set compares two masses that are not distributions, so it can be "
-        f"negative and is not least "
-        "at p_S = p_T: use tail bucket or renormalise"
-    )
 
 
 def _check_sampled(o: Objective) -> None:
-    if o.kind != "sampled":
-        if o.ppo_clip is not None or o.discount != 0.0 or o.estimator != "policy_gradient":
-            raise ValueError(f"ppo_clip, discount and estimator belong to kind sampled, not to {o.name}")
-    elif o.estimator == "k1_loss":
-        raise ValueError(
-            "back-propagating log p_S − log p_T of the sampled token drops the teacher from the gradient, "
-            "whose expectation is "
-            "then zero: use the policy_gradient estimator"
-        )
-    elif o.estimator == "k3_loss":
-        raise ValueError(
-            "back-propagating the k3 estimator gives the gradient of the forward KL, not of the reverse "
-            "KL, with unbounded "
-            "variance: use the policy_gradient estimator, or kind forward_kl"
-        )
+    if o.kind != "sampled" and (o.ppo_clip is not None or o.discount != 0.0):
+        raise ValueError(f"ppo_clip and discount belong to kind sampled, not to {o.name}")
     if not 0 <= o.discount <= 1:
         raise ValueError(f"discount must lie in [0, 1], not {o.discount}")
     if o.kind == "negative_advantage" and o.advantage >= 0:
