@@ -1,4 +1,4 @@
-"""Objectives that are known to be wrong cannot be built, and those that docs/objectives.md refuses are wrong."""
+"""Objectives that are known to be wrong cannot be built, and what docs/objectives.md refuses is wrong."""
 
 from functools import partial
 from typing import get_args

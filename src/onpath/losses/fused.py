@@ -4,7 +4,7 @@ Weights and denominator are known before the pass, so nothing has to wait for ba
 twice: four matrix products over the vocabulary as in the plain loss, three with a frozen head, two without
 gradients.
 
-Shape suffixes: N tokens, H hidden, V vocabulary.
+Shape suffixes: N tokens, H hidden, V vocabulary; S sequences, T longest of them.
 """
 
 from dataclasses import replace
@@ -15,7 +15,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from onpath.losses import one_pass as engine
-from onpath.losses import shaping
 from onpath.losses.head import Head, working_dtype
 from onpath.losses.interface import (
     LossResult,
@@ -235,9 +234,32 @@ def _discounted_advantage(
     )
     assert found.teacher_logp is not None
     assert found.student_logp is not None
-    return shaping.discounted_future_sum(
+    return discounted_future_sum(
         found.teacher_logp - found.student_logp, sequence_ids=sequence_ids, discount=objective.discount
     )
+
+
+def discounted_future_sum(
+    values: Float[Tensor, " N"], *, sequence_ids: Int[Tensor, " N"], discount: float
+) -> Float[Tensor, " N"]:
+    """Σ_{u≥t} γ^{u−t}·value_u within each sequence; the tokens of one sequence stand together and in order.
+
+    With values log p_T − log p_S of sampled tokens and γ = 1 this is the advantage of the whole trajectory's
+    reverse KL.
+
+    >>> values = torch.tensor([1.0, 2.0, 4.0])
+    >>> discounted_future_sum(values, sequence_ids=torch.tensor([0, 0, 1]), discount=0.5).tolist()
+    [2.0, 2.0, 4.0]
+    """
+    if not len(values):
+        return values.clone()
+    _, row_N, length_S = sequence_ids.unique_consecutive(return_inverse=True, return_counts=True)
+    column_N = torch.arange(len(values), device=values.device) - (length_S.cumsum(0) - length_S)[row_N]
+    padded_ST = values.new_zeros(len(length_S), int(length_S.max()))
+    padded_ST[row_N, column_N] = values
+    for t in range(padded_ST.shape[1] - 2, -1, -1):
+        padded_ST[:, t] += discount * padded_ST[:, t + 1]
+    return padded_ST[row_N, column_N]
 
 
 class _Formed(torch.autograd.Function):
