@@ -47,6 +47,8 @@ class Inputs:
     sampled_ids: Tensor | None = None
     behaviour_logp: Tensor | None = None
     advantage: Tensor | None = None
+    sequence_ids: Tensor | None = None
+    """Which response each token belongs to; read before the pass, for `advantage`."""
     guidance: SparseGuidance | None = None
     grad_hidden: bool = False
     grad_weight: bool = False
