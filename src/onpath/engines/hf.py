@@ -150,6 +150,8 @@ class HFEngine:
     ) -> list[Completion]:
         """One batch, token by token."""
         model, limit = unwrapped(self.model), sampling.max_new_tokens
+        # Padded on the left, so that every row's next token comes from the last column; positions are counted
+        # without the padding.
         ids_BT, mask_BT = _pad(prefixes, self.device)
         step_ids, step_pos = ids_BT, (mask_BT.cumsum(-1) - 1).clamp(min=0)
         padded = bool((mask_BT == 0).any())  # without padding, no mask: the causal fast path
@@ -160,10 +162,12 @@ class HFEngine:
         uniform_BL = uniform_BL.to(self.device)
         tokens_BL = torch.zeros(len(keys), limit, dtype=torch.long, device=self.device)
         logps_BL = torch.zeros(len(keys), limit, device=self.device)
-        row_B = torch.arange(len(keys), device=self.device)  # which result each row of the shrunk batch is
+        row_B = torch.arange(len(keys), device=self.device)  # where in tokens_BL, which keeps all
         active_B = torch.ones(len(keys), dtype=torch.bool, device=self.device)
         for t in range(limit):
             mask = mask_BL[:, : ids_BT.shape[1] + t] if padded else None
+            # The prefill needs a causal mask, which the model makes of this one. A later step has one query,
+            # which attends to all but the padding.
             if mask is not None and takes_mask and t:
                 mask = mask[:, None, None].bool()
             with self._autocast():
@@ -175,6 +179,8 @@ class HFEngine:
                     use_cache=True,
                     logits_to_keep=1,
                 ).logits[:, -1]
+            # Uniform number t of a row is for its token t, whichever rows are left beside it. Rows that have
+            # stopped go on until the batch is compacted; `_completions` cuts what they add.
             drawn_B, logp_B = draw(self._cut(logits_BV), sampling, uniform_BL[:, t])
             tokens_BL[row_B, t], logps_BL[row_B, t] = drawn_B, logp_B
             active_B &= (drawn_B[:, None] != self._stop).all(-1)
@@ -185,6 +191,7 @@ class HFEngine:
             if left == 0:
                 break
             if left < _COMPACT_BELOW * len(row_B):
+                # All that has an entry for each row of the batch shrinks alike, in the cache's order.
                 keep = active_B.nonzero().squeeze(-1)
                 cache.batch_select_indices(keep)
                 state = (row_B, active_B, mask_BL, uniform_BL, step_ids, step_pos)

@@ -249,6 +249,7 @@ class _Formed(torch.autograd.Function):
                 "the gradient of fused_objective is formed once: call backward() on its loss only once"
             )
         found, ctx.gradients = ctx.gradients, None
+        # On a GPU a look at the factor would wait for the device: a product costs less.
         if above.device.type != "cpu" or above.item() != 1.0:
             found = [None if g is None else g.mul_(above) for g in found]
         return None, None, *(None if g is None else g.to(d) for g, d in zip(found, ctx.dtypes, strict=True))

@@ -51,7 +51,7 @@ def log_softmax_(z_RV: Tensor) -> Tensor:
 
 def measure(block: Block, request: StatsRequest) -> Stats:
     """Everything that TokenStats wants, and p_S, p_T and the gap left in the scratch buffers for
-    `differentiate`."""
+    `evaluate`."""
     s_RV, t_RV = block.student_logp, block.teacher_logp
     p_RV = torch.exp(s_RV, out=block.student_p)
     stats: Stats = {"student_entropy": divergence.entropy(logp=s_RV) if block.masked else -_dot(p_RV, s_RV)}
@@ -100,6 +100,7 @@ def evaluate(block: Block, objective: Objective, stats: Stats, *, gradient: bool
     assert block.teacher_logp is not None, "a divergence needs a teacher"
     by_hand = FAST if objective.entry_clip is None else FAST_CLIPPED
     fast = by_hand.get(objective.kind) if isinstance(objective.kind, str) else None
+    # With −inf about, `measure` has left no gap: 0 · (−inf − −inf) by hand would be nan.
     if fast is None or block.masked:
         return _by_autograd(block, objective, gradient)
     return fast(block, objective, stats, gradient)
@@ -154,6 +155,8 @@ def _entry_clipped(block: Block, objective: Objective, _: Stats, gradient: bool)
         log_m_RV = _log_mixture(block, objective.beta)
         slope_RV = s_RV.sub_(log_m_RV).mul_(p_RV).mul_(1 - objective.beta)
         terms_RV = t_RV.sub_(log_m_RV).mul_(q_RV).mul_(objective.beta).add_(slope_RV)
+    # The terms are where t was, the slopes where q, the gap or s was: nothing but p is as before. In the last
+    # case `slope_RV` is `s_RV`, so the row's sum must be taken before the gradient is written.
     clipped_RV = terms_RV > objective.entry_clip
     if gradient:
         slope_RV.masked_fill_(clipped_RV, 0.0)

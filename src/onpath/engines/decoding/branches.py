@@ -168,12 +168,16 @@ class _Generated:
         """Samples after each token fed and accepts the samples up to the first that was not fed next, or that
         is a stop token: their number [R], at least 1."""
         fed = fed_RI.shape[1]
+        # A position has one uniform number, whichever pass samples it: drafts change no sample. (Positions
+        # past the limit borrow the last number; they are not accepted.)
         at_RI = count_R[:, None] + torch.arange(fed, device=fed_RI.device)
         inside_RI = at_RI.clamp(max=self.tokens_NL.shape[1] - 1)
         drawn_Q, logp_Q = draw(
             logits_RIV.flatten(0, 1), self.sampling, self.uniform_NL[index_R[:, None], inside_RI].flatten()
         )
         drawn_RI, logp_RI = drawn_Q.view_as(fed_RI), logp_Q.view_as(fed_RI)
+        # Logits behind a token that was not sampled are worthless, however well later ones agree: hence the
+        # product. One more is right than agree: the sample that disagrees itself.
         agrees_RI = (drawn_RI[:, :-1] == fed_RI[:, 1:]) & ~torch.isin(drawn_RI[:, :-1], self.stops)
         new_R = 1 + agrees_RI.long().cumprod(1).sum(1)
         new_R = torch.minimum(new_R, self.tokens_NL.shape[1] - count_R)
@@ -194,10 +198,13 @@ def _generate(
     index_BC, length_BC = columns.index_BC, columns.length_BC
     row_B = torch.tensor(columns.rows, device=engine.device)
     longest, limit = int(length_BC.max()), generated.sampling.max_new_tokens
+    # All rows need no copy: new keys go behind the prefixes, over those of an earlier batch.
     cache = on_shared_prefix(past.cache)
     if columns.rows != tuple(range(len(past.rows))):
         cache = selected_rows(past.cache, row_B, longest - 1)
     last_BC, count_BC = _last_tokens(past, columns), torch.zeros_like(length_BC)
+    # Of the cached keys a column attends to its own prefix alone, less the last token, which is fed again.
+    # Behind it stand the rest of the row's response, padding, and later the tokens of other columns.
     visible_BCT = torch.arange(cache.get_seq_length(), device=engine.device) < (length_BC - 1)[..., None]
     same_CC = torch.eye(length_BC.shape[1], dtype=torch.bool, device=engine.device)
     active_BC = index_BC >= 0
@@ -206,10 +213,15 @@ def _generate(
         if drafts is not None:
             columns = _Columns(rows=tuple(row_B.tolist()), index_BC=index_BC, length_BC=length_BC)
             fed_BCI = torch.cat([fed_BCI, _proposed(columns, active_BC, count_BC, generated, drafts)], dim=-1)
+        # Drafts attend to their column's earlier ones. The diagonal is set even for finished and empty
+        # columns: a query without any key may give nan, which would reach other columns through its keys,
+        # masked or not (0 · nan).
         offset_I = torch.arange(fed_BCI.shape[-1], device=engine.device)
         causal_II = offset_I[:, None] >= offset_I
         fed_QQ = (same_CC[:, None, :, None] & causal_II[:, None]).flatten(2).flatten(0, 1)
         mask_BQT = visible_BCT.repeat_interleave(len(offset_I), dim=1)
+        # Where nothing is proposed (−1, finished columns) any id will do, at no position beyond the end of
+        # the longest text.
         position_BCI = (length_BC - 1 + count_BC)[..., None] + offset_I
         with torch.autocast(engine.device.type, torch.bfloat16, enabled=engine.bf16):
             logits_BQV = unwrapped(engine.model)(
@@ -219,10 +231,14 @@ def _generate(
                 past_key_values=cache,
                 use_cache=True,
             ).logits
+        # R counts the active columns row by row. Indexing by `active_BC` and `masked_scatter` agree on that
+        # order, so `active_BC` may not change before the last of them.
         logits_RIV = logits_BQV.unflatten(1, fed_BCI.shape[1:])[active_BC][..., : engine.vocabulary]
         index_R = index_BC[active_BC]
         new_R = generated.verify(index_R, count_BC[active_BC], fed_BCI[active_BC], logits_RIV)
         new_BC = torch.zeros_like(count_BC).masked_scatter(active_BC, new_R)
+        # The first fed token was part of the text before; a draft is, if it was sampled. The keys of the rest
+        # stay in the cache, masked: cutting them out would be a copy, of another length for each column.
         accepted_BCI = offset_I < new_BC[..., None]
         fed_BCT = (same_CC[..., None] & accepted_BCI[:, None]).flatten(2)
         visible_BCT = torch.cat([visible_BCT, fed_BCT], dim=-1)

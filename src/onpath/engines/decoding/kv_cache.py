@@ -22,6 +22,7 @@ class _PreallocatedLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Appends; see `DynamicLayer.update`."""
+        # The length is that of the view `keys`: caches over one memory append each where its own view ends.
         begin = self.get_seq_length()
         end = begin + key_states.shape[-2]
         if self.buffers is None or end > self.buffers[0].shape[-2]:
@@ -41,6 +42,8 @@ class _PreallocatedLayer(DynamicLayer):
 
     def grow(self, key_states: Tensor, value_states: Tensor, begin: int, end: int) -> None:
         """Allocates for `end` tokens and more, and copies the first `begin`."""
+        # By a quarter, so that n tokens cost O(log n) copies. The old memory is left as it is: another cache
+        # may stand on it.
         size = end + max(_GROW_MIN, end // 4)
         grown = tuple(x.new_empty(*x.shape[:2], size, x.shape[3]) for x in (key_states, value_states))
         if self.buffers is not None:
@@ -52,6 +55,7 @@ class _PreallocatedLayer(DynamicLayer):
         """Only these rows, in memory of their own."""
         if self.buffers is None:
             return
+        # Never in place: the memory may be another cache's prefix. Only what is filled is copied.
         length = self.get_seq_length()
         chosen = tuple(x.new_empty(len(indices), *x.shape[1:]) for x in self.buffers)
         for new, old in zip(chosen, self.buffers, strict=True):
@@ -69,6 +73,8 @@ class _LayerRows(_PreallocatedLayer):
 
     def grow(self, key_states: Tensor, value_states: Tensor, begin: int, end: int) -> None:
         """Its rows of the whole; what this pass is too short for is zero: masked, it must still be finite."""
+        # The first pass allocates for all of them: only now are shapes and dtype known. The whole is as long
+        # as the longest pass, so that what goes on behind it starts at one column in every row.
         rows, length = self.stack.rows, self.stack.length
         if self.whole.buffers is None:
             like = tuple(x[:1].expand(rows, -1, -1, -1) for x in (key_states, value_states))
