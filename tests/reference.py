@@ -7,6 +7,7 @@ through plain logits.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -29,6 +30,22 @@ def numpy_jsd(p_teacher: np.ndarray, p_student: np.ndarray, beta: float) -> floa
     return entropy(mixture) - beta * entropy(p_teacher) - (1 - beta) * entropy(p_student)
 
 
+def numpy_divergence(kind: str, p_teacher: np.ndarray, p_student: np.ndarray) -> float:
+    """By name; β = 0.3, Rényi's order 0.3."""
+    p, q = p_teacher.astype(np.float64), p_student.astype(np.float64)
+    if kind == "forward_kl":
+        return numpy_kl(p, q)
+    if kind == "reverse_kl":
+        return numpy_kl(q, p)
+    if kind == "jensen_shannon":
+        return numpy_jsd(p, q, 0.3)
+    if kind == "squared_hellinger":
+        return 0.5 * float(((p**0.5 - q**0.5) ** 2).sum())
+    assert kind == "renyi"
+    overlap = float((p**0.3 * q**0.7).sum())
+    return math.log(overlap) / (0.3 - 1) if overlap else math.inf
+
+
 def logits(hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None, logit_scale: float = 1.0,
            softcap: float | None = None, temperature: float = 1.0) -> Tensor:  # fmt: skip
     """The output layer in the order in which the models apply it."""
@@ -46,6 +63,8 @@ def row_terms(kind: str, p: list[Tensor], q: list[Tensor], beta: float | None) -
             terms.append(a * torch.log(a / b) if a > 0 else 0 * b)
         elif kind == "reverse_kl":
             terms.append(b * torch.log(b / a) if b > 0 else 0 * b)
+        elif kind == "squared_hellinger":
+            terms.append(0.5 * (a**0.5 - b**0.5) ** 2 if b > 0 else 0.5 * a + 0 * b)
         else:
             assert beta is not None
             m = beta * a + (1 - beta) * b
@@ -58,10 +77,11 @@ def row_terms(kind: str, p: list[Tensor], q: list[Tensor], beta: float | None) -
     return terms
 
 
-def token_divergence(z_student: Tensor, z_teacher: Tensor, *, kind: str, beta: float | None = None,
-                     support: str = "full", k: int | None = None, tail: str = "bucket",
-                     entry_clip: float | None = None, token_clip: float | None = None) -> Tensor:  # fmt: skip
-    """One token's divergence from two rows of logits."""
+def token_divergence(z_student: Tensor, z_teacher: Tensor, *, kind: str | Callable[..., Tensor],
+                     beta: float | None = None, support: str = "full", k: int | None = None,
+                     tail: str = "bucket", entry_clip: float | None = None,
+                     token_clip: float | None = None) -> Tensor:  # fmt: skip
+    """One token's divergence from two rows of logits; a function stands for the equation of its name."""
     q, p = torch.softmax(z_student, 0), torch.softmax(z_teacher, 0)
     chosen = _chosen(p, q, support, k)
     p_set, q_set = [p[i] for i in chosen], [q[i] for i in chosen]
@@ -73,10 +93,14 @@ def token_divergence(z_student: Tensor, z_teacher: Tensor, *, kind: str, beta: f
         else:
             p_total, q_total = sum(p_set), sum(q_set)
             p_set, q_set = [a / p_total for a in p_set], [b / q_total for b in q_set]
-    terms = row_terms(kind, p_set, q_set, beta)
-    if entry_clip is not None:
-        terms = [t if t <= entry_clip else 0 * t + entry_clip for t in terms]
-    value = sum(terms[1:], terms[0])
+    name = kind if isinstance(kind, str) else kind.__name__
+    if name == "renyi":
+        value = torch.log(sum(a**0.3 * b**0.7 for a, b in zip(p_set, q_set, strict=True))) / (0.3 - 1)
+    else:
+        terms = row_terms(name, p_set, q_set, beta)
+        if entry_clip is not None:
+            terms = [t if t <= entry_clip else 0 * t + entry_clip for t in terms]
+        value = sum(terms[1:], terms[0])
     if token_clip is not None and value > token_clip:
         value = 0 * value + token_clip
     return value

@@ -16,6 +16,7 @@ trained.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -199,3 +200,13 @@ def _kl_terms(p_logp: Tensor, q_logp: Tensor) -> Tensor:
 
 def _clipped_sum(terms: Tensor, entry_clip: float | None) -> Tensor:
     return (terms if entry_clip is None else terms.clamp(max=entry_clip)).sum(-1)
+
+
+DIVERGENCES: dict[str, Callable[..., Tensor]] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "jensen_shannon": jensen_shannon,
+}
+"""What `losses.Objective` knows by name: each takes `teacher_logp`, `student_logp` and `entry_clip` (and
+jensen_shannon `beta`), and autograd differentiates it where `losses/rows.py` has no gradient made by hand. A
+new one is a function above, its row here and its name in `losses.objective.Divergence`."""

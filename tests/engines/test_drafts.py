@@ -46,19 +46,19 @@ class Counted:
     def _count(self, *_: object) -> None:
         self.passes += 1
 
-    def write(self, sampling: Sampling, drafts: Sequence[Drafts] | None) -> list[Completion]:
+    def generate(self, sampling: Sampling, drafts: Sequence[Drafts] | None) -> list[Completion]:
         self.passes = 0
         return branch(self.engine, self.past, PLACES, sampling, keys=KEYS, drafts=drafts)
 
 
 class Planted(Drafts):
-    """Drafts by a function of (row, length, written)."""
+    """Drafts by a function of (row, prefix length, generated)."""
 
-    def __init__(self, row: int, counted: Counted, propose: Propose) -> None:
-        self.row, self.counted, self.propose = row, counted, propose
+    def __init__(self, row: int, counted: Counted, by: Propose) -> None:
+        self.row, self.counted, self.by = row, counted, by
 
-    def after(self, *, length: int, written: Sequence[int], room: int) -> list[int]:
-        return self.propose(self.counted, self.row, length, written)[:room]
+    def propose(self, *, prefix_length: int, generated: Sequence[int], max_tokens: int) -> list[int]:
+        return self.by(self.counted, self.row, prefix_length, generated)[:max_tokens]
 
 
 @pytest.fixture(params=[frozenset({2}), frozenset(range(2, 12))], ids=["rarely ends", "often ends"])
@@ -66,18 +66,18 @@ def counted(request: pytest.FixtureRequest, model_dirs: dict[str, Path]) -> Coun
     return Counted(model_dirs["teacher"], request.param)
 
 
-def greedy_rest(counted: Counted, row: int, length: int, written: Sequence[int]) -> list[int]:
-    """What the model will write, by reading everything anew."""
-    prefix = [*counted.rows[row][:length], *written]
+def greedy_rest(counted: Counted, row: int, length: int, generated: Sequence[int]) -> list[int]:
+    """What the model will generate, by reading everything anew."""
+    prefix = [*counted.rows[row][:length], *generated]
     with torch.no_grad():
         for _ in range(7):
             logits = counted.engine.model(torch.tensor([prefix])).logits
             prefix.append(int(logits[0, -1].argmax()))
-    return prefix[length + len(written) :]
+    return prefix[length + len(generated) :]
 
 
-def often_right(counted: Counted, row: int, length: int, written: Sequence[int]) -> list[int]:
-    right = greedy_rest(counted, row, length, written)
+def often_right(counted: Counted, row: int, length: int, generated: Sequence[int]) -> list[int]:
+    right = greedy_rest(counted, row, length, generated)
     return [(token + (i == (row + length) % 4)) % 40 for i, token in enumerate(right)]
 
 
@@ -93,12 +93,12 @@ PROPOSALS: dict[str, Propose] = {
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("name", PROPOSALS)
-def test_drafts_do_not_change_what_is_written(name: str, temperature: float, counted: Counted) -> None:
+def test_drafts_do_not_change_what_is_generated(name: str, temperature: float, counted: Counted) -> None:
     sampling = Sampling(temperature=temperature, max_new_tokens=K, seed=3)
     expected = counted.engine.continue_from(
         [counted.rows[row][:length] for row, length in PLACES], sampling, keys=KEYS
     )
-    found = counted.write(sampling, [Planted(row, counted, PROPOSALS[name]) for row in range(4)])
+    found = counted.generate(sampling, [Planted(row, counted, PROPOSALS[name]) for row in range(4)])
     assert [c.ids for c in found] == [c.ids for c in expected]
     assert [c.finish_reason for c in found] == [c.finish_reason for c in expected]
     for a, b in zip(found, expected, strict=True):
@@ -108,16 +108,16 @@ def test_drafts_do_not_change_what_is_written(name: str, temperature: float, cou
 def test_right_drafts_save_passes(model_dirs: dict[str, Path]) -> None:
     counted = Counted(model_dirs["teacher"], frozenset({2}))
     sampling = Sampling(temperature=0.0, max_new_tokens=K)
-    plain = counted.write(sampling, None)
+    plain = counted.generate(sampling, None)
     assert counted.passes == K
     known = {place: list(c.ids) for place, c in zip(PLACES, plain, strict=True)}
     drafts = [Planted(row, counted, lambda _, r, n, w: known[r, n][len(w) :]) for row in range(4)]
-    assert counted.write(sampling, drafts) == plain
+    assert counted.generate(sampling, drafts) == plain
     assert counted.passes == 3  # eight tokens each: 7 drafted and the one after them
 
 
 @pytest.mark.parametrize(
-    ("written", "expected"),
+    ("generated", "expected"),
     [
         ([], [10, 11, 12]),  # from the place on
         ([30], [11, 12, 13]),  # went its own way: the same distance on
@@ -127,13 +127,13 @@ def test_right_drafts_save_passes(model_dirs: dict[str, Path]) -> None:
         ([30] * 10, []),  # past the end
     ],
 )
-def test_drafts_follow_the_text_back(written: list[int], expected: list[int]) -> None:
+def test_drafts_follow_the_text_back(generated: list[int], expected: list[int]) -> None:
     response = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 1, 2, 3, 4, 5, 6]
     drafts = Drafts(start=100, response=response, likeliest=list(range(17)))
-    assert drafts.after(length=110, written=written, room=3) == expected
+    assert drafts.propose(prefix_length=110, generated=generated, max_tokens=3) == expected
 
 
 def test_a_response_of_one_token_has_drafts() -> None:
     drafts = Drafts(start=2, response=[7], likeliest=[5])
-    assert drafts.after(length=2, written=[], room=4) == [5]
-    assert drafts.after(length=2, written=[8], room=4) == []
+    assert drafts.propose(prefix_length=2, generated=[], max_tokens=4) == [5]
+    assert drafts.propose(prefix_length=2, generated=[8], max_tokens=4) == []

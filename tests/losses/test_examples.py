@@ -8,7 +8,7 @@ import pytest
 MODULES = [
     "divergence",
     "transport.plans",
-    *(f"losses.{n}" for n in ("chunked", "head", "interface", "objective", "shaping")),
+    *(f"losses.{n}" for n in ("chunked", "fused", "head", "interface", "objective")),
 ]
 
 

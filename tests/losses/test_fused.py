@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from onpath.divergence import DIVERGENCES
 from onpath.losses import (
     Head,
     Objective,
@@ -16,7 +17,9 @@ from onpath.losses import (
     fused_objective,
     token_stats,
 )
+from onpath.losses import rows as rows_of_logits
 from tests import reference
+from tests.losses.kinds import OPTIONS
 
 N, H, G, V = 7, 5, 6, 11
 
@@ -65,7 +68,19 @@ OBJECTIVES = [
         )
     ),
     {"kind": "reverse_kl", "support": "union", "k": 4, "entry_clip": 0.1, "token_clip": 0.5},
+    OPTIONS["squared_hellinger"],
+    OPTIONS["renyi"] | {"token_clip": 0.5},
+    *(
+        OPTIONS[kind] | {"support": support, "k": 3, "tail": tail}
+        for kind, support, tail in itertools.product(
+            ["squared_hellinger", "renyi"], ["teacher_topk", "union"], ["bucket", "renormalise"]
+        )
+    ),
 ]
+
+
+def name_of(options) -> str:
+    return "-".join(str(v) if not callable(v) else v.__name__ for v in options.values())
 
 
 def leaves(problem, dtype=torch.float64):
@@ -103,7 +118,7 @@ def plain_logits(problem, tensors, head_options):
     return z_student, z_teacher
 
 
-@pytest.mark.parametrize("options", OBJECTIVES, ids=lambda o: "-".join(str(v) for v in o.values()))
+@pytest.mark.parametrize("options", OBJECTIVES, ids=name_of)
 @pytest.mark.parametrize("head", HEADS)
 def test_value_and_gradients_equal_the_reference(problem, options, head):
     tensors = leaves(problem)
@@ -134,7 +149,9 @@ def targets(problem) -> tuple[dict[int, dict[int, float]], SparseGuidance]:
 @pytest.mark.parametrize("norms", [True, False])
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize(
-    "options", [OBJECTIVES[1], OBJECTIVES[6], OBJECTIVES[7]], ids=["full", "token_clip", "topk"]
+    "options",
+    [OBJECTIVES[1], OBJECTIVES[6], OBJECTIVES[7], OPTIONS["squared_hellinger"]],
+    ids=["full", "token_clip", "topk", "own"],
 )
 def test_guidance_adds_its_value_and_gradient(problem, options, head, norms):
     rows, guidance = targets(problem)
@@ -217,9 +234,9 @@ def served(problem, k: int, pad: int = 0) -> TeacherTopK:
 
 @pytest.mark.parametrize("pad", [0, 2])
 @pytest.mark.parametrize("tail", ["bucket", "renormalise"])
-@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("kind", OPTIONS)
 def test_served_scores_give_the_same_loss_as_the_teacher_itself(problem, kind, tail, pad):
-    objective = Objective(kind=kind, support="teacher_topk", k=4, tail=tail)
+    objective = Objective(**OPTIONS[kind], support="teacher_topk", k=4, tail=tail)
     want, want_tensors = run(problem, objective, {})
     got, got_tensors = run(problem, objective, {}, teacher=served(problem, 4, pad))
     for result in (want, got):
@@ -252,12 +269,15 @@ def test_top_k_of_everything_is_exact(problem, support, tail):
         torch.testing.assert_close(a.grad, c.grad)
 
 
-@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jensen_shannon"])
-@pytest.mark.parametrize("clip", [None, 0.05])
-def test_masked_vocabulary_is_as_if_it_were_absent(problem, kind, clip):
+@pytest.mark.parametrize(
+    "options",
+    [*OPTIONS.values(), *(OPTIONS[kind] | {"entry_clip": 0.05} for kind in DIVERGENCES)],
+    ids=name_of,
+)
+def test_masked_vocabulary_is_as_if_it_were_absent(problem, options):
     """−inf in both biases at two outcomes: same loss and gradients as with those rows removed, nothing for
     the rows."""
-    objective = Objective(kind=kind, beta=0.3 if kind == "jensen_shannon" else None, entry_clip=clip)
+    objective = Objective(**options)
     kept = [0, 1, 2, 3, 4, 5, 7, 8, 10]
     masked = {**problem, "bias": problem["bias"].clone(), "teacher_bias": problem["teacher_bias"].clone()}
     for name in ("bias", "teacher_bias"):
@@ -277,6 +297,23 @@ def test_masked_vocabulary_is_as_if_it_were_absent(problem, kind, clip):
     torch.testing.assert_close(got_tensors[0].grad, want_tensors[0].grad)
     torch.testing.assert_close(got_tensors[1].grad[kept], want_tensors[1].grad)
     assert torch.equal(got_tensors[1].grad[[6, 9]], torch.zeros(2, H, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("head", ["plain", "full"])
+@pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.parametrize("kind", rows_of_logits.FAST)
+def test_a_gradient_made_by_hand_is_that_of_autograd(problem, kind, clip, head, monkeypatch):
+    """A built-in divergence without one in `FAST` goes through its pure function alone."""
+    objective = Objective(**OPTIONS[kind], entry_clip=clip)
+    want, want_tensors = run(problem, objective, HEADS[head], chunk_rows=3)
+    for name in ("FAST", "FAST_CLIPPED"):
+        monkeypatch.setattr(rows_of_logits, name, {})
+    got, got_tensors = run(problem, objective, HEADS[head], chunk_rows=3)
+    for result in (want, got):
+        result.loss.backward()
+    torch.testing.assert_close(got.loss, want.loss)
+    for a, b in zip(got_tensors, want_tensors, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
 
 
 def test_padding_rows_of_a_head_take_no_part(problem):
@@ -304,7 +341,15 @@ def test_padding_rows_of_a_head_take_no_part(problem):
 
 
 @pytest.mark.parametrize(
-    "options", [OBJECTIVES[0], OBJECTIVES[7], {"kind": "sampled"}, {"kind": "cross_entropy"}], ids=str
+    "options",
+    [
+        OBJECTIVES[0],
+        OBJECTIVES[7],
+        OPTIONS["squared_hellinger"],
+        {"kind": "sampled"},
+        {"kind": "cross_entropy"},
+    ],
+    ids=name_of,
 )
 def test_all_weights_zero_gives_exactly_zero_whatever_the_logits(problem, options):
     broken = {**problem, "weights": torch.zeros(N, dtype=torch.float64), "hidden": problem["hidden"].clone()}
@@ -472,6 +517,7 @@ def test_a_half_precision_head_gets_its_gradient_in_blocks(rows, tokens, scale):
 
 CHANGES = [
     ({"kind": "reverse_kl"}, {"kind": "forward_kl"}),
+    (OPTIONS["squared_hellinger"], OPTIONS["renyi"]),
     ({"kind": "jensen_shannon", "beta": 0.3}, {"kind": "jensen_shannon", "beta": 0.4}),
     ({"kind": "reverse_kl"}, {"kind": "reverse_kl", "entry_clip": 0.05}),
     ({"kind": "reverse_kl"}, {"kind": "reverse_kl", "token_clip": 1.0}),
@@ -496,7 +542,7 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("pair", CHANGES, ids=str)
+@pytest.mark.parametrize("pair", CHANGES, ids=lambda pair: f"{name_of(pair[0])} to {name_of(pair[1])}")
 def test_every_parameter_changes_loss_and_gradient(problem, pair):
     found = []
     for options in pair:

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from onpath import divergence
 from onpath.losses import Head, Objective, TeacherHidden, TeacherTopK, fused_objective
+from onpath.losses.fused import discounted_future_sum
 from tests import reference
 
 H, V = 4, 6
@@ -201,3 +204,21 @@ def test_two_temperatures_are_refused(enumerated):
     options["objective"] = Objective(kind="forward_kl", support="teacher_topk", k=1)
     with pytest.raises(ValueError, match="temperature"):
         fused_objective(teacher=served, **options)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 5), min_size=1, max_size=5),
+    discount=st.sampled_from([0.0, 0.5, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_discounted_future_sum_against_a_loop(lengths, discount, seed):
+    values = torch.randn(sum(lengths), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    ids = torch.cat([torch.full((n,), 10 - i) for i, n in enumerate(lengths)])
+    want, start = [], 0
+    for n in lengths:
+        row = values[start : start + n].tolist()
+        want += [sum(discount ** (u - t) * row[u] for u in range(t, n)) for t in range(n)]
+        start += n
+    got = discounted_future_sum(values, sequence_ids=ids, discount=discount)
+    assert got.tolist() == pytest.approx(want)

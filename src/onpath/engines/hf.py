@@ -18,7 +18,7 @@ from onpath.engines.base import Engine
 from onpath.engines.decoding.branches import Past, Place, branch
 from onpath.engines.decoding.drafts import Drafts
 from onpath.engines.decoding.draw import draw
-from onpath.engines.decoding.kv_cache import attends_plainly, roomy_cache
+from onpath.engines.decoding.kv_cache import accepts_4d_mask, preallocated_cache
 from onpath.engines.head import evaluating, head_of, hidden_states, unwrapped
 from onpath.engines.models import context_length
 from onpath.losses import token_stats
@@ -27,10 +27,10 @@ from onpath.system.draws import noise
 from onpath.system.errors import UserError
 
 # B rows, T tokens so far, V vocabulary.
-_COMPACT_BELOW = 0.75  # drop finished rows once fewer than this share of the batch is still writing
+_COMPACT_BELOW = 0.75  # drop finished rows once fewer than this share of the batch is active
 
 
-_LOOK_EVERY = {"cpu": 1}  # tokens between two looks at who is still writing: each look waits for a GPU
+_LOOK_EVERY = {"cpu": 1}  # tokens between two looks at which rows are active: each look waits for a GPU
 
 
 class HFEngine(Engine):
@@ -73,7 +73,7 @@ class HFEngine(Engine):
         results: dict[int, Completion] = {}
         with evaluating(self.model):
             for rows in self._batches([len(p) for p in prefixes], sampling.max_new_tokens):
-                done = self._write([prefixes[i] for i in rows], sampling, [keys[i] for i in rows])
+                done = self._generate_batch([prefixes[i] for i in rows], sampling, [keys[i] for i in rows])
                 results.update(zip(rows, done, strict=True))
         return [results[i] for i in range(len(prefixes))]
 
@@ -159,52 +159,61 @@ class HFEngine(Engine):
         return logits if self.vocabulary is None else logits[..., : self.vocabulary]
 
     @torch.inference_mode()
-    def _write(
+    def _generate_batch(
         self, prefixes: Sequence[Sequence[int]], sampling: Sampling, keys: Sequence[str]
     ) -> list[Completion]:
         """One batch, token by token."""
         model, limit = unwrapped(self.model), sampling.max_new_tokens
+        # Padded on the left, so that every row's next token comes from the last column; positions are counted
+        # without the padding.
         ids_BT, mask_BT = _pad(prefixes, self.device)
         step_ids, step_pos = ids_BT, (mask_BT.cumsum(-1) - 1).clamp(min=0)
         padded = bool((mask_BT == 0).any())  # without padding, no mask: the causal fast path
-        seen_BL = torch.cat([mask_BT, mask_BT.new_ones(len(keys), limit)], dim=1)
-        ready = attends_plainly(model)  # takes the finished mask of a decoding step, else makes its own
-        cache = roomy_cache(model)
+        mask_BL = torch.cat([mask_BT, mask_BT.new_ones(len(keys), limit)], dim=1)
+        takes_mask = accepts_4d_mask(model)  # of a decoding step as it is, else the model makes its own
+        cache = preallocated_cache(model)
         uniform_BL = torch.from_numpy(np.stack([noise(sampling.seed, key, limit) for key in keys]))
         uniform_BL = uniform_BL.to(self.device)
         tokens_BL = torch.zeros(len(keys), limit, dtype=torch.long, device=self.device)
         logps_BL = torch.zeros(len(keys), limit, device=self.device)
-        row_B = torch.arange(len(keys), device=self.device)  # which result each row of the shrunk batch is
-        writing_B = torch.ones(len(keys), dtype=torch.bool, device=self.device)
+        row_B = torch.arange(len(keys), device=self.device)  # where in tokens_BL, which keeps all
+        active_B = torch.ones(len(keys), dtype=torch.bool, device=self.device)
         for t in range(limit):
-            mask = seen_BL[:, : ids_BT.shape[1] + t] if padded else None
+            mask = mask_BL[:, : ids_BT.shape[1] + t] if padded else None
+            # The prefill needs a causal mask, which the model makes of this one. A later step has one query,
+            # which attends to all but the padding.
+            if mask is not None and takes_mask and t:
+                mask = mask[:, None, None].bool()
             with self._autocast():
                 logits_BV = model(
                     input_ids=step_ids,
                     position_ids=step_pos,
-                    attention_mask=mask[:, None, None].bool() if mask is not None and ready and t else mask,
+                    attention_mask=mask,
                     past_key_values=cache,
                     use_cache=True,
                     logits_to_keep=1,
                 ).logits[:, -1]
+            # Uniform number t of a row is for its token t, whichever rows are left beside it. Rows that have
+            # stopped go on until the batch is compacted; `_completions` cuts what they add.
             drawn_B, logp_B = draw(self._cut(logits_BV), sampling, uniform_BL[:, t])
             tokens_BL[row_B, t], logps_BL[row_B, t] = drawn_B, logp_B
-            writing_B &= (drawn_B[:, None] != self._stop).all(-1)
+            active_B &= (drawn_B[:, None] != self._stop).all(-1)
             step_ids, step_pos = drawn_B[:, None], step_pos[:, -1:] + 1
             if (t + 1) % self._look_every:
                 continue
-            left = int(writing_B.sum())
+            left = int(active_B.sum())
             if left == 0:
                 break
             if left < _COMPACT_BELOW * len(row_B):
-                keep = writing_B.nonzero().squeeze(-1)
+                # All that has an entry for each row of the batch shrinks alike, in the cache's order.
+                keep = active_B.nonzero().squeeze(-1)
                 cache.batch_select_indices(keep)
-                state = (row_B, writing_B, seen_BL, uniform_BL, step_ids, step_pos)
-                row_B, writing_B, seen_BL, uniform_BL, step_ids, step_pos = (x[keep] for x in state)
+                state = (row_B, active_B, mask_BL, uniform_BL, step_ids, step_pos)
+                row_B, active_B, mask_BL, uniform_BL, step_ids, step_pos = (x[keep] for x in state)
         return self._completions(tokens_BL, logps_BL)
 
     def _completions(self, tokens_BL: Tensor, logps_BL: Tensor) -> list[Completion]:
-        """Each row up to its first stop. Whatever was written after it is not part of the sample."""
+        """Each row up to its first stop token. What was generated after it is not part of the sample."""
         if not bool(torch.isfinite(logps_BL).all()):
             raise UserError(
                 "the model's logits are not finite: it has diverged, or its dtype is too narrow; use a lower "

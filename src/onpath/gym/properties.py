@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.stats import mannwhitneyu
 from torch import Tensor
 
 from onpath.gym.check import TokenLabel, first_error_token, grade, label_tokens
@@ -204,13 +205,6 @@ def response_logp(model: Any, found: Sequence[Attempt], batch: int = 64) -> list
     return out
 
 
-def auc(positive: Tensor, negative: Tensor) -> float:
-    """Probability that a positive ranks above a negative, ties counted half."""
-    order = torch.cat([positive, negative]).double()
-    below = (order[:, None] > order[None, :]).double() + 0.5 * (order[:, None] == order[None, :]).double()
-    return below[: len(positive), len(positive) :].mean().item()
-
-
 def loudness(models: dict[str, Any], found: Sequence[Attempt]) -> tuple[list[Number], list[dict[str, Any]]]:
     """Habits, the onset's mass, and loss by label. Also returns every token with its signals."""
     student, teacher = (response_logp(models[role], found) for role in ("student", "teacher"))
@@ -317,7 +311,13 @@ def separation(
 
 
 def _auc_number(name: str, positive: list[float], negative: list[float]) -> Number:
+    """Probability that a positive ranks above a negative, ties counted half."""
     p, n = torch.tensor(positive), torch.tensor(negative)
+
+    def auc(a: Tensor, b: Tensor) -> float:
+        pairs_above = mannwhitneyu(a.numpy(), b.numpy(), method="asymptotic").statistic
+        return float(pairs_above) / (len(a) * len(b))
+
     g = torch.Generator().manual_seed(0)
     draws = sorted(
         auc(

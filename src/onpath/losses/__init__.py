@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from onpath.losses.objective import Objective
 
 if TYPE_CHECKING:
-    from onpath.losses import shaping as shaping
     from onpath.losses.chunked import chunked_divergence
     from onpath.losses.fused import fused_objective, token_stats
     from onpath.losses.head import Head
@@ -25,15 +24,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Head", "LossResult", "Objective", "SparseGuidance", "StatsRequest", "TeacherHidden", "TeacherScores",
-    "TeacherTopK", "TokenStats", "chunked_divergence", "fused_objective", "shaping", "token_stats",
+    "TeacherTopK", "TokenStats", "chunked_divergence", "fused_objective", "token_stats",
 ]  # fmt: skip
 
 _HOME = {"Head": "head", "chunked_divergence": "chunked", "fused_objective": "fused", "token_stats": "fused"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "shaping":
-        return import_module("onpath.losses.shaping")
     if name not in __all__:
         raise AttributeError(f"module 'onpath.losses' has no attribute {name!r}")
     return getattr(import_module(f"onpath.losses.{_HOME.get(name, 'interface')}"), name)

@@ -7,7 +7,7 @@ needs four.
 Shape suffixes: N tokens, H, G hidden widths of student and teacher, V vocabulary.
 """
 
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
@@ -16,7 +16,7 @@ from torch import Tensor
 from onpath.losses import one_pass as engine
 from onpath.losses.head import Head
 from onpath.losses.interface import StatsRequest, TeacherHidden, check_shapes
-from onpath.losses.objective import Objective
+from onpath.losses.objective import Divergence, Objective, OwnDivergence
 
 
 def chunked_divergence(
@@ -25,7 +25,7 @@ def chunked_divergence(
     student_head: Float[Tensor, "V H"] | Head,
     teacher_hidden: Float[Tensor, "N G"],
     teacher_head: Float[Tensor, "V G"] | Head,
-    kind: Literal["forward_kl", "reverse_kl", "jensen_shannon"],
+    kind: Divergence | OwnDivergence,
     beta: float | None = None,
     entry_clip: float | None = None,
     chunk_rows: int | None = None,
@@ -36,20 +36,22 @@ def chunked_divergence(
         student_hidden, student_head: receive gradients; a head is a weight, or a `Head` with bias, scale,
             soft-cap.
         teacher_hidden, teacher_head: constants. The widths may differ, the vocabularies may not.
-        kind: the divergence; `jensen_shannon` needs `beta`, the teacher's share of the mixture, in (0, 1).
+        kind: the divergence; `jensen_shannon` needs `beta`, the teacher's share of the mixture, in (0, 1). A
+            function f(teacher_logp, student_logp) is one of your own.
         entry_clip: cap on each vocabulary entry's contribution, nats.
         chunk_rows: tokens per chunk; None chooses by memory.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown kind, a beta without jensen_shannon or outside (0, 1).
+        ValueError: shapes that do not fit, an unknown kind, a beta without jensen_shannon or outside (0, 1),
+            a function that is no divergence.
 
     >>> h, w = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     >>> both = {"student_hidden": h, "student_head": w, "teacher_hidden": h, "teacher_head": 2 * w}
     >>> round(chunked_divergence(**both, kind="reverse_kl").item(), 4)   # KL(softmax(1, 0) ‖ softmax(2, 0))
     0.0826
     """
-    if kind not in ("forward_kl", "reverse_kl", "jensen_shannon"):
-        raise ValueError(f"kind must be forward_kl, reverse_kl or jensen_shannon, not {kind!r}")
+    if isinstance(kind, str) and kind not in get_args(Divergence):
+        raise ValueError(f"kind must be {', '.join(get_args(Divergence))} or a function, not {kind!r}")
     objective = Objective(kind=kind, beta=beta, entry_clip=entry_clip)
     head = student_head if isinstance(student_head, Head) else Head(weight=student_head)
     teacher = TeacherHidden(

@@ -4,7 +4,7 @@ Weights and denominator are known before the pass, so nothing has to wait for ba
 twice: four matrix products over the vocabulary as in the plain loss, three with a frozen head, two without
 gradients.
 
-Shape suffixes: N tokens, H hidden, V vocabulary.
+Shape suffixes: N tokens, H hidden, V vocabulary; S sequences, T longest of them.
 """
 
 from dataclasses import replace
@@ -15,7 +15,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from onpath.losses import one_pass as engine
-from onpath.losses import shaping
 from onpath.losses.head import Head, working_dtype
 from onpath.losses.interface import (
     LossResult,
@@ -71,31 +70,9 @@ def fused_objective(
     Raises:
         ValueError: inputs that do not belong together, or an objective that this teacher cannot serve.
     """
-    _check(
-        student_hidden,
-        student_head,
-        teacher,
-        objective,
-        weights,
-        sampled_ids,
-        behaviour_logp,
-        advantage,
-        guidance,
-    )
-    scaled = weights.to(working_dtype(student_hidden, student_head.weight)) / denominator
+    dtype = working_dtype(student_hidden, student_head.weight)
     if guidance is not None and guidance.weights is not None:
-        guidance = replace(guidance, weights=guidance.weights.to(scaled.dtype) / denominator)
-    if objective.discount and advantage is None:
-        advantage = _discounted_advantage(
-            student_hidden,
-            student_head,
-            teacher,
-            objective,
-            sampled_ids,
-            behaviour_logp,
-            sequence_ids,
-            chunk_rows,
-        )
+        guidance = replace(guidance, weights=guidance.weights.to(dtype) / denominator)
     tensors = (student_hidden, student_head.weight, student_head.bias)
     wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in tensors]
     inputs = engine.Inputs(
@@ -103,17 +80,21 @@ def fused_objective(
         student_head=student_head,
         teacher=teacher,
         objective=objective,
-        weights=scaled.detach(),
+        weights=(weights.to(dtype) / denominator).detach(),
         request=stats or StatsRequest(),
         sampled_ids=sampled_ids,
         behaviour_logp=behaviour_logp,
         advantage=advantage,
+        sequence_ids=sequence_ids,
         guidance=guidance,
         grad_hidden=wanted[0],
         grad_weight=wanted[1],
         grad_bias=wanted[2],
         chunk_rows=chunk_rows,
     )
+    _check(inputs, objective)
+    if objective.discount and advantage is None:
+        inputs = replace(inputs, advantage=_discounted_advantage(inputs, objective.discount))
     outcome = engine.run(inputs)
     total = outcome.objective_sum + outcome.guidance_sum
     if any(wanted):
@@ -153,29 +134,21 @@ def token_stats(
     return engine.run(inputs).token_stats()
 
 
-def _check(
-    student_hidden: Tensor,
-    head: Head,
-    teacher: TeacherScores | None,
-    objective: Objective,
-    weights: Tensor,
-    sampled_ids: Tensor | None,
-    behaviour_logp: Tensor | None,
-    advantage: Tensor | None,
-    guidance: SparseGuidance | None,
-) -> None:
+def _check(inputs: engine.Inputs, objective: Objective) -> None:
+    head, teacher, count = inputs.student_head, inputs.teacher, len(inputs.student_hidden)
     per_token = {
-        "weights": weights,
-        "sampled_ids": sampled_ids,
-        "behaviour_logp": behaviour_logp,
-        "advantage": advantage,
+        "weights": inputs.weights,
+        "sampled_ids": inputs.sampled_ids,
+        "behaviour_logp": inputs.behaviour_logp,
+        "advantage": inputs.advantage,
+        "sequence_ids": inputs.sequence_ids,
     }
-    check_shapes(student_hidden, head, teacher, per_token)
+    check_shapes(inputs.student_hidden, head, teacher, per_token)
     if objective.needs_teacher and teacher is None:
-        raise ValueError(f"{objective.kind} needs a teacher")
-    if not objective.is_divergence and sampled_ids is None:
-        raise ValueError(f"{objective.kind} needs sampled_ids, the response's tokens")
-    if objective.ppo_clip is not None and behaviour_logp is None:
+        raise ValueError(f"{objective.name} needs a teacher")
+    if not objective.is_divergence and inputs.sampled_ids is None:
+        raise ValueError(f"{objective.name} needs sampled_ids, the response's tokens")
+    if objective.ppo_clip is not None and inputs.behaviour_logp is None:
         raise ValueError(
             "ppo_clip compares with the policy that drew the tokens: without behaviour_logp it never clips"
         )
@@ -187,12 +160,10 @@ def _check(
             f"the loss would not "
             "be least where the models agree; use one temperature on both sides"
         )
-    if (
-        guidance is not None
-        and guidance.positions.numel()
-        and not 0 <= int(guidance.positions[-1]) < len(weights)
-    ):
-        raise ValueError(f"guidance at position {int(guidance.positions[-1])} of {len(weights)} tokens")
+    if inputs.guidance is not None and inputs.guidance.positions.numel():
+        last = int(inputs.guidance.positions[-1])
+        if not 0 <= last < count:
+            raise ValueError(f"guidance at position {last} of {count} tokens")
 
 
 def _check_served(teacher: TeacherTopK, objective: Objective, head: Head) -> None:
@@ -212,32 +183,46 @@ def _check_served(teacher: TeacherTopK, objective: Objective, head: Head) -> Non
         )
 
 
-def _discounted_advantage(
-    student_hidden: Tensor,
-    head: Head,
-    teacher: TeacherScores | None,
-    objective: Objective,
-    sampled_ids: Tensor | None,
-    behaviour_logp: Tensor | None,
-    sequence_ids: Tensor | None,
-    chunk_rows: int | None,
-) -> Tensor:
-    if sequence_ids is None:
+def _discounted_advantage(inputs: engine.Inputs, discount: float) -> Tensor:
+    if inputs.sequence_ids is None:
         raise ValueError(
             "discount sums advantages along a response: sequence_ids must say which token belongs to which"
         )
     found = token_stats(
-        student_hidden=student_hidden,
-        student_head=head,
-        teacher=teacher,
-        sampled_ids=sampled_ids,
-        chunk_rows=chunk_rows,
+        student_hidden=inputs.student_hidden,
+        student_head=inputs.student_head,
+        teacher=inputs.teacher,
+        sampled_ids=inputs.sampled_ids,
+        chunk_rows=inputs.chunk_rows,
     )
     assert found.teacher_logp is not None
     assert found.student_logp is not None
-    return shaping.discounted_future_sum(
-        found.teacher_logp - found.student_logp, sequence_ids=sequence_ids, discount=objective.discount
+    return discounted_future_sum(
+        found.teacher_logp - found.student_logp, sequence_ids=inputs.sequence_ids, discount=discount
     )
+
+
+def discounted_future_sum(
+    values: Float[Tensor, " N"], *, sequence_ids: Int[Tensor, " N"], discount: float
+) -> Float[Tensor, " N"]:
+    """Σ_{u≥t} γ^{u−t}·value_u within each sequence; the tokens of one sequence stand together and in order.
+
+    With values log p_T − log p_S of sampled tokens and γ = 1 this is the advantage of the whole trajectory's
+    reverse KL.
+
+    >>> values = torch.tensor([1.0, 2.0, 4.0])
+    >>> discounted_future_sum(values, sequence_ids=torch.tensor([0, 0, 1]), discount=0.5).tolist()
+    [2.0, 2.0, 4.0]
+    """
+    if not len(values):
+        return values.clone()
+    _, row_N, length_S = sequence_ids.unique_consecutive(return_inverse=True, return_counts=True)
+    column_N = torch.arange(len(values), device=values.device) - (length_S.cumsum(0) - length_S)[row_N]
+    padded_ST = values.new_zeros(len(length_S), int(length_S.max()))
+    padded_ST[row_N, column_N] = values
+    for t in range(padded_ST.shape[1] - 2, -1, -1):
+        padded_ST[:, t] += discount * padded_ST[:, t + 1]
+    return padded_ST[row_N, column_N]
 
 
 class _Formed(torch.autograd.Function):
@@ -264,6 +249,7 @@ class _Formed(torch.autograd.Function):
                 "the gradient of fused_objective is formed once: call backward() on its loss only once"
             )
         found, ctx.gradients = ctx.gradients, None
+        # On a GPU a look at the factor would wait for the device: a product costs less.
         if above.device.type != "cpu" or above.item() != 1.0:
             found = [None if g is None else g.mul_(above) for g in found]
         return None, None, *(None if g is None else g.to(d) for g, d in zip(found, ctx.dtypes, strict=True))

@@ -1,29 +1,36 @@
 """What is minimised at one token, as data. A combination that is known to be wrong cannot be built."""
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from functools import partial
+from typing import Any, Literal, get_args
 
-Kind = Literal["forward_kl", "reverse_kl", "jensen_shannon", "sampled", "cross_entropy", "negative_advantage"]
-Support = Literal["full", "teacher_topk", "student_topk", "union"]
-Tail = Literal["renormalise", "bucket", "none"]
-Estimator = Literal["policy_gradient", "k1_loss", "k3_loss"]
-
+Divergence = Literal["reverse_kl", "forward_kl", "jensen_shannon"]
+"""The names in `onpath.divergence.DIVERGENCES`, written out: reading them there would load torch."""
+TokenLoss = Literal["sampled", "cross_entropy", "negative_advantage"]
+"""Losses of the sampled token alone."""
+Kind = Literal[Divergence, TokenLoss]
 KINDS: tuple[str, ...] = get_args(Kind)
-DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon")
+OwnDivergence = Callable[..., Any]
+"""f(*, teacher_logp, student_logp), or f(teacher_logp, student_logp) by position: [..., V] → [...], nats."""
+Support = Literal["full", "teacher_topk", "student_topk", "union"]
+Tail = Literal["renormalise", "bucket"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
     """A loss per token, in nats. docs/objectives.md has the equation, the direction and the paper of each.
 
-    >>> Objective(kind="reverse_kl", support="teacher_topk", k=32, tail="none")
+    >>> Objective(kind="jensen_shannon", beta=1.0)
     Traceback (most recent call last):
-    ValueError: reverse_kl on a bare top-k set rewards the student for leaving the set ...
+    ValueError: jensen_shannon at beta 1.0 is zero everywhere: the mixture is one of its two sides; ...
     """
 
-    kind: Kind = "reverse_kl"
+    kind: Kind | OwnDivergence = "reverse_kl"
     """`sampled`: reverse KL from sampled tokens as a policy gradient. `cross_entropy`: plain SFT on the
-    response. `negative_advantage`: a control without a teacher, which pushes unlikely sampled tokens down."""
+    response. `negative_advantage`: a control without a teacher, which pushes unlikely sampled tokens down.
+    A function is a divergence of your own, differentiated by autograd: docs/objectives.md."""
     beta: float | None = None
     """jensen_shannon: the teacher's share of the mixture, strictly between 0 and 1."""
     support: Support = "full"
@@ -36,8 +43,6 @@ class Objective:
     """Cap on each vocabulary entry's contribution before the sum, nats (OPSD: 0.05)."""
     token_clip: float | None = None
     """Cap on the token's loss, nats (0.06-0.1 in the literature); a capped token gives no gradient."""
-    estimator: Estimator = "policy_gradient"
-    """sampled: how the log-ratio is used. Only `policy_gradient` is right; the others are refused."""
     ppo_clip: float | None = None
     """sampled: ε of PPO's clip, against the behaviour's log-probs."""
     discount: float = 0.0
@@ -48,11 +53,12 @@ class Objective:
     """negative_advantage: for sampled tokens with a student log-prob below this, nats (here p < 0.1)."""
 
     def __post_init__(self) -> None:
-        for name, known in (("kind", Kind), ("support", Support), ("tail", Tail), ("estimator", Estimator)):
-            if getattr(self, name) not in get_args(known):
-                raise ValueError(
-                    f"{name} must be one of {', '.join(get_args(known))}, not {getattr(self, name)!r}"
-                )
+        _check_name("support", self.support, get_args(Support))
+        _check_name("tail", self.tail, get_args(Tail))
+        if callable(self.kind):
+            takes_names(self.kind)
+        else:
+            _check_name("kind", self.kind, KINDS)
         _check_divergence(self)
         _check_support(self)
         _check_sampled(self)
@@ -62,30 +68,70 @@ class Objective:
                 raise ValueError(f"{name} must be above 0 (or None for no clip), not {value}")
 
     @property
+    def name(self) -> str:
+        """Of the kind, for people: a function has its own."""
+        return self.kind if isinstance(self.kind, str) else _name(self.kind)
+
+    @property
     def is_divergence(self) -> bool:
         """Compares distributions, not the sampled token alone."""
-        return self.kind in DIVERGENCES
+        return callable(self.kind) or self.kind in get_args(Divergence)
 
     @property
     def needs_teacher(self) -> bool:
         return self.is_divergence or self.kind == "sampled"
 
 
+def takes_names(function: OwnDivergence) -> bool:
+    """Whether a divergence is called with names; else by position, the teacher first.
+
+    Names come first: a function that has the two in the other order is still called right.
+
+    Raises:
+        ValueError: it can be called in neither way.
+    """
+    signature, logps = inspect.signature(function), {"teacher_logp": None, "student_logp": None}
+    for by_name in (True, False):
+        try:
+            signature.bind(**logps) if by_name else signature.bind(*logps.values())
+        except TypeError:
+            continue
+        return by_name
+    raise ValueError(
+        f"a divergence is called as f(teacher_logp, student_logp), and {_name(function)}{signature} cannot be"
+    )
+
+
+def _name(function: OwnDivergence) -> str:
+    while isinstance(function, partial):
+        function = function.func
+    return function.__name__ if inspect.isroutine(function) else type(function).__name__
+
+
+def _check_name(field: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{field} must be one of {', '.join(known)}, not {value!r}")
+
+
 def _check_divergence(o: Objective) -> None:
     if (o.kind == "jensen_shannon") != (o.beta is not None):
-        raise ValueError(f"beta belongs to jensen_shannon and only to it: kind is {o.kind}, beta is {o.beta}")
+        raise ValueError(f"beta belongs to jensen_shannon and only to it: kind is {o.name}, beta is {o.beta}")
     if o.beta is not None and not 0 < o.beta < 1:
         raise ValueError(
             f"jensen_shannon at beta {o.beta} is zero everywhere: the mixture is one of its two sides; "
             "use forward_kl (TRL's beta = 0) or reverse_kl (TRL's beta = 1)"
         )
+    if o.entry_clip is not None and callable(o.kind):
+        raise ValueError(
+            f"entry_clip caps the terms of a built-in divergence, and {o.name} sums its own: cap them there"
+        )
     if o.entry_clip is not None and not o.is_divergence:
         raise ValueError(
-            f"entry_clip caps the terms of a sum over the vocabulary, and {o.kind} has no such sum"
+            f"entry_clip caps the terms of a sum over the vocabulary, and {o.name} has no such sum"
         )
     if o.token_clip is not None and not o.is_divergence:
         raise ValueError(
-            f"token_clip caps a divergence, which is at least 0; {o.kind} is not one: use ppo_clip for "
+            f"token_clip caps a divergence, which is at least 0; {o.name} is not one: use ppo_clip for "
             f"sampled"
         )
 
@@ -104,47 +150,18 @@ def _check_support(o: Objective) -> None:
             "is a baseline): differentiate the KL itself, kind reverse_kl, or use sampled with support full"
         )
     if not o.is_divergence:
-        raise ValueError(f"{o.kind} looks at the sampled token alone: support must be full")
+        raise ValueError(f"{o.name} looks at the sampled token alone: support must be full")
     if o.k is None or o.k < 1:
         raise ValueError(f"support {o.support} needs k, the size of the set, at least 1, not {o.k}")
     if o.k == 1 and o.tail == "renormalise" and o.support != "union":
         raise ValueError(
             "one renormalised outcome has probability 1 on both sides, so the loss is zero: use tail bucket"
         )
-    if o.tail == "none":
-        _refuse_bare_set(o)
-
-
-def _refuse_bare_set(o: Objective) -> None:
-    if o.kind == "reverse_kl":
-        raise ValueError(
-            "reverse_kl on a bare top-k set rewards the student for leaving the set (it lowers the sum by "
-            "moving its mass "
-            "outside): use tail bucket or renormalise"
-        )
-    raise ValueError(
-        f"{o.kind} on a bare top-k set compares two masses that are not distributions, so it can be "
-        f"negative and is not least "
-        "at p_S = p_T: use tail bucket or renormalise"
-    )
 
 
 def _check_sampled(o: Objective) -> None:
-    if o.kind != "sampled":
-        if o.ppo_clip is not None or o.discount != 0.0 or o.estimator != "policy_gradient":
-            raise ValueError(f"ppo_clip, discount and estimator belong to kind sampled, not to {o.kind}")
-    elif o.estimator == "k1_loss":
-        raise ValueError(
-            "back-propagating log p_S − log p_T of the sampled token drops the teacher from the gradient, "
-            "whose expectation is "
-            "then zero: use the policy_gradient estimator"
-        )
-    elif o.estimator == "k3_loss":
-        raise ValueError(
-            "back-propagating the k3 estimator gives the gradient of the forward KL, not of the reverse "
-            "KL, with unbounded "
-            "variance: use the policy_gradient estimator, or kind forward_kl"
-        )
+    if o.kind != "sampled" and (o.ppo_clip is not None or o.discount != 0.0):
+        raise ValueError(f"ppo_clip and discount belong to kind sampled, not to {o.name}")
     if not 0 <= o.discount <= 1:
         raise ValueError(f"discount must lie in [0, 1], not {o.discount}")
     if o.kind == "negative_advantage" and o.advantage >= 0:

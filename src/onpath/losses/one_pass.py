@@ -47,6 +47,8 @@ class Inputs:
     sampled_ids: Tensor | None = None
     behaviour_logp: Tensor | None = None
     advantage: Tensor | None = None
+    sequence_ids: Tensor | None = None
+    """Which response each token belongs to; read before the pass, for `advantage`."""
     guidance: SparseGuidance | None = None
     grad_hidden: bool = False
     grad_weight: bool = False
@@ -120,6 +122,8 @@ def run(inputs: Inputs) -> Outcome:
     if count == 0:
         outcome.stats = {"student_entropy": like.new_zeros(0)}
         return outcome
+    # Once for all chunks: on a GPU the cut weights may be copies in half precision, and asking a bias for
+    # −inf waits for the device.
     student_VH, teacher_VH = _cut_weights(inputs)
     buffers = _buffers(inputs, like, chunk, block)
     masked = inputs.student_head.masks() or (
@@ -128,6 +132,8 @@ def run(inputs: Inputs) -> Outcome:
     for start in range(0, count, chunk):
         here = slice(start, min(start + chunk, count))
         size = here.stop - start
+        # Every chunk is worked on in the same memory, so all that is wanted of it must be taken before the
+        # next: its values and statistics by `_by_blocks`, its gradients by `_close_chunk`.
         student_CV = heads.logits_(
             inputs.student_head, student_VH, inputs.student_hidden[here], buffers.student[:size]
         )
@@ -145,6 +151,8 @@ def run(inputs: Inputs) -> Outcome:
             masked=masked,
             guided=guided_rows(inputs.guidance, here, weights_N),
         )
+        # The order is fixed: `_by_blocks` leaves ∂/∂z where the student's logits were, which `_close_chunk`
+        # multiplies by the head.
         values_C = _by_blocks(inputs, part, outcome.stats)
         _close_chunk(inputs, outcome, part, values_C, weights_N[here], student_VH)
     return outcome
@@ -206,6 +214,8 @@ def _by_blocks(inputs: Inputs, chunk: _Chunk, into: rows.Stats) -> Tensor:
         stats = rows.measure(block, inputs.request)
         all_at = slice(chunk.here.start + at.start, chunk.here.start + at.stop)
         _keep(stats, into, all_at, len(inputs.student_hidden))
+        # Before `evaluate`, which writes over log p_S; `store` comes after it, as it writes over rows of the
+        # teacher.
         if guided is not None:
             guided.add(block, at, slope_RV, gradient=inputs.any_grad)
         if inputs.objective is None:
@@ -301,16 +311,22 @@ def _products(inputs: Inputs, into: Gradients, chunk: _Chunk, scale_C: Tensor, w
     """Gradients of a chunk from ∂/∂z, row by row still without its weight."""
     here, guided, grad_CV = chunk.here, chunk.guided, chunk.student
     vocabulary, factor = weight_VH.shape[0], inputs.student_head.factor
+    # Weights, denominator and dz/dlogit scale the narrow side of a product, [C, H], never [C, V].
     scale_C = scale_C * factor
     apart = into.objective_sq is not None
+    # ‖∂objective/∂h‖ must be measured before the guidance is added into the same [C, V]; the guided rows then
+    # have a product of their own.
     if apart or guided is None:
         _add_hidden(into, here, grad_CV, scale_C, weight_VH)
     if guided is not None:
         guidance_gV = guided.gradient()
         guided_scale = guided.weights * factor
+        # Set, not multiplied: 0 · inf would be nan, as for the rows of the objective in `_close_chunk`.
         guidance_gV[guided_scale == 0] = 0.0
         if apart:
             _add_guided_hidden(into, here, guided.rows, guidance_gV, guided_scale, weight_VH)
+        # The two sums have weights of their own, so they can only be added with the weights inside. For
+        # guided chunks alone [C, V] is touched once more, and 1 is left to scale by.
         grad_CV.mul_(scale_C[:, None])
         grad_CV.index_add_(0, guided.rows, guidance_gV.mul_(guided_scale[:, None]))
         scale_C = torch.ones_like(scale_C)

@@ -18,6 +18,7 @@ from onpath import divergence
 from onpath.losses import topk
 from onpath.losses.interface import StatsRequest, TeacherTopK
 from onpath.losses.objective import Objective
+from onpath.losses.pure import divergence_of, slopes
 
 _ROW_DOT_MIN = 4096  # a vocabulary from which one BLAS dot per row beats a batched product on a CPU
 
@@ -31,7 +32,7 @@ class Block:
     student_p: Tensor  # [R, V] scratch
     gap: Tensor  # [R, V] scratch: s − t
     teacher_p: Tensor  # [R, V] scratch
-    masked: bool  # whether −inf can occur: then the pure functions do the work, with autograd, block by block
+    masked: bool  # whether −inf can occur: then the pure functions do the work
     sampled_ids: Tensor | None  # [R]
     served: TeacherTopK | None = None
     behaviour_logp: Tensor | None = None  # [R]
@@ -50,7 +51,7 @@ def log_softmax_(z_RV: Tensor) -> Tensor:
 
 def measure(block: Block, request: StatsRequest) -> Stats:
     """Everything that TokenStats wants, and p_S, p_T and the gap left in the scratch buffers for
-    `differentiate`."""
+    `evaluate`."""
     s_RV, t_RV = block.student_logp, block.teacher_logp
     p_RV = torch.exp(s_RV, out=block.student_p)
     stats: Stats = {"student_entropy": divergence.entropy(logp=s_RV) if block.masked else -_dot(p_RV, s_RV)}
@@ -97,18 +98,17 @@ def evaluate(block: Block, objective: Objective, stats: Stats, *, gradient: bool
         sides = block.student_logp, block.teacher_logp
         return topk.evaluate(objective, *sides, block.student_p, block.teacher_p, block.served, gradient)
     assert block.teacher_logp is not None, "a divergence needs a teacher"
-    if block.masked:
+    by_hand = FAST if objective.entry_clip is None else FAST_CLIPPED
+    fast = by_hand.get(objective.kind) if isinstance(objective.kind, str) else None
+    # With −inf about, `measure` has left no gap: 0 · (−inf − −inf) by hand would be nan.
+    if fast is None or block.masked:
         return _by_autograd(block, objective, gradient)
-    if objective.entry_clip is not None:
-        return _entry_clipped(block, objective, gradient)
-    if objective.kind == "jensen_shannon":
-        return _jensen_shannon(block, objective, gradient)
-    return _kl(block, objective, stats, gradient)
+    return fast(block, objective, stats, gradient)
 
 
 def _kl(block: Block, objective: Objective, stats: Stats, gradient: bool) -> Tensor:
     """∂ forward/∂z = p_S − p_T;  ∂ reverse/∂z = p_S·(s − t − KL)."""
-    value = stats[objective.kind]
+    value = stats[objective.name]
     if gradient and objective.kind == "forward_kl":
         torch.sub(block.student_p, block.teacher_p, out=block.student_logp)
     elif gradient:
@@ -116,7 +116,7 @@ def _kl(block: Block, objective: Objective, stats: Stats, gradient: bool) -> Ten
     return value
 
 
-def _jensen_shannon(block: Block, objective: Objective, gradient: bool) -> Tensor:
+def _jensen_shannon(block: Block, objective: Objective, _: Stats, gradient: bool) -> Tensor:
     """∂/∂z = (1−β)·p_S·(s − log m − KL(p_S‖m))."""
     assert objective.beta is not None
     assert block.teacher_logp is not None
@@ -137,7 +137,7 @@ def _log_mixture(block: Block, beta: float) -> Tensor:
     return m_RV.clamp_min_(torch.finfo(m_RV.dtype).tiny).log_()
 
 
-def _entry_clipped(block: Block, objective: Objective, gradient: bool) -> Tensor:
+def _entry_clipped(block: Block, objective: Objective, _: Stats, gradient: bool) -> Tensor:
     """Σ_v min(f_v, c); g_v = ∂f_v/∂s_v where f_v ≤ c, else 0."""
     s_RV, t_RV, p_RV, q_RV, gap_RV = (
         block.student_logp, block.teacher_logp, block.student_p, block.teacher_p, block.gap,
@@ -155,6 +155,8 @@ def _entry_clipped(block: Block, objective: Objective, gradient: bool) -> Tensor
         log_m_RV = _log_mixture(block, objective.beta)
         slope_RV = s_RV.sub_(log_m_RV).mul_(p_RV).mul_(1 - objective.beta)
         terms_RV = t_RV.sub_(log_m_RV).mul_(q_RV).mul_(objective.beta).add_(slope_RV)
+    # The terms are where t was, the slopes where q, the gap or s was: nothing but p is as before. In the last
+    # case `slope_RV` is `s_RV`, so the row's sum must be taken before the gradient is written.
     clipped_RV = terms_RV > objective.entry_clip
     if gradient:
         slope_RV.masked_fill_(clipped_RV, 0.0)
@@ -162,16 +164,27 @@ def _entry_clipped(block: Block, objective: Objective, gradient: bool) -> Tensor
     return terms_RV.clamp_(max=objective.entry_clip).sum(-1)
 
 
+FAST = {"forward_kl": _kl, "reverse_kl": _kl, "jensen_shannon": _jensen_shannon}
+"""Gradients made by hand, in the block's own buffers; of any other divergence autograd makes it."""
+FAST_CLIPPED = {
+    "forward_kl": _entry_clipped,
+    "reverse_kl": _entry_clipped,
+    "jensen_shannon": _entry_clipped,
+}
+"""The same with `entry_clip`."""
+
+
 def _by_autograd(block: Block, objective: Objective, gradient: bool) -> Tensor:
+    """g from the pure function, which knows of −inf, one block at a time."""
     assert block.teacher_logp is not None
     with torch.enable_grad():
         leaf = block.student_logp.detach().clone().requires_grad_(gradient)
-        value = topk.divergence_of(objective, block.teacher_logp, leaf)
-        if gradient:
-            (slope_RV,) = torch.autograd.grad(value.sum(), leaf)
-            torch.addcmul(
-                slope_RV, block.student_p, slope_RV.sum(-1, keepdim=True), value=-1, out=block.student_logp
-            )
+        value = divergence_of(objective, block.teacher_logp, leaf)
+    if gradient:
+        (slope_RV,) = slopes(objective, value, (leaf,))
+        torch.addcmul(
+            slope_RV, block.student_p, slope_RV.sum(-1, keepdim=True), value=-1, out=block.student_logp
+        )
     return value.detach()
 
 

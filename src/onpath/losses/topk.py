@@ -10,6 +10,7 @@ from torch import Tensor
 from onpath import divergence
 from onpath.losses.interface import TeacherTopK
 from onpath.losses.objective import Objective
+from onpath.losses.pure import divergence_of, slopes
 
 _BLOCK = 64  # entries whose maximum stands for them in the search for the k largest
 
@@ -65,24 +66,26 @@ def evaluate(
         ids_Rk, valid_Rk = _choose(objective, teacher_logp_RV, student_logp_RV)
         teacher_Rk = teacher_logp_RV.gather(-1, ids_Rk).masked_fill(~valid_Rk, -torch.inf)
         teacher_tail = _mass_outside(teacher_p_RV, ids_Rk)
+    # A column that does not count (padding, an id that a union has twice) has probability 0 on both sides: no
+    # term, and no share of a renormalised set.
     student_Rk = student_logp_RV.gather(-1, ids_Rk).masked_fill(~valid_Rk, -torch.inf)
     student_tail = _mass_outside(student_p_RV, ids_Rk)
+    # The tail is a leaf beside the set, as if they were independent; that all of them move with every logit
+    # comes in by G below.
     with torch.enable_grad():
         set_leaf = student_Rk.clone().requires_grad_(gradient)
         tail_leaf = _log_mass(student_tail).requires_grad_(gradient)
         value = _on_set(objective, teacher_Rk, _log_mass(teacher_tail), set_leaf, tail_leaf)
-        if gradient:
-            slopes = torch.autograd.grad(value.sum(), (set_leaf, tail_leaf), allow_unused=True)
     if gradient:
-        set_slope, tail_slope = (
-            torch.zeros_like(x) if g is None else g
-            for x, g in zip((set_leaf, tail_leaf), slopes, strict=True)
-        )
+        set_slope, tail_slope = slopes(objective, value, (set_leaf, tail_leaf))
+        # First every entry as if it were in the tail, over log-probs that are no longer needed; then the set.
         total = (set_slope.sum(-1) + tail_slope)[:, None]
         inside_Rk = torch.where(valid_Rk, set_slope - student_Rk.exp() * total, 0.0)
         torch.mul(
             student_p_RV, tail_slope[:, None] / tail_leaf.detach().exp()[:, None] - total, out=student_logp_RV
         )
+        # Set to 0, then added: an id that stands there twice gets its own gradient and a 0. A plain scatter
+        # would keep either of the two.
         student_logp_RV.scatter_(-1, ids_Rk, 0.0).scatter_add_(-1, ids_Rk, inside_Rk)
     return value.detach()
 
@@ -101,16 +104,6 @@ def measure_served(served: TeacherTopK, *, student_logp: Tensor, student_p: Tens
     if served.sampled_logp is not None:
         stats["teacher_logp"] = served.sampled_logp.to(student_logp.dtype)
     return stats
-
-
-def divergence_of(objective: Objective, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
-    """The pure function that the objective names."""
-    both = {"teacher_logp": teacher_logp, "student_logp": student_logp}
-    if objective.kind == "jensen_shannon":
-        assert objective.beta is not None, "checked by Objective"
-        return divergence.jensen_shannon(**both, beta=objective.beta, entry_clip=objective.entry_clip)
-    pure = {"forward_kl": divergence.forward_kl, "reverse_kl": divergence.reverse_kl}[objective.kind]
-    return pure(**both, entry_clip=objective.entry_clip)
 
 
 def _on_set(

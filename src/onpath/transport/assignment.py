@@ -69,10 +69,13 @@ def _augment(state: _State, at: Ints) -> None:
     source = (state.supply[at] > 0).argmax(-1)
     found = _shortest(state, at, source)
     reach = found.column_distance[every, found.sink]
+    # By what each settled node is nearer than the sink: no reduced cost falls below 0, and those along the
+    # path become 0.
     state.u[at] += np.where(found.row_done, reach[:, None] - found.row_distance, 0.0)
     state.v[at] -= np.where(found.column_done, reach[:, None] - found.column_distance, 0.0)
     rows, columns, back = _path(found, source)
     sent = np.minimum(state.supply[at, source], state.demand[at, found.sink])
+    # No more than each edge that is taken back carries; windows whose path is shorter are not `on` any more.
     for i, j, on in zip(rows, columns, back, strict=True):
         through = state.flow[at, i, j]
         sent = np.where(on, np.minimum(sent, through), sent)

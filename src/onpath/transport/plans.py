@@ -164,11 +164,16 @@ def _exact_screened(cost_WKJ: Tensor, s_WK: Tensor, t_WJ: Tensor, n_W: Tensor, m
     plan_WKJ = torch.zeros_like(cost_WKJ)
     size = min(cost_WKJ.shape[1:])
     inside_WK = _inside(n_W, size)
+    # Costs are at least 0, and exactly 0 between equal tokens: whatever matches equal tokens is a best plan.
     same_W = (n_W == m_W) & ((s_WK[:, :size] == t_WJ[:, :size]) | ~inside_WK).all(-1)
+    # Padding sorts to the end, so that windows with the same tokens are equal entry by entry; the sort is
+    # stable, so that repeated tokens are matched in their order.
     order_s, order_t = (_sorted_tokens(ids[:, :size], inside_WK) for ids in (s_WK, t_WJ))
     permuted_W = (n_W == m_W) & (order_s.values == order_t.values).all(-1) & ~same_W
     diagonal = torch.diag_embed(inside_WK[same_W] / n_W[same_W, None].to(cost_WKJ.dtype))
     plan_WKJ[same_W, :size, :size] = diagonal.to(cost_WKJ.dtype)
+    # `w` counts the permuted windows, `at` all of them; every token has a cell of its own, repeated ones too,
+    # so nothing has to be added up.
     w, k = inside_WK[permuted_W].nonzero(as_tuple=True)
     at = permuted_W.nonzero().squeeze(-1)[w]
     plan_WKJ[at, order_s.indices[permuted_W][w, k], order_t.indices[permuted_W][w, k]] = 1.0 / n_W[at].to(
@@ -229,9 +234,11 @@ def _sinkhorn(cost_WKJ: Tensor, n_W: Tensor, m_W: Tensor, epsilon: float, tolera
     """
     windows, rows, columns = cost_WKJ.shape
     sharp = windows > 0 and float(cost_WKJ.max() - cost_WKJ.min()) > _SINGLE * epsilon
+    # Potentials are as large as the range of cost/ε, and their rounding is the error of the marginals.
     dtype = torch.float64 if sharp or cost_WKJ.dtype == torch.float64 else torch.float32
     a_WK = _inside(n_W, rows) / n_W[:, None].to(dtype)
     b_WJ = _inside(m_W, columns) / m_W[:, None].to(dtype)
+    # Marginals, and with them scalings and kernel, are 0 at padding; potentials are kept finite there.
     f_WK, g_WJ = torch.zeros_like(a_WK), torch.zeros_like(b_WJ)
     error_W = torch.full((windows,), torch.inf, dtype=dtype, device=cost_WKJ.device)
     omega_W = torch.ones_like(error_W)
@@ -243,15 +250,20 @@ def _sinkhorn(cost_WKJ: Tensor, n_W: Tensor, m_W: Tensor, epsilon: float, tolera
             scaled = cost_WKJ[at].to(dtype).div_(-epsilon)
             if round_ == 0:
                 f_WK[at], g_WJ[at] = _first_potentials(scaled, a_WK[at], b_WJ[at])
+            # Made anew from the potentials in every round: the scalings start from 1 again before they leave
+            # the range of the dtype.
             kernel = scaled.add_(f_WK[at, :, None]).add_(g_WJ[at, None, :]).exp_()
             kernel.mul_((a_WK[at] > 0)[:, :, None]).mul_((b_WJ[at] > 0)[:, None, :])
             u, v, row_sums = _scalings(kernel, a_WK[at], b_WJ[at], omega_W[at, None])
             error = (row_sums - a_WK[at]).abs().sum(-1)
+            # Reads the error of the round before, so it comes before that is overwritten.
             omega_W[at] = _relaxation(error, error_W[at], omega_W[at])
             error_W[at] = error
+            # Of every open window in every round: one that never converges keeps its last plan.
             plan_WKJ[at] = kernel.mul_(u[:, :, None]).mul_(v[:, None, :])
             f_WK[at] += _log_inside(u)
             g_WJ[at] += _log_inside(v)
+        # Columns are exact after each round, so only the rows' sums can be off.
         open_W = open_W[error_W[open_W] > tolerance]
         if not len(open_W):
             break

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
+from scipy.stats import mannwhitneyu, rankdata
 
 from onpath.evaluate.stats import wilson_interval
 
@@ -91,12 +91,11 @@ def auc(scores: NDArray[np.float64], positive: NDArray[Any], owners: NDArray[Any
 
 
 def area(scores: NDArray[np.float64], positive: NDArray[Any]) -> float | None:
-    """Area under the ROC curve by ranks (Mann and Whitney)."""
-    n, m = int(positive.sum()), int((~positive).sum())
-    if not n or not m:
+    """Area under the ROC curve: Mann and Whitney's U as a share of all pairs; None: one class only."""
+    above, below = scores[positive], scores[~positive]
+    if not len(above) or not len(below):
         return None
-    ranks = rankdata(scores)
-    return float((ranks[positive].sum() - n * (n + 1) / 2) / (n * m))
+    return float(mannwhitneyu(above, below, method="asymptotic").statistic) / (len(above) * len(below))
 
 
 def correlations(x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""How tokens are written one after another, and what is kept on the way."""
+"""Generation token by token: sampling, KV caches, drafts and their verification."""

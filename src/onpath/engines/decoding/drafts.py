@@ -1,10 +1,10 @@
-"""What a model will probably write from inside a response that it has just scored.
+"""Draft tokens for a model that goes on from inside a response that it has just scored.
 
 Scoring gives the model's likeliest token at every position of the response for nothing. Where the model goes
 its own way and comes back to what the response says, those tokens are right again, at another place: so a
-draft follows the last two tokens written, or the last one, to where they stand in the response. A draft only
-saves time: the model checks it (speculative decoding, arXiv 2211.17192), and what is written does not depend
-on it.
+draft follows the last two generated tokens, or the last one, to where they stand in the response. A draft
+only saves time: the model verifies it (speculative decoding, arXiv 2211.17192), and what is generated does
+not depend on it.
 """
 
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ class Drafts:
     """Of one response.
 
     >>> drafts = Drafts(start=3, response=[7, 8, 9, 4], likeliest=[7, 5, 9, 4])
-    >>> drafts.after(length=4, written=[], room=2)
+    >>> drafts.propose(prefix_length=4, generated=[], max_tokens=2)
     [5, 9]
-    >>> drafts.after(length=4, written=[6, 8, 9], room=2)  # 8, 9 stand at 1 and 2: what comes at 3?
+    >>> drafts.propose(prefix_length=4, generated=[6, 8, 9], max_tokens=2)  # 8, 9 stand at 1 and 2
     [4]
 
     Args:
@@ -36,12 +36,13 @@ class Drafts:
             found.setdefault(token, []).append(at)
         return found
 
-    def after(self, *, length: int, written: Sequence[int], room: int) -> list[int]:
-        """At most `room` tokens that may follow `written`, which follows the row's first `length` tokens."""
-        at = length - self.start + len(written)
-        if written:
-            before = (*self.response[max(0, length - self.start - 1) : length - self.start], *written)
+    def propose(self, *, prefix_length: int, generated: Sequence[int], max_tokens: int) -> list[int]:
+        """Draft tokens to follow `generated`, which follows the first `prefix_length` tokens of the row."""
+        prefix = prefix_length - self.start
+        at = prefix + len(generated)
+        if generated:
+            before = (*self.response[max(0, prefix - 1) : prefix], *generated)
             places = self._after.get(before[-1], [])
             pairs = [p for p in places if p > 1 and self.response[p - 2 : p] == before[-2:]]
             at = min(pairs or places, key=lambda place: abs(place - at), default=at)
-        return self.likeliest[at : at + room]
+        return self.likeliest[at : at + max_tokens]

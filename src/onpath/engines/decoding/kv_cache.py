@@ -1,8 +1,8 @@
-"""Key-value caches with room: what is appended is written where it stays.
+"""KV caches in preallocated memory: keys and values are stored where they stay.
 
-`DynamicCache` copies all keys and values at every token. Here each layer's tensors have room for more.
-Another cache may go on behind the end of this one in the same memory, and the rows of one cache may be filled
-by several passes.
+`DynamicCache` copies all keys and values at every token. Here each layer's buffers are longer than what is in
+them. Another cache may go on behind the end of this one in the same memory (a shared prefix), and the rows of
+one cache may be filled by several passes.
 """
 
 from typing import Any
@@ -12,76 +12,82 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-_ROOM_MIN = 64  # tokens for which a full layer grows, at least
+_GROW_MIN = 64  # tokens by which a full layer grows, at least
 
 
-class _Room(DynamicLayer):
-    """`keys` and `values` are the used part of larger tensors."""
+class _PreallocatedLayer(DynamicLayer):
+    """`keys` and `values` are views of the filled part of larger buffers."""
 
-    room: tuple[Tensor, Tensor] | None = None
+    buffers: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Appends; see `DynamicLayer.update`."""
+        # The length is that of the view `keys`: caches over one memory append each where its own view ends.
         begin = self.get_seq_length()
         end = begin + key_states.shape[-2]
-        if self.room is None or end > self.room[0].shape[-2]:
+        if self.buffers is None or end > self.buffers[0].shape[-2]:
             self.grow(key_states, value_states, begin, end)
-        assert self.room is not None
-        for room, new in zip(self.room, (key_states, value_states), strict=True):
-            room[:, :, begin:end] = new
-        return self.use(end)
+        assert self.buffers is not None
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, begin:end] = new
+        return self.set_length(end)
 
-    def use(self, length: int) -> tuple[Tensor, Tensor]:
-        """The first `length` tokens are keys and values from now on."""
-        assert self.room is not None
-        keys, values = (room[:, :, :length] for room in self.room)
+    def set_length(self, length: int) -> tuple[Tensor, Tensor]:
+        """`keys` and `values` are the first `length` tokens of the buffers from now on."""
+        assert self.buffers is not None
+        keys, values = (buffer[:, :, :length] for buffer in self.buffers)
         self.keys, self.values = keys, values
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
         return keys, values
 
     def grow(self, key_states: Tensor, value_states: Tensor, begin: int, end: int) -> None:
-        """Makes room for `end` tokens and more, and takes along the first `begin`."""
-        size = end + max(_ROOM_MIN, end // 4)
+        """Allocates for `end` tokens and more, and copies the first `begin`."""
+        # By a quarter, so that n tokens cost O(log n) copies. The old memory is left as it is: another cache
+        # may stand on it.
+        size = end + max(_GROW_MIN, end // 4)
         grown = tuple(x.new_empty(*x.shape[:2], size, x.shape[3]) for x in (key_states, value_states))
-        if self.room is not None:
-            for new, old in zip(grown, self.room, strict=True):
+        if self.buffers is not None:
+            for new, old in zip(grown, self.buffers, strict=True):
                 new[:, :, :begin] = old[:, :, :begin]
-        self.room = (grown[0], grown[1])
+        self.buffers = (grown[0], grown[1])
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only these rows, in memory of their own."""
-        if self.room is None:
+        if self.buffers is None:
             return
+        # Never in place: the memory may be another cache's prefix. Only what is filled is copied.
         length = self.get_seq_length()
-        chosen = tuple(x.new_empty(len(indices), *x.shape[1:]) for x in self.room)
-        for new, old in zip(chosen, self.room, strict=True):
+        chosen = tuple(x.new_empty(len(indices), *x.shape[1:]) for x in self.buffers)
+        for new, old in zip(chosen, self.buffers, strict=True):
             torch.index_select(old[:, :, :length], 0, indices, out=new[:, :, :length])
-        self.room = (chosen[0], chosen[1])
-        self.use(length)
+        self.buffers = (chosen[0], chosen[1])
+        self.set_length(length)
 
 
-class _Rows(_Room):
-    """Some rows of a layer of `Stack`, for one pass."""
+class _LayerRows(_PreallocatedLayer):
+    """Some rows of a layer of `StackedCache`, for one pass."""
 
-    def __init__(self, whole: _Room, start: int, stack: "Stack") -> None:
+    def __init__(self, whole: _PreallocatedLayer, start: int, stack: "StackedCache") -> None:
         super().__init__()
         self.whole, self.start, self.stack = whole, start, stack
 
     def grow(self, key_states: Tensor, value_states: Tensor, begin: int, end: int) -> None:
-        """Its rows of the whole; what this pass is too short for is zero: hidden, it must still be finite."""
+        """Its rows of the whole; what this pass is too short for is zero: masked, it must still be finite."""
+        # The first pass allocates for all of them: only now are shapes and dtype known. The whole is as long
+        # as the longest pass, so that what goes on behind it starts at one column in every row.
         rows, length = self.stack.rows, self.stack.length
-        if self.whole.room is None:
+        if self.whole.buffers is None:
             like = tuple(x[:1].expand(rows, -1, -1, -1) for x in (key_states, value_states))
             self.whole.grow(like[0], like[1], 0, length)
-            self.whole.use(length)
-        assert self.whole.room is not None
-        keys, values = (x[self.start : self.start + len(key_states)] for x in self.whole.room)
+            self.whole.set_length(length)
+        assert self.whole.buffers is not None
+        keys, values = (x[self.start : self.start + len(key_states)] for x in self.whole.buffers)
         keys[:, :, end:length], values[:, :, end:length] = 0, 0
-        self.room = (keys, values)
+        self.buffers = (keys, values)
 
 
-class Stack:
-    """One cache for several passes, each of which fills some rows of it.
+class StackedCache:
+    """One cache for several forward passes, each of which fills some rows of it.
 
     Args:
         rows: of all passes.
@@ -90,31 +96,35 @@ class Stack:
 
     def __init__(self, model: PreTrainedModel, *, rows: int, length: int) -> None:
         self.rows, self.length = rows, length
-        self.cache = roomy_cache(model)
+        self.cache = preallocated_cache(model)
 
     def part(self, start: int) -> DynamicCache:
         """An empty cache for the pass whose first row is `start`; it takes one call of the model."""
         part = DynamicCache()
-        part.layers = [_Rows(layer, start, self) for layer in self.cache.layers if isinstance(layer, _Room)]
+        part.layers = [
+            _LayerRows(layer, start, self)
+            for layer in self.cache.layers
+            if isinstance(layer, _PreallocatedLayer)
+        ]
         return part
 
 
-def roomy_cache(model: PreTrainedModel) -> DynamicCache:
-    """The model's own kind of cache; its layers of plain attention with room."""
+def preallocated_cache(model: PreTrainedModel) -> DynamicCache:
+    """The model's own kind of cache; its layers of full attention preallocated."""
     cache = DynamicCache(config=model.config)
-    cache.layers = [_Room() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [_PreallocatedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
-def shared(cache: DynamicCache) -> DynamicCache:
-    """A roomy cache over the same memory; it goes on behind the end of the other, which does not see it."""
+def on_shared_prefix(cache: DynamicCache) -> DynamicCache:
+    """A cache over the same memory, which goes on behind the end of the other; the other does not see it."""
 
     def again(layer: Any) -> Any:
-        if not isinstance(layer, _Room) or layer.room is None:
+        if not isinstance(layer, _PreallocatedLayer) or layer.buffers is None:
             return layer
-        other = _Room()
-        other.room = layer.room
-        other.use(layer.get_seq_length())
+        other = _PreallocatedLayer()
+        other.buffers = layer.buffers
+        other.set_length(layer.get_seq_length())
         return other
 
     mine = DynamicCache()
@@ -122,17 +132,17 @@ def shared(cache: DynamicCache) -> DynamicCache:
     return mine
 
 
-def picked(cache: DynamicCache, rows: Tensor, length: int) -> DynamicCache:
-    """The first `length` tokens of some rows of a roomy cache, in memory of their own."""
-    mine = shared(cache)
+def selected_rows(cache: DynamicCache, rows: Tensor, length: int) -> DynamicCache:
+    """The first `length` tokens of some rows of a preallocated cache, in memory of their own."""
+    mine = on_shared_prefix(cache)
     for layer in mine.layers:
-        assert isinstance(layer, _Room)
-        layer.use(min(length, layer.get_seq_length()))
+        assert isinstance(layer, _PreallocatedLayer)
+        layer.set_length(min(length, layer.get_seq_length()))
     mine.batch_select_indices(rows)
     return mine
 
 
-def attends_plainly(model: PreTrainedModel) -> bool:
-    """Full attention in every layer through torch's own kernel: it takes a mask that we have made."""
+def accepts_4d_mask(model: PreTrainedModel) -> bool:
+    """Full attention in every layer through SDPA, which takes a finished [B, 1, Q, T] mask as it is."""
     plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
     return plain and model.config._attn_implementation == "sdpa" and not model.config.to_dict().get("alibi")
