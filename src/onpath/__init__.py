@@ -6,6 +6,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from onpath.system import __version__ as __version__
+
 if TYPE_CHECKING:
     from onpath.commands.eval import evaluate_model as evaluate_model
     from onpath.commands.export import export_model as export_model
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
     from onpath.training import RunResult as RunResult
     from onpath.training import train as train
 
-__version__ = "0.1.0"
 __all__ = [
     "Config",
     "RunResult",

@@ -13,8 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
-from onpath import __version__
-from onpath.system import code
+from onpath.system import __version__, code
 from onpath.system.errors import guarded
 
 TAKES_OVERRIDES = ("train", "doctor", "config")

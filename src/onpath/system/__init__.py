@@ -1,1 +1,3 @@
-"""The process: errors, ranks, memory, draws, files. Imports nothing of onpath."""
+"""The process: errors, ranks, memory, draws, files, own code. Imports nothing of onpath."""
+
+__version__ = "0.1.0"
