@@ -186,8 +186,7 @@ def build(data: Mapping[str, Any], *, source: str = "config", overridden: Iterab
     """
     try:
         config = Config.model_validate(data)
-        if code.is_allowed():  # what it names is known from now on, and fails here if it fails
-            code.load_all(config.model_dump(mode="json"))
+        code.load_all(config.model_dump(mode="json"))  # refused, or wrong, before anything is done
         return config
     except ValidationError as error:
         key = _dotted(error)

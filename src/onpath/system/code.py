@@ -148,7 +148,8 @@ def _module(path: Path, key: str) -> ModuleType:
         raise
     except Exception as error:
         del sys.modules[label]
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f.lineno for f in frames if Path(f.filename).resolve() == path.resolve()]
         line = f", line {lines[-1]}" if lines else ""
         raise UserError(f"{key}: {path}{line} fails: {type(error).__name__}: {error}") from error
     return module
