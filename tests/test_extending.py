@@ -117,6 +117,9 @@ def test_a_method_works_everywhere(
     assert "short" in capsys.readouterr().out
     assert main(["config", str(path), "--allow-code", "--options"]) == 0
     assert "Share of the rollouts that are kept." in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["train", str(path), "--allow-code", "--help"])
+    assert "Share of the rollouts that are kept." in capsys.readouterr().out
     assert main(["config", str(path), "--allow-code", "--method.share", "0.25"]) == 0
     assert "share: 0.25" in capsys.readouterr().out
     assert main(["train", str(path), "--quiet", "--allow-code", "--method.share", "0.25"]) == 2

@@ -149,7 +149,7 @@ def test_two_writers_of_the_same_weights_do_not_trip_each_other(
 ) -> None:
     """As two processes of one run do: each has a process id of its own."""
     model, faults = make_model(3), []
-    monkeypatch.setattr("onpath.engines.weights.os.getpid", threading.get_ident)
+    monkeypatch.setattr("onpath.system.files.os.getpid", threading.get_ident)
 
     def write() -> None:
         try:
@@ -164,4 +164,4 @@ def test_two_writers_of_the_same_weights_do_not_trip_each_other(
     for thread in threads:
         thread.join()
     assert not faults
-    assert [p.name for p in tmp_path.glob("*.part")] == []
+    assert [p.name for p in tmp_path.glob("*tmp*")] == []

@@ -29,10 +29,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides: list[tuple[str, str]] = []
     if arguments[:1] and arguments[0] in TAKES_OVERRIDES:
         arguments, overrides = split_overrides(arguments)
-    options = make_parser().parse_args(arguments)
-    if getattr(options, "allow_code", False):
+    if "--allow-code" in arguments:
         code.allow()
+    options = make_parser(partial(_own_options, arguments, overrides)).parse_args(arguments)
     return guarded(lambda: options.run(options, overrides))
+
+
+def _own_options(arguments: Sequence[str], overrides: Sequence[tuple[str, str]]) -> Any:
+    """The options of the method of one's own that a command line names, for its help; None: a built-in one's,
+    or nothing that can be read."""
+    from onpath.config import METHODS, load
+    from onpath.system.errors import UserError
+
+    named = [a for a in arguments[1:] if not a.startswith("-")]
+    try:
+        chosen = type(load(named[0] if named else None, overrides).method)
+    except UserError:
+        return None
+    return None if chosen in METHODS.values() else chosen
 
 
 class _Parser(argparse.ArgumentParser):
@@ -70,13 +84,17 @@ def _add_allow_code(command: argparse.ArgumentParser) -> None:
     )
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """All subcommands with their options."""
+def make_parser(own: Callable[[], Any] = lambda: None) -> argparse.ArgumentParser:
+    """All subcommands with their options.
+
+    Args:
+        own: asked by the help for the options of a method of one's own.
+    """
     parser = _Parser(prog="onpath", description="On-policy distillation that corrects whole trajectories.")
     parser.add_argument("--version", action="version", version=f"onpath {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
-    _add_train(commands)
+    _add_train(commands, own)
     _add_eval(commands)
     _add_study(commands)
     _add_report(commands)
@@ -115,13 +133,13 @@ def _demo(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
     return 0
 
 
-def _add_train(commands: Any) -> None:
+def _add_train(commands: Any, own: Callable[[], Any]) -> None:
     train = commands.add_parser(
         "train",
         help="run a config to its end, or go on where it stopped",
         usage="onpath train [CONFIG.yaml] [--allow-code] [--section.key value ...]",
         description="Runs a config to its end; the same command goes on where a stopped run was.",
-        more=_first_options,
+        more=lambda: _first_options(own()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     train.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="its options (default: the gym)")
@@ -130,10 +148,10 @@ def _add_train(commands: Any) -> None:
     train.set_defaults(run=_train)
 
 
-def _first_options() -> str:
+def _first_options(own: Any) -> str:
     from onpath.commands.options import first_options
 
-    return first_options()
+    return first_options(own)
 
 
 def _train(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:

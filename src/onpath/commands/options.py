@@ -18,12 +18,15 @@ _OF_ONE_METHOD = re.compile(r"method\[(.+?)\]")
 _WIDEST = 110
 
 
-def first_options() -> str:
-    """Those of a first config, and where the others are."""
-    known = {option[0]: option for option in describe()}
-    printed = _printed(known[key] for key in FIRST)
-    rest = "All options: onpath config --options"
-    return "\n".join(["options of a first config:", "", *printed, "", *_wrapped(HOW), rest])
+def first_options(own: type[MethodOptions] | None = None) -> str:
+    """Those of a first config, those of a method of one's own, and where the others are."""
+    known = {option[0]: option for option in describe(own)}
+    lines = ["options of a first config:", "", *_printed(known[key] for key in FIRST), ""]
+    if own is not None:
+        name = own.__qualname__
+        mine = [(key.replace(f"[{name}]", "", 1), *rest) for key, *rest in known.values() if name in key]
+        lines += [f"{name}, its own or other defaults:", "", *_printed(mine), ""]  # type: ignore[arg-type]
+    return "\n".join([*lines, *_wrapped(HOW), "All options: onpath config --options"])
 
 
 def all_options(own: type[MethodOptions] | None = None) -> str:

@@ -1,16 +1,16 @@
 """The weights that train, as other processes and engines take them: Hugging Face names, adapters merged."""
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from onpath.engines.head import unwrapped
-from onpath.system.errors import UserError
+from onpath.system.files import make_directory, written
 
 PROBE_LENGTH = 16
 
@@ -40,14 +40,10 @@ def save_weights(model: nn.Module, directory: Path) -> None:
     Raises:
         UserError: the disk is full or not writable.
     """
-    temporary = directory / f"model.safetensors.{os.getpid()}.part"  # every process of a run writes
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
+    with written(directory / "model.safetensors", also=(SafetensorError,)) as temporary:
         save_file({n: t.cpu().clone() for n, t in merged_weights(model)}, temporary, {"format": "pt"})
         unwrapped(model).config.save_pretrained(directory)
-        temporary.replace(directory / "model.safetensors")
-    except OSError as error:
-        raise UserError(f"{directory}: cannot write the weights: {error.strerror or error}") from None
 
 
 def probe_ids(vocabulary: int) -> tuple[int, ...]:

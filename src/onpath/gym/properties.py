@@ -17,6 +17,7 @@ from onpath.gym.mixture import TEMPLATES
 from onpath.gym.sample import context_ids, sample, sample_ids
 from onpath.gym.tasks import count_orders, parse_problem, rows
 from onpath.gym.vocab import EQUALS, HEADS, IDS, ONSET_WORDS, SEPARATORS, TOKENS
+from onpath.system.files import make_directory, write_text
 
 # Shapes: B rollouts, T response tokens, V vocabulary.
 
@@ -361,6 +362,6 @@ def markdown(numbers: Sequence[Number]) -> str:
 
 def write(numbers: Sequence[Number], out: Path) -> None:
     """Store the numbers as JSON and as markdown."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "properties.json").write_text(json.dumps([asdict(x) for x in numbers], indent=1) + "\n")
-    (out / "properties.md").write_text(markdown(numbers))
+    make_directory(out)
+    write_text(out / "properties.json", json.dumps([asdict(x) for x in numbers], indent=1) + "\n")
+    write_text(out / "properties.md", markdown(numbers))
