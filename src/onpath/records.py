@@ -179,7 +179,7 @@ class Trajectory:
     """The student's rollout that this came from."""
     edit: Edit = field(default_factory=lambda: Edit(kind="none"))
     behaviour_logprobs: tuple[float, ...] | None = None
-    """Log-probs under the policy that wrote the response, where the objective corrects for it."""
+    """Log-probs under the policy that generated the response, where the objective corrects for it."""
     place: int | None = None
     """Its index among the trajectories that are read or trained on together; set there."""
 

@@ -50,9 +50,9 @@ class Served(Section):
 
 class Teacher(Served):
     engine: Literal["hf", "vllm", "chat"] = "hf"
-    """hf: a model in this process. vllm: a server at teacher.url, which scores, rewrites and writes windows;
-    it sends the method.support_k likeliest tokens: method.support must be teacher_topk. chat: any
-    OpenAI-compatible chat endpoint at teacher.url, of any vocabulary, which only writes: trd, or opd with
+    """hf: a model in this process. vllm: a server at teacher.url, which scores, rewrites and generates
+    windows; it sends the method.support_k likeliest tokens: method.support must be teacher_topk. chat: any
+    OpenAI-compatible chat endpoint at teacher.url, of any vocabulary, which only generates: trd, or opd with
     method.writer: teacher, and method.divergence: cross_entropy."""
     model: str = "gym:teacher"
     """Directory or hub name of a causal LM with the student's vocabulary, or gym:teacher; with a server
@@ -122,8 +122,8 @@ class RolloutSection(Served):
     """Sample the next batch while this one trains: rollouts are one step old (staleness 1 in the metrics). hf
     samples from a frozen copy of the student, which takes memory; a vLLM from its own weights."""
     max_staleness: int = Field(1, ge=0)
-    """Steps by which the weights that wrote a rollout may be older than those that train; older ones stop the
-    run. rollout.overlap makes them 1."""
+    """Steps by which the weights that generated a rollout may be older than those that train; older ones stop
+    the run. rollout.overlap makes them 1."""
     batch_tokens: int = Field(32_768, ge=1)
     """Tokens (sequences × longest length) that one generation batch may hold."""
 

@@ -1,5 +1,5 @@
-"""A black-box teacher: any OpenAI-compatible chat endpoint. It writes text and gives no log-probs, so the
-student can learn from what it wrote by cross-entropy only.
+"""A black-box teacher: any OpenAI-compatible chat endpoint. It generates text and gives no log-probs, so
+the student can learn from it by cross-entropy only.
 
 Its vocabulary need not be the student's: its text is made into ids by the student's tokenizer, ordinary text
 all of it, whatever control tokens it may spell.

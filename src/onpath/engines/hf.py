@@ -37,7 +37,7 @@ class HFEngine(Engine):
     """Engine over a transformers causal LM.
 
     Args:
-        model: any causal LM, peft-wrapped or not; it is put into evaluation mode while writing.
+        model: any causal LM, peft-wrapped or not; it is put into evaluation mode while it generates.
         renderer: makes ids of prompts.
         stop_ids: ids that end a response.
         batch_tokens: rows × (prefix + new tokens) that one batch may hold.
@@ -132,12 +132,12 @@ class HFEngine(Engine):
         return branch(self, past, places, sampling, keys=keys, drafts=drafts)
 
     def _check_lengths(self, prefixes: Sequence[Sequence[int]], sampling: Sampling) -> None:
-        longest, room = max((len(p) for p in prefixes), default=0), context_length(unwrapped(self.model))
-        if longest + sampling.max_new_tokens > room:
+        longest, limit = max((len(p) for p in prefixes), default=0), context_length(unwrapped(self.model))
+        if longest + sampling.max_new_tokens > limit:
             raise UserError(
                 f"a prompt of {longest} tokens and {sampling.max_new_tokens} new ones do not fit the model's "
                 f"context of "
-                f"{room}; shorten the prompt or lower max_new_tokens"
+                f"{limit}; shorten the prompt or lower max_new_tokens"
             )
 
     def _batches(self, lengths: Sequence[int], new_tokens: int) -> Iterator[list[int]]:

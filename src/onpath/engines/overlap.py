@@ -1,12 +1,12 @@
 """One-step overlap: the next batch is sampled while this one trains (`rollout.overlap`).
 
     step              0         1         2         3
-    trained on        W0        W0        W1        W2      weights that wrote the batch: its policy_version
+    trained on        W0        W0        W1        W2      of the generator: policy_version
     weights           W0 → W1   W1 → W2   W2 → W3   …
 
 The weights that train must not move under a sample. The transformers engine samples from a frozen copy of
 them, made when a step begins: draws depend on (seed, step) and on that copy alone, so it is all that a
-resumed run needs. A vLLM has weights of its own, which are replaced when it has written: a resumed run draws
+resumed run needs. A vLLM has weights of its own, which are replaced when it is done: a resumed run draws
 its first batch from the weights of its checkpoint, staleness 0.
 """
 

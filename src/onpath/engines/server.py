@@ -193,18 +193,18 @@ class ServerEngine(Engine):
         self.server.post("/collective_rpc", {"method": "reload_weights", "kwargs": where})
         self.server.post("/reset_prefix_cache")
 
-    def _by_current_weights(self, write: Callable[[], list[Completion]], count: int) -> list[Completion]:
+    def _by_current_weights(self, generate: Callable[[], list[Completion]], count: int) -> list[Completion]:
         """Samples of the trained weights: a server that came back with its own is given them again."""
         if self.student is None or not count:
-            return write()
+            return generate()
         for _ in range(2):
             waits = self.server.waits
             if self._lost():
                 self.resyncs += 1
                 self._restore()
-            written = write()
+            done = generate()
             if self.server.waits == waits or not self._lost():
-                return written
+                return done
         raise UserError("rollout.url: the server was restarted again and again while it sampled")
 
 

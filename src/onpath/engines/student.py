@@ -47,7 +47,7 @@ def shared_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase) -> tup
     if config.teacher.engine == "chat":
         warning = (
             f"teacher.engine chat: {config.teacher.model} gives text and no log-probs, so the student learns "
-            "by cross-entropy along what it writes, and no divergence is measured"
+            "by cross-entropy along what it generates, and no divergence is measured"
         )
         return max(ids.values()) + 1, [warning]
     check_vocabulary(ids, load_tokenizer(config.teacher, "teacher.model").get_vocab())

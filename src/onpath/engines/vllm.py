@@ -32,7 +32,7 @@ class VLLMEngine(Engine):
         context_length: most tokens of prompt and response.
         dtype: of vLLM's copy.
         tolerance: largest gap, in nats, between its log-probs and the student's that rounding may explain.
-        options: passed to `vllm.LLM` as they are. With `enable_sleep_mode` it sleeps whenever it has written
+        options: passed to `vllm.LLM` as they are. With `enable_sleep_mode` it sleeps when it has generated
             or scored: its weights wait in host memory, and the accelerator's is free for training.
     """
 
@@ -53,7 +53,7 @@ class VLLMEngine(Engine):
         self.stop_ids, self.vocabulary, self.tolerance = stop_ids, vocabulary, tolerance
         self.policy_version = 0
         self._llm = _start(directory, dtype, context_length, options)
-        self._one_at_a_time = threading.Lock()  # rollout.overlap writes from a thread of its own
+        self._one_at_a_time = threading.Lock()  # rollout.overlap generates from a thread of its own
         self._sleeps, self._asleep = bool(options.get("enable_sleep_mode")), False
 
     def continue_from(

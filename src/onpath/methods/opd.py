@@ -1,4 +1,4 @@
-"""OPD, the base: the student writes, the teacher scores each token (GKD, arXiv 2306.13649; TOPD's stage 2,
+"""OPD, the base: the student generates, the teacher scores each token (GKD, arXiv 2306.13649; TOPD's stage 2,
 arXiv 2606.00305).
 
     y ~ p_S(·|x),  T = 1, untruncated
@@ -18,7 +18,7 @@ from onpath.records import Completion, Edit, Rollout
 
 
 class OPD(Method):
-    """Leaves trajectories as the student wrote them."""
+    """Leaves trajectories as the student generated them."""
 
     Options = OPDOptions
     options: OPDOptions

@@ -109,7 +109,7 @@ def trajectory_row(
 
 
 def top_columns(top: Mapping[str, Sequence[Sequence[Any]]], renderer: Renderer) -> dict[str, Any]:
-    """`{student,teacher}_top_{tokens,logp}`: what both models would rather, or also, have written; nats."""
+    """`{student,teacher}_top_{tokens,logp}`: what both models would rather, or also, have generated; nats."""
     return {
         name.replace("_ids", "_tokens"): [
             renderer.tokens(r) if name.endswith("_ids") else list(r) for r in rows
@@ -173,7 +173,7 @@ class Stored:
     """A sample of what a run stored."""
 
     rows: tuple[Row, ...]
-    """As `store.trajectory_row` wrote them, `detail` parsed; contexts left out. The likeliest tokens, ten
+    """As `trajectory_row` made them, `detail` parsed; contexts left out. The likeliest tokens, ten
     to a response token, stay with Arrow until `listed` is asked for them."""
     total: int
     """Rows in all files."""

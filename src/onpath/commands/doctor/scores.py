@@ -195,29 +195,26 @@ def teacher_itself(parts: Parts, probe: Probe) -> Finding:
 
 
 def alignment(parts: Parts, probe: Probe) -> Finding:
-    """What the teacher writes, it must score as it wrote it: at the same position, not one beside it."""
+    """What is generated in the teacher's name it must score alike: at the same position, not beside it."""
     some = probe.trajectories[:_COMPARED]
-    room = max(
-        2, min(32, parts.tools.models.teacher.context_length - max(len(t.teacher_context) for t in some))
-    )
-    sampling = Sampling(max_new_tokens=room, seed=parts.config.run.seed)
+    left = parts.models.teacher.context_length - max(len(t.teacher_context) for t in some)
+    sampling = Sampling(max_new_tokens=max(2, min(32, left)), seed=parts.config.run.seed)
     contexts = [t.teacher_context for t in some]
     with parts.models.teacher.acting():
-        written = parts.tools.generators.teacher.continue_from(
+        generated = parts.generators.teacher.continue_from(
             contexts, sampling, keys=[f"doctor/{i}" for i in range(len(some))]
         )
-    if any(not c.logprobs or math.isnan(sum(c.logprobs)) for c in written):
-        return skipped("alignment", "the teacher's writer gives no log-probs")
+    if any(not c.logprobs or math.isnan(sum(c.logprobs)) for c in generated):
+        return skipped("alignment", "the teacher's generator gives no log-probs")
     trajectories = [
-        Trajectory(student_context=c, teacher_context=c, response=w.ids)
-        for c, w in zip(contexts, written, strict=True)
+        Trajectory(student_context=c, teacher_context=c, response=g.ids, place=place)
+        for place, (c, g) in enumerate(zip(contexts, generated, strict=True))
     ]
-    wrote = {id(t): w.logprobs for t, w in zip(trajectories, written, strict=True)}
     gaps: dict[int, list[float]] = {-1: [], 0: [], 1: []}
     for batch in batches_of(parts, trajectories):
         scores = teacher_scores(parts, batch)
         own_N = torch.tensor(
-            [p for t in batch.trajectories for p in wrote[id(t)]], device=parts.models.device
+            [p for place in batch.places for p in generated[place].logprobs], device=parts.models.device
         )
         for offset, found in gaps.items():
             found += _shifted_gaps(scores, batch.token_N, batch.row_N, own_N, offset)
@@ -273,11 +270,11 @@ def teacher_differs(parts: Parts, probe: Probe) -> Finding:
 
 def _student_logps(parts: Parts, trajectories: Sequence[Trajectory]) -> list[list[float]]:
     found: dict[int, list[float]] = {}
-    for batch, stats in trainer_stats(parts, trajectories):
+    placed = [replace(t, place=place) for place, t in enumerate(trajectories)]
+    for batch, stats in trainer_stats(parts, placed):
         assert stats.student_logp is not None
-        rows = batch.by_row(stats.student_logp)
-        found |= {id(t): row for t, row in zip(batch.trajectories, rows, strict=True)}
-    return [found[id(t)] for t in trajectories]
+        found |= dict(zip(batch.places, batch.by_row(stats.student_logp), strict=True))
+    return [found[place] for place in range(len(trajectories))]
 
 
 def _gaps(found: Sequence[Sequence[float]], expected: Sequence[Sequence[float]]) -> list[float]:

@@ -10,7 +10,7 @@ class OPDOptions(MethodOptions):
 
     name: Literal["opd"] = "opd"
     writer: Literal["student", "teacher"] = "student"
-    """Who writes the responses. teacher with divergence cross_entropy is SFT on teacher samples."""
+    """Who generates the responses. teacher with divergence cross_entropy is SFT on teacher samples."""
     off_policy: bool = False
     """Accept tempered or truncated rollouts, which are not samples of the student's own distribution."""
 

@@ -25,7 +25,7 @@ class TRDOptions(MethodOptions):
     reference: bool | None = None
     """Show the reference solution to the rewriter; null: only with teacher: self."""
     see_attempt: bool = True
-    """False is the control in which the rewrite is written without seeing the student's attempt."""
+    """False is the control in which the rewrite is generated without seeing the student's attempt."""
     template: str | None = None
     """User message of the rewriter with slots {problem}, {attempt} and, with a reference, {solution}; null:
     the gym's or our own."""

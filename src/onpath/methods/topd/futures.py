@@ -11,7 +11,7 @@ from onpath.records import Completion, Rollout, Sampling
 
 
 def horizon(rollout: Rollout, position: int, window: int) -> int:
-    """Tokens of a window: K, but no further than a rollout that ran out of room could look."""
+    """Tokens of a window: K, but no further than a rollout that was cut at max_new_tokens could look."""
     left = len(rollout.ids) - position
     return min(window, left) if rollout.finish_reason == "length" else window
 

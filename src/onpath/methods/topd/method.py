@@ -8,8 +8,8 @@
 
 Ours where the paper is silent: greedy teacher windows; D exact, γ by Sinkhorn with ε 0.05; the 30% as a
 moving quantile over steps; λ = 1, or held at a ratio of gradients; overlapping targets averaged; a fork needs
-D > 0; windows end where a rollout that ran out of room ends; with `student_window: regenerate` only D sees
-the fresh sample.
+D > 0; windows end where a rollout that was cut at max_new_tokens ends; with `student_window: regenerate`
+only D sees the fresh sample.
 """
 
 import time

@@ -6,14 +6,14 @@
     z ~ p_T(·|r)                                       T = 0.6; every row, right or wrong
     L = Σ_t KL(p_T(·|r, z_<t) ‖ p_S(·|x, z_<t)) / Σ_t 1        over the whole batch, EOS included
 
-The ids of r that wrote z are the teacher's context when it scores z. A wrong prefix of y, which the teacher
-could only continue, is never trained on: that is what token-level weights cannot do.
+The ids of r that z continues are the teacher's context when it scores z. A wrong prefix of y, which the
+teacher could only continue, is never trained on: that is what token-level weights cannot do.
 
 Deviations from the published code, each with the option that undoes it: a fresh y and z at every update
 (`offline`); y at T = 1 (`rollout.temperature`); z without top-p (`rewrite_top_p: 0.95`); chat template and
 EOS in what the student is trained on (`paper_compat`; the rewrite prompt keeps its template there, since it
-wrote z); a rewrite without any text is dropped and counted; a gate before training; the prompts' wording is
-ours, or the gym's.
+z continues it); a rewrite without any text is dropped and counted; a gate before training; the prompts'
+wording is ours, or the gym's.
 """
 
 from collections.abc import Sequence
@@ -94,5 +94,5 @@ class TRD(Method):
 
     @property
     def writer(self) -> str:
-        """Who wrote z."""
+        """Who generated z."""
         return "teacher" if self.options.teacher == "model" else f"self ({self.options.weights})"

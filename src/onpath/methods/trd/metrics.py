@@ -13,17 +13,17 @@ from onpath.records import Trajectory
 def edit_means(rewrites: Sequence[Rewrite], trajectories: Sequence[Trajectory]) -> Means:
     """Accuracies, the four cells, lengths and what looks wrong: all that needs no model."""
     judged = [w for w in rewrites if w.cell]
-    written = [(w, t) for w, t in zip(rewrites, trajectories, strict=True) if w.kind != "none"]
-    tokens_y, tokens_z = sum(len(w.attempt.ids) for w, _ in written), sum(len(w.ids) for w, _ in written)
+    rewritten = [(w, t) for w, t in zip(rewrites, trajectories, strict=True) if w.kind != "none"]
+    tokens_y, tokens_z = sum(len(w.attempt.ids) for w, _ in rewritten), sum(len(w.ids) for w, _ in rewritten)
     return {
         "accuracy_y": mean([w.attempt_right is True for w in judged]),
         "accuracy_z": mean([w.right is True for w in judged]),
         **{cell: mean([w.cell == cell for w in judged]) for cell in CELLS},
         "length_ratio": (float(tokens_z), float(tokens_y)),
-        "edit_distance_tokens": mean([t.edit.detail["edit_distance"] for _, t in written]),
-        "unfinished_z": mean([not w.finished for w, _ in written]),
+        "edit_distance_tokens": mean([t.edit.detail["edit_distance"] for _, t in rewritten]),
+        "unfinished_z": mean([not w.finished for w, _ in rewritten]),
         **{
-            f"{flaw}_z": mean([t.edit.detail[flaw] for _, t in written])
+            f"{flaw}_z": mean([t.edit.detail[flaw] for _, t in rewritten])
             for flaw in ("empty", "identical", "foreign")
         },
         "kept_z": mean([t.edit.kept for t in trajectories]),

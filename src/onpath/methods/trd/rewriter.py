@@ -1,4 +1,4 @@
-"""How z is written: the rewrite prompt, trimmed to its budget, and what the teacher writes after it.
+"""How z is generated: the rewrite prompt, trimmed to its budget, and the teacher's continuation of it.
 
 Every draw depends on (seed, when, prompt, sample) alone, so that a resumed run and any number of processes
 rewrite alike.
