@@ -8,14 +8,14 @@ mean is estimated from the two-way analysis of variance,
 
 and from four seeds on the interval is x̄ ± t·√Var with Satterthwaite's degrees of freedom: the t interval of
 crossed random effects (Clark 1973, quasi-F). With two or three seeds MS_S alone has so few degrees of freedom
-that Satterthwaite's number, itself an estimate, is too high too often: such intervals cover 88% and 92% instead
-of 95. There each part has its own t,
+that Satterthwaite's number, itself an estimate, is too high too often: such intervals cover 88% and 92%
+instead of 95. There each part has its own t,
 
     half² = (t²(S−1)·MS_S + t²(P−1)·max(0, MS_P − MS_E)) / (S·P)
 
-which covers at least 95% whatever the share of the seeds in the variance, and is wide where they have none: two
-seeds do not tell. A bootstrap that resamples five seeds is too narrow: it takes the normal's 1.96, shrunk by
-√(4/5), where t with four degrees asks for 2.78.
+which covers at least 95% whatever the share of the seeds in the variance, and is wide where they have none:
+two seeds do not tell. A bootstrap that resamples five seeds is too narrow: it takes the normal's 1.96, shrunk
+by √(4/5), where t with four degrees asks for 2.78.
 """
 
 from collections.abc import Sequence
@@ -64,8 +64,8 @@ def estimate(scores_SP: NDArray[np.float64]) -> Estimate:
 def difference(differences_SP: NDArray[np.float64]) -> Estimate:
     """Of a mean paired difference (same seed, same problem), each within [−1, 1].
 
-    Where all are equal (nobody is right, say) a spread of zero would claim certainty: Wilson's limit of a share
-    that was never seen in P problems bounds how many others may differ, by up to ±1.
+    Where all are equal (nobody is right, say) a spread of zero would claim certainty: Wilson's limit of a
+    share that was never seen in P problems bounds how many others may differ, by up to ±1.
     """
     runs, problems = differences_SP.shape
     mean = float(differences_SP.mean())
@@ -94,7 +94,7 @@ def p_value(differences_SP: NDArray[np.float64]) -> float:
     if problems == 1 or mean == 0:
         return 1.0
     if np.ptp(differences_SP) == 0:
-        return 2.0 ** (1 - problems)  # of all patterns of signs, these two are as far from 0
+        return float(2.0 ** (1 - problems))  # of all patterns of signs, these two are as far from 0
     if 2 <= runs < _ENOUGH_SEEDS:
         return _level_reaching(differences_SP, abs(mean))
     if runs == 1:
@@ -109,7 +109,7 @@ def _half_width(values_SP: NDArray[np.float64], level: float) -> float:
     runs, problems = values_SP.shape
     if runs >= _ENOUGH_SEEDS:
         variance, freedom = crossed_variance(values_SP)
-        return float(stdtrit(freedom, 1 - level / 2)) * variance**0.5
+        return float(stdtrit(freedom, 1 - level / 2) * variance**0.5)
     by_seed, by_problem, by_both = _mean_squares(values_SP)
     seeds, others = (float(stdtrit(n - 1, level / 2)) ** 2 for n in (runs, problems))
     return float(((seeds * by_seed + others * max(0.0, by_problem - by_both)) / (runs * problems)) ** 0.5)
