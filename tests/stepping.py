@@ -21,10 +21,11 @@ class Given:
     """A method that trains on what it was given."""
 
     trajectories: list[Trajectory]
+    guidance_weight: float = 1.0
     measured: list[Mapping[str, float]] = field(default_factory=list)
 
     def prepare(self, rollouts: Sequence[Rollout], *, step: int) -> Prepared:
-        return Prepared(trajectories=self.trajectories)
+        return Prepared(trajectories=self.trajectories, guidance_weight=self.guidance_weight)
 
     def after_step(self, measured: Mapping[str, float]) -> None:
         self.measured.append(measured)
@@ -59,14 +60,18 @@ class Recorder:
 
 
 def step_on(
-    parts: Parts, trajectories: Sequence[Trajectory], *, micro_batch_tokens: int | None = None
+    parts: Parts,
+    trajectories: Sequence[Trajectory],
+    *,
+    micro_batch_tokens: int | None = None,
+    guidance_weight: float = 1.0,
 ) -> tuple[Meter, dict[str, Tensor]]:
     """What one step measures and the gradients before the optimiser (clipping as in the config)."""
     if micro_batch_tokens is not None:
         optim = parts.config.optim.model_copy(update={"micro_batch_tokens": micro_batch_tokens})
         parts = replace(parts, config=parts.config.model_copy(update={"optim": optim}))
     recorder = Recorder(parts.models.student)
-    given = replace(parts, method=Given(list(trajectories)), sampler=Silent())
+    given = replace(parts, method=Given(list(trajectories), guidance_weight), sampler=Silent())
     meter = one_step(given, recorder, 0)  # type: ignore[arg-type]
     return meter, recorder.gradients
 

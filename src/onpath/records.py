@@ -7,7 +7,7 @@ Token ids are the truth: text is made from ids for people and for graders, never
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length"]
@@ -173,7 +173,8 @@ class Trajectory:
     teacher_context: tuple[int, ...]
     response: tuple[int, ...]
     weights: tuple[float, ...] | None = None
-    """Per response token; None is all ones. Weight 0 drops the token from the loss and from the count."""
+    """Per response token; None is all ones. A trajectory made with weight 0 for a token drops it from the
+    loss and from the count; a weight that `reweighted` brings to 0 leaves it in the count."""
     guidance: tuple[Guidance, ...] = ()
     origin: Rollout | None = None
     """The student's rollout that this came from."""
@@ -182,12 +183,16 @@ class Trajectory:
     """Log-probs under the policy that generated the response, where the objective corrects for it."""
     place: int | None = None
     """Its index among the trajectories that are read or trained on together; set there."""
+    counted: tuple[bool, ...] | None = None
+    """Whether each response token is in the loss's count; None: those whose weight is not 0."""
 
     def __post_init__(self) -> None:
         if not self.student_context or not self.teacher_context:
             raise ValueError("a trajectory needs at least one context token on each side")
         if self.weights is not None and len(self.weights) != len(self.response):
             raise ValueError(f"{len(self.weights)} weights for {len(self.response)} response tokens")
+        if self.counted is not None and len(self.counted) != len(self.response):
+            raise ValueError(f"{len(self.counted)} counted for {len(self.response)} response tokens")
         for g in self.guidance:
             if g.start < 0 or g.start + len(g.targets) > len(self.response):
                 raise ValueError(f"guidance at {g.start} for {len(g.targets)} positions leaves the response")
@@ -196,6 +201,22 @@ class Trajectory:
     def token_weights(self) -> tuple[float, ...]:
         """Weights with the default spelled out."""
         return (1.0,) * len(self.response) if self.weights is None else self.weights
+
+    @property
+    def in_count(self) -> tuple[bool, ...]:
+        """`counted` with the default spelled out."""
+        return tuple(w != 0 for w in self.token_weights) if self.counted is None else self.counted
+
+    def reweighted(self, factors: Sequence[float]) -> "Trajectory":
+        """Every token's weight times a factor. The count stays: a factor of 0 and one of 1e-9 give the same
+        loss.
+
+        >>> t = Trajectory(student_context=(1,), teacher_context=(1,), response=(4, 5, 2))
+        >>> token_count([t.reweighted([1.0, 0.0, 1.0])])
+        3.0
+        """
+        weights = tuple(w * f for w, f in zip(self.token_weights, factors, strict=True))
+        return replace(self, weights=weights, counted=self.in_count)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,5 +237,5 @@ class Graded:
 
 
 def token_count(trajectories: Sequence[Trajectory]) -> float:
-    """The loss's denominator before it is summed over processes: response tokens whose weight is not 0."""
-    return float(sum(w != 0 for t in trajectories for w in t.token_weights))
+    """The loss's denominator before it is summed over processes: response tokens that were not dropped."""
+    return float(sum(sum(t.in_count) for t in trajectories))

@@ -30,7 +30,7 @@ from onpath.run.assemble import assemble
 from onpath.run.directory import Run, open_run
 from onpath.run.evaluation import evaluate_all, saved_evaluations
 from onpath.run.log import Display
-from onpath.run.loss import Step, loss_of, teacher_states
+from onpath.run.loss import Step, losses_of, teacher_states
 from onpath.run.meter import Meter, Stopwatch
 from onpath.run.optimizer import make_optimizer
 from onpath.run.parts import Parts
@@ -147,17 +147,18 @@ def one_step(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> Meter
     )
     meter = Meter(watch=watch, rollouts=rollouts, step=shared, verdicts=verdicts, rewards=rewards)
     models.student.train()
+    parts.guidance_ratio.begin(step, guided=shared.guided)
     for micro in micro_batches(kept if denominator else [], max_tokens=config.optim.micro_batch_tokens):
         batch = collate(micro, device=models.device)
         with watch("score"):
             teacher = teacher_states(models, batch, prepared)
         with watch("train"):
-            result = loss_of(models, batch, teacher, shared)
-            result.loss.backward()
+            result = parts.guidance_ratio.backward(losses_of(models, batch, teacher, shared))
         meter.add(batch, result)
     with watch("train"):
         distributed.sum_gradients(models.student)
         meter.gradient_cosine = parts.gradient_cosine(step)
+        meter.guidance_ratio = parts.guidance_ratio()
         trained = [p for p in models.student.parameters() if p.requires_grad]
         meter.grad_norm = float(torch.nn.utils.clip_grad_norm_(trained, config.optim.max_grad_norm))
         if not math.isfinite(meter.grad_norm):

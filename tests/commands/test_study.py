@@ -56,6 +56,17 @@ def by_sums_of_squares(x: np.ndarray) -> tuple[float, float]:
     return (a + b - c) / (rows * columns), freedom
 
 
+def by_two_seeds(x: np.ndarray) -> float:
+    """Half the width of the interval of few seeds: each mean square with a t of its own."""
+    rows, columns = x.shape
+    a = columns * x.mean(axis=1).var(ddof=1)
+    b = rows * x.mean(axis=0).var(ddof=1)
+    rest = x - x.mean(axis=1, keepdims=True) - x.mean(axis=0, keepdims=True) + x.mean()
+    c = (rest**2).sum() / ((rows - 1) * (columns - 1))
+    t_rows, t_columns = stats.t(rows - 1).ppf(0.975), stats.t(columns - 1).ppf(0.975)
+    return float(((t_rows**2 * a + t_columns**2 * max(0, b - c)) / (rows * columns)) ** 0.5)
+
+
 def simulated(rng: np.random.Generator, runs: int, problems: int, *sigmas: float) -> np.ndarray:
     by_seed, by_problem, by_both = sigmas
     return (
@@ -81,15 +92,32 @@ def test_variance_equals_the_textbook_sums_of_squares() -> None:
 
 @pytest.mark.parametrize(
     ("runs", "sigmas"),
-    [(5, (0.05, 0.3, 0.2)), (5, (0.1, 0.05, 0.1)), (2, (0.05, 0.3, 0.3)), (3, (0, 0.3, 0.3))],
+    [
+        (5, (0.05, 0.3, 0.2)),
+        (5, (0.1, 0.05, 0.1)),
+        *((runs, (by_seed, 0.3, 0.15)) for runs in (2, 3) for by_seed in (0.0, 0.05, 0.1, 0.3)),
+    ],
 )
 def test_intervals_cover_the_truth(runs: int, sigmas: tuple[float, float, float]) -> None:
     rng = np.random.default_rng(1)
     hits = [
         low <= 0.1 <= high
-        for low, high in (difference(simulated(rng, runs, 50, *sigmas)).ci95 for _ in range(600))
+        for low, high in (difference(simulated(rng, runs, 50, *sigmas)).ci95 for _ in range(1500))
     ]
-    assert 0.925 <= np.mean(hits) <= 0.995
+    assert 0.937 <= np.mean(hits) <= 0.995
+
+
+@pytest.mark.parametrize("runs", [1, 2, 3, 5])
+def test_the_p_value_is_the_level_at_which_the_interval_ends_at_zero(runs: int) -> None:
+    """And under the null it is below 5% no more often than that."""
+    rng, low = np.random.default_rng(3), []
+    for _ in range(300):
+        x = simulated(rng, runs, 40, 0.1 if runs > 1 else 0.0, 0.3, 0.15) - 0.1
+        found = difference(x)
+        if runs > 1:
+            assert (found.p_value < 0.05) == (not found.ci95[0] <= 0 <= found.ci95[1])
+        low.append(p_value(x) < 0.05)
+    assert np.mean(low) <= 0.085
 
 
 def test_a_bootstrap_over_five_seeds_would_not_cover() -> None:
@@ -110,7 +138,12 @@ def test_one_run_says_problems_only_and_sureness_is_never_free() -> None:
     assert low < 0.9
     assert high == 1
     nothing = difference(np.zeros((3, 20)))
-    assert (nothing.ci95, nothing.p_value) == ((0, 0), 1)
+    assert nothing.p_value == 1
+    assert nothing.ci95 == pytest.approx((-0.161, 0.161), abs=1e-3), "twenty problems do not tell of others"
+    assert difference(np.zeros((1, 20))).ci95 == nothing.ci95
+    always = difference(np.ones((2, 20)))
+    assert always.ci95 == pytest.approx((1 - 2 * 0.161, 1), abs=1e-3)
+    assert 0 < p_value(np.full((2, 4), 0.5)) == 0.125
     assert difference(np.full((2, 1), 0.3)).ci95 == (-1, 1)
     assert estimate(np.array([[0.99, 1, 1], [1, 0.9, 1]])).ci95[1] == 1
     assert p_value(one) == pytest.approx(stats.ttest_1samp(one[0], 0).pvalue)
@@ -224,8 +257,7 @@ def check_numbers(directory: Path, data: Mapping[str, Any]) -> None:
             assert shown["difference"]["mean"] == pytest.approx(gap.mean())
             assert shown["difference"]["pairs"] == 2
             if (gap.mean(axis=0).var() > 0) and gap.mean(axis=1).var() * 16 * 2 > (gap**2).mean():
-                variance, freedom = by_sums_of_squares(gap)
-                half = stats.t(freedom).ppf(0.975) * variance**0.5
+                half = by_two_seeds(gap)
                 assert shown["difference"]["ci95"] == pytest.approx([gap.mean() - half, gap.mean() + half])
 
 

@@ -240,6 +240,23 @@ def test_weight_zero_is_not_counted_and_half_is_half(tiny: Callable[..., Config]
     )
 
 
+def test_a_weight_that_becomes_zero_stays_in_the_count(tiny: Callable[..., Config]) -> None:
+    """Almost nothing and nothing give the same loss and gradient; what was dropped before stays dropped."""
+    parts = assemble(tiny(optim__max_grad_norm=1e9, data__eval={}))
+    t = next(t for t in eight(parts) if len(t.response) >= 4)
+    t = replace(t, response=t.response[:4], weights=(1.0, 1.0, 1.0, 0.0), behaviour_logprobs=None)
+    steps = [step_on(parts, [t.reweighted((1.0, small, 1.0, 1.0))]) for small in (0.0, 1e-9)]
+    (a, ga), (b, gb) = steps
+    assert a.step.denominator == b.step.denominator == 3
+    rows = [meter.row(parts.models.device) for meter, _ in steps]
+    assert rows[0]["tokens"] == rows[1]["tokens"] == 3
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-6)
+    torch.testing.assert_close(flat(ga), flat(gb), rtol=1e-5, atol=1e-7)
+    apart = replace(parts, config=tiny(method__reweight="divergence", data__eval={}))
+    (dropped, _) = step_on(apart, [t])
+    assert dropped.step.denominator == 3
+
+
 def test_a_step_without_tokens_changes_nothing(tiny: Callable[..., Config]) -> None:
     parts = assemble(tiny(data__eval={}))
     (t,) = eight(parts)[:1]

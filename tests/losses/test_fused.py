@@ -146,14 +146,13 @@ def targets(problem) -> tuple[dict[int, dict[int, float]], SparseGuidance]:
     return rows, guidance
 
 
-@pytest.mark.parametrize("norms", [True, False])
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize(
     "options",
     [OBJECTIVES[1], OBJECTIVES[6], OBJECTIVES[7], OPTIONS["squared_hellinger"]],
     ids=["full", "token_clip", "topk", "own"],
 )
-def test_guidance_adds_its_value_and_gradient(problem, options, head, norms):
+def test_guidance_adds_its_value_and_gradient(problem, options, head):
     rows, guidance = targets(problem)
     tensors = leaves(problem)
     z_student, z_teacher = plain_logits(problem, tensors, HEADS[head])
@@ -161,7 +160,6 @@ def test_guidance_adds_its_value_and_gradient(problem, options, head, norms):
     guided = reference.guidance_sum(z_student, problem["weights"], 5.0, rows, 0.7)
     grad_objective = torch.autograd.grad(objective, tensors, retain_graph=True)
     grad_guided = torch.autograd.grad(guided, tensors)
-    guidance = SparseGuidance(**{**vars(guidance), "norms": norms})
     for chunk_rows in (None, 1, 3):
         result, ours = run(
             problem, Objective(**options), HEADS[head], guidance=guidance, chunk_rows=chunk_rows
@@ -172,11 +170,6 @@ def test_guidance_adds_its_value_and_gradient(problem, options, head, norms):
         torch.testing.assert_close(result.loss.detach(), (objective + guided).detach())
         for a, b, c in zip(ours, grad_objective, grad_guided, strict=True):
             torch.testing.assert_close(a.grad, b + c)
-        if norms:
-            torch.testing.assert_close(result.objective_grad_sq, grad_objective[0].square().sum())
-            torch.testing.assert_close(result.guidance_grad_sq, grad_guided[0].square().sum())
-        else:
-            assert result.objective_grad_sq is None
 
 
 @pytest.mark.parametrize("k", [1, 3])

@@ -82,7 +82,9 @@ def test_counts_come_from_lengths_alone() -> None:
     assert candidates.candidate_counts([10, 100, 1000, 0], TOPDOptions()) == [1, 2, 23, 0]  # 2.25%, rounded
     assert candidates.candidate_counts([1000], TOPDOptions(max_per_rollout=5)) == [5]
     assert candidates.candidate_counts([200, 400], TOPDOptions(top_share=0.1, max_per_step=30)) == [10, 20]
-    assert candidates.candidate_counts([200, 400], TOPDOptions(top_share=0.5)) == [64, 64]
+    assert candidates.candidate_counts([9688]) == [218], "the paper's, without a cap"
+    assert candidates.candidate_counts([200, 400], TOPDOptions(top_share=0.5)) == [100, 200]
+    assert candidates.uncapped_counts([200, 400], TOPDOptions(top_share=0.5, max_per_step=3)) == [100, 200]
 
 
 @pytest.mark.parametrize(("reason", "size"), [("stop", 4), ("length", 3)])

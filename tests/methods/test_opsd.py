@@ -13,10 +13,13 @@ from onpath import config as configuration
 from onpath.config.build import Config
 from onpath.config.methods.opsd import OPSDOptions
 from onpath.data.batch import collate
+from onpath.engines.teacher import SelfTeacher
 from onpath.methods import make_method
+from onpath.records import Trajectory
 from onpath.run.assemble import assemble
 from onpath.system.errors import UserError
 from onpath.training import sample, train
+from tests.conftest import make_model
 from tests.methods.test_trd import attempt, ids, logps
 
 TEMPLATE = "{problem} ref:{solution} now:"
@@ -179,3 +182,21 @@ def test_impossible_options(tiny: Callable[..., Config], method: dict[str, Any],
 def test_the_gym_has_no_prompt_with_the_answer_alone() -> None:
     with pytest.raises(UserError, match="use hint: solution"):
         configuration.build({"method": {"name": "opsd", "hint": "answer"}})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_average_moves_whatever_the_students_dtype(dtype: torch.dtype) -> None:
+    """500 follows at 0.99 leave 0.99^500 of the way."""
+    student = make_model(0).to(dtype)
+    teacher = SelfTeacher(student, weights="ema", decay=0.99)
+    start = {n: p.detach().float().clone() for n, p in teacher.model.named_parameters()}
+    goal = {n: p.detach().float().clone() for n, p in make_model(1).to(dtype).named_parameters()}
+    student.load_state_dict({n: goal[n] for n in goal}, strict=False)
+    for _ in range(500):
+        teacher.follow()
+    away = sum(float((p - goal[n]).norm() ** 2) for n, p in teacher.model.named_parameters()) ** 0.5
+    whole = sum(float((start[n] - goal[n]).norm() ** 2) for n in goal) ** 0.5
+    assert away / whole == pytest.approx(0.99**500, rel=1e-2)
+    assert all(v.dtype == torch.float32 for v in teacher.state().values())
+    batch = collate([Trajectory(student_context=(1,), teacher_context=(1, 9), response=(5, 2))])
+    assert bool(teacher.scores(batch).hidden.isfinite().all())

@@ -1,5 +1,6 @@
 """TOPD: a worked example by hand, every option, and what must not matter: batches, caches, ranks."""
 
+import copy
 import json
 import os
 import subprocess
@@ -32,9 +33,11 @@ from onpath.run.log import read_lines
 from onpath.run.loss import Step, sparse_guidance
 from onpath.run.parts import Parts
 from onpath.run.trajectories import read_trajectories
+from onpath.run.weights import shaped
 from onpath.system.errors import UserError
 from onpath.training import sample, train
 from onpath.transport.plans import window_divergence
+from tests.stepping import step_on
 
 Tiny = Callable[..., Config]
 
@@ -423,6 +426,68 @@ def test_the_moving_quantile_and_the_auto_weight(topd: Callable[..., Parts]) -> 
     assert float(method.guidance_weight) == pytest.approx(2.0)
     method.after_step({})
     assert float(method.guidance_weight) == pytest.approx(2.0)
+
+
+def test_the_ratio_is_that_of_the_gradients_of_the_weights(topd: Callable[..., Parts]) -> None:
+    """By the model's own logits in float64, parameter by parameter; split into micro-batches or not."""
+    parts = topd(guidance_weight=2.0)
+    done = shaped(parts, prepared(parts))
+    student, teacher = (copy.deepcopy(m).double() for m in (parts.models.student, parts.models.teacher.model))
+    kl, guided, count = 0.0, 0.0, token_count(done.trajectories)
+    for t in done.trajectories:
+        ids = torch.tensor([[*t.student_context, *t.response]])
+        at = slice(len(t.student_context) - 1, ids.shape[1] - 1)
+        ours = student(input_ids=ids).logits[0, at].log_softmax(-1)
+        theirs = teacher(input_ids=ids).logits[0, at].detach().log_softmax(-1)
+        kl = kl + (ours.exp() * (ours - theirs)).sum() / count
+        for g in t.guidance:
+            for i, target in enumerate(g.targets):
+                guided = guided - 2.0 * sum(p * ours[g.start + i, v] for v, p in target.items()) / count
+    norms = []
+    for value in (guided, kl):
+        found = torch.autograd.grad(value, list(student.parameters()), retain_graph=True)
+        norms.append(sum(float(g.square().sum()) for g in found) ** 0.5)
+    for budget in (10_000, 60):
+        meter, gradients = step_on(parts, done.trajectories, micro_batch_tokens=budget, guidance_weight=2.0)
+        row = meter.row(parts.models.device)
+        assert row["guidance_grad_ratio"] == pytest.approx(norms[0] / norms[1], rel=1e-4)
+        whole = torch.autograd.grad(guided + kl, list(student.parameters()), retain_graph=True)
+        size = sum(float(g.square().sum()) for g in whole) ** 0.5
+        assert row["grad_norm"] == pytest.approx(size, rel=1e-4), "measuring changes nothing"
+        assert gradients
+
+
+def test_the_ratio_is_measured_when_it_is_due(tiny: Tiny) -> None:
+    method = {"name": "topd", "window": 6, "top_share": 0.1, "ratio_every": 2}
+    rows = read_lines(
+        train(tiny(**of_method(method), optim__steps=3), quiet=True).directory / "metrics.jsonl"
+    )
+    assert ["guidance_grad_ratio" in r for r in rows] == [True, False, True]
+    assert all("guidance" in r for r in rows)
+    with pytest.raises(UserError, match="ratio_every: 0"):
+        configuration.build({"method": {**method, "ratio_every": 0, "guidance_weight": "auto"}})
+
+
+def test_a_cap_is_counted(topd: Callable[..., Parts]) -> None:
+    free, capped = (prepared(topd(top_share=0.5, max_per_step=cap)) for cap in (None, 8))
+    assert free.totals["fork_candidates_dropped"] == 0
+    assert capped.totals["fork_candidates"] <= 8
+    both = [d.totals["fork_candidates"] + d.totals["fork_candidates_dropped"] for d in (free, capped)]
+    assert both[0] == both[1]
+
+
+def test_draws_depend_on_seed_and_step_apart(topd: Callable[..., Parts]) -> None:
+    """Seed 1 at step 3 shares no noise with seed 0 at step 4."""
+    parts = topd(decide="random_positions", teacher_temperature=1.0)
+    rollouts = sample(parts, 0)
+
+    def drawn(seed: int, step: int) -> list[Any]:
+        tools = replace(parts.tools, sampling=replace(parts.sampling, seed=seed))
+        done = TOPD(parts.method.options, tools).prepare(rollouts, step=step)
+        return [(f["position"], f["teacher_window"]) for f in found_in(done.trajectories)]
+
+    assert drawn(0, 4) == drawn(0, 4)
+    assert len({str(drawn(*place)) for place in ((0, 4), (1, 3), (2, 2), (0, 3))}) == 4
 
 
 def test_auto_holds_the_ratio_of_gradients(tiny: Tiny) -> None:

@@ -34,7 +34,9 @@ class Batch:
     token_N: Tensor
     """The response token itself."""
     weight_N: Tensor
-    """Its weight in the loss; 0 drops it from the sum and from the count."""
+    """Its weight in the loss."""
+    counted_N: Tensor
+    """Whether it is in the loss's count."""
     row_N: Tensor
     """Which trajectory it belongs to."""
     step_N: Tensor
@@ -91,6 +93,7 @@ def collate(trajectories: Sequence[Trajectory], *, device: torch.device | None =
         ),
         token_N=torch.tensor([i for t in trajectories for i in t.response], dtype=torch.long),
         weight_N=torch.tensor([w for t in trajectories for w in t.token_weights], dtype=torch.float32),
+        counted_N=torch.tensor([c for t in trajectories for c in t.in_count], dtype=torch.bool),
         row_N=row_N,
         step_N=step_N,
         trajectories=tuple(trajectories),

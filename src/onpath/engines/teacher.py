@@ -20,6 +20,8 @@ from onpath.engines.head import evaluating, head_of, hidden_states, unwrapped
 from onpath.engines.models import context_length
 from onpath.losses import Head, TeacherHidden, TeacherScores
 
+_HALF = (torch.bfloat16, torch.float16)
+
 
 class Teacher:
     """Scores the response positions of a batch. A subclass defines `scores`, and what else it can do."""
@@ -103,7 +105,8 @@ class SelfTeacher(Teacher):
     """The student's own weights as teacher (OPSD, TRD with teacher: self).
 
     `base`: the starting weights, by switching a LoRA adapter off, else from a frozen copy. `live`: the
-    weights as they are. `ema`: a copy that follows with `decay` at each `follow()`.
+    weights as they are. `ema`: a copy that follows with `decay` at each `follow()`, in float32 whatever the
+    student's dtype: in bfloat16 a hundredth of a small step rounds to nothing, and the average never moves.
     """
 
     model: nn.Module
@@ -120,6 +123,8 @@ class SelfTeacher(Teacher):
         self.adapter = weights == "base" and isinstance(student, PeftModel)
         shares = weights == "live" or self.adapter
         self.model = student if shares else copy.deepcopy(student).eval().requires_grad_(False)
+        if weights == "ema" and any(p.dtype in _HALF for p in self.model.parameters()):
+            self.model = self.model.float()
         self._vocabulary = vocabulary
         self.context_length = context_length(unwrapped(student))
 

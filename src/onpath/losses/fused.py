@@ -103,8 +103,6 @@ def fused_objective(
         loss=total,
         objective_sum=outcome.objective_sum,
         guidance_sum=outcome.guidance_sum,
-        objective_grad_sq=outcome.gradients.objective_sq,
-        guidance_grad_sq=outcome.gradients.guidance_sq,
         stats=outcome.token_stats(),
     )
 

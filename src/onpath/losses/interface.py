@@ -62,8 +62,6 @@ class SparseGuidance:
     """Of the guided tokens in the sum; None: the same as in the objective."""
     strength: float = 1.0
     """λ."""
-    norms: bool = True
-    """Measure the two gradients' norms apart: one more matrix product over the guided rows."""
 
     def __post_init__(self) -> None:
         if self.ids.shape != self.probs.shape or self.positions.shape[0] != self.ids.shape[0]:
@@ -125,10 +123,6 @@ class LossResult:
     """Weighted sum of the objective alone, detached, divided by the denominator."""
     guidance_sum: Float[Tensor, ""]
     """The same of the guidance, strength included; 0 without guidance."""
-    objective_grad_sq: Float[Tensor, ""] | None
-    """‖∂objective_sum/∂hidden‖², adds up over micro-batches; None without guidance or without gradients."""
-    guidance_grad_sq: Float[Tensor, ""] | None
-    """‖∂guidance_sum/∂hidden‖² (strength included)."""
     stats: TokenStats
 
 

@@ -67,8 +67,6 @@ class Gradients:
     hidden: Tensor | None = None
     weight: WeightGradient | None = None
     bias: Tensor | None = None
-    objective_sq: Tensor | None = None
-    guidance_sq: Tensor | None = None
 
 
 @dataclass(kw_only=True)
@@ -179,8 +177,6 @@ def _allocate(inputs: Inputs, like: Tensor) -> Gradients:
     if inputs.grad_bias:
         assert head.bias is not None
         found.bias = like.new_zeros(head.bias.shape)
-    if inputs.guidance is not None and inputs.guidance.norms and inputs.any_grad:
-        found.objective_sq, found.guidance_sq = like.new_zeros(()), like.new_zeros(())
     return found
 
 
@@ -313,25 +309,19 @@ def _products(inputs: Inputs, into: Gradients, chunk: _Chunk, scale_C: Tensor, w
     vocabulary, factor = weight_VH.shape[0], inputs.student_head.factor
     # Weights, denominator and dz/dlogit scale the narrow side of a product, [C, H], never [C, V].
     scale_C = scale_C * factor
-    apart = into.objective_sq is not None
-    # ‖∂objective/∂h‖ must be measured before the guidance is added into the same [C, V]; the guided rows then
-    # have a product of their own.
-    if apart or guided is None:
-        _add_hidden(into, here, grad_CV, scale_C, weight_VH)
     if guided is not None:
         guidance_gV = guided.gradient()
         guided_scale = guided.weights * factor
         # Set, not multiplied: 0 · inf would be nan, as for the rows of the objective in `_close_chunk`.
         guidance_gV[guided_scale == 0] = 0.0
-        if apart:
-            _add_guided_hidden(into, here, guided.rows, guidance_gV, guided_scale, weight_VH)
         # The two sums have weights of their own, so they can only be added with the weights inside. For
         # guided chunks alone [C, V] is touched once more, and 1 is left to scale by.
         grad_CV.mul_(scale_C[:, None])
         grad_CV.index_add_(0, guided.rows, guidance_gV.mul_(guided_scale[:, None]))
         scale_C = torch.ones_like(scale_C)
-        if not apart:
-            _add_hidden(into, here, grad_CV, scale_C, weight_VH)
+    if into.hidden is not None:
+        grad_CH = heads.hidden_gradient(_operand(grad_CV, weight_VH), weight_VH)
+        into.hidden[here] = grad_CH.mul_(scale_C[:, None])
     if into.weight is not None:
         scaled_CH = inputs.student_hidden[here].to(grad_CV.dtype) * scale_C[:, None]
         into.weight.add_(_operand(grad_CV, weight_VH), scaled_CH)
@@ -341,23 +331,3 @@ def _products(inputs: Inputs, into: Gradients, chunk: _Chunk, scale_C: Tensor, w
 
 def _operand(grad_CV: Tensor, weight_VH: Tensor) -> Tensor:
     return grad_CV.to(weight_VH.dtype) if weight_VH.is_cuda else grad_CV
-
-
-def _add_hidden(into: Gradients, here: slice, grad_CV: Tensor, scale_C: Tensor, weight_VH: Tensor) -> None:
-    if into.hidden is None and into.objective_sq is None:
-        return
-    grad_CH = heads.hidden_gradient(_operand(grad_CV, weight_VH), weight_VH).mul_(scale_C[:, None])
-    if into.objective_sq is not None:
-        into.objective_sq += grad_CH.square().sum()
-    if into.hidden is not None:
-        into.hidden[here] = grad_CH
-
-
-def _add_guided_hidden(
-    into: Gradients, here: slice, rows_g: Tensor, grad_gV: Tensor, scale_g: Tensor, weight_VH: Tensor
-) -> None:
-    assert into.guidance_sq is not None
-    grad_gH = heads.hidden_gradient(_operand(grad_gV, weight_VH), weight_VH).mul_(scale_g[:, None])
-    into.guidance_sq += grad_gH.square().sum()
-    if into.hidden is not None:
-        into.hidden[here] = into.hidden[here].index_add(0, rows_g, grad_gH)

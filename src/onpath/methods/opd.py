@@ -30,10 +30,11 @@ class OPD(Method):
         return self._written_by_teacher(rollouts, step)
 
     def _written_by_teacher(self, rollouts: Sequence[Rollout], step: int) -> Prepared:
-        sampling = replace(self.tools.sampling, seed=self.tools.sampling.seed + step)
-        keys = [f"{r.key}/teacher" for r in rollouts]
+        keys = [f"step {step}/{r.key}/teacher" for r in rollouts]
         asked = [r.prompt for r in rollouts]
-        samples = self.tools.in_teachers_name(asked, [r.context for r in rollouts], sampling, keys=keys)
+        samples = self.tools.in_teachers_name(
+            asked, [r.context for r in rollouts], self.tools.sampling, keys=keys
+        )
         trajectories = [
             replace(own_response(r), response=c.ids, behaviour_logprobs=None, edit=self._edit(c))
             for r, c in zip(rollouts, samples, strict=True)

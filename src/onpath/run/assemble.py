@@ -20,6 +20,7 @@ from onpath.grade.rewards import Reward
 from onpath.methods import make_method
 from onpath.methods.base import Text, Tools
 from onpath.run.gradient_cosine import GradientCosine
+from onpath.run.guidance_ratio import GuidanceRatio
 from onpath.run.inputs import check_prompts, load_data, make_renderer
 from onpath.run.parts import Parts
 from onpath.system import code, distributed
@@ -97,6 +98,7 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
         method=method,
         objective=objective,
         gradient_cosine=GradientCosine(student, every=config.method.cosine_every),
+        guidance_ratio=GuidanceRatio(student, every=config.method.measures_ratio_every),
         replay=replay,
         overlap=overlap,
         warnings=tuple(warnings),

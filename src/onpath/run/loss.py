@@ -1,5 +1,6 @@
 """From trajectories in a batch to the loss: both models' states, guidance, the objective's inputs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,16 +38,28 @@ class Step:
 
 def loss_of(models: Models, batch: Batch, teacher: TeacherScores | None, step: Step) -> LossResult:
     """Weighted sum of the objective over the batch's response tokens ÷ the step's global count."""
-    return fused_objective(
-        student_hidden=student_states(models, batch, step.prepared),
-        student_head=models.head,
-        teacher=teacher,
-        objective=step.objective,
-        sampled_ids=batch.token_N,
-        weights=batch.weight_N,
-        denominator=step.denominator,
-        **loss_inputs(batch, step),
-    )
+    return losses_of(models, batch, teacher, step)(False)
+
+
+def losses_of(
+    models: Models, batch: Batch, teacher: TeacherScores | None, step: Step
+) -> Callable[[bool], LossResult]:
+    """`loss_of` at hidden states that are computed once; called with True, its guidance alone."""
+    hidden_NH = student_states(models, batch, step.prepared)
+
+    def loss(guidance_alone: bool) -> LossResult:
+        return fused_objective(
+            student_hidden=hidden_NH,
+            student_head=models.head,
+            teacher=teacher,
+            objective=step.objective,
+            sampled_ids=batch.token_N,
+            weights=torch.zeros_like(batch.weight_N) if guidance_alone else batch.weight_N,
+            denominator=step.denominator,
+            **loss_inputs(batch, step),
+        )
+
+    return loss
 
 
 def teacher_states(models: Models, batch: Batch, prepared: Prepared) -> TeacherScores | None:
@@ -66,7 +79,7 @@ def student_states(models: Models, batch: Batch, prepared: Prepared) -> Tensor:
 def loss_inputs(batch: Batch, step: Step) -> dict[str, Any]:
     """What is measured beside the loss, and what some objectives need beside states, tokens and weights."""
     inputs: dict[str, Any] = {"stats": StatsRequest(top_k=step.top_k)}
-    if step.guided:  # in every batch of the step, so that the two gradients are measured over the same tokens
+    if step.guided:
         inputs["guidance"] = sparse_guidance(batch, strength=step.prepared.guidance_weight)
     if step.objective.kind == "sampled":
         behaviour = [t.behaviour_logprobs for t in batch.trajectories]

@@ -62,6 +62,8 @@ class Meter:
     grad_norm: float = 0.0
     gradient_cosine: float | None = None
     """Of this step's gradient and the last one's, before clipping."""
+    guidance_ratio: float | None = None
+    """|λ∇L_traj| / |∇L_OPD| of the trained weights, before clipping."""
     sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     per_token: dict[int, dict[str, list[float]]] = field(default_factory=lambda: defaultdict(dict))
     """A trajectory's place → statistic → one value per response token."""
@@ -70,14 +72,11 @@ class Meter:
 
     def add(self, batch: Batch, result: LossResult) -> None:
         """One micro-batch."""
-        counted, places = batch.weight_N != 0, batch.places
+        counted, places = batch.counted_N, batch.places
         self.sums["loss"] += float(result.loss.detach())
         self.sums["objective"] += float(result.objective_sum)
         self.sums["guidance"] += float(result.guidance_sum)
         self.sums["counted"] += float(counted.sum())
-        if result.objective_grad_sq is not None and result.guidance_grad_sq is not None:
-            self.sums["objective_grad_sq"] += float(result.objective_grad_sq)
-            self.sums["guidance_grad_sq"] += float(result.guidance_grad_sq)
         for name in PER_TOKEN:
             value_N = getattr(result.stats, name)
             if value_N is None:
@@ -93,12 +92,12 @@ class Meter:
                     self.top[place][name] = lists
 
     def measured(self, device: torch.device) -> dict[str, float]:
-        """Of guidance, over all processes: its part of the loss, and |λ∇L_traj| / |∇L_OPD|."""
-        names = ("guidance", "guidance_grad_sq", "objective_grad_sq")
-        guidance, above, below = distributed.total([self.sums[k] for k in names], device)
-        if below == 0:
+        """Of guidance, over all processes: its part of the loss, and where due |λ∇L_traj| / |∇L_OPD|."""
+        if not self.step.guided:
             return {}
-        return {"guidance": guidance, "guidance_grad_ratio": (above / below) ** 0.5}
+        (guidance,) = distributed.total([self.sums["guidance"]], device)
+        ratio = {} if self.guidance_ratio is None else {"guidance_grad_ratio": self.guidance_ratio}
+        return {"guidance": guidance, **ratio}
 
     def row(self, device: torch.device) -> dict[str, Any]:
         """The step's metrics over all processes."""

@@ -11,6 +11,7 @@ from onpath.losses import Objective
 from onpath.methods.base import Method, Text, Tools
 from onpath.records import Sampling
 from onpath.run.gradient_cosine import GradientCosine
+from onpath.run.guidance_ratio import GuidanceRatio
 from onpath.run.inputs import Prompts
 
 
@@ -31,6 +32,7 @@ class Parts:
     method: Method
     objective: Objective
     gradient_cosine: GradientCosine
+    guidance_ratio: GuidanceRatio
     replay: Replay | None = None
     """What the starting weights have generated, where the method asks for all of it beforehand."""
     overlap: Overlap | None = None

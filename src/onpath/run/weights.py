@@ -50,6 +50,7 @@ def truncated(trajectory: Trajectory, length: int) -> Trajectory:
         trajectory,
         response=trajectory.response[:length],
         weights=None if trajectory.weights is None else trajectory.weights[:length],
+        counted=None if trajectory.counted is None else trajectory.counted[:length],
         guidance=tuple(
             replace(g, targets=g.targets[: length - g.start]) for g in trajectory.guidance if g.start < length
         ),
@@ -104,6 +105,6 @@ def weighted(
     weight, tokens = distributed.total(mine, parts.models.device)
     scale = tokens / weight if weight > 0 else 0.0
     return [
-        replace(t, weights=tuple(w * scale for w in row)) if row else t
-        for t, row in zip(trajectories, raw, strict=True)
+        t.reweighted([v * scale for v in row]) if row else t
+        for t, row in zip(trajectories, values, strict=True)
     ]

@@ -64,28 +64,44 @@ def gather(items: Sequence[T]) -> list[T]:
     return [part[i] for i in range(longest) for part in parts if i < len(part)]
 
 
-def total(values: Iterable[float], device: torch.device) -> list[float]:
-    """Each value summed over all ranks, in float64."""
-    sums = torch.tensor(list(values), dtype=torch.float64, device=device)
+def total(values: Iterable[float], device: torch.device | None = None) -> list[float]:
+    """Each value summed over all ranks, in float64.
+
+    Args:
+        device: None: what the process group can send from.
+    """
+    sums = torch.tensor(list(values), dtype=torch.float64, device=device or _sending())
     if world() > 1:
         dist.all_reduce(sums)
     return [float(v) for v in sums]
 
 
 def sum_gradients(model: nn.Module) -> None:
-    """Adds up the gradients of all ranks, in one flat message per dtype."""
+    """Adds up the gradients of all ranks."""
     if world() == 1:
         return
     trained = [p for p in model.parameters() if p.requires_grad]
     for p in trained:
         if p.grad is None:  # a rank whose share was empty
             p.grad = torch.zeros_like(p)
-    for dtype in sorted({p.dtype for p in trained}, key=str):
-        grads = [p.grad for p in trained if p.dtype == dtype and p.grad is not None]
-        flat = torch.cat([g.flatten() for g in grads])
+    sum_tensors([p.grad for p in trained if p.grad is not None])
+
+
+def sum_tensors(tensors: Sequence[torch.Tensor]) -> None:
+    """Each summed over all ranks, in place, in one flat message per dtype."""
+    if world() == 1:
+        return
+    for dtype in sorted({t.dtype for t in tensors}, key=str):
+        same = [t for t in tensors if t.dtype == dtype]
+        flat = torch.cat([t.flatten() for t in same])
         dist.all_reduce(flat)
-        for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-            grad.copy_(part.view_as(grad))
+        for tensor, part in zip(same, flat.split([t.numel() for t in same]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def _sending() -> torch.device | None:
+    nccl = dist.is_initialized() and dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if nccl else None
 
 
 def barrier() -> None:

@@ -226,7 +226,7 @@ def _gradient(parts: Parts, batch: Batch, teacher: TeacherScores) -> Tensor:
     was_training = parts.models.student.training
     parts.models.student.train()
     parts.models.student.zero_grad(set_to_none=True)
-    denominator = max(1.0, float((batch.weight_N != 0).sum()))
+    denominator = max(1.0, float(batch.counted_N.sum()))
     step = Step(prepared=unread(), objective=parts.objective, denominator=denominator)
     loss_of(parts.models, batch, teacher, step).loss.backward()
     trained = [p for p in parts.models.student.parameters() if p.requires_grad]

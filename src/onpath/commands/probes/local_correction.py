@@ -170,8 +170,8 @@ def _futures(
 ) -> list[Rollout]:
     """Sampled near futures of the prefix, as rollouts whose context it is. `draw` −1 is for measuring."""
     copied = parts.generators.over(student)
-    sampling = replace(parts.sampling, max_new_tokens=options.window, seed=parts.sampling.seed + 1 + draw)
-    keys = [f"local correction/{rollout.prompt.id}/{i}" for i in range(samples)]
+    sampling = replace(parts.sampling, max_new_tokens=options.window)
+    keys = [f"local correction/{draw}/{rollout.prompt.id}/{i}" for i in range(samples)]
     return [
         Rollout(
             prompt=rollout.prompt, sample=i, context=prefix, ids=c.ids, logprobs=c.logprobs,

@@ -6,9 +6,16 @@ mean is estimated from the two-way analysis of variance,
 
     Var(x̄) = (MS_S + MS_P − MS_E) / (S·P)   which estimates   σ_a²/S + σ_b²/P + σ_e²/(S·P),
 
-and the interval is x̄ ± t·√Var with Satterthwaite's degrees of freedom: the t interval of crossed random
-effects (Clark 1973, quasi-F). A bootstrap that resamples five seeds is too narrow: it takes the normal's
-1.96, shrunk by √(4/5), where t with four degrees asks for 2.78.
+and from four seeds on the interval is x̄ ± t·√Var with Satterthwaite's degrees of freedom: the t interval of
+crossed random effects (Clark 1973, quasi-F). With two or three seeds MS_S alone has so few degrees of freedom
+that Satterthwaite's number, itself an estimate, is too high too often: such intervals cover 88% and 92%
+instead of 95. There each part has its own t,
+
+    half² = (t²(S−1)·MS_S + t²(P−1)·max(0, MS_P − MS_E)) / (S·P)
+
+which covers at least 95% whatever the share of the seeds in the variance, and is wide where they have none:
+two seeds do not tell. A bootstrap that resamples five seeds is too narrow: it takes the normal's 1.96, shrunk
+by √(4/5), where t with four degrees asks for 2.78.
 """
 
 from collections.abc import Sequence
@@ -22,6 +29,8 @@ from onpath.evaluate.stats import bootstrap_interval, difference_interval, sign_
 
 PROBLEMS_ONLY = "problems only"
 BOTH = "problems and seeds"
+_ENOUGH_SEEDS = 4
+"""From which on Satterthwaite's degrees of freedom can be trusted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,42 +57,71 @@ def estimate(scores_SP: NDArray[np.float64]) -> Estimate:
         return Estimate(mean=mean, ci95=bootstrap_interval(scores_SP[0]), over=PROBLEMS_ONLY)
     if problems == 1 or np.ptp(scores_SP) == 0:  # a spread of zero would claim certainty
         return Estimate(mean=mean, ci95=wilson_interval(mean, trials=problems), over=BOTH)
-    variance, freedom = crossed_variance(scores_SP)
-    half = float(stdtrit(freedom, 0.975)) * variance**0.5
+    half = _half_width(scores_SP, 0.05)
     return Estimate(mean=mean, ci95=(max(0.0, mean - half), min(1.0, mean + half)), over=BOTH)
 
 
 def difference(differences_SP: NDArray[np.float64]) -> Estimate:
-    """Of a mean paired difference (same seed, same problem), each within [−1, 1]."""
+    """Of a mean paired difference (same seed, same problem), each within [−1, 1].
+
+    Where all are equal (nobody is right, say) a spread of zero would claim certainty: Wilson's limit of a
+    share that was never seen in P problems bounds how many others may differ, by up to ±1.
+    """
     runs, problems = differences_SP.shape
     mean = float(differences_SP.mean())
+    over = PROBLEMS_ONLY if runs == 1 else BOTH
+    if problems > 1 and np.ptp(differences_SP) == 0:
+        unseen = wilson_interval(0.0, trials=problems)[1]
+        ends = (mean - unseen * (1 + mean), mean + unseen * (1 - mean))
+        return Estimate(mean=mean, ci95=ends, over=over, p_value=p_value(differences_SP))
     if runs == 1:
         return Estimate(
             mean=mean,
             ci95=difference_interval(differences_SP[0]),
-            over=PROBLEMS_ONLY,
+            over=over,
             p_value=sign_flip_p_value(differences_SP[0]),
         )
     if problems == 1:
-        return Estimate(mean=mean, ci95=(-1.0, 1.0), over=BOTH, p_value=1.0)
-    variance, freedom = crossed_variance(differences_SP)
-    half = float(stdtrit(freedom, 0.975)) * variance**0.5
-    return Estimate(mean=mean, ci95=(mean - half, mean + half), over=BOTH, p_value=p_value(differences_SP))
+        return Estimate(mean=mean, ci95=(-1.0, 1.0), over=over, p_value=1.0)
+    half = _half_width(differences_SP, 0.05)
+    return Estimate(mean=mean, ci95=(mean - half, mean + half), over=over, p_value=p_value(differences_SP))
 
 
 def p_value(differences_SP: NDArray[np.float64]) -> float:
     """Two-sided, of a mean paired difference being 0, by t alone: quick, for many pairs."""
     runs, problems = differences_SP.shape
-    if problems == 1:
+    mean = float(differences_SP.mean())
+    if problems == 1 or mean == 0:
         return 1.0
+    if np.ptp(differences_SP) == 0:
+        return float(2.0 ** (1 - problems))  # of all patterns of signs, these two are as far from 0
+    if 2 <= runs < _ENOUGH_SEEDS:
+        return _level_reaching(differences_SP, abs(mean))
     if runs == 1:
         variance, freedom = float(np.var(differences_SP, ddof=1)) / problems, float(problems - 1)
     else:
         variance, freedom = crossed_variance(differences_SP)
-    mean = float(differences_SP.mean())
-    if variance == 0:
-        return float(mean == 0)
     return float(2 * stdtr(freedom, -abs(mean) / variance**0.5))
+
+
+def _half_width(values_SP: NDArray[np.float64], level: float) -> float:
+    """Of the interval that leaves out `level`; S ≥ 2 and P ≥ 2."""
+    runs, problems = values_SP.shape
+    if runs >= _ENOUGH_SEEDS:
+        variance, freedom = crossed_variance(values_SP)
+        return float(stdtrit(freedom, 1 - level / 2) * variance**0.5)
+    by_seed, by_problem, by_both = _mean_squares(values_SP)
+    seeds, others = (float(stdtrit(n - 1, level / 2)) ** 2 for n in (runs, problems))
+    return float(((seeds * by_seed + others * max(0.0, by_problem - by_both)) / (runs * problems)) ** 0.5)
+
+
+def _level_reaching(values_SP: NDArray[np.float64], distance: float) -> float:
+    """The level whose interval ends just at 0, by halving: the two-sided p-value."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _half_width(values_SP, middle) > distance else (low, middle)
+    return high
 
 
 def crossed_variance(values_SP: NDArray[np.float64]) -> tuple[float, float]:
@@ -93,11 +131,7 @@ def crossed_variance(values_SP: NDArray[np.float64]) -> tuple[float, float]:
     negative: then it is left out, and the other's stands alone.
     """
     runs, problems = values_SP.shape
-    seed_means, problem_means = values_SP.mean(axis=1), values_SP.mean(axis=0)
-    rest_SP = values_SP - seed_means[:, None] - problem_means[None, :] + values_SP.mean()
-    by_seed = problems * float(np.var(seed_means, ddof=1))
-    by_problem = runs * float(np.var(problem_means, ddof=1))
-    by_both = float((rest_SP**2).sum()) / ((runs - 1) * (problems - 1))
+    by_seed, by_problem, by_both = _mean_squares(values_SP)
     if by_seed < by_both or by_problem < by_both:
         larger, freedom = max((by_seed, runs - 1), (by_problem, problems - 1))
         return larger / (runs * problems), freedom
@@ -108,6 +142,18 @@ def crossed_variance(values_SP: NDArray[np.float64]) -> tuple[float, float]:
         by_seed**2 / (runs - 1) + by_problem**2 / (problems - 1) + by_both**2 / ((runs - 1) * (problems - 1))
     )
     return total / (runs * problems), total**2 / spread
+
+
+def _mean_squares(values_SP: NDArray[np.float64]) -> tuple[float, float, float]:
+    """MS_S, MS_P and MS_E."""
+    runs, problems = values_SP.shape
+    seed_means, problem_means = values_SP.mean(axis=1), values_SP.mean(axis=0)
+    rest_SP = values_SP - seed_means[:, None] - problem_means[None, :] + values_SP.mean()
+    return (
+        problems * float(np.var(seed_means, ddof=1)),
+        runs * float(np.var(problem_means, ddof=1)),
+        float((rest_SP**2).sum()) / ((runs - 1) * (problems - 1)),
+    )
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

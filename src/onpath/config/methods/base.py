@@ -77,6 +77,11 @@ class MethodOptions(Section):
         )
 
     @property
+    def measures_ratio_every(self) -> int:
+        """Steps between two measurements of the gradients of guidance and objective apart; 0: never."""
+        return 10
+
+    @property
     def needs(self) -> tuple[str, ...]:
         """Columns that every training prompt must have."""
         return ()

@@ -17,10 +17,11 @@ class TOPDOptions(MethodOptions):
     """Share of each trajectory's positions that become candidates (at least one)."""
     min_gap: int = Field(1, ge=1)
     """Smallest distance between two candidates of one rollout."""
-    max_per_rollout: int = Field(64, ge=1)
-    """Most candidates of one rollout."""
-    max_per_step: int = Field(4096, ge=1)
-    """Most candidates of one optimiser step (per process); all rollouts give up the same share."""
+    max_per_rollout: int | None = Field(None, ge=1)
+    """Most candidates of one rollout; null: no cap (the paper)."""
+    max_per_step: int | None = Field(None, ge=1)
+    """Most candidates of one optimiser step over all processes; all rollouts give up the same share. null: no
+    cap (the paper)."""
     window: int = Field(50, ge=1)
     """K, tokens of each near-future window; scale it to the task (the gym: two steps)."""
     teacher_temperature: float = Field(0.0, ge=0)
@@ -59,9 +60,13 @@ class TOPDOptions(MethodOptions):
     mass: Literal["row", "literal"] = "row"
     """row scales each target to mass 1; literal keeps the plan's 1/K."""
     guidance_weight: float | Literal["auto"] = 1.0
-    """λ. auto holds |λ∇L_traj| / |∇L_OPD|, at the hidden states, at auto_ratio."""
+    """λ. auto holds |λ∇L_traj| / |∇L_OPD|, the norms of the two gradients of the trained weights, at
+    auto_ratio."""
     auto_ratio: float = Field(0.5, gt=0)
     """Target of guidance_weight: auto."""
+    ratio_every: int | None = Field(None, ge=0)
+    """Measure that ratio every so many steps (one more backward pass, one more copy of the gradient); null:
+    at every step with guidance_weight: auto, else at every tenth; 0 never."""
     overlap: Literal["average", "suppress"] = "average"
     """Targets that meet at one position are averaged; suppress first drops forks closer than K/2 to one of
     larger D."""
@@ -79,10 +84,18 @@ class TOPDOptions(MethodOptions):
     def on_policy(self) -> bool:
         return not self.off_policy
 
+    @property
+    def measures_ratio_every(self) -> int:
+        if self.ratio_every is not None:
+            return self.ratio_every
+        return 1 if self.guidance_weight == "auto" else 10
+
     @model_validator(mode="after")
     def _possible(self) -> "TOPDOptions":
         if self.guidance_weight != "auto" and self.guidance_weight < 0:
             raise ValueError(f"guidance_weight must be at least 0, not {self.guidance_weight:g}")
+        if self.guidance_weight == "auto" and self.ratio_every == 0:
+            raise ValueError("guidance_weight auto follows the ratio that ratio_every: 0 never measures")
         if not self.guide and self.suppress == "none":
             raise ValueError(
                 "guide false without suppress changes nothing: use method.name opd, or set suppress"

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 
 from onpath.config.methods.topd import TOPDOptions
+from onpath.system import distributed
 from onpath.system.draws import noise
 
 Decision = Literal["fork", "surface", "too_close", "reference"]
@@ -50,17 +51,33 @@ class Fork:
     """Of its token in L_OPD; below 1 where it is suppressed."""
 
 
-def candidate_counts(lengths: Sequence[int], options: TOPDOptions) -> list[int]:
+def candidate_counts(lengths: Sequence[int], options: TOPDOptions | None = None) -> list[int]:
     """Candidates of each rollout: known from the lengths alone, so that windows need not wait for all losses.
 
-    >>> candidate_counts([40, 400, 0], TOPDOptions())
-    [1, 9, 0]
+    Args:
+        lengths: of the responses of this process; `max_per_step` counts those of all processes, each of which
+            must call.
+        options: None: the defaults, the paper's 2.25% without a cap.
+
+    >>> candidate_counts([40, 400, 9688, 0])
+    [1, 9, 218, 0]
+    >>> candidate_counts([400, 400], TOPDOptions(max_per_step=9))
+    [4, 4]
     """
-    wanted = [
-        min(options.max_per_rollout, max(1, int(options.top_share * n + 0.5))) if n else 0 for n in lengths
-    ]
-    scale = min(1.0, options.max_per_step / max(1, sum(wanted)))
+    options = options or TOPDOptions()
+    wanted = uncapped_counts(lengths, options)
+    if options.max_per_rollout is not None:
+        wanted = [min(options.max_per_rollout, n) for n in wanted]
+    if options.max_per_step is None:
+        return wanted
+    (everyone,) = distributed.total([sum(wanted)])
+    scale = min(1.0, options.max_per_step / max(1.0, everyone))
     return wanted if scale == 1.0 else [int(scale * n) for n in wanted]
+
+
+def uncapped_counts(lengths: Sequence[int], options: TOPDOptions) -> list[int]:
+    """Candidates of each rollout where no cap cuts them."""
+    return [max(1, int(options.top_share * n + 0.5)) if n else 0 for n in lengths]
 
 
 def spaced(order: Sequence[int], *, count: int, min_gap: int) -> list[int]:
@@ -91,7 +108,7 @@ def select(
 
     Args:
         values: per response token, `reverse_kl`, `student_logp` and `teacher_logp`.
-        key: names the rollout in its draws.
+        key: names step and rollout in the draws.
     """
     losses, gaps = ranked_by(values, options)
     size, kl = len(losses), values["reverse_kl"]

@@ -28,14 +28,13 @@ def with_windows(
 
     Args:
         rollouts: of the whole step; `Fork.row` points into them.
-        step: seeds the draws of sampled windows.
+        step: names the draws of sampled windows.
         scored: the pass in which the teacher scored these rollouts; None reads each prefix anew.
     """
-    keys = [f"{rollouts[f.row].key}/{f.position}" for f in found]
+    keys = [f"step {step}/{rollouts[f.row].key}/{f.position}" for f in found]
     sampling = replace(
         tools.sampling,
         max_new_tokens=options.window,
-        seed=tools.sampling.seed + step,
         temperature=options.teacher_temperature,
     )
     theirs = teacher_futures(found, rollouts, tools, sampling, [f"{k}/teacher" for k in keys], scored)

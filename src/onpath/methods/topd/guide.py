@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onpath.config.methods.topd import TOPDOptions
 from onpath.methods.base import Tools
 from onpath.methods.topd.candidates import NO_DISTANCE, Fork
-from onpath.methods.topd.pairs import pairs_of
+from onpath.methods.topd.pairs import AT_ONCE, pairs_of
 from onpath.records import Edit, Guidance, Rollout, Trajectory
 from onpath.system.draws import noise
 
@@ -25,14 +25,14 @@ _NEGLIGIBLE = 1e-5  # share of a target's mass below which an entry is left out 
 
 
 def controlled(
-    plan_KJ: NDArray[np.float64], fork: Fork, options: TOPDOptions, seed: int
+    plan_KJ: NDArray[np.float64], fork: Fork, options: TOPDOptions, seed: int, step: int = 0
 ) -> NDArray[np.float64]:
     """The plan itself, or what a control puts in its place."""
     match options.plan:
         case "positional":
             return np.eye(*plan_KJ.shape) / len(plan_KJ)
         case "shuffled":
-            key = f"shuffle/{fork.row}/{fork.position}/{fork.draw!r}"
+            key = f"step {step}/shuffle/{fork.row}/{fork.position}/{fork.draw!r}"
             lots = noise(seed, key, plan_KJ.shape[1])
             return plan_KJ[:, np.argsort(lots, kind="stable")]
         case _:
@@ -113,14 +113,13 @@ def annotated(
     for row, t in enumerate(trained):
         mine = by_row.get(row, [])
         details = [described(f, plan_at.get((row, f.position)), tokens, options.record_above) for f in mine]
-        weights = list(t.token_weights)
+        factors = [1.0] * len(t.response)
         for f in mine:
-            weights[f.position] *= f.weight
+            factors[f.position] *= f.weight
         marked.append(
             replace(
-                t,
+                t if all(factor == 1.0 for factor in factors) else t.reweighted(factors),
                 guidance=guidance.get(row, ()),
-                weights=tuple(weights) if any(f.weight != 1.0 for f in mine) else t.weights,
                 edit=Edit(kind="forks" if mine else "none", detail={"forks": details} if mine else {}),
             )
         )
@@ -192,11 +191,13 @@ def guidance_plans(
     own = [
         replace(f, student=rollouts[f.row].ids[f.position :][: options.window]) for f in guided
     ]  # with `regenerate`, f.student is a fresh sample, which nobody trains on
-    _, plan_FKJ = pairs_of(own, rollouts, tools, options).transport(epsilon=options.epsilon)
-    plans = plan_FKJ.double().cpu().numpy()
-    seed = tools.sampling.seed + step
+    plans: list[NDArray[np.float64]] = []
+    for start in range(0, len(own), AT_ONCE):
+        some = pairs_of(own[start : start + AT_ONCE], rollouts, tools, options)
+        plans += list(some.transport(epsilon=options.epsilon)[1].double().cpu().numpy())
+    seed = tools.sampling.seed
     return [
-        controlled(plan_KJ[: len(f.student), : len(f.teacher)], f, options, seed)
+        controlled(plan_KJ[: len(f.student), : len(f.teacher)], f, options, seed, step)
         for f, plan_KJ in zip(own, plans, strict=True)
     ]
 

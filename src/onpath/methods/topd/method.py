@@ -6,6 +6,8 @@
     R = C without the lowest 30% by D;   ỹ_{t+i} = Σ_j γ_ij onehot(T_j), each row scaled to mass 1
     L = L_OPD + λ·Σ_{t∈R} Σ_i KL(ỹ_{t+i} ‖ p_S(·|x, y_<t+i)) / Σ_t 1       the contexts stay the student's own
 
+Deviations that an option makes, none by default: `max_per_rollout` and `max_per_step` cap C (what they cut is
+counted as `fork_candidates_dropped`).
 Ours where the paper is silent: greedy teacher windows; D exact, γ by Sinkhorn with ε 0.05; the 30% as a
 moving quantile over steps; λ = 1, or held at a ratio of gradients; overlapping targets averaged; a fork needs
 D > 0; windows end where a rollout that was cut at max_new_tokens ends; with `student_window: regenerate`
@@ -39,6 +41,8 @@ class TOPD(Method):
         self.guidance_weight = torch.tensor(start, dtype=torch.float64)
         self.threshold = torch.tensor(torch.nan, dtype=torch.float64)
         self.seconds: dict[str, float] = {}
+        self.capped = 0
+        """Candidates of this process's step that a cap cut off."""
 
     def prepare(self, rollouts: Sequence[Rollout], *, step: int) -> Prepared:
         """See `Method.prepare`."""
@@ -57,11 +61,13 @@ class TOPD(Method):
         with self.timed("targets"):
             marked = guide.annotated(trained, found, guided, plans, options, tools.text.renderer.tokens)
             marked += guide.spliced(guided, rollouts, options)
+        counted = guide.counted(found, marked)
         return Prepared(
             trajectories=marked,
             kept=kept,
             guidance_weight=float(self.guidance_weight),
-            **guide.counted(found, marked),
+            means=counted["means"],
+            totals={**counted["totals"], "fork_candidates_dropped": self.capped},
             metrics={
                 "guidance_weight": float(self.guidance_weight),
                 "fork_threshold": None if self.threshold.isnan() else float(self.threshold),
@@ -73,15 +79,22 @@ class TOPD(Method):
         self, rollouts: Sequence[Rollout], trained: Sequence[Trajectory], kept: Kept, step: int
     ) -> list[Fork]:
         """With both futures, one micro-batch after the other: one of the teacher's caches is in memory."""
-        options, seed = self.options, self.tools.sampling.seed + step
-        counts = candidates.candidate_counts([len(t.response) for t in trained], options)
+        options, seed = self.options, self.tools.sampling.seed
+        lengths = [len(t.response) for t in trained]
+        counts = candidates.candidate_counts(lengths, options)
+        self.capped = sum(candidates.uncapped_counts(lengths, options)) - sum(counts)
         found: list[Fork] = []
         begun = time.perf_counter()
         for one in forward(self.tools.models, trained, keep=kept, past=options.reuse_cache):
             here: list[Fork] = []
             for row, values in one.by_place(("reverse_kl", "student_logp", "teacher_logp")):
                 here += candidates.select(
-                    values, row=row, count=counts[row], key=rollouts[row].key, options=options, seed=seed
+                    values,
+                    row=row,
+                    count=counts[row],
+                    key=f"step {step}/{rollouts[row].key}",
+                    options=options,
+                    seed=seed,
                 )
             with self.timed("windows"):
                 found += futures.with_windows(here, rollouts, self.tools, options, step, one)

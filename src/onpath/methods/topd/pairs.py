@@ -17,17 +17,21 @@ from onpath.records import Rollout
 from onpath.system.errors import UserError
 from onpath.transport.plans import window_divergence
 
+AT_ONCE = 4096
+"""Forks whose costs and plans, K × J numbers each, are in memory together."""
 _TOLERANCE = 1e-3  # of Sinkhorn's rows, which are normalised anyway: targets move by 2e-4 (total variation)
 
 
 def with_distances(
     found: Sequence[Fork], rollouts: Sequence[Rollout], tools: Tools, options: TOPDOptions
 ) -> list[Fork]:
-    """D of every fork, exact, in one batch."""
-    if not found:
-        return []
-    distance_F, _ = pairs_of(found, rollouts, tools, options).transport(epsilon=None)
-    return [replace(f, distance=d) for f, d in zip(found, distance_F.tolist(), strict=True)]
+    """D of every fork, exact, many at once."""
+    done: list[Fork] = []
+    for start in range(0, len(found), AT_ONCE):
+        some = found[start : start + AT_ONCE]
+        distance_F, _ = pairs_of(some, rollouts, tools, options).transport(epsilon=None)
+        done += [replace(f, distance=d) for f, d in zip(some, distance_F.tolist(), strict=True)]
+    return done
 
 
 @dataclass(frozen=True, kw_only=True)
