@@ -18,10 +18,11 @@ from onpath.config.build import Config
 from onpath.config.sections import RolloutSection
 from onpath.config.sections import Teacher as TeacherSection
 from onpath.data.render import Renderer
+from onpath.engines.adapters import merged_weights
 from onpath.engines.hf import HFEngine
 from onpath.engines.server import ServerEngine
 from onpath.engines.vllm import request_seed
-from onpath.engines.weights import merged_weights, probe_ids, probe_logprobs, save_weights
+from onpath.engines.weights import probe_ids, probe_logprobs, save_weights
 from onpath.engines.wire import Server
 from onpath.records import Sampling
 from onpath.run.assemble import assemble

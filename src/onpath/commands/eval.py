@@ -14,6 +14,7 @@ from onpath.config import Student
 from onpath.data.load import load_prompts
 from onpath.data.render import Renderer
 from onpath.data.tasks import split_name
+from onpath.engines.head import head_of
 from onpath.engines.hf import HFEngine
 from onpath.engines.models import load_model, load_tokenizer, pick_device, stop_ids
 from onpath.evaluate.scores import EvalResult, PairedDifference, compare, evaluate
@@ -171,7 +172,8 @@ class _Questions:
         tokenizer = load_tokenizer(section, key)
         model = load_model(section, key, pick_device(section.device, "device"))
         renderer, stops = Renderer(tokenizer), stop_ids(model, tokenizer, key)
-        engine = HFEngine(model, renderer, stop_ids=stops, batch_tokens=self.batch_tokens)
+        ids = min(max(tokenizer.get_vocab().values()) + 1, head_of(model).vocabulary)  # as in training
+        engine = HFEngine(model, renderer, stop_ids=stops, batch_tokens=self.batch_tokens, vocabulary=ids)
 
         def generate(prompts: Sequence[Prompt], n: int) -> list[Rollout]:
             return engine.generate(prompts, self.sampling, n=n)

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from onpath import config as configuration
 from onpath.config import Config
+from onpath.engines import adapters
 from onpath.engines.models import load_model, load_tokenizer, quietly
 from onpath.engines.student import trainable
 from onpath.run import checkpoint
@@ -46,6 +47,7 @@ def export_model(source: str | Path, out: str | Path, *, adapter: bool = False) 
     if final and (adapter or not config.student.lora_rank):
         with written(target) as temporary:
             shutil.copytree(weights, temporary)
+            adapters.name_base(temporary, home=target)
         return target
     if final:  # an adapter, which loads merged
         own = config.student.model_copy(update={"model": str(weights)})
@@ -56,7 +58,7 @@ def export_model(source: str | Path, out: str | Path, *, adapter: bool = False) 
         model = model.merge_and_unload() if isinstance(model, PeftModel) and not adapter else model
     tokenizer = load_tokenizer(config.student, "student.model")
     with quietly(), written(target, also=(SafetensorError,)) as temporary:
-        model.save_pretrained(temporary)
+        adapters.save(model, temporary, home=target)
         tokenizer.save_pretrained(temporary)
     return target
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import (
     DynamicCache,
@@ -43,16 +45,43 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
+def base_layer(layer: nn.Module) -> nn.Module:
+    """The layer that an adapter is on, or the layer itself."""
+    found: nn.Module = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    return found
+
+
+def adapted_weight(layer: nn.Module) -> Tensor:
+    """The weight with which a layer acts, LoRA's delta added: [V, H] of a head or of embeddings. Gradients
+    reach the adapter through it; an adapter that is switched off adds nothing."""
+    weight = base_layer(layer).weight
+    assert isinstance(weight, Tensor)
+    if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged:
+        return weight
+    for delta in lora_deltas(layer):
+        weight = weight + delta.to(weight.dtype)
+    return weight
+
+
+def lora_deltas(layer: LoraLayer) -> Iterator[Tensor]:
+    """What each active adapter adds to a layer's weight."""
+    for name in layer.active_adapters:
+        if name in layer.r:
+            yield layer.get_delta_weight(name)  # type: ignore[attr-defined]
+
+
 def head_of(model: nn.Module, vocabulary: int | None = None) -> Head:
     """The map from hidden states to logits; rows beyond `vocabulary` are padding and take no part."""
     inner = unwrapped(model)
     config: Mapping[str, Any] = inner.config.get_text_config().to_dict()
     layer = inner.get_output_embeddings()
+    bias = base_layer(layer).bias
+    assert bias is None or isinstance(bias, Tensor)
     factor = next((config[name] for name in _MULTIPLY if config.get(name) is not None), 1.0)
     scale = float(factor) / float(config.get(_DIVIDE) or 1.0)
     return Head(
-        weight=layer.weight,
-        bias=layer.bias,
+        weight=adapted_weight(layer),
+        bias=bias,
         logit_scale=scale,
         softcap=config.get(_SOFTCAP),
         tokens=vocabulary,

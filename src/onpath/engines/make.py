@@ -9,6 +9,7 @@ from torch import nn
 
 from onpath.config.build import Config
 from onpath.data.render import Renderer
+from onpath.engines.adapters import ends_adapted, is_adapter
 from onpath.engines.base import Engine
 from onpath.engines.chat import ChatEngine
 from onpath.engines.head import check_head, head_of, unwrapped
@@ -74,7 +75,9 @@ def _directory(config: Config, student: nn.Module) -> str:
     from onpath.engines.weights import save_weights
 
     given = Path(locate(config.student.model))
-    if not given.is_dir() or ((given / "config.json").is_file() and list(given.glob("*.safetensors"))):
+    whole = (given / "config.json").is_file() and list(given.glob("*.safetensors")) and not is_adapter(given)
+    # An adapter on head or embeddings unties them: vLLM would tie them again, as the given config may say.
+    if not ends_adapted(unwrapped(student)) and (whole or not given.is_dir()):
         return str(given)
     merged = Path(tempfile.mkdtemp(prefix="onpath-vllm-"))
     save_weights(student, merged)

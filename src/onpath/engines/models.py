@@ -26,6 +26,7 @@ from transformers.utils import logging as hf_logging
 
 from onpath.config import Student, Teacher
 from onpath.data.tasks import task_of
+from onpath.engines.adapters import is_adapter, merged, own_base
 from onpath.system.errors import UserError
 
 _TOKENIZER_FILES = (
@@ -67,7 +68,8 @@ def load_model(section: Student | Teacher, key: str, device: torch.device) -> Pr
         UserError: nothing readable there; `key` names the option.
     """
     where = _existing(section.model, key)
-    adapter = where if (Path(where) / "adapter_config.json").is_file() else None
+    source = str(Path(where).resolve()) if Path(where).is_dir() else where
+    adapter = where if is_adapter(where) else None
     if adapter:
         where = _base_of(Path(adapter), key)
     try:
@@ -82,7 +84,7 @@ def load_model(section: Student | Teacher, key: str, device: torch.device) -> Pr
             )
             model, found = loaded
             if adapter:
-                model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+                model = merged(PeftModel.from_pretrained(model, adapter), f"{key}: {section.model}")
     except SafetensorError as error:
         raise UserError(f"{key}: {section.model} is damaged: {_first_line(error)}") from None
     except (OSError, ValueError) as error:
@@ -92,6 +94,7 @@ def load_model(section: Student | Teacher, key: str, device: torch.device) -> Pr
     _check_complete(found, section, key)
     frozen: PreTrainedModel = model.eval().requires_grad_(False)
     nn.Module.to(frozen, device)  # in place; transformers' own `to` is untyped
+    frozen.name_or_path = source  # what a new adapter names as its base, from wherever it is loaded
     return frozen
 
 
@@ -115,6 +118,10 @@ def quietly() -> Iterator[None]:
     no_downloads = are_progress_bars_disabled()  # huggingface_hub's bars are another switch
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+        # peft's warning of an adapter on a tied head or embedding, which adapters.py unties.
+        warnings.filterwarnings(
+            "ignore", message=".*a tied layer is part of the adapter", category=UserWarning
+        )
         # Where the environment decides on download bars, each of our calls would be answered with a warning.
         warnings.filterwarnings("ignore", message="Cannot (en|dis)able progress bars", category=UserWarning)
         hf_logging.set_verbosity_error()
@@ -129,6 +136,8 @@ def quietly() -> Iterator[None]:
 
 
 def _base_of(adapter: Path, key: str) -> str:
+    if (beside := own_base(adapter)) is not None:
+        return str(beside)
     try:
         base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError):

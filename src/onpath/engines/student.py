@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from onpath.config.build import Config
+from onpath.engines.adapters import untie
 from onpath.engines.head import unwrapped
 from onpath.engines.models import check_vocabulary, load_tokenizer, locate, quietly
 from onpath.system.errors import UserError
@@ -34,6 +35,7 @@ def trainable(config: Config, base: nn.Module) -> nn.Module:
             model: nn.Module = get_peft_model(base, lora)
     except ValueError as error:
         raise UserError(f"student.lora_targets: {str(error).splitlines()[0]}") from None
+    untie(unwrapped(model))
     if section.gradient_checkpointing:
         unwrapped(model).enable_input_require_grads()
     return model

@@ -131,7 +131,8 @@ class SelfTeacher(Teacher):
     @property
     def head(self) -> Head:
         """The teacher's head; the losses give no gradient to it, even where it is the student's own."""
-        return head_of(self.model, self._vocabulary)
+        with self.acting() as model:  # the adapter may be on the head
+            return head_of(model, self._vocabulary)
 
     @contextlib.contextmanager
     def acting(self) -> Iterator[nn.Module]:

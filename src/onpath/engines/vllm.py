@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from onpath.data.render import Renderer
+from onpath.engines.adapters import merged_weights
 from onpath.engines.base import Engine
-from onpath.engines.weights import largest_gap, merged_weights, probe_ids, probe_logprobs
+from onpath.engines.weights import largest_gap, probe_ids, probe_logprobs
 from onpath.records import Completion, Sampling
 from onpath.system.errors import UserError
 

@@ -1,37 +1,18 @@
 """The weights that train, as other processes and engines take them: Hugging Face names, adapters merged."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
+from onpath.engines.adapters import merged_weights
 from onpath.engines.head import unwrapped
 from onpath.system.files import make_directory, written
 
 PROBE_LENGTH = 16
-
-
-@torch.no_grad()
-def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) as the model's own checkpoint has them; LoRA's deltas added, the model left as it is.
-
-    A tied output layer is given under both its names: vLLM on a CPU keeps a packed copy of it.
-    """
-    inner = unwrapped(model)
-    adapted = {n: m for n, m in inner.named_modules() if isinstance(m, LoraLayer)}
-    for name, tensor in inner.state_dict().items():
-        if ".lora_" in name:
-            continue
-        path, _, leaf = name.rpartition(".")
-        owner = adapted.get(path.removesuffix(".base_layer"))
-        if owner is not None and leaf == "weight":
-            deltas = [owner.get_delta_weight(a) for a in owner.active_adapters if a in owner.lora_A]  # type: ignore[attr-defined]
-            tensor = tensor + torch.stack(deltas).sum(0).to(tensor.dtype) if deltas else tensor
-        yield name.replace(".base_layer.", "."), tensor.detach()
 
 
 def save_weights(model: nn.Module, directory: Path) -> None:

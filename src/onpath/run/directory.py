@@ -12,6 +12,7 @@ from torch import Tensor
 
 from onpath import config as configuration
 from onpath.config.build import Config
+from onpath.engines import adapters
 from onpath.engines.models import quietly
 from onpath.run import checkpoint
 from onpath.run.environment import environment
@@ -128,18 +129,12 @@ class Run:
         return target
 
     def _save(self, target: Path, *, merged: bool) -> None:
-        model: Any = self.parts.models.student
+        model = self.parts.models.student
         with quietly(), written(target, also=(SafetensorError,)) as temporary:
             if merged:
-                model.merge_adapter()
-                plain = model.get_base_model()
-                state = {
-                    k.replace(".base_layer", ""): v for k, v in plain.state_dict().items() if "lora_" not in k
-                }
-                plain.save_pretrained(temporary, state_dict=state)
-                model.unmerge_adapter()
+                adapters.save_merged(model, temporary)
             else:
-                model.save_pretrained(temporary)
+                adapters.save(model, temporary, home=target)
             self.parts.text.renderer.tokenizer.save_pretrained(temporary)
 
 

@@ -12,6 +12,8 @@ import torch
 
 from onpath.commands.doctor.finding import Finding
 from onpath.commands.doctor.sample import Probe
+from onpath.engines.adapters import is_adapter
+from onpath.engines.models import locate
 from onpath.run.meter import STAGES
 from onpath.run.optimizer import make_optimizer
 from onpath.run.parts import Parts
@@ -117,8 +119,11 @@ def disk(parts: Parts) -> Finding:
     """Checkpoints that are kept, one being written, and the final model, against the free space."""
     config = parts.config
     trained = sum(p.numel() * p.element_size() for p in parts.models.student.parameters() if p.requires_grad)
-    copies = 1 + int(config.student.lora_merge)
-    need = (3 * trained * (config.run.keep + 1) + copies * trained) / 2**30
+    whole = sum(p.numel() * p.element_size() for p in parts.models.student.parameters())
+    # Beside an adapter: the merged model, and the base that no other directory holds.
+    second = is_adapter(locate(config.student.model))
+    copies = int(config.student.lora_merge) + int(second) if config.student.lora_rank else 0
+    need = (3 * trained * (config.run.keep + 1) + trained + copies * whole) / 2**30
     place = Path(config.run.dir).absolute()
     while not place.exists():
         place = place.parent

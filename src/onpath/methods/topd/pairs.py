@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from onpath.config.methods.topd import TOPDOptions
-from onpath.engines.head import unwrapped
+from onpath.engines.head import adapted_weight, unwrapped
 from onpath.methods.base import Tools
 from onpath.methods.topd.candidates import Fork
 from onpath.records import Rollout
@@ -67,9 +67,7 @@ def pairs_of(found: Sequence[Fork], rollouts: Sequence[Rollout], tools: Tools, o
         table, student_FK, teacher_FJ = _in_context(found, rollouts, tools, options.embedding_layer)
     else:
         owner = tools.models.student if options.embedding == "student" else _teacher_model(tools)
-        layer = unwrapped(owner).get_input_embeddings()
-        assert isinstance(layer, nn.Embedding)
-        table = layer.weight.detach().to(device)
+        table = adapted_weight(unwrapped(owner).get_input_embeddings()).detach().to(device)
     return Pairs(
         student_FK=student_FK,
         teacher_FJ=teacher_FJ,

@@ -1,0 +1,160 @@
+"""Adapters: the weight with which an adapted layer acts, how adapters are merged, and how they are saved.
+
+peft adapts modules, but some layers are also read by their weight: the head by the losses, the embeddings by
+TOPD's cost, all of them by vLLM. And where head and embeddings are one tensor, an adapter is on one of the
+two: merging it would change the other with it (peft issue 2018), so they are untied first.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from onpath.engines.head import adapted_weight, base_layer, lora_deltas, unwrapped
+from onpath.system.errors import UserError
+
+_CONFIG = "adapter_config.json"
+_BASE = "base"  # beside an adapter whose base stands nowhere else
+_MERGED_GAP = {torch.float32: 1e-3, torch.float64: 1e-3}  # of the largest logit; half precision rounds
+_MERGED_GAP_HALF = 0.1
+
+
+def is_adapter(directory: str | Path) -> bool:
+    """Whether a directory holds a peft adapter."""
+    return (Path(directory) / _CONFIG).is_file()
+
+
+def own_base(adapter: Path) -> Path | None:
+    """The base that was saved with an adapter: it moves with it, whatever path the adapter names."""
+    base = adapter / _BASE
+    return base if (base / "config.json").is_file() else None
+
+
+def ends_adapted(model: PreTrainedModel) -> bool:
+    """Whether an adapter is on the head or on the embeddings."""
+    return any(
+        isinstance(e, BaseTunerLayer) for e in (model.get_output_embeddings(), model.get_input_embeddings())
+    )
+
+
+def untie(model: PreTrainedModel) -> None:
+    """Gives the head a weight of its own where it shares the embeddings' and one of them is adapted."""
+    if not ends_adapted(model):
+        return
+    head, embeddings = (base_layer(x) for x in (model.get_output_embeddings(), model.get_input_embeddings()))
+    if head.weight is embeddings.weight:
+        assert isinstance(head.weight, nn.Parameter)
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+    _say_untied(model)
+
+
+def _say_untied(model: PreTrainedModel) -> None:
+    """A config that says tied makes one tensor of two again when the weights are loaded."""
+    head, embeddings = (base_layer(x) for x in (model.get_output_embeddings(), model.get_input_embeddings()))
+    if head.weight is not embeddings.weight:
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
+
+
+@torch.no_grad()
+def merged(model: PeftModel, key: str) -> PreTrainedModel:
+    """The transformers model with an adapter merged into its weights.
+
+    Raises:
+        UserError: this kind of adapter cannot be merged, or the logits would be others; `key` names it.
+    """
+    inner, kind = unwrapped(model.eval()), str(model.active_peft_config.peft_type.value)
+    untie(inner)
+    table = adapted_weight(inner.get_input_embeddings())
+    ids_1T = torch.arange(min(8, len(table)), device=table.device)[None]
+    try:
+        before = model(input_ids=ids_1T, use_cache=False).logits.float()
+        plain: PreTrainedModel = model.merge_and_unload()
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        raise UserError(
+            f"{key}: an adapter of kind {kind} cannot be merged into its base; merge it elsewhere and name "
+            "the merged model, or use a LoRA adapter"
+        ) from None
+    _say_untied(plain)
+    after = plain(input_ids=ids_1T, use_cache=False).logits.float()
+    allowed = _MERGED_GAP.get(next(plain.parameters()).dtype, _MERGED_GAP_HALF)
+    if not bool((after - before).abs().max() <= allowed * before.abs().max()):
+        raise UserError(
+            f"{key}: merged into its base this adapter ({kind}) gives other logits than beside it; merge it "
+            "elsewhere and name the merged model"
+        )
+    return plain
+
+
+@torch.no_grad()
+def merged_weights(model: nn.Module, *, adapted: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) as the model's own checkpoint has them, the model left as it is: with LoRA's deltas
+    added, or without.
+
+    A tied output layer is given under both its names: vLLM on a CPU keeps a packed copy of it.
+    """
+    inner = unwrapped(model)
+    layers = {n: m for n, m in inner.named_modules() if isinstance(m, LoraLayer)}
+    for name, tensor in inner.state_dict().items():
+        path, _, leaf = name.rpartition(".")
+        if any(name.startswith(f"{owner}.lora_") for owner in _above(path) if owner in layers):
+            continue
+        while True:  # adapters of several parameters of one module are nested
+            owner = layers.get(path)
+            if adapted and owner is not None and leaf == _adapted_leaf(owner):
+                tensor = tensor + sum(lora_deltas(owner)).to(tensor.dtype)  # type: ignore[union-attr]
+            if not path.endswith(".base_layer"):
+                break
+            path = path.removesuffix(".base_layer")
+        yield f"{path}.{leaf}" if path else leaf, tensor.detach()
+
+
+def _above(path: str) -> Iterator[str]:
+    """A module's own path and those of the modules that it is in."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+
+
+def _adapted_leaf(layer: LoraLayer) -> str:
+    return str(layer.parameter_name) if isinstance(layer, ParamWrapper) else "weight"
+
+
+def save_merged(model: nn.Module, directory: Path, *, adapted: bool = True) -> None:
+    """A model that transformers loads by itself: with LoRA's deltas in its weights, or without any."""
+    unwrapped(model).save_pretrained(directory, state_dict=dict(merged_weights(model, adapted=adapted)))
+
+
+def save(model: nn.Module, directory: Path, *, home: Path) -> None:
+    """A model as transformers, an adapter as peft loads it.
+
+    A student that was itself loaded from an adapter trains on merged weights, which stand nowhere on disk:
+    they are saved with the new adapter, and it names them. (One adapter of both would need the first to be
+    of the same kind, would grow with each stage, and could not be switched off to give the starting weights.)
+
+    Args:
+        directory: where to write it.
+        home: where it will stand.
+    """
+    if not isinstance(model, PeftModel):
+        unwrapped(model).save_pretrained(directory)
+        return
+    model.save_pretrained(str(directory), save_embedding_layers=False)  # the base's, which the base has
+    if is_adapter(model.active_peft_config.base_model_name_or_path or ""):
+        save_merged(model, directory / _BASE, adapted=False)
+        name_base(directory, home=home)
+
+
+def name_base(directory: Path, *, home: Path) -> None:
+    """Lets an adapter name the base that was saved with it, if there is one, by the path it will have."""
+    if own_base(directory) is not None:
+        path = directory / _CONFIG
+        described = {**json.loads(path.read_text()), "base_model_name_or_path": str(home.resolve() / _BASE)}
+        path.write_text(json.dumps(described, indent=2) + "\n")
