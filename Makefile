@@ -31,6 +31,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python docs/make_cli.py --check
+	$(BIN)/python docs/make_grading.py --check
 	rm -rf build/wheel && $(BIN)/python -m build --wheel --no-isolation --outdir build/wheel . > build-wheel.log 2>&1 || { cat build-wheel.log; exit 1; }
 	rm -f build-wheel.log
 	$(BIN)/python docs/check_wheel.py build/wheel
@@ -46,6 +47,7 @@ smollm2: $(VENV)/.runtime
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/make_cli.py
+	$(BIN)/python docs/make_grading.py
 
 # vLLM's CPU build wants an older transformers, so it has an environment of its own. It installs torchvision
 # and others made for another torch, and its server looks for a package named vllm.

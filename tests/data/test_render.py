@@ -1,9 +1,11 @@
 """Rendering: golden text and ids for chat and plain prompts, and templates with slots."""
 
 import pytest
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from onpath.data.render import Renderer, fill, with_question
+from onpath.data.thinking import answer_part
 from onpath.engines.models import check_vocabulary
 from onpath.records import Prompt
 from onpath.system.errors import UserError
@@ -46,6 +48,33 @@ def test_text_leaves_special_tokens_out_and_tokens_keep_them(tokenizer: PreTrain
     renderer = Renderer(tokenizer)
     assert renderer.text((ONE, PLUS, TWO, 2)) == "1+2"
     assert renderer.tokens((ONE, 2)) == ["1", "<eos>"]
+
+
+@pytest.fixture
+def thinker(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Its tags of thinking are special tokens."""
+    copy = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), eos_token="<eos>"
+    )
+    copy.chat_template = tokenizer.chat_template
+    copy.add_special_tokens({"additional_special_tokens": ["<think>", "</think>", "<other>"]})
+    return copy
+
+
+def test_graders_see_tags_of_thinking_that_are_special_tokens(thinker: PreTrainedTokenizerFast) -> None:
+    opening, closing, other = (thinker.convert_tokens_to_ids(t) for t in ("<think>", "</think>", "<other>"))
+    renderer = Renderer(thinker)
+    ids = (opening, ONE, PLUS, closing, other, TWO, 2)
+    assert renderer.text(ids) == "1+2"
+    assert renderer.graded(ids) == "<think>1+</think>2"
+    assert renderer.graded((ONE, PLUS, TWO, 2)) == "1+2"
+    assert answer_part(renderer.graded((opening, ONE, PLUS))) == ""
+
+
+def test_thinking_that_the_template_opens_is_seen_too(thinker: PreTrainedTokenizerFast) -> None:
+    thinker.chat_template = (thinker.chat_template or "") + "<think>\n"
+    assert Renderer(thinker).graded((ONE, TWO)) == "<think>12"
+    assert Renderer(thinker, template="plain").graded((ONE, TWO)) == "12"
 
 
 def test_the_question_is_the_last_user_message() -> None:

@@ -179,7 +179,7 @@ class _Questions:
             return engine.generate(prompts, self.sampling, n=n)
 
         result, graded = evaluate(
-            self.prompts, generate, renderer.text, self.grader, n=self.n, k=self.k, step=0, split=self.split
+            self.prompts, generate, renderer.graded, self.grader, n=self.n, k=self.k, step=0, split=self.split
         )
         return result, [sample_row(g, renderer) for g in graded]
 

@@ -3,12 +3,14 @@
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from string import Formatter
 from typing import Any, Literal
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from onpath.data import thinking
 from onpath.data.templates import check_slots
 from onpath.records import Message, Prompt
 from onpath.system.errors import UserError
@@ -98,8 +100,37 @@ class Renderer:
         return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
     def text(self, ids: Sequence[int]) -> str:
-        """For people and graders; special tokens are left out."""
+        """For people; special tokens are left out."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def graded(self, ids: Sequence[int]) -> str:
+        """`text` for graders: with the tags of thinking, even where they are special tokens, and with the one
+        that the generation prompt has opened."""
+        pieces: list[str] = []
+        plain: list[int] = []
+        for i in ids:
+            if i in self._tags:
+                pieces += [self.text(plain), self._tags[i]]
+                plain = []
+            else:
+                plain.append(i)
+        return self._opened + "".join([*pieces, self.text(plain)])
+
+    @cached_property
+    def _tags(self) -> dict[int, str]:
+        added = self.tokenizer.added_tokens_decoder.items()
+        return {i: t.content for i, t in added if t.special and t.content in thinking.TOKENS}
+
+    @cached_property
+    def _opened(self) -> str:
+        """The tag of thinking that every response starts inside of; nothing for most templates."""
+        if not self.chat:
+            return ""
+        try:
+            prompt = "".join(self.tokens(self.ids(Prompt(id="", text="1"))))
+        except UserError:
+            return ""
+        return next((opening for opening, _ in thinking.TAGS if prompt.rstrip().endswith(opening)), "")
 
     def tokens_before(self, ids: Sequence[int], offset: int) -> int:
         """How many leading tokens make no more than `offset` characters of text."""

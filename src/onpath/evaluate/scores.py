@@ -22,7 +22,7 @@ from onpath.system.files import write_text
 Generate = Callable[[Sequence[Prompt], int], Sequence[Rollout]]
 """(prompts, n) → n rollouts per prompt, the prompts in order, a prompt's rollouts together."""
 Decode = Callable[[Sequence[int]], str]
-"""Response ids → the text that is graded, without special tokens."""
+"""Response ids → the text that is graded, with special tokens only where they are tags of thinking."""
 NAMED = 3
 """Differing problems named in a message."""
 

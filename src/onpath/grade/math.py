@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from onpath.data.thinking import answer_part
 from onpath.grade.base import Grader, Verdict
 from onpath.grade.exact import ExactGrader
 
@@ -46,12 +47,13 @@ ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBR
 
 
 class MathGrader(Grader):
-    """math-verify: right if the boxed or stated value equals the answer as maths (1/2 = 0.5 = \\frac{1}{2}).
+    """Right if the boxed or stated value equals the answer as maths (1/2 = 0.5 = \\frac{1}{2}): math-verify,
+    and around it the rules of `rules.py` (docs/grading.md shows them).
 
-    Of a text with `</think>` only what follows the last one is read. Where math-verify finds no maths in the
-    text or in the answer (`Paris`), the rule of `exact` decides. A text that exceeds a limit of time or
-    memory, or that crashes the process twice, is wrong, and so is a blank one. Safe to call from threads (one
-    answer at a time) and after a fork.
+    Only what follows the thinking is read (`data/thinking.py`). Where there is no maths in the text or in the
+    answer (`Paris`), the rule of `exact` decides. A text that exceeds a limit of time or memory, or that
+    crashes the process twice, is wrong, and so is a blank one. Safe to call from threads (one answer at a
+    time) and after a fork.
 
     Args:
         cpu_seconds, wall_seconds: limits per answer.
@@ -73,11 +75,12 @@ class MathGrader(Grader):
         self._worker: _Worker | None = None
 
     def _judge(self, text: str, answer: str) -> Verdict:
-        text = text.rpartition("</think>")[2]
+        text = answer_part(text)
         if not text.strip() or not answer.strip():
             return Verdict(correct=False, extracted=None)
         if len(answer) > ANSWER_CHARACTERS:
-            return ExactGrader()._judge(text, answer)
+            same = " ".join(answer.split()) in (" ".join(text.split()), _last_box(text))
+            return Verdict(correct=True, extracted=answer) if same else ExactGrader()._judge(text, answer)
         reply = self._ask({"text": text[-TEXT_CHARACTERS:], "answer": answer})
         if not reply["read"]:
             return ExactGrader()._judge(text, answer)
@@ -120,6 +123,11 @@ class MathGrader(Grader):
         if self._worker is not None:
             self._worker.abandon()
         self._worker = None
+
+
+def _last_box(text: str) -> str:
+    """From the last `\\boxed{` to the last brace, white space made single."""
+    return " ".join(text.rpartition("\\boxed{")[2].rpartition("}")[0].split())
 
 
 class _LostError(Exception):

@@ -39,7 +39,7 @@ class Text:
         """Whether each response (the ids) answers its rollout's prompt; None without an answer to compare
         with."""
         known = [
-            (self.renderer.text(ids), r.prompt.answer) for r, ids in pairs if r.prompt.answer is not None
+            (self.renderer.graded(ids), r.prompt.answer) for r, ids in pairs if r.prompt.answer is not None
         ]
         found = iter(self.grader.grade_many(known))
         return [None if r.prompt.answer is None else next(found) for r, _ in pairs]

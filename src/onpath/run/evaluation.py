@@ -26,7 +26,7 @@ def evaluate_all(parts: Parts, run: Run, display: Display, *, step: int) -> list
         result, graded = evaluate(
             prompts,
             generate,
-            parts.text.renderer.text,
+            parts.text.renderer.graded,
             parts.text.grader,
             n=section.n,
             k=section.k,

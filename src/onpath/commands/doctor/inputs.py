@@ -10,8 +10,10 @@ from onpath.grade.base import Grader
 from onpath.records import Prompt
 from onpath.run.inputs import load_evals
 
-MOST_ANSWERS = 200
-"""Reference answers that are graded, and as many solutions."""
+MOST_ANSWERS, MOST_SOLUTIONS = 10_000, 200
+"""Reference answers and solutions that are graded: an answer against its own box takes a millisecond."""
+_NAMED = 5
+"""Prompts named whose answers fail."""
 _FEW = 0.1
 """Share of unreadable answers, or of solutions that miss the answer, up to which a check only warns."""
 _WORD = re.compile(r"(?<![\\\w])[^\W\d_]{2,}")
@@ -77,13 +79,14 @@ def columns(config: Config, pool: Sequence[Prompt]) -> Finding:
 
 def answers(grader: Grader, prompts: Sequence[Prompt]) -> Finding:
     """Does a response that states the reference answer pass the grader? (At most MOST_ANSWERS of them.)"""
-    known = _spread([p for p in prompts if p.answer is not None])
+    known = _spread([p for p in prompts if p.answer is not None], MOST_ANSWERS)
     if not known:
         return skipped("answers", "no prompt has an answer, so no accuracy will be measured")
     stated = [(grader.stated(p.answer or ""), p.answer or "") for p in known]
     verdicts = zip(known, grader.grade_many(stated), strict=True)
     failed = [p for p, v in verdicts if not v.correct or (grader.name == "math" and is_prose(p.answer or ""))]
-    values = {"grader": grader.name, "graded": len(known), "unreadable": len(failed)}
+    named = [p.id for p in failed]
+    values = {"grader": grader.name, "graded": len(known), "unreadable": len(failed), "ids": named}
     if not failed:
         message = f"{len(known)} reference answers, stated plainly, all pass the {grader.name} grader"
         return Finding(name="answers", status="ok", message=message, values=values)
@@ -91,6 +94,7 @@ def answers(grader: Grader, prompts: Sequence[Prompt]) -> Finding:
     message = (
         f"{len(failed)} of {len(known)} reference answers cannot be read by the {grader.name} grader, or are "
         f"sentences; the first is {shown!r} of prompt {failed[0].id!r}"
+        + (f", then {', '.join(map(repr, named[1:_NAMED]))}" if failed[1:] else "")
     )
     return Finding(
         name="answers",
@@ -111,8 +115,9 @@ def is_prose(answer: str) -> bool:
 
 
 def solutions(grader: Grader, prompts: Sequence[Prompt]) -> Finding:
-    """Do the reference solutions end in the reference answers? (At most MOST_ANSWERS of them.)"""
-    known = _spread([p for p in prompts if p.answer is not None and (p.solution or "").strip()])
+    """Do the reference solutions end in the reference answers? (At most MOST_SOLUTIONS of them.)"""
+    known = [p for p in prompts if p.answer is not None and (p.solution or "").strip()]
+    known = _spread(known, MOST_SOLUTIONS)
     if not known:
         return skipped("solutions", "no prompt has both a solution and an answer")
     verdicts = grader.grade_many([(p.solution or "", p.answer or "") for p in known])
@@ -169,7 +174,7 @@ def sampling(config: Config, refused: str | None) -> Finding:
     return Finding(name="sampling", status="ok", message=message, values=values)
 
 
-def _spread(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """At most MOST_ANSWERS, from all over."""
-    stride = max(1, -(-len(prompts) // MOST_ANSWERS))
+def _spread(prompts: Sequence[Prompt], most: int) -> list[Prompt]:
+    """At most so many, from all over."""
+    stride = max(1, -(-len(prompts) // most))
     return list(prompts[::stride])
