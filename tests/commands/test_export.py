@@ -41,7 +41,7 @@ def resumed(config: Config, run: Path, step: int) -> torch.Tensor:
     kept = run.with_name("kept")
     shutil.copytree(run / "checkpoints" / f"step_{step}", kept / f"step_{step}")
     parts = assemble(config)
-    optimizer, _ = make_optimizer(parts)
+    optimizer, _ = make_optimizer(parts.config, parts.models.student)
     assert checkpoint.load(kept, model=parts.models.student, optimizer=optimizer, extra=parts.method.state())
     shutil.rmtree(kept)
     return logits(parts.models.student)
