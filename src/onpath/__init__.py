@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from onpath.commands.report.command import write_report as write_report
     from onpath.commands.study.command import run_study as run_study
     from onpath.config.build import Config as Config
+    from onpath.run.directory import RunResult as RunResult
     from onpath.system.errors import UserError as UserError
-    from onpath.training import RunResult as RunResult
     from onpath.training import train as train
 
 __all__ = [
@@ -32,7 +32,7 @@ __all__ = [
 
 _HOME = {
     "Config": "onpath.config",
-    "RunResult": "onpath.training",
+    "RunResult": "onpath.run.directory",
     "UserError": "onpath.system.errors",
     "evaluate_model": "onpath.commands.eval",
     "export_model": "onpath.commands.export",

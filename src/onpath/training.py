@@ -13,7 +13,6 @@ exactly.
 import math
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,8 @@ from onpath.engines.base import Engine
 from onpath.engines.overlap import fresh
 from onpath.records import Rollout, token_count
 from onpath.run.assemble import assemble
-from onpath.run.directory import Run, open_run
-from onpath.run.evaluation import evaluate_all, saved_evaluations
+from onpath.run.directory import Run, RunResult, open_run
+from onpath.run.evaluation import evaluate_all
 from onpath.run.log import Display
 from onpath.run.loss import Step, losses_of, teacher_states
 from onpath.run.meter import Meter, Stopwatch
@@ -38,19 +37,7 @@ from onpath.run.trajectories import store_step, top_tokens
 from onpath.run.weights import shaped
 from onpath.system import distributed
 from onpath.system.errors import UserError
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunResult:
-    """What a finished run leaves."""
-
-    directory: Path
-    """The run's directory; its files are listed in the README."""
-    model: Path
-    """Final weights in Hugging Face format (a LoRA run: the adapter)."""
-    steps: int
-    evaluations: tuple[dict[str, Any], ...]
-    """The final step's lines of eval.jsonl, one per evaluation set."""
+from onpath.system.signals import stop_requests
 
 
 def train(
@@ -62,6 +49,7 @@ def train(
     rewards: Mapping[str, Callable[..., float]] | None = None,
     engine: Engine | None = None,
     allow_code: bool = False,
+    resume_with_changes: bool = False,
     quiet: bool = False,
 ) -> RunResult:
     """Runs a config to its end, going on where an earlier process of the same config stopped.
@@ -76,6 +64,7 @@ def train(
         rewards: label → function, beside those of the config (see `onpath.grade.rewards`).
         engine: generates rollouts and evaluations, in place of `rollout.engine`.
         allow_code: run the Python files that the config names.
+        resume_with_changes: go on with a run even if its config, data or models are others than they were.
         quiet: no progress display; files are written all the same.
 
     Raises:
@@ -86,16 +75,13 @@ def train(
     )
     try:
         parts = assemble(config, engine=engine)
-        with closing(open_run(config, parts)) as run:
-            if not run.finished:
+        with closing(open_run(config, parts, with_changes=resume_with_changes)) as run:
+            if left := not run.finished:
                 optimise(parts, run, quiet=quiet)
                 run.save_model()
-            return RunResult(
-                directory=run.directory,
-                model=run.directory / "model",
-                steps=config.optim.steps,
-                evaluations=tuple(saved_evaluations(run, config.optim.steps)),
-            )
+            else:
+                run.say_finished(quiet=quiet)
+            return run.result(trained=left)
     finally:
         distributed.stop()
 
@@ -108,7 +94,8 @@ def optimise(parts: Parts, run: Run, *, quiet: bool) -> None:
     run.note(parts.method.before_training(parts.prompts.pool, run.directory))
     generate_ahead(parts)
     done = run.resume(optimizer)
-    with Display(steps=config.optim.steps, done=done, quiet=quiet or distributed.rank() > 0) as display:
+    shown = Display(steps=config.optim.steps, done=done, quiet=quiet or distributed.rank() > 0)
+    with shown as display, stop_requests() as asked:
         run.announce(display, done)
         if done == 0 and config.eval.start:
             evaluate_all(parts, run, display, step=0)
@@ -121,8 +108,11 @@ def optimise(parts: Parts, run: Run, *, quiet: bool) -> None:
             if last or (config.eval.every and (step + 1) % config.eval.every == 0):
                 evaluate_all(parts, run, display, step=step + 1)
             store_step(parts, run.directory, meter, step + 1)
-            if last or (config.run.save_every and (step + 1) % config.run.save_every == 0):
+            stop = distributed.anywhere(bool(asked), parts.models.device)
+            if last or stop or (config.run.save_every and (step + 1) % config.run.save_every == 0):
                 run.checkpoint(step + 1, optimizer)
+            if stop and not last:
+                run.leave(asked, step + 1)
 
 
 def one_step(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> Meter:

@@ -46,8 +46,8 @@ def contents(run: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(p for p in run.rglob("*") if p.is_file()):
         name = str(path.relative_to(run))
-        if name == "config.yaml":
-            continue  # holds the run's name
+        if name in ("config.yaml", "environment.jsonl"):
+            continue  # the run's name; a line per process
         if path.suffix == ".parquet":
             found[name] = pq.read_table(path).to_pylist()
         elif path.suffix == ".jsonl":

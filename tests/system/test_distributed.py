@@ -3,6 +3,8 @@
 `test_two_processes.py` has plain OPD.
 """
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,3 +133,34 @@ def test_begun_by_one_process_and_ended_by_two(
         with pytest.raises(Stopped):
             train(config, quiet=True)
     same(whole, torchrun(config, tmp_path, processes=2))
+
+
+STOPPED_ALONE = """
+import os, signal, sys
+import onpath.training as training
+from onpath.commands.cli import main
+real = training.one_step
+def hit(parts, optimizer, step):
+    if step == 1 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return real(parts, optimizer, step)
+training.one_step = hit
+sys.exit(main(["train", sys.argv[1], "--quiet"]))
+"""
+
+
+@pytest.mark.slow
+def test_one_rank_that_is_asked_to_stop_stops_all(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny(optim__steps=4, data__eval={})
+    directory = Path(config.run.dir) / config.run.name
+    script = tmp_path / "stopped.py"
+    script.write_text(STOPPED_ALONE)
+    file = tmp_path / "config.yaml"
+    file.write_text(config.to_yaml())
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*command, str(script), str(file)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("step 2 of 4 is saved; the same command goes on") == 1
+    assert [p.name for p in (directory / "checkpoints").iterdir()] == ["step_2"]
+    train(config, quiet=True)
+    same(train(tiny(optim__steps=4, data__eval={}, run__name="whole"), quiet=True).directory, directory)

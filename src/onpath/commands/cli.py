@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from onpath.system import __version__, code
 from onpath.system.errors import guarded
+from onpath.system.streams import say
 
 TAKES_OVERRIDES = ("train", "doctor", "config")
 
@@ -137,13 +138,19 @@ def _add_train(commands: Any, own: Callable[[], Any]) -> None:
     train = commands.add_parser(
         "train",
         help="run a config to its end, or go on where it stopped",
-        usage="onpath train [CONFIG.yaml] [--allow-code] [--section.key value ...]",
+        usage="onpath train [CONFIG.yaml] [--resume-with-changes] [--allow-code] [--section.key value ...]",
         description="Runs a config to its end; the same command goes on where a stopped run was.",
         more=lambda: _first_options(own()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     train.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="its options (default: the gym)")
     train.add_argument("--quiet", action="store_true", help="no progress display")
+    train.add_argument(
+        "--resume-with-changes",
+        action="store_true",
+        help="go on with a run even if its config, data or models are others than they were (changes.jsonl "
+        "records it)",
+    )
     _add_allow_code(train)
     train.set_defaults(run=_train)
 
@@ -160,8 +167,10 @@ def _train(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) ->
     config = load(options.config, overrides)  # what is wrong with it is said before torch is imported
     from onpath.training import train
 
-    result = train(config, quiet=options.quiet)
+    result = train(config, resume_with_changes=options.resume_with_changes, quiet=options.quiet)
     if int(os.environ.get("RANK", "0")) == 0:
+        if options.quiet and not result.trained:
+            say(f"onpath: {result.directory} was finished before: nothing is trained")
         print(f"model: {result.model}")
     return 0
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from onpath.config.build import Config, _section_type
 from onpath.config.methods import METHODS, MethodOptions
-from onpath.config.section import OneOf
+from onpath.config.section import OneOf, OnResume
 from onpath.config.sections import Reward
 
 Option = tuple[str, str, str, str]
@@ -52,7 +52,9 @@ def _describe_fields(prefix: str, model: type[BaseModel]) -> Iterator[Option]:
             continue
         kind = next((_names(m) for m in info.metadata if isinstance(m, OneOf)), _type_name(info.annotation))
         default = "none" if info.is_required() else json.dumps(info.get_default(call_default_factory=True))
-        yield f"{prefix}.{key}", kind, default, info.description or ""
+        may_change = any(isinstance(m, OnResume) and m.how != "place" for m in info.metadata)
+        on_resume = " A resumed run may change it." if may_change else ""
+        yield f"{prefix}.{key}", kind, default, (info.description or "") + on_resume
 
 
 def _names(one: OneOf) -> str:

@@ -1,7 +1,7 @@
-"""Base of every section of the configuration, and names that may be a user's own code."""
+"""Base of every section of the configuration; what may change on resume; names of a user's own code."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
@@ -19,6 +19,24 @@ class Section(BaseModel):
         protected_namespaces=(),
         allow_inf_nan=False,
     )
+
+
+@dataclass(frozen=True)
+class OnResume:
+    """Annotates an option that may have another value when a run is resumed: `Annotated[int, NEUTRAL]`. One
+    that is not annotated may not."""
+
+    how: Literal["neutral", "rounding", "longer", "place"]
+    """neutral: the weights come out bit by bit as they would have; rounding: but for sums in another order;
+    longer: it may grow; place: another spelling of the same path."""
+
+
+NEUTRAL, ROUNDING, LONGER, PLACE = (
+    OnResume("neutral"),
+    OnResume("rounding"),
+    OnResume("longer"),
+    OnResume("place"),
+)
 
 
 @dataclass(frozen=True)

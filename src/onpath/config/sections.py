@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from onpath.config.section import OneOf, Section
+from onpath.config.section import LONGER, NEUTRAL, PLACE, ROUNDING, OneOf, Section
 from onpath.data.tasks import split_name, task_of
 from onpath.records import Sampling
 from onpath.system import code
@@ -14,7 +14,7 @@ DType = Literal["float32", "bfloat16", "float16"]
 
 
 class Student(Section):
-    model: str = "gym:student"
+    model: Annotated[str, PLACE] = "gym:student"
     """Directory or hub name of a causal LM in Hugging Face format, or gym:student."""
     dtype: DType = "float32"
     """Of the weights that train. bfloat16 without LoRA loses small updates: prefer float32 with optim.bf16.
@@ -27,9 +27,9 @@ class Student(Section):
     """LoRA's scale is lora_alpha / lora_rank."""
     lora_targets: str | list[str] = "all-linear"
     """Module names to adapt, or all-linear."""
-    lora_merge: bool = False
+    lora_merge: Annotated[bool, NEUTRAL] = False
     """Save the final model with the adapter merged into the weights, beside the adapter."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, NEUTRAL] = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you ask for it by name."""
@@ -38,13 +38,13 @@ class Student(Section):
 class Served(Section):
     """A server that somebody runs (docs/engines.md). Its API key is read from ONPATH_API_KEY."""
 
-    url: str | None = None
+    url: Annotated[str | None, NEUTRAL] = None
     """Of the server, such as http://localhost:8000; null: no server."""
-    timeout: float = Field(600.0, gt=0)
+    timeout: Annotated[float, NEUTRAL] = Field(600.0, gt=0)
     """Seconds that one request may take."""
-    patience: float = Field(600.0, ge=0)
+    patience: Annotated[float, NEUTRAL] = Field(600.0, ge=0)
     """Seconds to wait for a server that is down or busy before the run stops; it can be continued."""
-    concurrency: int = Field(64, ge=1)
+    concurrency: Annotated[int, NEUTRAL] = Field(64, ge=1)
     """Requests on the way at a time."""
 
 
@@ -54,7 +54,7 @@ class Teacher(Served):
     windows; it sends the method.support_k likeliest tokens: method.support must be teacher_topk. chat: any
     OpenAI-compatible chat endpoint at teacher.url, of any vocabulary, which only generates: trd, or opd with
     method.writer: teacher, and method.divergence: cross_entropy."""
-    model: str = "gym:teacher"
+    model: Annotated[str, PLACE] = "gym:teacher"
     """Directory or hub name of a causal LM with the student's vocabulary, or gym:teacher; with a server
     also the name that it serves it under; with chat nothing but that name."""
     extra_body: dict[str, Any] = Field({})
@@ -68,17 +68,17 @@ class Teacher(Served):
 
 
 class Data(Section):
-    train: str = "gym:train"
+    train: Annotated[str, PLACE] = "gym:train"
     """JSONL or Parquet file, `datasets` directory or name (name:split), gym:train, or a function of yours,
     file.py:rows, that gives rows."""
     limit: int | None = Field(None, ge=1)
     """Use only the first so many training prompts (a finite pool, shuffled by run.seed each epoch)."""
-    eval: dict[str, str] = Field({"test": "gym:test"})
+    eval: Annotated[dict[str, str], PLACE] = Field({"test": "gym:test"})
     """Evaluation sets: split name → source, as for data.train. Without it: the task's test split for the
     gym's training data, none for a file."""
     eval_limit: int | None = Field(None, ge=1)
     """Use only the first so many problems of each evaluation set."""
-    skip_bad: bool = False
+    skip_bad: Annotated[bool, NEUTRAL] = False
     """Skip unreadable rows, print and store how many; otherwise the first one stops the run."""
     template: Literal["auto", "chat", "plain"] = "auto"
     """auto: the tokenizer's chat template if it has one; plain: the text itself after BOS, if the tokenizer
@@ -121,10 +121,10 @@ class RolloutSection(Served):
     overlap: bool = False
     """Sample the next batch while this one trains: rollouts are one step old (staleness 1 in the metrics). hf
     samples from a frozen copy of the student, which takes memory; a vLLM from its own weights."""
-    max_staleness: int = Field(1, ge=0)
+    max_staleness: Annotated[int, NEUTRAL] = Field(1, ge=0)
     """Steps by which the weights that generated a rollout may be older than those that train; older ones stop
     the run. rollout.overlap makes them 1."""
-    batch_tokens: int = Field(32_768, ge=1)
+    batch_tokens: Annotated[int, ROUNDING] = Field(32_768, ge=1)
     """Tokens (sequences × longest length) that one generation batch may hold."""
 
     def sampling(self, *, seed: int) -> Sampling:
@@ -139,7 +139,7 @@ class RolloutSection(Served):
 
 
 class Optim(Section):
-    steps: int = Field(100, ge=1, le=10**9)
+    steps: Annotated[int, LONGER] = Field(100, ge=1, le=10**9)
     """Optimiser steps."""
     lr: float = Field(5e-4, gt=0)
     """Peak learning rate of AdamW. LoRA on pretrained models wants about 5e-6 to 1e-4."""
@@ -157,7 +157,7 @@ class Optim(Section):
     """AdamW's decoupled weight decay; norms and biases are exempt."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this global norm."""
-    micro_batch_tokens: int = Field(16_384, ge=1)
+    micro_batch_tokens: Annotated[int, ROUNDING] = Field(16_384, ge=1)
     """Padded tokens that one forward pass may hold; gradients accumulate over micro-batches, exactly."""
     bf16: bool = False
     """bfloat16 autocast in forward and backward passes; weights and optimiser stay in student.dtype."""
@@ -174,9 +174,9 @@ class Eval(Section):
     grader: Annotated[str, OneOf(("auto", "gym", "math", "exact"), "function")] = "auto"
     """auto: the task's own checker for the gym's data, else math (math-verify in a process of its own).
     exact: the last line, stripped. Or a function of yours, file.py:grade, of (text, answer) → bool."""
-    every: int = Field(0, ge=0)
+    every: Annotated[int, NEUTRAL] = Field(0, ge=0)
     """Evaluate every so many steps; 0 only at the start and the end."""
-    start: bool = True
+    start: Annotated[bool, NEUTRAL] = True
     """Evaluate before the first step."""
     n: int = Field(4, ge=1)
     """Samples per problem."""
@@ -233,22 +233,24 @@ def labelled(rewards: Any) -> Any:
 
 
 class Run(Section):
-    name: str = Field("opd-gym", min_length=1)
+    name: Annotated[str, NEUTRAL] = Field("opd-gym", min_length=1)
     """The run's directory under run.dir."""
-    dir: str = "runs"
+    dir: Annotated[str, NEUTRAL] = "runs"
     """Where runs are kept."""
     seed: int = 0
     """Of the data order, the rollouts and LoRA's initialisation."""
-    save_every: int = Field(50, ge=0)
+    save_every: Annotated[int, NEUTRAL] = Field(50, ge=0)
     """Write a checkpoint every so many steps (and at the end); 0 only at the end."""
-    keep: int = Field(2, ge=1)
+    keep: Annotated[int, NEUTRAL] = Field(2, ge=1)
     """Checkpoints kept; older ones are removed."""
-    trajectories_every: int = Field(10, ge=0)
+    trajectories_every: Annotated[int, NEUTRAL] = Field(10, ge=0)
     """Store what was trained on every so many steps (and at the first and the last); 0 never."""
-    trackers: list[Annotated[str, OneOf(("tensorboard", "trackio", "wandb"), "class")]] = Field([])
+    trackers: Annotated[
+        list[Annotated[str, OneOf(("tensorboard", "trackio", "wandb"), "class")]], NEUTRAL
+    ] = Field([])
     """Also log there: tensorboard, trackio, wandb (extra onpath[trackers]), or a class of yours,
     file.py:Class; JSON lines are always written. wandb runs offline unless WANDB_MODE says otherwise."""
-    threads: int = Field(0, ge=0)
+    threads: Annotated[int, ROUNDING] = Field(0, ge=0)
     """torch's CPU threads per process; 0 leaves torch's choice."""
 
     @field_validator("name")

@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from onpath.system.errors import UserError
 from onpath.system.files import written
 
 _PREFIX = "step_"
-_FILES = ("model.safetensors", "optimizer.safetensors", "method.safetensors")
+_FILES = ("model.safetensors", "optimizer.safetensors", "method.safetensors", "inputs.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +33,18 @@ class Loaded:
     path: Path
     broken: tuple[str, ...]
     """Newer checkpoints that were found damaged and passed over."""
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """What the run had read when it was saved: option → digest."""
 
 
 def save(
-    root: Path, *, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, extra: Mapping[str, Tensor]
+    root: Path,
+    *,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    extra: Mapping[str, Tensor],
+    inputs: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes `root/step_N`, complete or not at all.
 
@@ -45,6 +53,7 @@ def save(
         step: optimiser steps done.
         model: its parameters that require gradients are saved, by name.
         extra: the method's own tensors, such as a moving average.
+        inputs: digests of what the run has read, by option.
 
     Raises:
         UserError: the disk is full or not writable; what was there before is untouched.
@@ -60,6 +69,7 @@ def save(
         )
         save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
         save_file({k: v.detach().contiguous() for k, v in extra.items()}, temporary / "method.safetensors")
+        (temporary / "inputs.json").write_text(json.dumps(dict(inputs or {}), indent=1) + "\n")
         digests = {f.name: _digest(f) for f in sorted(temporary.iterdir())}
         (temporary / "state.json").write_text(json.dumps({"step": step, "blake2b": digests}, indent=1) + "\n")
     return target
@@ -80,10 +90,20 @@ def load(
             continue
         load_weights(path, model)
         with torch.no_grad():
-            for name, tensor in load_file(path / "method.safetensors").items():
+            kept = load_file(path / "method.safetensors")
+            if {k: v.shape for k, v in kept.items()} != {k: v.shape for k, v in extra.items()}:
+                raise UserError(
+                    f"{path}: holds the state of another method; use another run.name or remove it"
+                )
+            for name, tensor in kept.items():
                 extra[name].copy_(tensor)
         _restore_optimizer(model, optimizer, load_file(path / "optimizer.safetensors"))
-        return Loaded(step=int(state["step"]), path=path, broken=tuple(broken))
+        return Loaded(
+            step=int(state["step"]),
+            path=path,
+            broken=tuple(broken),
+            inputs=json.loads((path / "inputs.json").read_text()),
+        )
     if broken:
         raise UserError(
             f"{root}: none of its checkpoints is readable ({', '.join(broken)}); remove them to start from "

@@ -1,6 +1,8 @@
 """A run's directory: opened or gone on with, its files, its checkpoints, its final model."""
 
 import json
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,16 +14,44 @@ from torch import Tensor
 
 from onpath import config as configuration
 from onpath.config.build import Config
+from onpath.config.changes import Change, changes
 from onpath.engines import adapters
 from onpath.engines.models import quietly
 from onpath.run import checkpoint
+from onpath.run.contents import digests
 from onpath.run.environment import environment
-from onpath.run.log import Display, JsonLines, Tracker, check_trackers, flatten, open_trackers
+from onpath.run.log import (
+    Display,
+    JsonLines,
+    Tracker,
+    check_trackers,
+    flatten,
+    open_trackers,
+    read_lines,
+)
 from onpath.run.meter import Meter
+from onpath.run.optimizer import rate
 from onpath.run.parts import Parts
 from onpath.system import distributed
 from onpath.system.errors import UserError
 from onpath.system.files import remove_leftovers, write_text, written
+from onpath.system.signals import Requests, Stopped
+from onpath.system.streams import say
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a finished run leaves."""
+
+    directory: Path
+    """The run's directory; its files are listed in docs/running.md."""
+    model: Path
+    """Final weights in Hugging Face format (a LoRA run: the adapter)."""
+    steps: int
+    evaluations: tuple[dict[str, Any], ...]
+    """The final step's lines of eval.jsonl, one per evaluation set."""
+    trained: bool = field(default=True, compare=False)
+    """False: an earlier process had finished the run, and this one did nothing."""
 
 
 @dataclass(kw_only=True)
@@ -34,11 +64,34 @@ class Run:
     evals: JsonLines
     trackers: list[Tracker] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """Digests of data and starting weights, by option."""
+    changes: tuple[Change, ...] = ()
+    """Options that an earlier process of this run had with other values."""
+    with_changes: bool = False
+    """Whether the run goes on whatever has changed."""
 
     @property
     def finished(self) -> bool:
         """Whether the final model is there: it is written last."""
         return (self.directory / "model").is_dir()
+
+    def say_finished(self, *, quiet: bool) -> None:
+        """What an earlier process has finished is not trained again."""
+        if not quiet and distributed.rank() == 0:
+            say(f"{self.directory} was finished before: nothing is trained")
+
+    def result(self, *, trained: bool) -> RunResult:
+        """What there is now."""
+        steps = self.parts.config.optim.steps
+        lines = [row for row in read_lines(self.evals.path) if row["step"] == steps]
+        return RunResult(
+            directory=self.directory,
+            model=self.directory / "model",
+            steps=steps,
+            evaluations=tuple(lines),
+            trained=trained,
+        )
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds beside trained weights and optimiser."""
@@ -67,6 +120,7 @@ class Run:
             extra=self.state(),
         )
         done = loaded.step if loaded else 0
+        distributed.first_decides(lambda: self._accept(done, loaded.inputs if loaded else {}))
         if loaded:
             self.notes.append(f"going on from {loaded.path} (step {done})")
             self.notes += [
@@ -78,6 +132,48 @@ class Run:
         if loaded:
             self.parts.generators.student.sync_weights(done)
         return done
+
+    def _accept(self, done: int, inputs: Mapping[str, str]) -> None:
+        """Goes on after `done` steps with what has changed, and records it.
+
+        Args:
+            inputs: what the checkpoint was made with; only options that are named on both sides are compared.
+
+        Raises:
+            UserError: data or models are others, or more steps are done than asked for.
+        """
+        config = self.parts.config
+        if done > config.optim.steps:
+            raise UserError(
+                f"{self.directory} has done {done} steps already; set optim.steps to more than that"
+            )
+        others = sorted(k for k in {*inputs, *self.inputs} if inputs and inputs.get(k) != self.inputs.get(k))
+        if others and not self.with_changes:
+            raise UserError(
+                f"{self.directory} was begun with another content of {' and '.join(others)} than "
+                f"{_named(config, others[0])} has now; bring it back or choose another run.name (or go on "
+                "all the same with --resume-with-changes)"
+            )
+        found = [vars(change) for change in self.changes]
+        found += [
+            {"key": k, "before": inputs.get(k), "after": self.inputs.get(k), "rule": "asked"} for k in others
+        ]
+        lines = JsonLines(self.directory / "changes.jsonl")
+        for change in found:
+            lines.write({"step": done, **change})
+        if self.changes:
+            write_text(self.directory / "config.yaml", config.to_yaml())
+        self.notes += [_note(change, config, done) for change in self.changes]
+        self.notes += [f"{key} is other than before step {done}, as you allow" for key in others]
+
+    def leave(self, asked: Requests, step: int) -> None:
+        """Ends the process, which was asked to; `step` steps are done and saved.
+
+        Raises:
+            Stopped: always.
+        """
+        where = f"step {step} of {self.parts.config.optim.steps} is saved"
+        raise Stopped(f"{asked.name or 'asked to stop'}: {where}; the same command goes on")
 
     def announce(self, display: Display, done: int) -> None:
         """What people should know before the first step."""
@@ -114,6 +210,7 @@ class Run:
                 model=self.parts.models.student,
                 optimizer=optimizer,
                 extra=self.state(),
+                inputs=self.inputs,
             )
             checkpoint.prune(root, keep=self.parts.config.run.keep)
         distributed.barrier()
@@ -138,30 +235,43 @@ class Run:
             self.parts.text.renderer.tokenizer.save_pretrained(temporary)
 
 
-def open_run(config: Config, parts: Parts) -> Run:
+def open_run(config: Config, parts: Parts, *, with_changes: bool = False) -> Run:
     """Makes the run's directory, or checks that the one there belongs to this config.
 
+    Args:
+        with_changes: go on with it even if options have changed that may not, or what they name.
+
     Raises:
-        UserError: it belongs to another config (the differing keys are named), or cannot be written.
+        UserError: it belongs to another config (the first differing key is named), or cannot be written.
     """
     directory = Path(config.run.dir) / config.run.name
     check_trackers(config.run.trackers)
-    if distributed.rank() == 0:
+
+    def prepared() -> tuple[Change, ...]:
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            _claim(directory, config)
+            found = _claim(directory, config, with_changes=with_changes)
         except OSError as error:
             raise UserError(f"run.dir: cannot write to {directory}: {error.strerror or error}") from None
         remove_leftovers(directory)
-        write_text(directory / "environment.json", json.dumps(environment(parts), indent=1) + "\n")
-    distributed.barrier()
+        about = environment(parts)
+        if not (directory / "environment.json").exists():
+            write_text(directory / "environment.json", json.dumps(about, indent=1) + "\n")
+        started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        JsonLines(directory / "environment.jsonl").write({"started": started, **about})
+        return found
+
+    changed = distributed.first_decides(prepared)
     run = Run(
         directory=directory,
         parts=parts,
         metrics=JsonLines(directory / "metrics.jsonl"),
         evals=JsonLines(directory / "eval.jsonl"),
+        changes=changed,
+        with_changes=with_changes,
     )
     if distributed.rank() == 0 and not run.finished:
+        run.inputs = digests(parts)
         run.trackers = open_trackers(
             config.run.trackers,
             directory=directory,
@@ -171,28 +281,75 @@ def open_run(config: Config, parts: Parts) -> Run:
     return run
 
 
-def _claim(directory: Path, config: Config) -> None:
+_OF_A_START = ("config.yaml", "environment.json", "refine.json")
+"""Files of a run that was refused before its first step; another config writes its own."""
+
+
+def _claim(directory: Path, config: Config, *, with_changes: bool) -> tuple[Change, ...]:
+    """What has changed since the run there was begun."""
     path = directory / "config.yaml"
-    if not path.exists() or not _begun(directory):
+    found = (
+        changes(configuration.resolved(_read(path)), config) if path.exists() and _begun(directory) else None
+    )
+    if found is None:
+        if path.exists() and path.read_text(encoding="utf-8", errors="replace") != config.to_yaml():
+            for name in _OF_A_START:
+                (directory / name).unlink(missing_ok=True)
         write_text(path, config.to_yaml())
-        return
-    theirs, ours = configuration.resolved(_read(path)), config.model_dump(mode="json")
-    differing = [k for k in sorted({*_keys(theirs), *_keys(ours)}) if _at(theirs, k) != _at(ours, k)]
-    if differing:
-        key = differing[0]
+        return ()
+    refused = [change for change in found if not change.allowed]
+    if refused and not with_changes:
+        first = refused[0]
         raise UserError(
-            f"{directory} belongs to a run with another config (keys that differ: {len(differing)}, "
-            f"first {key}: {_at(theirs, key)!r} there, {_at(ours, key)!r} here); choose another run.name or "
-            "remove it"
+            f"{directory} belongs to a run with another config (keys that differ: {len(refused)}, first "
+            f"{first.key}: {first.before!r} there, {first.after!r} here); choose another run.name or remove "
+            "it (or go on all the same with --resume-with-changes)"
         )
+    _lengthened(directory, found)
+    return tuple(found)
+
+
+def _lengthened(directory: Path, found: Sequence[Change]) -> None:
+    """A finished run that is to be longer is not finished; its model stays, under the name of its step."""
+    steps = [change.before for change in found if change.key == "optim.steps"]
+    if not steps or not (directory / "model").is_dir():
+        return
+    if not checkpoint.list_steps(directory / "checkpoints"):
+        raise UserError(
+            f"{directory}: finished after {steps[0]} steps, and no checkpoint is left to go on from; choose "
+            "another run.name, with its model as student.model"
+        )
+    for name in ("merged", "model"):
+        if (directory / name).is_dir():
+            (directory / name).rename(directory / f"{name}_step_{steps[0]}")
 
 
 def _begun(directory: Path) -> bool:
-    """Whether a run left more there than its settings: one that failed before its first step has not."""
-    return any(
-        p.name not in ("config.yaml", "environment.json") and not p.name.startswith(".")
-        for p in directory.iterdir()
+    """Whether a run has done anything there: one that was refused before its first step has not."""
+    lines = (directory / name for name in ("metrics.jsonl", "eval.jsonl"))
+    if any(path.is_file() and path.stat().st_size for path in lines):
+        return True
+    return (directory / "model").is_dir() or bool(checkpoint.list_steps(directory / "checkpoints"))
+
+
+def _note(change: Change, config: Config, done: int) -> str:
+    text = f"{change.key} is {change.after!r} from step {done + 1} on, it was {change.before!r}"
+    if change.key != "optim.steps" or config.optim.schedule == "constant":
+        return text
+    shorter = config.model_copy(update={"optim": config.optim.model_copy(update={"steps": change.before})})
+    last = max(0, min(done, change.before) - 1)
+    return (
+        f"{text}; optim.schedule {config.optim.schedule} is stretched over all of them: the learning rate "
+        f"goes from {config.optim.lr * rate(last, shorter):.3g} to {config.optim.lr * rate(done, config):.3g}"
     )
+
+
+def _named(config: Config, key: str) -> str:
+    """The place that an option names."""
+    value: Any = config.model_dump(mode="json")
+    for part in key.split("."):
+        value = value[part] if isinstance(value, dict) and part in value else key
+    return str(value)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -203,12 +360,3 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict) or not all(isinstance(options, dict) for options in tree.values()):
         raise UserError(f"{path}: damaged; choose another run.name or remove the directory")
     return tree
-
-
-def _keys(tree: dict[str, Any]) -> list[str]:
-    return [f"{section}.{key}" for section, options in tree.items() for key in options]
-
-
-def _at(tree: dict[str, Any], dotted: str) -> Any:
-    section, _, key = dotted.partition(".")
-    return (tree.get(section) or {}).get(key)

@@ -1,12 +1,11 @@
 """Evaluations of a run: graded samples, a line of eval.jsonl each."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from onpath.evaluate.scores import EvalResult, evaluate, write_details
 from onpath.records import Prompt, Rollout
 from onpath.run.directory import Run
-from onpath.run.log import Display, flatten, read_lines
+from onpath.run.log import Display, flatten
 from onpath.run.parts import Parts
 from onpath.run.trajectories import sample_row, write_parquet
 from onpath.system import distributed
@@ -49,8 +48,3 @@ def evaluate_all(parts: Parts, run: Run, display: Display, *, step: int) -> list
                 f"pass@{result.k} {result.pass_at_k:.1%}  {result.problems:,} problems"
             )
     return results
-
-
-def saved_evaluations(run: Run, step: int) -> list[dict[str, Any]]:
-    """Lines of eval.jsonl at a step."""
-    return [row for row in read_lines(run.evals.path) if row["step"] == step]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from onpath.system import code
 from onpath.system.errors import UserError
 from onpath.system.files import unwritable, write_text
+from onpath.system.streams import Steady
 
 Metrics = Mapping[str, Any]
 
@@ -170,7 +171,7 @@ class Display:
     """Progress for people: a live bar on a terminal, a plain line now and then elsewhere, or nothing."""
 
     def __init__(self, *, steps: int, done: int, quiet: bool = False, console: Console | None = None) -> None:
-        self.console = console or Console(file=sys.stderr, quiet=quiet)
+        self.console = console or Console(file=cast(TextIO, Steady(sys.stderr)), quiet=quiet)
         self.steps, self.first, self.quiet = steps, done, quiet
         self.live = self.console.is_terminal and not quiet
         self._started = self._printed = time.monotonic()

@@ -6,12 +6,14 @@ is that of one process whatever the number of ranks.
 """
 
 import os
-from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+from onpath.system.errors import UserError
 
 T = TypeVar("T")
 
@@ -62,6 +64,33 @@ def gather(items: Sequence[T]) -> list[T]:
     dist.all_gather_object(parts, list(items))
     longest = max(map(len, parts))
     return [part[i] for i in range(longest) for part in parts if i < len(part)]
+
+
+def first_decides(decide: Callable[[], T]) -> T:
+    """What the first process finds, on every one; so is its refusal, for a process that went on alone would
+    wait for the others.
+
+    Raises:
+        UserError: the first process raised it.
+    """
+    if world() == 1:
+        return decide()
+    answer: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            answer[0] = decide()
+        except UserError as error:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise UserError(answer[1])
+    found: T = answer[0]
+    return found
+
+
+def anywhere(here: bool, device: torch.device) -> bool:
+    """Whether it is so on any rank."""
+    return here if world() == 1 else total([float(here)], device)[0] > 0
 
 
 def total(values: Iterable[float], device: torch.device | None = None) -> list[float]:

@@ -5,6 +5,9 @@ import sys
 import traceback
 from collections.abc import Callable
 
+from onpath.system.signals import Stopped
+from onpath.system.streams import say, silence
+
 
 class UserError(ValueError):
     """Bad input, told in one sentence that names the file, line or key and says what would be right.
@@ -19,13 +22,17 @@ def guarded(run: Callable[[], int | None]) -> int:
     try:
         return int(run() or 0)
     except UserError as error:
-        print(f"onpath: {error}", file=sys.stderr)
+        say(f"onpath: {error}")
         return 2
+    except Stopped as ended:
+        if int(os.environ.get("RANK", "0")) == 0:  # torchrun: all ranks stop together
+            say(f"onpath: {ended.sentence}")
+        return 0
     except KeyboardInterrupt:
-        print("onpath: interrupted; start the same command again to go on", file=sys.stderr)
+        say("onpath: interrupted; start the same command again to go on")
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader (head, less) has left
+        silence(sys.stdout)  # the reader (head, less) has left
         return 0
     except Exception:
         traceback.print_exc()

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from onpath.config.section import OneOf, Section
+from onpath.config.section import NEUTRAL, OneOf, Section
 from onpath.losses.objective import KINDS, Objective
 from onpath.system import code
 
@@ -52,7 +52,7 @@ class MethodOptions(Section):
     discount: float = Field(0.0, ge=0, le=1)
     """Weight of future log-ratios in a token's advantage; 0 is the token's own; sampled only."""
 
-    cosine_every: int = Field(0, ge=0)
+    cosine_every: Annotated[int, NEUTRAL] = Field(0, ge=0)
     """Measure the cosine of consecutive steps' gradients every so many steps (keeps one copy); 0 never."""
 
     def objective(self) -> Objective:

@@ -1,10 +1,11 @@
 """Options of OPSD."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from onpath.config.methods.base import Divergence, MethodOptions, TeacherWeights
+from onpath.config.section import ROUNDING
 from onpath.data.tasks import task_of
 from onpath.data.templates import check_slots
 
@@ -31,7 +32,7 @@ class OPSDOptions(MethodOptions):
     """Accept tempered or truncated rollouts."""
     epistemic: tuple[str, ...] | None = None
     """Words whose teacher probability is logged as epistemic mass; null: the gym's onset or TRD's list."""
-    diagnose_every: int = Field(1, ge=0)
+    diagnose_every: Annotated[int, ROUNDING] = Field(1, ge=0)
     """Measure divergence by verdict, epistemic mass and perplexities every so many steps (the loss uses the
     same forward passes); 0 never."""
 

@@ -1,10 +1,11 @@
 """Options of TOPD."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from onpath.config.methods.base import MethodOptions
+from onpath.config.section import NEUTRAL, ROUNDING
 
 
 class TOPDOptions(MethodOptions):
@@ -29,7 +30,7 @@ class TOPDOptions(MethodOptions):
     student_window: Literal["rollout", "regenerate"] = "rollout"
     """What D compares with: the student's own rollout, or a fresh sample from the same prefix. Guidance
     follows the rollout in both cases."""
-    reuse_cache: bool = True
+    reuse_cache: Annotated[bool, ROUNDING] = True
     """Windows start from the keys and values of the teacher's scoring pass; false reads each prefix anew."""
     embedding: Literal["student", "teacher", "student_layer"] = "student"
     """Vectors of the cost: input embeddings of either model, or the student's hidden states in context."""
@@ -75,7 +76,7 @@ class TOPDOptions(MethodOptions):
     suppress: Literal["none", "low", "high"] = "none"
     """low caps surface mismatches among the candidates at the rollout's median loss; high caps as many of the
     others, drawn at random (control)."""
-    record_above: float = Field(0.05, ge=0, le=1)
+    record_above: Annotated[float, NEUTRAL] = Field(0.05, ge=0, le=1)
     """Entries of a plan, as a share of their row, that are stored with the trajectories."""
     off_policy: bool = False
     """Accept tempered or truncated rollouts."""

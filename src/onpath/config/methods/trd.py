@@ -1,10 +1,11 @@
 """Options of TRD."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from onpath.config.methods.base import Divergence, MethodOptions, TeacherWeights
+from onpath.config.section import NEUTRAL, ROUNDING
 from onpath.data.tasks import task_of
 from onpath.data.templates import check_slots
 
@@ -64,15 +65,15 @@ class TRDOptions(MethodOptions):
     """fork: K, tokens of each near-future window."""
     locate_distance: float = Field(0.3, ge=0)
     """fork: smallest transport distance of the two windows."""
-    gate: bool = True
+    gate: Annotated[bool, NEUTRAL] = True
     """Before training, rewrite a sample of real rollouts and refuse to go on if that harms them."""
-    gate_prompts: int = Field(64, ge=1)
+    gate_prompts: Annotated[int, NEUTRAL] = Field(64, ge=1)
     """Rollouts that the gate rewrites."""
-    gate_max_harm: float = Field(0.1, ge=0, le=1)
+    gate_max_harm: Annotated[float, NEUTRAL] = Field(0.1, ge=0, le=1)
     """Largest accepted share of right attempts that the rewriter turns wrong."""
     epistemic: tuple[str, ...] | None = None
     """Words whose teacher probability is logged as epistemic mass; null: the gym's onset or TRD's list."""
-    diagnose_every: int = Field(1, ge=0)
+    diagnose_every: Annotated[int, ROUNDING] = Field(1, ge=0)
     """Measure support gap, divergence by verdict, epistemic mass and perplexities every so many steps (one
     more forward pass of both models along y and z); 0 never."""
 

@@ -1,0 +1,82 @@
+"""What differs between the config that a run was begun with and the one that is to go on with it. No torch.
+
+Which options may change stands at the option (`onpath.config.section.OnResume`).
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from onpath.config.build import Config
+from onpath.config.section import OnResume, Section
+from onpath.data.tasks import task_of
+
+Rule = Literal["neutral", "rounding", "longer", "asked"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One option that has another value now.
+
+    >>> Change(key="optim.lr", before=1e-3, after=2e-3, rule="asked").allowed
+    False
+    """
+
+    key: str
+    before: Any
+    after: Any
+    rule: Rule
+    """Why a run may go on with it; asked: only if somebody says so."""
+
+    @property
+    def allowed(self) -> bool:
+        """Whether a run may go on with it without being told to."""
+        return self.rule != "asked"
+
+
+def changes(before: Mapping[str, Any], after: Config) -> list[Change]:
+    """Options that differ, by key. Another spelling of the same place is no difference.
+
+    Args:
+        before: the stored config as plain data.
+    """
+    now = after.model_dump(mode="json")
+    keys = sorted(
+        {f"{s}.{k}" for tree in (before, now) for s, options in tree.items() for k in options or ()}
+    )
+    found = []
+    for key in keys:
+        how, old, new = _how(after, key), _at(before, key), _at(now, key)
+        if how == "place":
+            how, old, new = None, _placed(old), _placed(new)
+        if old == new:
+            continue
+        shrinks = how == "longer" and not (isinstance(old, int) and new > old)
+        rule: Rule = "asked" if how is None or shrinks else how
+        found.append(Change(key=key, before=_at(before, key), after=_at(now, key), rule=rule))
+    return found
+
+
+def _how(config: Config, dotted: str) -> Any:
+    """How an option may change; None: not at all."""
+    section, _, key = dotted.partition(".")
+    options = getattr(config, section, None)
+    if not isinstance(options, Section) or key not in type(options).model_fields:
+        return None
+    marks = [m.how for m in type(options).model_fields[key].metadata if isinstance(m, OnResume)]
+    return marks[0] if marks else None
+
+
+def _at(tree: Mapping[str, Any], dotted: str) -> Any:
+    section, _, key = dotted.partition(".")
+    return (tree.get(section) or {}).get(key)
+
+
+def _placed(value: Any) -> Any:
+    """Paths as they are from the root; a task's names and those of a hub stay alike too."""
+    if isinstance(value, Mapping):
+        return {name: _placed(place) for name, place in value.items()}
+    if not isinstance(value, str) or task_of(value):
+        return value
+    return os.path.abspath(os.path.expanduser(value))

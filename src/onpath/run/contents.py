@@ -1,0 +1,57 @@
+"""Digests of what a run's options name: a path says where its data and models lie, not what they are."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from onpath.records import Prompt
+from onpath.run.parts import Parts
+
+
+def digests(parts: Parts) -> dict[str, str]:
+    """Option → digest of what it names. Call it while the student has its starting weights; about a second
+    per GB. A server's weights cannot be seen.
+    """
+    config, models = parts.config, parts.models
+    found = {"data.train": of_prompts(parts.prompts.pool)}
+    found |= {f"data.eval.{split}": of_prompts(prompts) for split, prompts in parts.prompts.evals.items()}
+    # An adapter's own weights are drawn, by other numbers on another device; what it adapts was loaded.
+    loaded = {
+        n: p
+        for n, p in models.student.named_parameters()
+        if not config.student.lora_rank or not p.requires_grad
+    }
+    found["student.model"] = _of_weights(loaded, parts.text.renderer.tokenizer)
+    if models.teacher.model is not None and not config.method.self_taught:
+        found["teacher.model"] = _of_weights(dict(models.teacher.model.named_parameters()))
+    return found
+
+
+def of_prompts(prompts: Sequence[Prompt]) -> str:
+    """Digest of problems, answers and solutions in their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for prompt in prompts:
+        digest.update(json.dumps(asdict(prompt), sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def _of_weights(weights: dict[str, nn.Parameter], tokenizer: PreTrainedTokenizerBase | None = None) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in _described(tokenizer) if tokenizer is not None else ():
+        digest.update(part.encode())
+    for name, weight in sorted(weights.items()):
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _described(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """What decides the ids of a prompt."""
+    yield json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    yield json.dumps(tokenizer.chat_template, sort_keys=True)

@@ -1,0 +1,455 @@
+"""A run that goes on with other options: what may change, what is refused, what is recorded."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import BaseModel
+from safetensors.torch import load_file, save_file
+
+import onpath.training as training
+from onpath.commands.cli import main
+from onpath.config import METHODS, Config, build, load
+from onpath.config.changes import changes
+from onpath.run.log import read_lines
+from onpath.system.errors import UserError
+from onpath.system.signals import stop_requests
+from onpath.training import train
+
+Tiny = Callable[..., Config]
+BEGUN: dict[str, Any] = {
+    "optim__steps": 4,
+    "run__save_every": 2,
+    "run__trajectories_every": 2,
+    "data__eval": {},
+}
+
+NEUTRAL: dict[str, Any] = {
+    "run.save_every": 1,
+    "run.keep": 5,
+    "run.trajectories_every": 1,
+    "run.trackers": ["tensorboard"],
+    "eval.every": 1,
+    "eval.start": True,
+    "data.skip_bad": True,
+    "student.gradient_checkpointing": True,
+    "student.lora_merge": True,
+    "teacher.url": None,
+    "teacher.timeout": 5.0,
+    "teacher.patience": 1.0,
+    "teacher.concurrency": 3,
+    "rollout.url": None,
+    "rollout.timeout": 5.0,
+    "rollout.patience": 1.0,
+    "rollout.concurrency": 3,
+    "rollout.max_staleness": 4,
+    "method.cosine_every": 1,
+}
+"""Weights come out bit by bit as they would have. (A url needs a server: its mark is looked at below.)"""
+ROUNDING: dict[str, Any] = {
+    "optim.micro_batch_tokens": 64,
+    "rollout.batch_tokens": 64,
+    "run.threads": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def kept() -> dict[str, Any]:
+    return {}
+
+
+class Stopped(BaseException):
+    pass
+
+
+def stop_before(step: int, monkeypatch: pytest.MonkeyPatch, config: Config) -> Path:
+    """A run that is killed when `step` steps are done."""
+    real = training.one_step
+
+    def until(parts: Any, optimizer: Any, at: int) -> Any:
+        if at == step:
+            raise Stopped
+        return real(parts, optimizer, at)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "one_step", until)
+        with pytest.raises(Stopped):
+            train(config, quiet=True)
+    return Path(config.run.dir) / config.run.name
+
+
+@pytest.fixture
+def halfway(
+    tiny: Tiny,
+    kept: dict[str, Any],
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> tuple[Callable[..., Config], dict[str, torch.Tensor]]:
+    """A config of a run killed after step 3 of 4, checkpoint at 2; and the weights of one that was not."""
+    if not kept:
+        root = tmp_path_factory.mktemp("halfway")
+        whole = train(tiny(**BEGUN, run__name="whole", run__dir=str(root)), quiet=True)
+        kept["whole"] = load_file(whole.model / "model.safetensors")
+        kept["killed"] = stop_before(3, monkeypatch, tiny(**BEGUN, run__dir=str(root)))
+
+    def config(**changed: Any) -> Config:
+        return tiny(**{**BEGUN, **changed})
+
+    run = config().run
+    shutil.copytree(kept["killed"], Path(run.dir) / run.name)
+    return config, kept["whole"]
+
+
+def option(dotted: str) -> str:
+    return dotted.replace(".", "__")
+
+
+def changed_lines(directory: Path) -> list[dict[str, Any]]:
+    """Without the directory's own name: each test has its own copy."""
+    return [line for line in read_lines(directory / "changes.jsonl") if line["key"] != "run.dir"]
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize("key", [k for k, v in NEUTRAL.items() if v is not None])
+def test_what_claims_to_be_neutral_is(key: str, halfway: Any, data_file: Path) -> None:
+    config, whole = halfway
+    if key == "run.trackers":
+        pytest.importorskip("tensorboard")
+    changed = config(**{option(key): NEUTRAL[key]})
+    directory = train(changed, quiet=True).directory
+    found = weights(directory)
+    assert all(torch.equal(found[name], value) for name, value in whole.items())
+    (line,) = changed_lines(directory)
+    assert (line["step"], line["key"], line["after"], line["rule"]) == (2, key, NEUTRAL[key], "neutral")
+    assert load(directory / "config.yaml") == changed
+
+
+@pytest.mark.parametrize("key", ROUNDING)
+def test_other_batches_and_threads_change_no_more_than_rounding(key: str, halfway: Any) -> None:
+    config, whole = halfway
+    directory = train(config(**{option(key): ROUNDING[key]}), quiet=True).directory
+    found = weights(directory)
+    assert all(torch.allclose(found[name], value, atol=1e-5) for name, value in whole.items())
+    assert [line["rule"] for line in changed_lines(directory)] == ["rounding"]
+    assert [row["step"] for row in read_lines(directory / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def options() -> list[str]:
+    found = [
+        f"{section}.{name}"
+        for section, info in Config.model_fields.items()
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
+        for name in info.annotation.model_fields
+        if section != "method"
+    ]
+    return found + sorted({f"method.{name}" for options in METHODS.values() for name in options.model_fields})
+
+
+ALLOWED = {*NEUTRAL, *ROUNDING, "run.name", "run.dir"}
+OF_METHODS = {
+    "method.gate": "neutral",
+    "method.gate_prompts": "neutral",
+    "method.gate_max_harm": "neutral",
+    "method.record_above": "neutral",
+    "method.diagnose_every": "rounding",
+    "method.reuse_cache": "rounding",
+}
+
+
+@pytest.mark.parametrize("key", options())
+def test_every_option_in_turn(key: str) -> None:
+    """Whatever is not in the lists above is refused."""
+    section, _, name = key.partition(".")
+    owners = (
+        {n: m for n, m in METHODS.items() if name in m.model_fields} if section == "method" else {"opd": None}
+    )
+    for method in owners:
+        config = build({"method": {"name": method}})
+        before = config.model_dump(mode="json")
+        before[section][name] = [before[section][name], "was other"]
+        rules = {c.key: c.rule for c in changes(before, config)}
+        expected = (
+            "rounding" if key in ROUNDING else "neutral" if key in ALLOWED else OF_METHODS.get(key, "asked")
+        )
+        assert rules == {key: expected}
+
+
+def test_more_steps_are_allowed_and_fewer_are_not() -> None:
+    config = build({"optim": {"steps": 10}})
+    for steps, rule in ((4, "longer"), (20, "asked")):
+        before = config.model_dump(mode="json")
+        before["optim"]["steps"] = steps
+        assert [c.rule for c in changes(before, config)] == [rule]
+
+
+def test_another_spelling_of_a_path_is_no_change(halfway: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, whole = halfway
+    given = config()
+    monkeypatch.chdir(Path(given.run.dir).parent)
+    changed = config(
+        run__dir="./runs",
+        student__model=os.path.relpath(given.student.model),
+        data__train=f"{Path(given.data.train).parent}/./{Path(given.data.train).name}",
+    )
+    directory = train(changed, quiet=True).directory
+    assert directory == Path("runs/tiny")
+    assert all(torch.equal(weights(directory)[name], value) for name, value in whole.items())
+    assert [line["key"] for line in read_lines(directory / "changes.jsonl")] == ["run.dir"]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_a_run_is_made_longer(schedule: str, tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also one that is finished: with a constant rate it ends as if it had been longer from the start."""
+    options = {
+        "optim__schedule": schedule,
+        "optim__warmup": 0.0,
+        "data__eval": {},
+        "run__trajectories_every": 0,
+    }
+    first = train(tiny(**options, optim__steps=2), quiet=True)
+    short = weights(first.directory)
+    longer = tiny(**options, optim__steps=4)
+    result = train(longer)
+    said = capsys.readouterr().err
+    assert "optim.steps is 4 from step 3 on, it was 2" in said
+    assert ("learning rate" in said) == (schedule == "cosine")
+    assert (result.steps, result.trained) == (4, True)
+    whole = train(tiny(**options, optim__steps=4, run__name="whole"), quiet=True)
+    same = all(torch.equal(v, weights(result.directory)[k]) for k, v in weights(whole.directory).items())
+    assert same == (schedule == "constant")
+    old = load_file(result.directory / "model_step_2" / "model.safetensors")
+    assert all(torch.equal(old[k], v) for k, v in short.items()), "the shorter run's model stays"
+    (line,) = read_lines(result.directory / "changes.jsonl")
+    assert line == {"step": 2, "key": "optim.steps", "before": 2, "after": 4, "rule": "longer"}
+    again = train(longer)
+    assert not again.trained
+    assert "was finished before" in capsys.readouterr().err
+
+
+def test_what_is_asked_for_is_recorded(
+    halfway: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, whole = halfway
+    changed = config(optim__lr=5e-3, run__save_every=1)
+    file = tmp_path / "changed.yaml"
+    file.write_text(changed.to_yaml())
+    assert main(["train", str(file), "--quiet"]) == 2
+    said = capsys.readouterr().err
+    assert "(keys that differ: 1, first optim.lr: 0.001 there, 0.005 here)" in said
+    assert "choose another run.name or remove it" in said
+    assert "--resume-with-changes" in said
+    directory = Path(changed.run.dir) / changed.run.name
+    assert not (directory / "changes.jsonl").exists()
+    assert main(["train", str(file), "--quiet", "--resume-with-changes"]) == 0
+    assert {(line["key"], line["rule"]) for line in changed_lines(directory)} == {
+        ("optim.lr", "asked"),
+        ("run.save_every", "neutral"),
+    }
+    assert not all(torch.equal(weights(directory)[name], value) for name, value in whole.items())
+    assert train(changed, quiet=True).trained is False, "it is this config's run now"
+
+
+def test_done_steps_are_not_undone(halfway: Any) -> None:
+    config, _ = halfway
+    with pytest.raises(UserError, match=r"has done 2 steps already; set optim.steps to more"):
+        train(config(optim__steps=1), resume_with_changes=True, quiet=True)
+
+
+# Content.
+
+
+def fewer_rows(root: Path) -> None:
+    path = root / "train.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:20]))
+
+
+def another_answer(root: Path) -> None:
+    path = root / "train.jsonl"
+    path.write_text(path.read_text().replace('"answer": "8"', '"answer": "9"'))
+
+
+def other_evaluation(root: Path) -> None:
+    path = root / "eval.jsonl"
+    path.write_text(path.read_text().replace('"answer": "8"', '"answer": "9"'))
+
+
+def one_weight(model: str) -> Callable[[Path], None]:
+    def change(root: Path) -> None:
+        path = root / model / "model.safetensors"
+        tensors = load_file(path)
+        tensors["model.norm.weight"][0] += 1e-3
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    return change
+
+
+def another_template(root: Path) -> None:
+    path = root / "student" / "chat_template.jinja"
+    path.write_text(path.read_text() + " ")
+
+
+CONTENT: dict[str, tuple[Callable[[Path], None], str]] = {
+    "fewer rows": (fewer_rows, "data.train"),
+    "another answer": (another_answer, "data.train"),
+    "evaluation set": (other_evaluation, "data.eval.test"),
+    "student": (one_weight("student"), "student.model"),
+    "teacher": (one_weight("teacher"), "teacher.model"),
+    "chat template": (another_template, "student.model"),
+}
+
+
+@pytest.mark.parametrize(("name", "rank"), [*((name, 0) for name in CONTENT), ("student", 2)])
+def test_other_content_under_the_same_path_is_noticed(
+    name: str, rank: int, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change, key = CONTENT[name]
+    plain = tiny()
+    for side in ("student", "teacher"):
+        shutil.copytree(getattr(plain, side).model, tmp_path / side)
+    for file in ("train.jsonl", "eval.jsonl"):
+        shutil.copy(plain.data.train, tmp_path / file)
+    config = tiny(
+        student__model=str(tmp_path / "student"),
+        student__lora_rank=rank,
+        teacher__model=str(tmp_path / "teacher"),
+        data__train=str(tmp_path / "train.jsonl"),
+        data__eval={"test": str(tmp_path / "eval.jsonl")},
+        run__save_every=1,
+    )
+    directory = stop_before(2, monkeypatch, config)
+    before = {p: p.read_bytes() for p in directory.rglob("*") if p.is_file() and "environment" not in p.name}
+    change(tmp_path)
+    with pytest.raises(UserError, match=f"was begun with another content of {key} than .* has now; bring"):
+        train(config, quiet=True)
+    assert {p: p.read_bytes() for p in before} == before, "nothing is lost"
+    result = train(config, resume_with_changes=True, quiet=True)
+    (line,) = read_lines(result.directory / "changes.jsonl")
+    assert (line["step"], line["key"], line["rule"]) == (2, key, "asked")
+
+
+# A refused start.
+
+
+def test_the_gates_advice_can_be_followed(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {
+        "method__name": "trd",
+        "method__template": "{problem} {attempt}",
+        "data__eval": {},
+        "optim__steps": 1,
+    }
+    monkeypatch.setattr("onpath.methods.trd.gate.refusal", lambda *_, **__: "it does harm")
+    with pytest.raises(UserError, match=r"set method\.gate: false"):
+        train(tiny(**options), quiet=True)
+    directory = train(tiny(**options, method__gate=False), quiet=True).directory
+    assert not (directory / "changes.jsonl").exists(), "nothing had begun"
+    assert not (directory / "refine.json").exists(), "of another config"
+
+
+# Processes.
+
+
+def test_each_process_has_its_line_and_none_is_replaced(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny(data__eval={}, run__save_every=1)
+    directory = stop_before(1, monkeypatch, config)
+    first = (directory / "environment.json").read_bytes()
+    for count in (2, 3):
+        train(config, quiet=True)
+        assert (directory / "environment.json").read_bytes() == first
+        lines = read_lines(directory / "environment.jsonl")
+        assert len(lines) == count
+        assert lines[0] == {"started": lines[0]["started"], **json.loads(first)}
+        assert all(line["packages"]["torch"] and line["started"] for line in lines)
+
+
+def test_a_finished_run_says_so(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(tiny(data__eval={}).to_yaml())
+    assert main(["train", str(file)]) == 0
+    assert "was finished before" not in capsys.readouterr().err
+    for flags in ([], ["--quiet"]):
+        assert main(["train", str(file), *flags]) == 0
+        said = capsys.readouterr()
+        assert said.err.count("was finished before: nothing is trained") == 1
+        assert said.out.startswith("model: ")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_asked_to_stop_it_saves_the_step_that_runs(
+    name: str,
+    tiny: Tiny,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    config = tiny(optim__steps=4, data__eval={})
+    file = tmp_path / "config.yaml"
+    file.write_text(config.to_yaml())
+    real = training.one_step
+
+    def hit(parts: Any, optimizer: Any, step: int) -> Any:
+        if step == 1:
+            os.kill(os.getpid(), number)
+        return real(parts, optimizer, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "one_step", hit)
+        assert main(["train", str(file), "--quiet"]) == 0
+    said = capsys.readouterr()
+    assert said.err == f"onpath: {name}: step 2 of 4 is saved; the same command goes on\n"
+    assert said.out == ""
+    directory = Path(config.run.dir) / config.run.name
+    assert [p.name for p in (directory / "checkpoints").iterdir()] == ["step_2"]
+    assert not (directory / "model").exists()
+    assert signal.getsignal(number) == before
+    train(config, quiet=True)
+    whole = train(tiny(optim__steps=4, data__eval={}, run__name="whole"), quiet=True)
+    assert all(torch.equal(v, weights(directory)[k]) for k, v in weights(whole.directory).items())
+
+
+def test_a_second_signal_kills_as_ever() -> None:
+    with stop_requests() as asked:
+        assert not asked
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked.name == "SIGTERM"
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_nohup_stays_nohup() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_requests() as asked:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not asked
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("pipe", ["stderr", "both"])
+def test_a_closed_pipe_does_not_end_a_run(pipe: str, tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny(data__eval={}, optim__steps=2)
+    file = tmp_path / "config.yaml"
+    file.write_text(config.to_yaml())
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "onpath", "train", str(file)],
+        stderr=write,
+        stdout=write if pipe == "both" else subprocess.PIPE,
+        check=False,
+    )
+    os.close(write)
+    assert done.returncode == 0
+    assert (Path(config.run.dir) / config.run.name / "model").is_dir()
