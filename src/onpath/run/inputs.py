@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -65,7 +66,19 @@ def load_evals(config: Config) -> dict[str, tuple[Prompt, ...]]:
 
 
 def make_renderer(config: Config, tokenizer: PreTrainedTokenizerBase) -> Renderer:
+    """How the run's prompts are rendered.
+
+    Raises:
+        UserError: data.chat_template cannot be read, or there is no template to use.
+    """
     thinking = config.data.enable_thinking
+    if config.data.chat_template is not None:
+        path = Path(config.data.chat_template).expanduser()
+        try:
+            tokenizer.chat_template = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise UserError(f"data.chat_template: cannot read {path}: {reason}") from None
     return Renderer(
         tokenizer,
         template=config.data.template,
