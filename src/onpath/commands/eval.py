@@ -171,6 +171,8 @@ class _Questions:
         tokenizer = load_tokenizer(section, key)
         model = load_model(section, key, pick_device(section.device, "device"))
         renderer, stops = Renderer(tokenizer), stop_ids(model, tokenizer, key)
+        for prompt in self.prompts:
+            renderer.check(prompt)
         engine = HFEngine(model, renderer, stop_ids=stops, batch_tokens=self.batch_tokens)
 
         def generate(prompts: Sequence[Prompt], n: int) -> list[Rollout]:

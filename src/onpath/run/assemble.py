@@ -21,7 +21,7 @@ from onpath.grade.rewards import Reward
 from onpath.methods import make_method
 from onpath.methods.base import Text, Tools
 from onpath.run.gradient_cosine import GradientCosine
-from onpath.run.inputs import check_prompts, load_data, make_renderer
+from onpath.run.inputs import CLOCK_FILE, check_prompts, load_data, make_renderer
 from onpath.run.parts import Parts
 from onpath.system import code, distributed
 from onpath.system.allocator import keep_freed_memory
@@ -53,7 +53,7 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
     vocabulary, warnings = shared_vocabulary(config, tokenizer)
     vocabulary = min(vocabulary, head_of(student).vocabulary)
     stops = stops_of(config, base, tokenizer, vocabulary)
-    warnings += filter(None, [stops.warning(renderer.tokens)])
+    warnings += filter(None, [clock_warning(renderer), stops.warning(renderer.tokens)])
     if stops.ids != stops.student:
         base.generation_config.eos_token_id = sorted(stops.ids)  # so that the saved model ends alike
     teacher = make_teacher(config, student, renderer, vocabulary, stops, device)
@@ -106,6 +106,16 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
         overlap=overlap,
         stops=stops,
         warnings=tuple(warnings),
+    )
+
+
+def clock_warning(renderer: Renderer) -> str | None:
+    """Where the chat template prints the clock."""
+    if renderer.clock is None:
+        return None
+    return (
+        f"the chat template prints the clock; every prompt of this run says {renderer.clock:%Y-%m-%d %H:%M}, "
+        f"also after a restart ({CLOCK_FILE})"
     )
 
 

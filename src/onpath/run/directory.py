@@ -15,6 +15,7 @@ from onpath.config.build import Config
 from onpath.engines.models import quietly
 from onpath.run import checkpoint
 from onpath.run.environment import environment
+from onpath.run.inputs import CLOCK_FILE
 from onpath.run.log import Display, JsonLines, Tracker, check_trackers, flatten, open_trackers
 from onpath.run.meter import Meter
 from onpath.run.parts import Parts
@@ -158,6 +159,8 @@ def open_run(config: Config, parts: Parts) -> Run:
         except OSError as error:
             raise UserError(f"run.dir: cannot write to {directory}: {error.strerror or error}") from None
         remove_leftovers(directory)
+        if (clock := parts.text.renderer.clock) is not None:
+            write_text(directory / CLOCK_FILE, clock.isoformat() + "\n")
         write_text(directory / "environment.json", json.dumps(environment(parts), indent=1) + "\n")
     distributed.barrier()
     run = Run(
