@@ -6,6 +6,7 @@ a teacher that does not keep its promise.
 
 import copy
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -488,6 +489,21 @@ def test_a_hint_that_changes_nothing(tiny: Tiny) -> None:
     assert status(scores.teacher_differs(parts, probe)) != "fail"
     blind = [replace(t, teacher_context=t.student_context) for t in probe.trajectories]
     assert status(scores.teacher_differs(parts, replace(probe, trajectories=blind))) == "fail"
+
+
+def test_stop_tokens_that_the_models_use_differently(tiny: Tiny, model_dirs: dict[str, Path]) -> None:
+    parts = assemble(tiny(rollout__prompts=32, rollout__max_new_tokens=24, rollout__stop_ids=[20]))
+    probe = make_probe(parts)
+    found = training.eos(parts, probe)
+    masses = found.values["end_mass"]
+    assert set(masses) == {"student", "teacher"}
+    assert all(set(of) == {"2", "20"} and 0 < sum(of.values()) <= 1 for of in masses.values())
+    ended = [r for r in probe.rollouts if r.finish_reason == "stop"][:4]
+    engine = parts.generators.teacher
+    (first,) = engine.score([ended[0].prefix(len(ended[0].ids) - 1)], [(20,)])
+    assert masses["teacher"]["20"] >= math.exp(first[0]) / len(ended) - 1e-6
+    likeliest = {max(of, key=of.get) for of in masses.values()}
+    assert (found.status == "warning") == (len(likeliest) > 1)
 
 
 # 10. Unreadable answers

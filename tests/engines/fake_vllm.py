@@ -125,6 +125,7 @@ class FakeVLLM:
             temperature=body["temperature"], top_p=body["top_p"], top_k=body["top_k"],
             max_new_tokens=body["max_tokens"],
         )  # fmt: skip
+        self.engine.stop_strings = tuple(body.get("stop", ()))
         (c,) = self.engine.continue_from([body["prompt"]], sampling, keys=[str(body["seed"])])
         return {"token_ids": list(c.ids), "logprobs": {"token_logprobs": list(c.logprobs)}}
 

@@ -172,6 +172,8 @@ class _Questions:
         tokenizer = load_tokenizer(section, key)
         model = load_model(section, key, pick_device(section.device, "device"))
         renderer, stops = Renderer(tokenizer), stop_ids(model, tokenizer, key)
+        for prompt in self.prompts:
+            renderer.check(prompt)
         ids = min(max(tokenizer.get_vocab().values()) + 1, head_of(model).vocabulary)  # as in training
         engine = HFEngine(model, renderer, stop_ids=stops, batch_tokens=self.batch_tokens, vocabulary=ids)
 

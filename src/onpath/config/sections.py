@@ -83,10 +83,19 @@ class Data(Section):
     template: Literal["auto", "chat", "plain"] = "auto"
     """auto: the tokenizer's chat template if it has one; plain: the text itself after BOS, if the tokenizer
     has one."""
+    chat_template: str | None = None
+    """File of a Jinja chat template, used in place of the tokenizer's and saved with the model: for base
+    models, which have none."""
     system: str | None = None
     """System message put before every chat prompt that has none."""
     enable_thinking: bool | None = None
     """Passed to chat templates that know it (Qwen3); null leaves the template's default."""
+
+    @model_validator(mode="after")
+    def _template_is_used(self) -> "Data":
+        if self.chat_template is not None and self.template == "plain":
+            raise ValueError("chat_template is for chat prompts, but template is plain; take one of them out")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -118,6 +127,12 @@ class RolloutSection(Served):
     """0 is off; above 0 the samples are no longer on-policy."""
     max_new_tokens: int = Field(128, ge=1)
     """Longest response; longer ones are cut and counted as unfinished."""
+    stop: list[str] = Field([])
+    """Texts that end a response, beside both models' EOS, at the token that completes one (which is kept
+    whole): for base models. Of rollouts, evaluations and whatever the teacher writes; the spelling of a
+    special token stands for it."""
+    stop_ids: list[int] = Field([])
+    """Token ids that end a response likewise."""
     overlap: bool = False
     """Sample the next batch while this one trains: rollouts are one step old (staleness 1 in the metrics). hf
     samples from a frozen copy of the student, which takes memory; a vLLM from its own weights."""
@@ -126,6 +141,25 @@ class RolloutSection(Served):
     the run. rollout.overlap makes them 1."""
     batch_tokens: Annotated[int, ROUNDING] = Field(32_768, ge=1)
     """Tokens (sequences × longest length) that one generation batch may hold."""
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("stop")
+    @classmethod
+    def _not_empty(cls, value: list[str]) -> list[str]:
+        if "" in value:
+            raise ValueError("an empty text would end every response at once")
+        return value
+
+    @field_validator("stop_ids")
+    @classmethod
+    def _ids(cls, value: list[int]) -> list[int]:
+        if any(i < 0 for i in value):
+            raise ValueError(f"token ids are 0 or above, not {min(value)}")
+        return value
 
     def sampling(self, *, seed: int) -> Sampling:
         """How this stage draws tokens."""

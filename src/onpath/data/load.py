@@ -20,7 +20,7 @@ from onpath.records import Message, Prompt
 from onpath.system import code
 from onpath.system.errors import UserError
 
-COLUMNS = ("id", "prompt", "answer", "solution", "privileged_context")
+COLUMNS = ("id", "prompt", "answer", "solution", "privileged_context", "tools")
 REASONS_KEPT = 5
 JSONL_SUFFIXES = (".jsonl", ".jsonlines", ".ndjson")
 SOURCES = (
@@ -262,6 +262,10 @@ def _prompt(value: Any, *, default_id: str) -> Prompt:
         raise _BadRow(f"must be an object with a key 'prompt', not {_kind(row)}")
     if "prompt" not in row:
         raise _BadRow(f"no key 'prompt' (it has {', '.join(map(repr, row)) or 'none'})")
+    if row.get("tools"):
+        raise _BadRow(
+            "it has 'tools', which onpath does not render; put them into the prompt, or drop the column"
+        )
     text, messages = _question(row["prompt"])
     hint = row.get("solution")
     return Prompt(

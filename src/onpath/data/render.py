@@ -1,8 +1,10 @@
 """Messages ↔ token ids: the only user of a chat template, for student and teacher prompts alike."""
 
+import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from functools import cached_property
 from string import Formatter
 from typing import Any, Literal
@@ -15,6 +17,12 @@ from onpath.data.templates import check_slots
 from onpath.records import Message, Prompt
 from onpath.system.errors import UserError
 
+_CLOCK = "strftime_now"
+"""What templates call that print the clock."""
+_DIRECTIVES = "aAwdbBmyYHIpMSfjUWcxXeDFT"
+"""Of strftime."""
+_QUESTION = "a question in its place"
+
 
 class Renderer:
     """Turns prompts into ids with one tokenizer.
@@ -24,6 +32,7 @@ class Renderer:
         template: `chat` uses the chat template, `plain` the text itself, `auto` whichever the tokenizer has.
         system: system message for chat prompts that bring none.
         template_options: passed to the chat template, e.g. `{"enable_thinking": False}`.
+        clock: the moment that a template which prints the clock is told, always the same; None: this one.
     """
 
     def __init__(
@@ -33,6 +42,7 @@ class Renderer:
         template: Literal["auto", "chat", "plain"] = "auto",
         system: str | None = None,
         template_options: Mapping[str, Any] | None = None,
+        clock: datetime | None = None,
     ) -> None:
         if template == "chat" and not tokenizer.chat_template:
             raise UserError(
@@ -42,6 +52,11 @@ class Renderer:
         self.chat = template == "chat" or (template == "auto" and bool(tokenizer.chat_template))
         self.system = system
         self.template_options = dict(template_options or {})
+        self.clock: datetime | None = None
+        """Set where the template prints the clock."""
+        if self.chat and _CLOCK in str(tokenizer.chat_template):
+            self.clock = clock or datetime.now()
+            self.template_options["chat_template"] = _stopped(tokenizer.get_chat_template(), self.clock)
         self._shown: dict[int, str] = {}
 
     def ids(self, prompt: Prompt) -> tuple[int, ...]:
@@ -65,8 +80,64 @@ class Renderer:
             )
         return self._plain(prompt.question)
 
+    def check(self, prompt: Prompt) -> None:
+        """Refuses what a chat template cannot be given.
+
+        Raises:
+            UserError: the prompt is rendered already, so that the template would be nested in itself; or the
+                template gives another text each time.
+        """
+        if not self.chat:
+            return
+        for text in [m["content"] for m in prompt.messages or ()] or [prompt.question]:
+            if (mark := self._rendered_by(text)) is not None:
+                raise UserError(
+                    f"prompt {prompt.id!r} is rendered already: it holds {mark!r}, which the chat template "
+                    "writes; give the bare problem, or set data.template: plain"
+                )
+
+    def _rendered_by(self, text: str) -> str | None:
+        """What shows that a text was made by the chat template."""
+        bos = self.tokenizer.bos_token
+        if isinstance(bos, str) and text.lstrip().startswith(bos):
+            return bos
+        controls, opening, closing = self._scaffold
+        held = next((c for c in controls if c in text), None)
+        if held is None and opening and closing:
+            within = text.strip()
+            held = opening if within.startswith(opening) and within.endswith(closing) else None
+        return held
+
+    @cached_property
+    def _scaffold(self) -> tuple[tuple[str, ...], str, str]:
+        """What the template writes around a question: its special tokens but BOS and EOS, and the plain marks
+        before and after ([INST] and [/INST], say)."""
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": _QUESTION}],
+                add_generation_prompt=True,
+                tokenize=False,
+                **self.template_options,
+            )
+        except TemplateError:
+            return (), "", ""
+        tokenizer, around = self.tokenizer, str(rendered)
+        special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+        ends = (tokenizer.bos_token, tokenizer.eos_token)
+        controls = tuple(s for s in special if s in around and s not in ends)
+        for token in special:
+            around = around.replace(token, "\n")
+        before, _, after = around.partition(_QUESTION)
+        opening = (before.strip().splitlines() or [""])[-1].strip()
+        closing = (after.strip().splitlines() or [""])[-1].strip()
+        marked = all(re.search(r"[^\w\s]", mark) for mark in (opening, closing))
+        return controls, opening if marked else "", closing if marked else ""
+
     def _plain(self, text: str) -> tuple[int, ...]:
         ids = list(self.tokenizer(text)["input_ids"])
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and ids[:2] == [bos, bos] and text.startswith(str(self.tokenizer.bos_token)):
+            ids = ids[1:]  # the text has been rendered before, and brings its own
         if ids and ids[-1] == self.tokenizer.eos_token_id:
             ids.pop()  # some tokenizers close every text; the response must go on from here
         if not ids:
@@ -141,6 +212,15 @@ class Renderer:
         for i in set(ids) - self._shown.keys():
             self._shown[i] = str(self.tokenizer.decode([i]))
         return [self._shown[i] for i in ids]
+
+
+def _stopped(template: str, clock: datetime) -> str:
+    """The template, told this moment whenever it asks for the time. (transformers passes no functions on: a
+    macro takes the place of its own.)"""
+    spelled = {f"%{c}": f"{clock:%{c}}" for c in _DIRECTIVES}
+    spelled |= {f"%-{c}": f"{clock:%{c}}".lstrip("0") or "0" for c in "dmHIMSj"}
+    steps = "".join(f" | replace({name!r}, {value!r})" for name, value in spelled.items())
+    return f"{{%- macro {_CLOCK}(pattern) -%}}{{{{ pattern{steps} }}}}{{%- endmacro %}}{template}"
 
 
 def with_question(prompt: Prompt, question: str) -> Prompt:

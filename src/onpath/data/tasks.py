@@ -146,5 +146,16 @@ def correction_ids(
         task = task_of(source)
         words = (task.correction_words if task else None) or EPISTEMIC_WORDS
     spellings = [spelling for word in words for spelling in (word, f" {word}") if spelling.strip()]
-    first = {tokenizer(s, add_special_tokens=False)["input_ids"][0] for s in spellings}
-    return tuple(sorted(first - {tokenizer.unk_token_id}))
+    first = {_onset(s, tokenizer) for s in spellings}
+    return tuple(sorted(i for i in first - {tokenizer.unk_token_id} if i is not None))
+
+
+def _onset(spelling: str, tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """The token that begins the word: not a bare space marker (Llama 2's ▁), nor punctuation before letters,
+    which begin any word."""
+    lettered = any(c.isalnum() for c in spelling)
+    for i in tokenizer(spelling, add_special_tokens=False)["input_ids"]:
+        shown = str(tokenizer.decode([i])).strip()
+        if any(c.isalnum() for c in shown) or (shown and not lettered):
+            return int(i)
+    return None

@@ -12,6 +12,7 @@ from typing import Any
 from onpath.data.render import Renderer
 from onpath.engines.base import Engine
 from onpath.engines.replay import Replay, address
+from onpath.engines.stops import string_end
 from onpath.engines.vllm import request_seed
 from onpath.engines.wire import Line, Nonsense, only_choice
 from onpath.records import Completion, Prompt, Sampling
@@ -32,6 +33,7 @@ class ChatEngine(Engine):
         model: its name there.
         renderer: of the student: makes messages of prompts and ids of text.
         stop_ids: ids that end a response of the student.
+        stop_strings: texts that end it, at the token that completes one.
         extra: further fields of every request; None leaves a field out.
         replay: if given, each request is answered once, over all runs of the same directory.
     """
@@ -43,11 +45,13 @@ class ChatEngine(Engine):
         renderer: Renderer,
         *,
         stop_ids: frozenset[int],
+        stop_strings: Sequence[str] = (),
         extra: Mapping[str, Any] | None = None,
         replay: Replay | None = None,
     ) -> None:
         self.line, self.model, self.renderer = line, model, renderer
         self.extra, self.replay = extra or {}, replay
+        self.stop_strings = tuple(stop_strings)
         ends = [*renderer.turn_end(), renderer.tokenizer.eos_token_id, *sorted(stop_ids)]
         self.stop = next(i for i in ends if i in stop_ids)
 
@@ -113,6 +117,9 @@ class ChatEngine(Engine):
 
     def _completion(self, text: str, ended: bool, longest: int) -> Completion:
         ids = self.renderer.text_ids(text)
+        end = string_end(ids[:longest], self.stop_strings, self.renderer.text)
+        if end is not None:
+            return Completion(ids=ids[:end], logprobs=(), finish_reason="stop")
         if ended and len(ids) < longest:
             return Completion(ids=(*ids, self.stop), logprobs=(), finish_reason="stop")
         return Completion(ids=ids[:longest], logprobs=(), finish_reason="length")

@@ -21,6 +21,7 @@ from onpath.engines.decoding.draw import draw
 from onpath.engines.decoding.kv_cache import accepts_4d_mask, preallocated_cache
 from onpath.engines.head import evaluating, head_of, hidden_states, unwrapped
 from onpath.engines.models import context_length
+from onpath.engines.stops import string_end
 from onpath.losses import token_stats
 from onpath.records import Completion, Sampling, Trajectory
 from onpath.system.draws import noise
@@ -40,6 +41,7 @@ class HFEngine(Engine):
         model: any causal LM, peft-wrapped or not; it is put into evaluation mode while it generates.
         renderer: makes ids of prompts.
         stop_ids: ids that end a response.
+        stop_strings: texts that end it, at the token that completes one.
         batch_tokens: rows × (prefix + new tokens) that one batch may hold.
         bf16: write under bfloat16 autocast, as the training forward pass does.
         vocabulary: number of ids that may be drawn; rows of the head beyond it are padding.
@@ -52,6 +54,7 @@ class HFEngine(Engine):
         renderer: Renderer,
         *,
         stop_ids: frozenset[int],
+        stop_strings: Sequence[str] = (),
         batch_tokens: int = 32_768,
         bf16: bool = False,
         vocabulary: int | None = None,
@@ -60,6 +63,7 @@ class HFEngine(Engine):
         self.shares_weights = shares_weights
         self.model, self.renderer, self.batch_tokens = model, renderer, batch_tokens
         self.stop_ids, self.bf16, self.vocabulary = stop_ids, bf16, vocabulary
+        self.stop_strings = tuple(stop_strings)
         self.device = next(model.parameters()).device
         self._look_every = _LOOK_EVERY.get(self.device.type, 8)
         self._stop = torch.tensor(sorted(stop_ids), device=self.device)
@@ -110,6 +114,7 @@ class HFEngine(Engine):
             model,
             renderer or self.renderer,
             stop_ids=self.stop_ids,
+            stop_strings=self.stop_strings,
             batch_tokens=self.batch_tokens,
             bf16=self.bf16,
             vocabulary=self.vocabulary,
@@ -129,7 +134,24 @@ class HFEngine(Engine):
         drafts: Sequence[Drafts] | None = None,
     ) -> list[Completion]:
         """See `Engine.draw_from`."""
-        return branch(self, past, places, sampling, keys=keys, drafts=drafts)
+        done = branch(self, past, places, sampling, keys=keys, drafts=drafts)
+        return [self._ended(c) for c in done]
+
+    def _ended(self, completion: Completion) -> Completion:
+        """Up to the token that completes a stop string."""
+        end = string_end(completion.ids, self.stop_strings, self.renderer.text)
+        if end is None:
+            return completion
+        ids, logprobs = completion.ids[:end], completion.logprobs[:end]
+        return Completion(ids=ids, logprobs=logprobs, finish_reason="stop")
+
+    def _still_open(self, tokens: list[int]) -> bool:
+        """Whether a row has completed no stop string: its last tokens say so cheaply, all of them surely."""
+        longest = max(len(s.encode()) for s in self.stop_strings) + self._look_every + 4
+        tail = self.renderer.text(tokens[-longest:])
+        if not any(s in tail for s in self.stop_strings):
+            return True
+        return string_end(tokens, self.stop_strings, self.renderer.text) is None
 
     def _check_lengths(self, prefixes: Sequence[Sequence[int]], sampling: Sampling) -> None:
         longest, limit = max((len(p) for p in prefixes), default=0), context_length(unwrapped(self.model))
@@ -201,6 +223,10 @@ class HFEngine(Engine):
             step_ids, step_pos = drawn_B[:, None], step_pos[:, -1:] + 1
             if (t + 1) % self._look_every:
                 continue
+            if self.stop_strings:
+                said = tokens_BL[row_B, : t + 1].tolist()
+                goes_on = [on and self._still_open(r) for r, on in zip(said, active_B.tolist(), strict=True)]
+                active_B &= torch.tensor(goes_on, device=self.device)
             left = int(active_B.sum())
             if left == 0:
                 break
@@ -213,7 +239,7 @@ class HFEngine(Engine):
         return self._completions(tokens_BL, logps_BL)
 
     def _completions(self, tokens_BL: Tensor, logps_BL: Tensor) -> list[Completion]:
-        """Each row up to its first stop token. What was generated after it is not part of the sample."""
+        """Each row up to its first stop token or string: what was drawn after it is no part of the sample."""
         if not bool(torch.isfinite(logps_BL).all()):
             raise UserError(
                 "the model's logits are not finite: it has diverged, or its dtype is too narrow; use a lower "
@@ -224,8 +250,12 @@ class HFEngine(Engine):
         length_B = torch.where(stopped_B, stops_BL.int().argmax(-1) + 1, tokens_BL.shape[1])
         columns = (tokens_BL.tolist(), logps_BL.tolist(), length_B.tolist(), stopped_B.tolist())
         return [
-            Completion(
-                ids=tuple(ids[:n]), logprobs=tuple(logps[:n]), finish_reason="stop" if stopped else "length"
+            self._ended(
+                Completion(
+                    ids=tuple(ids[:n]),
+                    logprobs=tuple(logps[:n]),
+                    finish_reason="stop" if stopped else "length",
+                )
             )
             for ids, logps, n, stopped in zip(*columns, strict=True)
         ]

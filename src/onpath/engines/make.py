@@ -17,6 +17,7 @@ from onpath.engines.hf import HFEngine
 from onpath.engines.models import context_length, load_model, locate, pick_device
 from onpath.engines.replay import Replay, ReplayingEngine, weights_digest
 from onpath.engines.served import ServedTeacher
+from onpath.engines.stops import Stops
 from onpath.engines.teacher import ModelTeacher, SelfTeacher, SilentTeacher, Teacher
 from onpath.engines.wire import Line
 from onpath.system import distributed
@@ -45,6 +46,7 @@ def student_engine(config: Config, student: nn.Module, own: HFEngine) -> Engine:
             Server(section, "rollout", [config.student.model, str(locate(config.student.model))]),
             renderer,
             stop_ids=own.stop_ids,
+            stop_strings=own.stop_strings,
             vocabulary=own.vocabulary,
             student=student,
             weights=Path(config.run.dir) / config.run.name / "weights",
@@ -59,9 +61,10 @@ def student_engine(config: Config, student: nn.Module, own: HFEngine) -> Engine:
 
     return VLLMEngine(
         student,
-        _directory(config, student),
+        _directory(config, student, own),
         renderer,
         stop_ids=own.stop_ids,
+        stop_strings=own.stop_strings,
         vocabulary=own.vocabulary,
         context_length=context_length(unwrapped(student)),
         dtype="bfloat16" if half else "float32",
@@ -70,7 +73,7 @@ def student_engine(config: Config, student: nn.Module, own: HFEngine) -> Engine:
     )
 
 
-def _directory(config: Config, student: nn.Module) -> str:
+def _directory(config: Config, student: nn.Module, own: HFEngine) -> str:
     """Weights that vLLM can start from: the student's directory, or a copy (of an adapter's model, say)."""
     from onpath.engines.weights import save_weights
 
@@ -81,6 +84,8 @@ def _directory(config: Config, student: nn.Module) -> str:
         return str(given)
     merged = Path(tempfile.mkdtemp(prefix="onpath-vllm-"))
     save_weights(student, merged)
+    if own.stop_strings:
+        own.renderer.tokenizer.save_pretrained(merged)
     return str(merged)
 
 
@@ -89,7 +94,7 @@ def make_teacher(
     student: nn.Module,
     renderer: Renderer,
     vocabulary: int,
-    stop_ids: frozenset[int],
+    stops: Stops,
     device: torch.device,
 ) -> Teacher:
     """Another model, in this process or on a server, or the student itself."""
@@ -106,7 +111,9 @@ def make_teacher(
 
         names = [config.teacher.model, str(locate(config.teacher.model))]
         server = Server(config.teacher, "teacher", names)
-        engine = ServerEngine(server, renderer, stop_ids=stop_ids, vocabulary=vocabulary)
+        engine = ServerEngine(
+            server, renderer, stop_ids=stops.ids, stop_strings=stops.strings, vocabulary=vocabulary
+        )
         longest = context_length(unwrapped(student))
         return ServedTeacher(engine, k=min(method.support_k, vocabulary), context_length=longest)
     where = pick_device(config.teacher.device, "teacher.device", otherwise=device)
@@ -136,9 +143,7 @@ def check_teacher(config: Config, teacher: Teacher, longest: int) -> None:
         )
 
 
-def teacher_engine(
-    config: Config, teacher: Teacher, own: HFEngine, stop_ids: frozenset[int], replay: Replay | None
-) -> Engine:
+def teacher_engine(config: Config, teacher: Teacher, own: HFEngine, replay: Replay | None) -> Engine:
     """Generates in the teacher's name.
 
     Args:
@@ -148,7 +153,13 @@ def teacher_engine(
     if not teacher.gives_scores:
         section, line = config.teacher, Line(config.teacher, "teacher")
         return ChatEngine(
-            line, section.model, own.renderer, stop_ids=stop_ids, extra=section.extra_body, replay=replay
+            line,
+            section.model,
+            own.renderer,
+            stop_ids=own.stop_ids,
+            stop_strings=own.stop_strings,
+            extra=section.extra_body,
+            replay=replay,
         )
     engine: Engine = teacher.engine if isinstance(teacher, ServedTeacher) else own.over(_model(teacher))
     if replay is None:

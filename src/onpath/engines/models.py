@@ -135,6 +135,12 @@ def quietly() -> Iterator[None]:
             disable_progress_bars() if no_downloads else enable_progress_bars()
 
 
+def model_directory(name: str, key: str) -> str:
+    """Where a model's config lies: its directory or hub name; of an adapter, its base's."""
+    where = _existing(name, key)
+    return _base_of(Path(where), key) if (Path(where) / "adapter_config.json").is_file() else where
+
+
 def _base_of(adapter: Path, key: str) -> str:
     if (beside := own_base(adapter)) is not None:
         return str(beside)

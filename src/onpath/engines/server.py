@@ -14,6 +14,7 @@ from torch import nn
 
 from onpath.data.render import Renderer
 from onpath.engines.base import Engine
+from onpath.engines.stops import string_end
 from onpath.engines.vllm import checked_completion, request_seed
 from onpath.engines.weights import largest_gap, probe_ids, probe_logprobs, save_weights
 from onpath.engines.wire import Nonsense, Server
@@ -56,12 +57,14 @@ class ServerEngine(Engine):
         renderer: Renderer,
         *,
         stop_ids: frozenset[int],
+        stop_strings: Sequence[str] = (),
         vocabulary: int,
         student: nn.Module | None = None,
         weights: Path | None = None,
         tolerance: float = 1e-3,
     ) -> None:
         self.server, self.renderer, self.stop_ids = server, renderer, stop_ids
+        self.stop_strings = tuple(stop_strings)
         self.vocabulary, self.student, self.weights = vocabulary, student, weights
         self.tolerance, self.policy_version = tolerance, 0
         self._held: Sequence[float] | None = None
@@ -83,6 +86,7 @@ class ServerEngine(Engine):
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
             "stop_token_ids": sorted(self.stop_ids),
+            **({"stop": list(self.stop_strings)} if self.stop_strings else {}),
             "ignore_eos": True,
             "logprobs": 0,
             "return_token_ids": True,
@@ -99,8 +103,15 @@ class ServerEngine(Engine):
             if not _ints(ids) or not isinstance(logprobs, list) or not all(map(_number, logprobs)):
                 raise Nonsense("a completion without token ids and log-probs (is it a vLLM server?)")
             try:
+                end = string_end(ids, self.stop_strings, self.renderer.text)
                 return checked_completion(
-                    tuple(ids), tuple(logprobs), sampling, self.stop_ids, self.vocabulary, "it"
+                    tuple(ids),
+                    tuple(logprobs),
+                    sampling,
+                    self.stop_ids,
+                    self.vocabulary,
+                    "it",
+                    string_end=end,
                 )
             except UserError as error:
                 raise Nonsense(str(error)) from None

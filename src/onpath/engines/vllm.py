@@ -17,6 +17,7 @@ from torch import nn
 from onpath.data.render import Renderer
 from onpath.engines.adapters import merged_weights
 from onpath.engines.base import Engine
+from onpath.engines.stops import string_end
 from onpath.engines.weights import largest_gap, probe_ids, probe_logprobs
 from onpath.records import Completion, Sampling
 from onpath.system.errors import UserError
@@ -44,6 +45,7 @@ class VLLMEngine(Engine):
         renderer: Renderer,
         *,
         stop_ids: frozenset[int],
+        stop_strings: Sequence[str] = (),
         vocabulary: int,
         context_length: int,
         dtype: str,
@@ -52,7 +54,10 @@ class VLLMEngine(Engine):
     ) -> None:
         self.model, self.renderer = model, renderer
         self.stop_ids, self.vocabulary, self.tolerance = stop_ids, vocabulary, tolerance
+        self.stop_strings = tuple(stop_strings)
         self.policy_version = 0
+        if self.stop_strings:  # it finds them in its own text
+            options = {"skip_tokenizer_init": False, **options}
         self._llm = _start(directory, dtype, context_length, options)
         self._one_at_a_time = threading.Lock()  # rollout.overlap generates from a thread of its own
         self._sleeps, self._asleep = bool(options.get("enable_sleep_mode")), False
@@ -149,15 +154,17 @@ class VLLMEngine(Engine):
             seed=request_seed(sampling.seed, key),
             stop_token_ids=sorted(self.stop_ids),
             ignore_eos=True,  # stop_token_ids holds every one
+            stop=list(self.stop_strings),
             logprobs=0,
-            detokenize=False,
+            detokenize=bool(self.stop_strings),
         )
 
     def _completion(self, output: Any, sampling: Sampling) -> Completion:
         ids = tuple(output.token_ids)
         logprobs = tuple(entry[t].logprob for t, entry in zip(ids, output.logprobs, strict=True))
+        end = string_end(ids, self.stop_strings, self.renderer.text)
         return checked_completion(
-            ids, logprobs, sampling, self.stop_ids, self.vocabulary, "rollout.engine vllm"
+            ids, logprobs, sampling, self.stop_ids, self.vocabulary, "rollout.engine vllm", string_end=end
         )
 
 
@@ -168,13 +175,19 @@ def checked_completion(
     stop_ids: frozenset[int],
     vocabulary: int,
     who: str,
+    *,
+    string_end: int | None = None,
 ) -> Completion:
     """A completion from elsewhere, if it can be one.
+
+    Args:
+        string_end: tokens up to the one that completes a stop string, if there is one.
 
     Raises:
         UserError: ids outside the vocabulary, tokens after a stop, log-probs that are none.
     """
-    stopped = bool(ids) and ids[-1] in stop_ids
+    ids, logprobs = ids[:string_end], logprobs[:string_end]
+    stopped = bool(ids) and (ids[-1] in stop_ids or string_end is not None)
     if any(not 0 <= t < vocabulary for t in ids):
         raise UserError(f"{who}: wrote token id {max(ids)}, but the vocabulary has {vocabulary}")
     if not 0 < len(ids) <= sampling.max_new_tokens or any(t in stop_ids for t in ids[:-1]):

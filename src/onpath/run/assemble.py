@@ -11,9 +11,10 @@ from onpath.engines.forward import Models
 from onpath.engines.head import check_head, head_of
 from onpath.engines.hf import HFEngine
 from onpath.engines.make import check_teacher, make_replay, make_teacher, student_engine, teacher_engine
-from onpath.engines.models import load_model, load_tokenizer, pick_device, stop_ids
+from onpath.engines.models import load_model, load_tokenizer, pick_device
 from onpath.engines.overlap import make_overlap
 from onpath.engines.replay import ReplayingEngine, weights_digest
+from onpath.engines.stops import stops_of
 from onpath.engines.student import shared_vocabulary, trainable
 from onpath.grade.graders import grader_for
 from onpath.grade.rewards import Reward
@@ -21,7 +22,7 @@ from onpath.methods import make_method
 from onpath.methods.base import Text, Tools
 from onpath.run.gradient_cosine import GradientCosine
 from onpath.run.guidance_ratio import GuidanceRatio
-from onpath.run.inputs import check_prompts, load_data, make_renderer
+from onpath.run.inputs import CLOCK_FILE, check_prompts, load_data, make_renderer
 from onpath.run.parts import Parts
 from onpath.system import code, distributed
 from onpath.system.allocator import keep_freed_memory
@@ -47,12 +48,15 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
         keep_freed_memory()
     renderer = make_renderer(config, tokenizer)
     base = load_model(config.student, "student.model", device)
-    stops = stop_ids(base, tokenizer)
     check_head(base, "student.model")
     longest = check_prompts(config, renderer, base, prompts)
     student = trainable(config, base)
     vocabulary, warnings = shared_vocabulary(config, tokenizer)
     vocabulary = min(vocabulary, head_of(student).vocabulary)
+    stops = stops_of(config, base, tokenizer, vocabulary)
+    warnings += filter(None, [clock_warning(renderer), stops.warning(renderer.tokens)])
+    if stops.ids != stops.student:
+        base.generation_config.eos_token_id = sorted(stops.ids)  # so that the saved model ends alike
     teacher = make_teacher(config, student, renderer, vocabulary, stops, device)
     check_teacher(config, teacher, longest)
     models = Models(
@@ -66,7 +70,8 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
     own = HFEngine(
         student,
         renderer,
-        stop_ids=stops,
+        stop_ids=stops.ids,
+        stop_strings=stops.strings,
         batch_tokens=config.rollout.batch_tokens,
         bf16=config.optim.bf16,
         vocabulary=vocabulary,
@@ -75,7 +80,7 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
     replay = make_replay(config)
     generators = Generators(
         student=engine or student_engine(config, student, own),
-        teacher=teacher_engine(config, teacher, own, stops, replay),
+        teacher=teacher_engine(config, teacher, own, replay),
         over=own.over,
     )
     overlap = make_overlap(config, student, generators.student, own)
@@ -101,7 +106,18 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
         guidance_ratio=GuidanceRatio(student, every=config.method.measures_ratio_every),
         replay=replay,
         overlap=overlap,
+        stops=stops,
         warnings=tuple(warnings),
+    )
+
+
+def clock_warning(renderer: Renderer) -> str | None:
+    """Where the chat template prints the clock."""
+    if renderer.clock is None:
+        return None
+    return (
+        f"the chat template prints the clock; every prompt of this run says {renderer.clock:%Y-%m-%d %H:%M}, "
+        f"also after a restart ({CLOCK_FILE})"
     )
 
 

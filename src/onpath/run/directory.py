@@ -20,6 +20,7 @@ from onpath.engines.models import quietly
 from onpath.run import checkpoint
 from onpath.run.contents import digests
 from onpath.run.environment import environment
+from onpath.run.inputs import CLOCK_FILE
 from onpath.run.log import (
     Display,
     JsonLines,
@@ -254,6 +255,8 @@ def open_run(config: Config, parts: Parts, *, with_changes: bool = False) -> Run
         except OSError as error:
             raise UserError(f"run.dir: cannot write to {directory}: {error.strerror or error}") from None
         remove_leftovers(directory)
+        if (clock := parts.text.renderer.clock) is not None:
+            write_text(directory / CLOCK_FILE, clock.isoformat() + "\n")
         about = environment(parts)
         if not (directory / "environment.json").exists():
             write_text(directory / "environment.json", json.dumps(about, indent=1) + "\n")

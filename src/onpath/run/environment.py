@@ -34,6 +34,7 @@ def environment(parts: Parts) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "git_commit": commit,
         "seeds": {"run": parts.config.run.seed, "eval": parts.config.eval.seed},
+        "stops": parts.stops.to_json(),
         "skipped_rows": parts.prompts.skipped,
         "grader": parts.text.grader.name,
     }

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -12,7 +14,11 @@ from onpath.engines.head import head_of
 from onpath.engines.models import context_length
 from onpath.evaluate.scores import check
 from onpath.records import Prompt
+from onpath.system import distributed
 from onpath.system.errors import UserError
+
+CLOCK_FILE = "clock.txt"
+"""In a run's directory, where its chat template prints the clock."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +71,40 @@ def load_evals(config: Config) -> dict[str, tuple[Prompt, ...]]:
 
 
 def make_renderer(config: Config, tokenizer: PreTrainedTokenizerBase) -> Renderer:
+    """How the run's prompts are rendered.
+
+    Raises:
+        UserError: data.chat_template cannot be read, or there is no template to use.
+    """
     thinking = config.data.enable_thinking
+    if config.data.chat_template is not None:
+        path = Path(config.data.chat_template).expanduser()
+        try:
+            tokenizer.chat_template = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise UserError(f"data.chat_template: cannot read {path}: {reason}") from None
+    moment = distributed.gather([_moment(config).isoformat()])[0]  # ranks start at different ones
     return Renderer(
         tokenizer,
         template=config.data.template,
         system=config.data.system,
         template_options=None if thinking is None else {"enable_thinking": thinking},
+        clock=datetime.fromisoformat(moment),
     )
+
+
+def _moment(config: Config) -> datetime:
+    """When the run first started, as far as its prompts know: a template may print the clock."""
+    path = Path(config.run.dir) / config.run.name / CLOCK_FILE
+    try:
+        return datetime.fromisoformat(path.read_text().strip())
+    except FileNotFoundError:
+        return datetime.now().replace(microsecond=0)
+    except (OSError, ValueError):
+        raise UserError(
+            f"{path} is not a moment such as 2026-01-31T12:00:00; mend it, or remove it"
+        ) from None
 
 
 def check_prompts(
@@ -94,8 +127,11 @@ def check_prompts(
     for split, problems in prompts.evals.items():
         source = config.data.eval[split]
         asked += [(p, config.eval.max_new_tokens, "eval.max_new_tokens", source) for p in problems]
+    if renderer.ids(asked[0][0]) != renderer.ids(asked[0][0]):
+        raise UserError("the chat template renders the same prompt differently each time; take its dice out")
     fits, rows, longest = context_length(student), head_of(student).vocabulary, 0
     for prompt, new, lower, source in asked:
+        renderer.check(prompt)
         ids = renderer.ids(prompt)
         longest = max(longest, len(ids))
         if len(ids) + new > fits:

@@ -7,6 +7,7 @@ from onpath.engines.base import Engine, Generators
 from onpath.engines.forward import Models
 from onpath.engines.overlap import Overlap
 from onpath.engines.replay import Replay
+from onpath.engines.stops import Stops
 from onpath.losses import Objective
 from onpath.methods.base import Method, Text, Tools
 from onpath.records import Sampling
@@ -33,6 +34,7 @@ class Parts:
     objective: Objective
     gradient_cosine: GradientCosine
     guidance_ratio: GuidanceRatio
+    stops: Stops
     replay: Replay | None = None
     """What the starting weights have generated, where the method asks for all of it beforehand."""
     overlap: Overlap | None = None

@@ -139,6 +139,11 @@ def template(
 ) -> Finding:
     """Prompts open once, have no unknown token, open an answer, and are what the teacher's own template
     gives."""
+    try:
+        for prompt in prompts:
+            student.check(prompt)
+    except UserError as error:
+        return Finding(name="template", status="fail", message=str(error))
     some = prompts[:: max(1, len(prompts) // MOST_TEXTS)][:MOST_TEXTS]
     rendered = [student.ids(p) for p in some]
     tokenizer = student.tokenizer

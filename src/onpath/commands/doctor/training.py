@@ -1,5 +1,6 @@
 """Checks of what is trained on: EOS, the gradient, TRD's rewrites."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -18,8 +19,7 @@ from onpath.commands.doctor.sample import (
 )
 from onpath.data.batch import Batch, collate
 from onpath.data.render import Renderer
-from onpath.engines.head import unwrapped
-from onpath.engines.models import stop_ids
+from onpath.engines.stops import string_end
 from onpath.losses import TeacherScores
 from onpath.records import Rollout, Sampling, Trajectory
 from onpath.run.loss import Step, loss_of
@@ -29,14 +29,18 @@ _UNFINISHED = 0.5
 """Share of rollouts cut at max_new_tokens from which the check warns."""
 _GRADED = 4
 """Trajectories whose gradient is formed, three times."""
+_ENDS = 4
+"""Finished responses at whose ends both models are asked for their stop tokens."""
 _SAME_GRADIENT = 1e-3
 """Relative difference below which two gradients are one."""
 
 
 def eos(parts: Parts, probe: Probe) -> Finding:
     """Responses end with a stop token, it is in the ids, and the loss counts it."""
-    stops = stop_ids(unwrapped(parts.models.student), parts.text.renderer.tokenizer)
+    stops, strings, text = parts.stops.ids, parts.stops.strings, parts.text.renderer.text
     ended = [r for r in probe.rollouts if r.finish_reason == "stop"]
+    ended = [r for r in ended if string_end(r.ids, strings, text) is None]  # the others have no stop token
+    masses = _end_masses(parts, ended)
     stripped = sum(not r.ids or r.ids[-1] not in stops for r in ended)
     present = [t for t in probe.trajectories if t.response[-1] in stops]
     masked = sum(_final_weight(parts, t) == 0 for t in present)
@@ -48,6 +52,7 @@ def eos(parts: Parts, probe: Probe) -> Finding:
         "without_their_stop_token": stripped,
         "trained_with_stop_token": len(present),
         "of_which_masked": masked,
+        "end_mass": masses,
     }
 
     def found(status: str, message: str, advice: str = "") -> Finding:
@@ -69,6 +74,13 @@ def eos(parts: Parts, probe: Probe) -> Finding:
         )
         message = f"{len(ended)} rollouts finished, but no trained response ends with a stop token: {reason}"
         return found("warning", message, "the student is not taught to stop")
+    likeliest = {side: max(of, key=lambda i: of[i]) for side, of in masses.items()}
+    if len(set(likeliest.values())) > 1:
+        message = "where responses end the models put most of it on different stop tokens: " + ", ".join(
+            f"the {side} {masses[side][i]:.0%} on {i} {parts.text.renderer.tokens([int(i)])[0]!r}"
+            for side, i in likeliest.items()
+        )
+        return found("warning", message, "all of them end a response here, but the loss tells them apart")
     message = (
         f"{len(ended)} of {len(probe.rollouts)} rollouts finished; the stop token counts in "
         f"{len(present)} of {len(probe.trajectories)} trained responses"
@@ -208,6 +220,27 @@ def _teacher_on(
 
 def _foreign(parts: Parts, rollout: Rollout) -> bool:
     return rollout.context != parts.text.renderer.ids(rollout.prompt)
+
+
+def _end_masses(parts: Parts, ended: Sequence[Rollout]) -> dict[str, dict[str, float]]:
+    """Model → stop id → mean probability at the end of a few finished responses; nothing where there is only
+    one stop, or no response ended."""
+    some, stops = ended[:_ENDS], sorted(parts.stops.ids)
+    if not some or len(stops) < 2:
+        return {}
+    engines = {"student": parts.generators.student}
+    if parts.models.teacher.gives_scores and not parts.config.method.self_taught:
+        engines["teacher"] = parts.generators.teacher
+    contexts = [r.prefix(len(r.ids) - 1) for r in some for _ in stops]
+    asked = [(i,) for _ in some for i in stops]
+    masses: dict[str, dict[str, float]] = {}
+    for side, engine in engines.items():
+        logprobs = [row[0] for row in engine.score(contexts, asked)]
+        masses[side] = {
+            str(stop): sum(map(math.exp, logprobs[at :: len(stops)])) / len(some)
+            for at, stop in enumerate(stops)
+        }
+    return masses
 
 
 def _final_weight(parts: Parts, trajectory: Trajectory) -> float:
