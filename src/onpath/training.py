@@ -84,7 +84,7 @@ def train(
     config = configuration.with_own(
         config, method=method, divergence=divergence, grader=grader, rewards=rewards, allow_code=allow_code
     )
-    try:
+    with distributed.one_fate():
         parts = assemble(config, engine=engine)
         with closing(open_run(config, parts)) as run:
             if not run.finished:
@@ -96,8 +96,6 @@ def train(
                 steps=config.optim.steps,
                 evaluations=tuple(saved_evaluations(run, config.optim.steps)),
             )
-    finally:
-        distributed.stop()
 
 
 def optimise(parts: Parts, run: Run, *, quiet: bool) -> None:
