@@ -73,7 +73,7 @@ def train(
     config = configuration.with_own(
         config, method=method, divergence=divergence, grader=grader, rewards=rewards, allow_code=allow_code
     )
-    try:
+    with distributed.one_fate():
         parts = assemble(config, engine=engine)
         with closing(open_run(config, parts, with_changes=resume_with_changes)) as run:
             if left := not run.finished:
@@ -82,8 +82,6 @@ def train(
             else:
                 run.say_finished(quiet=quiet)
             return run.result(trained=left)
-    finally:
-        distributed.stop()
 
 
 def optimise(parts: Parts, run: Run, *, quiet: bool) -> None:

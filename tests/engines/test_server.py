@@ -197,6 +197,29 @@ def test_weights_that_do_not_arrive_stop_the_run(tiny: Tiny, student: FakeVLLM) 
     assert len(read_lines(Path(config.run.dir) / "tiny" / "metrics.jsonl")) <= 1
 
 
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("arrives", [True, False])
+def test_a_small_step_that_does_not_arrive_stops_the_run(
+    bf16: bool, arrives: bool, tiny: Tiny, student: FakeVLLM
+) -> None:
+    """Smaller than what half precision rounds away: the server's own answers tell."""
+    options = {"rollout__engine": "vllm", "rollout__url": student.url, "optim__bf16": bf16}
+    config = tiny(**options, optim__lr=5e-6, optim__schedule="constant", optim__warmup=0.0)
+    student.takes_weights = arrives
+    if arrives:
+        assert train(config, quiet=True).steps == 3
+        return
+    words = "did not change at all" if bf16 else "differ"
+    with pytest.raises(UserError, match=f"after step 1 the server's log-probs {words}"):
+        train(config, quiet=True)
+
+
+def test_a_push_of_the_same_weights_changes_nothing(tiny: Tiny, student: FakeVLLM) -> None:
+    engine = assemble(tiny(rollout__engine="vllm", rollout__url=student.url)).generators.student
+    for version in range(3):
+        engine.sync_weights(version)
+
+
 def no_ids(answer: Any) -> Any:
     answer["choices"][0].pop("token_ids")
     return answer

@@ -197,6 +197,20 @@ def bigram(rows: dict[str, dict[str, float]]) -> Qwen3ForCausalLM:
     return model.eval()
 
 
+@pytest.mark.parametrize("scoring", ["rewrite", "plain"])
+def test_paper_compat_is_plain_text_on_both_sides(scoring: str, parts: Parts) -> None:
+    """With a line break before z, which is written after the template all the same."""
+    method, writer = scripted(parts, "7+5 is 12<eos>", paper_compat=True, scoring=scoring)
+    method.bare.tokenizer = make_tokenizer([*CHARACTERS, "\n"])
+    (t,) = method.prepare([attempt("so 13<eos>")], step=0).trajectories
+    line_break = (len(CHARACTERS),)
+    plain = ids("7+5=?") + line_break
+    assert t.student_context == plain
+    assert t.teacher_context == (ids("7+5=? try:so 13 redo:") + line_break if scoring == "rewrite" else plain)
+    assert writer.asked == [ids("<bos>7+5=? try:so 13 redo:<sol>")]
+    assert t.response == ids("7+5 is 12")
+
+
 def test_loss_of_two_tokens_by_hand(tiny: Callable[..., Config], tmp_path: Path) -> None:
     student = {"<sol>": {"a": 0.5, "b": 0.5}, "a": {"<eos>": 0.3, "a": 0.7}, "b": {"<eos>": 1.0}}
     teacher = {"<sol>": {"a": 0.6, "b": 0.4}, "a": {"<eos>": 0.9, "a": 0.1}, "b": {"<eos>": 1.0}}

@@ -51,6 +51,7 @@ def student_engine(config: Config, student: nn.Module, own: HFEngine) -> Engine:
             student=student,
             weights=Path(config.run.dir) / config.run.name / "weights",
             tolerance=_HALF if half else _EXACT,
+            half=half,
         )
     if distributed.world() > 1:
         raise UserError(

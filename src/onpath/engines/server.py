@@ -16,7 +16,7 @@ from onpath.data.render import Renderer
 from onpath.engines.base import Engine
 from onpath.engines.stops import string_end
 from onpath.engines.vllm import checked_completion, request_seed
-from onpath.engines.weights import largest_gap, probe_ids, probe_logprobs, save_weights
+from onpath.engines.weights import Arrival, largest_gap, probe_ids, probe_logprobs, save_weights
 from onpath.engines.wire import Nonsense, Server
 from onpath.records import Completion, Sampling
 from onpath.system import distributed
@@ -47,6 +47,7 @@ class ServerEngine(Engine):
         student: the model that trains, whose weights the server takes over; None: a teacher stands still.
         weights: directory that the server can read, for the student's weights.
         tolerance: largest gap, in nats, that rounding may explain.
+        half: whether the server holds the student's weights in half precision.
     """
 
     server: Server
@@ -62,11 +63,13 @@ class ServerEngine(Engine):
         student: nn.Module | None = None,
         weights: Path | None = None,
         tolerance: float = 1e-3,
+        half: bool = False,
     ) -> None:
         self.server, self.renderer, self.stop_ids = server, renderer, stop_ids
         self.stop_strings = tuple(stop_strings)
         self.vocabulary, self.student, self.weights = vocabulary, student, weights
         self.tolerance, self.policy_version = tolerance, 0
+        self._arrival = Arrival(tolerance=tolerance, half=half)
         self._held: Sequence[float] | None = None
         self.resyncs = 0
         """How often the server had lost the trained weights, by a restart, and was given them again."""
@@ -151,12 +154,10 @@ class ServerEngine(Engine):
         if self.student is not None:
             self._push()
             self._held = self._answers()
-            gap = self.gap()
-            if not gap <= self.tolerance:
+            if flaw := self._arrival.flaw(self.student, probe_ids(self.vocabulary), self._held):
                 raise UserError(
-                    f"rollout.url: after step {version} the server's log-probs differ from the student's by "
-                    f"up to {gap:.3g} nats (allowed: {self.tolerance:g}): it did not take the weights in "
-                    f"{self.weights}"
+                    f"rollout.url: after step {version} the server's log-probs {flaw}: it did not take the "
+                    f"weights in {self.weights}"
                 )
         self.policy_version = version
 

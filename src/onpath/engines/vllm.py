@@ -18,7 +18,7 @@ from onpath.data.render import Renderer
 from onpath.engines.adapters import merged_weights
 from onpath.engines.base import Engine
 from onpath.engines.stops import string_end
-from onpath.engines.weights import largest_gap, probe_ids, probe_logprobs
+from onpath.engines.weights import Arrival, largest_gap, probe_ids, probe_logprobs
 from onpath.records import Completion, Sampling
 from onpath.system.errors import UserError
 
@@ -58,6 +58,7 @@ class VLLMEngine(Engine):
         self.policy_version = 0
         if self.stop_strings:  # it finds them in its own text
             options = {"skip_tokenizer_init": False, **options}
+        self._arrival = Arrival(tolerance=tolerance, half=dtype != "float32")
         self._llm = _start(directory, dtype, context_length, options)
         self._one_at_a_time = threading.Lock()  # rollout.overlap generates from a thread of its own
         self._sleeps, self._asleep = bool(options.get("enable_sleep_mode")), False
@@ -99,27 +100,27 @@ class VLLMEngine(Engine):
         """Pushes the trained weights, forgets cached prefixes, and checks that they arrived.
 
         Raises:
-            UserError: vLLM's log-probs of a fixed sequence are not the student's.
+            UserError: vLLM's log-probs of a fixed sequence are not the student's, or have not moved.
         """
         self._wake()
         self._llm.collective_rpc(
             "reload_weights", kwargs={"weights_iterator": iter(list(merged_weights(self.model)))}
         )
         self._llm.reset_prefix_cache()
-        gap = self.gap()
-        if not gap <= self.tolerance:
+        if flaw := self._arrival.flaw(self.model, probe_ids(self.vocabulary), self._answers()):
             raise UserError(
-                f"rollout.engine vllm: after step {version} its log-probs differ from the student's by up to "
-                f"{gap:.3g} nats (allowed: {self.tolerance:g}): the weights did not arrive whole; use "
-                "rollout.engine hf"
+                f"rollout.engine vllm: after step {version} its log-probs {flaw}: the weights did not arrive "
+                "whole; use rollout.engine hf"
             )
         self.policy_version = version
 
     def gap(self) -> float:
         """Largest difference between vLLM's log-probs and the student's on a fixed sequence, nats."""
+        return largest_gap(self._answers(), probe_logprobs(self.model, probe_ids(self.vocabulary)))
+
+    def _answers(self) -> Sequence[float]:
         ids = probe_ids(self.vocabulary)
-        theirs, ours = self._score([ids[:1]], [ids[1:]])[0], probe_logprobs(self.model, ids)
-        return largest_gap(theirs, ours)
+        return self._score([ids[:1]], [ids[1:]])[0]
 
     def _generate(self, prefixes: Sequence[Sequence[int]], params: Sequence[Any]) -> list[Any]:
         if not prefixes:

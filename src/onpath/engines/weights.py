@@ -13,6 +13,7 @@ from onpath.engines.head import unwrapped
 from onpath.system.files import make_directory, written
 
 PROBE_LENGTH = 16
+_UNMOVED = 1e-6  # nats: one copy asked twice gives the same to the last digits
 
 
 def save_weights(model: nn.Module, directory: Path) -> None:
@@ -35,6 +36,42 @@ def probe_ids(vocabulary: int) -> tuple[int, ...]:
 def largest_gap(one: Sequence[float], two: Sequence[float]) -> float:
     """Between two lists of log-probs of the same tokens, nats."""
     return max(abs(a - b) for a, b in zip(one, two, strict=True))
+
+
+class Arrival:
+    """Whether what was pushed arrived: another copy's log-probs of a fixed sequence against the student's,
+    and against its own of before the push. Half precision rounds by more than one small step moves, so the
+    second question is the one that finds a push that did nothing.
+
+    Args:
+        tolerance: largest gap, in nats, that rounding may explain.
+        half: whether the copy holds its weights in half precision.
+    """
+
+    def __init__(self, *, tolerance: float, half: bool) -> None:
+        self.tolerance, self.dtype = tolerance, torch.bfloat16 if half else torch.float32
+        self._before: tuple[list[float], list[float], list[int]] | None = None
+
+    def flaw(self, model: nn.Module, ids: tuple[int, ...], theirs: Sequence[float]) -> str:
+        """What is wrong with the copy's log-probs of ids[1:] after a push; empty: nothing."""
+        ours, sums = probe_logprobs(model, ids), rounded_sums(model, self.dtype)
+        before, self._before = self._before, (ours, list(theirs), sums)
+        gap = largest_gap(theirs, ours)
+        if not gap <= self.tolerance:
+            return f"differ from the student's by up to {gap:.3g} nats (allowed: {self.tolerance:g})"
+        if before is None or sums == before[2] or largest_gap(ours, before[0]) < _UNMOVED:
+            return ""
+        if largest_gap(theirs, before[1]) < _UNMOVED:
+            return "did not change at all with the last push, though the student's did"
+        return ""
+
+
+@torch.no_grad()
+def rounded_sums(model: nn.Module, dtype: torch.dtype) -> list[int]:
+    """Of each weight matrix, the sum of its bit patterns in a dtype: other weights, other sums."""
+    bits = torch.int16 if dtype.itemsize == 2 else torch.int32
+    sums = [t.to(dtype).contiguous().view(bits).sum() for _, t in merged_weights(model)]
+    return [int(v) for v in torch.stack(sums).cpu()]
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from onpath.engines.forward import Kept, Models
 from onpath.grade.base import Grader, Verdict
 from onpath.grade.rewards import Reward, totals, values_of
 from onpath.records import Completion, Prompt, Rollout, Sampling, Trajectory
+from onpath.system import distributed
 from onpath.system.errors import UserError
 
 
@@ -202,15 +203,17 @@ def own_response(
 
 
 def check_generated(trajectories: Sequence[Trajectory], *, step: int, who: str, of: str, look: str) -> None:
-    """Some of what was generated in the teacher's name must be text.
+    """Some of what was generated in the teacher's name must be text, over all processes: each must call.
 
     Raises:
         UserError: none of it is.
     """
-    if trajectories and all(t.edit.reason == "empty" for t in trajectories):
+    mine = [len(trajectories), sum(t.edit.reason == "empty" for t in trajectories)]
+    asked, empty = distributed.total(mine)
+    if asked and empty == asked:
         raise UserError(
-            f"step {step + 1}: {who} returned no text for any of {len(trajectories)} {of}, so there is "
-            f"nothing to train on; look at {look}"
+            f"step {step + 1}: {who} returned no text for any of {asked:.0f} {of}, so there is nothing to "
+            f"train on; look at {look}"
         )
 
 

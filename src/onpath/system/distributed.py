@@ -6,16 +6,24 @@ is that of one process whatever the number of ranks.
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from onpath.system.errors import UserError
 
 T = TypeVar("T")
+
+
+_SAID, _LEFT = "onpath/said", "onpath/left"
+_PATIENCE = 10.0  # seconds that a rank which gives up waits for the others to hear of it
 
 
 def start(device: torch.device) -> None:
@@ -24,6 +32,61 @@ def start(device: torch.device) -> None:
         if device.type == "cuda":
             torch.cuda.set_device(local_device(device))
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+@contextmanager
+def one_fate() -> Iterator[None]:
+    """In this block what ends one rank ends all of them, with the same sentence: it is left where the others
+    find it when their next exchange fails. Leaves the process group at the end.
+
+    Raises:
+        UserError: this rank's own, or what another one said.
+    """
+    board, patience = None, 0.0
+    try:
+        yield
+    except UserError as error:
+        board, patience = _board(), _PATIENCE
+        if board is not None:
+            board.compare_set(_SAID, "", str(error))
+        raise
+    except (dist.DistError, RuntimeError) as error:
+        if not _lost_a_peer(error):
+            raise
+        board = _board()
+        said = board.get(_SAID).decode() if board is not None and board.check([_SAID]) else ""
+        raise UserError(
+            said
+            or "another process of this run has ended before its time; what it printed says why; start the "
+            "same command again to go on"
+        ) from None
+    finally:
+        stop()
+        if board is not None:
+            _wait_for_all(board, patience)
+
+
+def _board() -> TCPStore | None:
+    """Where ranks leave word for each other without an exchange; None: there is no group."""
+    if not _asked() or not dist.is_initialized():
+        return None
+    where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return TCPStore(*where, is_master=False, timeout=timedelta(seconds=_PATIENCE))
+
+
+def _lost_a_peer(error: Exception) -> bool:
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def _wait_for_all(board: TCPStore, patience: float) -> None:
+    """Until every rank has left, so that a launcher that ends the others at the first exit does not silence
+    them; not for long: one that computes does not hear."""
+    end = time.monotonic() + patience
+    with suppress(dist.DistError, RuntimeError):
+        left = board.add(_LEFT, 1)
+        while left < int(os.environ["WORLD_SIZE"]) and time.monotonic() < end:
+            time.sleep(0.05)
+            left = board.add(_LEFT, 0)
 
 
 def stop() -> None:

@@ -45,7 +45,8 @@ class TRDOptions(MethodOptions):
     """Rollouts and rewrites of each prompt once, from the starting weights (the paper's setting; one pass
     where optim.steps × rollout.prompts is the pool)."""
     paper_compat: bool = False
-    """The authors' rendering: no chat template in the trained text and no EOS supervised."""
+    """The authors' rendering of what is trained on: plain text and a line break before z, on both sides, and
+    no EOS supervised."""
     refine: Literal["all", "wrong_only"] = "all"
     """wrong_only leaves right attempts as they are and trains only on rewrites of wrong ones."""
     filter: Literal["none", "drop_harmed", "wrong_to_right"] = "none"

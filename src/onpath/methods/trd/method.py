@@ -11,9 +11,9 @@ teacher could only continue, is never trained on: that is what token-level weigh
 
 Deviations from the published code, each with the option that undoes it: a fresh y and z at every update
 (`offline`); y at T = 1 (`rollout.temperature`); z without top-p (`rewrite_top_p: 0.95`); chat template and
-EOS in what the student is trained on (`paper_compat`; the rewrite prompt keeps its template there, since it
-z continues it); a rewrite without any text is dropped and counted; a gate before training; the prompts'
-wording is ours, or the gym's.
+EOS in what is trained on (`paper_compat`: plain text and a line break before z, on the student's side and on
+the teacher's; z itself was generated after the template); a rewrite without any text is dropped and counted; a
+gate before training; the prompts' wording is ours, or the gym's.
 """
 
 from collections.abc import Sequence
@@ -79,18 +79,22 @@ class TRD(Method):
 
     def trajectory(self, w: Rewrite) -> Trajectory:
         """What is trained on: x on the student's side, the rewrite prompt on the teacher's, z on both."""
-        x, response = w.attempt.context, w.ids
+        x, r, response = w.attempt.context, w.context, w.ids
         if self.options.paper_compat:
-            x = self.bare.ids(Prompt(id=w.attempt.prompt.id, text=w.attempt.prompt.question))
+            x, r = (self.bare_ids(prompt) for prompt in (w.attempt.prompt, w.asked))
             response = w.ids[:-1] if w.finished else w.ids
         edit = as_edit(w, self.options, self.tools.text.renderer)
         return Trajectory(
             student_context=x,
-            teacher_context=w.context if self.options.scoring == "rewrite" else w.attempt.context,
+            teacher_context=r if self.options.scoring == "rewrite" else x,
             response=response,
             origin=w.attempt,
             edit=replace(edit, detail={"writer": self.writer, **edit.detail}),
         )
+
+    def bare_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        """The question as plain text, and the line break that parts it from z."""
+        return self.bare.ids(Prompt(id=prompt.id, text=f"{prompt.question}\n"))
 
     @property
     def writer(self) -> str:

@@ -1,0 +1,115 @@
+"""Several ranks: what ends one ends all of them, with the same sentence."""
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from onpath.config.methods.topd import TOPDOptions
+from onpath.methods.base import check_generated
+from onpath.methods.topd.candidates import candidate_counts
+from onpath.records import Edit, Trajectory
+from onpath.system import distributed
+from onpath.system.errors import UserError, guarded
+
+
+def rewrites(*reasons: str) -> list[Trajectory]:
+    made = [Edit(kind="rewrite", kept=not r, reason=r or "kept") for r in reasons]
+    return [Trajectory(student_context=(1,), teacher_context=(1,), response=(2,), edit=e) for e in made]
+
+
+def check(trajectories: list[Trajectory]) -> None:
+    check_generated(trajectories, step=0, who="it", of="attempts", look="it")
+
+
+def sums(rank: int) -> None:
+    check(rewrites("") if rank else rewrites("empty"))
+    print("counts", candidate_counts([400], TOPDOptions(max_per_step=10, top_share=0.1)), flush=True)
+    check(rewrites("empty"))
+
+
+def one(rank: int) -> None:
+    if rank == 1:
+        raise UserError("data.train: this rank cannot read its share")
+
+
+def dies(rank: int) -> None:
+    if rank == 1:
+        os._exit(1)
+
+
+def ranks(what: Callable[[int], None], tmp_path: Path) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of two ranks, which are forks of this process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+    def run(rank: int) -> None:
+        with distributed.one_fate():
+            distributed.start(torch.device("cpu"))
+            what(rank)
+            distributed.barrier()
+            distributed.barrier()
+
+    started = []
+    for rank in range(2):
+        process = os.fork()
+        if process == 0:
+            for name, stream in (("out", 1), ("err", 2)):
+                os.dup2(os.open(tmp_path / f"{name}{rank}", os.O_WRONLY | os.O_CREAT), stream)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            os.environ |= {**shared, "RANK": str(rank)}
+            code = guarded(lambda rank=rank: run(rank))
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        started.append(process)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in started]
+    said = [[(tmp_path / f"{name}{rank}").read_text() for name in ("out", "err")] for rank in range(2)]
+    return [(code, *texts) for code, texts in zip(codes, said, strict=True)]
+
+
+def last(err: str) -> str:
+    """Without what the C++ half of torch prints when rank 0, which holds the store, is the first to go."""
+    return next(line for line in reversed(err.splitlines()) if line.startswith("onpath:"))
+
+
+def test_one_empty_rewrite_is_no_reason_and_all_are_one_sentence(tmp_path: Path) -> None:
+    for code, out, err in ranks(sums, tmp_path):
+        assert code == 2
+        assert out == "counts [5]\n", "ten over both processes, and one empty rewrite of two ends nobody"
+        assert last(err) == (
+            "onpath: step 1: it returned no text for any of 2 attempts, so there is nothing to train on; "
+            "look at it"
+        )
+
+
+def test_an_error_of_one_rank_is_everybodys_sentence(tmp_path: Path) -> None:
+    for code, _, err in ranks(one, tmp_path):
+        assert (code, last(err)) == (2, "onpath: data.train: this rank cannot read its share")
+
+
+def test_a_rank_that_dies_is_told_in_a_sentence(tmp_path: Path) -> None:
+    (code, _, err), _ = ranks(dies, tmp_path)
+    assert code == 2
+    assert last(err).startswith("onpath: another process of this run has ended before its time")
+    assert "Traceback" not in err
+
+
+def test_what_one_process_alone_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = Trajectory(
+        student_context=(1,), teacher_context=(1,), response=(2,), edit=Edit(kind="r", reason="empty")
+    )
+    monkeypatch.setattr(distributed, "total", lambda values, device=None: [2 * v for v in values])
+    with pytest.raises(UserError, match="any of 2 attempts"):
+        check_generated([empty], step=0, who="it", of="attempts", look="it")
+    with pytest.raises(UserError, match="mine"), distributed.one_fate():
+        raise UserError("mine")
+    with pytest.raises(RuntimeError, match="not of a peer"), distributed.one_fate():
+        raise RuntimeError("not of a peer")
+    assert not torch.distributed.is_initialized()
