@@ -61,6 +61,10 @@ class _Parser(argparse.ArgumentParser):
 
             known = re.findall(r"[\w-]+", found[2])
             message = f"unknown command {found[1]}; {nearest(found[1], known)}"
+        if found := re.match(r"unrecognized arguments: (.*)", message):
+            from onpath.config.elsewhere import first_answer
+
+            message = first_answer(w for w in found[1].split() if w.startswith("--")) or message
         self.exit(2, f"onpath: {message} (`{self.prog} --help` shows what there is)\n")
 
 

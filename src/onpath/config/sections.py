@@ -78,6 +78,9 @@ class Data(Section):
     gym's training data, none for a file."""
     eval_limit: int | None = Field(None, ge=1)
     """Use only the first so many problems of each evaluation set."""
+    columns: dict[Literal["prompt", "answer", "solution", "id"], str] = Field({})
+    """What your rows call them, such as {prompt: problem, answer: meta.final}; an evaluation set without them
+    has ours. The gym's rows are ours."""
     skip_bad: Annotated[bool, NEUTRAL] = False
     """Skip unreadable rows, print and store how many; otherwise the first one stops the run."""
     template: Literal["auto", "chat", "plain"] = "auto"
@@ -188,13 +191,14 @@ class Eval(Section):
     """Of evaluation samples."""
     top_k: int = Field(0, ge=0)
     """Of evaluation samples; 0 is off."""
-    max_new_tokens: int = Field(128, ge=1)
-    """Longest response in evaluation."""
+    max_new_tokens: int | None = Field(None, ge=1)
+    """Longest response in evaluation; null: rollout.max_new_tokens."""
     seed: int = 1234
     """Of evaluation samples: the same for every model, so that comparisons are paired."""
 
     def sampling(self) -> Sampling:
         """How evaluation draws tokens."""
+        assert self.max_new_tokens is not None, "a config gives it that of the rollouts"
         return Sampling(
             temperature=self.temperature,
             top_p=self.top_p,
