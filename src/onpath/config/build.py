@@ -82,6 +82,13 @@ class Config(Section):
                 f"eval.k is {self.eval.k}, but eval.n gives only {self.eval.n} samples per problem; raise "
                 f"eval.n or lower eval.k"
             )
+        best, splits = self.run.keep_best, ", ".join(self.data.eval) or "there are none"
+        if best is not None and best not in self.data.eval:
+            raise ValueError(f"run.keep_best is {best!r}; it must be a set of data.eval: {splits}")
+        if self.run.stop_after and not (best and self.eval.every):
+            raise ValueError(
+                "run.stop_after compares evaluations: set run.keep_best to one of data.eval, and eval.every"
+            )
         if self.method.on_policy and not (
             self.rollout.temperature == 1 and self.rollout.top_p == 1 and self.rollout.top_k == 0
         ):

@@ -247,6 +247,10 @@ class Run(Section):
     """Write a checkpoint every so many steps (and at the end); 0 only at the end."""
     keep: Annotated[int, NEUTRAL] = Field(2, ge=1)
     """Checkpoints kept; older ones are removed."""
+    keep_best: Annotated[str | None, NEUTRAL] = None
+    """An evaluation set: the weights that did best on it (avg@n) are kept in best/, beside the final ones."""
+    stop_after: Annotated[int, NEUTRAL] = Field(0, ge=0)
+    """Stop after so many evaluations in a row that were no better than the best one; 0 never."""
     trajectories_every: Annotated[int, NEUTRAL] = Field(10, ge=0)
     """Store what was trained on every so many steps (and at the first and the last); 0 never."""
     trackers: Annotated[
