@@ -96,15 +96,15 @@ def optimise(parts: Parts, run: Run, *, quiet: bool) -> None:
     with shown as display, stop_requests() as asked:
         run.announce(display, done)
         if done == 0 and config.eval.start:
-            evaluate_all(parts, run, display, step=0)
-        for step in range(done, config.optim.steps):
+            run.judge(display, evaluate_all(parts, run, display, step=0))
+        for step in run.steps_left(done):
             schedule(step)
             meter = one_step(parts, optimizer, step)
             row = run.log(step + 1, meter, lr=optimizer.param_groups[0]["lr"])
             display.step(row)
             last = step + 1 == config.optim.steps
             if last or (config.eval.every and (step + 1) % config.eval.every == 0):
-                evaluate_all(parts, run, display, step=step + 1)
+                last |= run.judge(display, evaluate_all(parts, run, display, step=step + 1))
             store_step(parts, run.directory, meter, step + 1)
             stop = distributed.anywhere(bool(asked), parts.models.device)
             if last or stop or (config.run.save_every and (step + 1) % config.run.save_every == 0):

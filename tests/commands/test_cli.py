@@ -26,7 +26,7 @@ from tests.commands.report_data import make_run
 COMMANDS: dict[str, tuple[Callable[..., Any], list[str]]] = {
     "demo": (demo, []),
     "doctor": (run_doctor, []),
-    "eval": (onpath.evaluate_model, ["MODEL", "--data", "F"]),
+    "eval": (onpath.evaluate_model, ["MODEL"]),
     "export": (onpath.export_model, ["RUN", "OUT"]),
     "inspect": (run_inspect, ["DIR"]),
     "inspect --probe": (run_named, ["DIR"]),

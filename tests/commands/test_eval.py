@@ -1,16 +1,22 @@
 """`onpath eval`, from Python and on the command line."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import onpath
 from onpath.commands.cli import main
 from onpath.commands.eval import Evaluated
+from onpath.config import build, load
+from onpath.run.log import read_lines
 from onpath.system.errors import UserError
+from onpath.training import train
 
 SMALL: dict[str, Any] = {"n": 3, "k": 2, "limit": 6, "grader": "exact", "max_new_tokens": 6, "device": "cpu"}
 
@@ -81,3 +87,122 @@ def test_a_place_that_cannot_be_written_is_said_before_anything_loads(
 ) -> None:
     with pytest.raises(UserError, match="cannot write"):
         onpath.evaluate_model("./nowhere", data=data_file, out=data_file / "inside", **SMALL)
+
+
+# Runs and checkpoints.
+
+
+@pytest.fixture(scope="module", params=[0, 4], ids=["full", "lora"])
+def run(
+    request: pytest.FixtureRequest,
+    model_dirs: dict[str, Path],
+    data_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """Trained to step 4 with a system prompt; checkpoints of steps 2 and 4."""
+    config = build(
+        {
+            "student": {"model": str(model_dirs["student"]), "device": "cpu", "lora_rank": request.param},
+            "teacher": {"model": str(model_dirs["teacher"]), "device": "cpu"},
+            "data": {
+                "train": str(data_file),
+                "eval": {"sums": str(data_file)},
+                "eval_limit": 9,
+                "system": "3+5=8; ",
+            },
+            "rollout": {"prompts": 8, "max_new_tokens": 12},
+            "optim": {"steps": 4, "lr": 2e-2},
+            "eval": {"grader": "exact", "n": 3, "k": 2, "every": 2, "start": False, "seed": 7},
+            "run": {"name": "r", "dir": str(tmp_path_factory.mktemp("runs")), "save_every": 2},
+        }
+    )
+    return train(config, quiet=True).directory
+
+
+def numbers(result: Any) -> tuple[Any, ...]:
+    row = result if isinstance(result, dict) else result.to_json()
+    return tuple(row[key] for key in ("split", "problems", "n", "k", "avg_at_k", "mean_length", "finished"))
+
+
+def test_a_run_and_its_checkpoints_are_asked_as_the_run_asks(run: Path) -> None:
+    """What `onpath eval` says is what the run said at that step."""
+    said = {row["step"]: row for row in read_lines(run / "eval.jsonl")}
+    places = {2: run / "checkpoints" / "step_2", 4: run}
+    found = {step: onpath.evaluate_model(place).results[str(place)] for step, place in places.items()}
+    for step, result in found.items():
+        assert numbers(result) == numbers(said[step]), step
+    assert found[2].details != found[4].details
+    last = onpath.evaluate_model(run / "checkpoints" / "step_4").results[str(run / "checkpoints" / "step_4")]
+    assert last.details == found[4].details
+    bare = onpath.evaluate_model(
+        run / "model", data=run_data(run), limit=9, n=3, k=2, max_new_tokens=12, seed=7
+    )
+    assert bare.results[str(run / "model")].details != found[4].details, "without the run's system prompt"
+
+
+def run_data(run: Path) -> str:
+    return next(iter(load(run / "config.yaml").data.eval.values()))
+
+
+def test_what_is_said_is_stronger_than_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "eval",
+        str(run),
+        "--data",
+        "sums",
+        "--limit",
+        "3",
+        "--k",
+        "1",
+        "--max-new-tokens",
+        "2",
+        "--json",
+    ]
+    assert main(arguments) == 0
+    found = json.loads(capsys.readouterr().out)["models"][str(run)]
+    assert (found["problems"], found["n"], found["k"], found["split"]) == (3, 1, 1, "sums")
+    assert found["mean_length"] <= 2
+    assert main(["eval", str(run), "--against", str(run / "checkpoints" / "step_2")]) == 0
+    assert "first − second" in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_trained_from(run: Path, model_dirs: dict[str, Path], tmp_path: Path) -> None:
+    exported = onpath.export_model(run / "checkpoints" / "step_2", tmp_path / "exported")
+
+    def config(model: Path, name: str, rank: int = 0) -> Any:
+        return load(
+            run / "config.yaml",
+            {
+                "student.model": str(model),
+                "student.lora_rank": rank,
+                "optim.steps": 1,
+                "run.name": name,
+                "run.dir": str(tmp_path),
+            },
+        )
+
+    one, two = (
+        train(config(model, name), quiet=True)
+        for model, name in ((run / "checkpoints" / "step_2", "one"), (exported, "two"))
+    )
+    weights = [load_file(r.model / "model.safetensors") for r in (one, two)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+    with pytest.raises(UserError, match=r"student\.model: an adapter .* needs a base .* onpath export"):
+        train(config(run / "checkpoints" / "step_2", "three", rank=2), quiet=True)
+
+
+def test_without_data_there_must_be_one_evaluation_set(run: Path, model_dirs: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match="is no run with evaluation sets of its own; name one with --data"):
+        onpath.evaluate_model(model_dirs["student"])
+    copy = run.with_name("copy")
+    shutil.copytree(run, copy)
+    tree = load(copy / "config.yaml").model_dump(mode="json")
+    for evals, says in (
+        ({}, "has 0 evaluation sets; name a file"),
+        ({"a": "x", "b": "y"}, "name one of a, b"),
+    ):
+        tree["data"]["eval"] = evals
+        (copy / "config.yaml").write_text(json.dumps(tree))
+        with pytest.raises(UserError, match=says):
+            onpath.evaluate_model(copy)
+    shutil.rmtree(copy)

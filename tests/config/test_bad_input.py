@@ -317,7 +317,7 @@ def test_one_sentence_and_exit_2(
     [
         (["trian"], "unknown command trian; did you mean train?"),
         (["frob"], "unknown command frob; known here: demo, train, eval"),
-        (["eval"], "the following arguments are required: MODEL, --data"),
+        (["eval"], "the following arguments are required: MODEL"),
         (["train", "--quie"], "unrecognized arguments: --quie"),
         (["eval", "gym:student", "--data", "gym:test", "--k", "x"], "argument --k: invalid int value: 'x'"),
     ],

@@ -304,3 +304,78 @@ def test_no_torch_and_no_hash_seed_in_the_order(write: Callable[..., str]) -> No
         for h in "12"
     ]
     assert runs[0].stdout == runs[1].stdout == f"{shuffled(9, seed=3, epoch=2)}\n"
+
+
+# Other people's columns.
+
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "7 + "}, {"type": "text", "text": "5?"}]}]
+TALK = [
+    {"role": "user", "content": "3?"},
+    {"role": "assistant", "content": "3"},
+    {"role": "user", "content": "7 + 5?"},
+    {"role": "assistant", "content": "12"},
+]
+
+
+def saved(kind: str, root: Path, *rows: dict[str, Any]) -> str:
+    """Rows as JSON lines, as Parquet, or as a directory of datasets."""
+    if kind == "jsonl":
+        return jsonl(root / "rows.jsonl", *rows)
+    if kind == "parquet":
+        pd.DataFrame(list(rows)).to_parquet(root / "rows.parquet")
+        return str(root / "rows.parquet")
+    import datasets
+
+    datasets.Dataset.from_list(list(rows)).save_to_disk(str(root / "rows"))
+    return str(root / "rows")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "directory"])
+def test_columns_have_the_names_that_are_said(kind: str, tmp_path: Path) -> None:
+    row = {"problem": "7 + 5?", "final": 12, "meta": {"why": "add", "key": {"no": 3}}, "prompt": "not this"}
+    columns = {"prompt": "problem", "answer": "final", "solution": "meta.why", "id": "meta.key.no"}
+    (prompt,) = load_prompts(saved(kind, tmp_path, row), columns=columns).prompts
+    assert prompt == Prompt(id="3", text="7 + 5?", answer="12", solution="add")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "directory"])
+def test_verl_and_conversations(kind: str, tmp_path: Path) -> None:
+    verl = {"prompt": CHAT, "reward_model": {"style": "rule", "ground_truth": "12"}, "data_source": "x"}
+    (prompt,) = load_prompts(saved(kind, tmp_path, verl)).prompts
+    assert (prompt.messages, prompt.answer) == (tuple(CHAT), "12")
+    for talk in (TALK, TALK[:3]):
+        (root := tmp_path / str(len(talk))).mkdir()
+        (prompt,) = load_prompts(saved(kind, root, {"messages": talk, "answer": "12"})).prompts
+        assert prompt.messages == tuple(TALK[:3])
+
+
+def test_text_parts_are_joined(write: Callable[..., str]) -> None:
+    (prompt,) = load_prompts(write({"prompt": PARTS, "answer": "12"})).prompts
+    assert prompt.messages == ({"role": "user", "content": "7 + 5?"},)
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]},
+            "a part of type 'image'",
+        ),
+        ({"prompt": [{"role": "user", "content": [{"type": "text"}]}]}, "a part of type 'text'"),
+        ({"prompt": [{"role": "user", "content": ["7"]}]}, "a part of type None"),
+        ({"messages": [{"role": "assistant", "content": "12"}]}, "no user's message before"),
+        ({"messages": "7 + 5?"}, "'messages' must be a list"),
+        ({"messages": []}, "no user's message before"),
+    ],
+)
+def test_what_cannot_be_asked_is_said(row: Any, says: str, write: Callable[..., str]) -> None:
+    with pytest.raises(UserError, match=rf"a\.jsonl, line 1: .*{says}"):
+        load_prompts(write(row))
+
+
+def test_a_column_that_no_row_has(write: Callable[..., str]) -> None:
+    source, columns = write(GOOD, GOOD | {"prompt": "8?"}), {"answer": "final"}
+    with pytest.raises(UserError, match=r"a\.jsonl: no row has 'final', which data\.columns\.answer says"):
+        load_prompts(source, columns=columns)
+    assert load_prompts(source, columns=columns, all_columns=False).prompts[0].answer == "12"
+    assert load_prompts("gym:test", limit=1, columns=columns).prompts[0].answer

@@ -74,6 +74,10 @@ class _Parser(argparse.ArgumentParser):
 
             known = re.findall(r"[\w-]+", found[2])
             message = f"unknown command {found[1]}; {nearest(found[1], known)}"
+        if found := re.match(r"unrecognized arguments: (.*)", message):
+            from onpath.config.elsewhere import first_answer
+
+            message = first_answer(w for w in found[1].split() if w.startswith("--")) or message
         self.exit(2, f"onpath: {message} (`{self.prog} --help` shows what there is)\n")
 
 
@@ -208,28 +212,40 @@ def _add_eval(commands: Any) -> None:
     command = commands.add_parser(
         "eval",
         help="grade a model's samples: avg@k, pass@k, intervals",
-        description="Samples and grades a Hugging Face model directory, a gym model or a LoRA adapter. "
-        "Prompts are rendered by the tokenizer's own template: a run's data.system, data.template and "
-        "data.enable_thinking do not apply.",
+        description="Samples and grades a run, one of its checkpoints, a Hugging Face model directory, a gym "
+        "model or a LoRA adapter. A run is asked as it asks itself: its data.system, data.template, "
+        "data.enable_thinking, and what no option says here comes from its config. Any other model's prompts "
+        "are rendered by the tokenizer's own template.",
     )
     command.add_argument(
-        "model", metavar="MODEL", help="directory or hub name, gym:student, gym:teacher, adapter"
+        "model",
+        metavar="MODEL",
+        help="run directory, its checkpoints/step_N or best; directory or hub name, gym:student, adapter, "
+        "gym:teacher",
     )
-    command.add_argument("--data", required=True, metavar="F", help="problems with answers: as data.eval")
+    command.add_argument(
+        "--data", metavar="F", help="problems with answers: as data.eval (default: those of a run)"
+    )
     command.add_argument("--against", metavar="MODEL", help="a second model, compared on the same problems")
     command.add_argument("--n", type=int, help="samples per problem (default: k)")
-    command.add_argument("--k", type=int, default=4, help="pass@k (default: 4)")
+    command.add_argument("--k", type=int, help="pass@k (default: the run's, or 4)")
     command.add_argument("--limit", type=int, help="only the first so many problems")
     command.add_argument(
-        "--grader", default="auto", metavar="NAME", help="auto, gym, math, exact, or your own as file.py:name"
+        "--grader",
+        metavar="NAME",
+        help="auto, gym, math, exact, or your own as file.py:name (default: the run's, or auto)",
     )
-    command.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1)")
-    command.add_argument("--top-p", type=float, default=1.0, help="default: 1")
-    command.add_argument("--top-k", type=int, default=0, help="default: off")
-    command.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
-    command.add_argument("--batch-tokens", type=int, default=32_768, help="tokens in one generation batch")
-    command.add_argument("--seed", type=int, default=1234, help="of the samples (default: 1234)")
-    command.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    command.add_argument("--temperature", type=float, help="0 is greedy (default: the run's, or 1)")
+    command.add_argument("--top-p", type=float, help="default: the run's, or 1")
+    command.add_argument("--top-k", type=int, help="default: the run's, or off")
+    command.add_argument("--max-new-tokens", type=int, help="default: the run's, or 128")
+    command.add_argument(
+        "--batch-tokens", type=int, default=32_768, help="tokens in one generation batch (default: 32768)"
+    )
+    command.add_argument("--seed", type=int, help="of the samples (default: the run's, or 1234)")
+    command.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: the run's, or float32"
+    )
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:0")
     command.add_argument("--out", metavar="DIR", help="write eval.json and the graded samples there")
     command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
@@ -320,7 +336,8 @@ def _add_export(commands: Any) -> None:
     command.add_argument(
         "source",
         metavar="RUN_OR_CHECKPOINT",
-        help="directory of a run (its final model, else its newest sound checkpoint), or checkpoints/step_N",
+        help="directory of a run (its final model, else its newest sound checkpoint), checkpoints/step_N "
+        "or best",
     )
     command.add_argument("out", metavar="OUT", help="directory to write; it must not exist")
     command.add_argument(

@@ -3,24 +3,25 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from onpath.config import Student
+from onpath.config import Config, Data, Student
 from onpath.data.load import load_prompts
-from onpath.data.render import Renderer
 from onpath.data.tasks import split_name
 from onpath.engines.head import head_of
 from onpath.engines.hf import HFEngine
-from onpath.engines.models import load_model, load_tokenizer, pick_device, stop_ids
+from onpath.engines.models import pick_device, stop_ids
 from onpath.evaluate.scores import EvalResult, PairedDifference, compare, evaluate
 from onpath.grade.base import Grader
 from onpath.grade.graders import grader_for
 from onpath.records import Prompt, Rollout, Sampling
+from onpath.run.inputs import make_renderer
+from onpath.run.trained import Trained, find, load_its_tokenizer, load_start
 from onpath.run.trajectories import sample_row, write_parquet
 from onpath.system import code
 from onpath.system.errors import UserError
@@ -56,38 +57,42 @@ class Evaluated:
 def evaluate_model(
     model: str | Path,
     *,
-    data: str | Path,
+    data: str | Path | None = None,
     against: str | Path | None = None,
     n: int | None = None,
-    k: int = 4,
+    k: int | None = None,
     limit: int | None = None,
-    grader: str = "auto",
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    max_new_tokens: int = 128,
+    grader: str | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    max_new_tokens: int | None = None,
     batch_tokens: int = 32_768,
-    seed: int = 1234,
-    dtype: str = "float32",
+    seed: int | None = None,
+    dtype: str | None = None,
     device: str = "auto",
     allow_code: bool = False,
     out: str | Path | None = None,
 ) -> Evaluated:
     """Samples a model's answers and grades them; with `against` also a second model's, on the same problems.
 
-    Prompts are rendered by the tokenizer's own template.
+    A run, or a checkpoint of one, is asked as the run asks: its system prompt, template and thinking switch;
+    what is None comes from its config. Prompts of any other model are rendered by the tokenizer's own
+    template, and what is None comes from the defaults of the config's section `eval`.
 
     Args:
-        model: a Hugging Face model directory or hub name, a LoRA adapter, `gym:student` or `gym:teacher`.
-        data: problems with answers, as `data.eval`.
-        against: a second model.
-        n: samples per problem; None: k.
+        model: a run directory (its final model), its `checkpoints/step_N` or `best`; or a Hugging Face model
+            directory or hub name, a LoRA adapter, `gym:student` or `gym:teacher`.
+        data: problems with answers, as `data.eval`, or the name of one of the run's evaluation sets; None:
+            the run's only one.
+        against: a second model, asked in its own way.
+        n: samples per problem; None: k, if that is given.
         k: of pass@k.
         limit: only the first so many problems.
         grader: auto, gym, math, exact, or a function of your own as file.py:name.
         temperature, top_p, top_k, max_new_tokens, seed: of the samples; temperature 0 is greedy.
         batch_tokens: tokens in one generation batch.
-        dtype: of the weights: float32, bfloat16 or float16.
+        dtype: of the weights: float32, bfloat16 or float16; None: a run's own, or float32.
         device: auto, or as torch names it.
         allow_code: run the Python files that `grader` and `data` name.
         out: directory for eval.json and the graded samples.
@@ -95,16 +100,35 @@ def evaluate_model(
     Raises:
         UserError: something that the caller can fix, in one sentence.
     """
-    count = k if n is None else n
-    sampling = Sampling(
-        temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, seed=seed
+    first = _subject(str(model), dtype, device, "model")
+    asked = first.config.eval
+    given: dict[str, Any] = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+    }
+    sampling = replace(
+        asked.sampling(), **{name: value for name, value in given.items() if value is not None}
     )
-    _check(sampling, n=count, k=k, batch_tokens=batch_tokens, dtype=dtype)
-    source = str(data)
+    samples = n if n is not None else asked.n if k is None else k
+    passes = asked.k if k is None else k
+    _check(sampling, n=samples, k=passes, batch_tokens=batch_tokens)
+    split, source = _problems(first, data)
+    if limit is None and data is None:
+        limit = first.config.data.eval_limit
     with code.allowed(allow_code):
-        prompts = load_prompts(source, limit=limit, split_default="test").prompts
-        chosen = grader_for(grader, [source])
-    split = split_name(source)
+        prompts = load_prompts(
+            source,
+            limit=limit,
+            skip_bad=first.config.data.skip_bad,
+            split_default="test",
+            columns=first.config.data.columns,
+            all_columns=False,
+        ).prompts
+        chosen = grader_for(grader or asked.grader, [source])
+    subjects = [first, *([] if against is None else [_subject(str(against), dtype, device, "against")])]
     if out is not None:
         make_directory(Path(out))
         (Path(out) / "eval.json").unlink(missing_ok=True)  # it comes last: where it is, the samples are
@@ -114,14 +138,13 @@ def evaluate_model(
             prompts=prompts,
             grader=judge,
             sampling=sampling,
-            n=count,
-            k=k,
+            n=samples,
+            k=passes,
             split=split,
             batch_tokens=batch_tokens,
         )
-        for index, name in enumerate([str(model), *([] if against is None else [str(against)])]):
-            section = Student.model_validate({"model": name, "dtype": dtype, "device": device})
-            results[name], rows = questions.to(section, "against" if index else "model")
+        for index, subject in enumerate(subjects):
+            results[subject.name], rows = questions.to(subject)
             if out is not None:
                 write_parquet(Path(out) / f"samples_{index}.parquet", rows)
     difference = None if against is None else compare(results[str(model)], results[str(against)])
@@ -131,7 +154,44 @@ def evaluate_model(
     return found
 
 
-def _check(sampling: Sampling, *, n: int, k: int, batch_tokens: int, dtype: str) -> None:
+@dataclass(frozen=True, kw_only=True)
+class _Subject:
+    """A model, and how it is asked."""
+
+    name: str
+    key: str
+    """What names it in errors."""
+    config: Config
+    """The run's `data`, `eval` and `optim`, or the defaults; `student` says what to load."""
+    of_run: Trained | None
+
+
+def _subject(name: str, dtype: str | None, device: str, key: str) -> _Subject:
+    found = find(name)
+    config = Config() if found is None else found.config("data", "eval", "optim")
+    if found is None:  # what the defaults say of data is about the gym
+        config = config.model_copy(update={"data": Data(train=name, eval={})})
+    own = "float32" if found is None else config.student.dtype
+    _check_dtype(dtype)
+    student = Student.model_validate({"model": name, "dtype": dtype or own, "device": device})
+    return _Subject(name=name, key=key, config=config.model_copy(update={"student": student}), of_run=found)
+
+
+def _problems(subject: _Subject, data: str | Path | None) -> tuple[str, str]:
+    """Split and source."""
+    own = subject.config.data.eval
+    if data is not None:
+        source = str(data)
+        return (source, own[source]) if source in own else (split_name(source), source)
+    if subject.of_run is None:
+        raise UserError(f"{subject.name} is no run with evaluation sets of its own; name one with --data")
+    if len(own) != 1:
+        named = f"name one of {', '.join(own)}" if own else "name a file"
+        raise UserError(f"{subject.name} has {len(own)} evaluation sets; {named} with --data")
+    return next(iter(own.items()))
+
+
+def _check(sampling: Sampling, *, n: int, k: int, batch_tokens: int) -> None:
     """Before anything loads."""
     if k < 1:
         raise UserError(f"k is {k}; pass@k needs 1 or more")
@@ -148,7 +208,10 @@ def _check(sampling: Sampling, *, n: int, k: int, batch_tokens: int, dtype: str)
     ):
         if value < least:
             raise UserError(f"{name} is {value}; use {least} or more")
-    if dtype not in _DTYPES:
+
+
+def _check_dtype(dtype: str | None) -> None:
+    if dtype is not None and dtype not in _DTYPES:
         raise UserError(f"dtype is {dtype!r}; it must be one of {', '.join(_DTYPES)}")
 
 
@@ -164,18 +227,26 @@ class _Questions:
     split: str
     batch_tokens: int
 
-    def to(self, section: Student, key: str) -> tuple[EvalResult, list[dict[str, Any]]]:
-        """A model's numbers, and every graded sample as plain values; `key` names the model in errors.
+    def to(self, subject: _Subject) -> tuple[EvalResult, list[dict[str, Any]]]:
+        """A model's numbers, and every graded sample as plain values.
 
         The model is freed at the end: the next one may need its room.
         """
-        tokenizer = load_tokenizer(section, key)
-        model = load_model(section, key, pick_device(section.device, "device"))
-        renderer, stops = Renderer(tokenizer), stop_ids(model, tokenizer, key)
+        config, section, key = subject.config, subject.config.student, subject.key
+        tokenizer = load_its_tokenizer(section, key)
+        model = load_start(section, key, pick_device(section.device, "device"))
+        renderer, stops = make_renderer(config, tokenizer), stop_ids(model, tokenizer, key)
         for prompt in self.prompts:
             renderer.check(prompt)
-        ids = min(max(tokenizer.get_vocab().values()) + 1, head_of(model).vocabulary)  # as in training
-        engine = HFEngine(model, renderer, stop_ids=stops, batch_tokens=self.batch_tokens, vocabulary=ids)
+        ids = min(max(tokenizer.get_vocab().values()) + 1, head_of(model).vocabulary)
+        engine = HFEngine(
+            model,
+            renderer,
+            stop_ids=stops,
+            batch_tokens=self.batch_tokens,
+            bf16=config.optim.bf16,
+            vocabulary=ids,
+        )
 
         def generate(prompts: Sequence[Prompt], n: int) -> list[Rollout]:
             return engine.generate(prompts, self.sampling, n=n)

@@ -6,12 +6,15 @@ or an impossible pair raises `UserError` with one sentence.
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from onpath.config import elsewhere
 from onpath.config.methods import METHODS, MethodOptions, SomeMethod, options_class
 from onpath.config.methods.opd import OPDOptions
 from onpath.config.section import Section
@@ -58,6 +61,14 @@ class Config(Section):
             value["method"] = {"name": "opd", **value["method"]}
         if "rewards" in value:
             value["rewards"] = labelled(value["rewards"])
+        rollout, asked = value.get("rollout") or {}, value.get("eval") or {}
+        if (
+            isinstance(rollout, Mapping)
+            and isinstance(asked, Mapping)
+            and asked.get("max_new_tokens") is None
+        ):
+            longest = rollout.get("max_new_tokens", RolloutSection().max_new_tokens)
+            value["eval"] = {**asked, "max_new_tokens": longest}
         return value
 
     @model_validator(mode="after")
@@ -70,6 +81,13 @@ class Config(Section):
             raise ValueError(
                 f"eval.k is {self.eval.k}, but eval.n gives only {self.eval.n} samples per problem; raise "
                 f"eval.n or lower eval.k"
+            )
+        best, splits = self.run.keep_best, ", ".join(self.data.eval) or "there are none"
+        if best is not None and best not in self.data.eval:
+            raise ValueError(f"run.keep_best is {best!r}; it must be a set of data.eval: {splits}")
+        if self.run.stop_after and not (best and self.eval.every):
+            raise ValueError(
+                "run.stop_after compares evaluations: set run.keep_best to one of data.eval, and eval.every"
             )
         if self.method.on_policy and not (
             self.rollout.temperature == 1 and self.rollout.top_p == 1 and self.rollout.top_k == 0
@@ -171,7 +189,7 @@ def load(
     """
     data: dict[str, Any] = {} if path is None else code.beside(_read_yaml(Path(path)), Path(path).parent)
     given = dict(overrides)
-    for dotted, text in given.items():
+    for dotted, text in sorted(given.items(), key=lambda pair: pair[0] != "method.name"):
         _override(data, dotted, text)
     with code.allowed(allow_code):
         return build(data, source=str(path) if path else _COMMAND_LINE, overridden=given)
@@ -249,17 +267,9 @@ def read_yaml(path: Path) -> Any:
 def _override(data: dict[str, Any], dotted: str, text: Any) -> None:
     section, _, key = dotted.partition(".")
     if not key or section not in Config.model_fields:
-        raise UserError(
-            f"--{dotted}: options are --section.key value; {nearest(section, Config.model_fields)}"
-        )
-    try:
-        value = yaml.safe_load(text) if isinstance(text, str) else text
-    except yaml.YAMLError:
-        value = text
-    if isinstance(text, str) and isinstance(value, bool) and text.lower() not in ("true", "false"):
-        value = text  # YAML 1.1 reads a run named off, no or y as a truth value
-    if text == "None":
-        value = None  # as Python spells null
+        hint = elsewhere.answer(dotted) or nearest(section, Config.model_fields)
+        raise UserError(f"--{dotted}: options are --section.key value; {hint}")
+    value = _read(text, _annotation(data, section, key)) if isinstance(text, str) else text
     target = data.setdefault(section, {})
     if not isinstance(target, dict):
         raise UserError(f"{section}: must be a mapping, not {target!r}")
@@ -272,13 +282,65 @@ def _override(data: dict[str, Any], dotted: str, text: Any) -> None:
     target[last] = value
 
 
+def _annotation(data: Mapping[str, Any], section: str, key: str) -> Any:
+    """The type of an option, as far as it can be known before the config is built; else Any."""
+    name, _, inner = key.partition(".")
+    if section == "rewards":
+        fields: Mapping[str, Any] = Reward.model_fields
+        name = inner
+    elif section == "method":
+        chosen = (data.get("method") or {}).get("name", "opd") if isinstance(data.get("method"), dict) else ""
+        known = chosen in METHODS or (code.is_own(str(chosen)) and code.is_allowed())
+        fields = options_class(chosen).model_fields if known else {}
+        fields = {**{n: f for m in METHODS.values() for n, f in m.model_fields.items()}, **fields}
+    else:
+        fields = _section_type(section).model_fields
+    annotation = fields[name].annotation if name in fields else Any
+    if inner and get_origin(annotation) is dict:
+        return get_args(annotation)[1]
+    return annotation
+
+
+def _read(text: str, annotation: Any) -> Any:
+    """A word of the command line as a value: as it stands where an option is text, else as YAML."""
+    kinds = _kinds(annotation)
+    if type(None) in kinds and text in ("null", "None", "~"):
+        return None
+    if kinds <= {str, type(None)}:
+        return text
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if str in kinds and type(value) not in kinds:
+        return text
+    return text if isinstance(value, date) else None if text == "None" else value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The plain types that an option takes; a mapping of texts takes one text too (data.eval)."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _kinds(args[0])
+    if origin in (Union, UnionType):
+        return {kind for arg in args for kind in _kinds(arg)}
+    if origin is Literal:
+        return {type(arg) for arg in args}
+    if origin is dict and args == (str, str):
+        return {dict, str}
+    return {origin or annotation}
+
+
 def _sentence(error: ValidationError, data: Mapping[str, Any]) -> str:
     """The first problem of a pydantic error as one sentence with the dotted key."""
     first, key = error.errors(include_url=False)[0], _dotted(error)
     loc = key.split(".")
     match first["type"]:
         case "extra_forbidden":
-            return f"unknown key {key}; {nearest(loc[-1], _keys_beside(loc, data))}"
+            beside = _keys_beside(loc, data)
+            ours = [k for k in _all_keys() if k.rpartition(".")[2] == loc[-1]]
+            found = f"here it is {' or '.join(ours)}" if ours else elsewhere.answer(key)
+            return f"unknown key {key}; {found or nearest(loc[-1], beside)}"
         case "union_tag_invalid":
             known = f"{', '.join(METHODS)}, or a class of yours as file.py:Class"
             return f"method.name is {first['input'].get('name')!r}; it must be one of {known}"
@@ -306,6 +368,11 @@ def _keys_beside(loc: Sequence[str], data: Mapping[str, Any]) -> Sequence[str]:
             return list(Reward.model_fields)
         case _:
             return list(_section_type(loc[0]).model_fields)
+
+
+def _all_keys() -> list[str]:
+    sections = {n: _section_type(n) for n in Config.model_fields if n not in ("method", "rewards")}
+    return [f"{name}.{key}" for name, fields in sections.items() for key in fields.model_fields]
 
 
 def _section_type(section: str) -> type[BaseModel]:

@@ -78,6 +78,9 @@ class Data(Section):
     gym's training data, none for a file."""
     eval_limit: int | None = Field(None, ge=1)
     """Use only the first so many problems of each evaluation set."""
+    columns: dict[Literal["prompt", "answer", "solution", "id"], str] = Field({})
+    """What your rows call them, such as {prompt: problem, answer: meta.final}; an evaluation set without them
+    has ours. The gym's rows are ours."""
     skip_bad: Annotated[bool, NEUTRAL] = False
     """Skip unreadable rows, print and store how many; otherwise the first one stops the run."""
     template: Literal["auto", "chat", "plain"] = "auto"
@@ -222,13 +225,14 @@ class Eval(Section):
     """Of evaluation samples."""
     top_k: int = Field(0, ge=0)
     """Of evaluation samples; 0 is off."""
-    max_new_tokens: int = Field(128, ge=1)
-    """Longest response in evaluation."""
+    max_new_tokens: int | None = Field(None, ge=1)
+    """Longest response in evaluation; null: rollout.max_new_tokens."""
     seed: int = 1234
     """Of evaluation samples: the same for every model, so that comparisons are paired."""
 
     def sampling(self) -> Sampling:
         """How evaluation draws tokens."""
+        assert self.max_new_tokens is not None, "a config gives it that of the rollouts"
         return Sampling(
             temperature=self.temperature,
             top_p=self.top_p,
@@ -277,6 +281,10 @@ class Run(Section):
     """Write a checkpoint every so many steps (and at the end); 0 only at the end."""
     keep: Annotated[int, NEUTRAL] = Field(2, ge=1)
     """Checkpoints kept; older ones are removed."""
+    keep_best: Annotated[str | None, NEUTRAL] = None
+    """An evaluation set: the weights that did best on it (avg@n) are kept in best/, beside the final ones."""
+    stop_after: Annotated[int, NEUTRAL] = Field(0, ge=0)
+    """Stop after so many evaluations in a row that were no better than the best one; 0 never."""
     trajectories_every: Annotated[int, NEUTRAL] = Field(10, ge=0)
     """Store what was trained on every so many steps (and at the first and the last); 0 never."""
     trackers: Annotated[

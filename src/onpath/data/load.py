@@ -1,6 +1,7 @@
 """Prompts from files, `datasets`, tasks and own code, and the order in which training sees them. No torch.
 
-Columns: `prompt` (text, or messages of role and content), optional `answer` (what the grader compares with),
+Columns: `prompt` (text, or messages of role and content) or `messages` (a conversation, asked up to its last
+assistant turn), optional `answer` or verl's `reward_model.ground_truth` (what the grader compares with),
 optional `solution` or TRL's `privileged_context` (what only a teacher may see), optional `id`. Other columns
 are ignored, so TRL's prompt-only data sets work unchanged.
 """
@@ -20,7 +21,7 @@ from onpath.records import Message, Prompt
 from onpath.system import code
 from onpath.system.errors import UserError
 
-COLUMNS = ("id", "prompt", "answer", "solution", "privileged_context", "tools")
+COLUMNS = ("id", "prompt", "messages", "answer", "reward_model", "solution", "privileged_context", "tools")
 REASONS_KEPT = 5
 JSONL_SUFFIXES = (".jsonl", ".jsonlines", ".ndjson")
 SOURCES = (
@@ -60,7 +61,13 @@ class _Row:
 
 
 def load_prompts(
-    source: str, *, limit: int | None = None, skip_bad: bool = False, split_default: str = "train"
+    source: str,
+    *,
+    limit: int | None = None,
+    skip_bad: bool = False,
+    split_default: str = "train",
+    columns: Mapping[Any, str] | None = None,
+    all_columns: bool = True,
 ) -> LoadedPrompts:
     """Reads the prompts of a source.
 
@@ -71,6 +78,8 @@ def load_prompts(
         limit: keep only the first so many good rows; None keeps all (of a task: as many as it says).
         skip_bad: count bad rows instead of stopping at the first.
         split_default: split of a `datasets` source that names none.
+        columns: ours → what the source calls it; a dot leads into a mapping. A task's rows are ours.
+        all_columns: whether each of them must be there; else our own names will do where one is not.
 
     Raises:
         UserError: unreadable or empty source, missing column, or a bad row (with file, line and reason).
@@ -78,11 +87,13 @@ def load_prompts(
     prompts: dict[str, Prompt] = {}
     places: dict[str, str] = {}
     skipped: list[str] = []
-    for number, row in enumerate(_rows(source, limit, split_default)):
+    theirs = {} if task_of(source) else dict(columns or {})
+    seen: set[str] = set()
+    for number, row in enumerate(_rows(source, limit, split_default, theirs)):
         if limit is not None and len(prompts) >= limit:
             break
         try:
-            prompt = _prompt(row.value, default_id=str(number))
+            prompt = _prompt(_renamed(row.value, theirs, seen), default_id=str(number))
             if prompt.id in places:
                 raise _BadRow(f"id {prompt.id!r} is also that of {places[prompt.id]}; ids must be unique")
         except _BadRow as reason:
@@ -91,6 +102,11 @@ def load_prompts(
             skipped.append(f"{row.where}: {reason}")
             continue
         prompts[prompt.id], places[prompt.id] = prompt, row.where
+    if all_columns and (unseen := [ours for ours in theirs if ours not in seen]):
+        raise UserError(
+            f"{source}: no row has {theirs[unseen[0]]!r}, which data.columns.{unseen[0]} says is its "
+            f"{unseen[0]}"
+        )
     if not prompts:
         detail = f"all {len(skipped)} rows are bad, first {skipped[0]}" if skipped else "it has no rows"
         raise UserError(f"{source}: no prompts to use: {detail}")
@@ -137,7 +153,7 @@ def prompts_of_step(prompts: Sequence[Prompt], *, size: int, seed: int, step: in
     ]
 
 
-def _rows(source: str, limit: int | None, split_default: str) -> Iterator[_Row]:
+def _rows(source: str, limit: int | None, split_default: str, theirs: Mapping[str, str]) -> Iterator[_Row]:
     """Chooses the reader by the form of the source."""
     if code.is_own(source):
         return _own_rows(source)
@@ -147,17 +163,17 @@ def _rows(source: str, limit: int | None, split_default: str) -> Iterator[_Row]:
     path = Path(source).expanduser()
     base, _, split = source.rpartition(":")
     if path.is_file():
-        return _file_rows(path)
+        return _file_rows(path, theirs)
     if path.is_dir():
-        return _saved_rows(path, split_default)
+        return _saved_rows(path, split_default, theirs)
     if base and Path(base).expanduser().is_dir():
-        return _saved_rows(Path(base).expanduser(), split)
+        return _saved_rows(Path(base).expanduser(), split, theirs)
     file_like = path.suffix in (*JSONL_SUFFIXES, ".parquet", ".json")
     looks_like_path = file_like or source.startswith(("/", "./", "../", "~"))
     if looks_like_path or not _HUB_NAME.fullmatch(source):
         raise UserError(f"{source!r}: no such file or directory; a source is {SOURCES}")
     name, _, split = source.partition(":")  # a slice of a split has colons too: name:test[:100]
-    return _hub_rows(name, split or split_default)
+    return _hub_rows(name, split or split_default, theirs)
 
 
 def _own_rows(source: str) -> Iterator[_Row]:
@@ -173,11 +189,11 @@ def _numbered(source: str, rows: Iterable[Any]) -> Iterator[_Row]:
         yield _Row(where=f"{source}, row {number}", value=row)
 
 
-def _file_rows(path: Path) -> Iterator[_Row]:
+def _file_rows(path: Path, theirs: Mapping[str, str]) -> Iterator[_Row]:
     if path.suffix in JSONL_SUFFIXES:
         return _jsonl_rows(path)
     if path.suffix == ".parquet":
-        return _parquet_rows(path)
+        return _parquet_rows(path, theirs)
     raise UserError(f"{path}: unknown file type {path.suffix!r}; a source is {SOURCES}")
 
 
@@ -192,14 +208,14 @@ def _jsonl_rows(path: Path) -> Iterator[_Row]:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _parquet_rows(path: Path) -> Iterator[_Row]:
+def _parquet_rows(path: Path, theirs: Mapping[str, str]) -> Iterator[_Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 0
     try:
         with pq.ParquetFile(path) as file:
-            columns = _usable_columns(str(path), file.schema_arrow.names)
+            columns = _usable_columns(str(path), file.schema_arrow.names, theirs)
             for batch in file.iter_batches(columns=columns):
                 for value in batch.to_pylist():
                     yield _Row(where=f"{path}, row {number}", value=value)
@@ -208,7 +224,7 @@ def _parquet_rows(path: Path) -> Iterator[_Row]:
         raise UserError(f"{path}: not a readable Parquet file: {_first_line(error)}") from None
 
 
-def _saved_rows(path: Path, split: str) -> Iterator[_Row]:
+def _saved_rows(path: Path, split: str, theirs: Mapping[str, str]) -> Iterator[_Row]:
     import datasets
 
     try:
@@ -222,10 +238,10 @@ def _saved_rows(path: Path, split: str) -> Iterator[_Row]:
             known = ", ".join(map(str, data))
             raise UserError(f"{path}: no split {split!r}; it has {known}: append :<split>")
         data = data[split]
-    return _dataset_rows(str(path), data)
+    return _dataset_rows(str(path), data, theirs)
 
 
-def _hub_rows(name: str, split: str) -> Iterator[_Row]:
+def _hub_rows(name: str, split: str, theirs: Mapping[str, str]) -> Iterator[_Row]:
     import datasets
 
     try:
@@ -235,44 +251,70 @@ def _hub_rows(name: str, split: str) -> Iterator[_Row]:
             f"{name}: no file or directory of that name, and datasets cannot load its split {split!r}: "
             f"{_first_line(error)}"
         ) from None
-    return _dataset_rows(f"{name}:{split}", data)
+    return _dataset_rows(f"{name}:{split}", data, theirs)
 
 
-def _dataset_rows(where: str, data: Any) -> Iterator[_Row]:
-    columns = _usable_columns(where, data.column_names)
+def _dataset_rows(where: str, data: Any, theirs: Mapping[str, str]) -> Iterator[_Row]:
+    columns = _usable_columns(where, data.column_names, theirs)
     for number, value in enumerate(data.select_columns(columns)):
         yield _Row(where=f"{where}, row {number}", value=value)
 
 
-def _usable_columns(where: str, names: Sequence[str]) -> list[str]:
-    if "prompt" not in names:
+def _usable_columns(where: str, names: Sequence[str], theirs: Mapping[str, str]) -> list[str]:
+    given = {ours: {column, column.partition(".")[0]} for ours, column in theirs.items()}
+    if not {"prompt", "messages", *given.get("prompt", ())} & set(names):
         held = ", ".join(names) or "none"
-        raise UserError(f"{where}: no column 'prompt' (it has {held}); rename the one with the problem")
-    return [name for name in names if name in COLUMNS]
+        raise UserError(
+            f"{where}: no column 'prompt' (it has {held}); say which one has the problem: "
+            "data.columns: {prompt: …}"
+        )
+    return [name for name in names if name in set(COLUMNS).union(*given.values())]
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _prompt(value: Any, *, default_id: str) -> Prompt:
-    """A row as a record; `_BadRow` says what is wrong with it."""
+_ABSENT = object()
+
+
+def _renamed(value: Any, theirs: Mapping[str, str], seen: set[str]) -> Mapping[str, Any]:
+    """A row under our names; those that were found are added to `seen`."""
     row = _decode(value) if isinstance(value, bytes) else value
     if not isinstance(row, Mapping):
         raise _BadRow(f"must be an object with a key 'prompt', not {_kind(row)}")
-    if "prompt" not in row:
-        raise _BadRow(f"no key 'prompt' (it has {', '.join(map(repr, row)) or 'none'})")
+    found = {}
+    for ours, column in theirs.items():
+        held: Any = row
+        for part in [column] if column in row else column.split("."):
+            held = held.get(part, _ABSENT) if isinstance(held, Mapping) else _ABSENT
+        if held is not _ABSENT:
+            found[ours] = held
+    seen.update(found)
+    return {**row, **found}
+
+
+def _prompt(row: Mapping[str, Any], *, default_id: str) -> Prompt:
+    """A row as a record; `_BadRow` says what is wrong with it."""
     if row.get("tools"):
         raise _BadRow(
             "it has 'tools', which onpath does not render; put them into the prompt, or drop the column"
         )
-    text, messages = _question(row["prompt"])
+    text: str | None = None
+    messages: tuple[Message, ...] | None
+    if row.get("prompt") is None and row.get("messages") is not None:
+        messages = _conversation(row["messages"])
+    elif "prompt" in row:
+        text, messages = _question(row["prompt"])
+    else:
+        held = ", ".join(map(repr, row)) or "none"
+        raise _BadRow(f"no key 'prompt' (it has {held}); data.columns says what it is called")
     hint = row.get("solution")
     return Prompt(
         id=_id(row.get("id"), default_id),
         text=text,
         messages=messages,
-        answer=_answer(row.get("answer")),
+        answer=_answer(_reference(row)),
         solution=_solution(row.get("privileged_context") if hint is None else hint),
     )
 
@@ -305,6 +347,28 @@ def _question(value: Any) -> tuple[str | None, tuple[Message, ...] | None]:
     return None, messages
 
 
+def _conversation(value: Any) -> tuple[Message, ...]:
+    """What the last assistant turn answers; the whole if the user has the last word."""
+    if not isinstance(value, list):
+        raise _BadRow(f"'messages' must be a list of messages, not {_kind(value)}")
+    messages = _messages(value, "messages")
+    if messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
+        raise _BadRow("'messages' has no user's message before its last assistant turn")
+    return messages
+
+
+def _reference(row: Mapping[str, Any]) -> Any:
+    """The answer, or where verl keeps it."""
+    rule = row.get("reward_model")
+    return (
+        rule.get("ground_truth")
+        if row.get("answer") is None and isinstance(rule, Mapping)
+        else row.get("answer")
+    )
+
+
 def _messages(values: Sequence[Any], column: str) -> tuple[Message, ...]:
     return tuple(_message(value, f"message {number} of {column!r}") for number, value in enumerate(values))
 
@@ -312,12 +376,24 @@ def _messages(values: Sequence[Any], column: str) -> tuple[Message, ...]:
 def _message(value: Any, where: str) -> Message:
     if not isinstance(value, Mapping):
         raise _BadRow(f"{where} must be an object with role and content, not {_kind(value)}")
-    for key in ("role", "content"):
-        if not isinstance(value.get(key), str):
-            raise _BadRow(f"{where}: {key!r} must be text, not {_kind(value.get(key))}")
+    given = {"role": value.get("role"), "content": _joined(value.get("content"), where)}
+    for key, text in given.items():
+        if not isinstance(text, str):
+            raise _BadRow(f"{where}: {key!r} must be text, not {_kind(text)}")
     if other := [key for key, held in value.items() if key not in ("role", "content") and held is not None]:
         raise _BadRow(f"{where} has {other[0]!r}; only role and content are understood")
-    return {"role": value["role"], "content": _encodable(value["content"], "prompt")}
+    return {"role": given["role"], "content": _encodable(given["content"], "prompt")}
+
+
+def _joined(content: Any, where: str) -> Any:
+    """A list of text parts as one text, as chat templates join them; anything else as it is."""
+    if not isinstance(content, list) or not content:
+        return content
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise _BadRow(f"{where}: 'content' must be text, not a list with a part of type {kind!r}")
+    return "".join(part["text"] for part in content)
 
 
 def _encodable(text: str, column: str) -> str:

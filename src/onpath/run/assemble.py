@@ -11,7 +11,7 @@ from onpath.engines.forward import Models
 from onpath.engines.head import check_head, head_of
 from onpath.engines.hf import HFEngine
 from onpath.engines.make import check_teacher, make_replay, make_teacher, student_engine, teacher_engine
-from onpath.engines.models import load_model, load_tokenizer, pick_device
+from onpath.engines.models import pick_device
 from onpath.engines.overlap import make_overlap
 from onpath.engines.replay import ReplayingEngine, weights_digest
 from onpath.engines.stops import stops_of
@@ -24,6 +24,7 @@ from onpath.run.gradient_cosine import GradientCosine
 from onpath.run.guidance_ratio import GuidanceRatio
 from onpath.run.inputs import CLOCK_FILE, check_prompts, load_data, make_renderer
 from onpath.run.parts import Parts
+from onpath.run.trained import load_its_tokenizer, load_start
 from onpath.system import code, distributed
 from onpath.system.allocator import keep_freed_memory
 
@@ -41,13 +42,13 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
         torch.set_num_threads(config.run.threads)
     objective = config.method.objective()
     prompts = load_data(config)
-    tokenizer = load_tokenizer(config.student, "student.model")
+    tokenizer = load_its_tokenizer(config.student, "student.model")
     device = distributed.local_device(pick_device(config.student.device, "student.device"))
     distributed.start(device)
     if device.type == "cpu":
         keep_freed_memory()
     renderer = make_renderer(config, tokenizer)
-    base = load_model(config.student, "student.model", device)
+    base = load_start(config.student, "student.model", device)
     check_head(base, "student.model")
     longest = check_prompts(config, renderer, base, prompts)
     student = trainable(config, base)

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from onpath.config.build import Config
 from onpath.config.changes import Change, changes
 from onpath.engines import adapters
 from onpath.engines.models import quietly
+from onpath.evaluate.scores import EvalResult
 from onpath.run import checkpoint
+from onpath.run.card import model_card
 from onpath.run.contents import digests
 from onpath.run.environment import environment
 from onpath.run.inputs import CLOCK_FILE
@@ -33,6 +35,7 @@ from onpath.run.log import (
 from onpath.run.meter import Meter
 from onpath.run.optimizer import rate
 from onpath.run.parts import Parts
+from onpath.run.trained import BEST
 from onpath.system import distributed
 from onpath.system.errors import UserError
 from onpath.system.files import remove_leftovers, write_text, written
@@ -71,11 +74,21 @@ class Run:
     """Options that an earlier process of this run had with other values."""
     with_changes: bool = False
     """Whether the run goes on whatever has changed."""
+    best: float | None = None
+    """avg@n of the weights in best/."""
+    since_best: int = 0
+    """Evaluations after it."""
 
     @property
     def finished(self) -> bool:
         """Whether the final model is there: it is written last."""
         return (self.directory / "model").is_dir()
+
+    @property
+    def last_step(self) -> int:
+        """The last step that has its line."""
+        rows = read_lines(self.metrics.path)
+        return int(rows[-1]["step"]) if rows else self.parts.config.optim.steps
 
     def say_finished(self, *, quiet: bool) -> None:
         """What an earlier process has finished is not trained again."""
@@ -84,7 +97,7 @@ class Run:
 
     def result(self, *, trained: bool) -> RunResult:
         """What there is now."""
-        steps = self.parts.config.optim.steps
+        steps = self.last_step
         lines = [row for row in read_lines(self.evals.path) if row["step"] == steps]
         return RunResult(
             directory=self.directory,
@@ -130,6 +143,7 @@ class Run:
         if distributed.rank() == 0:
             self.metrics.rewind(step=done)
             self.evals.rewind(step=done if done else -1)
+        self.best, self.since_best = distributed.first_decides(self._best_so_far)
         if loaded:
             self.parts.generators.student.sync_weights(done)
         return done
@@ -166,6 +180,50 @@ class Run:
             write_text(self.directory / "config.yaml", config.to_yaml())
         self.notes += [_note(change, config, done) for change in self.changes]
         self.notes += [f"{key} is other than before step {done}, as you allow" for key in others]
+
+    def _best_so_far(self) -> tuple[float | None, int]:
+        """avg@n of the best evaluation whose weights are kept, and how many came after it."""
+        split, best, since = self.parts.config.run.keep_best, None, 0
+        for row in read_lines(self.evals.path) if (self.directory / BEST).is_dir() else ():
+            if row["split"] == split:
+                better = best is None or row["avg_at_k"] > best
+                best, since = (row["avg_at_k"], 0) if better else (best, since + 1)
+        return best, since
+
+    @property
+    def stalled(self) -> bool:
+        """Whether run.stop_after evaluations were no better than the best one."""
+        limit = self.parts.config.run.stop_after
+        return bool(limit) and self.since_best >= limit
+
+    def steps_left(self, done: int) -> Iterator[int]:
+        """Steps (from 0) after those that are done, until the run stalls."""
+        for step in range(done, self.parts.config.optim.steps):
+            if self.stalled:
+                return
+            yield step
+
+    def judge(self, display: Display, results: Sequence[EvalResult]) -> bool:
+        """Keeps the weights if they did better than any before them.
+
+        Returns:
+            Whether the run has stalled.
+        """
+        found = [r for r in results if r.split == self.parts.config.run.keep_best]
+        for result in found:
+            if self.best is None or result.avg_at_k > self.best:
+                self.best, self.since_best = result.avg_at_k, 0
+                if distributed.rank() == 0:
+                    self._save(self.directory / BEST, merged=False, step=result.step)
+                distributed.barrier()
+            else:
+                self.since_best += 1
+            if self.stalled:
+                display.say(
+                    f"{self.since_best} evaluations were no better on {result.split} than {self.best:.1%}: "
+                    f"the run ends at step {result.step}; its best weights are in {self.directory / BEST}"
+                )
+        return self.stalled
 
     def leave(self, asked: Requests, step: int) -> None:
         """Ends the process, which was asked to; `step` steps are done and saved.
@@ -221,12 +279,12 @@ class Run:
         target, config = self.directory / "model", self.parts.config
         if distributed.rank() == 0 and not target.exists():
             if config.student.lora_merge and config.student.lora_rank:
-                self._save(self.directory / "merged", merged=True)
-            self._save(target, merged=False)
+                self._save(self.directory / "merged", merged=True, step=self.last_step)
+            self._save(target, merged=False, step=self.last_step)
         distributed.barrier()
         return target
 
-    def _save(self, target: Path, *, merged: bool) -> None:
+    def _save(self, target: Path, *, merged: bool, step: int) -> None:
         model = self.parts.models.student
         with quietly(), written(target, also=(SafetensorError,)) as temporary:
             if merged:
@@ -234,6 +292,14 @@ class Run:
             else:
                 adapters.save(model, temporary, home=target)
             self.parts.text.renderer.tokenizer.save_pretrained(temporary)
+            card = model_card(
+                self.parts.config,
+                problems=len(self.parts.prompts.pool),
+                step=step,
+                evaluations=read_lines(self.evals.path),
+                adapter=bool(self.parts.config.student.lora_rank) and not merged,
+            )
+            (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
 def open_run(config: Config, parts: Parts, *, with_changes: bool = False) -> Run:

@@ -45,6 +45,7 @@ def evaluate_all(parts: Parts, run: Run, display: Display, *, step: int) -> list
                 tracker.log(flatten({f"eval/{split}": result.to_json()}), step)
             display.say(
                 f"eval {split} at step {step}: avg@{result.n} {result.avg_at_k:.1%} [{low:.1%}, {high:.1%}]  "
-                f"pass@{result.k} {result.pass_at_k:.1%}  {result.problems:,} problems"
+                f"pass@{result.k} {result.pass_at_k:.1%}  unfinished {1 - result.finished:.1%}  "
+                f"{result.problems:,} problems"
             )
     return results

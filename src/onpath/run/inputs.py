@@ -39,7 +39,7 @@ def load_data(config: Config) -> Prompts:
         UserError: unreadable, too few, or without a column that the method needs.
     """
     data = config.data
-    pool = load_prompts(data.train, limit=data.limit, skip_bad=data.skip_bad)
+    pool = load_prompts(data.train, limit=data.limit, skip_bad=data.skip_bad, columns=data.columns)
     prompts_of_step(pool.prompts, size=config.rollout.prompts, seed=0, step=0)  # refuses a pool too small
     for column in config.method.needs:
         lacking = [p.id for p in pool.prompts if not (getattr(p, column) or "").strip()]
@@ -61,7 +61,12 @@ def load_evals(config: Config) -> dict[str, tuple[Prompt, ...]]:
     data = config.data
     evals = {
         name: load_prompts(
-            source, limit=data.eval_limit, skip_bad=data.skip_bad, split_default="test"
+            source,
+            limit=data.eval_limit,
+            skip_bad=data.skip_bad,
+            split_default="test",
+            columns=data.columns,
+            all_columns=False,
         ).prompts
         for name, source in data.eval.items()
     }
@@ -126,14 +131,15 @@ def check_prompts(
     asked = [(prompt, new, lower, config.data.train) for prompt in prompts.pool]
     for split, problems in prompts.evals.items():
         source = config.data.eval[split]
-        asked += [(p, config.eval.max_new_tokens, "eval.max_new_tokens", source) for p in problems]
+        longest = config.eval.sampling().max_new_tokens
+        asked += [(p, longest, "eval.max_new_tokens", source) for p in problems]
     if renderer.ids(asked[0][0]) != renderer.ids(asked[0][0]):
         raise UserError("the chat template renders the same prompt differently each time; take its dice out")
-    fits, rows, longest = context_length(student), head_of(student).vocabulary, 0
+    fits, rows, most = context_length(student), head_of(student).vocabulary, 0
     for prompt, new, lower, source in asked:
         renderer.check(prompt)
         ids = renderer.ids(prompt)
-        longest = max(longest, len(ids))
+        most = max(most, len(ids))
         if len(ids) + new > fits:
             remedy = "drop it" if len(ids) >= fits else f"drop it, or lower {lower}"
             raise UserError(
@@ -146,4 +152,4 @@ def check_prompts(
                 f"student.model knows {rows} ids only: its tokenizer is another model's, or its embeddings "
                 "were not resized"
             )
-    return longest
+    return most

@@ -27,7 +27,7 @@ def read_pool(config: Config) -> tuple[LoadedPrompts, Finding]:
         UserError: unreadable, or smaller than a step.
     """
     data = config.data
-    loaded = load_prompts(data.train, limit=data.limit, skip_bad=data.skip_bad)
+    loaded = load_prompts(data.train, limit=data.limit, skip_bad=data.skip_bad, columns=data.columns)
     prompts_of_step(loaded.prompts, size=config.rollout.prompts, seed=0, step=0)
     epochs = config.optim.steps * config.rollout.prompts / len(loaded.prompts)
     values = {"prompts": len(loaded.prompts), "skipped": loaded.skipped, "epochs": round(epochs, 2)}

@@ -201,8 +201,8 @@ def context(config: Config, renderer: Renderer, prompts: Sequence[Prompt], rooms
     """
     longest_texts = sorted(prompts, key=lambda p: len(p.question), reverse=True)[:500]
     longest = max(len(renderer.ids(p)) for p in longest_texts)
-    new = max(config.rollout.max_new_tokens, config.eval.max_new_tokens if config.data.eval else 0)
-    new = max(new, config.method.longest_generated[0])
+    asked = config.eval.sampling().max_new_tokens if config.data.eval else 0
+    new = max(config.rollout.max_new_tokens, asked, config.method.longest_generated[0])
     if not rooms:
         return skipped("context", "the models' configs name no context length")
     side, room = min(rooms.items(), key=lambda item: item[1])

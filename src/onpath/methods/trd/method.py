@@ -12,8 +12,8 @@ teacher could only continue, is never trained on: that is what token-level weigh
 Deviations from the published code, each with the option that undoes it: a fresh y and z at every update
 (`offline`); y at T = 1 (`rollout.temperature`); z without top-p (`rewrite_top_p: 0.95`); chat template and
 EOS in what is trained on (`paper_compat`: plain text and a line break before z, on the student's side and on
-the teacher's; z itself was generated after the template); a rewrite without any text is dropped and counted; a
-gate before training; the prompts' wording is ours, or the gym's.
+the teacher's; z itself was generated after the template); a rewrite without any text is dropped and counted;
+a gate before training; the prompts' wording is ours, or the gym's.
 """
 
 from collections.abc import Sequence

@@ -1,0 +1,126 @@
+"""The model card beside final weights: how they came about and what they score. No local paths."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from onpath.config import Config
+from onpath.data.tasks import task_of
+from onpath.system import code
+
+_PLACES = ("student.model", "teacher.model", "data.train", "eval.grader", "method.name", "method.divergence")
+_OURS_ALONE = ("student.device", "teacher.device", "teacher.url", "rollout.url", "run.name", "run.dir")
+"""Options that say where it ran, not what was done."""
+
+
+def model_card(
+    config: Config, *, problems: int, step: int, evaluations: Sequence[Mapping[str, Any]], adapter: bool
+) -> str:
+    """README.md of a model, in the form that model hubs read.
+
+    Args:
+        problems: training problems.
+        step: optimiser steps that the weights have seen.
+        evaluations: lines of eval.jsonl.
+        adapter: whether it is a LoRA adapter.
+    """
+    method, teacher = config.method, config.teacher
+    student = public(config.student.model)
+    taught = "its own weights" if method.self_taught else f"`{public(teacher.model)}`"
+    head: dict[str, Any] = {
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["on-policy-distillation", "onpath", public(method.name)],
+    }
+    if student == config.student.model and task_of(student) is None:
+        head["base_model"] = student
+    lines = [
+        "---",
+        yaml.safe_dump(head, sort_keys=False).strip(),
+        "---",
+        "",
+        f"# {Path(student).name}, distilled: {public(method.name)}",
+        "",
+        f"{'A LoRA adapter of' if adapter else 'Trained from'} `{student}` by on-policy distillation with "
+        "[onpath](https://pypi.org/project/onpath/).",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| method | `{public(method.name)}`, `{public(method.divergence)}` |",
+        f"| teacher | {taught} |",
+        f"| data | `{public(config.data.train)}`, {problems:,} problems |",
+        f"| steps | {step:,} of {config.rollout.prompts} prompts × {config.rollout.n} samples, of up to "
+        f"{config.rollout.max_new_tokens:,} tokens |",
+        f"| learning rate | {config.optim.lr:g}, {config.optim.schedule} |",
+        "",
+        *_numbers([row for row in evaluations if row["step"] in (0, step)]),
+        "## Command",
+        "",
+        "```console",
+        "$ onpath train config.yaml",
+        "```",
+        "",
+        "with this `config.yaml` (places on the machine that trained are shortened to their names):",
+        "",
+        "```yaml",
+        yaml.safe_dump(_public_tree(config), sort_keys=False, allow_unicode=True, width=100).strip(),
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _numbers(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    lines = [
+        "## Numbers",
+        "",
+        "| set | step | avg@n | 95% interval | pass@k | unfinished |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        low, high = row["ci95"]
+        lines.append(
+            f"| {row['split']}, {row['problems']:,} problems | {row['step']:,} | @{row['n']} "
+            f"{row['avg_at_k']:.1%} | {low:.1%} to {high:.1%} | @{row['k']} {row['pass_at_k']:.1%} | "
+            f"{1 - row['finished']:.1%} |"
+        )
+    return [*lines, ""]
+
+
+def public(name: str) -> str:
+    """A name as others may read it: of a place on this machine its last part.
+
+    >>> public("/home/me/data/train.jsonl"), public("Qwen/Qwen3-1.7B"), public("/home/me/mine.py:Mine")
+    ('train.jsonl', 'Qwen/Qwen3-1.7B', 'mine.py:Mine')
+    """
+    if task_of(name):
+        return name
+    place, _, rest = name.rpartition(":") if code.is_own(name) else (name, "", "")
+    local = (
+        place.startswith(("/", "~", ".")) or Path(place).exists() or Path(place.partition(":")[0]).exists()
+    )
+    return f"{Path(place).name}{':' if rest else ''}{rest}" if local or code.is_own(name) else name
+
+
+def _public_tree(config: Config) -> dict[str, Any]:
+    tree = config.model_dump(mode="json")
+    for dotted in _OURS_ALONE:
+        section, key = dotted.split(".")
+        tree[section].pop(key, None)
+    for dotted in _PLACES:
+        section, key = dotted.split(".")
+        tree[section][key] = public(tree[section][key])
+    tree["data"]["eval"] = {split: public(source) for split, source in tree["data"]["eval"].items()}
+    tree["run"]["trackers"] = [public(name) for name in tree["run"]["trackers"]]
+    tree["rollout"]["vllm"] = _without_paths(tree["rollout"]["vllm"])
+    tree["rewards"] = {k: {**r, "name": public(r["name"])} for k, r in tree["rewards"].items()}
+    return tree
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_paths(inner) for key, inner in value.items()}
+    return public(value) if isinstance(value, str) else value

@@ -1,0 +1,125 @@
+"""The models that a run has left: its final one, its best one, any of its checkpoints."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from onpath import config as configuration
+from onpath.config import Config, Student
+from onpath.engines.models import load_model, load_tokenizer
+from onpath.engines.student import trainable
+from onpath.run import checkpoint
+from onpath.system.errors import UserError
+
+BEST = "best"
+"""Directory of a run's best model (run.keep_best)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """Weights of a run."""
+
+    run: Path
+    weights: Path
+    """A directory of the run: `model` or `best` in Hugging Face format, or a checkpoint."""
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether transformers cannot load it by itself."""
+        return self.weights.parent.name == "checkpoints"
+
+    def config(self, *sections: str) -> Config:
+        """The run's student, and the sections asked for; the others, which may ask for what is gone, do not
+        matter.
+
+        Raises:
+            UserError: the run's config is damaged.
+        """
+        path = self.run / "config.yaml"
+        tree = configuration.read_yaml(path)
+        if not isinstance(tree, dict):
+            raise UserError(f"{path}: damaged, so its base model is not known")
+        student = {**(tree.get("student") or {}), "gradient_checkpointing": False}
+        asked = {name: tree[name] for name in sections if name in tree}
+        return configuration.build({**asked, "student": student}, source=str(path))
+
+
+def find(source: str | Path) -> Trained | None:
+    """What a path names: a run (its final model or else its newest sound checkpoint), its `best`, or one of
+    its `checkpoints/step_N`. None: nothing of a run.
+
+    Raises:
+        UserError: a run without a model, or a damaged checkpoint.
+    """
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        return None
+    path = path.resolve()
+    if (path / "config.yaml").is_file():
+        if (path / "model").is_dir():
+            return Trained(run=path, weights=path / "model")
+        sound = (p for p in reversed(checkpoint.list_steps(path / "checkpoints")) if checkpoint.is_sound(p))
+        newest = next(sound, None)
+        if newest is None:
+            raise UserError(f"{path}: it has neither a final model nor a sound checkpoint yet")
+        return Trained(run=path, weights=newest)
+    if path.name == BEST and (path.parent / "config.yaml").is_file():
+        return Trained(run=path.parent, weights=path)
+    run = path.parent.parent
+    if path not in checkpoint.list_steps(path.parent) or not (run / "config.yaml").is_file():
+        return None
+    if not checkpoint.is_sound(path):
+        raise UserError(f"{path}: this checkpoint is damaged or incomplete; take another one")
+    return Trained(run=run, weights=path)
+
+
+def load_trained(found: Trained, section: Student | None = None, *, adapter: bool = False) -> Any:
+    """The model, in evaluation mode, without gradients; a LoRA adapter merged.
+
+    Args:
+        section: dtype and device to load it with; None: the run's own dtype, on the CPU.
+        adapter: keep the adapter apart (checkpoints only).
+
+    Raises:
+        UserError: its base model is gone, or is another one.
+    """
+    config = found.config()
+    own = config.student if section is None else config.student.model_copy(update={"dtype": section.dtype})
+    device = torch.device("cpu")
+    if not found.is_checkpoint:
+        return load_model(own.model_copy(update={"model": str(found.weights)}), "source", device)
+    config = config.model_copy(update={"student": own})
+    model: Any = trainable(config, load_model(own, "student.model", device))
+    checkpoint.load_weights(found.weights, model)
+    return model.merge_and_unload() if isinstance(model, PeftModel) and not adapter else model
+
+
+def load_start(section: Student, key: str, device: torch.device) -> PreTrainedModel:
+    """A model as `load_model` gives it, which may also be a checkpoint of a run, or the run itself.
+
+    Raises:
+        UserError: nothing readable there; or a checkpoint is to get an adapter, which would name a base that
+            is not what it was trained on.
+    """
+    found = find(section.model)
+    if found is None:
+        return load_model(section, key, device)
+    if section.lora_rank:
+        raise UserError(
+            f"{key}: an adapter (student.lora_rank) needs a base that others can load: onpath export "
+            f"{section.model} OUT, then {key}: OUT"
+        )
+    model: PreTrainedModel = load_trained(found, section).eval().requires_grad_(False)
+    nn.Module.to(model, device)
+    return model
+
+
+def load_its_tokenizer(section: Student, key: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of what `load_start` loads."""
+    found = find(section.model)
+    return load_tokenizer(section if found is None else found.config().student, key)

@@ -1,0 +1,163 @@
+"""What people type: text on a command line, names from other trainers, lengths that follow."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onpath.commands.cli import main
+from onpath.config import Config, build, load
+from onpath.system.errors import UserError
+from onpath.training import train
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("run.name", "2024"),
+        ("run.name", "1e5"),
+        ("run.name", "2024-01-02"),
+        ("run.name", "null-model"),
+        ("run.name", "0x10"),
+        ("run.dir", "007"),
+        ("data.system", "Note: answer in {braces} # really"),
+        ("data.system", "- a\n- b"),
+        ("data.system", "'quoted'"),
+        ("data.train", "2024.jsonl"),
+        ("data.eval.test", "[a].jsonl"),
+        ("student.model", "1.5"),
+        ("student.lora_targets", "all: linear"),
+        ("eval.grader", "math"),
+        ("teacher.url", "http://localhost:8000"),
+    ],
+)
+def test_text_is_taken_as_it_stands(key: str, text: str) -> None:
+    given: list[tuple[str, Any]] = [(key, text)]
+    if key == "teacher.url":
+        given += [("teacher.engine", "vllm"), ("method.support", "teacher_topk")]
+    value: Any = load(None, given)
+    for part in key.split("."):
+        value = value[part] if isinstance(value, dict) else getattr(value, part)
+    assert value == text
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_template_may_look_like_yaml(first: bool) -> None:
+    text = "Fix. {problem} Try: {attempt}"
+    given = [("method.template", text), ("method.name", "trd")]
+    assert load(None, given if first else given[::-1]).method.template == text  # type: ignore[attr-defined]
+
+
+def test_what_is_not_text_is_still_yaml() -> None:
+    config = load(
+        None,
+        [
+            ("optim.steps", "7"),
+            ("optim.betas", "[0.5, 0.6]"),
+            ("data.limit", "null"),
+            ("data.system", "None"),
+            ("student.lora_targets", "[q_proj, v_proj]"),
+            ("data.eval", "{a: gym:test, b: gym:hard}"),
+            ("rollout.vllm", "{gpu_memory_utilization: 0.4}"),
+            ("eval.start", "false"),
+            ("run.trackers", "[]"),
+        ],
+    )
+    assert (config.optim.steps, config.optim.betas, config.data.limit) == (7, (0.5, 0.6), None)
+    assert (config.data.system, config.eval.start) == (None, False)
+    assert config.student.lora_targets == ["q_proj", "v_proj"]
+    assert config.data.eval == {"a": "gym:test", "b": "gym:hard"}
+    assert load(None, [("data.eval", "gym:hard")]).data.eval == {"hard": "gym:hard"}
+    assert load(None, [("method.name", "topd"), ("method.guidance_weight", "auto")]).method
+    assert (
+        load(None, [("method.name", "topd"), ("method.guidance_weight", "0.5")]).method.guidance_weight == 0.5
+    )  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("key", "ours"),
+    [
+        ("optim.learning_rate", "optim.lr"),
+        ("optim.per_device_train_batch_size", "rollout.prompts"),
+        ("run.push_to_hub", "hf upload"),
+        ("student.load_in_4bit", "student.lora_rank"),
+        ("optim.num_train_epochs", "optim.steps"),
+        ("optim.beta", "method.beta"),
+        ("method.lmbda", "student's own"),
+        ("run.save_steps", "run.save_every"),
+        ("run.report_to", "run.trackers"),
+        ("optim.warmup_ratio", "optim.warmup"),
+        ("rollout.max_completion_length", "rollout.max_new_tokens"),
+        ("optim.save_every", "run.save_every"),
+        ("optim.temperature", "rollout.temperature or eval.temperature"),
+        ("run.early_stopping_patience", "run.stop_after"),
+    ],
+)
+def test_names_from_elsewhere_are_answered_with_ours(key: str, ours: str) -> None:
+    section, name = key.split(".")
+    for tree in ({section: {name: 1}}, {name: 1}, {"training": {name: 1}}):
+        if "." not in ours or (tree.keys() == {"training"}):
+            continue
+        with pytest.raises(UserError, match=rf"unknown key .*{name}; (here it is|it is not) .*{ours}"):
+            build(tree)
+    with pytest.raises(UserError, match=f"{ours}"):
+        load(None, [(key, "1")])
+
+
+@pytest.mark.parametrize(
+    ("words", "ours"),
+    [
+        (["--learning_rate", "1e-5"], "--learning_rate: here it is optim.lr"),
+        (["--per-device-train-batch-size", "8"], "here it is rollout.prompts"),
+        (["--training.learning_rate", "1e-5"], "here it is optim.lr"),
+        (["--push_to_hub"], "--push_to_hub: it is not done; hf upload"),
+    ],
+)
+def test_so_are_they_on_the_command_line(
+    words: list[str], ours: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = main(["train", *words])
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    said = capsys.readouterr().err
+    assert code == 2
+    assert said.startswith("onpath: ")
+    assert ours in said
+    assert said.count("\n") == 1
+
+
+def test_a_run_on_columns_of_other_names(
+    tiny: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"problem": f"{i}+1=?", "meta": {"final": i + 1}} for i in range(9)]
+    source = tmp_path / "theirs.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = tmp_path / "config.yaml"
+    file.write_text(tiny(data__train=str(source), optim__steps=1).to_yaml())
+    columns = ["--data.columns", "{prompt: problem}", "--data.columns.answer", "meta.final"]
+    assert main(["train", str(file), "--quiet", *columns]) == 0
+    assert main(["train", str(file), "--quiet", "--data.columns", "{question: problem}"]) == 2
+    assert "data.columns.question" in capsys.readouterr().err
+
+
+def test_evaluations_are_as_long_as_rollouts() -> None:
+    assert Config().eval.max_new_tokens == Config().rollout.max_new_tokens
+    config = build({"rollout": {"max_new_tokens": 4096}})
+    assert config.eval.max_new_tokens == config.eval.sampling().max_new_tokens == 4096
+    assert build(config.model_dump(mode="json")) == config
+    assert load(None, [("rollout.max_new_tokens", "300"), ("eval.n", "8")]).eval.max_new_tokens == 300
+    assert build({"rollout": {"max_new_tokens": 9}, "eval": {"max_new_tokens": 7}}).eval.max_new_tokens == 7
+    with pytest.raises(UserError, match=r"rollout\.max_new_tokens is 'many'"):
+        build({"rollout": {"max_new_tokens": "many"}})
+
+
+def test_the_evaluation_line_shows_what_was_cut(
+    tiny: Callable[..., Config], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    result = train(tiny(optim__steps=1, eval__max_new_tokens=2))
+    (line,) = result.evaluations
+    assert line["finished"] < 1
+    assert f"unfinished {1 - line['finished']:.1%}" in capsys.readouterr().err

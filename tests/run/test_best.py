@@ -1,0 +1,119 @@
+"""The best weights, early stopping, and the card beside them."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import onpath
+import onpath.training as training
+from onpath.config import Config
+from onpath.run.log import read_lines
+from onpath.system.errors import UserError
+from onpath.training import train
+from tests.run.test_changes import stop_before
+
+Tiny = Callable[..., Config]
+WATCHED: dict[str, Any] = {
+    "optim__steps": 6,
+    "optim__lr": 2e-2,
+    "eval__every": 1,
+    "eval__start": True,
+    "run__keep_best": "test",
+    "run__save_every": 1,
+    "run__keep": 9,
+}
+
+
+def scored(monkeypatch: pytest.MonkeyPatch, scores: Sequence[float]) -> None:
+    """Evaluations give these numbers, by step."""
+    real = training.evaluate_all
+
+    def evaluated(parts: Any, run: Any, display: Any, *, step: int) -> Any:
+        results = [replace(r, avg_at_k=scores[step]) for r in real(parts, run, display, step=step)]
+        rows = [row for row in read_lines(run.evals.path) if row["step"] != step]
+        run.evals.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for result in results:
+            run.evals.write(result.to_json())
+        return results
+
+    monkeypatch.setattr(training, "evaluate_all", evaluated)
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+def same(one: Path, two: Path) -> bool:
+    return all(torch.equal(v, weights(two)[k]) for k, v in weights(one).items())
+
+
+def test_the_best_weights_are_kept_and_a_stalled_run_ends(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scored(monkeypatch, [0.1, 0.3, 0.5, 0.5, 0.2, 0.9, 0.9])
+    result = train(tiny(**WATCHED, run__stop_after=2))
+    assert (
+        "2 evaluations were no better on test than 50.0%: the run ends at step 4" in capsys.readouterr().err
+    )
+    assert (result.steps, [row["step"] for row in result.evaluations]) == (4, [4])
+    steps = result.directory / "checkpoints"
+    assert same(result.directory / "best", steps / "step_2")
+    assert same(result.model, steps / "step_4")
+    assert not same(result.model, result.directory / "best")
+    assert onpath.export_model(result.directory / "best", result.directory / "out")
+    assert train(tiny(**WATCHED, run__stop_after=2), quiet=True).trained is False
+
+
+@pytest.mark.parametrize("killed", [1, 3])
+def test_a_watched_run_that_is_killed_ends_like_the_one_that_was_not(
+    killed: int, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored(monkeypatch, [0.1, 0.3, 0.5, 0.5, 0.2, 0.9, 0.9])
+    options = {**WATCHED, "run__stop_after": 2, "run__save_every": 3}
+    whole = train(tiny(**options, run__name="whole"), quiet=True)
+    config = tiny(**options)
+    stop_before(killed, monkeypatch, config)
+    again = train(config, quiet=True)
+    assert again.steps == whole.steps == 4
+    for name in ("best", "model"):
+        assert same(again.directory / name, whole.directory / name)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"run__keep_best": "valid"}, "run.keep_best is 'valid'; it must be a set of data.eval: test"),
+        ({"run__stop_after": 2}, "run.stop_after compares evaluations: set run.keep_best"),
+        ({"run__stop_after": 2, "run__keep_best": "test"}, "and eval.every"),
+    ],
+)
+def test_what_cannot_be_compared_is_said(options: dict[str, Any], says: str, tiny: Tiny) -> None:
+    with pytest.raises(UserError) as error:
+        tiny(**options)
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize("rank", [0, 2], ids=["full", "lora"])
+def test_a_card_says_what_was_done_and_names_no_local_path(rank: int, tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny(student__lora_rank=rank, student__lora_merge=bool(rank), eval__start=True)
+    result = train(config, quiet=True)
+    for directory in (result.model, *([result.directory / "merged"] if rank else [])):
+        text = (directory / "README.md").read_text()
+        _, head, body = text.split("---\n", 2)
+        assert yaml.safe_load(head)["library_name"] == (
+            "peft" if rank and directory == result.model else "transformers"
+        )
+        for expected in ("`opd`, `reverse_kl`", "`teacher`", "`sums.jsonl`, 40 problems", "onpath train"):
+            assert expected in body
+        final = result.evaluations[0]
+        assert f"| 3 | @2 {final['avg_at_k']:.1%} |" in body
+        assert f"lr: {config.optim.lr}" in body
+        for private in (str(tmp_path), "/tmp", config.student.model, config.data.train, str(Path.cwd())):
+            assert private not in text
