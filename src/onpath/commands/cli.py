@@ -299,7 +299,7 @@ def _study(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
     from onpath.commands.terminal import console_for
 
     # What `run_study` does; but where some runs have failed, the results of the others are shown first.
-    command = f"onpath study {options.config}"
+    command = f"onpath study {options.config}{code.flag()}"
     found = carry_out(load_study(options.config), command=command, quiet=options.quiet)
     print_study(console_for(sys.stdout), found.data)
     found.check()

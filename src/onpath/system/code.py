@@ -47,6 +47,11 @@ def is_allowed() -> bool:
     return _process_wide or _here.get()
 
 
+def flag() -> str:
+    """What a command line needs so that own code may run as it may here: for commands that results name."""
+    return " --allow-code" if is_allowed() else ""
+
+
 def is_own(name: object) -> bool:
     """Whether a name means own code.
 

@@ -67,7 +67,7 @@ def run_study(path: str | Path, *, allow_code: bool = False, quiet: bool = False
             written first.
     """
     with code.allowed(allow_code):
-        found = carry_out(load_study(path), command=f"onpath study {path}", quiet=quiet)
+        found = carry_out(load_study(path), command=f"onpath study {path}{code.flag()}", quiet=quiet)
     found.check()
     return found
 
