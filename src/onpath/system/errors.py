@@ -5,6 +5,11 @@ import sys
 import traceback
 from collections.abc import Callable
 
+from onpath.system.text import one_line
+
+_LONGEST = 2000
+"""Characters of a sentence: one that lists every key of a file helps nobody."""
+
 
 class UserError(ValueError):
     """Bad input, told in one sentence that names the file, line or key and says what would be right.
@@ -19,7 +24,7 @@ def guarded(run: Callable[[], int | None]) -> int:
     try:
         return int(run() or 0)
     except UserError as error:
-        print(f"onpath: {error}", file=sys.stderr)
+        print(f"onpath: {one_line(str(error), _LONGEST)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("onpath: interrupted; start the same command again to go on", file=sys.stderr)
