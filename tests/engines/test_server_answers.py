@@ -81,6 +81,38 @@ def test_scores_that_are_none(fault: str, teacher: FakeVLLM) -> None:
         client(teacher).score_top([(1, 5, 6)], [(7, 8, 2)], k=4)
 
 
+@pytest.mark.parametrize("value", [-9999.0, -math.inf, -30.0])
+def test_distributions_without_mass(value: float, teacher: FakeVLLM) -> None:
+    """Of such a teacher the KL would be almost 0, and training would go on."""
+    teacher.spoil = every_logprob(value)
+    for k in (1, 4):
+        with pytest.raises(UserError, match=r"so little mass that all have at most"):
+            client(teacher).score_top([(1, 5, 6)], [(7, 8, 2)], k=k)
+
+
+def test_answers_of_two_requests_swapped(teacher: FakeVLLM) -> None:
+    """Of equal length, and with the same response: the contexts tell."""
+    kept: list[Any] = []
+
+    def swapped(answer: Any) -> Any:
+        kept.append(answer)
+        return kept[0]
+
+    teacher.spoil = swapped
+    asked = client(teacher)
+    asked.score_top([(1, 5, 6)], [(7, 8, 2)], k=2)
+    with pytest.raises(UserError, match=r"without the prompt's own token|another prompt"):
+        asked.score_top([(1, 9, 30)], [(7, 8, 2)], k=2)
+
+
+def test_an_answer_that_names_another_prompt(teacher: FakeVLLM) -> None:
+    teacher.spoil = written(prompt_token_ids=[1, 2, 3])
+    with pytest.raises(UserError, match="another prompt than was asked"):
+        client(teacher).score_top([(1, 5, 6)], [(7, 8, 2)], k=2)
+    with pytest.raises(UserError, match="another prompt than was asked"):
+        client(teacher).continue_from([(1, 5, 6)], Sampling(max_new_tokens=6))
+
+
 def test_scores_of_no_probability_are_scores(teacher: FakeVLLM) -> None:
     """A server writes -9999 for -inf: a token that the teacher rules out."""
     teacher.spoil = named("39", -9999.0)

@@ -2,7 +2,6 @@
 colour.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
@@ -11,14 +10,13 @@ from rich.style import Style
 from rich.text import Text
 
 from onpath.commands.report.text import diff
+from onpath.system.text import visible
 
 _LOW, _HIGH = 0.1, 4.0
 """Nats: below _LOW a token stays plain, from _HIGH on it has the full colour."""
 _RAMP = ((255, 243, 214), (254, 217, 142), (254, 153, 41), (217, 95, 14), (153, 52, 4))
 """Light to dark orange (ColorBrewer's YlOrBr): one hue, ordered by lightness, safe for colour-blind eyes."""
 
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
-"""What could move the cursor, turn the line around or hide text."""
 _MOST_LINKS = 3
 _ENDLESS = 10_000
 """Characters of a line in a file or a pipe."""
@@ -28,16 +26,6 @@ def console_for(stream: TextIO) -> Console:
     """As wide as the terminal; a file or a pipe cuts nothing off, and has no colour."""
     console = Console(file=stream)
     return console if console.is_terminal else Console(file=stream, width=_ENDLESS, color_system=None)
-
-
-def visible(text: str) -> str:
-    """Text that a terminal shows as it is: line ends marked, controls named.
-
-    >>> visible("a\\x1b[2J")
-    'a⟨001B⟩[2J'
-    """
-    named = _CONTROLS.sub(lambda match: f"⟨{ord(match[0]):04X}⟩", text)
-    return named.replace("\n", "⏎\n")
 
 
 def coloured(tokens: Sequence[str], values: Sequence[float], *, colour: bool = True) -> Text:

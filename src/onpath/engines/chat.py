@@ -132,4 +132,8 @@ def _understood(_: int, answer: Any) -> tuple[str, bool]:
     text = message.get("content") if isinstance(message, dict) else None
     if not isinstance(message, dict) or not isinstance(text, str | None):
         raise Nonsense("a choice without a message (is it a chat endpoint?)")
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError:
+        raise Nonsense("a message with half a character") from None
     return text or "", choice.get("finish_reason") == "stop"  # null: all of its tokens went into thinking

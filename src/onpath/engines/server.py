@@ -5,7 +5,7 @@ if the server was started with `--logprobs-mode processed_logprobs`, or at tempe
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -24,6 +24,8 @@ from onpath.system.errors import UserError
 
 _ROUNDING = 1e-3  # by which a probability may exceed 1
 
+_PADDED, _MORE_ROWS = 1.1, 1024  # rows of a head beyond the shared vocabulary
+_LOST = 0.05  # by which half-precision probabilities may fall short of 1
 _DRIFT = 0.1  # of the tolerance: one server asked twice for the same log-probs
 
 
@@ -99,7 +101,8 @@ class ServerEngine(Engine):
             for ids, key in zip(prefixes, keys, strict=True)
         ]
 
-        def understand(_: int, choice: Any) -> Completion:
+        def understand(at: int, choice: Any) -> Completion:
+            _same_prompt(choice, prefixes[at])
             ids = choice.get("token_ids")
             given = choice.get("logprobs")
             logprobs = given.get("token_logprobs") if isinstance(given, dict) else None
@@ -133,12 +136,12 @@ class ServerEngine(Engine):
         """The k likeliest tokens at each position of the responses, and the responses' own."""
         rows = [[*c, *r] for c, r in zip(contexts, responses, strict=True)]
         wanted = [i for i, r in enumerate(responses) if len(r)]
-        bodies = [
-            {"prompt": rows[i], "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k} for i in wanted
-        ]
+        shared = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k, "return_token_ids": True}
+        bodies = [{"prompt": rows[i], **shared} for i in wanted]
 
         def understand(at: int, choice: Any) -> ServedScores:
             i = wanted[at]
+            _same_prompt(choice, rows[i])
             return _scores(choice.get("prompt_logprobs"), rows[i], len(contexts[i]), k, self.vocabulary)
 
         found = dict(zip(wanted, self.server.complete(bodies, understand), strict=True))
@@ -225,6 +228,11 @@ def _scores(entries: Any, ids: Sequence[int], begin: int, k: int, vocabulary: in
     if not isinstance(entries, list) or len(entries) != len(ids):
         size = len(entries) if isinstance(entries, list) else "no"
         raise Nonsense(f"{size} prompt log-probs for {len(ids)} tokens")
+    for entry, token in zip(entries[1:begin], ids[1:begin], strict=True):
+        if not isinstance(entry, dict) or str(token) not in entry:  # of another request, as long as this one
+            raise Nonsense(
+                f"prompt log-probs without the prompt's own token {token}: they are another text's"
+            )
     tops, logprobs, own = [], [], []
     for entry, token in zip(entries[begin:], ids[begin:], strict=True):
         if not isinstance(entry, dict) or str(token) not in entry:
@@ -232,6 +240,7 @@ def _scores(entries: Any, ids: Sequence[int], begin: int, k: int, vocabulary: in
                 f"prompt log-probs without the prompt's own token {token}: they are another text's"
             )
         values = _logprobs(entry)
+        _check_mass(values, k, vocabulary)
         own.append(min(values[token], 0.0))
         best = sorted((t for t in values if 0 <= t < vocabulary), key=lambda t: (-values[t], t))[:k]
         if len(best) < min(k, vocabulary) and len(values) < min(k, vocabulary):
@@ -246,13 +255,32 @@ def _logprobs(entry: dict[str, Any]) -> dict[int, float]:
     values: dict[int, float] = {}
     for token, found in entry.items():
         p = found.get("logprob") if isinstance(found, dict) else None
-        if not token.isdecimal() or not _number(p) or math.isnan(p) or p > _ROUNDING:
+        if not (token.isdecimal() and len(token) < 12) or not _number(p) or math.isnan(p) or p > _ROUNDING:
             raise Nonsense("log-probs that are not numbers, or above 0")
         values[int(token)] = float(p)
     mass = sum(map(math.exp, values.values()))
     if mass > 1 + _ROUNDING:
         raise Nonsense(f"probabilities of one token that sum to {mass:.4g}")
     return values
+
+
+def _check_mass(values: Mapping[int, float], k: int, vocabulary: int) -> None:
+    """The k likeliest tokens of a distribution: no other is likelier than the last of them, so what they
+    leave is bounded. Catches −9999 and −Infinity where probabilities should be."""
+    best = sorted((math.exp(p) for p in values.values()), reverse=True)[:k]
+    others = max(0, _PADDED * vocabulary + _MORE_ROWS - len(best))
+    most = sum(best) + others * best[-1]
+    if most < 1 - _LOST:
+        raise Nonsense(
+            f"the likeliest {len(best)} tokens have so little mass that all have at most {most:.3g}"
+        )
+
+
+def _same_prompt(choice: Mapping[str, Any], asked: Sequence[int]) -> None:
+    """Servers that say what they read must have read what was asked."""
+    read = choice.get("prompt_token_ids")
+    if read is not None and read != list(asked):
+        raise Nonsense("an answer to another prompt than was asked")
 
 
 def _number(value: Any) -> TypeGuard[float]:

@@ -55,14 +55,13 @@ class Arrival:
     def flaw(self, model: nn.Module, ids: tuple[int, ...], theirs: Sequence[float]) -> str:
         """What is wrong with the copy's log-probs of ids[1:] after a push; empty: nothing."""
         ours, sums = probe_logprobs(model, ids), rounded_sums(model, self.dtype)
-        before, self._before = self._before, (ours, list(theirs), sums)
-        gap = largest_gap(theirs, ours)
+        gap, before = largest_gap(theirs, ours), self._before
         if not gap <= self.tolerance:
             return f"differ from the student's by up to {gap:.3g} nats (allowed: {self.tolerance:g})"
-        if before is None or sums == before[2] or largest_gap(ours, before[0]) < _UNMOVED:
-            return ""
-        if largest_gap(theirs, before[1]) < _UNMOVED:
+        moved = before is not None and sums != before[2] and largest_gap(ours, before[0]) > _UNMOVED
+        if before is not None and moved and largest_gap(theirs, before[1]) < _UNMOVED:
             return "did not change at all with the last push, though the student's did"
+        self._before = (ours, list(theirs), sums)
         return ""
 
 

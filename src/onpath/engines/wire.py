@@ -7,12 +7,14 @@ numbers) is asked for twice more and then stops the run: what is finished is on 
 goes on.
 """
 
+import json
 import math
 import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -20,10 +22,16 @@ import httpx
 
 from onpath.config.sections import Served
 from onpath.system.errors import UserError
+from onpath.system.text import one_line
 
 T = TypeVar("T")
 _FIRST_WAIT, _LONGEST_WAIT = 0.2, 15.0
 _TRIES_OF_NONSENSE = 3
+_EXCERPT = 2**16  # bytes of an error that are looked at
+_SMALLEST_LIMIT = 4 * 2**20  # bytes of an answer that nothing was asked of
+_BYTES_PER_ENTRY = 1024  # one token of a served distribution, with its text and rank, and room to spare
+_KEYS = ("ONPATH_API_KEY", "OPENAI_API_KEY")
+_UNREADABLE = (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError, RecursionError)
 _BUSY = {408, 425, 429, 500, 502, 503, 504}
 
 
@@ -44,18 +52,26 @@ class Line:
 
     def __init__(self, section: Served, key: str) -> None:
         assert section.url is not None
-        self.url, self.key, self.section = section.url.rstrip("/").removesuffix("/v1"), key, section
-        secret = os.environ.get("ONPATH_API_KEY") or os.environ.get("OPENAI_API_KEY")
-        headers = {"Authorization": f"Bearer {secret}"} if secret else {}
+        _check_url(section.url, key)
+        self._address, self.key, self.section = section.url.rstrip("/").removesuffix("/v1"), key, section
+        self._secret = api_key()
+        headers = {"Authorization": f"Bearer {self._secret}"} if self._secret else {}
+        # Nothing compressed: a few megabytes could unpack to gigabytes.
+        headers["Accept-Encoding"] = "identity"
         limits = httpx.Limits(max_connections=section.concurrency)
         self._client = httpx.Client(headers=headers, timeout=section.timeout, limits=limits)
+        self.url = self._without_secrets(self._address)
+        """For people."""
         self.waits = 0
         """Requests that had to be sent again."""
-        _check_url(section.url, key)
+
+    def get(self, path: str, parse: Callable[[Any], T]) -> T:
+        """The answer to one GET, as `parse` understands it."""
+        return self._sent(lambda: self._exchange("GET", path), parse)
 
     def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """The answer to one POST; None where it is empty."""
-        return self._sent(lambda: self._client.post(self.url + path, json=body), lambda answer: answer)
+        return self._sent(lambda: self._exchange("POST", path, body), lambda answer: answer)
 
     def ask(
         self, path: str, bodies: Sequence[Mapping[str, Any]], understand: Callable[[int, Any], T]
@@ -68,9 +84,7 @@ class Line:
         stop = threading.Event()
 
         def one(i: int) -> T:
-            return self._sent(
-                lambda: self._client.post(self.url + path, json=bodies[i]), partial(understand, i), stop
-            )
+            return self._sent(lambda: self._exchange("POST", path, bodies[i]), partial(understand, i), stop)
 
         with ThreadPoolExecutor(max_workers=self.section.concurrency) as pool:
             futures = [pool.submit(one, i) for i in range(len(bodies))]
@@ -83,7 +97,7 @@ class Line:
 
     def _sent(
         self,
-        send: Callable[[], httpx.Response],
+        send: Callable[[], Any],
         parse: Callable[[Any], T],
         stop: threading.Event | None = None,
     ) -> T:
@@ -92,13 +106,13 @@ class Line:
         stop = stop or threading.Event()
         while not stop.is_set():
             try:
-                return parse(_body(self._answered(send())))
+                return _understood(parse, send())
             except (Nonsense, httpx.DecodingError) as error:
                 nonsense, deadline = nonsense + 1, math.inf  # somebody is there
                 if nonsense == _TRIES_OF_NONSENSE:
                     raise UserError(
-                        f"{self.key}.url: the server at {self.url} talks nonsense: {error}; nothing is lost: "
-                        "mend it and start the same command again"
+                        f"{self.key}.url: the server at {self.url} talks nonsense: {self._said(error)}; "
+                        "nothing is lost: mend it and start the same command again"
                     ) from None
             except (httpx.TransportError, _Busy) as error:
                 # From the first failure: a request that runs into its own time limit is sent again.
@@ -106,22 +120,80 @@ class Line:
                 if time.monotonic() + wait > deadline:
                     raise UserError(
                         f"{self.key}.url: no answer from {self.url} for {self.section.patience:g} s "
-                        f"({_said(error)}); nothing is lost: start the server and then the same command again"
+                        f"({self._said(error)}); nothing is lost: start the server and then the same command "
+                        "again"
                     ) from None
             self.waits += 1
             stop.wait(wait)
             wait = min(2 * wait, _LONGEST_WAIT)
         raise UserError(f"{self.key}.url: stopped asking {self.url}")
 
-    def _answered(self, response: httpx.Response) -> httpx.Response:
+    def _exchange(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """One request and its answer: whole within `timeout`, no longer than what was asked for can be."""
+        end, limit = time.monotonic() + self.section.timeout, _limit(body or {})
+        data = bytearray()
+        with self._client.stream(method, self._address + path, json=body) as response:
+            if response.headers.get("content-encoding", "identity") != "identity":
+                raise Nonsense("a compressed answer, which nobody asked for")
+            for piece in response.iter_raw():
+                data += piece
+                if len(data) > limit:
+                    raise Nonsense(f"an answer of more than {limit / 2**20:.0f} MiB to a request for less")
+                if time.monotonic() > end:
+                    raise httpx.ReadTimeout(f"not whole after {self.section.timeout:g} s")
         if response.status_code in _BUSY:
             raise _Busy(f"status {response.status_code}")
         if response.is_error:
             raise UserError(
                 f"{self.key}.url: {self.url} refuses a request with status {response.status_code}: "
-                f"{_excerpt(response)}"
+                f"{self._without_secrets(_excerpt(bytes(data))) or 'without a word'}"
             )
-        return response
+        return _body(bytes(data))
+
+    def _said(self, error: Exception) -> str:
+        return one_line(self._without_secrets(str(error)), 160) or type(error).__name__
+
+    def _without_secrets(self, text: str) -> str:
+        """What a library or a server says, without the API key and without a password in the address."""
+        password = httpx.URL(self._address).password
+        for secret in (self._secret, password):
+            if secret:
+                text = text.replace(secret, "…")
+        return text
+
+
+def api_key() -> str:
+    """The key that requests carry; empty: none.
+
+    Raises:
+        UserError: it holds what no key holds. It is not printed.
+    """
+    name = next((n for n in _KEYS if os.environ.get(n)), "")
+    secret = os.environ.get(name, "").strip()
+    if not all(33 <= ord(c) <= 126 for c in secret):
+        raise UserError(
+            f"{name} holds a space, a line break or a letter that no API key has (a curly quote, say); set "
+            "it to the key alone"
+        )
+    return secret
+
+
+def _understood(parse: Callable[[Any], T], answer: Any) -> T:
+    """Whatever an answer holds, it is understood or nonsense."""
+    try:
+        return parse(answer)
+    except UserError:
+        raise
+    except _UNREADABLE as error:
+        raise Nonsense(f"an answer of another form than was asked for ({type(error).__name__})") from None
+
+
+def _limit(body: Mapping[str, Any]) -> int:
+    """Bytes that the answer to a request may have."""
+    prompt = body.get("prompt")
+    read = len(prompt) * (int(body.get("prompt_logprobs") or 0) + 1) if isinstance(prompt, list) else 0
+    written = int(body.get("max_tokens") or 0) * (int(body.get("logprobs") or 0) + 2)
+    return _SMALLEST_LIMIT + _BYTES_PER_ENTRY * (read + written)
 
 
 class Server(Line):
@@ -137,10 +209,10 @@ class Server(Line):
 
     def __init__(self, section: Served, key: str, names: Sequence[str]) -> None:
         super().__init__(section, key)
-        served = self._sent(lambda: self._client.get(f"{self.url}/v1/models"), _models)
+        served = self.get("/v1/models", _models)
         found = next((m for m in served if m.get("id") in names or m.get("root") in names), None)
         if found is None:
-            there = ", ".join(str(m.get("id")) for m in served) or "no model"
+            there = one_line(", ".join(m["id"] for m in served)) or "no model"
             option = "student.model" if key == "rollout" else f"{key}.model"
             raise UserError(
                 f"{key}.url: the server at {self.url} has {there}, not {names[0]}; start it with that model "
@@ -158,7 +230,9 @@ class Server(Line):
 
         def parse(i: int, answer: Any) -> T:
             if isinstance(answer, dict) and answer.get("model") != self.model:
-                raise Nonsense(f"an answer of the model {answer.get('model')!r}, not {self.model!r}")
+                raise Nonsense(
+                    f"an answer of the model {one_line(repr(answer.get('model')))}, not {self.model!r}"
+                )
             return understand(i, only_choice(answer))
 
         return self.ask("/v1/completions", [{"model": self.model, **body} for body in bodies], parse)
@@ -190,28 +264,31 @@ def _models(answer: Any) -> list[dict[str, Any]]:
     found = answer.get("data") if isinstance(answer, dict) else None
     if not isinstance(found, list) or not all(isinstance(m, dict) for m in found):
         raise Nonsense("no list of models at /v1/models (is it a vLLM server?)")
+    for model in found:
+        longest = model.get("max_model_len")
+        if not isinstance(model.get("id"), str):
+            raise Nonsense("a model without an id at /v1/models")
+        if longest is not None and (type(longest) is not int or longest < 1):
+            raise Nonsense("a max_model_len that is no number of tokens at /v1/models")
     return found
 
 
-def _body(response: httpx.Response) -> Any:
-    if not response.content:
+def _body(data: bytes) -> Any:
+    if not data:
         return None
     try:
-        return response.json()
-    except ValueError:
+        return json.loads(data)
+    except (ValueError, RecursionError):
         raise Nonsense("an answer that is not JSON") from None
 
 
-def _excerpt(response: httpx.Response) -> str:
-    try:
-        found = response.json()
-        text = str(
-            found.get("error", {}).get("message") or found.get("message") or found.get("detail") or found
-        )
-    except (ValueError, AttributeError):
-        text = response.text
-    return " ".join(text.split())[:200] or "without a word"
-
-
-def _said(error: Exception) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__
+def _excerpt(data: bytes) -> str:
+    """What an error says for itself."""
+    text = data[:_EXCERPT].decode("utf-8", errors="replace")
+    with suppress(ValueError, RecursionError):
+        found = json.loads(text)
+        if isinstance(found, dict):
+            inner = found.get("error")
+            named = inner.get("message") if isinstance(inner, dict) else inner
+            text = str(named or found.get("message") or found.get("detail") or found)
+    return one_line(text)

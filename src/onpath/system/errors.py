@@ -7,6 +7,10 @@ from collections.abc import Callable
 
 from onpath.system.signals import Stopped
 from onpath.system.streams import say, silence
+from onpath.system.text import one_line
+
+_LONGEST = 2000
+"""Characters of a sentence: one that lists every key of a file helps nobody."""
 
 
 class UserError(ValueError):
@@ -22,7 +26,7 @@ def guarded(run: Callable[[], int | None]) -> int:
     try:
         return int(run() or 0)
     except UserError as error:
-        say(f"onpath: {error}")
+        say(f"onpath: {one_line(str(error), _LONGEST)}")
         return 2
     except Stopped as ended:
         if int(os.environ.get("RANK", "0")) == 0:  # torchrun: all ranks stop together

@@ -1,0 +1,32 @@
+"""Text that came from elsewhere (prompts, answers, files, other programs' errors), safe to look at."""
+
+import re
+
+_CONTROLS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
+)
+"""What could move the cursor, turn the line around, hide text, or be written nowhere."""
+
+
+def visible(text: str) -> str:
+    """Text that a terminal shows as it is: line ends marked, controls named.
+
+    >>> visible("a\\x1b[2J")
+    'a⟨001B⟩[2J'
+    """
+    return named_controls(text).replace("\n", "⏎\n")
+
+
+def named_controls(text: str) -> str:
+    """The same with line ends as they are."""
+    return _CONTROLS.sub(lambda match: f"⟨{ord(match[0]):04X}⟩", text)
+
+
+def one_line(text: str, most: int = 200) -> str:
+    """A short sentence of what somebody else said, controls named, spaces joined.
+
+    >>> one_line("a\\n  b" + "c" * 9, most=6)
+    'a bcc…'
+    """
+    joined = named_controls(" ".join(text[: 10 * most].split()))
+    return joined if len(joined) <= most else joined[: most - 1] + "…"
