@@ -146,7 +146,7 @@ def one_step(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> Meter
         top_k=top_tokens(config, step + 1),
     )
     meter = Meter(watch=watch, rollouts=rollouts, step=shared, verdicts=verdicts, rewards=rewards)
-    models.student.train()
+    models.student.train(models.dropout)
     for micro in micro_batches(kept if denominator else [], max_tokens=config.optim.micro_batch_tokens):
         batch = collate(micro, device=models.device)
         with watch("score"):

@@ -63,7 +63,7 @@ def student_engine(config: Config, student: nn.Module, own: HFEngine) -> Engine:
         renderer,
         stop_ids=own.stop_ids,
         vocabulary=own.vocabulary,
-        context_length=context_length(unwrapped(student)),
+        context_length=context_length(unwrapped(student).config),
         dtype="bfloat16" if half else "float32",
         tolerance=_HALF if half else _EXACT,
         options=section.vllm,
@@ -107,7 +107,7 @@ def make_teacher(
         names = [config.teacher.model, str(locate(config.teacher.model))]
         server = Server(config.teacher, "teacher", names)
         engine = ServerEngine(server, renderer, stop_ids=stop_ids, vocabulary=vocabulary)
-        longest = context_length(unwrapped(student))
+        longest = context_length(unwrapped(student).config)
         return ServedTeacher(engine, k=min(method.support_k, vocabulary), context_length=longest)
     where = pick_device(config.teacher.device, "teacher.device", otherwise=device)
     model = load_model(config.teacher, "teacher.model", where)

@@ -94,7 +94,7 @@ def check_prompts(
     for split, problems in prompts.evals.items():
         source = config.data.eval[split]
         asked += [(p, config.eval.max_new_tokens, "eval.max_new_tokens", source) for p in problems]
-    fits, rows, longest = context_length(student), head_of(student).vocabulary, 0
+    fits, rows, longest = context_length(student.config), head_of(student).vocabulary, 0
     for prompt, new, lower, source in asked:
         ids = renderer.ids(prompt)
         longest = max(longest, len(ids))
