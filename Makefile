@@ -1,11 +1,11 @@
-# make demo · test · check · bench · docs · smollm2 · test-vllm: each makes .venv first, if it is missing or out of date.
+# make demo · test · check · bench · docs · smollm2 · test-families · test-vllm: each makes .venv first, if it is missing or out of date.
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SHELL := /bin/bash
 
-.PHONY: demo test check bench docs smollm2 test-vllm clean
+.PHONY: demo test check bench docs smollm2 test-families test-vllm clean
 .DEFAULT_GOAL := demo
 
 # torch first and pinned: asked for loosely, pip takes a CUDA build of several GB.
@@ -48,6 +48,10 @@ smollm2: $(VENV)/.runtime
 docs: $(VENV)/.dev
 	$(BIN)/python docs/make_cli.py
 	$(BIN)/python docs/make_grading.py
+
+# Every causal family that transformers can build; writes docs/models.md.
+test-families: $(VENV)/.dev
+	ONPATH_FAMILIES=1 $(BIN)/python -m pytest tests/families
 
 # vLLM's CPU build wants an older transformers, so it has an environment of its own. It installs torchvision
 # and others made for another torch, and its server looks for a package named vllm.

@@ -134,7 +134,7 @@ def one_step(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> Meter
         top_k=top_tokens(config, step + 1),
     )
     meter = Meter(watch=watch, rollouts=rollouts, step=shared, verdicts=verdicts, rewards=rewards)
-    models.student.train()
+    models.student.train(models.dropout)
     parts.guidance_ratio.begin(step, guided=shared.guided)
     for micro in micro_batches(kept if denominator else [], max_tokens=config.optim.micro_batch_tokens):
         batch = collate(micro, device=models.device)

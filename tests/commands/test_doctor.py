@@ -38,8 +38,8 @@ from tests.conftest import CHARACTERS, TEMPLATE, make_tokenizer
 Tiny = Callable[..., Config]
 NAMES = [
     "sampling", "data", "evals", "columns", "answers", "solutions", "tokens", "specials", "template",
-    "context", "models", "server_tokens", "trajectories", "accuracy", "engine_logprobs", "on_policy",
-    "contexts", "eos", "teacher_itself", "alignment", "teacher_differs", "gradient", "refine",
+    "context", "models", "passes", "server_tokens", "trajectories", "accuracy", "engine_logprobs",
+    "on_policy", "contexts", "eos", "teacher_itself", "alignment", "teacher_differs", "gradient", "refine",
     "engine_follows", "speed", "memory", "disk", "restored",
 ]  # fmt: skip
 """Scripts read them: a change is a change of the interface."""

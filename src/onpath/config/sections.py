@@ -31,6 +31,9 @@ class Student(Section):
     """Save the final model with the adapter merged into the weights, beside the adapter."""
     gradient_checkpointing: Annotated[bool, NEUTRAL] = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    dropout: bool = False
+    """Let the model's own dropout and router noise act in the pass that trains. Off, a student that is its
+    teacher has loss 0; scores and samples are always without."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you ask for it by name."""
 

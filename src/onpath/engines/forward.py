@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from onpath.data.batch import Batch, collate, micro_batches
 from onpath.engines.decoding.branches import Past
 from onpath.engines.decoding.drafts import Drafts
-from onpath.engines.head import head_of, hidden_states
+from onpath.engines.head import evaluating, head_of, hidden_states
 from onpath.engines.teacher import Teacher
 from onpath.losses import Head, StatsRequest, TeacherHidden, TeacherScores, TokenStats, token_stats
 from onpath.records import Trajectory
@@ -42,6 +42,8 @@ class Models:
     max_tokens: int
     """Padded tokens of one forward pass."""
     bf16: bool = False
+    dropout: bool = False
+    """Whether the pass that trains has the student's dropout and router noise; scores never have."""
 
     @property
     def head(self) -> Head:
@@ -147,8 +149,9 @@ def forward(
     placed = [replace(t, place=i) for i, t in enumerate(trajectories)]
     micros = micro_batches(placed, max_tokens=models.max_tokens)
     groups = _grouped([collate(m, device=models.device) for m in micros], models.max_tokens)
-    # Graphs of several groups would all live until the loss: only a step of one group keeps them.
-    graph = keep is not None and len(groups) == 1
+    # Graphs of several groups would all live until the loss: only a step of one group keeps them. A pass with
+    # dropout trains, but must not score.
+    graph = keep is not None and len(groups) == 1 and not models.dropout
     for group in groups:
         stats = []
         memory = models.teacher.past(group) if past else None
@@ -197,12 +200,8 @@ def _grouped(batches: Sequence[Batch], max_tokens: int) -> list[list[Batch]]:
 
 
 def _student(models: Models, batch: Batch, *, graph: bool) -> Tensor:
-    was_training = models.student.training
-    models.student.train(graph)  # what the loss uses again must be the training pass
-    with torch.set_grad_enabled(graph):
-        hidden_NH = models.student_states(batch)
-    models.student.train(was_training)
-    return hidden_NH
+    with evaluating(models.student), torch.set_grad_enabled(graph):
+        return models.student_states(batch)
 
 
 def _stats(

@@ -4,6 +4,7 @@ Shape suffixes: B rows, T tokens, V vocabulary, H hidden.
 """
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,7 +22,8 @@ from onpath.losses import Head
 from onpath.system.errors import UserError
 
 # Models whose logits are not plainly hidden @ head.T say so in their config under these names.
-_SOFTCAP, _DIVIDE = "final_logit_softcapping", "logits_scaling"
+_SOFTCAP = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_DIVIDE = "logits_scaling"
 
 
 _MULTIPLY = ("logit_scale", "output_multiplier", "lm_head_multiplier")
@@ -63,6 +65,13 @@ def adapted_weight(layer: nn.Module) -> Tensor:
     return weight
 
 
+def table_of(model: nn.Module) -> Tensor:
+    """The weight of the embeddings, without adapters."""
+    weight = base_layer(unwrapped(model).get_input_embeddings()).weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 def lora_deltas(layer: LoraLayer) -> Iterator[Tensor]:
     """What each active adapter adds to a layer's weight."""
     for name in layer.active_adapters:
@@ -83,9 +92,28 @@ def head_of(model: nn.Module, vocabulary: int | None = None) -> Head:
         weight=adapted_weight(layer),
         bias=bias,
         logit_scale=scale,
-        softcap=config.get(_SOFTCAP),
+        softcap=next((config[name] for name in _SOFTCAP if config.get(name) is not None), None),
         tokens=vocabulary,
     )
+
+
+@contextlib.contextmanager
+def foreign(model: PreTrainedModel, key: str) -> Iterator[None]:
+    """While a model's own code runs on what we ask of it, which may be nothing that it knows.
+
+    Raises:
+        UserError: whatever it raises, in one sentence; `key` names the model.
+    """
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        said = (str(error).strip() or "no reason given").splitlines()[0]
+        raise UserError(
+            f"{key}: {model.config.model_type} models do not do what onpath asks of a causal LM "
+            f"({type(error).__name__}: {said[:200]}); use another model family"
+        ) from error
 
 
 @torch.no_grad()
@@ -93,12 +121,17 @@ def check_head(model: nn.Module, key: str) -> None:
     """Compares the logits that the losses will form with the model's own, on four tokens.
 
     Raises:
-        UserError: the model does something to its logits that `head_of` does not know.
+        UserError: the model does something to its logits that `head_of` does not know, or fails.
     """
+    with foreign(unwrapped(model), key), evaluating(model):
+        _check_head(model, key)
+
+
+def _check_head(model: nn.Module, key: str) -> None:
     inner, head = unwrapped(model), head_of(model)
     ids_BT = torch.arange(4, device=head.weight.device)[None]
     hidden_BTH = hidden_states(model, ids_BT, torch.ones_like(ids_BT))
-    expected_BTV = inner(input_ids=ids_BT, use_cache=False).logits.float()
+    expected_BTV = inner(input_ids=ids_BT).logits.float()
     found_BTV = nn.functional.linear(hidden_BTH, head.weight, head.bias).float() * head.logit_scale
     if head.softcap is not None:
         found_BTV = (found_BTV / head.softcap).tanh() * head.softcap
@@ -121,8 +154,22 @@ def hidden_states(
 ) -> Tensor:
     """Last hidden states [B, T, H] of right-padded ids; the head is applied elsewhere, in chunks. An empty
     `cache` receives the keys and values."""
-    decoder = unwrapped(model).get_decoder()
-    output = decoder(
-        input_ids=ids_BT, attention_mask=mask_BT, past_key_values=cache, use_cache=cache is not None
-    )
-    return output.last_hidden_state  # type: ignore[no-any-return]
+    decoder = decoder_of(model)
+    named = known_to(decoder, attention_mask=mask_BT, past_key_values=cache, use_cache=cache is not None)
+    return decoder(input_ids=ids_BT, **named).last_hidden_state  # type: ignore[no-any-return]
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """What makes hidden states of ids. Llama 4's is not where transformers looks for it."""
+    inner = unwrapped(model)
+    found: nn.Module = inner.get_decoder()
+    if found is inner:
+        found = next((child for child in inner.children() if isinstance(child, PreTrainedModel)), inner)
+    return found
+
+
+def known_to(model: nn.Module, **arguments: Any) -> dict[str, Any]:
+    """Those arguments that a model's forward pass has by name: what it only swallows would do nothing, and
+    some refuse what they do not know."""
+    known = inspect.signature(type(model).forward).parameters
+    return {name: value for name, value in arguments.items() if name in known}

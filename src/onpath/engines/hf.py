@@ -6,7 +6,8 @@ A decoding loop of our own, not `generate`: the log-probs of the distribution dr
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterator, Sequence, Set
 
 import numpy as np
 import torch
@@ -18,8 +19,8 @@ from onpath.engines.base import Engine
 from onpath.engines.decoding.branches import Past, Place, branch
 from onpath.engines.decoding.drafts import Drafts
 from onpath.engines.decoding.draw import draw
-from onpath.engines.decoding.kv_cache import accepts_4d_mask, preallocated_cache
-from onpath.engines.head import evaluating, head_of, hidden_states, unwrapped
+from onpath.engines.decoding.kv_cache import accepts_4d_mask, preallocated_cache, select_rows
+from onpath.engines.head import evaluating, head_of, hidden_states, known_to, unwrapped
 from onpath.engines.models import context_length
 from onpath.engines.stops import string_end
 from onpath.losses import token_stats
@@ -120,6 +121,13 @@ class HFEngine(Engine):
             vocabulary=self.vocabulary,
         )
 
+    def ending_at(self, stop_ids: Set[int]) -> "HFEngine":
+        """The like of this engine over the same model, whose responses end with other ids."""
+        engine = copy.copy(self)
+        engine.stop_ids = frozenset(stop_ids)
+        engine._stop = torch.tensor(sorted(stop_ids), device=self.device)
+        return engine
+
     def can_draw_from(self, past: Past | None) -> bool:
         """See `Engine.can_draw_from`."""
         return past is not None
@@ -154,7 +162,8 @@ class HFEngine(Engine):
         return string_end(tokens, self.stop_strings, self.renderer.text) is None
 
     def _check_lengths(self, prefixes: Sequence[Sequence[int]], sampling: Sampling) -> None:
-        longest, limit = max((len(p) for p in prefixes), default=0), context_length(unwrapped(self.model))
+        longest = max((len(p) for p in prefixes), default=0)
+        limit = context_length(unwrapped(self.model).config)
         if longest + sampling.max_new_tokens > limit:
             raise UserError(
                 f"a prompt of {longest} tokens and {sampling.max_new_tokens} new ones do not fit the model's "
@@ -194,6 +203,8 @@ class HFEngine(Engine):
         mask_BL = torch.cat([mask_BT, mask_BT.new_ones(len(keys), limit)], dim=1)
         takes_mask = accepts_4d_mask(model)  # of a decoding step as it is, else the model makes its own
         cache = preallocated_cache(model)
+        # State-space models have another name for it.
+        remembers = known_to(model, past_key_values=cache, cache_params=cache)
         uniform_BL = torch.from_numpy(np.stack([noise(sampling.seed, key, limit) for key in keys]))
         uniform_BL = uniform_BL.to(self.device)
         tokens_BL = torch.zeros(len(keys), limit, dtype=torch.long, device=self.device)
@@ -204,17 +215,15 @@ class HFEngine(Engine):
             mask = mask_BL[:, : ids_BT.shape[1] + t] if padded else None
             # The prefill needs a causal mask, which the model makes of this one. A later step has one query,
             # which attends to all but the padding.
+            if mask is not None and t and "cache_params" in remembers:
+                mask = None  # what the padding was kept out of is a state: it has no columns to hide
             if mask is not None and takes_mask and t:
                 mask = mask[:, None, None].bool()
             with self._autocast():
-                logits_BV = model(
-                    input_ids=step_ids,
-                    position_ids=step_pos,
-                    attention_mask=mask,
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                ).logits[:, -1]
+                named = known_to(
+                    model, position_ids=step_pos, attention_mask=mask, use_cache=True, logits_to_keep=1
+                )
+                logits_BV = model(input_ids=step_ids, **remembers, **named).logits[:, -1]
             # Uniform number t of a row is for its token t, whichever rows are left beside it. Rows that have
             # stopped go on until the batch is compacted; `_completions` cuts what they add.
             drawn_B, logp_B = draw(self._cut(logits_BV), sampling, uniform_BL[:, t])
@@ -233,7 +242,7 @@ class HFEngine(Engine):
             if left < _COMPACT_BELOW * len(row_B):
                 # All that has an entry for each row of the batch shrinks alike, in the cache's order.
                 keep = active_B.nonzero().squeeze(-1)
-                cache.batch_select_indices(keep)
+                select_rows(cache, keep)
                 state = (row_B, active_B, mask_BL, uniform_BL, step_ids, step_pos)
                 row_B, active_B, mask_BL, uniform_BL, step_ids, step_pos = (x[keep] for x in state)
         return self._completions(tokens_BL, logps_BL)

@@ -67,7 +67,7 @@ def student_engine(config: Config, student: nn.Module, own: HFEngine) -> Engine:
         stop_ids=own.stop_ids,
         stop_strings=own.stop_strings,
         vocabulary=own.vocabulary,
-        context_length=context_length(unwrapped(student)),
+        context_length=context_length(unwrapped(student).config),
         dtype="bfloat16" if half else "float32",
         tolerance=_HALF if half else _EXACT,
         options=section.vllm,
@@ -115,7 +115,7 @@ def make_teacher(
         engine = ServerEngine(
             server, renderer, stop_ids=stops.ids, stop_strings=stops.strings, vocabulary=vocabulary
         )
-        longest = context_length(unwrapped(student))
+        longest = context_length(unwrapped(student).config)
         return ServedTeacher(engine, k=min(method.support_k, vocabulary), context_length=longest)
     where = pick_device(config.teacher.device, "teacher.device", otherwise=device)
     model = load_model(config.teacher, "teacher.model", where)

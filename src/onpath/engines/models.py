@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -36,6 +38,12 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "spiece.model",
 )
+_PLAIN_OUTPUT = {
+    "output_router_logits": False, "output_attentions": False, "output_hidden_states": False,
+    "return_dict": True,
+}  # fmt: skip
+"""Keys of configs that change what a forward pass gives, some of them what it can be asked
+(transformers issue 39203); losses need none of them."""
 
 
 def locate(name: str) -> str:
@@ -94,6 +102,10 @@ def load_model(section: Student | Teacher, key: str, device: torch.device) -> Pr
     _check_complete(found, section, key)
     frozen: PreTrainedModel = model.eval().requires_grad_(False)
     nn.Module.to(frozen, device)  # in place; transformers' own `to` is untyped
+    for config in (frozen.config, frozen.config.get_text_config()):
+        for name, value in _PLAIN_OUTPUT.items():
+            if hasattr(config, name):
+                setattr(config, name, value)
     frozen.name_or_path = source  # what a new adapter names as its base, from wherever it is loaded
     return frozen
 
@@ -214,6 +226,24 @@ def stop_ids(
     return frozenset(ids)
 
 
-def context_length(model: PreTrainedModel) -> int:
-    """Most positions that the model was made for."""
-    return int(model.config.get_text_config().max_position_embeddings)
+def context_length(config: PreTrainedConfig) -> int:
+    """Most positions that a model was made for; `sys.maxsize` where its config names no limit (BLOOM, Mamba).
+
+    Where the scale of the positions switches at some length (LongRoPE), for all rows of a batch as soon as
+    one is longer, it is that length: beyond it a row would depend on the rows beside it.
+    """
+    text = config.get_text_config()
+    named: dict[str, Any] = text.to_dict()
+    limits = [text.max_position_embeddings if hasattr(text, "max_position_embeddings") else None]
+    limits += _switches(named.get("rope_parameters"), named.get("original_max_position_embeddings"))
+    return min((n for n in limits if isinstance(n, int) and n > 0), default=sys.maxsize)
+
+
+def _switches(rope: Any, original: Any) -> list[Any]:
+    """Lengths at which rotary positions are scaled otherwise; each kind of layer may have its own."""
+    if not isinstance(rope, Mapping):
+        return []
+    found = [n for inner in rope.values() for n in _switches(inner, original)]
+    if rope.get("rope_type") == "longrope":
+        found.append(rope.get("original_max_position_embeddings", original))
+    return found

@@ -1,11 +1,16 @@
 """The student that trains: all of its weights or an adapter, and the ids that it shares with the teacher."""
 
+from functools import partial
 from pathlib import Path
+from types import MethodType
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from onpath.config.build import Config
 from onpath.engines.adapters import untie
@@ -18,8 +23,7 @@ def trainable(config: Config, base: nn.Module) -> nn.Module:
     """The student with gradients on: on all weights, or on a new LoRA adapter."""
     section = config.student
     if section.gradient_checkpointing:
-        with quietly():
-            unwrapped(base).gradient_checkpointing_enable({"use_reentrant": False})
+        recompute(base)
     if section.lora_rank == 0:
         return base.requires_grad_(True)
     torch.manual_seed(config.run.seed)
@@ -36,9 +40,28 @@ def trainable(config: Config, base: nn.Module) -> nn.Module:
     except ValueError as error:
         raise UserError(f"student.lora_targets: {str(error).splitlines()[0]}") from None
     untie(unwrapped(model))
-    if section.gradient_checkpointing:
-        unwrapped(model).enable_input_require_grads()
     return model
+
+
+def recompute(model: nn.Module) -> None:
+    """Activations of each layer are computed again in the backward pass.
+
+    transformers would do so only in training mode, which brings dropout and router noise with it.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        kind = unwrapped(model).config.model_type
+        raise UserError(f"student.gradient_checkpointing: {kind} models cannot do that; set it to false")
+    for layer in layers:
+        # A bound method, so that a deep copy of the model recomputes its own layers.
+        layer.forward = MethodType(_recomputed, layer)
+
+
+def _recomputed(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    forward = partial(type(layer).forward, layer)
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def shared_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, list[str]]:

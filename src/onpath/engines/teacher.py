@@ -28,6 +28,8 @@ class Teacher:
 
     model: nn.Module | None = None
     """The model in this process, if it is one."""
+    separate: nn.Module | None = None
+    """That model, if it is not the student's."""
     gives_scores: bool = True
     """False: a black box that only generates; divergences are not measured."""
     context_length: int = sys.maxsize
@@ -77,10 +79,10 @@ class ModelTeacher(Teacher):
     model: nn.Module
 
     def __init__(self, model: nn.Module, *, vocabulary: int | None = None) -> None:
-        self.model = model.eval().requires_grad_(False)
+        self.model = self.separate = model.eval().requires_grad_(False)
         self._head = head_of(model, vocabulary)
         self.device = next(model.parameters()).device
-        self.context_length = context_length(unwrapped(model))
+        self.context_length = context_length(unwrapped(model).config)
 
     @property
     def head(self) -> Head:
@@ -126,7 +128,7 @@ class SelfTeacher(Teacher):
         if weights == "ema" and any(p.dtype in _HALF for p in self.model.parameters()):
             self.model = self.model.float()
         self._vocabulary = vocabulary
-        self.context_length = context_length(unwrapped(student))
+        self.context_length = context_length(unwrapped(student).config)
 
     @property
     def head(self) -> Head:

@@ -7,6 +7,7 @@ one CPU: more GPUs for sampling are a server's (`rollout.url`).
 import hashlib
 import math
 import os
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -227,7 +228,7 @@ def _start(directory: str, dtype: str, context_length: int, options: Mapping[str
         ) from None
     settings: dict[str, Any] = {
         "dtype": dtype,
-        "max_model_len": context_length,
+        **({"max_model_len": context_length} if context_length < sys.maxsize else {}),
         "skip_tokenizer_init": True,
         "enable_prefix_caching": True,
         "logprobs_mode": "processed_logprobs",

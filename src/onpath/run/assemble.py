@@ -1,6 +1,8 @@
 """From a config to the parts of a run. Cheap checks come first: nothing large loads before the data is known
 to be good."""
 
+from functools import partial
+
 import torch
 
 from onpath.config.build import Config
@@ -14,6 +16,7 @@ from onpath.engines.make import check_teacher, make_replay, make_teacher, studen
 from onpath.engines.models import pick_device
 from onpath.engines.overlap import make_overlap
 from onpath.engines.replay import ReplayingEngine, weights_digest
+from onpath.engines.self_check import Agreement, check_model
 from onpath.engines.stops import stops_of
 from onpath.engines.student import shared_vocabulary, trainable
 from onpath.grade.graders import grader_for
@@ -67,6 +70,7 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
         device=device,
         max_tokens=config.optim.micro_batch_tokens,
         bf16=config.optim.bf16,
+        dropout=config.student.dropout,
     )
     own = HFEngine(
         student,
@@ -84,6 +88,7 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
         teacher=teacher_engine(config, teacher, own, replay),
         over=own.over,
     )
+    agreements = check_models(models, own, generates=generators.student is own)
     overlap = make_overlap(config, student, generators.student, own)
     sampler = generators.student if overlap is None else overlap.engine
     if replay is not None:
@@ -109,6 +114,7 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
         overlap=overlap,
         stops=stops,
         warnings=tuple(warnings),
+        agreements=agreements,
     )
 
 
@@ -120,6 +126,21 @@ def clock_warning(renderer: Renderer) -> str | None:
         f"the chat template prints the clock; every prompt of this run says {renderer.clock:%Y-%m-%d %H:%M}, "
         f"also after a restart ({CLOCK_FILE})"
     )
+
+
+def check_models(models: Models, own: HFEngine, *, generates: bool) -> dict[str, Agreement]:
+    """The start-up check of each model in this process.
+
+    Args:
+        own: over the student.
+        generates: whether it is `own` that generates the rollouts.
+    """
+    check = partial(check_model, vocabulary=models.vocabulary, bf16=models.bf16)
+    engine = own if generates else None
+    found = {"student.model": check(models.student, engine, key="student.model", dropout=models.dropout)}
+    if (other := models.teacher.separate) is not None:
+        found["teacher.model"] = check(other, own.over(other), key="teacher.model")
+    return found
 
 
 def make_text(config: Config, renderer: Renderer) -> Text:

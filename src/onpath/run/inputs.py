@@ -135,7 +135,7 @@ def check_prompts(
         asked += [(p, longest, "eval.max_new_tokens", source) for p in problems]
     if renderer.ids(asked[0][0]) != renderer.ids(asked[0][0]):
         raise UserError("the chat template renders the same prompt differently each time; take its dice out")
-    fits, rows, most = context_length(student), head_of(student).vocabulary, 0
+    fits, rows, most = context_length(student.config), head_of(student).vocabulary, 0
     for prompt, new, lower, source in asked:
         renderer.check(prompt)
         ids = renderer.ids(prompt)

@@ -1,12 +1,14 @@
 """Everything that the steps of a run work with."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from onpath.config.build import Config
 from onpath.engines.base import Engine, Generators
 from onpath.engines.forward import Models
 from onpath.engines.overlap import Overlap
 from onpath.engines.replay import Replay
+from onpath.engines.self_check import Agreement
 from onpath.engines.stops import Stops
 from onpath.losses import Objective
 from onpath.methods.base import Method, Text, Tools
@@ -40,6 +42,8 @@ class Parts:
     overlap: Overlap | None = None
     """Draws the next batch while this one trains."""
     warnings: tuple[str, ...] = ()
+    agreements: Mapping[str, Agreement] = field(default_factory=dict)
+    """What the start-up check measured, by the option that names the model."""
 
     @property
     def tools(self) -> Tools:

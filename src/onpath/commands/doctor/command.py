@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -21,7 +22,8 @@ from onpath.commands.doctor.finding import Finding, Status, guarded, skipped
 from onpath.commands.doctor.sample import Probe, make_probe, untouched
 from onpath.config import Student, Teacher
 from onpath.config.build import Config
-from onpath.engines.models import load_tokenizer, locate
+from onpath.engines.models import context_length, load_tokenizer, locate
+from onpath.engines.self_check import Disagreement
 from onpath.grade.graders import grader_for
 from onpath.run.assemble import assemble
 from onpath.run.inputs import make_renderer
@@ -37,11 +39,12 @@ _ALONG_TRAJECTORIES = (
 )  # fmt: skip
 _NEED_SCORES = ("teacher_itself", "alignment", "teacher_differs")
 _NEED_MODELS = (
-    "server_tokens", "trajectories", "accuracy", "engine_logprobs", "on_policy",
+    "passes", "server_tokens", "trajectories", "accuracy", "engine_logprobs", "on_policy",
     *(f.__name__ for f in _ALONG_TRAJECTORIES), "refine", "engine_follows", "speed", "memory", "disk",
     "restored",
 )  # fmt: skip
 """Checks that cannot run where the models cannot."""
+_OTHER_FAMILY = "docs/models.md lists the families that are right"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +154,11 @@ def diagnose(config: Config, *, refused: str | None = None) -> Iterator[Finding]
     yield from findings
     try:
         parts = assemble(_undecorated(config))
+    except Disagreement as error:
+        yield Finding(name="models", status="fail", message="the run cannot start: see below")
+        yield Finding(name="passes", status="fail", message=str(error), advice=_OTHER_FAMILY)
+        yield from (skipped(name, "the run cannot start") for name in _NEED_MODELS if name != "passes")
+        return
     except UserError as error:
         known = next((f for f in findings if f.status == "fail" and f.message == str(error)), None)
         said = "see above" if known else str(error)
@@ -159,6 +167,7 @@ def diagnose(config: Config, *, refused: str | None = None) -> Iterator[Finding]
         return
     with closing(parts.text.grader):
         yield _models(parts)
+        yield _passes(parts)
         yield tokens.served_tokens(parts)
         yield from _of_models(parts)
 
@@ -248,6 +257,16 @@ def _models(parts: Parts) -> Finding:
     return Finding(name="models", status="ok", message=message, values=values)
 
 
+def _passes(parts: Parts) -> Finding:
+    """What the start-up check measured: `assemble` would have refused more."""
+    values = {key: vars(found) for key, found in parts.agreements.items()}
+    worst = max(
+        gap for a in parts.agreements.values() for gap in (a.scored_gap_nats, a.generated_gap_nats or 0.0)
+    )
+    message = f"scores, samples and training pass are the models' own, to {worst:.1e} nats a token"
+    return Finding(name="passes", status="ok", message=message, values=values)
+
+
 def _undecorated(config: Config) -> Config:
     """Without what would write into the run's directory (TRD's offline cache) or sample in the background."""
     rollout = config.rollout.model_copy(update={"overlap": False})
@@ -277,5 +296,5 @@ def _rooms(config: Config) -> dict[str, int]:
         where = Path(locate(section.model)).expanduser()
         if where.is_dir() and (where / "config.json").is_file():
             read = AutoConfig.from_pretrained(where, trust_remote_code=section.trust_remote_code)
-            found[side] = int(read.get_text_config().max_position_embeddings)
-    return found
+            found[side] = context_length(read)
+    return {side: room for side, room in found.items() if room < sys.maxsize}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from onpath.data.batch import Batch, collate, micro_batches
 from onpath.data.load import prompts_of_step
+from onpath.engines.head import evaluating
 from onpath.losses import Head, TeacherHidden, TeacherScores, TeacherTopK, TokenStats, token_stats
 from onpath.methods import Prepared
 from onpath.records import Rollout, Trajectory
@@ -100,17 +101,16 @@ def as_they_are(rollouts: Sequence[Rollout]) -> list[Trajectory]:
 def trainer_stats(parts: Parts, trajectories: Sequence[Trajectory]) -> list[tuple[Batch, TokenStats]]:
     """The student's statistics along trajectories by the forward pass that training uses, without a
     teacher."""
-    was_training, found = parts.models.student.training, []
-    parts.models.student.train()
-    for batch in batches_of(parts, trajectories):
-        stats = token_stats(
-            student_hidden=parts.models.student_states(batch),
-            student_head=parts.models.head,
-            teacher=None,
-            sampled_ids=batch.token_N,
-        )
-        found.append((batch, stats))
-    parts.models.student.train(was_training)
+    found = []
+    with evaluating(parts.models.student):
+        for batch in batches_of(parts, trajectories):
+            stats = token_stats(
+                student_hidden=parts.models.student_states(batch),
+                student_head=parts.models.head,
+                teacher=None,
+                sampled_ids=batch.token_N,
+            )
+            found.append((batch, stats))
     return found
 
 

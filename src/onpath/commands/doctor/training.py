@@ -257,7 +257,7 @@ def _turn_end(renderer: Renderer, stops: frozenset[int]) -> str:
 def _gradient(parts: Parts, batch: Batch, teacher: TeacherScores) -> Tensor:
     """Of all trained weights, as one vector."""
     was_training = parts.models.student.training
-    parts.models.student.train()
+    parts.models.student.train(parts.models.dropout)
     parts.models.student.zero_grad(set_to_none=True)
     denominator = max(1.0, float(batch.counted_N.sum()))
     step = Step(prepared=unread(), objective=parts.objective, denominator=denominator)

@@ -25,7 +25,7 @@ from onpath.data.batch import Batch
 from onpath.engines.decoding.drafts import Drafts
 from onpath.engines.decoding.draw import draw
 from onpath.engines.decoding.kv_cache import StackedCache, accepts_4d_mask, on_shared_prefix, selected_rows
-from onpath.engines.head import unwrapped
+from onpath.engines.head import table_of, unwrapped
 from onpath.records import Completion, Sampling
 from onpath.system.draws import noise
 
@@ -110,7 +110,7 @@ def branch(
     was_training = engine.model.training
     engine.model.eval()
     try:
-        queries = min(_QUERIES, _LOGITS // unwrapped(engine.model).config.vocab_size)
+        queries = min(_QUERIES, _LOGITS // len(table_of(engine.model)))
         queries = max(1, queries // (1 if drafts is None else _TOKENS_PER_PASS))
         for columns in _batches(places, engine.device, queries):
             _generate(engine, past, columns, generated, drafts)

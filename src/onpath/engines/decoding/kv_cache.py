@@ -5,12 +5,16 @@ them. Another cache may go on behind the end of this one in the same memory (a s
 one cache may be filled by several passes.
 """
 
+import inspect
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
+
+from onpath.engines.head import table_of
 
 _GROW_MIN = 64  # tokens by which a full layer grows, at least
 
@@ -142,7 +146,49 @@ def selected_rows(cache: DynamicCache, rows: Tensor, length: int) -> DynamicCach
     return mine
 
 
+def select_rows(cache: DynamicCache, rows: Tensor) -> None:
+    """Only these rows, in every layer; recurrent states have but beam search's name for it."""
+    for layer in cache.layers:
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            layer.reorder_cache(rows)  # type: ignore[arg-type]
+        elif isinstance(layer, DynamicLayer):
+            layer.batch_select_indices(rows)
+
+
+_TAKES_MASK: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
 def accepts_4d_mask(model: PreTrainedModel) -> bool:
-    """Full attention in every layer through SDPA, which takes a finished [B, 1, Q, T] mask as it is."""
-    plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
-    return plain and model.config._attn_implementation == "sdpa" and not model.config.to_dict().get("alibi")
+    """Whether a finished [B, 1, Q, T] mask is taken as it is, together with positions of our own.
+
+    Asked of the model itself, once: a mask that hides a token in the middle must give what is given without
+    that token.
+    """
+    if model not in _TAKES_MASK:
+        plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+        known = inspect.signature(type(model).forward).parameters.keys() >= {"attention_mask", "position_ids"}
+        _TAKES_MASK[model] = plain and known and _hides_a_token(model)
+    return _TAKES_MASK[model]
+
+
+@torch.inference_mode()
+def _hides_a_token(model: PreTrainedModel) -> bool:
+    weight = table_of(model)
+    ids_1T = torch.arange(1, 6, device=weight.device)[None] % len(weight)
+    kept_T = torch.tensor([0, 1, 3, 4], device=weight.device)
+    mask_TT = torch.ones(5, 5, dtype=torch.bool, device=weight.device).tril()
+    mask_TT[3:, 2] = False
+    positions_1T = torch.tensor([[0, 1, 2, 2, 3]], device=weight.device)
+    was_training = model.training
+    model.eval()
+    try:
+        found = model(input_ids=ids_1T, attention_mask=mask_TT[None, None], position_ids=positions_1T)
+        expected = model(input_ids=ids_1T[:, kept_T])
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # ways to say no
+        return False
+    finally:
+        model.train(was_training)
+    logits_TV = expected.logits[0].float()
+    gap_T = (found.logits[0, kept_T].float() - logits_TV).abs().amax(-1)
+    rounding = 1e-3 if weight.dtype == torch.float32 else 0.05
+    return bool((gap_T <= rounding * logits_TV.abs().max()).all())
