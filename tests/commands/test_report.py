@@ -379,3 +379,17 @@ def test_a_transport_that_spreads_is_not_one_that_is_missing() -> None:
         "spread": True, "none": False, "strong": False,
     }  # fmt: skip
     assert unpacked(found["strong"]["plan"]) == pytest.approx([0, 0, 0.9], rel=1e-3)
+
+
+def test_small_screens_can_read_the_page() -> None:
+    """Axis text is 11 px or more on the narrowest card, lists wrap, the token box covers nothing on low
+    windows."""
+    assets = Path(charts.__file__).parent / "assets"
+    css, script = (assets / "page.css").read_text(), (assets / "chart.js").read_text()
+    size = float(re.findall(r"^svg text \{ font: ([\d.]+)px", css, flags=re.M)[0])
+    card = float(re.findall(r"^\.charts \{.*minmax\(min\((\d+)px", css, flags=re.M)[0]) - 32  # its padding
+    frame = float(re.findall(r"FRAME = \{ width: (\d+)", script)[0])
+    assert size * card / frame >= 11
+    what = re.findall(r"^\.list \.what \{(.*)\}", css, flags=re.M)[0]
+    assert "nowrap" not in what
+    assert re.search(r"@media \(max-height: 7\d\dpx\) \{ \.panel \{ position: static; \} \}", css)

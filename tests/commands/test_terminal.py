@@ -3,9 +3,11 @@
 import io
 
 import pytest
+from rich.console import Console
+from rich.style import Style
 from rich.table import Table
 
-from onpath.commands.terminal import console_for
+from onpath.commands.terminal import coloured, console_for, few_colours, legend
 
 
 def test_a_file_cuts_nothing_off_and_has_no_colour(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,3 +36,50 @@ def test_a_terminal_keeps_its_width_and_colour(monkeypatch: pytest.MonkeyPatch) 
     console_for(stream).print("word " * 30, style="bold red")
     assert "\x1b[1;31m" in stream.getvalue()
     assert stream.getvalue().count("\n") > 2
+
+
+VGA = {
+    "bright_white": (255, 255, 255),
+    "bright_yellow": (255, 255, 85),
+    "bright_red": (255, 85, 85),
+    "red": (170, 0, 0),
+}
+XTERM = {
+    "bright_white": (255, 255, 255),
+    "bright_yellow": (255, 255, 0),
+    "bright_red": (255, 0, 0),
+    "red": (205, 0, 0),
+}
+
+
+def luminance(rgb: tuple[int, int, int]) -> float:
+    linear = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in rgb]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("palette", [VGA, XTERM], ids=["vga", "xterm"])
+def test_sixteen_colours_are_an_ordered_scale(palette: dict[str, tuple[int, int, int]]) -> None:
+    """The larger a value, the darker: no step back, and more than two steps."""
+    values = [0.1 + i * 0.05 for i in range(100)]
+    shades = []
+    for span in coloured(["x"] * len(values), values, few=True).spans:
+        assert isinstance(span.style, Style)
+        assert span.style.bgcolor is not None
+        assert span.style.bgcolor.type.name == "STANDARD", "nothing that a terminal must bring down to 16"
+        shades.append(luminance(palette[span.style.bgcolor.name]))
+    assert shades == sorted(shades, reverse=True)
+    assert len(set(shades)) == 4
+
+
+def test_a_terminal_of_sixteen_colours_is_known() -> None:
+    consoles = {
+        system: Console(color_system=system, force_terminal=True, file=io.StringIO())  # type: ignore[arg-type]
+        for system in ("standard", "256", "truecolor")
+    }
+    assert {name: few_colours(console) for name, console in consoles.items()} == {
+        "standard": True,
+        "256": False,
+        "truecolor": False,
+    }
+    plain = {name: str(legend(console, "KL").spans) for name, console in consoles.items()}
+    assert plain["standard"] != plain["256"] == plain["truecolor"]

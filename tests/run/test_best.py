@@ -86,6 +86,20 @@ def test_a_watched_run_that_is_killed_ends_like_the_one_that_was_not(
         assert same(again.directory / name, whole.directory / name)
 
 
+def test_watching_from_the_middle_on_changes_no_weight(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was not kept before is not the best; the weights of the end are those of the unwatched run."""
+    scored(monkeypatch, [0.9, 0.8, 0.1, 0.3, 0.2, 0.2, 0.2])
+    plain = {**WATCHED, "run__keep_best": None}
+    whole = train(tiny(**plain, run__name="whole"), quiet=True)
+    stop_before(2, monkeypatch, tiny(**plain))
+    watched = train(tiny(**WATCHED, run__stop_after=3), quiet=True)
+    assert watched.steps == 6
+    assert same(watched.model, whole.model)
+    assert same(watched.directory / "best", watched.directory / "checkpoints" / "step_3")
+    rules = {line["key"]: line["rule"] for line in read_lines(watched.directory / "changes.jsonl")}
+    assert rules == {"run.keep_best": "neutral", "run.stop_after": "neutral"}
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -156,7 +156,8 @@ def options() -> list[str]:
     return found + sorted({f"method.{name}" for options in METHODS.values() for name in options.model_fields})
 
 
-ALLOWED = {*NEUTRAL, *ROUNDING, "run.name", "run.dir"}
+ALLOWED = {*NEUTRAL, *ROUNDING, "run.name", "run.dir", "run.keep_best", "run.stop_after"}
+"""The last two: tests/run/test_best.py."""
 OF_METHODS = {
     "method.gate": "neutral",
     "method.gate_prompts": "neutral",

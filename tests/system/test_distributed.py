@@ -160,7 +160,29 @@ def test_one_rank_that_is_asked_to_stop_stops_all(tiny: Tiny, tmp_path: Path) ->
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*command, str(script), str(file)], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("step 2 of 4 is saved; the same command goes on") == 1
+    assert done.stderr.count("is saved; the same command goes on") == 1
     assert [p.name for p in (directory / "checkpoints").iterdir()] == ["step_2"]
     train(config, quiet=True)
     same(train(tiny(optim__steps=4, data__eval={}, run__name="whole"), quiet=True).directory, directory)
+
+
+@pytest.mark.slow
+def test_a_mistake_is_said_once_by_two_processes(tiny: Tiny, tmp_path: Path) -> None:
+    """One that all find before they know of each other, and one that the first process finds."""
+    good = tiny(data__eval={}, optim__steps=1)
+    train(good, quiet=True)
+    file = tmp_path / "config.yaml"
+    file.write_text(good.to_yaml())
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for key, value, says in (
+        ("optim.lr", "-1", "optim.lr is -1"),
+        ("optim.eps", "1e-3", "belongs to a run with another config"),
+    ):
+        done = subprocess.run(
+            [*command, "-m", "onpath", "train", str(file), f"--{key}", value],
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode != 0
+        assert done.stderr.count("onpath: ") == done.stderr.count(says) == 1, done.stderr

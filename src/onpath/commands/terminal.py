@@ -16,6 +16,9 @@ _LOW, _HIGH = 0.1, 4.0
 """Nats: below _LOW a token stays plain, from _HIGH on it has the full colour."""
 _RAMP = ((255, 243, 214), (254, 217, 142), (254, 153, 41), (217, 95, 14), (153, 52, 4))
 """Light to dark orange (ColorBrewer's YlOrBr): one hue, ordered by lightness, safe for colour-blind eyes."""
+_FEW = ("bright_white", "bright_yellow", "bright_red", "red")
+"""Of a terminal with 16 colours those that are ordered by lightness in every common palette; the nearest ones
+to _RAMP are not."""
 
 _MOST_LINKS = 3
 _ENDLESS = 10_000
@@ -28,8 +31,16 @@ def console_for(stream: TextIO) -> Console:
     return console if console.is_terminal else Console(file=stream, width=_ENDLESS, color_system=None)
 
 
-def coloured(tokens: Sequence[str], values: Sequence[float], *, colour: bool = True) -> Text:
-    """Tokens with a background by value (nats); without colour ⟦token value⟧ from 1 nat on."""
+def few_colours(console: Console) -> bool:
+    """Whether it has 16 colours, which are its user's own."""
+    return console.color_system in ("standard", "windows")
+
+
+def coloured(
+    tokens: Sequence[str], values: Sequence[float], *, colour: bool = True, few: bool = False
+) -> Text:
+    """Tokens with a background by value (nats), of 16 colours if there are `few`; without colour
+    ⟦token value⟧ from 1 nat on."""
     text = Text()
     for token, value in zip(tokens, values, strict=True):
         shown = visible(token)
@@ -38,12 +49,15 @@ def coloured(tokens: Sequence[str], values: Sequence[float], *, colour: bool = T
         elif value < _LOW:
             text.append(shown)
         else:
-            text.append(shown, style=_style(value))
+            text.append(shown, style=_style(value, few=few))
     return text
 
 
-def _style(value: float) -> Style:
+def _style(value: float, *, few: bool = False) -> Style:
     share = min(1.0, (value - _LOW) / (_HIGH - _LOW))
+    if few:
+        step = round(share * (len(_FEW) - 1))
+        return Style(color="bright_white" if _FEW[step] == "red" else "black", bgcolor=_FEW[step])
     red, green, blue = _RAMP[round(share * (len(_RAMP) - 1))]
     return Style(color="black" if share < 0.7 else "white", bgcolor=f"rgb({red},{green},{blue})")
 
@@ -54,7 +68,7 @@ def legend(console: Console, quantity: str) -> Text:
         return Text(f"⟦token 2.3⟧: {quantity} of 1 nat or more")
     text = Text(f"{quantity}, nats: ")
     for value in (0.0, 0.2, 1.0, 2.0, 3.0, 4.0):
-        text.append(f" {value:g} ", style=_style(value) if value >= _LOW else "")
+        text.append(f" {value:g} ", style=_style(value, few=few_colours(console)) if value >= _LOW else "")
     return text
 
 

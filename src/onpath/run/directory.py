@@ -232,7 +232,10 @@ class Run:
             Stopped: always.
         """
         where = f"step {step} of {self.parts.config.optim.steps} is saved"
-        raise Stopped(f"{asked.name or 'asked to stop'}: {where}; the same command goes on")
+        why = (
+            asked.name if distributed.world() == 1 else "asked to stop"
+        )  # the same sentence on all processes
+        raise Stopped(f"{why}: {where}; the same command goes on")
 
     def announce(self, display: Display, done: int) -> None:
         """What people should know before the first step."""

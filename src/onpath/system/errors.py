@@ -4,6 +4,8 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
 
 from onpath.system.signals import Stopped
 from onpath.system.streams import say, silence
@@ -26,11 +28,10 @@ def guarded(run: Callable[[], int | None]) -> int:
     try:
         return int(run() or 0)
     except UserError as error:
-        say(f"onpath: {one_line(str(error), _LONGEST)}")
+        say_once(f"onpath: {one_line(str(error), _LONGEST)}")
         return 2
     except Stopped as ended:
-        if int(os.environ.get("RANK", "0")) == 0:  # torchrun: all ranks stop together
-            say(f"onpath: {ended.sentence}")
+        say_once(f"onpath: {ended.sentence}")
         return 0
     except KeyboardInterrupt:
         say("onpath: interrupted; start the same command again to go on")
@@ -41,3 +42,22 @@ def guarded(run: Callable[[], int | None]) -> int:
     except Exception:
         traceback.print_exc()
         return 1
+
+
+def say_once(sentence: str) -> None:
+    """One line on stderr; of torchrun's processes on this machine only the first one that has it says it.
+
+    No process group is asked: most mistakes are found before there is one, and some by one process alone.
+    """
+    place = os.environ.get(
+        "TORCHELASTIC_ERROR_FILE"
+    )  # each process has a directory of its own in a common one
+    if place is not None:
+        mark = Path(place).parent.parent / f"said-{sha256(sentence.encode()).hexdigest()[:16]}"
+        try:
+            mark.touch(exist_ok=False)
+        except FileExistsError:
+            return
+        except OSError:  # said twice is better than not at all
+            pass
+    say(sentence)
