@@ -1,12 +1,12 @@
 """A run's directory: opened or gone on with, its files, its checkpoints, its final model."""
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -15,12 +15,13 @@ from onpath.config.build import Config
 from onpath.engines.models import quietly
 from onpath.run import checkpoint
 from onpath.run.environment import environment
-from onpath.run.log import Display, JsonLines, Tracker, check_trackers, flatten, open_trackers
+from onpath.run.log import Display, JsonLines, Tracker, check_trackers, flatten, open_trackers, read_lines
 from onpath.run.meter import Meter
 from onpath.run.parts import Parts
 from onpath.system import distributed
 from onpath.system.errors import UserError
-from onpath.system.files import remove_leftovers, write_text, written
+from onpath.system.files import lock, remove_leftovers, write_text, written
+from onpath.system.reading import read_yaml
 
 
 @dataclass(kw_only=True)
@@ -33,11 +34,13 @@ class Run:
     evals: JsonLines
     trackers: list[Tracker] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    held: int | None = None
+    """The lock on the directory."""
 
     @property
     def finished(self) -> bool:
         """Whether the final model is there: it is written last."""
-        return (self.directory / "model").is_dir()
+        return checkpoint.holds_model(self.directory / "model")
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds beside trained weights and optimiser."""
@@ -51,6 +54,8 @@ class Run:
             self.parts.overlap.close()
         for tracker in self.trackers:
             tracker.close()
+        if self.held is not None:
+            os.close(self.held)
 
     def note(self, sentence: str) -> None:
         """What people should know before the first step; nothing is no note."""
@@ -118,14 +123,33 @@ class Run:
         distributed.barrier()
 
     def save_model(self) -> Path:
-        """Final weights: complete or not at all."""
+        """Final weights: complete or not at all.
+
+        Raises:
+            UserError: nothing was trained.
+        """
+        if distributed.rank() == 0:
+            self.check_trained()
         target, config = self.directory / "model", self.parts.config
-        if distributed.rank() == 0 and not target.exists():
+        if distributed.rank() == 0 and not checkpoint.holds_model(target):
             if config.student.lora_merge and config.student.lora_rank:
                 self._save(self.directory / "merged", merged=True)
             self._save(target, merged=False)
         distributed.barrier()
         return target
+
+    def check_trained(self) -> None:
+        """A run in which no trajectory was ever kept has nothing to show.
+
+        Raises:
+            UserError: it is one.
+        """
+        rows = read_lines(self.metrics.path)
+        if rows and not any(row["tokens"] for row in rows):
+            raise UserError(
+                f"{self.directory}: in none of {len(rows):,} steps was a trajectory kept, so nothing was "
+                "trained and no model is written; the column `reason` of trajectories/ says why"
+            )
 
     def _save(self, target: Path, *, merged: bool) -> None:
         model: Any = self.parts.models.student
@@ -151,20 +175,25 @@ def open_run(config: Config, parts: Parts) -> Run:
     """
     directory = Path(config.run.dir) / config.run.name
     check_trackers(config.run.trackers)
+    held = None
     if distributed.rank() == 0:
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            _claim(directory, config)
         except OSError as error:
             raise UserError(f"run.dir: cannot write to {directory}: {error.strerror or error}") from None
-        remove_leftovers(directory)
-        write_text(directory / "environment.json", json.dumps(environment(parts), indent=1) + "\n")
+        held = lock(directory)
+        try:
+            _prepare(directory, parts)
+        except BaseException:
+            os.close(held)
+            raise
     distributed.barrier()
     run = Run(
         directory=directory,
         parts=parts,
         metrics=JsonLines(directory / "metrics.jsonl"),
         evals=JsonLines(directory / "eval.jsonl"),
+        held=held,
     )
     if distributed.rank() == 0 and not run.finished:
         run.trackers = open_trackers(
@@ -174,6 +203,15 @@ def open_run(config: Config, parts: Parts) -> Run:
             config=config.model_dump(mode="json"),
         )
     return run
+
+
+def _prepare(directory: Path, parts: Parts) -> None:
+    try:
+        _claim(directory, parts.config)
+    except OSError as error:
+        raise UserError(f"run.dir: cannot write to {directory}: {error.strerror or error}") from None
+    remove_leftovers(directory)
+    write_text(directory / "environment.json", json.dumps(environment(parts), indent=1) + "\n")
 
 
 def _claim(directory: Path, config: Config) -> None:
@@ -202,8 +240,8 @@ def _begun(directory: Path) -> bool:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+        tree = read_yaml(path)
+    except UserError:
         tree = None
     if not isinstance(tree, dict) or not all(isinstance(options, dict) for options in tree.values()):
         raise UserError(f"{path}: damaged; choose another run.name or remove the directory")
