@@ -13,6 +13,7 @@ exactly.
 import math
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from onpath.run.assemble import assemble
 from onpath.run.directory import Run, RunResult, open_run
 from onpath.run.evaluation import evaluate_all
 from onpath.run.log import Display
-from onpath.run.loss import Step, losses_of, teacher_states
+from onpath.run.loss import Step, guidance_loss, loss_of, teacher_states
 from onpath.run.meter import Meter, Stopwatch
 from onpath.run.optimizer import make_optimizer
 from onpath.run.parts import Parts
@@ -141,7 +142,9 @@ def one_step(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> Meter
         with watch("score"):
             teacher = teacher_states(models, batch, prepared)
         with watch("train"):
-            result = parts.guidance_ratio.backward(losses_of(models, batch, teacher, shared))
+            result = loss_of(models, batch, teacher, shared)
+            result.loss.backward()
+            parts.guidance_ratio.add(partial(guidance_loss, models, batch, teacher, shared))
         meter.add(batch, result)
     with watch("train"):
         distributed.sum_gradients(models.student)

@@ -1,7 +1,10 @@
 """The whole step: against TRL, at the fixed point, towards the teacher, and what a run leaves behind."""
 
+import fcntl
 import json
 import math
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import onpath
+from onpath import config as configuration
 from onpath.config.build import Config
 from onpath.engines.head import unwrapped
 from onpath.engines.models import quietly
@@ -27,6 +31,7 @@ from onpath.run.directory import open_run
 from onpath.run.log import read_lines
 from onpath.run.optimizer import make_optimizer, rate
 from onpath.run.parts import Parts
+from onpath.system import code
 from onpath.system.errors import UserError
 from onpath.training import optimise, sample, train
 from tests.conftest import CHARACTERS, make_model, make_tokenizer
@@ -508,3 +513,39 @@ def test_a_step_without_tokens_measures_no_divergence(tiny: Tiny) -> None:
     assert row["student_entropy_nats"] is None
     assert not gradients, "no optimiser step"
     assert step_on(parts, made)[0].row(parts.models.device)["reverse_kl_nats"] > 0
+
+
+def test_two_runs_in_one_directory(tiny: Callable[..., Config]) -> None:
+    config = tiny()
+    directory = Path(config.run.dir) / config.run.name
+    directory.mkdir(parents=True)
+    held = os.open(directory, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="another process is at work on this run"):
+        train(config, quiet=True)
+    assert list(directory.iterdir()) == []
+    os.close(held)
+    assert train(config, quiet=True).steps == 3
+    assert train(config, quiet=True).steps == 3, "the lock is given back"
+
+
+def test_a_run_that_keeps_nothing_says_so(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    """Neither at once nor when it is started again does it end as if it had trained."""
+    low = {"low": {"name": f"{tmp_path / 'low.py'}:low", "at_least": 1.0}}
+    (tmp_path / "low.py").write_text("def low(text):\n    return 0.0\n")
+    with code.allowed():
+        tree = {**tiny(run__save_every=1).model_dump(mode="json"), "rewards": low}
+        config = configuration.build(tree)
+        for _ in range(2):
+            with pytest.raises(UserError, match="in none of 3 steps was a trajectory kept"):
+                train(config, quiet=True)
+    assert not (Path(config.run.dir) / config.run.name / "model").exists()
+
+
+def test_an_empty_model_directory_is_no_finished_run(tiny: Callable[..., Config]) -> None:
+    config = tiny(run__save_every=1)
+    done = train(config, quiet=True)
+    shutil.rmtree(done.model)
+    done.model.mkdir()
+    again = train(config, quiet=True)
+    assert (again.model / "config.json").is_file()

@@ -1,9 +1,10 @@
 """The configuration: one YAML section per stage, checked before anything is loaded. No torch."""
 
-from onpath.config.build import Config, build, load, nearest, read_yaml, resolved, with_own
+from onpath.config.build import Config, build, load, nearest, resolved, with_own
 from onpath.config.describe import describe, json_schema
 from onpath.config.methods import METHODS
 from onpath.config.sections import Data, Eval, Optim, RolloutSection, Run, Student, Teacher
+from onpath.system.reading import read_yaml
 
 __all__ = [
     "METHODS", "Config", "Data", "Eval", "Optim", "RolloutSection", "Run", "Student", "Teacher",

@@ -31,6 +31,7 @@ from onpath.config.sections import (
 )
 from onpath.system import code
 from onpath.system.errors import UserError
+from onpath.system.reading import read_yaml
 
 _COMMAND_LINE = "the command line"
 
@@ -223,45 +224,12 @@ def resolved(tree: dict[str, Any]) -> dict[str, Any]:
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such config file")
-    try:
-        data = read_yaml(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the config: {error.strerror}") from None
+    data = read_yaml(path)
     if data is None:
         return {}
     if not isinstance(data, dict):
         raise UserError(f"{path}: must be a mapping of sections ({', '.join(Config.model_fields)})")
     return data
-
-
-class _Loader(yaml.SafeLoader):
-    """In which a key stands once: YAML's own readers keep the last one and lose the others."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        problem=f"{key.value} stands here a second time", problem_mark=key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: Path) -> Any:
-    """What a YAML file holds.
-
-    Raises:
-        UserError: not valid YAML, with the line; also if a key stands twice in one mapping.
-        OSError: it cannot be read.
-    """
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
 
 
 def _override(data: dict[str, Any], dotted: str, text: Any) -> None:

@@ -1,9 +1,10 @@
 """Base of every section of the configuration; what may change on resume; names of a user's own code."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema, core_schema
 
 from onpath.system import code
@@ -19,6 +20,22 @@ class Section(BaseModel):
         protected_namespaces=(),
         allow_inf_nan=False,
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any) -> Any:
+        """Python and pydantic take true for 1."""
+        for name, given in value.items() if isinstance(value, Mapping) else ():
+            field = cls.model_fields.get(name) if isinstance(name, str) else None
+            if isinstance(given, bool) and field is not None and _numbers_only(field.annotation):
+                raise ValueError(f"{name} is {str(given).lower()}, which is no number")
+        return value
+
+
+def _numbers_only(annotation: Any) -> bool:
+    """Whether an option takes numbers and no truth value."""
+    kinds = {annotation, *get_args(annotation)}
+    return bool(kinds & {int, float}) and bool not in kinds
 
 
 @dataclass(frozen=True)

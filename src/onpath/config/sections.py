@@ -1,5 +1,6 @@
 """The sections of the configuration but `method`, each option with its documentation. No torch."""
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -9,6 +10,8 @@ from onpath.config.section import LONGER, NEUTRAL, PLACE, ROUNDING, OneOf, Secti
 from onpath.data.tasks import split_name, task_of
 from onpath.records import Sampling
 from onpath.system import code
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -102,6 +105,15 @@ class Data(Section):
         if self.chat_template is not None and self.template == "plain":
             raise ValueError("chat_template is for chat prompts, but template is plain; take one of them out")
         return self
+
+    @field_validator("eval")
+    @classmethod
+    def _names_are_names(cls, value: dict[str, str]) -> dict[str, str]:
+        """They become names of files."""
+        for name in value:
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"{name[:60]!r} is no name for a split: letters, digits, . _ and - are")
+        return value
 
     @model_validator(mode="before")
     @classmethod

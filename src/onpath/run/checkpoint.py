@@ -128,6 +128,12 @@ def load_weights(path: Path, model: nn.Module) -> None:
             parameter.copy_(weights[name])
 
 
+def holds_model(path: Path) -> bool:
+    """Whether a directory is a saved model: a config and weights are in it."""
+    configs = ("config.json", "adapter_config.json")
+    return any((path / name).is_file() for name in configs) and any(path.glob("*.safetensors"))
+
+
 def is_sound(path: Path) -> bool:
     """Whether every byte of a checkpoint is what was written."""
     return _verified(path) is not None

@@ -1,6 +1,7 @@
 """A run's directory: opened or gone on with, its files, its checkpoints, its final model."""
 
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -38,7 +38,8 @@ from onpath.run.parts import Parts
 from onpath.run.trained import BEST
 from onpath.system import distributed
 from onpath.system.errors import UserError
-from onpath.system.files import remove_leftovers, write_text, written
+from onpath.system.files import lock, remove_leftovers, write_text, written
+from onpath.system.reading import read_yaml
 from onpath.system.signals import Requests, Stopped
 from onpath.system.streams import say
 
@@ -78,11 +79,13 @@ class Run:
     """avg@n of the weights in best/."""
     since_best: int = 0
     """Evaluations after it."""
+    held: int | None = None
+    """The lock on the directory."""
 
     @property
     def finished(self) -> bool:
         """Whether the final model is there: it is written last."""
-        return (self.directory / "model").is_dir()
+        return checkpoint.holds_model(self.directory / "model")
 
     @property
     def last_step(self) -> int:
@@ -119,6 +122,8 @@ class Run:
             self.parts.overlap.close()
         for tracker in self.trackers:
             tracker.close()
+        if self.held is not None:
+            os.close(self.held)
 
     def note(self, sentence: str) -> None:
         """What people should know before the first step; nothing is no note."""
@@ -278,14 +283,33 @@ class Run:
         distributed.barrier()
 
     def save_model(self) -> Path:
-        """Final weights: complete or not at all."""
+        """Final weights: complete or not at all.
+
+        Raises:
+            UserError: nothing was trained.
+        """
+        if distributed.rank() == 0:
+            self.check_trained()
         target, config = self.directory / "model", self.parts.config
-        if distributed.rank() == 0 and not target.exists():
+        if distributed.rank() == 0 and not checkpoint.holds_model(target):
             if config.student.lora_merge and config.student.lora_rank:
                 self._save(self.directory / "merged", merged=True, step=self.last_step)
             self._save(target, merged=False, step=self.last_step)
         distributed.barrier()
         return target
+
+    def check_trained(self) -> None:
+        """A run in which no trajectory was ever kept has nothing to show.
+
+        Raises:
+            UserError: it is one.
+        """
+        rows = read_lines(self.metrics.path)
+        if rows and not any(row["tokens"] for row in rows):
+            raise UserError(
+                f"{self.directory}: in none of {len(rows):,} steps was a trajectory kept, so nothing was "
+                "trained and no model is written; the column `reason` of trajectories/ says why"
+            )
 
     def _save(self, target: Path, *, merged: bool, step: int) -> None:
         model = self.parts.models.student
@@ -316,22 +340,19 @@ def open_run(config: Config, parts: Parts, *, with_changes: bool = False) -> Run
     """
     directory = Path(config.run.dir) / config.run.name
     check_trackers(config.run.trackers)
+    held: list[int] = []
 
     def prepared() -> tuple[Change, ...]:
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            found = _claim(directory, config, with_changes=with_changes)
         except OSError as error:
             raise UserError(f"run.dir: cannot write to {directory}: {error.strerror or error}") from None
-        remove_leftovers(directory)
-        if (clock := parts.text.renderer.clock) is not None:
-            write_text(directory / CLOCK_FILE, clock.isoformat() + "\n")
-        about = environment(parts)
-        if not (directory / "environment.json").exists():
-            write_text(directory / "environment.json", json.dumps(about, indent=1) + "\n")
-        started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        JsonLines(directory / "environment.jsonl").write({"started": started, **about})
-        return found
+        held.append(lock(directory))
+        try:
+            return _prepare(directory, config, parts, with_changes=with_changes)
+        except BaseException:
+            os.close(held[0])
+            raise
 
     changed = distributed.first_decides(prepared)
     run = Run(
@@ -341,6 +362,7 @@ def open_run(config: Config, parts: Parts, *, with_changes: bool = False) -> Run
         evals=JsonLines(directory / "eval.jsonl"),
         changes=changed,
         with_changes=with_changes,
+        held=held[0] if held else None,
     )
     if distributed.rank() == 0 and not run.finished:
         run.inputs = digests(parts)
@@ -355,6 +377,23 @@ def open_run(config: Config, parts: Parts, *, with_changes: bool = False) -> Run
 
 _OF_A_START = ("config.yaml", "environment.json", "refine.json")
 """Files of a run that was refused before its first step; another config writes its own."""
+
+
+def _prepare(directory: Path, config: Config, parts: Parts, *, with_changes: bool) -> tuple[Change, ...]:
+    """Makes the directory this config's, and writes what a start leaves there."""
+    try:
+        found = _claim(directory, config, with_changes=with_changes)
+    except OSError as error:
+        raise UserError(f"run.dir: cannot write to {directory}: {error.strerror or error}") from None
+    remove_leftovers(directory)
+    if (clock := parts.text.renderer.clock) is not None:
+        write_text(directory / CLOCK_FILE, clock.isoformat() + "\n")
+    about = environment(parts)
+    if not (directory / "environment.json").exists():
+        write_text(directory / "environment.json", json.dumps(about, indent=1) + "\n")
+    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    JsonLines(directory / "environment.jsonl").write({"started": started, **about})
+    return found
 
 
 def _claim(directory: Path, config: Config, *, with_changes: bool) -> tuple[Change, ...]:
@@ -426,8 +465,8 @@ def _named(config: Config, key: str) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+        tree = read_yaml(path)
+    except UserError:
         tree = None
     if not isinstance(tree, dict) or not all(isinstance(options, dict) for options in tree.values()):
         raise UserError(f"{path}: damaged; choose another run.name or remove the directory")

@@ -9,13 +9,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from onpath.losses import LossResult
 from onpath.system import distributed
 
 
 class GuidanceRatio:
-    """Keeps the guidance's own gradient apart where a measurement is due: one more backward pass, one more
-    copy of the gradient."""
+    """Keeps the guidance's own gradient apart where a measurement is due: one more forward and backward pass,
+    one more copy of the gradient."""
 
     def __init__(self, model: nn.Module, *, every: int) -> None:
         self.model, self.every = model, every
@@ -27,24 +26,22 @@ class GuidanceRatio:
         self._due = guided and self.every > 0 and step % self.every == 0
         self._own = [torch.zeros_like(p) for p in self._trained()] if self._due else []
 
-    def backward(self, loss: Callable[[bool], LossResult]) -> LossResult:
-        """Adds a micro-batch's gradient to the parameters'.
+    def add(self, guidance: Callable[[], Tensor]) -> None:
+        """After a micro-batch's gradient was added to the parameters': its guidance's own, where it is due.
 
         Args:
-            loss: of the micro-batch; with True, of its guidance alone, from the same hidden states.
+            guidance: gives the guidance's part of the micro-batch's loss.
         """
-        if self._due:
-            before = [p.grad for p in self._trained()]
-            for p in self._trained():
-                p.grad = None
-            loss(True).loss.backward(retain_graph=True)  # the sum below walks back the same graph
-            for p, own, grad in zip(self._trained(), self._own, before, strict=True):
-                if p.grad is not None:
-                    own += p.grad
-                p.grad = grad
-        result = loss(False)
-        result.loss.backward()
-        return result
+        if not self._due:
+            return
+        before = [p.grad for p in self._trained()]
+        for p in self._trained():
+            p.grad = None
+        guidance().backward()
+        for p, own, grad in zip(self._trained(), self._own, before, strict=True):
+            if p.grad is not None:
+                own += p.grad
+            p.grad = grad
 
     @torch.no_grad()
     def __call__(self) -> float | None:

@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TextIO, cast
@@ -17,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from onpath.system import code
 from onpath.system.errors import UserError
 from onpath.system.files import unwritable, write_text
+from onpath.system.reading import json_lines
 from onpath.system.streams import Steady
 
 Metrics = Mapping[str, Any]
@@ -43,16 +43,60 @@ class JsonLines:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All complete rows of a JSON lines file; none if it does not exist."""
+    """All whole rows of a run's metrics.jsonl or eval.jsonl; none if it does not exist.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     return [row for _, row in _complete(path)] if path.exists() else []
 
 
+def holes(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Steps that are missing before the last one of metrics.jsonl: a disk that spoilt lines, not a run.
+
+    >>> holes([{"step": 1}, {"step": 4}])
+    [2, 3]
+    """
+    seen = {row["step"] for row in rows}
+    return [step for step in range(1, max(seen, default=0)) if step not in seen]
+
+
 def _complete(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
-        with suppress(ValueError):  # a killed writer's last line
-            rows.append((f"{line}\n", json.loads(line)))
-    return rows
+    """Lines that are whole: a killed writer's last one is not, nor is what a disk spoilt."""
+    found = ((f"{line}\n", row) for _, line, row in json_lines(path))
+    return [(line, row) for line, row in found if isinstance(row, dict) and _is_sound(row)]
+
+
+def _is_sound(row: dict[str, Any]) -> bool:
+    seconds, step = row.get("seconds", {}), row.get("step")
+    return (
+        type(step) is int
+        and 0 <= step < 2**53
+        and isinstance(seconds, dict)
+        and all(map(_is_number, seconds.values()))
+        and ("split" not in row or _is_evaluation(row))
+        and all(_is_number(row[key]) for key in _NUMBERS if row.get(key) is not None)
+    )
+
+
+def _is_evaluation(row: dict[str, Any]) -> bool:
+    ends = [row.get(key, [0, 0]) for key in ("ci95", "pass_at_k_ci95")]
+    return (
+        isinstance(row["split"], str)
+        and all(_is_number(row.get(key)) for key in _OF_EVALUATIONS)
+        and all(isinstance(e, list) and len(e) == 2 and all(map(_is_number, e)) for e in ends)
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) >= 1e300
+
+
+_OF_EVALUATIONS = ("n", "k", "avg_at_k", "pass_at_k")
+_NUMBERS = (
+    *("loss", "tokens", "accuracy", "grad_norm", "mean_length", "finished", "student_tokens_generated", "lr"),
+    *("reverse_kl_nats", "forward_kl_nats", "student_entropy_nats", "teacher_entropy_nats", "problems"),
+)
 
 
 class Tracker(Protocol):

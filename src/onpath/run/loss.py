@@ -1,6 +1,5 @@
 """From trajectories in a batch to the loss: both models' states, guidance, the objective's inputs."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,28 +37,35 @@ class Step:
 
 def loss_of(models: Models, batch: Batch, teacher: TeacherScores | None, step: Step) -> LossResult:
     """Weighted sum of the objective over the batch's response tokens ÷ the step's global count."""
-    return losses_of(models, batch, teacher, step)(False)
+    return _loss(models, batch, teacher, step, student_states(models, batch, step.prepared), batch.weight_N)
 
 
-def losses_of(
-    models: Models, batch: Batch, teacher: TeacherScores | None, step: Step
-) -> Callable[[bool], LossResult]:
-    """`loss_of` at hidden states that are computed once; called with True, its guidance alone."""
-    hidden_NH = student_states(models, batch, step.prepared)
+def guidance_loss(models: Models, batch: Batch, teacher: TeacherScores | None, step: Step) -> Tensor:
+    """The guidance's part of `loss_of` alone, by a forward pass of its own; later draws are as without it."""
+    devices = [models.device] if models.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        hidden_NH = models.student_states(batch)
+    return _loss(models, batch, teacher, step, hidden_NH, torch.zeros_like(batch.weight_N)).loss
 
-    def loss(guidance_alone: bool) -> LossResult:
-        return fused_objective(
-            student_hidden=hidden_NH,
-            student_head=models.head,
-            teacher=teacher,
-            objective=step.objective,
-            sampled_ids=batch.token_N,
-            weights=torch.zeros_like(batch.weight_N) if guidance_alone else batch.weight_N,
-            denominator=step.denominator,
-            **loss_inputs(batch, step),
-        )
 
-    return loss
+def _loss(
+    models: Models,
+    batch: Batch,
+    teacher: TeacherScores | None,
+    step: Step,
+    hidden_NH: Tensor,
+    weight_N: Tensor,
+) -> LossResult:
+    return fused_objective(
+        student_hidden=hidden_NH,
+        student_head=models.head,
+        teacher=teacher,
+        objective=step.objective,
+        sampled_ids=batch.token_N,
+        weights=weight_N,
+        denominator=step.denominator,
+        **loss_inputs(batch, step),
+    )
 
 
 def teacher_states(models: Models, batch: Batch, prepared: Prepared) -> TeacherScores | None:

@@ -4,7 +4,7 @@ damaged file is named, a huge run is sampled.
 
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,20 @@ _TOPS = tuple(f"{who}_top_{what}" for who in ("student", "teacher") for what in 
 _BATCH = 64
 
 
+def _list_of(inner: Callable[[pa.DataType], bool]) -> Callable[[pa.DataType], bool]:
+    return lambda kind: pa.types.is_list(kind) and inner(kind.value_type)
+
+
+_KINDS: dict[str, Callable[[pa.DataType], bool]] = {
+    "step": pa.types.is_integer,
+    "response": _list_of(lambda t: pa.types.is_integer(t) or pa.types.is_null(t)),
+    "tokens": _list_of(lambda t: pa.types.is_string(t) or pa.types.is_null(t)),
+    "edit": pa.types.is_string,
+    "detail": pa.types.is_string,
+}
+"""What the columns that every reader needs must hold."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stored:
     """A sample of what a run stored."""
@@ -258,13 +272,16 @@ def read_rows(
     missing = needed - set(columns)
     if missing:
         raise UserError(f"{path}: not stored trajectories: it lacks the column {min(missing)}")
+    for name, is_right in _KINDS.items():
+        if name in columns and not is_right(file.schema_arrow.field(name).type):
+            raise UserError(f"{path}: not stored trajectories: the column {name} has another type")
     try:
         for batch in file.iter_batches(batch_size=_BATCH, columns=columns):
             here = [i for i in range(batch.num_rows) if wanted is None or start + i in wanted]
             start += batch.num_rows
             if here:
                 yield from _rows_of(batch.take(pa.array(here, pa.int64())), late)
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
         raise _damaged(path, error) from None
 
 
@@ -273,7 +290,10 @@ def _rows_of(batch: pa.RecordBatch, late: Sequence[str]) -> Iterator[Row]:
     for place, row in enumerate(batch.drop_columns(names).to_pylist()):
         kept = {name: batch.column(name)[place] for name in names}
         row |= {name: scalar for name, scalar in kept.items() if scalar.is_valid}
-        yield {**row, "detail": json.loads(row["detail"] or "{}")}
+        detail = json.loads(row["detail"] or "{}")
+        if not isinstance(detail, dict) or row["response"] is None or row["tokens"] is None:
+            raise ValueError(f"row of prompt {row.get('prompt_id')!r}: no response, or a detail that is none")
+        yield {**row, "detail": detail}
 
 
 def quantities(row: Row) -> list[str]:

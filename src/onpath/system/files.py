@@ -1,5 +1,6 @@
 """Files and directories that are there whole or not at all: written beside their place, then renamed."""
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -67,6 +68,29 @@ def make_directory(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(path, error) from None
+
+
+def lock(directory: Path) -> int:
+    """A descriptor that keeps every other process out of a directory until it is closed, or the process ends.
+
+    Raises:
+        UserError: another process has it, or it cannot be written.
+    """
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except OSError as error:
+        raise unwritable(directory, error) from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(
+            f"{directory}: another process is at work on this run; wait until it has ended, or choose "
+            "another run.name"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    return descriptor
 
 
 def unwritable(path: Path, error: Exception, *, what: str = "") -> UserError:

@@ -5,6 +5,7 @@ from pathlib import Path
 from onpath.commands.report.page import page
 from onpath.commands.report.run import gather_run
 from onpath.commands.report.study import gather_study
+from onpath.system import reading
 from onpath.system.errors import UserError
 from onpath.system.files import write_text
 
@@ -24,9 +25,9 @@ def write_report(directory: str | Path, out: str | Path | None = None) -> Path:
     """
     directory = Path(directory)
     if (directory / "study.json").is_file():
-        data = gather_study(directory)
+        data = reading.safely(lambda: gather_study(directory), where=str(directory))
     elif (directory / "config.yaml").is_file():
-        data = gather_run(directory)
+        data = reading.safely(lambda: gather_run(directory), where=str(directory))
     else:
         raise UserError(f"{directory}: neither a run (no config.yaml) nor a study (no study.json)")
     path = directory / "report.html" if out is None else Path(out)

@@ -1,11 +1,8 @@
 """What the page shows of one run: facts, curves, signals, trajectories."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from onpath.commands.report import charts, signal
 from onpath.commands.report import prefix_failure as prefixes
@@ -13,8 +10,9 @@ from onpath.commands.report.charts import Chart
 from onpath.commands.report.pack import pack_all
 from onpath.commands.report.text import known_tokens
 from onpath.data.tasks import task_of
-from onpath.run.log import read_lines
+from onpath.run.log import holes, read_lines
 from onpath.run.trajectories import Row, Stored, sample
+from onpath.system import reading
 from onpath.system.errors import UserError
 
 ROWS, TOKENS = 800, 400_000
@@ -57,6 +55,7 @@ def gather_run(directory: Path) -> dict[str, Any]:
     """
     config, environment = read_config(directory), read_json(directory / "environment.json")
     metrics, evals = read_lines(directory / "metrics.jsonl"), read_lines(directory / "eval.jsonl")
+    evals = [row for row in evals if "split" in row]
     stored = sample(directory, rows=ROWS, tokens=TOKENS)
     shown, strings = pack_all(
         arranged(stored.rows)[:SHOWN],
@@ -93,12 +92,9 @@ def section(title: str, drawn: Iterable[Chart | None], text: str) -> dict[str, A
 def read_config(directory: Path) -> dict[str, Any]:
     """config.yaml as plain data; the report of an old run must not fail on an option that is gone."""
     path = directory / "config.yaml"
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable config ({str(error).splitlines()[0]})") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: must be a mapping of sections")
+    data = reading.read_yaml(path)
+    if not isinstance(data, dict) or not all(isinstance(v, dict | None) for v in data.values()):
+        raise UserError(f"{path}: damaged: must be a mapping of sections")
     return data
 
 
@@ -106,12 +102,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; empty where there is no such file."""
     if not path.exists():
         return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: damaged ({error})") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: must be a JSON object")
+    data: dict[str, Any] = reading.read_json(path, keys={})
     return data
 
 
@@ -167,11 +158,11 @@ def tiles(metrics: Sequence[Row], evals: Sequence[Row]) -> list[dict[str, str]]:
             }
         )
     if metrics:
-        written = sum(row.get("student_tokens_generated", 0) for row in metrics)
+        written = sum(row.get("student_tokens_generated") or 0 for row in metrics)
         found.append(
             {
                 "label": "tokens trained on",
-                "value": f"{sum(row['tokens'] for row in metrics):,}",
+                "value": f"{sum(row.get('tokens') or 0 for row in metrics):,}",
                 "note": f"{len(metrics):,} steps; the student wrote {written:,}",
             }
         )
@@ -186,6 +177,12 @@ def notes(
     steps = at(config, "optim.steps")
     if not (directory / "model").is_dir():
         found.append(f"This run has not finished: {len(metrics):,} of {steps or '?'} steps are logged.")
+    spoilt = holes(metrics)
+    if spoilt:
+        found.append(
+            f"metrics.jsonl lacks {len(spoilt):,} steps before its last one, first {spoilt[0]:,}: the curves "
+            "are without them."
+        )
     lost = missing_steps(directory, config, len(metrics), stored)
     if lost:
         found.append(

@@ -266,10 +266,7 @@ def merged(below: Any, above: Any) -> Any:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = configuration.read_yaml(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the study: {error.strerror}") from None
+    data = configuration.read_yaml(path)
     if not isinstance(data, dict):
         raise UserError(f"{path}: must be a mapping with base, arms, seeds, …; see docs/study.md")
     return data

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from onpath import config as configuration
 from onpath.commands.study.config import StudyConfig, merged
 from onpath.config.build import Config
+from onpath.run.checkpoint import holds_model
 from onpath.system.errors import UserError
 
 _BARE = {"start": False, "every": 0}
@@ -55,7 +54,7 @@ class Job:
     def finished(self) -> bool:
         """Whether its last file is there."""
         if self.trains:
-            return (self.directory / "model").is_dir()
+            return holds_model(self.directory / "model")
         return all(self.details(split).is_file() for split in self.config.data.eval)
 
     def details(self, split: str) -> Path:
@@ -224,7 +223,7 @@ def made_with(job: Job) -> Mapping[str, Any] | None:
     path = job.directory / "config.yaml"
     if not path.is_file():
         return None
-    return configuration.resolved(yaml.safe_load(path.read_text(encoding="utf-8")))
+    return configuration.resolved(configuration.read_yaml(path))
 
 
 def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:

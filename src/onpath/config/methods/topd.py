@@ -66,8 +66,8 @@ class TOPDOptions(MethodOptions):
     auto_ratio: float = Field(0.5, gt=0)
     """Target of guidance_weight: auto."""
     ratio_every: int | None = Field(None, ge=0)
-    """Measure that ratio every so many steps (one more backward pass, one more copy of the gradient); null:
-    at every step with guidance_weight: auto, else at every tenth; 0 never."""
+    """Measure that ratio every so many steps (one more pass of the student, a copy of the gradient); null: at
+    every step with guidance_weight: auto, else at every tenth; 0 never."""
     overlap: Literal["average", "suppress"] = "average"
     """Targets that meet at one position are averaged; suppress first drops forks closer than K/2 to one of
     larger D."""

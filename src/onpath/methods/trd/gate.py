@@ -20,6 +20,7 @@ from onpath.records import Prompt
 from onpath.system import distributed
 from onpath.system.errors import UserError
 from onpath.system.files import write_text
+from onpath.system.reading import read_json
 
 ENOUGH = 8
 """Attempts of a kind below which nothing is refused: too few to tell."""
@@ -64,7 +65,7 @@ def gate(rewriter: Rewriter, tools: Tools, prompts: Sequence[Prompt], directory:
         UserError: the rewriter does harm, or repairs no more than chance.
     """
     path = directory / "refine.json"
-    if path.exists() and json.loads(path.read_text(encoding="utf-8"))["passed"]:
+    if path.exists() and read_json(path, keys={"passed": bool})["passed"]:
         return ""
     found = refinement(rewriter, tools, prompts)
     reason = refusal(found, max_harm=rewriter.options.gate_max_harm)

@@ -1,0 +1,222 @@
+"""Files that somebody else wrote, or a disk spoilt: one reader per kind. Whatever is wrong with a file
+becomes a sentence that names it and the place in it."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from onpath.system.errors import UserError
+from onpath.system.text import one_line
+
+_MOST_BYTES = 64 * 2**20
+"""Of a file that is read whole: configs, summaries, states."""
+_MOST_NODES, _MOST_LEVELS, _MOST_DIGITS = 100_000, 50, 30
+"""Of YAML, aliases counted as often as they are used: a few lines can mean billions."""
+
+
+def read_text(path: Path, *, most: int = _MOST_BYTES) -> str:
+    """UTF-8.
+
+    Raises:
+        UserError: no file, not readable, too long, or no text.
+    """
+    return _decoded(path, read_bytes(path, most=most))
+
+
+def read_bytes(path: Path, *, most: int = _MOST_BYTES) -> bytes:
+    """See `read_text`."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(most + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise UserError(f"{_name(path)}: cannot be read: {_reason(error)}") from None
+    if len(data) > most:
+        raise UserError(f"{_name(path)}: longer than {most / 2**20:.0f} MiB, which no such file is")
+    return data
+
+
+def read_json(path: Path, *, keys: Mapping[str, type | tuple[type, ...]] | None = None) -> Any:
+    """JSON; with `keys` an object that has at least these, of these types.
+
+    Raises:
+        UserError: see `read_text`; or not JSON, or not such an object.
+    """
+    text = read_text(path)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{_name(path)}: damaged: not JSON ({_reason(error)})") from None
+    if keys is not None:
+        check_keys(value, keys, where=_name(path))
+    return value
+
+
+def check_keys(value: Any, keys: Mapping[str, type | tuple[type, ...]], *, where: str) -> None:
+    """An object must have these keys, with values of these types; True is no number.
+
+    Raises:
+        UserError: it has not.
+    """
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: damaged: {type(value).__name__} in place of an object")
+    for key, kind in keys.items():
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        found = value.get(key)
+        if (isinstance(found, bool) and bool not in kinds) or not isinstance(found, kinds):
+            what = "is missing" if key not in value else f"is {one_line(repr(found), 40)}"
+            raise UserError(f"{where}: damaged: {key} {what}")
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, str, Any]]:
+    """Line number, line and value of each line that is JSON; a killed writer's last line is passed over, as
+    is what a disk spoilt.
+
+    Raises:
+        UserError: see `read_bytes`.
+    """
+    lines = read_bytes(path, most=2**34).decode("utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            yield number, line, json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+
+
+def read_yaml(path: Path) -> Any:
+    """YAML in which a key stands once, dates are text, and nothing is endless.
+
+    Raises:
+        UserError: see `read_text`; or not such YAML, with the line.
+    """
+    return parse_yaml(read_text(path), where=_name(path))
+
+
+def parse_yaml(text: str, *, where: str) -> Any:
+    """See `read_yaml`; `where` names the text in errors."""
+    loader = None
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_size(node)
+        return loader.construct_document(node)
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{where}{line}: not valid YAML: {_yaml_reason(error)}") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+class _Loader(yaml.SafeLoader):
+    """In which a key stands once: YAML's own readers keep the last one and lose the others."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in known if tag != "tag:yaml.org,2002:timestamp"]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        problem=f"{key.value} stands here a second time", problem_mark=key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if len(node.value) > _MOST_DIGITS:
+            raise yaml.constructor.ConstructorError(
+                problem=f"a number of {len(node.value)} digits", problem_mark=node.start_mark
+            )
+        return int(super().construct_yaml_int(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def _check_size(root: yaml.Node) -> None:
+    """Counts what the text means once every alias is written out.
+
+    Raises:
+        yaml.YAMLError: more than any config is, or a node within itself.
+    """
+    sizes: dict[int, int] = {}
+    open_nodes: dict[int, int] = {}
+
+    def size(node: yaml.Node, level: int) -> int:
+        if id(node) in sizes:
+            return sizes[id(node)]
+        if id(node) in open_nodes or level > _MOST_LEVELS:
+            why = "a value that holds itself" if id(node) in open_nodes else "nested too deeply"
+            raise yaml.constructor.ConstructorError(problem=why, problem_mark=node.start_mark)
+        open_nodes[id(node)] = level
+        total = 1 + sum(size(inner, level + 1) for inner in _inner(node))
+        del open_nodes[id(node)]
+        if total > _MOST_NODES:
+            raise yaml.constructor.ConstructorError(
+                problem="aliases that stand for more than any file would hold", problem_mark=node.start_mark
+            )
+        sizes[id(node)] = total
+        return total
+
+    size(root, 0)
+
+
+def _inner(node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [part for pair in node.value for part in pair]
+    return list(node.value) if isinstance(node, yaml.SequenceNode) else []
+
+
+def _yaml_reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return one_line(str(getattr(error, "problem", None) or error))
+
+
+def _decoded(path: Path, data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise UserError(f"{_name(path)}, line {line}: not UTF-8 text") from None
+
+
+def _name(path: Path) -> str:
+    return one_line(str(path), 300)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return one_line(str(getattr(error, "strerror", None) or error), 120)
+
+
+def safely(read: Callable[[], Any], *, where: str, also: tuple[type[Exception], ...] = ()) -> Any:
+    """The result of a reader that was written for whole files, told in a sentence where this one is not.
+
+    Raises:
+        UserError: it failed on what the file holds.
+    """
+    failures: tuple[type[Exception], ...] = (*_OF_CONTENT, *also)
+    try:
+        return read()
+    except UserError:
+        raise
+    except failures as error:
+        raise UserError(f"{where}: damaged ({type(error).__name__}: {_reason(error)})") from None
+
+
+_OF_CONTENT: tuple[type[Exception], ...] = (
+    *(TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError, RecursionError),
+    *(ZeroDivisionError, OSError),
+)
