@@ -104,7 +104,7 @@ def _moment(config: Config) -> datetime:
     path = Path(config.run.dir) / config.run.name / CLOCK_FILE
     try:
         return datetime.fromisoformat(path.read_text().strip())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # whatever is wrong there, opening the run will say
         return datetime.now().replace(microsecond=0)
     except (OSError, ValueError):
         raise UserError(
