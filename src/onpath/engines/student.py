@@ -46,12 +46,16 @@ def trainable(config: Config, base: nn.Module) -> nn.Module:
 def recompute(model: nn.Module) -> None:
     """Activations of each layer are computed again in the backward pass.
 
-    transformers would do so only in training mode, which brings dropout and router noise with it.
+    transformers does so in training mode alone, which brings dropout and router noise with it; without that
+    mode it is done here.
     """
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    if not layers:
-        kind = unwrapped(model).config.model_type
+    inner = unwrapped(model)
+    layers = [m for m in inner.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers or not inner.supports_gradient_checkpointing:
+        kind = inner.config.model_type
         raise UserError(f"student.gradient_checkpointing: {kind} models cannot do that; set it to false")
+    with quietly():
+        inner.gradient_checkpointing_enable({"use_reentrant": False})
     for layer in layers:
         # A bound method, so that a deep copy of the model recomputes its own layers.
         layer.forward = MethodType(_recomputed, layer)
@@ -59,7 +63,7 @@ def recompute(model: nn.Module) -> None:
 
 def _recomputed(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     forward = partial(type(layer).forward, layer)
-    if not torch.is_grad_enabled():
+    if layer.training or not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
