@@ -3,9 +3,11 @@
 import io
 
 import pytest
+from rich.console import Console
 from rich.table import Table
 
 from onpath.commands.terminal import console_for
+from onpath.run.log import Display
 
 
 def test_a_file_cuts_nothing_off_and_has_no_colour(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,3 +36,17 @@ def test_a_terminal_keeps_its_width_and_colour(monkeypatch: pytest.MonkeyPatch) 
     console_for(stream).print("word " * 30, style="bold red")
     assert "\x1b[1;31m" in stream.getvalue()
     assert stream.getvalue().count("\n") > 2
+
+
+@pytest.mark.parametrize("markup", [True, False])
+def test_no_text_is_obeyed(markup: bool) -> None:
+    """In a line, in a cell, in what a display says."""
+    hostile, stream = "a\x1b[2Jb\u202ec", io.StringIO()
+    console = console_for(stream)
+    console.print(hostile, markup=markup)
+    table = Table(hostile)
+    table.add_row(hostile)
+    console.print(table)
+    Display(steps=1, done=0, console=Console(file=stream, width=200)).say(hostile)
+    assert not set("\x1b\u202e") & set(stream.getvalue())
+    assert stream.getvalue().count("a⟨001B⟩[2Jb⟨202E⟩c") == 4
