@@ -42,8 +42,10 @@ def check_model(directory: Path, key: str) -> None:
     if config.exists():
         told = read_json(config, keys={})
         for name in _SIZES:
-            size = told.get(name, 1)
-            if size is not None and (type(size) is not int or not 1 <= size <= _LARGEST):
+            size, least = told.get(name), int(name != "num_hidden_layers")
+            if size is None or isinstance(size, list):  # some families have a number per layer
+                continue
+            if type(size) is not int or not least <= size <= _LARGEST:
                 raise UserError(
                     f"{where}: config.json: {name} is {one_line(repr(size), 40)}, which is no size"
                 )
