@@ -8,6 +8,7 @@ from rich.style import Style
 from rich.table import Table
 
 from onpath.commands.terminal import coloured, console_for, few_colours, legend
+from onpath.run.log import Display
 
 
 def test_a_file_cuts_nothing_off_and_has_no_colour(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,3 +84,17 @@ def test_a_terminal_of_sixteen_colours_is_known() -> None:
     }
     plain = {name: str(legend(console, "KL").spans) for name, console in consoles.items()}
     assert plain["standard"] != plain["256"] == plain["truecolor"]
+
+
+@pytest.mark.parametrize("markup", [True, False])
+def test_no_text_is_obeyed(markup: bool) -> None:
+    """In a line, in a cell, in what a display says."""
+    hostile, stream = "a\x1b[2Jb\u202ec", io.StringIO()
+    console = console_for(stream)
+    console.print(hostile, markup=markup)
+    table = Table(hostile)
+    table.add_row(hostile)
+    console.print(table)
+    Display(steps=1, done=0, console=Console(file=stream, width=200)).say(hostile)
+    assert not set("\x1b\u202e") & set(stream.getvalue())
+    assert stream.getvalue().count("a⟨001B⟩[2Jb⟨202E⟩c") == 4

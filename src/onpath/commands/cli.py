@@ -194,15 +194,14 @@ def _add_doctor(commands: Any) -> None:
 
 
 def _doctor(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
-    from rich.console import Console
-
     from onpath.commands.doctor.command import print_counts, print_finding, run_doctor
+    from onpath.commands.terminal import Shown
 
     if options.json:
         found = run_doctor(options.config, overrides=overrides)
         print(json.dumps(found.to_json(), indent=1, ensure_ascii=False))
     else:
-        console = Console(file=sys.stdout, soft_wrap=True)
+        console = Shown(file=sys.stdout, soft_wrap=True)
         found = run_doctor(options.config, overrides=overrides, each=partial(print_finding, console))
         print_counts(console, found)
     return int(found.status == "fail")

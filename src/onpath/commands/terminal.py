@@ -10,7 +10,7 @@ from rich.style import Style
 from rich.text import Text
 
 from onpath.commands.report.text import diff
-from onpath.system.text import visible
+from onpath.system.text import named_controls, visible
 
 _LOW, _HIGH = 0.1, 4.0
 """Nats: below _LOW a token stays plain, from _HIGH on it has the full colour."""
@@ -25,10 +25,19 @@ _ENDLESS = 10_000
 """Characters of a line in a file or a pipe."""
 
 
+class Shown(Console):
+    """Whatever text it is given, a terminal shows it and does not obey it: names, answers and ids of others
+    are in most lines."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """See `rich.console.Console.render_str`: every string passes here, cells of tables too."""
+        return super().render_str(named_controls(text), **options)
+
+
 def console_for(stream: TextIO) -> Console:
     """As wide as the terminal; a file or a pipe cuts nothing off, and has no colour."""
-    console = Console(file=stream)
-    return console if console.is_terminal else Console(file=stream, width=_ENDLESS, color_system=None)
+    console = Shown(file=stream)
+    return console if console.is_terminal else Shown(file=stream, width=_ENDLESS, color_system=None)
 
 
 def few_colours(console: Console) -> bool:

@@ -14,7 +14,6 @@ from huggingface_hub.utils.tqdm import (
     disable_progress_bars,
     enable_progress_bars,
 )
-from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -28,6 +27,7 @@ from transformers.utils import logging as hf_logging
 
 from onpath.config import Student, Teacher
 from onpath.data.tasks import task_of
+from onpath.engines import foreign
 from onpath.engines.adapters import is_adapter, merged, own_base
 from onpath.system.errors import UserError
 
@@ -80,6 +80,9 @@ def load_model(section: Student | Teacher, key: str, device: torch.device) -> Pr
     adapter = where if is_adapter(where) else None
     if adapter:
         where = _base_of(Path(adapter), key)
+        foreign.check_adapter(Path(adapter), key)
+    if Path(where).is_dir():
+        foreign.check_model(Path(where), key)
     try:
         with quietly():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -92,10 +95,12 @@ def load_model(section: Student | Teacher, key: str, device: torch.device) -> Pr
             )
             model, found = loaded
             if adapter:
-                model = merged(PeftModel.from_pretrained(model, adapter), f"{key}: {section.model}")
+                model = merged(foreign.loaded_adapter(model, adapter, key), f"{key}: {section.model}")
     except SafetensorError as error:
         raise UserError(f"{key}: {section.model} is damaged: {_first_line(error)}") from None
-    except (OSError, ValueError) as error:
+    except UserError:
+        raise
+    except foreign.FAILURES as error:
         raise UserError(
             f"{key}: cannot load a causal LM from {section.model}: {_first_line(error)}"
         ) from None

@@ -18,6 +18,7 @@ from onpath.system.errors import UserError
 from onpath.system.files import unwritable, write_text
 from onpath.system.reading import json_lines
 from onpath.system.streams import Steady
+from onpath.system.text import named_controls
 
 Metrics = Mapping[str, Any]
 
@@ -259,7 +260,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """One line."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(named_controls(text), highlight=False, markup=False, soft_wrap=True)
 
 
 def _number(value: float | None) -> str:
