@@ -189,7 +189,7 @@ class Run:
     def _best_so_far(self) -> tuple[float | None, int]:
         """avg@n of the best evaluation whose weights are kept, and how many came after it."""
         split, best, since = self.parts.config.run.keep_best, None, 0
-        for row in read_lines(self.evals.path) if (self.directory / BEST).is_dir() else ():
+        for row in read_lines(self.evals.path) if checkpoint.holds_model(self.directory / BEST) else ():
             if row["split"] == split:
                 better = best is None or row["avg_at_k"] > best
                 best, since = (row["avg_at_k"], 0) if better else (best, since + 1)
@@ -423,7 +423,7 @@ def _claim(directory: Path, config: Config, *, with_changes: bool) -> tuple[Chan
 def _lengthened(directory: Path, found: Sequence[Change]) -> None:
     """A finished run that is to be longer is not finished; its model stays, under the name of its step."""
     steps = [change.before for change in found if change.key == "optim.steps"]
-    if not steps or not (directory / "model").is_dir():
+    if not steps or not checkpoint.holds_model(directory / "model"):
         return
     if not checkpoint.list_steps(directory / "checkpoints"):
         raise UserError(

@@ -61,7 +61,7 @@ def find(source: str | Path) -> Trained | None:
         return None
     path = path.resolve()
     if (path / "config.yaml").is_file():
-        if (path / "model").is_dir():
+        if checkpoint.holds_model(path / "model"):
             return Trained(run=path, weights=path / "model")
         sound = (p for p in reversed(checkpoint.list_steps(path / "checkpoints")) if checkpoint.is_sound(p))
         newest = next(sound, None)
