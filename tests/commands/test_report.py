@@ -177,7 +177,7 @@ def test_run_that_only_began(tmp_path: Path) -> None:
         (lambda run: stored(run).write_bytes(b"PAR1 but no"), "step_000006.parquet: damaged"),
         (lambda run: stored(run).write_bytes(stored(run).read_bytes()[:-9]), "damaged or not Parquet"),
         (lambda run: stored(run).write_bytes(wrecked(stored(run).read_bytes())), "damaged or not Parquet"),
-        (lambda run: (run / "config.yaml").write_text("a: ["), "not a readable config"),
+        (lambda run: (run / "config.yaml").write_text("a: ["), "config.yaml, line 1: not valid YAML"),
         (lambda run: (run / "config.yaml").unlink(), "neither a run (no config.yaml) nor a study"),
         (lambda run: (run / "environment.json").write_text("{"), "environment.json: damaged"),
         (lambda run: (run / "study.json").write_text("{}"), "not a study's results"),

@@ -475,7 +475,7 @@ def test_refused_in_one_sentence(
 
 
 def test_unreadable_studies(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot read the study"):
+    with pytest.raises(UserError, match="cannot be read: No such file"):
         study.load_study(tmp_path / "none.yaml")
     for text, sentence in (("a: [", "not valid YAML"), ("- 1", "must be a mapping"), ("{}", "arms is")):
         path = tmp_path / "x.yaml"

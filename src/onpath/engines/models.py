@@ -163,7 +163,7 @@ def _base_of(adapter: Path, key: str) -> str:
         return str(beside)
     try:
         base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{key}: {adapter}/adapter_config.json does not name the adapter's base") from None
     return _existing(str(base), f"{key}: the base of adapter {adapter}")
 

@@ -79,7 +79,7 @@ class Replay:
 def _read(path: Path) -> dict[str, Completion]:
     found: dict[str, Completion] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
-        with suppress(ValueError, KeyError, TypeError):  # blank, or half-written
+        with suppress(ValueError, KeyError, TypeError, RecursionError):  # blank, or half-written
             row = json.loads(line)
             found.setdefault(
                 row["key"],

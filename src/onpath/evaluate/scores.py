@@ -300,7 +300,7 @@ def read_details(path: str | Path) -> Details:
             samples = {key: tuple(row[key]) for key in ("correct", "lengths", "finished")}
             problems[row["id"]] = ProblemResult(id=row["id"], digest=row["digest"], **samples)
             settings.append((row["grader"], row["sampling"]))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"{path}, line {number}: not a line of evaluation details ({reason})") from None
     if not problems:

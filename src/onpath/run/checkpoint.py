@@ -182,7 +182,7 @@ def _verified(path: Path) -> dict[str, Any] | None:
         whole = state["step"] == int(path.name.removeprefix(_PREFIX)) and all(
             _digest(path / name) == state["blake2b"][name] for name in _FILES
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return state if whole else None
 

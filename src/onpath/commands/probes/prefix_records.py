@@ -54,7 +54,7 @@ def read_probed(path: Path) -> list[Probed]:
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return [Probed(**{name: row[name] for name in names}) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path}: not lines of the prefix-failure probe ({type(error).__name__}: {error}); probe again"
         ) from None

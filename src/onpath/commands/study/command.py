@@ -32,6 +32,7 @@ from onpath.commands.study.tables import markdown
 from onpath.system import code
 from onpath.system.errors import UserError
 from onpath.system.files import remove_leftovers, write_text
+from onpath.system.reading import read_json
 
 __all__ = ["StudyConfig", "StudyResult", "carry_out", "load_study", "run_study"]
 
@@ -137,7 +138,7 @@ def results(
                 name: arm.model_dump(mode="json", exclude_none=True) for name, arm in study.arms.items()
             },
         },
-        "environment": json.loads((first.job.directory / "environment.json").read_text(encoding="utf-8")),
+        "environment": read_json(first.job.directory / "environment.json"),
         "notes": notes_of(study, data, failed),
         **data,
     }
@@ -146,7 +147,7 @@ def results(
 def _claim(study: StudyConfig) -> None:
     """Writes the resolved study, and refuses to go on where a data file has changed since it began."""
     path, now = study.directory / "sources.json", plan.data_digests(study)
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    before = read_json(path, keys={}) if path.is_file() else {}
     for source, digest in now.items():
         if before.get(source, digest) != digest:
             raise UserError(
