@@ -11,6 +11,7 @@ import torch
 from onpath.config.build import Config
 from onpath.engines.hf import HFEngine
 from onpath.engines.replay import Replay, weights_digest
+from onpath.engines.self_check import check_model
 from onpath.records import Completion
 from onpath.run.assemble import assemble
 from onpath.run.parts import Parts
@@ -89,6 +90,12 @@ def test_restarts_write_nothing_anew(offline: Callable[..., Config], monkeypatch
         calls.append(len(prefixes))
         return plain(self, prefixes, *rest, **named)
 
+    def checked(*args: Any, **named: Any) -> Any:
+        found = check_model(*args, **named)
+        calls.clear()  # the start-up check generates too
+        return found
+
+    monkeypatch.setattr("onpath.run.assemble.check_model", checked)
     monkeypatch.setattr(HFEngine, "continue_from", counting)
     train(config, quiet=True)
     assert calls == [5 * 2], "only the evaluation at the end: 5 problems, 2 samples"

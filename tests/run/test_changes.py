@@ -367,7 +367,7 @@ def test_each_process_has_its_line_and_none_is_replaced(tiny: Tiny, monkeypatch:
     for count in (2, 3):
         train(config, quiet=True)
         assert (directory / "environment.json").read_bytes() == first
-        lines = read_lines(directory / "environment.jsonl")
+        lines = [json.loads(x) for x in (directory / "environment.jsonl").read_text().splitlines()]
         assert len(lines) == count
         assert lines[0] == {"started": lines[0]["started"], **json.loads(first)}
         assert all(line["packages"]["torch"] and line["started"] for line in lines)
