@@ -56,6 +56,15 @@ def loud(model: Any) -> Any:
     return model
 
 
+def adapted(tiny: Tiny, tmp_path: Path, *, tied: bool, targets: list[str]) -> Any:
+    config = tiny(
+        student__model=saved(tmp_path / "base", tied=tied),
+        student__lora_rank=4,
+        student__lora_targets=targets,
+    )
+    return loud(trainable(config, load_model(config.student, "student.model", CPU)))
+
+
 # The loss: value and gradient.
 
 
@@ -64,12 +73,7 @@ def loud(model: Any) -> Any:
 def test_an_adapter_takes_effect_in_what_the_loss_reads(
     tied: bool, targets: list[str], tiny: Tiny, tmp_path: Path
 ) -> None:
-    config = tiny(
-        student__model=saved(tmp_path / "base", tied=tied),
-        student__lora_rank=4,
-        student__lora_targets=targets,
-    )
-    model = loud(trainable(config, load_model(config.student, "student.model", CPU)))
+    model = adapted(tiny, tmp_path, tied=tied, targets=targets)
     check_head(model, "student.model")
     hidden = hidden_states(model, IDS_BT, torch.ones_like(IDS_BT))
     head = head_of(model)
@@ -91,12 +95,7 @@ def test_an_adapter_takes_effect_in_what_the_loss_reads(
 def test_merged_weights_give_the_adapted_models_logits(
     tied: bool, targets: list[str], tiny: Tiny, tmp_path: Path
 ) -> None:
-    config = tiny(
-        student__model=saved(tmp_path / "base", tied=tied),
-        student__lora_rank=4,
-        student__lora_targets=targets,
-    )
-    model = loud(trainable(config, load_model(config.student, "student.model", CPU)))
+    model = adapted(tiny, tmp_path, tied=tied, targets=targets)
     plain = make_model(3, tied=False)
     plain.load_state_dict(dict(merged_weights(model)))
     assert torch.allclose(logits(plain), logits(model), atol=1e-5)

@@ -233,8 +233,8 @@ class _Questions:
         The model is freed at the end: the next one may need its room.
         """
         config, section, key = subject.config, subject.config.student, subject.key
-        tokenizer = load_its_tokenizer(section, key)
-        model = load_start(section, key, pick_device(section.device, "device"))
+        tokenizer = load_its_tokenizer(section, subject.of_run, key)
+        model = load_start(section, subject.of_run, key, pick_device(section.device, "device"))
         renderer, stops = make_renderer(config, tokenizer), stop_ids(model, tokenizer, key)
         for prompt in self.prompts:
             renderer.check(prompt)

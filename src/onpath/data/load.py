@@ -20,6 +20,7 @@ from onpath.data.tasks import task_of, task_rows
 from onpath.records import Message, Prompt
 from onpath.system import code
 from onpath.system.errors import UserError
+from onpath.system.text import first_line
 
 COLUMNS = ("id", "prompt", "messages", "answer", "reward_model", "solution", "privileged_context", "tools")
 REASONS_KEPT = 5
@@ -221,7 +222,7 @@ def _parquet_rows(path: Path, theirs: Mapping[str, str]) -> Iterator[_Row]:
                     yield _Row(where=f"{path}, row {number}", value=value)
                     number += 1
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable Parquet file: {_first_line(error)}") from None
+        raise UserError(f"{path}: not a readable Parquet file: {first_line(error)}") from None
 
 
 def _saved_rows(path: Path, split: str, theirs: Mapping[str, str]) -> Iterator[_Row]:
@@ -231,7 +232,7 @@ def _saved_rows(path: Path, split: str, theirs: Mapping[str, str]) -> Iterator[_
         data = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"{path}: not a readable directory of datasets.save_to_disk: {_first_line(error)}"
+            f"{path}: not a readable directory of datasets.save_to_disk: {first_line(error)}"
         ) from None
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
@@ -249,7 +250,7 @@ def _hub_rows(name: str, split: str, theirs: Mapping[str, str]) -> Iterator[_Row
     except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"{name}: no file or directory of that name, and datasets cannot load its split {split!r}: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from None
     return _dataset_rows(f"{name}:{split}", data, theirs)
 
@@ -269,10 +270,6 @@ def _usable_columns(where: str, names: Sequence[str], theirs: Mapping[str, str])
             "data.columns: {prompt: …}"
         )
     return [name for name in names if name in set(COLUMNS).union(*given.values())]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 _ABSENT = object()
@@ -327,7 +324,7 @@ def _decode(line: bytes) -> Any:
     except json.JSONDecodeError as error:
         raise _BadRow(f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; nesting beyond the stack
-        raise _BadRow(f"not usable JSON: {_first_line(error)}") from None
+        raise _BadRow(f"not usable JSON: {first_line(error)}") from None
 
 
 def _question(value: Any) -> tuple[str | None, tuple[Message, ...] | None]:

@@ -68,12 +68,12 @@ def check_adapter(directory: Path, key: str) -> None:
 
 
 def loaded_adapter(model: nn.Module, directory: str, key: str) -> Any:
-    """The model with an adapter of whose tensors each was expected, is there, and has its shape.
+    """The model with an adapter (see `check_adapter`) of whose tensors each was expected, is there, and has
+    its shape.
 
     Raises:
         UserError: some are missing, or are another model's.
     """
-    check_adapter(Path(directory), key)
     path = Path(directory) / "adapter_model.safetensors"
     try:
         with safe_open(path, framework="pt") as file:

@@ -30,6 +30,7 @@ from onpath.data.tasks import task_of
 from onpath.engines import foreign
 from onpath.engines.adapters import is_adapter, merged, own_base
 from onpath.system.errors import UserError
+from onpath.system.text import first_line
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -65,7 +66,7 @@ def pick_device(name: str, key: str, otherwise: torch.device | None = None) -> t
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:  # torch's ways to say: unknown, not built, not there
-        raise UserError(f"{key} is {name}, which torch cannot use here: {_first_line(error)}") from None
+        raise UserError(f"{key} is {name}, which torch cannot use here: {first_line(error)}") from None
     return device
 
 
@@ -80,7 +81,7 @@ def load_model(section: Student | Teacher, key: str, device: torch.device) -> Pr
     adapter = where if is_adapter(where) else None
     if adapter:
         where = _base_of(Path(adapter), key)
-        foreign.check_adapter(Path(adapter), key)
+        foreign.check_adapter(Path(adapter), key)  # before the base, which is large, is loaded
     if Path(where).is_dir():
         foreign.check_model(Path(where), key)
     try:
@@ -97,13 +98,11 @@ def load_model(section: Student | Teacher, key: str, device: torch.device) -> Pr
             if adapter:
                 model = merged(foreign.loaded_adapter(model, adapter, key), f"{key}: {section.model}")
     except SafetensorError as error:
-        raise UserError(f"{key}: {section.model} is damaged: {_first_line(error)}") from None
+        raise UserError(f"{key}: {section.model} is damaged: {first_line(error)}") from None
     except UserError:
         raise
     except foreign.FAILURES as error:
-        raise UserError(
-            f"{key}: cannot load a causal LM from {section.model}: {_first_line(error)}"
-        ) from None
+        raise UserError(f"{key}: cannot load a causal LM from {section.model}: {first_line(error)}") from None
     _check_complete(found, section, key)
     frozen: PreTrainedModel = model.eval().requires_grad_(False)
     nn.Module.to(frozen, device)  # in place; transformers' own `to` is untyped
@@ -155,7 +154,7 @@ def quietly() -> Iterator[None]:
 def model_directory(name: str, key: str) -> str:
     """Where a model's config lies: its directory or hub name; of an adapter, its base's."""
     where = _existing(name, key)
-    return _base_of(Path(where), key) if (Path(where) / "adapter_config.json").is_file() else where
+    return _base_of(Path(where), key) if is_adapter(where) else where
 
 
 def _base_of(adapter: Path, key: str) -> str:
@@ -180,9 +179,7 @@ def load_tokenizer(section: Student | Teacher, key: str) -> PreTrainedTokenizerB
         with quietly():
             return AutoTokenizer.from_pretrained(where, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{key}: cannot load a tokenizer from {section.model}: {_first_line(error)}"
-        ) from None
+        raise UserError(f"{key}: cannot load a tokenizer from {section.model}: {first_line(error)}") from None
 
 
 def _existing(name: str, key: str) -> str:
@@ -191,10 +188,6 @@ def _existing(name: str, key: str) -> str:
     if looks_local and not Path(where).expanduser().is_dir():
         raise UserError(f"{key}: there is no directory {name}")
     return str(Path(where).expanduser()) if Path(where).expanduser().is_dir() else where
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def check_vocabulary(student: Mapping[str, int], teacher: Mapping[str, int]) -> None:

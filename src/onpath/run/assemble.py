@@ -27,7 +27,7 @@ from onpath.run.gradient_cosine import GradientCosine
 from onpath.run.guidance_ratio import GuidanceRatio
 from onpath.run.inputs import CLOCK_FILE, check_prompts, load_data, make_renderer
 from onpath.run.parts import Parts
-from onpath.run.trained import load_its_tokenizer, load_start
+from onpath.run.trained import find, load_its_tokenizer, load_start
 from onpath.system import code, distributed
 from onpath.system.allocator import keep_freed_memory
 
@@ -45,13 +45,14 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
         torch.set_num_threads(config.run.threads)
     objective = config.method.objective()
     prompts = load_data(config)
-    tokenizer = load_its_tokenizer(config.student, "student.model")
+    start = find(config.student.model)
+    tokenizer = load_its_tokenizer(config.student, start, "student.model")
     device = distributed.local_device(pick_device(config.student.device, "student.device"))
     distributed.start(device)
     if device.type == "cpu":
         keep_freed_memory()
     renderer = make_renderer(config, tokenizer)
-    base = load_start(config.student, "student.model", device)
+    base = load_start(config.student, start, "student.model", device)
     check_head(base, "student.model")
     longest = check_prompts(config, renderer, base, prompts)
     student = trainable(config, base)

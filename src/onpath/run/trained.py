@@ -99,14 +99,16 @@ def load_trained(found: Trained, section: Student | None = None, *, adapter: boo
     return model.merge_and_unload() if isinstance(model, PeftModel) and not adapter else model
 
 
-def load_start(section: Student, key: str, device: torch.device) -> PreTrainedModel:
+def load_start(section: Student, found: Trained | None, key: str, device: torch.device) -> PreTrainedModel:
     """A model as `load_model` gives it, which may also be a checkpoint of a run, or the run itself.
+
+    Args:
+        found: what `find` says of `section.model`; it reads whole checkpoints, so it is asked once.
 
     Raises:
         UserError: nothing readable there; or a checkpoint is to get an adapter, which would name a base that
             is not what it was trained on.
     """
-    found = find(section.model)
     if found is None:
         return load_model(section, key, device)
     if section.lora_rank:
@@ -119,7 +121,6 @@ def load_start(section: Student, key: str, device: torch.device) -> PreTrainedMo
     return model
 
 
-def load_its_tokenizer(section: Student, key: str) -> PreTrainedTokenizerBase:
+def load_its_tokenizer(section: Student, found: Trained | None, key: str) -> PreTrainedTokenizerBase:
     """The tokenizer of what `load_start` loads."""
-    found = find(section.model)
     return load_tokenizer(section if found is None else found.config().student, key)

@@ -22,6 +22,11 @@ def named_controls(text: str) -> str:
     return _CONTROLS.sub(lambda match: f"⟨{ord(match[0]):04X}⟩", text)
 
 
+def first_line(error: Exception) -> str:
+    """What an exception says, without the lines behind its first; of a silent one its name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def one_line(text: str, most: int = 200) -> str:
     """A short sentence of what somebody else said, controls named, spaces joined.
 

@@ -28,7 +28,7 @@ from onpath.grade.graders import grader_for
 from onpath.run.assemble import assemble
 from onpath.run.inputs import make_renderer
 from onpath.run.parts import Parts
-from onpath.run.trained import load_its_tokenizer
+from onpath.run.trained import find, load_its_tokenizer
 from onpath.system import code
 from onpath.system.errors import UserError
 
@@ -190,7 +190,7 @@ def _of_data(config: Config, refused: str | None) -> Iterator[Finding]:
         yield guarded("answers", lambda: before.answers(grader, everything))
         yield guarded("solutions", lambda: before.solutions(grader, everything))
     try:
-        student = load_its_tokenizer(config.student, "student.model")
+        student = load_its_tokenizer(config.student, find(config.student.model), "student.model")
         teacher = load_tokenizer(config.teacher, "teacher.model") if _reads_ids(config) else None
         renderer = make_renderer(config, student)
     except UserError as error:
