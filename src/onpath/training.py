@@ -13,6 +13,7 @@ exactly.
 import math
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ import torch
 
 from onpath import config as configuration
 from onpath.config.build import Config
-from onpath.data.batch import collate, micro_batches
+from onpath.data.batch import collate
 from onpath.data.load import prompts_of_step
+from onpath.engines import sharding
 from onpath.engines.base import Engine
 from onpath.engines.overlap import fresh
 from onpath.records import Rollout, token_count
@@ -34,6 +36,7 @@ from onpath.run.loss import Step, guidance_loss, loss_of, teacher_states
 from onpath.run.meter import Meter, Stopwatch
 from onpath.run.optimizer import make_optimizer
 from onpath.run.parts import Parts
+from onpath.run.rounds import is_filler, rounds, sum_when_needed
 from onpath.run.trajectories import store_step, top_tokens
 from onpath.run.weights import shaped
 from onpath.system import distributed
@@ -90,8 +93,9 @@ def optimise(parts: Parts, run: Run, *, quiet: bool) -> None:
     config = parts.config
     optimizer, schedule = make_optimizer(config, parts.models.student)
     parts.generators.student.sync_weights(0)
-    run.note(parts.method.before_training(parts.prompts.pool, run.directory))
-    generate_ahead(parts)
+    with parts.whole():
+        run.note(parts.method.before_training(parts.prompts.pool, run.directory))
+        generate_ahead(parts)
     done = run.resume(optimizer)
     shown = Display(steps=config.optim.steps, done=done, quiet=quiet or distributed.rank() > 0)
     with shown as display, stop_requests() as asked:
@@ -117,47 +121,23 @@ def optimise(parts: Parts, run: Run, *, quiet: bool) -> None:
 def one_step(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> Meter:
     """Sample, correct, score, train, sync: one optimiser step."""
     config, models, watch = parts.config, parts.models, Stopwatch()
-    with watch("sample"):
-        rollouts = sample(parts, step)
-    with watch("grade"):
-        verdicts = parts.text.verdicts([(r, r.ids) for r in rollouts])
-        rewards = parts.text.reward_values(rollouts)
-    with watch("correct"):
-        prepared = shaped(parts, parts.method.prepare(rollouts, step=step), rewards)
-        kept = [t for t in prepared.trajectories if t.edit.kept]
-        mine = [token_count(kept), float(any(t.guidance for t in kept))]
-        denominator, guided = distributed.total(mine, models.device)
-    shared = Step(
-        prepared=prepared,
-        objective=parts.objective,
-        denominator=denominator,
-        guided=guided > 0,
-        top_k=top_tokens(config, step + 1),
-    )
-    meter = Meter(watch=watch, rollouts=rollouts, step=shared, verdicts=verdicts, rewards=rewards)
-    models.student.train(models.dropout)
-    parts.guidance_ratio.begin(step, guided=shared.guided)
-    for micro in micro_batches(kept if denominator else [], max_tokens=config.optim.micro_batch_tokens):
-        batch = collate(micro, device=models.device)
-        with watch("score"):
-            teacher = teacher_states(models, batch, prepared)
-        with watch("train"):
-            result = loss_of(models, batch, teacher, shared)
-            result.loss.backward()
-            parts.guidance_ratio.add(partial(guidance_loss, models, batch, teacher, shared))
-        meter.add(batch, result)
+    with parts.whole_step():
+        meter = corrected(parts, step, watch)
+        accumulate(parts, meter, step)
+    sharding.give_back(models.student, models.teacher.model)
     with watch("train"):
         distributed.sum_gradients(models.student)
         meter.gradient_cosine = parts.gradient_cosine(step)
         meter.guidance_ratio = parts.guidance_ratio()
         trained = [p for p in models.student.parameters() if p.requires_grad]
-        meter.grad_norm = float(torch.nn.utils.clip_grad_norm_(trained, config.optim.max_grad_norm))
+        norm = torch.nn.utils.clip_grad_norm_(trained, config.optim.max_grad_norm)
+        meter.grad_norm = float(sharding.full(norm))
         if not math.isfinite(meter.grad_norm):
             raise UserError(
                 f"step {step + 1}: the gradient is not finite; go on from the last checkpoint with another "
                 "run.name and a lower optim.lr, or float32 instead of bf16"
             )
-        if denominator:
+        if meter.step.denominator:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         models.teacher.follow()
@@ -167,7 +147,51 @@ def one_step(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> Meter
             parts.overlap.before_sync()
     with watch("sync"):
         parts.generators.student.sync_weights(step + 1)
+        sharding.give_back(models.student)
     return meter
+
+
+def corrected(parts: Parts, step: int, watch: Stopwatch) -> Meter:
+    """The step's trajectories, before a gradient is computed."""
+    with parts.whole():
+        with watch("sample"):
+            rollouts = sample(parts, step)
+        with watch("grade"):
+            verdicts = parts.text.verdicts([(r, r.ids) for r in rollouts])
+            rewards = parts.text.reward_values(rollouts)
+        with watch("correct"):
+            prepared = shaped(parts, parts.method.prepare(rollouts, step=step), rewards)
+    kept = [t for t in prepared.trajectories if t.edit.kept]
+    mine = [token_count(kept), float(any(t.guidance for t in kept))]
+    denominator, guided = distributed.total(mine, parts.models.device)
+    shared = Step(
+        prepared=prepared,
+        objective=parts.objective,
+        denominator=denominator,
+        guided=guided > 0,
+        top_k=top_tokens(parts.config, step + 1),
+    )
+    return Meter(watch=watch, rollouts=rollouts, step=shared, verdicts=verdicts, rewards=rewards)
+
+
+def accumulate(parts: Parts, meter: Meter, step: int) -> None:
+    """Score and train: the gradient of the whole step, one micro-batch after another."""
+    models, shared, watch = parts.models, meter.step, meter.watch
+    kept = [t for t in shared.prepared.trajectories if t.edit.kept] if shared.denominator else []
+    models.student.train(models.dropout)
+    parts.guidance_ratio.begin(step, guided=shared.guided)
+    micros = rounds(parts, shared.prepared, kept)
+    for i, micro in enumerate(micros):
+        batch = collate(micro, device=models.device)
+        sum_when_needed(parts, last=i + 1 == len(micros))
+        with watch("score"):
+            teacher = teacher_states(models, batch, shared.prepared)
+        with watch("train"):
+            result = loss_of(models, batch, teacher, shared)
+            result.loss.backward()
+            parts.guidance_ratio.add(partial(guidance_loss, models, batch, teacher, shared))
+        if not is_filler(micro):
+            meter.add(batch, result)
 
 
 def generate_ahead(parts: Parts) -> None:
@@ -191,4 +215,7 @@ def sample(parts: Parts, step: int) -> list[Rollout]:
         return parts.sampler.generate([p for _, p in mine], parts.sampling, n=n, keys=keys)
 
     rollouts = draw(step) if parts.overlap is None else parts.overlap(step, draw)
+    if parts.config.parallel.balance:
+        rollouts = distributed.dealt(rollouts, lambda r: len(r.context) + len(r.ids))
+        rollouts = [replace(r, place=place) for place, r in enumerate(rollouts)]
     return fresh(parts.config, rollouts, step)

@@ -1,5 +1,6 @@
 """Objectives that are known to be wrong cannot be built, and what docs/objectives.md refuses is wrong."""
 
+import re
 from functools import partial
 from typing import get_args
 
@@ -36,7 +37,12 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("options", "message"), REFUSED, ids=lambda x: str(x))
+def _words(value: object) -> str:
+    """The same in every process: no addresses."""
+    return re.sub(r" at 0x\w+", "", str(value))
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=_words)
 def test_wrong_combinations_are_refused_in_one_sentence(options, message):
     with pytest.raises(ValueError, match=message) as refused:
         Objective(**options)

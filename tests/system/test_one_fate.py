@@ -1,9 +1,6 @@
 """Several ranks: what ends one ends all of them, with the same sentence."""
 
 import os
-import socket
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +11,8 @@ from onpath.methods.base import check_generated
 from onpath.methods.topd.candidates import candidate_counts
 from onpath.records import Edit, Trajectory
 from onpath.system import distributed
-from onpath.system.errors import UserError, guarded
+from onpath.system.errors import UserError
+from tests.ranks import ranks
 
 
 def rewrites(*reasons: str) -> list[Trajectory]:
@@ -40,38 +38,6 @@ def one(rank: int) -> None:
 def dies(rank: int) -> None:
     if rank == 1:
         os._exit(1)
-
-
-def ranks(what: Callable[[int], None], tmp_path: Path) -> list[tuple[int, str, str]]:
-    """Exit code, stdout and stderr of two ranks, which are forks of this process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-
-    def run(rank: int) -> None:
-        with distributed.one_fate():
-            distributed.start(torch.device("cpu"))
-            what(rank)
-            distributed.barrier()
-            distributed.barrier()
-
-    started = []
-    for rank in range(2):
-        process = os.fork()
-        if process == 0:
-            for name, stream in (("out", 1), ("err", 2)):
-                os.dup2(os.open(tmp_path / f"{name}{rank}", os.O_WRONLY | os.O_CREAT), stream)
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-            os.environ |= {**shared, "RANK": str(rank)}
-            code = guarded(lambda rank=rank: run(rank))
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        started.append(process)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in started]
-    said = [[(tmp_path / f"{name}{rank}").read_text() for name in ("out", "err")] for rank in range(2)]
-    return [(code, *texts) for code, texts in zip(codes, said, strict=True)]
 
 
 def last(err: str) -> str:

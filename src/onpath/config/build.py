@@ -22,6 +22,7 @@ from onpath.config.sections import (
     Data,
     Eval,
     Optim,
+    Parallel,
     Reward,
     RolloutSection,
     Run,
@@ -45,6 +46,7 @@ class Config(Section):
     method: SomeMethod = OPDOptions()
     rollout: RolloutSection = RolloutSection()
     optim: Optim = Optim()
+    parallel: Parallel = Parallel()
     eval: Eval = Eval()
     rewards: dict[str, Reward] = Field({})
     """Functions of your own that score rollouts: label → reward. One reward, or a list of them, will do: the
@@ -105,6 +107,7 @@ class Config(Section):
                 "use float32 with optim.bf16, or LoRA (student.lora_rank)"
             )
         self._reachable()
+        self._shardable()
         method = self.method
         if self.rollout.overlap and method.divergence == "sampled" and method.ppo_clip is None:
             raise ValueError(
@@ -122,6 +125,21 @@ class Config(Section):
             )
         method.check(self)
         return self
+
+    def _shardable(self) -> None:
+        """What goes together with weights that no process has whole."""
+        if self.parallel.shard == "none":
+            return
+        if self.teacher.device != "auto" and self.teacher.engine == "hf" and not self.method.self_taught:
+            raise ValueError(
+                f"teacher.device is {self.teacher.device}: with parallel.shard the teacher is where its "
+                "process's student is; leave it at auto"
+            )
+        if self.student.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(
+                f"student.device is {self.student.device}: with parallel.shard each process takes the GPU "
+                "that torchrun gives it; leave it at auto"
+            )
 
     def _reachable(self) -> None:
         """What can be asked of a server."""

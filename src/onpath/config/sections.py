@@ -222,6 +222,23 @@ class Optim(Section):
         return value
 
 
+class Parallel(Section):
+    """How the processes that torchrun starts share the work, and the weights (docs/scale.md)."""
+
+    shard: Annotated[Literal["none", "layer", "step"], ROUNDING] = "none"
+    """none: every process has whole models. layer: it has some rows of each weight (FSDP2), and gathers a
+    layer when it runs. step: it gathers the student once for each step: more memory, fewer exchanges."""
+    hosts: Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], ROUNDING] = "auto"
+    """Copies of the shards: auto has one on each host, so that weights are gathered inside hosts only; 1
+    shards over all processes."""
+    teacher: Annotated[Literal["same", "copy"], ROUNDING] = "same"
+    """same: sharded like the student. copy: whole in every process."""
+    balance: Annotated[bool, ROUNDING] = True
+    """Deal rollouts to the processes by length, so that none waits for another's long ones."""
+    timeout: Annotated[float, NEUTRAL] = Field(600.0, gt=0)
+    """Seconds that a process waits for the others before the run ends."""
+
+
 class Eval(Section):
     grader: Annotated[str, OneOf(("auto", "gym", "math", "exact"), "function")] = "auto"
     """auto: the task's own checker for the gym's data, else math (math-verify in a process of its own).

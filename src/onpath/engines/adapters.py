@@ -17,7 +17,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from onpath.engines.head import adapted_weight, base_layer, lora_deltas, unwrapped
+from onpath.engines.head import adapted_weight, base_layer, lora_deltas, sharded, unwrapped
+from onpath.engines.sharding import full, gathered, same_weights
 from onpath.system.errors import UserError
 
 _CONFIG = "adapter_config.json"
@@ -96,24 +97,38 @@ def merged(model: PeftModel, key: str) -> PreTrainedModel:
 @torch.no_grad()
 def merged_weights(model: nn.Module, *, adapted: bool = True) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) as the model's own checkpoint has them, the model left as it is: with LoRA's deltas
-    added, or without.
+    added, or without. Of a sharded model each is gathered in turn, and all processes take part.
 
     A tied output layer is given under both its names: vLLM on a CPU keeps a packed copy of it.
     """
+    for name, tensor, owners in _weights(model):
+        for owner in owners if adapted else ():
+            tensor = tensor + sum(lora_deltas(owner)).to(tensor.dtype)  # type: ignore[union-attr]
+        yield name, full(tensor)
+
+
+def described(model: nn.Module) -> dict[str, Tensor]:
+    """Names, shapes and dtypes of `merged_weights`, in its order; the tensors hold nothing."""
+    return {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t, _ in _weights(model)}
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, list[LoraLayer]]]:
+    """(name without adapters, tensor, the adapters on it) of each weight."""
     inner = unwrapped(model)
     layers = {n: m for n, m in inner.named_modules() if isinstance(m, LoraLayer)}
     for name, tensor in inner.state_dict().items():
         path, _, leaf = name.rpartition(".")
         if any(name.startswith(f"{owner}.lora_") for owner in _above(path) if owner in layers):
             continue
+        owners = []
         while True:  # adapters of several parameters of one module are nested
             owner = layers.get(path)
-            if adapted and owner is not None and leaf == _adapted_leaf(owner):
-                tensor = tensor + sum(lora_deltas(owner)).to(tensor.dtype)  # type: ignore[union-attr]
+            if owner is not None and leaf == _adapted_leaf(owner):
+                owners.append(owner)
             if not path.endswith(".base_layer"):
                 break
             path = path.removesuffix(".base_layer")
-        yield f"{path}.{leaf}" if path else leaf, tensor.detach()
+        yield f"{path}.{leaf}" if path else leaf, tensor.detach(), owners
 
 
 def _above(path: str) -> Iterator[str]:
@@ -127,12 +142,19 @@ def _adapted_leaf(layer: LoraLayer) -> str:
     return str(layer.parameter_name) if isinstance(layer, ParamWrapper) else "weight"
 
 
-def save_merged(model: nn.Module, directory: Path, *, adapted: bool = True) -> None:
-    """A model that transformers loads by itself: with LoRA's deltas in its weights, or without any."""
-    unwrapped(model).save_pretrained(directory, state_dict=dict(merged_weights(model, adapted=adapted)))
+def save_merged(model: nn.Module, directory: Path | None, *, adapted: bool = True) -> None:
+    """A model that transformers loads by itself: with LoRA's deltas in its weights, or without any.
+
+    Args:
+        directory: None: this process takes part in gathering a sharded model, and writes nothing.
+    """
+    weights = merged_weights(model, adapted=adapted)
+    state = gathered(weights, same_weights(model)) if sharded(model) else dict(weights)
+    if directory is not None:
+        unwrapped(model).save_pretrained(directory, state_dict=state)
 
 
-def save(model: nn.Module, directory: Path, *, home: Path) -> None:
+def save(model: nn.Module, directory: Path | None, *, home: Path) -> None:
     """A model as transformers, an adapter as peft loads it.
 
     A student that was itself loaded from an adapter trains on merged weights, which stand nowhere on disk:
@@ -140,16 +162,25 @@ def save(model: nn.Module, directory: Path, *, home: Path) -> None:
     of the same kind, would grow with each stage, and could not be switched off to give the starting weights.)
 
     Args:
-        directory: where to write it.
+        directory: where to write it; None: this process takes part in gathering a sharded model.
         home: where it will stand.
     """
     if not isinstance(model, PeftModel):
-        unwrapped(model).save_pretrained(directory)
+        if sharded(model):
+            save_merged(model, directory)
+        elif directory is not None:
+            unwrapped(model).save_pretrained(directory)
         return
-    model.save_pretrained(str(directory), save_embedding_layers=False)  # the base's, which the base has
+    own = None
+    if sharded(model):
+        own = gathered(((n, p.detach()) for n, p in model.named_parameters() if p.requires_grad), {})
+    if directory is not None:
+        # The base's embeddings the base has.
+        model.save_pretrained(str(directory), save_embedding_layers=False, state_dict=own)
     if is_adapter(model.active_peft_config.base_model_name_or_path or ""):
-        save_merged(model, directory / _BASE, adapted=False)
-        name_base(directory, home=home)
+        save_merged(model, None if directory is None else directory / _BASE, adapted=False)
+        if directory is not None:
+            name_base(directory, home=home)
 
 
 def name_base(directory: Path, *, home: Path) -> None:

@@ -9,7 +9,7 @@ Shape suffixes: B rows, S padded length, N response tokens, H hidden.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -45,6 +45,9 @@ class Models:
     dropout: bool = False
     """Whether the pass that trains has the student's dropout and router noise; scores never have."""
 
+    keeps_graphs: bool = True
+    """Whether the student's weights stay in their place from `prepare` to the loss."""
+
     @property
     def head(self) -> Head:
         """The student's output layer."""
@@ -69,6 +72,10 @@ class Kept:
     teacher: dict[Key, Tensor] = field(default_factory=dict)
     student: list[dict[Key, Tensor]] = field(default_factory=list)
     """One entry per graph; it goes with the first batch that uses it: a graph is walked back once."""
+
+    def has_scored(self, trajectories: Iterable[Trajectory]) -> bool:
+        """Whether the teacher's states of all of them are here."""
+        return all((t.teacher_context, t.response) in self.teacher for t in trajectories if t.response)
 
     def teacher_hidden(self, batch: Batch) -> Tensor | None:
         """[N, H], or None if a trajectory of the batch was not scored."""
@@ -151,7 +158,8 @@ def forward(
     groups = _grouped([collate(m, device=models.device) for m in micros], models.max_tokens)
     # Graphs of several groups would all live until the loss: only a step of one group keeps them. A pass with
     # dropout trains, but must not score.
-    graph = keep is not None and len(groups) == 1 and not models.dropout
+    # What a sharded pass has gathered is given back after it, and a graph would point at nothing.
+    graph = keep is not None and len(groups) == 1 and not models.dropout and models.keeps_graphs
     for group in groups:
         stats = []
         memory = models.teacher.past(group) if past else None

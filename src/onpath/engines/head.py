@@ -13,6 +13,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     DynamicCache,
     PreTrainedModel,
@@ -45,6 +46,11 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(inner, PreTrainedModel)
     return inner
+
+
+def sharded(model: nn.Module) -> bool:
+    """Whether this process holds some rows of each weight only (`engines/sharding.py`)."""
+    return isinstance(unwrapped(model), FSDPModule)
 
 
 def base_layer(layer: nn.Module) -> nn.Module:
@@ -80,8 +86,13 @@ def lora_deltas(layer: LoraLayer) -> Iterator[Tensor]:
 
 
 def head_of(model: nn.Module, vocabulary: int | None = None) -> Head:
-    """The map from hidden states to logits; rows beyond `vocabulary` are padding and take no part."""
+    """The map from hidden states to logits; rows beyond `vocabulary` are padding and take no part. Of a
+    sharded model it is gathered, and all processes take part."""
     inner = unwrapped(model)
+    if sharded(model):
+        own: Any = inner.get_output_embeddings()
+        unit: Any = own if isinstance(own, FSDPModule) else inner
+        unit.unshard()
     config: Mapping[str, Any] = inner.config.get_text_config().to_dict()
     layer = inner.get_output_embeddings()
     bias = base_layer(layer).bias
@@ -128,10 +139,11 @@ def check_head(model: nn.Module, key: str) -> None:
 
 
 def _check_head(model: nn.Module, key: str) -> None:
-    inner, head = unwrapped(model), head_of(model)
-    ids_BT = torch.arange(4, device=head.weight.device)[None]
-    hidden_BTH = hidden_states(model, ids_BT, torch.ones_like(ids_BT))
+    inner = unwrapped(model)
+    ids_BT = torch.arange(4, device=next(inner.parameters()).device)[None]
     expected_BTV = inner(input_ids=ids_BT).logits.float()
+    hidden_BTH = hidden_states(model, ids_BT, torch.ones_like(ids_BT))
+    head = head_of(model)  # last: a sharded model's own pass gives it back
     found_BTV = nn.functional.linear(hidden_BTH, head.weight, head.bias).float() * head.logit_scale
     if head.softcap is not None:
         found_BTV = (found_BTV / head.softcap).tanh() * head.softcap
@@ -155,8 +167,9 @@ def hidden_states(
     """Last hidden states [B, T, H] of right-padded ids; the head is applied elsewhere, in chunks. An empty
     `cache` receives the keys and values."""
     decoder = decoder_of(model)
+    read: Any = unwrapped(model).read if sharded(model) else decoder
     named = known_to(decoder, attention_mask=mask_BT, past_key_values=cache, use_cache=cache is not None)
-    return decoder(input_ids=ids_BT, **named).last_hidden_state  # type: ignore[no-any-return]
+    return read(input_ids=ids_BT, **named).last_hidden_state  # type: ignore[no-any-return]
 
 
 def decoder_of(model: nn.Module) -> nn.Module:

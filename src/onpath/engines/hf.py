@@ -22,6 +22,7 @@ from onpath.engines.decoding.draw import draw
 from onpath.engines.decoding.kv_cache import accepts_4d_mask, preallocated_cache, select_rows
 from onpath.engines.head import evaluating, head_of, hidden_states, known_to, unwrapped
 from onpath.engines.models import context_length
+from onpath.engines.sharding import is_whole
 from onpath.engines.stops import string_end
 from onpath.losses import token_stats
 from onpath.records import Completion, Sampling, Trajectory
@@ -73,6 +74,7 @@ class HFEngine(Engine):
         self, prefixes: Sequence[Sequence[int]], sampling: Sampling, *, keys: Sequence[str] | None = None
     ) -> list[Completion]:
         """See `Engine.continue_from`."""
+        assert is_whole(self.model), "a sharded model samples inside sharding.whole"
         keys = [str(i) for i in range(len(prefixes))] if keys is None else keys
         self._check_lengths(prefixes, sampling)
         results: dict[int, Completion] = {}
@@ -142,6 +144,7 @@ class HFEngine(Engine):
         drafts: Sequence[Drafts] | None = None,
     ) -> list[Completion]:
         """See `Engine.draw_from`."""
+        assert is_whole(self.model), "see continue_from"
         done = branch(self, past, places, sampling, keys=keys, drafts=drafts)
         return [self._ended(c) for c in done]
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from onpath.config.build import Config
 from onpath.engines.base import Engine
 from onpath.engines.hf import HFEngine
+from onpath.engines.sharding import full
 from onpath.records import Rollout
 from onpath.system import distributed
 from onpath.system.errors import UserError
@@ -83,7 +84,7 @@ class Overlap:
     @torch.no_grad()
     def _follow(self, *, version: int) -> None:
         for frozen, trained in self._pairs().values():
-            frozen.copy_(trained)
+            frozen.copy_(full(trained))
         if self._frozen is not None:
             self.engine.sync_weights(version)
 
@@ -123,10 +124,23 @@ def fresh(config: Config, rollouts: list[Rollout], step: int) -> list[Rollout]:
     return rollouts
 
 
-def make_overlap(config: Config, student: nn.Module, engine: Engine, own: HFEngine) -> Overlap | None:
+def frozen_copy(config: Config, student: nn.Module, engine: Engine | None) -> nn.Module | None:
+    """What samples while the student trains, made before that is sharded; None: nothing of the kind is asked.
+
+    Args:
+        engine: a user's own, in place of the one that the config names.
+    """
+    shares = config.rollout.engine == "hf" if engine is None else engine.shares_weights
+    return copy.deepcopy(student).requires_grad_(False) if config.rollout.overlap and shares else None
+
+
+def make_overlap(
+    config: Config, student: nn.Module, frozen: nn.Module | None, engine: Engine, own: HFEngine
+) -> Overlap | None:
     """None without `rollout.overlap`.
 
     Args:
+        frozen: a whole copy of the student, for an engine that would read the student itself.
         engine: the student's engine.
         own: over the student itself.
     """
@@ -134,6 +148,6 @@ def make_overlap(config: Config, student: nn.Module, engine: Engine, own: HFEngi
         return None
     if not engine.shares_weights:
         return Overlap(engine, steps=config.optim.steps)
-    frozen = copy.deepcopy(student).requires_grad_(False)
+    assert frozen is not None
     drawing = own.over(frozen, renderer=copy.deepcopy(own.renderer))
     return Overlap(drawing, steps=config.optim.steps, student=student, frozen=frozen)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from onpath.engines.base import Engine, sampled
+from onpath.engines.sharding import full
 from onpath.records import Completion, Prompt, Rollout, Sampling
 from onpath.system import distributed
 from onpath.system.errors import UserError
@@ -138,9 +139,11 @@ def address(*content: Any) -> str:
 
 @torch.no_grad()
 def weights_digest(model: nn.Module) -> str:
-    """Digest of all parameters by name."""
+    """Digest of all parameters by name. Of a sharded model all processes take part."""
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in sorted(model.named_parameters()):
         digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(
+            full(parameter.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()

@@ -197,8 +197,8 @@ class ServerEngine(Engine):
     def _push(self) -> None:
         assert self.student is not None
         assert self.weights is not None
+        save_weights(self.student, self.weights)
         if distributed.rank() == 0:
-            save_weights(self.student, self.weights)
             self._take()
         distributed.barrier()
 

@@ -18,6 +18,7 @@ from onpath.data.batch import Batch
 from onpath.engines.decoding.branches import Past
 from onpath.engines.head import evaluating, head_of, hidden_states, unwrapped
 from onpath.engines.models import context_length
+from onpath.engines.sharding import give_back
 from onpath.losses import Head, TeacherHidden, TeacherScores
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -80,14 +81,18 @@ class ModelTeacher(Teacher):
 
     def __init__(self, model: nn.Module, *, vocabulary: int | None = None) -> None:
         self.model = self.separate = model.eval().requires_grad_(False)
-        self._head = head_of(model, vocabulary)
-        self.device = next(model.parameters()).device
+        self._vocabulary = vocabulary
         self.context_length = context_length(unwrapped(model).config)
 
     @property
     def head(self) -> Head:
         """See `Teacher.head`."""
-        return self._head
+        return head_of(self.model, self._vocabulary)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
 
     @torch.no_grad()
     def hidden(self, batch: Batch, cache: DynamicCache | None = None) -> Tensor:
@@ -158,6 +163,7 @@ class SelfTeacher(Teacher):
     def follow(self) -> None:
         """One step of the moving average; nothing for the other kinds of weights."""
         if self.weights == "ema":
+            give_back(self.model, self.student)
             for mine, theirs in zip(self.model.parameters(), self.student.parameters(), strict=True):
                 mine.lerp_(theirs.to(mine.dtype), 1 - self.decay)
 

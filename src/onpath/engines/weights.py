@@ -1,31 +1,66 @@
 """The weights that train, as other processes and engines take them: Hugging Face names, adapters merged."""
 
-from collections.abc import Sequence
+import json
+import struct
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
-from onpath.engines.adapters import merged_weights
-from onpath.engines.head import unwrapped
+from onpath.engines.adapters import described, merged_weights
+from onpath.engines.head import sharded, unwrapped
+from onpath.system import distributed
 from onpath.system.files import make_directory, written
 
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_DTYPES |= {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
 PROBE_LENGTH = 16
 _UNMOVED = 1e-6  # nats: one copy asked twice gives the same to the last digits
 
 
+@torch.no_grad()
 def save_weights(model: nn.Module, directory: Path) -> None:
-    """One safetensors file and the config, written aside and renamed: a reader never sees half of it.
+    """One safetensors file and the config, written aside and renamed: a reader never sees half of it. Tensors
+    are gathered, merged and written one after the other: the largest of them is all that is held. Of a
+    sharded model all processes take part, and the first one writes.
 
     Raises:
         UserError: the disk is full or not writable.
     """
+    if distributed.rank() > 0:
+        for _ in merged_weights(model) if sharded(model) else ():
+            pass
+        return
     make_directory(directory)
-    with written(directory / "model.safetensors", also=(SafetensorError,)) as temporary:
-        save_file({n: t.cpu().clone() for n, t in merged_weights(model)}, temporary, {"format": "pt"})
+    with written(directory / "model.safetensors") as temporary:
+        write_stream(temporary, described(model), (t for _, t in merged_weights(model)))
         unwrapped(model).config.save_pretrained(directory)
+
+
+def write_stream(path: Path, header: Mapping[str, Tensor], tensors: Iterable[Tensor]) -> None:
+    """A safetensors file whose tensors come one after the other.
+
+    Args:
+        header: name → shape and dtype, in the order of `tensors`.
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, like in header.items():
+        begin, end = end, end + like.numel() * like.element_size()
+        entries[name] = {
+            "dtype": _DTYPES[like.dtype],
+            "shape": list(like.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors:
+            file.write(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    assert path.stat().st_size == 8 + len(text) + end, "the tensors are not those of the header"
 
 
 def probe_ids(vocabulary: int) -> tuple[int, ...]:

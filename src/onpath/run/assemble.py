@@ -8,13 +8,14 @@ import torch
 from onpath.config.build import Config
 from onpath.data.render import Renderer
 from onpath.data.tasks import correction_ids, task_of, templates_of
+from onpath.engines import sharding
 from onpath.engines.base import Engine, Generators
 from onpath.engines.forward import Models
 from onpath.engines.head import check_head, head_of
 from onpath.engines.hf import HFEngine
 from onpath.engines.make import check_teacher, make_replay, make_teacher, student_engine, teacher_engine
 from onpath.engines.models import pick_device
-from onpath.engines.overlap import make_overlap
+from onpath.engines.overlap import frozen_copy, make_overlap
 from onpath.engines.replay import ReplayingEngine, weights_digest
 from onpath.engines.self_check import Agreement, check_model
 from onpath.engines.stops import stops_of
@@ -48,11 +49,13 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
     start = find(config.student.model)
     tokenizer = load_its_tokenizer(config.student, start, "student.model")
     device = distributed.local_device(pick_device(config.student.device, "student.device"))
-    distributed.start(device)
+    distributed.start(device, timeout=config.parallel.timeout)
+    shards = sharding.asked(config)
+    host = torch.device("cpu") if shards else device  # a whole copy must not pass through each GPU
     if device.type == "cpu":
         keep_freed_memory()
     renderer = make_renderer(config, tokenizer)
-    base = load_start(config.student, start, "student.model", device)
+    base = load_start(config.student, start, "student.model", host)
     check_head(base, "student.model")
     longest = check_prompts(config, renderer, base, prompts)
     student = trainable(config, base)
@@ -62,8 +65,11 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
     warnings += filter(None, [clock_warning(renderer), stops.warning(renderer.tokens)])
     if stops.ids != stops.student:
         base.generation_config.eos_token_id = sorted(stops.ids)  # so that the saved model ends alike
-    teacher = make_teacher(config, student, renderer, vocabulary, stops, device)
+    teacher = make_teacher(config, student, renderer, vocabulary, stops, host)
     check_teacher(config, teacher, longest)
+    frozen = frozen_copy(config, student, engine)
+    if shards:  # after every copy: a sharded model has none
+        sharding.place(config, device, student=student, teacher=teacher.model, frozen=frozen)
     models = Models(
         student=student,
         teacher=teacher,
@@ -72,6 +78,7 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
         max_tokens=config.optim.micro_batch_tokens,
         bf16=config.optim.bf16,
         dropout=config.student.dropout,
+        keeps_graphs=not shards or config.parallel.shard == "step",
     )
     own = HFEngine(
         student,
@@ -89,8 +96,8 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
         teacher=teacher_engine(config, teacher, own, replay),
         over=own.over,
     )
-    agreements = check_models(models, own, generates=generators.student is own)
-    overlap = make_overlap(config, student, generators.student, own)
+    agreements = check_models(config, models, own, generates=generators.student is own)
+    overlap = make_overlap(config, student, frozen, generators.student, own)
     sampler = generators.student if overlap is None else overlap.engine
     if replay is not None:
         sampler = ReplayingEngine(sampler, replay, weights=weights_digest(student))
@@ -129,7 +136,7 @@ def clock_warning(renderer: Renderer) -> str | None:
     )
 
 
-def check_models(models: Models, own: HFEngine, *, generates: bool) -> dict[str, Agreement]:
+def check_models(config: Config, models: Models, own: HFEngine, *, generates: bool) -> dict[str, Agreement]:
     """The start-up check of each model in this process.
 
     Args:
@@ -138,9 +145,16 @@ def check_models(models: Models, own: HFEngine, *, generates: bool) -> dict[str,
     """
     check = partial(check_model, vocabulary=models.vocabulary, bf16=models.bf16)
     engine = own if generates else None
-    found = {"student.model": check(models.student, engine, key="student.model", dropout=models.dropout)}
+    with sharding.whole(models.student):
+        found = {"student.model": check(models.student, engine, key="student.model", dropout=models.dropout)}
     if (other := models.teacher.separate) is not None:
-        found["teacher.model"] = check(other, own.over(other), key="teacher.model")
+        whole = (
+            other if config.method.runs_models else None
+        )  # a large one that only scores stays in its shards
+        with sharding.whole(whole):
+            asked = own.over(other) if sharding.is_whole(other) else None
+            found["teacher.model"] = check(other, asked, key="teacher.model")
+    sharding.give_back(models.student, other)
     return found
 
 

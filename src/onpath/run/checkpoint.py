@@ -3,26 +3,39 @@
 Rollouts and data order are pure functions of (seed, step), so the state is small: trained weights, optimiser,
 the method's own tensors, and the step. Tensors are safetensors, the rest JSON: nothing loaded here can run
 code.
+
+    step_N/state.json                  written last: the step, and a digest of every file
+           model.safetensors           trained weights          ┐ sharded, each process writes its rows:
+           optimizer.safetensors       exp_avg.<weight>, …      │ model-1-of-2.safetensors, …, where they lie
+           method.safetensors          the method's own         ┘ in the whole stands in the file
+           inputs.json
+
+Any number of processes reads what any number has written.
 """
 
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from onpath.engines.head import sharded
+from onpath.engines.sharding import local, rows_of
+from onpath.system import distributed
 from onpath.system.errors import UserError
-from onpath.system.files import written
+from onpath.system.files import sync_file, unwritable, written
 
 _PREFIX = "step_"
-_FILES = ("model.safetensors", "optimizer.safetensors", "method.safetensors", "inputs.json")
+_PARTS = ("model", "optimizer", "method")
+_PLACES = "onpath.places"
+"""In a file's metadata: name → its first row, and the shape of the whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,55 +68,73 @@ def save(
         extra: the method's own tensors, such as a moving average.
         inputs: digests of what the run has read, by option.
 
+    All processes call it where the model is sharded, else the first one alone.
+
     Raises:
         UserError: the disk is full or not writable; what was there before is untouched.
     """
-    target = root / f"{_PREFIX}{step}"
+    target, shared = root / f"{_PREFIX}{step}", sharded(model)
+    parts: dict[str, Mapping[str, Tensor]] = {
+        "model": _trained(model),
+        "optimizer": _optimizer_tensors(model, optimizer),
+        "method": extra,
+    }
+    what = f"the checkpoint of step {step}"
+    if shared and distributed.rank() > 0:
+        temporary = Path(distributed.first_decides(str))
+        try:
+            digests = _write(temporary, parts, suffix=_suffix())
+        except (OSError, SafetensorError) as error:
+            raise unwritable(target, error, what=what) from None
+        distributed.gather([digests])
+        return target
     # One that is there was written before a crash that lost nothing else: the same step gives the same state.
-    with written(
-        target, what=f"the checkpoint of step {step}", sync=True, also=(SafetensorError,)
-    ) as temporary:
+    with written(target, what=what, sync=True, also=(SafetensorError,)) as temporary:
         temporary.mkdir()
-        save_file(
-            {k: p.detach().contiguous() for k, p in _trained(model).items()}, temporary / "model.safetensors"
-        )
-        save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
-        save_file({k: v.detach().contiguous() for k, v in extra.items()}, temporary / "method.safetensors")
+        if shared:
+            distributed.first_decides(lambda: str(temporary))
+        digests = _write(temporary, parts, suffix=_suffix() if shared else "")
+        if shared:
+            digests = {name: d for found in distributed.gather([digests]) for name, d in found.items()}
         (temporary / "inputs.json").write_text(json.dumps(dict(inputs or {}), indent=1) + "\n")
-        digests = {f.name: _digest(f) for f in sorted(temporary.iterdir())}
-        (temporary / "state.json").write_text(json.dumps({"step": step, "blake2b": digests}, indent=1) + "\n")
+        digests["inputs.json"] = _digest(temporary / "inputs.json")
+        state = {"step": step, "blake2b": dict(sorted(digests.items()))}
+        (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n")
     return target
 
 
 def load(
     root: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, extra: Mapping[str, Tensor]
 ) -> Loaded | None:
-    """Restores the newest complete checkpoint in place; None if there is none.
+    """Restores the newest complete checkpoint in place; None if there is none. All processes call it.
 
     Damaged ones (a killed writer, a bad disk) are passed over and named in `Loaded.broken`.
     """
+    found = distributed.first_decides(lambda: _newest(root))
+    if found is None:
+        return None
+    load_weights(found.path, model)
+    kept = _Stored(found.path, "method")
+    if kept.shapes != {k: tuple(v.shape) for k, v in extra.items()}:
+        raise UserError(f"{found.path}: holds the state of another method; use another run.name or remove it")
+    for name, tensor in extra.items():
+        kept.into(name, tensor)
+    _restore_optimizer(model, optimizer, _Stored(found.path, "optimizer"))
+    return found
+
+
+def _newest(root: Path) -> Loaded | None:
+    """The newest checkpoint that is whole.
+
+    Raises:
+        UserError: there are some, and none is.
+    """
     broken: list[str] = []
     for path in reversed(list_steps(root)):
-        state = _verified(path)
-        if state is None:
-            broken.append(path.name)
-            continue
-        load_weights(path, model)
-        with torch.no_grad():
-            kept = load_file(path / "method.safetensors")
-            if {k: v.shape for k, v in kept.items()} != {k: v.shape for k, v in extra.items()}:
-                raise UserError(
-                    f"{path}: holds the state of another method; use another run.name or remove it"
-                )
-            for name, tensor in kept.items():
-                extra[name].copy_(tensor)
-        _restore_optimizer(model, optimizer, load_file(path / "optimizer.safetensors"))
-        return Loaded(
-            step=int(state["step"]),
-            path=path,
-            broken=tuple(broken),
-            inputs=json.loads((path / "inputs.json").read_text()),
-        )
+        if (state := _verified(path)) is not None:
+            inputs = json.loads((path / "inputs.json").read_text())
+            return Loaded(step=int(state["step"]), path=path, broken=tuple(broken), inputs=inputs)
+        broken.append(path.name)
     if broken:
         raise UserError(
             f"{root}: none of its checkpoints is readable ({', '.join(broken)}); remove them to start from "
@@ -118,14 +149,74 @@ def load_weights(path: Path, model: nn.Module) -> None:
     Raises:
         UserError: it holds others than this model trains.
     """
-    weights, trained = load_file(path / "model.safetensors"), _trained(model)
-    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in trained.items()}:
+    stored, trained = _Stored(path, "model"), _trained(model)
+    if stored.shapes != {k: tuple(v.shape) for k, v in trained.items()}:
         raise UserError(
             f"{path}: holds other weights than this model trains; use another run.name or remove it"
         )
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(weights[name])
+    for name, parameter in trained.items():
+        stored.into(name, parameter)
+
+
+def _suffix() -> str:
+    return f"-{distributed.rank() + 1}-of-{distributed.world()}"
+
+
+def _write(directory: Path, parts: Mapping[str, Mapping[str, Tensor]], *, suffix: str) -> dict[str, str]:
+    """This process's rows of each part, on the disk; the files' digests.
+
+    Args:
+        suffix: of the files' names, where several processes write; empty: one process has whole tensors.
+    """
+    digests = {}
+    for part, tensors in parts.items():
+        path = directory / f"{part}{suffix}.safetensors"
+        rows = {name: rows_of(tensor) for name, tensor in tensors.items()} if suffix else {}
+        mine = {
+            n: local(t.detach()).contiguous() for n, t in tensors.items() if n not in rows or rows[n].stores
+        }
+        places = {n: [rows[n].start, *rows[n].shape] for n in mine if n in rows}
+        save_file(mine, path, {_PLACES: json.dumps(places)} if suffix else None)
+        sync_file(path)
+        digests[path.name] = _digest(path)
+    return digests
+
+
+class _Stored:
+    """One part of a checkpoint, from the files of all processes that wrote it."""
+
+    def __init__(self, directory: Path, part: str) -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._pieces: dict[str, list[tuple[Path, int, int]]] = {}
+        """Name → file, first row and the row after the last."""
+        files = [directory / f"{part}.safetensors", *sorted(directory.glob(f"{part}-*-of-*.safetensors"))]
+        for path in files:
+            if not path.exists():
+                continue
+            with safe_open(path, "pt") as file:
+                places = json.loads((file.metadata() or {}).get(_PLACES, "{}"))
+                for name in file.keys():  # noqa: SIM118  not a mapping
+                    shape = tuple(file.get_slice(name).get_shape())
+                    start, *whole = places.get(name, [0, *shape])
+                    self.shapes[name] = tuple(whole)
+                    self._pieces.setdefault(name, []).append(
+                        (path, start, start + (shape[0] if shape else 1))
+                    )
+
+    @torch.no_grad()
+    def into(self, name: str, tensor: Tensor) -> None:
+        """This process's rows of a stored tensor, copied into its own."""
+        own, rows = local(tensor), rows_of(tensor)
+        for path, start, stop in self._pieces[name]:
+            first, last = max(start, rows.start), min(stop, rows.stop)
+            if first >= last:
+                continue
+            with safe_open(path, "pt") as file:
+                if own.ndim == 0:
+                    own.copy_(file.get_tensor(name))
+                else:
+                    found = file.get_slice(name)[first - start : last - start]
+                    own[first - rows.start : last - rows.start].copy_(found)
 
 
 def holds_model(path: Path) -> bool:
@@ -164,27 +255,33 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     }
 
 
-def _restore_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
-) -> None:
+def _restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, stored: _Stored) -> None:
     trained = _trained(model)
-    for key, value in tensors.items():
+    for key in stored.shapes:
         kind, _, name = key.partition(".")
-        parameter = trained[name]
-        device = "cpu" if kind == "step" else parameter.device
-        optimizer.state[parameter][kind] = value.to(device)
+        value = torch.zeros(()) if kind == "step" else torch.zeros_like(trained[name], requires_grad=False)
+        stored.into(key, value)
+        optimizer.state[trained[name]][kind] = value
 
 
 def _verified(path: Path) -> dict[str, Any] | None:
     """The state, if every byte of the checkpoint is what was written."""
     try:
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
-        whole = state["step"] == int(path.name.removeprefix(_PREFIX)) and all(
-            _digest(path / name) == state["blake2b"][name] for name in _FILES
-        )
+        files = state["blake2b"]
+        whole = state["step"] == int(path.name.removeprefix(_PREFIX)) and {*_named(files)} <= {*files}
+        whole = whole and all(_digest(path / name) == digest for name, digest in files.items())
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return state if whole else None
+
+
+def _named(files: Iterable[str]) -> list[str]:
+    """The files that a checkpoint must have: of one process, or of as many as its files' names say."""
+    written = next((n for n in files if n.startswith("model-")), "")
+    count = int(written.removesuffix(".safetensors").rpartition("-")[2]) if written else 0
+    endings = [f"-{rank + 1}-of-{count}" for rank in range(count)] or [""]
+    return ["inputs.json", *(f"{part}{ending}.safetensors" for part in _PARTS for ending in endings)]
 
 
 def _digest(path: Path) -> str:

@@ -9,13 +9,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from onpath.engines.sharding import full
 from onpath.records import Prompt
 from onpath.run.parts import Parts
 
 
 def digests(parts: Parts) -> dict[str, str]:
     """Option → digest of what it names. Call it while the student has its starting weights; about a second
-    per GB. A server's weights cannot be seen.
+    per GB. A server's weights cannot be seen. All processes take part where models are sharded.
     """
     config, models = parts.config, parts.models
     found = {"data.train": of_prompts(parts.prompts.pool)}
@@ -47,7 +48,7 @@ def _of_weights(weights: dict[str, nn.Parameter], tokenizer: PreTrainedTokenizer
         digest.update(part.encode())
     for name, weight in sorted(weights.items()):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(full(weight.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -16,7 +16,9 @@ from onpath import config as configuration
 from onpath.config.build import Config
 from onpath.config.changes import Change, changes
 from onpath.engines import adapters
+from onpath.engines.head import sharded
 from onpath.engines.models import quietly
+from onpath.engines.sharding import give_back
 from onpath.evaluate.scores import EvalResult
 from onpath.run import checkpoint
 from onpath.run.card import model_card
@@ -218,8 +220,7 @@ class Run:
         for result in found:
             if self.best is None or result.avg_at_k > self.best:
                 self.best, self.since_best = result.avg_at_k, 0
-                if distributed.rank() == 0:
-                    self._save(self.directory / BEST, merged=False, step=result.step)
+                self._save(self.directory / BEST, merged=False, step=result.step)
                 distributed.barrier()
             else:
                 self.since_best += 1
@@ -269,16 +270,17 @@ class Run:
 
     def checkpoint(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Saves the complete state, then removes old ones."""
-        if distributed.rank() == 0:
-            root = self.directory / "checkpoints"
+        root, student = self.directory / "checkpoints", self.parts.models.student
+        if distributed.rank() == 0 or sharded(student):
             checkpoint.save(
                 root,
                 step=step,
-                model=self.parts.models.student,
+                model=student,
                 optimizer=optimizer,
                 extra=self.state(),
                 inputs=self.inputs,
             )
+        if distributed.rank() == 0:
             checkpoint.prune(root, keep=self.parts.config.run.keep)
         distributed.barrier()
 
@@ -291,7 +293,7 @@ class Run:
         if distributed.rank() == 0:
             self.check_trained()
         target, config = self.directory / "model", self.parts.config
-        if distributed.rank() == 0 and not checkpoint.holds_model(target):
+        if not distributed.first_decides(lambda: checkpoint.holds_model(target)):
             if config.student.lora_merge and config.student.lora_rank:
                 self._save(self.directory / "merged", merged=True, step=self.last_step)
             self._save(target, merged=False, step=self.last_step)
@@ -312,12 +314,17 @@ class Run:
             )
 
     def _save(self, target: Path, *, merged: bool, step: int) -> None:
+        """The first process writes; of a sharded model all send it their rows."""
         model = self.parts.models.student
+
+        def weights(directory: Path | None) -> None:
+            give_back(model)
+            adapters.save_merged(model, directory) if merged else adapters.save(model, directory, home=target)
+
+        if distributed.rank() > 0:
+            return weights(None) if sharded(model) else None
         with quietly(), written(target, also=(SafetensorError,)) as temporary:
-            if merged:
-                adapters.save_merged(model, temporary)
-            else:
-                adapters.save(model, temporary, home=target)
+            weights(temporary)
             self.parts.text.renderer.tokenizer.save_pretrained(temporary)
             card = model_card(
                 self.parts.config,
@@ -364,8 +371,10 @@ def open_run(config: Config, parts: Parts, *, with_changes: bool = False) -> Run
         with_changes=with_changes,
         held=held[0] if held else None,
     )
-    if distributed.rank() == 0 and not run.finished:
+    finished = distributed.first_decides(lambda: run.finished)
+    if not finished and (distributed.rank() == 0 or sharded(parts.models.student)):
         run.inputs = digests(parts)
+    if not finished and distributed.rank() == 0:
         run.trackers = open_trackers(
             config.run.trackers,
             directory=directory,

@@ -17,7 +17,8 @@ def evaluate_all(parts: Parts, run: Run, display: Display, *, step: int) -> list
     sampling = section.sampling()
 
     def generate(prompts: Sequence[Prompt], n: int) -> list[Rollout]:
-        mine = parts.generators.student.generate(distributed.share(prompts), sampling, n=n)
+        with parts.whole(prepares=False):
+            mine = parts.generators.student.generate(distributed.share(prompts), sampling, n=n)
         by_prompt = [tuple(mine[i : i + n]) for i in range(0, len(mine), n)]
         return [r for group in distributed.gather(by_prompt) for r in group]
 

@@ -4,6 +4,10 @@
 import torch
 from torch import Tensor, nn
 
+from onpath.engines.head import sharded
+from onpath.engines.sharding import local
+from onpath.system import distributed
+
 
 class GradientCosine:
     """Keeps the gradient of one step to compare with the next one's, where a measurement is due."""
@@ -20,12 +24,19 @@ class GradientCosine:
         keep = self.every > 0 and (step + 1) % self.every == 0
         if not (due or keep):
             return None
-        gradients = [p.grad.flatten().float() for p in self.model.parameters() if p.grad is not None]
+        gradients = [local(p.grad).flatten().float() for p in self.model.parameters() if p.grad is not None]
         if not gradients:
             return None
         now = torch.cat(gradients)
         cosine = None
         if due and self._last is not None and self._last[0] == step - 1:
-            cosine = float(torch.nn.functional.cosine_similarity(now, self._last[1], dim=0))
+            cosine = self._between(now, self._last[1])
         self._last = (step, now) if keep else None
         return cosine
+
+    def _between(self, one: Tensor, two: Tensor) -> float:
+        if not sharded(self.model):
+            return float(torch.nn.functional.cosine_similarity(one, two, dim=0))
+        products = [float(a.double() @ b.double()) for a, b in ((one, two), (one, one), (two, two))]
+        dot, above, below = distributed.total(products)  # of copies all count alike
+        return float(dot / max((above * below) ** 0.5, 1e-8))

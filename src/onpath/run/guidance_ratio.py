@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from onpath.engines.head import sharded
+from onpath.engines.sharding import local
 from onpath.system import distributed
 
 
@@ -18,13 +20,20 @@ class GuidanceRatio:
 
     def __init__(self, model: nn.Module, *, every: int) -> None:
         self.model, self.every = model, every
+        # As they are now: of a model that is whole for a while, gradients still come to its rows.
+        self._trained = [p for p in model.parameters() if p.requires_grad]
         self._due = False
         self._own: list[Tensor] = []
+
+    @property
+    def due(self) -> bool:
+        """Whether this step is measured."""
+        return self._due
 
     def begin(self, step: int, *, guided: bool) -> None:
         """Of a step (from 0); guided: whether a trajectory of any process carries guidance."""
         self._due = guided and self.every > 0 and step % self.every == 0
-        self._own = [torch.zeros_like(p) for p in self._trained()] if self._due else []
+        self._own = [torch.zeros_like(p) for p in self._trained] if self._due else []
 
     def add(self, guidance: Callable[[], Tensor]) -> None:
         """After a micro-batch's gradient was added to the parameters': its guidance's own, where it is due.
@@ -34,11 +43,11 @@ class GuidanceRatio:
         """
         if not self._due:
             return
-        before = [p.grad for p in self._trained()]
-        for p in self._trained():
+        before = [p.grad for p in self._trained]
+        for p in self._trained:
             p.grad = None
         guidance().backward()
-        for p, own, grad in zip(self._trained(), self._own, before, strict=True):
+        for p, own, grad in zip(self._trained, self._own, before, strict=True):
             if p.grad is not None:
                 own += p.grad
             p.grad = grad
@@ -49,14 +58,14 @@ class GuidanceRatio:
         there is no other gradient."""
         if not self._due:
             return None
-        distributed.sum_tensors(self._own)
-        above = sum(float(own.double().square().sum()) for own in self._own)
+        if not sharded(self.model):
+            distributed.sum_tensors(self._own)
+        above = sum(float(local(own).double().square().sum()) for own in self._own)
         below = 0.0
-        for p, own in zip(self._trained(), self._own, strict=True):
+        for p, own in zip(self._trained, self._own, strict=True):
             if p.grad is not None:
-                below += float((p.grad.double() - own.double()).square().sum())
+                below += float((local(p.grad).double() - local(own).double()).square().sum())
+        if sharded(self.model):
+            above, below = distributed.total([above, below])  # of copies all count alike
         self._own = []
         return (above / below) ** 0.5 if below else None
-
-    def _trained(self) -> list[nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]

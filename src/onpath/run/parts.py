@@ -1,9 +1,11 @@
 """Everything that the steps of a run work with."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from onpath.config.build import Config
+from onpath.engines import sharding
 from onpath.engines.base import Engine, Generators
 from onpath.engines.forward import Models
 from onpath.engines.overlap import Overlap
@@ -44,6 +46,21 @@ class Parts:
     warnings: tuple[str, ...] = ()
     agreements: Mapping[str, Agreement] = field(default_factory=dict)
     """What the start-up check measured, by the option that names the model."""
+
+    def whole(self, *, prepares: bool = True) -> AbstractContextManager[None]:
+        """While something is sampled: of sharded models, all weights of those that it runs.
+
+        Args:
+            prepares: whether the method prepares in it too.
+        """
+        options, models = self.config.method, self.models
+        runs = prepares and (options.runs_models or options.reweight != "none")
+        student = models.student if runs or self.generators.student.shares_weights else None
+        return sharding.whole(student, models.teacher.model if runs else None)
+
+    def whole_step(self) -> AbstractContextManager[None]:
+        """While a step samples, scores and trains: the student is whole with parallel.shard: step."""
+        return sharding.whole(self.models.student if self.config.parallel.shard == "step" else None)
 
     @property
     def tools(self) -> Tools:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from onpath.config.build import Config
+from onpath.data.load import prompts_of_step
 from onpath.data.render import Renderer
 from onpath.records import Graded, Trajectory
 from onpath.run.meter import Meter
@@ -41,6 +42,11 @@ def store_step(parts: Parts, directory: Path, meter: Meter, step: int) -> None:
             )
         )
     rows = distributed.gather(rows)
+    if distributed.world() > 1:  # as one process would have them
+        size, seed = parts.config.rollout.prompts, parts.config.run.seed
+        asked = prompts_of_step(parts.prompts.pool, size=size, seed=seed, step=step - 1)
+        order = {prompt.id: i for i, prompt in enumerate(asked)}
+        rows.sort(key=lambda row: (order[row["prompt_id"]], row["sample"]))
     if distributed.rank() == 0:
         write_parquet(directory / "trajectories" / f"step_{step:06d}.parquet", rows)
 

@@ -5,6 +5,7 @@ Losses are sums over a count that is known beforehand, so gradients are *summed*
 is that of one process whatever the number of ranks.
 """
 
+import heapq
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.tensor import DTensor
 
 from onpath.system.errors import UserError
 
@@ -26,12 +28,17 @@ _SAID, _LEFT = "onpath/said", "onpath/left"
 _PATIENCE = 10.0  # seconds that a rank which gives up waits for the others to hear of it
 
 
-def start(device: torch.device) -> None:
-    """Joins the process group of torchrun, if there is one (gloo on CPU, nccl on GPUs)."""
+def start(device: torch.device, *, timeout: float = 600.0) -> None:
+    """Joins the process group of torchrun, if there is one (gloo on CPU, nccl on GPUs).
+
+    Args:
+        timeout: seconds that an exchange waits for a process before the run ends.
+    """
     if _asked() and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(local_device(device))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        patience = timedelta(seconds=timeout)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
 
 
 @contextmanager
@@ -114,6 +121,11 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def local_world() -> int:
+    """Processes on this host, as torchrun says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world()))
+
+
 def share(items: Sequence[T]) -> list[T]:
     """This rank's items: every world-th one."""
     return list(items[rank() :: world()])
@@ -151,6 +163,29 @@ def first_decides(decide: Callable[[], T]) -> T:
     return found
 
 
+def dealt(items: Sequence[T], length: Callable[[T], int]) -> list[T]:
+    """All ranks' items dealt anew, the longest first, each to the rank that has least so far: an exchange
+    waits for the slowest. A rank's own stay in the order of `gather`."""
+    if world() == 1:
+        return list(items)
+    everyone = gather(items)
+    loads, mine = [(0, r) for r in range(world())], []
+    for i in sorted(range(len(everyone)), key=lambda i: (-length(everyone[i]), i)):
+        load, least = heapq.heappop(loads)
+        heapq.heappush(loads, (load + length(everyone[i]), least))
+        mine += [i] if least == rank() else []
+    return [everyone[i] for i in sorted(mine)]
+
+
+def most(here: int) -> int:
+    """The largest of all ranks' numbers."""
+    if world() == 1:
+        return here
+    found = torch.tensor(here, device=_sending())
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return int(found)
+
+
 def anywhere(here: bool, device: torch.device) -> bool:
     """Whether it is so on any rank."""
     return here if world() == 1 else total([float(here)], device)[0] > 0
@@ -169,10 +204,10 @@ def total(values: Iterable[float], device: torch.device | None = None) -> list[f
 
 
 def sum_gradients(model: nn.Module) -> None:
-    """Adds up the gradients of all ranks."""
+    """Adds up the gradients of all ranks; those of a sharded model are sums already."""
     if world() == 1:
         return
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
     for p in trained:
         if p.grad is None:  # a rank whose share was empty
             p.grad = torch.zeros_like(p)

@@ -40,7 +40,7 @@ def written(
             _remove(path)  # a directory takes no other's place
         os.replace(temporary, path)
         if sync:
-            _sync_entry(path.parent)
+            sync_file(path.parent)
     except failures as error:
         raise unwritable(path, error, what=what) from None
     finally:
@@ -122,11 +122,12 @@ def _remove(path: Path) -> None:
 
 def _sync(path: Path) -> None:
     for inner in sorted(path.rglob("*")) if path.is_dir() else ():
-        _sync_entry(inner)
-    _sync_entry(path)
+        sync_file(inner)
+    sync_file(path)
 
 
-def _sync_entry(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Waits until a file, or a directory's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -127,6 +127,11 @@ class MethodOptions(Section):
         return False
 
     @property
+    def runs_models(self) -> bool:
+        """Whether `prepare` runs the models: they are gathered for it, where they are sharded."""
+        return True
+
+    @property
     def learns_from_text(self) -> bool:
         """Whether a teacher that only answers messages, and scores nothing, is enough."""
         return False

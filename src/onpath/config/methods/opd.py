@@ -24,5 +24,9 @@ class OPDOptions(MethodOptions):
         return self.writer == "student"
 
     @property
+    def runs_models(self) -> bool:
+        return self.writer == "teacher"
+
+    @property
     def learns_from_text(self) -> bool:
         return self.writer == "teacher"

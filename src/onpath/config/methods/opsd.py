@@ -41,6 +41,10 @@ class OPSDOptions(MethodOptions):
         return not self.off_policy
 
     @property
+    def runs_models(self) -> bool:
+        return self.diagnose_every > 0
+
+    @property
     def needs(self) -> tuple[str, ...]:
         return (self.hint,)
 

@@ -1,0 +1,242 @@
+"""Models in shards (torch's FSDP2): every process holds some rows of each weight, and of what belongs to it.
+
+    rows     what a process holds for good: what the optimiser moves, and what a checkpoint stores
+    pass     a sharded model gathers each layer when it runs and gives it back: all processes take part
+    whole    inside `whole(model)` all weights are there: nothing waits for another process
+
+Gradients are summed over processes, never averaged: losses divide by a global count. A unit is a decoder
+layer, the output layer where it is not tied, and what is left: the causal LM, so that decoder, head and what
+they share belong to one tree.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+
+from onpath.config import Config
+from onpath.engines.head import base_layer, decoder_of, sharded, unwrapped
+from onpath.system import distributed
+from onpath.system.errors import UserError
+
+
+def asked(config: Config) -> bool:
+    """Whether models are to be sharded: one process has nobody to share with."""
+    return config.parallel.shard != "none" and distributed.world() > 1
+
+
+def make_mesh(config: Config, device: torch.device) -> DeviceMesh:
+    """Processes as copies × shards: of `parallel.hosts: auto`, shards inside a host and copies across.
+
+    Raises:
+        UserError: the processes cannot be divided so.
+    """
+    world = distributed.world()
+    asked = config.parallel.hosts
+    copies = max(1, world // distributed.local_world()) if asked == "auto" else asked
+    if world % copies:
+        raise UserError(
+            f"parallel.hosts is {copies}, which does not divide {world} processes; use auto, or a divisor"
+        )
+    return init_device_mesh(device.type, (copies, world // copies), mesh_dim_names=("copies", "shards"))
+
+
+def shard(model: nn.Module, mesh: DeviceMesh, *, device: torch.device, half: bool = False) -> None:
+    """Leaves this process its rows of each weight, in place; the model may lie in host memory until then.
+
+    Args:
+        half: gather weights in bfloat16; rows, gradients and their sums stay in the weights' own dtype.
+
+    Raises:
+        UserError: a model whose layers cannot be told apart.
+    """
+    inner = unwrapped(model)
+    layers = _layers(inner)
+    mesh = mesh if mesh.size(0) > 1 else mesh["shards"]
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if half else None,
+            reduce_dtype=torch.float32 if half else None,
+            cast_forward_inputs=False,
+        ),
+    }
+    for layer in layers:
+        fully_shard(layer, **options)
+    head = inner.get_output_embeddings()
+    if base_layer(head).weight is not base_layer(inner.get_input_embeddings()).weight:
+        fully_shard(head, **options)
+    fully_shard(inner, **options, reshard_after_forward=False)
+    nn.Module.to(model, device)  # buffers; the rows are there
+    inner.read = MethodType(_read, inner)  # type: ignore[assignment]
+    register_fsdp_forward_method(inner, "read")
+    for unit in _units(model):
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)  # gloo has no other
+
+
+def place(
+    config: Config,
+    device: torch.device,
+    *,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    frozen: nn.Module | None,
+) -> None:
+    """Shards what `parallel` asks for, and brings the rest from host memory to the device.
+
+    Args:
+        teacher: in this process, if it is; it may be the student.
+        frozen: a copy of the student that samples by itself (rollout.overlap): it waits for nobody.
+    """
+    mesh = make_mesh(config, device)
+    shard(student, mesh, device=device, half=config.optim.bf16)
+    if teacher is not None and not sharded(teacher):
+        if config.parallel.teacher == "same":
+            shard(teacher, mesh, device=device)
+        nn.Module.to(teacher, device)
+    if frozen is not None:
+        nn.Module.to(frozen, device)
+
+
+def _layers(inner: Any) -> Sequence[nn.Module]:
+    found = getattr(decoder_of(inner), "layers", None)
+    if not isinstance(found, nn.ModuleList) or not len(found):
+        kind = inner.config.model_type
+        raise UserError(
+            f"parallel.shard: the layers of {kind} models are not where they are looked for (layers); "
+            "use parallel.shard: none"
+        )
+    return list(found)
+
+
+def _read(self: Any, **inputs: Any) -> Any:
+    """The decoder alone, through the root's hooks: a pass that does not form logits."""
+    return decoder_of(self)(**inputs)
+
+
+def _units(model: nn.Module) -> list[FSDPModule]:
+    return [m for m in unwrapped(model).modules() if isinstance(m, FSDPModule)]
+
+
+def give_back(*models: nn.Module | None) -> None:
+    """Parameters are this process's rows again: a pass without gradients leaves the root's whole."""
+    for model in models:
+        for unit in _units(model) if model is not None and sharded(model) else ():
+            unit.reshard()
+
+
+@contextlib.contextmanager
+def whole(*models: nn.Module | None) -> Iterator[None]:
+    """All weights of these models on every process. All processes must enter, and leave; in between none
+    waits. A model that is not sharded, or is whole already, is left as it is."""
+    found = {id(unwrapped(m)): m for m in models if m is not None}  # a teacher may be the student
+    mine = [m for m in found.values() if not is_whole(m)]
+    with torch.inference_mode(False):  # what is gathered inside it could not be trained on
+        for model in mine:
+            root: Any = unwrapped(model)
+            for work in [unit.unshard(async_op=True) for unit in _units(model)]:
+                if work is not None:
+                    work.wait()
+            root.set_reshard_after_forward(False)
+            root.set_reshard_after_backward(False)
+            root.onpath_whole = True
+    try:
+        yield
+    finally:
+        for model in mine:
+            root = unwrapped(model)
+            root.onpath_whole = False
+            for unit in _units(model):
+                unit.set_reshard_after_forward(unit is not root, recurse=False)
+                unit.set_reshard_after_backward(True, recurse=False)
+                unit.reshard()
+
+
+def is_whole(model: nn.Module) -> bool:
+    """Whether passes of this model wait for no other process."""
+    return not sharded(model) or bool(getattr(unwrapped(model), "onpath_whole", False))
+
+
+def sum_now(model: nn.Module, now: bool) -> None:
+    """Whether the next backward pass sums its gradients over processes, with what was kept before it."""
+    if sharded(model):
+        root: Any = unwrapped(model)
+        root.set_requires_gradient_sync(now)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor. All processes take part if it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's rows."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Which part of a tensor this process holds, along its first dimension."""
+
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    stores: bool
+    """Whether this process writes them into a checkpoint: of copies, and of what all have, one does."""
+
+
+def rows_of(tensor: Tensor) -> Rows:
+    """Where this process's rows lie in the whole."""
+    shape = tuple(tensor.shape)
+    if not isinstance(tensor, DTensor):
+        return Rows(start=0, stop=shape[0] if shape else 1, shape=shape, stores=distributed.rank() == 0)
+    mesh = tensor.device_mesh
+    place = mesh.get_coordinate()
+    assert place is not None
+    each = -(-shape[0] // mesh.size(mesh.ndim - 1))  # as torch.chunk has it
+    start = min(place[-1] * each, shape[0])
+    stop = min(start + each, shape[0])
+    return Rows(start=start, stop=stop, shape=shape, stores=all(i == 0 for i in place[:-1]))
+
+
+@torch.no_grad()
+def gathered(tensors: Iterable[tuple[str, Tensor]], same: Mapping[str, str]) -> dict[str, Tensor]:
+    """Whole tensors in the first process's host memory, gathered one after the other; nothing on the others.
+    All processes take part.
+
+    Args:
+        same: see `same_weights`.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        if (first := same.get(name)) is None:
+            one = full(tensor)
+            found |= {name: one.cpu()} if distributed.rank() == 0 else {}
+        elif distributed.rank() == 0:
+            found[name] = found[first]
+    return found
+
+
+def same_weights(model: nn.Module) -> dict[str, str]:
+    """Each further name of a parameter → its first one, by the names of the model without adapters."""
+    first: dict[int, str] = {}
+    found: dict[str, str] = {}
+    for name, parameter in unwrapped(model).named_parameters(remove_duplicate=False):
+        plain = name.replace(".base_layer", "")
+        if first.setdefault(id(parameter), plain) != plain:
+            found[plain] = first[id(parameter)]
+    return found

@@ -1,0 +1,55 @@
+"""The micro-batches of a step. Where models are sharded each pass is an exchange, so that every process makes
+as many: one that has fewer goes on with a token that weighs nothing."""
+
+import torch
+
+from onpath.data.batch import micro_batches
+from onpath.engines.head import sharded, unwrapped
+from onpath.engines.sharding import sum_now
+from onpath.methods.base import Prepared
+from onpath.records import Trajectory
+from onpath.run.parts import Parts
+from onpath.system import distributed
+
+_FILLER = Trajectory(
+    student_context=(0,), teacher_context=(0,), response=(0,), weights=(0.0,), behaviour_logprobs=(0.0,)
+)
+
+
+def rounds(parts: Parts, prepared: Prepared, trained: list[Trajectory]) -> list[list[Trajectory]]:
+    """What each forward and backward pass of this process runs along.
+
+    Args:
+        trained: trajectories of this process; none where no process has any.
+    """
+    models = parts.models
+    micros = list(micro_batches(trained, max_tokens=parts.config.optim.micro_batch_tokens))
+    teacher = models.teacher.model
+    if teacher is not None and sharded(teacher):
+        _score_together(parts, prepared, trained)
+    if sharded(models.student) or (teacher is not None and sharded(teacher)):
+        micros += [[_FILLER]] * (distributed.most(len(micros)) - len(micros))
+    return micros
+
+
+def is_filler(micro: list[Trajectory]) -> bool:
+    """Whether a pass is made for the other processes only."""
+    return micro[0] is _FILLER
+
+
+def _score_together(parts: Parts, prepared: Prepared, trained: list[Trajectory]) -> None:
+    """What `prepare` has scored is used again by all processes or by none."""
+    kept, device = prepared.kept, parts.models.device
+    if distributed.anywhere(not kept.has_scored(trained), device):
+        kept.teacher.clear()
+    else:
+        size = unwrapped(parts.models.teacher.model).get_output_embeddings().weight.shape[-1]  # type: ignore
+        kept.teacher[_FILLER.teacher_context, _FILLER.response] = torch.zeros(1, size, device=device)
+
+
+def sum_when_needed(parts: Parts, *, last: bool) -> None:
+    """Gradients of all weights are summed over processes with each pass: they are as large as the weights,
+    and would wait whole on each. Those of an adapter wait for the last pass, unless they are to be looked at.
+    """
+    lora, looked_at = parts.config.student.lora_rank > 0, parts.guidance_ratio.due
+    sum_now(parts.models.student, last or looked_at or not lora)

@@ -1,0 +1,59 @@
+"""Several ranks without a launcher: forks of the test's own process, which has imported everything already."""
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from onpath.system import distributed
+from onpath.system.errors import guarded
+
+TIMEOUT = 30.0  # seconds of an exchange: a rank that hangs is a failure, not a long test
+
+
+def forked(what: Callable[[int], None], tmp_path: Path, *, world: int = 2) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of each rank after `what(rank)`, which joins the group itself.
+
+    Args:
+        tmp_path: their output goes there.
+    """
+    port = free_port()
+    started = []
+    for rank in range(world):
+        process = os.fork()
+        if process == 0:
+            for name, stream in (("out", 1), ("err", 2)):
+                os.dup2(os.open(tmp_path / f"{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            os.environ |= {"WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            code = guarded(lambda rank=rank: what(rank))
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        started.append(process)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in started]
+    said = [[(tmp_path / f"{name}{rank}").read_text() for name in ("out", "err")] for rank in range(world)]
+    return [(code, *texts) for code, texts in zip(codes, said, strict=True)]
+
+
+def ranks(what: Callable[[int], None], tmp_path: Path, *, world: int = 2) -> list[tuple[int, str, str]]:
+    """`forked`, of ranks that have met before `what` and meet again after it."""
+
+    def run(rank: int) -> None:
+        with distributed.one_fate():
+            distributed.start(torch.device("cpu"), timeout=TIMEOUT)
+            what(rank)
+            distributed.barrier()
+            distributed.barrier()
+
+    return forked(run, tmp_path, world=world)
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
