@@ -1,10 +1,11 @@
-"""Several ranks without a launcher: forks of the test's own process, which has imported everything already."""
+"""Several ranks without a launcher: forks of the test's own process, which has imported everything."""
 
 import os
 import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from onpath.system.errors import guarded
 TIMEOUT = 30.0  # seconds of an exchange: a rank that hangs is a failure, not a long test
 
 
-def forked(what: Callable[[int], None], tmp_path: Path, *, world: int = 2) -> list[tuple[int, str, str]]:
+def forked(what: Callable[[int], Any], tmp_path: Path, *, world: int = 2) -> list[tuple[int, str, str]]:
     """Exit code, stdout and stderr of each rank after `what(rank)`, which joins the group itself.
 
     Args:
@@ -30,7 +31,7 @@ def forked(what: Callable[[int], None], tmp_path: Path, *, world: int = 2) -> li
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
             os.environ |= {"WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            code = guarded(lambda rank=rank: what(rank))
+            code = guarded(lambda rank=rank: what(rank) and None)
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
@@ -40,7 +41,7 @@ def forked(what: Callable[[int], None], tmp_path: Path, *, world: int = 2) -> li
     return [(code, *texts) for code, texts in zip(codes, said, strict=True)]
 
 
-def ranks(what: Callable[[int], None], tmp_path: Path, *, world: int = 2) -> list[tuple[int, str, str]]:
+def ranks(what: Callable[[int], Any], tmp_path: Path, *, world: int = 2) -> list[tuple[int, str, str]]:
     """`forked`, of ranks that have met before `what` and meet again after it."""
 
     def run(rank: int) -> None:
@@ -51,6 +52,12 @@ def ranks(what: Callable[[int], None], tmp_path: Path, *, world: int = 2) -> lis
             distributed.barrier()
 
     return forked(run, tmp_path, world=world)
+
+
+def done_by_two(what: Callable[[int], Any], tmp_path: Path) -> None:
+    """`forked`, of two ranks that must succeed."""
+    ended = forked(what, tmp_path)
+    assert [code for code, _, _ in ended] == [0, 0], ended[0][2] + ended[1][2]
 
 
 def free_port() -> str:

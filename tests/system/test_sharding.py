@@ -3,39 +3,29 @@
 import json
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from onpath import export_model
 from onpath.config.build import Config
 from onpath.engines import adapters, sharding
-from onpath.engines.head import unwrapped
-from onpath.engines.models import load_model
-from onpath.engines.teacher import SelfTeacher
 from onpath.engines.weights import save_weights
-from onpath.records import Prompt, Sampling, Trajectory
-from onpath.run import checkpoint, rounds
+from onpath.records import Trajectory
+from onpath.run import rounds
 from onpath.run.assemble import assemble
-from onpath.run.log import read_lines
-from onpath.run.optimizer import make_optimizer
 from onpath.system import distributed
 from onpath.system.errors import UserError
 from onpath.training import train
 from tests.conftest import make_model, make_tokenizer
-from tests.methods.test_trd import TEMPLATE
-from tests.ranks import TIMEOUT, forked, free_port
-from tests.run.test_resume import Stopped, stop_at
+from tests.ranks import TIMEOUT, done_by_two, forked, free_port
 from tests.stepping import step_on
 
 Tiny = Callable[..., Config]
@@ -47,7 +37,10 @@ def trajectories(count: int) -> list[Trajectory]:
     """Of unequal lengths, some tokens weighted."""
     found = []
     for i in range(count):
-        context, response = tuple(range(4, 7 + i % 4)), tuple(4 + (3 * i + j) % 12 for j in range(2 + 3 * i % 11))
+        context, response = (
+            tuple(range(4, 7 + i % 4)),
+            tuple(4 + (3 * i + j) % 12 for j in range(2 + 3 * i % 11)),
+        )
         weights = tuple(0.5 + j % 3 for j in range(len(response)))
         found.append(
             Trajectory(
@@ -109,7 +102,12 @@ GRADIENTS = [
     *((family, "nothing", "step", {}) for family in ("qwen3-untied", "llama-tied")),
     ("qwen3-tied", "nothing", "layer", {"student__lora_rank": 4}),
     ("qwen3-untied", "even", "step", {"student__lora_rank": 4}),
-    ("qwen3-untied", "one", "layer", {"student__lora_rank": 4, "student__lora_targets": ["q_proj", "lm_head"]}),
+    (
+        "qwen3-untied",
+        "one",
+        "layer",
+        {"student__lora_rank": 4, "student__lora_targets": ["q_proj", "lm_head"]},
+    ),
     ("qwen3-tied", "none", "layer", {}),
     ("qwen3-tied", "one", "layer", {"student__gradient_checkpointing": True}),
     ("qwen3-untied", "even", "layer", {"parallel__hosts": 2}),
@@ -118,7 +116,11 @@ GRADIENTS = [
 
 
 def differences(
-    tiny: Tiny, tmp_path: Path, families: Mapping[str, Path], cases: list[Any], patch: Callable[[], None] = int
+    tiny: Tiny,
+    tmp_path: Path,
+    families: Mapping[str, Path],
+    cases: list[Any],
+    patch: Callable[[], None] = int,
 ) -> list[float]:
     """Of each case the largest error of any gradient, by the largest entry of its tensor."""
     configs = [
@@ -141,8 +143,7 @@ def differences(
             found = one_rank(config, lambda c=config, s=share: gradients(c, shares(s, rank)), i)
             save_file(found, tmp_path / f"{i}-{rank}.safetensors")
 
-    ended = forked(run, tmp_path)
-    assert [code for code, _, _ in ended] == [0, 0], ended[0][2] + ended[1][2]
+    done_by_two(run, tmp_path)
     errors = []
     for i, expected in enumerate(whole):
         ranks = [load_file(tmp_path / f"{i}-{rank}.safetensors") for rank in range(2)]
@@ -163,9 +164,7 @@ def plain(options: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in options.items() if not k.startswith("parallel__")}
 
 
-def test_gradients_are_those_of_one_process(
-    tiny: Tiny, tmp_path: Path, families: dict[str, Path]
-) -> None:
+def test_gradients_are_those_of_one_process(tiny: Tiny, tmp_path: Path, families: dict[str, Path]) -> None:
     errors = differences(tiny, tmp_path, families, GRADIENTS)
     wrong = [(case, error) for case, error in zip(GRADIENTS, errors, strict=True) if not error < 2e-6]
     assert not wrong
@@ -199,62 +198,106 @@ def test_planted_faults_are_found(
     assert error > 1e-3
 
 
-RUNS: dict[str, dict[str, Any]] = {
-    "opd": {"rollout__prompts": 7, "eval__start": True, "run__trajectories_every": 1},
-    "lora": {"student__lora_rank": 4, "method__cosine_every": 1, "optim__micro_batch_tokens": 60},
-    "topd": {"method__name": "topd", "method__top_share": 0.5},
-    "topd by step": {"method__name": "topd", "method__top_share": 0.5, "parallel__shard": "step"},
-    "opsd ema": {"method__name": "opsd", "method__weights": "ema", "method__ema_decay": 0.5},
-    "opsd base": {"method__name": "opsd", "method__weights": "base", "method__reweight": "teacher_entropy"},
-    "opsd base of an adapter": {"method__name": "opsd", "method__weights": "base", "student__lora_rank": 4},
-    "opsd live": {"method__name": "opsd", "method__weights": "live", "method__cosine_every": 1},
-    "trd": {"method__name": "trd", "method__template": TEMPLATE, "method__gate": False, "rollout__prompts": 3},
-    "trd offline": {"method__name": "trd", "method__template": TEMPLATE, "method__gate": False, "method__offline": True},
-    "overlap": {"rollout__overlap": True, "parallel__shard": "step"},
-    "not dealt": {"parallel__balance": False, "rollout__n": 2, "rollout__prompts": 3},
-}
-OPTIM = {"optim__steps": 2, "optim__lr": 1e-2, "optim__eps": 1e-4}  # else AdamW makes whole steps of rounding
+def samples_and_saves(rank: int, config: Config, out: Path) -> None:
+    """Sampling exchanges nothing; weights are handed over one at a time."""
+    parts = assemble(config)
+    student, engine = parts.models.student, parts.generators.student
+    prompts = parts.prompts.pool[: 2 + 3 * rank]  # ranks stop at different lengths
+    with parts.whole():
+        with CommDebugMode() as exchanges:
+            rollouts = engine.generate(prompts, parts.sampling, n=2, keys=[p.id for p in prompts])
+        assert exchanges.get_total_counts() == 0
+    (out / f"rollouts-{rank}.json").write_text(json.dumps([[r.ids, r.logprobs] for r in rollouts]))
+    with pytest.raises(AssertionError, match="samples inside"):
+        engine.generate(prompts, parts.sampling)
+    assert all(isinstance(p, DTensor) for p in student.parameters())
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = [0]
+
+    def watched(tensor: torch.Tensor) -> torch.Tensor:
+        found = sharding.full(tensor)
+        alive.append(weakref.ref(found))
+        most[0] = max(most[0], sum(ref() is not None for ref in alive))
+        return found
+
+    adapters.full = watched  # type: ignore[assignment]
+    save_weights(student, out / "handed")
+    assert most[0] <= 2, "the one that is written, and the next"
 
 
-@pytest.mark.slow
-def test_runs_are_those_of_one_process(tiny: Tiny, tmp_path: Path) -> None:
-    """Metrics, evaluations, trajectories and the saved model of every method."""
+@pytest.mark.parametrize("lora", [0, 4])
+def test_sampling_waits_for_nobody_and_weights_go_one_by_one(lora: int, tiny: Tiny, tmp_path: Path) -> None:
+    options = {"student__lora_rank": lora, "data__eval": {}, "teacher__device": "auto"}
+    one = assemble(tiny(**options))
+    config = tiny(**{**options, **SHARDED}, parallel__shard="layer")
+    done_by_two(lambda rank: samples_and_saves(rank, config, tmp_path), tmp_path)
+    for rank in range(2):
+        prompts = one.prompts.pool[: 2 + 3 * rank]
+        keys = [p.id for p in prompts]
+        expected = one.generators.student.generate(prompts, one.sampling, n=2, keys=keys)
+        found = json.loads((tmp_path / f"rollouts-{rank}.json").read_text())
+        assert [tuple(ids) for ids, _ in found] == [r.ids for r in expected]
+        for (_, logps), rollout in zip(found, expected, strict=True):
+            assert tuple(logps) == pytest.approx(rollout.logprobs, abs=2e-6)
+    save_weights(one.models.student, tmp_path / "alone")
+    alone, handed = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "handed"))
+    assert alone.keys() == handed.keys()
+    assert all(torch.allclose(t, handed[n], atol=1e-7) for n, t in alone.items())
 
-    def config(name: str, **more: Any) -> Config:
-        options = {"teacher__device": "auto", "run__name": name.replace(" ", "-")}
-        return tiny(**{**OPTIM, **options, **RUNS[name], **more})
 
-    first = int(free_port())
+def test_half_precision_is_gathered_and_summed_in_full(
+    tiny: Tiny, tmp_path: Path, families: dict[str, Path]
+) -> None:
+    """bfloat16 weights in the passes; rows, gradients and sums in float32."""
+    options = {"student__model": str(families["qwen3-untied"]), **UNCLIPPED, "teacher__device": "auto"}
+    exact = gradients(tiny(**options), shares("even", None))
 
     def run(rank: int) -> None:
-        os.environ["FIRST_PORT"] = str(first)
-        for i, name in enumerate(RUNS):
-            options = {"run__dir": str(tmp_path / "two"), **SHARDED}
-            options |= {"parallel__shard": RUNS[name].get("parallel__shard", "layer")}
-            os.environ["MASTER_PORT"] = str(first + i)
-            train(config(name, **options), quiet=True)
+        config = tiny(**{**options, **SHARDED}, optim__bf16=True, parallel__shard="layer")
+        with distributed.one_fate():
+            save_file(gradients(config, shares("even", rank)), tmp_path / f"{rank}.safetensors")
 
-    ended = forked(run, tmp_path)
-    assert [code for code, _, _ in ended] == [0, 0], ended[0][2] + ended[1][2]
-    for name in RUNS:
-        one = train(config(name, parallel__shard="none"), quiet=True).directory
-        assert_same(one, tmp_path / "two" / one.name)
+    done_by_two(run, tmp_path)
+    found = load_file(tmp_path / "0.safetensors")
+    assert {g.dtype for g in found.values()} == {torch.float32}
+    one, two = (torch.cat([g.flatten() for _, g in sorted(x.items())]) for x in (exact, found))
+    assert torch.cosine_similarity(one, two, dim=0) > 0.999
+    assert not torch.equal(one, two)
 
 
-def assert_same(one: Path, two: Path) -> None:
-    rows = [read_lines(run / "metrics.jsonl") for run in (one, two)]
-    assert len(rows[0]) == len(rows[1]) == 2
-    for a, b in zip(*rows, strict=True):
-        numbers = {k: v for k, v in a.items() if isinstance(v, int | float)}
-        assert numbers == pytest.approx({k: b[k] for k in numbers}, rel=5e-5, abs=1e-6), one.name
-    assert read_lines(one / "eval.jsonl") == read_lines(two / "eval.jsonl"), one.name
-    tables = [sorted((run / "trajectories").glob("*.parquet")) for run in (one, two)]
-    for a, b in zip(*tables, strict=True):
-        columns = ["prompt_id", "sample", "response", "correct"]
-        assert pq.read_table(a, columns=columns).equals(pq.read_table(b, columns=columns)), one.name
-    files = [sorted(p.name for p in (run / "model").iterdir()) for run in (one, two)]
-    assert files[0] == files[1]
-    weights = [load_file(next((run / "model").glob("*.safetensors"))) for run in (one, two)]
-    assert weights[0].keys() == weights[1].keys(), one.name
-    for name, tensor in weights[0].items():
-        assert tensor.allclose(weights[1][name], rtol=1e-4, atol=1e-5), (one.name, name)
+@pytest.mark.parametrize("world", [2, 8])
+def test_rollouts_are_dealt_by_length(world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is dealt to whom, all of it is, and no rank has much more than another."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [
+        int(x) for x in torch.randn(16 * world, generator=generator).mul(0.9).exp().mul(500).clamp(1, 4096)
+    ]
+    items = list(enumerate(lengths))
+    monkeypatch.setattr(distributed, "world", lambda: world)
+    monkeypatch.setattr(distributed, "gather", lambda _: items)
+    shares = []
+    for rank in range(world):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        shares.append(distributed.dealt([], lambda item: item[1]))
+    assert sorted(item for share in shares for item in share) == items
+    assert all(share == sorted(share) for share in shares), "each in the order of all"
+    loads = [sum(length for _, length in share) for share in shares]
+    assert max(loads) <= 1.05 * sum(loads) / world
+    turns = [sum(length for _, length in items[rank::world]) for rank in range(world)]
+    assert max(turns) > max(loads)
+
+
+def test_what_cannot_be_sharded_is_said(tiny: Tiny, model_dirs: dict[str, Path], tmp_path: Path) -> None:
+    for options, says in (
+        ({"teacher__device": "cpu"}, "teacher.device is cpu: with parallel.shard"),
+        ({"student__device": "cuda:1"}, "student.device is cuda:1: with parallel.shard"),
+        ({"parallel__hosts": 0}, "parallel.hosts"),
+    ):
+        with pytest.raises(UserError, match=says):
+            tiny(**{"teacher__device": "auto", **options}, parallel__shard="layer")
+    alone = tiny(parallel__shard="layer", teacher__device="auto", data__eval={}, optim__steps=1)
+    assert not sharding.asked(alone), "one process has nobody to share with"
+    three = tiny(parallel__shard="layer", parallel__hosts=3, **SHARDED)
+    for code, _, err in forked(lambda _: train(three, quiet=True), tmp_path):
+        assert code == 2
+        assert "parallel.hosts is 3, which does not divide 2 processes" in err

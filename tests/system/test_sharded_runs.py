@@ -1,0 +1,206 @@
+"""Runs in shards, from their first step to what they leave: each is that of one process, and nothing that was
+finished is lost."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from onpath import export_model
+from onpath.config.build import Config
+from onpath.run import checkpoint
+from onpath.run.log import read_lines
+from onpath.system import distributed
+from onpath.system.errors import UserError
+from onpath.training import train
+from tests.methods.test_trd import TEMPLATE
+from tests.ranks import TIMEOUT, done_by_two, forked, free_port
+
+Tiny = Callable[..., Config]
+SHARDED = {"parallel__timeout": TIMEOUT, "teacher__device": "auto", "parallel__shard": "layer"}
+TRD = {"method__name": "trd", "method__template": TEMPLATE, "method__gate": False}
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "opd": {"rollout__prompts": 7, "eval__start": True, "run__trajectories_every": 1},
+    "lora": {"student__lora_rank": 4, "method__cosine_every": 1, "optim__micro_batch_tokens": 60},
+    "topd": {"method__name": "topd", "method__top_share": 0.5},
+    "topd by step": {"method__name": "topd", "method__top_share": 0.5, "parallel__shard": "step"},
+    "opsd ema": {"method__name": "opsd", "method__weights": "ema", "method__ema_decay": 0.5},
+    "opsd base": {"method__name": "opsd", "method__weights": "base", "method__reweight": "teacher_entropy"},
+    "opsd base of an adapter": {"method__name": "opsd", "method__weights": "base", "student__lora_rank": 4},
+    "opsd live": {"method__name": "opsd", "method__weights": "live", "method__cosine_every": 1},
+    "trd": {**TRD, "rollout__prompts": 3},
+    "trd offline": {**TRD, "method__offline": True},
+    "overlap": {"rollout__overlap": True, "parallel__shard": "step"},
+    "not dealt": {"parallel__balance": False, "rollout__n": 2, "rollout__prompts": 3},
+}
+OPTIM = {"optim__steps": 2, "optim__lr": 1e-2, "optim__eps": 1e-4}  # else AdamW makes whole steps of rounding
+
+
+@pytest.mark.slow
+def test_runs_are_those_of_one_process(tiny: Tiny, tmp_path: Path) -> None:
+    """Metrics, evaluations, trajectories and the saved model of every method."""
+
+    def config(name: str, **more: Any) -> Config:
+        options = {"teacher__device": "auto", "run__name": name.replace(" ", "-")}
+        return tiny(**{**OPTIM, **options, **RUNS[name], **more})
+
+    first = int(free_port())
+
+    def run(rank: int) -> None:
+        for i, name in enumerate(RUNS):
+            os.environ["MASTER_PORT"] = str(first + i)
+            options = {**SHARDED, **RUNS[name], "run__dir": str(tmp_path / "two")}
+            train(config(name, **options), quiet=True)
+
+    done_by_two(run, tmp_path)
+    for name in RUNS:
+        one = train(config(name, parallel__shard="none"), quiet=True).directory
+        assert_same(one, tmp_path / "two" / one.name)
+
+
+def assert_same(one: Path, two: Path) -> None:
+    rows = [read_lines(run / "metrics.jsonl") for run in (one, two)]
+    assert len(rows[0]) == len(rows[1]) == 2
+    for a, b in zip(*rows, strict=True):
+        numbers = {k: v for k, v in a.items() if isinstance(v, int | float)}
+        assert numbers == pytest.approx({k: b[k] for k in numbers}, rel=5e-5, abs=1e-6), one.name
+    assert read_lines(one / "eval.jsonl") == read_lines(two / "eval.jsonl"), one.name
+    tables = [sorted((run / "trajectories").glob("*.parquet")) for run in (one, two)]
+    for a, b in zip(*tables, strict=True):
+        columns = ["prompt_id", "sample", "response", "correct"]
+        assert pq.read_table(a, columns=columns).equals(pq.read_table(b, columns=columns)), one.name
+    files = [sorted(p.name for p in (run / "model").iterdir()) for run in (one, two)]
+    assert files[0] == files[1]
+    weights = [load_file(next((run / "model").glob("*.safetensors"))) for run in (one, two)]
+    assert weights[0].keys() == weights[1].keys(), one.name
+    for name, tensor in weights[0].items():
+        assert tensor.allclose(weights[1][name], rtol=1e-4, atol=1e-5), (one.name, name)
+
+
+def state_of(run: Path, step: int) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, whole, whoever wrote it."""
+    found = {}
+    for part in ("model", "optimizer", "method"):
+        stored = checkpoint._Stored(run / "checkpoints" / f"step_{step}", part)
+        for name, shape in stored.shapes.items():
+            tensor = torch.full(shape, torch.nan)
+            stored.into(name, tensor)
+            found[f"{part}.{name}"] = tensor
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [0, 4])
+def test_any_number_of_ranks_goes_on_where_any_number_stopped(lora: int, tiny: Tiny, tmp_path: Path) -> None:
+    """With a moving average; the schedule is constant, so that a longer run begins as a shorter one."""
+    fixed = {**OPTIM, "optim__schedule": "constant", "optim__warmup": 0.0, "student__lora_rank": lora}
+    fixed |= {"method__name": "opsd", "method__weights": "ema", "method__ema_decay": 0.5}
+    fixed |= {"data__eval": {}, "rollout__prompts": 5, "teacher__device": "auto"}
+
+    def some(world: int, name: str, steps: int) -> Path:
+        options = {**fixed, "run__name": name, "optim__steps": steps}
+        if world == 1:
+            return train(tiny(**options), quiet=True).directory
+        config = tiny(**{**options, **SHARDED})
+        done_by_two(lambda _: train(config, quiet=True), tmp_path)
+        return tmp_path / "runs" / name
+
+    def in_two_parts(begun: int, ended: int) -> Path:
+        run = some(begun, f"from-{begun}-to-{ended}", 2)
+        assert len(list((run / "checkpoints" / "step_2").glob("optimizer*.safetensors"))) == begun
+        return some(ended, run.name, 4)
+
+    alone, together = (state_of(some(world, f"whole-{world}", 4), 4) for world in (1, 2))
+    both = in_two_parts(2, 2)
+    found = state_of(both, 4)
+    assert all(torch.equal(found[name], together[name]) for name in together), "bit by bit"
+    for run in (in_two_parts(2, 1), in_two_parts(1, 2)):
+        found = state_of(run, 4)
+        assert found.keys() == alone.keys()
+        for name, tensor in alone.items():
+            assert tensor.allclose(found[name], rtol=1e-3, atol=1e-5), (run.name, name)
+    exported = export_model(both / "checkpoints" / "step_4", tmp_path / "out")
+    saved = export_model(both, tmp_path / "merged") if lora else both / "model"
+    weights = load_file(saved / "model.safetensors")
+    assert all(
+        t.allclose(weights[n], atol=1e-6) for n, t in load_file(exported / "model.safetensors").items()
+    )
+
+
+def test_a_file_of_one_rank_that_is_damaged_or_missing_is_found(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny(**{**OPTIM, **SHARDED}, run__save_every=1, data__eval={})
+    done_by_two(lambda _: train(config, quiet=True), tmp_path)
+    root = tmp_path / "runs" / "tiny" / "checkpoints"
+    assert [checkpoint.is_sound(root / f"step_{i}") for i in (1, 2)] == [True, True]
+    for flaw in (lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:-1])):
+        path = root / "step_2" / "optimizer-2-of-2.safetensors"
+        before = path.read_bytes()
+        flaw(path)
+        assert not checkpoint.is_sound(root / "step_2")
+        path.write_bytes(before)
+        assert checkpoint.is_sound(root / "step_2")
+    state = json.loads((root / "step_2" / "state.json").read_text())
+    del state["blake2b"]["optimizer-2-of-2.safetensors"]
+    (root / "step_2" / "state.json").write_text(json.dumps(state))
+    assert not checkpoint.is_sound(root / "step_2"), "a rank's file that is not listed is missing"
+
+
+def dies_while_saving(rank: int, config: Config) -> None:
+    real = checkpoint.save_file
+
+    def half(tensors: Any, path: Path, *rest: Any) -> None:
+        if rank == 1 and ".step_3" in str(path) and path.name.startswith("optimizer"):
+            path.write_bytes(b"half")
+            os._exit(9)
+        real(tensors, path, *rest)
+
+    checkpoint.save_file = half  # type: ignore[assignment]
+    train(config, quiet=True)
+
+
+def test_a_rank_that_dies_inside_a_save_loses_nothing_finished(tiny: Tiny, tmp_path: Path) -> None:
+    def config(name: str) -> Config:
+        options = {"run__save_every": 1, "run__keep": 5, "data__eval": {}, "optim__steps": 4}
+        return tiny(**{**OPTIM, **SHARDED, **options}, run__name=name)
+
+    died = forked(lambda rank: dies_while_saving(rank, config("killed")), tmp_path)
+    assert [code for code, _, _ in died] == [2, 9]
+    assert "another process of this run has ended before its time" in died[0][2]
+    root = tmp_path / "runs" / "killed" / "checkpoints"
+    assert sorted(p.name for p in root.iterdir()) == ["step_1", "step_2"]
+    for name in ("killed", "whole"):
+        done_by_two(lambda _, name=name: train(config(name), quiet=True), tmp_path)
+    killed, whole = (state_of(tmp_path / "runs" / name, 4) for name in ("killed", "whole"))
+    assert all(torch.equal(killed[name], whole[name]) for name in whole)
+
+
+def cannot_go_on(rank: int, config: Config, where: str) -> None:
+    from onpath.methods.opd import OPD
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise UserError("prompt '7' cannot be used")
+
+    distributed._PATIENCE = 2.0
+    if rank == 1 and where == "prepare":
+        OPD.prepare = refuse  # type: ignore[method-assign]
+    if rank == 1 and where == "save":
+        checkpoint.save_file = lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    train(config, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("where", "says"), [("prepare", "prompt '7' cannot"), ("save", "No space left on device")]
+)
+def test_what_stops_one_rank_is_said_by_both(where: str, says: str, tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny(**{**OPTIM, **SHARDED}, data__eval={})
+    for code, _, err in forked(lambda rank: cannot_go_on(rank, config, where), tmp_path):
+        assert code == 2
+        assert says in next(line for line in reversed(err.splitlines()) if line.startswith("onpath:"))
