@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -20,17 +21,25 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def environment(*packages: str) -> dict[str, Any]:
     """When, with what and on what: enough to repeat a measurement."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": commit or None,
+        "commit": os.environ.get("ONPATH_COMMIT") or commit(),
         "processor": processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "transformers", *packages)},
     }
+
+
+def commit() -> str | None:
+    """None where there is no git, or no repository."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return None
+    return done.stdout.strip() or None
 
 
 def environment_line(found: Mapping[str, Any]) -> str:

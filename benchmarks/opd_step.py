@@ -19,6 +19,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,13 @@ WARM_UP = 3
 Watch = Callable[[str], Any]
 
 
+def now() -> float:
+    """The clock; on a GPU once its kernels are done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Seconds:
     """Wall time by phase, summed over one step."""
 
@@ -45,9 +53,9 @@ class Seconds:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        begun = time.perf_counter()
+        begun = now()
         yield
-        self.spent[phase] += time.perf_counter() - begun
+        self.spent[phase] += now() - begun
 
     def take(self) -> dict[str, float]:
         """Seconds since the last call."""
@@ -71,16 +79,27 @@ def prepare(directory: Path) -> None:
     (directory / "prompts.jsonl").write_text("\n".join(lines) + "\n")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Of the step that both sides take."""
+
+    prompts: int = PROMPTS
+    new_tokens: int = NEW_TOKENS
+    device: str = "cpu"
+    warm_up: int = WARM_UP
+    """Pairs of steps that are not counted."""
+
+
 class Ours:
     """onpath: `one_step`, as a run calls it."""
 
-    def __init__(self, directory: Path, watch: Watch) -> None:
+    def __init__(self, directory: Path, watch: Watch, shape: Shape) -> None:
         from onpath import config
         from onpath.run.assemble import assemble
         from onpath.run.optimizer import make_optimizer
         from onpath.training import one_step
 
-        self.parts = assemble(config.build(settings(directory)))
+        self.parts = assemble(config.build(settings(directory, shape)))
         self.optimizer, schedule = make_optimizer(self.parts.config, self.parts.models.student)
         schedule(0)
         self.steps, self.watch, self._one_step = 0, watch, one_step
@@ -115,19 +134,19 @@ class Ours:
         return own, sum(len(r.ids) for r in meter.rollouts)
 
 
-def settings(directory: Path) -> dict[str, Any]:
+def settings(directory: Path, shape: Shape) -> dict[str, Any]:
     """The config of our side."""
     return {
-        "student": {"model": str(directory / "student"), "device": "cpu"},
-        "teacher": {"model": str(directory / "teacher"), "device": "cpu"},
+        "student": {"model": str(directory / "student"), "device": shape.device},
+        "teacher": {"model": str(directory / "teacher"), "device": shape.device},
         "data": {"train": str(directory / "prompts.jsonl"), "eval": {}},
-        "rollout": {"prompts": PROMPTS, "max_new_tokens": NEW_TOKENS},
+        "rollout": {"prompts": shape.prompts, "max_new_tokens": shape.new_tokens},
         "optim": {"steps": 1000, "lr": LEARNING_RATE, "schedule": "constant", "warmup": 0.0},
         "run": {"dir": str(directory / "runs"), "name": "ours"},
     }
 
 
-def make_trainer(directory: Path, watch: Watch, callbacks: Sequence[Any], steps: int) -> Any:
+def make_trainer(directory: Path, watch: Watch, callbacks: Sequence[Any], steps: int, shape: Shape) -> Any:
     """TRL's trainer with the same settings, its phases timed by wrapping its own methods."""
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -145,10 +164,10 @@ def make_trainer(directory: Path, watch: Watch, callbacks: Sequence[Any], steps:
 
     arguments = DistillationConfig(
         output_dir=str(directory / "trl"),
-        per_device_train_batch_size=PROMPTS,
+        per_device_train_batch_size=shape.prompts,
         gradient_accumulation_steps=1,
         max_steps=steps,
-        max_completion_length=NEW_TOKENS,
+        max_completion_length=shape.new_tokens,
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         beta=1.0,  # reverse KL
@@ -156,7 +175,7 @@ def make_trainer(directory: Path, watch: Watch, callbacks: Sequence[Any], steps:
         top_k=0,
         top_p=1.0,
         bf16=False,
-        use_cpu=True,
+        use_cpu=shape.device == "cpu",
         gradient_checkpointing=False,
         optim="adamw_torch_fused",
         report_to="none",
@@ -189,10 +208,10 @@ def agreement(ours: Ours, trainer: Any) -> dict[str, float]:
     prepared = parts.method.prepare(rollouts, step=0)
     trainer.model.load_state_dict(parts.models.student.state_dict())
     count = sum(len(r.ids) for r in rollouts)
-    batch = collate(prepared.trajectories)
+    batch = collate(prepared.trajectories, device=parts.models.device)
     step = Step(prepared=prepared, objective=parts.objective, denominator=count)
     mine = loss_of(parts.models, batch, teacher_states(parts.models, batch, prepared), step).loss
-    inputs = {}
+    inputs, device = {}, parts.models.device
     for name, rows, left in (
         ("prompt", [r.context for r in rollouts], True),
         ("completion", [r.ids for r in rollouts], False),
@@ -201,7 +220,7 @@ def agreement(ours: Ours, trainer: Any) -> dict[str, float]:
         fill = [[0] * (width - len(row)) for row in rows]
         ids = [[*f, *row] if left else [*row, *f] for f, row in zip(fill, rows, strict=True)]
         ones = [[*f, *[1] * len(r)] if left else [*[1] * len(r), *f] for f, r in zip(fill, rows, strict=True)]
-        inputs[f"{name}_ids"], inputs[f"{name}_mask"] = torch.tensor(ids), torch.tensor(ones)
+        inputs[f"{name}_ids"], inputs[f"{name}_mask"] = (torch.tensor(x, device=device) for x in (ids, ones))
     theirs, _, _ = trainer._compute_loss(trainer.model, inputs, count)
     return {
         "tokens": count,
@@ -221,27 +240,27 @@ def _gradient_difference(mine: Any, my_loss: Any, other: Any, other_loss: Any) -
     return float((difference / sum(float(x.square().sum()) for x in a)) ** 0.5)
 
 
-def measure_time(directory: Path, steps: int) -> dict[str, Any]:
+def measure_time(directory: Path, steps: int, shape: Shape) -> dict[str, Any]:
     """A B A B in this process: our step runs in the callback that follows each of TRL's."""
     from transformers import TrainerCallback
 
     watch, ours_watch = Seconds(), Seconds()
-    ours = Ours(directory, ours_watch)
+    ours = Ours(directory, ours_watch, shape)
     rows: list[dict[str, Any]] = []
 
     class BetweenSteps(TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.begun, self.cpu = time.perf_counter(), time.process_time()
+            self.begun, self.cpu = now(), time.process_time()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            whole, cpu, spent = time.perf_counter() - self.begun, time.process_time() - self.cpu, watch.take()
+            whole, cpu, spent = now() - self.begun, time.process_time() - self.cpu, watch.take()
             theirs = {"sample": spent["sample"], "score": spent["score"]}
             theirs |= {"train": whole - sum(theirs.values()), "step": whole, "cpu": cpu}
-            tokens = trainer._metrics["train"]["completions/mean_length"][-1] * PROMPTS
+            tokens = trainer._metrics["train"]["completions/mean_length"][-1] * shape.prompts
             ours_watch.take()
-            begun, begun_cpu = time.perf_counter(), time.process_time()
+            begun, begun_cpu = now(), time.process_time()
             phases, my_tokens = ours.step()
-            phases["step"], phases["cpu"] = time.perf_counter() - begun, time.process_time() - begun_cpu
+            phases["step"], phases["cpu"] = now() - begun, time.process_time() - begun_cpu
             rows.append(
                 {
                     "trl": {**theirs, "tokens": tokens},
@@ -250,23 +269,23 @@ def measure_time(directory: Path, steps: int) -> dict[str, Any]:
                 }
             )
 
-    trainer = make_trainer(directory, watch, [BetweenSteps()], WARM_UP + steps)
+    trainer = make_trainer(directory, watch, [BetweenSteps()], shape.warm_up + steps, shape)
     found = agreement(ours, trainer)
     trainer.train()
-    return {"agreement": found, "steps": rows[WARM_UP:]}
+    return {"agreement": found, "steps": rows[shape.warm_up :]}
 
 
 def measure_memory(directory: Path, side: str, steps: int) -> dict[str, Any]:
     """Peak resident memory by phase, of one side alone in this process."""
     peak = PeakMemory()
     if side == "onpath":
-        ours = Ours(directory, lambda phase: peak(_PHASE_OF.get(phase, "train")))
+        ours = Ours(directory, lambda phase: peak(_PHASE_OF.get(phase, "train")), Shape())
         before = peak.now()
         for _ in range(steps):
             ours.step()
     else:
         trainer = make_trainer(
-            directory, lambda phase: peak("train" if phase == "student" else phase), [], steps
+            directory, lambda phase: peak("train" if phase == "student" else phase), [], steps, Shape()
         )
         before = peak.now()
         compute, optimise = trainer.training_step, trainer.create_optimizer_and_scheduler
@@ -412,7 +431,7 @@ def main() -> None:
         directory = Path(name)
         prepare(directory)
         bundled = (directory / "student").is_symlink()
-        data = measure_time(directory, options.steps)
+        data = measure_time(directory, options.steps, Shape())
         data["environment"] = environment("trl")
         data["settings"] = {
             "steps": options.steps,

@@ -24,6 +24,8 @@ from onpath.config.build import Config
 from onpath.engines.head import unwrapped
 from onpath.engines.models import quietly
 from onpath.engines.replay import weights_digest
+from onpath.losses import head as head_module
+from onpath.losses import rows as rows_module
 from onpath.records import Edit, Trajectory
 from onpath.run import checkpoint
 from onpath.run.assemble import assemble
@@ -378,6 +380,29 @@ def test_bf16_is_near(tiny: Tiny) -> None:
     assert torch.nn.functional.cosine_similarity(flat(ga), flat(gb), dim=0) > 0.99
     assert not torch.equal(flat(ga), flat(gb)), "autocast was off"
     assert all(p.dtype == torch.float32 for p in half.models.student.parameters())
+
+
+def test_the_heads_products_know_of_bf16(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU autocast decides what a float32 head multiplies in; the sums over the vocabulary stay out of
+    it, on any device."""
+    seen: list[tuple[str, bool]] = []
+
+    def spy(name: str, module: Any, call: str) -> None:
+        inner = getattr(module, call)
+
+        def spied(*args: Any, **kwargs: Any) -> Any:
+            seen.append((name, torch.is_autocast_enabled("cpu")))
+            return inner(*args, **kwargs)
+
+        monkeypatch.setattr(module, call, spied)
+
+    spy("products", head_module, "product_dtype")
+    spy("sums", rows_module, "measure")
+    for bf16 in (True, False):
+        parts = assemble(tiny(data__eval={}, method__name="topd", optim__bf16=bf16))
+        seen.clear()
+        step_on(parts, rollouts_of(parts))
+        assert set(seen) == {("products", bf16), ("sums", False)}
 
 
 def test_a_bf16_run_trains(tiny: Tiny) -> None:

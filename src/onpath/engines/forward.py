@@ -215,13 +215,15 @@ def _student(models: Models, batch: Batch, *, graph: bool) -> Tensor:
 def _stats(
     models: Models, batch: Batch, student_NH: Tensor, scores: TeacherScores | None, request: StatsRequest
 ) -> TokenStats:
-    return token_stats(
-        student_hidden=student_NH,
-        student_head=models.head,
-        teacher=scores,
-        sampled_ids=batch.token_N,
-        stats=request,
-    )
+    head = models.head
+    with models.autocast():  # as the loss
+        return token_stats(
+            student_hidden=student_NH,
+            student_head=head,
+            teacher=scores,
+            sampled_ids=batch.token_N,
+            stats=request,
+        )
 
 
 def _by_key(hidden_NH: Tensor, batch: Batch, contexts: Sequence[tuple[int, ...]]) -> dict[Key, Tensor]:

@@ -19,6 +19,7 @@ class Guided:
     """The guidance that falls into one chunk; rows count from the chunk's start."""
 
     rows: Tensor  # [g]
+    rows_here: Tensor  # [g] the same on the CPU: to look up a block's rows there does not wait for a GPU
     ids: Tensor  # [g, M]
     probs: Tensor  # [g, M]
     weights: Tensor  # [g]
@@ -31,7 +32,7 @@ class Guided:
     def add(self, block: Block, at: slice, slope_RV: Tensor | None, *, gradient: bool) -> None:
         """Value and gradient of a block's guided rows, while the block still holds p_S."""
         self.fresh = None
-        first, last = torch.searchsorted(self.rows, self.rows.new_tensor([at.start, at.stop])).tolist()
+        first, last = torch.searchsorted(self.rows_here, torch.tensor([at.start, at.stop])).tolist()
         if first == last:
             return
         local, ids, probs = self.rows[first:last] - at.start, self.ids[first:last], self.probs[first:last]
@@ -68,17 +69,20 @@ class Guided:
         return self.kept[: self.count]
 
 
-def guided_rows(guidance: SparseGuidance | None, here: slice, weights_N: Tensor) -> Guided | None:
-    """The guidance for the tokens of one chunk; None if there is none."""
-    if guidance is None:
+def guided_rows(
+    guidance: SparseGuidance | None, positions: Tensor | None, here: slice, weights_N: Tensor
+) -> Guided | None:
+    """The guidance for the tokens of one chunk; None if there is none. `positions` are its own, on the
+    CPU."""
+    if guidance is None or positions is None:
         return None
-    ends = guidance.positions.new_tensor([here.start, here.stop])
-    first, last = torch.searchsorted(guidance.positions, ends).tolist()
+    first, last = torch.searchsorted(positions, torch.tensor([here.start, here.stop])).tolist()
     if first == last:
         return None
     at = guidance.positions[first:last]
     return Guided(
         rows=at - here.start,
+        rows_here=positions[first:last] - here.start,
         ids=guidance.ids[first:last],
         probs=guidance.probs[first:last].to(weights_N.dtype),
         weights=weights_N[at]

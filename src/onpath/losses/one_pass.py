@@ -99,12 +99,21 @@ class _Chunk:
     teacher: Tensor | None  # [C, V]
     scratch: tuple[Tensor, ...]  # [R, V] each
     masked: bool
+    some_dead: bool  # whether the weight of a row can be 0
     guided: Guided | None
 
 
 @torch.no_grad()
 def run(inputs: Inputs) -> Outcome:
     """The whole pass. No autograd graph is made or needed."""
+    # Autocast decides the dtype of the weights' copies, and so of the products. Left on it would also round
+    # what is summed over the vocabulary.
+    weights = _cut_weights(inputs)
+    with torch.autocast(inputs.student_hidden.device.type, enabled=False):
+        return _run(inputs, *weights)
+
+
+def _run(inputs: Inputs, student_VH: Tensor, teacher_VH: Tensor | None) -> Outcome:
     count, vocabulary = inputs.student_hidden.shape[0], inputs.student_head.vocabulary
     dtype = heads.working_dtype(inputs.student_hidden, inputs.student_head.weight)
     like = inputs.student_hidden.new_empty((), dtype=dtype)
@@ -120,13 +129,15 @@ def run(inputs: Inputs) -> Outcome:
     if count == 0:
         outcome.stats = {"student_entropy": like.new_zeros(0)}
         return outcome
-    # Once for all chunks: on a GPU the cut weights may be copies in half precision, and asking a bias for
-    # −inf waits for the device.
-    student_VH, teacher_VH = _cut_weights(inputs)
     buffers = _buffers(inputs, like, chunk, block)
     masked = inputs.student_head.masks() or (
         isinstance(inputs.teacher, TeacherHidden) and inputs.teacher.head.masks()
     )
+    # Once for all chunks, as each of these waits for the device: whether a row can have no weight, and at
+    # which tokens there is guidance.
+    clips = inputs.objective is not None and inputs.objective.token_clip is not None
+    some_dead = clips or bool((weights_N == 0).any())
+    guided_at = None if inputs.guidance is None else inputs.guidance.positions.cpu()
     for start in range(0, count, chunk):
         here = slice(start, min(start + chunk, count))
         size = here.stop - start
@@ -147,7 +158,8 @@ def run(inputs: Inputs) -> Outcome:
             teacher=teacher_CV,
             scratch=buffers.scratch,
             masked=masked,
-            guided=guided_rows(inputs.guidance, here, weights_N),
+            some_dead=some_dead,
+            guided=guided_rows(inputs.guidance, guided_at, here, weights_N),
         )
         # The order is fixed: `_by_blocks` leaves ∂/∂z where the student's logits were, which `_close_chunk`
         # multiplies by the head.
@@ -181,6 +193,8 @@ def _allocate(inputs: Inputs, like: Tensor) -> Gradients:
 
 
 def _cut_weights(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+    """Both heads' weights; on a GPU they may be copies in half precision."""
+
     def cut(head: Head, hidden: Tensor) -> Tensor:
         weight_VH = head.weight.detach()[: head.vocabulary]
         wanted = heads.product_dtype(hidden, weight_VH)
@@ -297,9 +311,8 @@ def _close_chunk(
         return
     if objective is None:
         grad_CV.zero_()
-    dead_C = scale_C == 0
-    if bool(dead_C.any()):
-        grad_CV[dead_C] = 0.0  # never 0 · inf
+    if chunk.some_dead:
+        grad_CV[scale_C == 0] = 0.0  # never 0 · inf
     _products(inputs, outcome.gradients, chunk, scale_C, weight_VH)
 
 
@@ -319,15 +332,12 @@ def _products(inputs: Inputs, into: Gradients, chunk: _Chunk, scale_C: Tensor, w
         grad_CV.mul_(scale_C[:, None])
         grad_CV.index_add_(0, guided.rows, guidance_gV.mul_(guided_scale[:, None]))
         scale_C = torch.ones_like(scale_C)
+    operand_CV = grad_CV.to(weight_VH.dtype) if weight_VH.is_cuda else grad_CV
     if into.hidden is not None:
-        grad_CH = heads.hidden_gradient(_operand(grad_CV, weight_VH), weight_VH)
+        grad_CH = heads.hidden_gradient(operand_CV, weight_VH)
         into.hidden[here] = grad_CH.mul_(scale_C[:, None])
     if into.weight is not None:
         scaled_CH = inputs.student_hidden[here].to(grad_CV.dtype) * scale_C[:, None]
-        into.weight.add_(_operand(grad_CV, weight_VH), scaled_CH)
+        into.weight.add_(operand_CV, scaled_CH)
     if into.bias is not None:
         into.bias[:vocabulary] += scale_C @ grad_CV
-
-
-def _operand(grad_CV: Tensor, weight_VH: Tensor) -> Tensor:
-    return grad_CV.to(weight_VH.dtype) if weight_VH.is_cuda else grad_CV

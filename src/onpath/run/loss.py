@@ -56,16 +56,18 @@ def _loss(
     hidden_NH: Tensor,
     weight_N: Tensor,
 ) -> LossResult:
-    return fused_objective(
-        student_hidden=hidden_NH,
-        student_head=models.head,
-        teacher=teacher,
-        objective=step.objective,
-        sampled_ids=batch.token_N,
-        weights=weight_N,
-        denominator=step.denominator,
-        **loss_inputs(batch, step),
-    )
+    head = models.head
+    with models.autocast():  # on a GPU a float32 head multiplies in half precision then, as its layers do
+        return fused_objective(
+            student_hidden=hidden_NH,
+            student_head=head,
+            teacher=teacher,
+            objective=step.objective,
+            sampled_ids=batch.token_N,
+            weights=weight_N,
+            denominator=step.denominator,
+            **loss_inputs(batch, step),
+        )
 
 
 def teacher_states(models: Models, batch: Batch, prepared: Prepared) -> TeacherScores | None:

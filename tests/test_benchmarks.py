@@ -1,0 +1,141 @@
+"""The GPU script works before there is a GPU: every part in tiny shapes, and a runner that loses nothing."""
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from onpath.run import loss as story
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Iterator[ModuleType]:
+    """benchmarks/gpu.py, as it is when it is run."""
+    sys.path.insert(0, str(BENCHMARKS))
+    known = set(sys.modules)
+    yield importlib.import_module("gpu")
+    sys.path.remove(str(BENCHMARKS))
+    for name in set(sys.modules) - known:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCHMARKS)):
+            del sys.modules[name]
+
+
+def tables(gpu: ModuleType, out: Path, name: str) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    gpu.child(name, out, seconds=600.0, tiny=True)
+    for row in gpu.rows_of(out, name):
+        found.setdefault(row.pop("table"), []).append(row)
+    return found
+
+
+def test_machine(gpu: ModuleType, tmp_path: Path) -> None:
+    found = tables(gpu, tmp_path, "machine")
+    assert found["Versions"][0]["torch"] == torch.__version__
+    assert all(value > 0 for value in found["Ceilings"][0].values())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_loss(gpu: ModuleType, tmp_path: Path) -> None:
+    (rows, profile) = tables(gpu, tmp_path, "loss").values()
+    by_name = {row["loss by"]: row for row in rows}
+    assert list(by_name) == ["onpath", "trl", "plain", "liger"]
+    for name in ("onpath", "trl", "plain"):
+        assert by_name[name]["ms"] > 0
+        assert by_name[name]["off onpath's by"] < 0.03
+        assert by_name[name]["said"] is None
+    assert profile[0]["share"] >= profile[-1]["share"] > 0
+
+
+def test_step(gpu: ModuleType, tmp_path: Path) -> None:
+    found = tables(gpu, tmp_path, "step")
+    opd, topd, *again = found["Whole steps"]
+    assert opd["response tokens"] == 4 * 24
+    assert topd["windows"] > 0
+    assert topd["topd windows, s"] > 0
+    assert [row["step"] for row in again] == ["opd, second step", "topd, second step"]
+    assert all(row["loss"] > 0 and row["grad_norm"] > 0 for row in found["Whole steps"])
+    stages = found["Seconds and peak memory by stage"]
+    assert {row["stage"] for row in stages if row.get("plan, s")} == {"score", "train"}
+
+
+def test_windows(gpu: ModuleType, tmp_path: Path) -> None:
+    ((_, first, shorter, anew),) = tables(gpu, tmp_path, "windows").values()
+    assert first["rounds"] > 0
+    assert shorter["window tokens"] < first["window tokens"] == anew["window tokens"]
+    assert anew["fed tokens"] > first["fed tokens"]
+
+
+def test_packing(gpu: ModuleType, tmp_path: Path) -> None:
+    (rows,) = tables(gpu, tmp_path, "packing").values()
+    padded, packed, filled = rows
+    assert packed["way"].startswith("packed")
+    for row in (packed, filled):
+        assert row["loss off by"] < 2e-3
+        assert row["gradient norm off by"] < 2e-3
+    assert padded["tokens/s"] > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_peer(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trl")
+    # The script times these in place; here they are put back.
+    monkeypatch.setattr(torch.Tensor, "backward", torch.Tensor.backward)
+    for name in ("student_states", "fused_objective"):
+        monkeypatch.setattr(story, name, getattr(story, name))
+    found = tables(gpu, tmp_path, "peer")
+    agreed = found["Agreement on one batch, and the ratio of paired steps"]
+    assert [row["models"] for row in agreed] == ["gym", "SmolLM2-135M"]
+    assert all(row["loss_difference"] < 1e-4 for row in agreed)
+
+
+def commands(gpu: ModuleType, out: Path, parts: dict[str, str], *, seconds: float = 60.0) -> bool:
+    limits = {name: 0.8 if name == "slow" else 20.0 for name in parts}
+    done: bool = gpu.run_parts(
+        out, limits, lambda name, _: [sys.executable, "-c", parts[name]], seconds=seconds
+    )
+    return done
+
+
+def test_the_runner_goes_on_after_failures(gpu: ModuleType, tmp_path: Path) -> None:
+    """A part that raises, one that hangs after a row, one that works."""
+    row = f"open(r'{tmp_path}/%s.jsonl', 'a').write('{{\"table\": \"T\", \"s\": 1.5}}\\n')"
+    cut = f"open(r'{tmp_path}/slow.jsonl', 'a').write('{{\"tab')"
+    parts = {
+        "raises": "raise ValueError('no such kernel')",
+        "slow": f"import time; {row % 'slow'}; {cut}; time.sleep(60)",
+        "works": row % "works",
+    }
+    assert not commands(gpu, tmp_path, parts)
+    data = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert data["raises"]["state"] == "failed (exit code 1)"
+    assert "no such kernel" in data["raises"]["error"]
+    assert data["slow"]["state"] == "stopped after 1 s"
+    assert data["slow"]["rows"] == data["works"]["rows"] == [{"table": "T", "s": 1.5}]
+    assert data["works"]["state"] == "done"
+    page = (tmp_path / "gpu.md").read_text()
+    assert "no such kernel" in page
+    assert page.count("| 1.5 |") == 2
+
+
+def test_the_runner_says_what_it_had_no_time_for(gpu: ModuleType, tmp_path: Path) -> None:
+    assert not commands(gpu, tmp_path, {"late": "pass"}, seconds=gpu._LEAST - 1)
+    data = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert data["late"]["state"].startswith("not begun")
+
+
+def test_all_parts_fit_into_nine_minutes(gpu: ModuleType) -> None:
+    assert gpu._WHOLE <= 9 * 60 - 15
+    assert {p.stem for p in (BENCHMARKS / "on_gpu").glob("*.py")} >= set(gpu.PARTS)
+
+
+def test_wheels_are_only_what_is_missing(gpu: ModuleType) -> None:
+    assert gpu._installed("pydantic_core")
+    assert not gpu._installed("no_such_package")
