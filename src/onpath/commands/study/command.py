@@ -131,6 +131,7 @@ def results(
             "tune": study.tune.model_dump(mode="json") if study.tune else None,
             "splits": list(first.evals),
             "problems": {split: line["problems"] for split, line in first.evals.items()},
+            "samples": {split: line["n"] for split, line in first.evals.items()},
             "n": first.asked.config.eval.n,
             "k": first.asked.config.eval.k,
             "grader": next(iter(first.details.values())).grader,

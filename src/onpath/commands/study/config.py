@@ -96,6 +96,9 @@ class Evals(Section):
     """Problems of each split."""
     every: int | None = Field(None, ge=0)
     """Also every so many steps, for learning curves."""
+    also_at: list[float] | None = None
+    """Further temperatures (eval.also_at). None: 0.6 and greedy where the task knows kinds of errors, as the
+    gym does; else none."""
     start: bool = False
     """Also before the first step of each run; the arm untouched measures that once."""
 
