@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from onpath.commands.eval import evaluate_model as evaluate_model
     from onpath.commands.export import export_model as export_model
     from onpath.commands.report.command import write_report as write_report
-    from onpath.commands.study.command import run_study as run_study
+    from onpath.commands.study.run import run_study as run_study
     from onpath.config.build import Config as Config
     from onpath.run.directory import RunResult as RunResult
     from onpath.system.errors import UserError as UserError
@@ -36,7 +36,7 @@ _HOME = {
     "UserError": "onpath.system.errors",
     "evaluate_model": "onpath.commands.eval",
     "export_model": "onpath.commands.export",
-    "run_study": "onpath.commands.study.command",
+    "run_study": "onpath.commands.study.run",
     "train": "onpath.training",
     "write_report": "onpath.commands.report.command",
 }

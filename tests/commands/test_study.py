@@ -27,6 +27,7 @@ from onpath.commands.study.budget import Used, missed, steps_of
 from onpath.commands.study.intervals import crossed_variance, difference, estimate, holm, p_value
 from onpath.commands.study.jobs import Progress, Slots, locked, run_jobs
 from onpath.commands.study.plan import Job
+from onpath.commands.study.run import run_study
 from onpath.commands.study.tables import sentences
 from onpath.run.log import read_lines
 from onpath.system.errors import UserError
@@ -308,7 +309,7 @@ def test_one_seed_one_budget_and_tuning(make: Make, in_process: list[Job], study
             "same": {"budget": {"generated_tokens": "sft"}, "tuned_like": "opd"},
         },
     )
-    directory = study.run_study(path, quiet=True).directory
+    directory = run_study(path, quiet=True).directory
     data = result(directory)
     steps = {arm["arm"]: arm["steps"] for arm in data["arms"]}
     for name in ("opd", "sft"):
@@ -339,7 +340,7 @@ def test_one_seed_one_budget_and_tuning(make: Make, in_process: list[Job], study
     assert teacher.config.student.model == str(study_files / "teacher")
 
     ran = len(in_process)
-    study.run_study(path, quiet=True)
+    run_study(path, quiet=True)
     assert len(in_process) == ran  # nothing is repeated, and the rates stay
     assert result(directory) == data
 
@@ -362,7 +363,7 @@ def test_runs_of_other_data_or_grader_are_refused(
     make: Make, in_process: list[Job], study_files: Path
 ) -> None:
     path = make(arms={"opd": {}, "forward": {"method.divergence": "forward_kl"}}, seeds=1)
-    directory = study.run_study(path, quiet=True).directory
+    directory = run_study(path, quiet=True).directory
     file = next((directory / "runs" / "forward-seed0" / "evals").glob("*.jsonl"))
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     for change, sentence in (
@@ -375,16 +376,16 @@ def test_runs_of_other_data_or_grader_are_refused(
     ):
         file.write_text("".join(json.dumps(row | change) + "\n" for row in rows))
         with pytest.raises(UserError, match=sentence):
-            study.run_study(path, quiet=True)
+            run_study(path, quiet=True)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
     with pytest.raises(UserError, match="only one of them has problem '100'"):
-        study.run_study(path, quiet=True)
+        run_study(path, quiet=True)
 
     with pytest.raises(UserError, match=r"made with optim.steps 2, the study now says 3"):
-        study.run_study(make(arms={"opd": {}}, seeds=1, budget={"updates": 3}), quiet=True)
+        run_study(make(arms={"opd": {}}, seeds=1, budget={"updates": 3}), quiet=True)
     (directory / "sources.json").write_text(json.dumps({str(study_files / "train.jsonl"): "another"}))
     with pytest.raises(UserError, match="has changed since the study"):
-        study.run_study(path, quiet=True)
+        run_study(path, quiet=True)
 
 
 def test_other_questions_do_not_train_again(make: Make, in_process: list[Job], study_files: Path) -> None:
@@ -394,13 +395,13 @@ def test_other_questions_do_not_train_again(make: Make, in_process: list[Job], s
         "sft": {"method": {"writer": "teacher", "divergence": "cross_entropy"}, "rollout.temperature": 0.8},
         "adapter": {"student": {"lora_rank": 4, "lora_alpha": 8.0}},
     }
-    first = study.run_study(make(arms=arms, seeds=1), quiet=True).directory
+    first = run_study(make(arms=arms, seeds=1), quiet=True).directory
     before = result(first)
     trained = [j.name for j in in_process if j.trains]
     assert trained == ["opd-seed0", "sft-seed0", "adapter-seed0"]
 
     more = {"splits": [str(study_files / f"{s}.jsonl") for s in ("test", "held")], "n": 6, "k": 3}
-    study.run_study(make(arms=arms, seeds=1, evals=more), quiet=True)
+    run_study(make(arms=arms, seeds=1, evals=more), quiet=True)
     data = result(first)
     assert [j.name for j in in_process if j.trains] == trained
     assert (data["study"]["n"], data["study"]["k"]) == (6, 3)
@@ -415,17 +416,17 @@ def test_other_questions_do_not_train_again(make: Make, in_process: list[Job], s
         assert any(sum(right) for right in now.values())
 
     ran = len(in_process)
-    study.run_study(make(arms=arms, seeds=1), quiet=True)  # the old questions again
-    study.run_study(make(arms=arms, seeds=1, evals=more), quiet=True)
+    run_study(make(arms=arms, seeds=1), quiet=True)  # the old questions again
+    run_study(make(arms=arms, seeds=1, evals=more), quiet=True)
     assert len(in_process) == ran
     assert result(first) == data
     another = make(name="fresh", arms=arms, seeds=1, evals=more)
-    fresh = result(study.run_study(another, quiet=True).directory)
+    fresh = result(run_study(another, quiet=True).directory)
     for ours, theirs in zip(data["rows"], fresh["rows"], strict=True):
         assert ours["evals"] == theirs["evals"]
 
     with pytest.raises(UserError, match=r"was made with eval\.every 0, the study now says 1"):
-        study.run_study(make(arms=arms, seeds=1, evals=more | {"every": 1}), quiet=True)
+        run_study(make(arms=arms, seeds=1, evals=more | {"every": 1}), quiet=True)
 
 
 def verdicts(run: Path) -> dict[str, list[bool]]:
@@ -468,7 +469,7 @@ def test_refused_in_one_sentence(
     changes: dict[str, Any], sentence: str, make: Make, in_process: list[Job]
 ) -> None:
     with pytest.raises(UserError) as error:
-        study.run_study(make(**changes), quiet=True)
+        run_study(make(**changes), quiet=True)
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
     assert not in_process

@@ -244,11 +244,11 @@ def test_an_unknown_name_is_a_users_error(monkeypatch: pytest.MonkeyPatch) -> No
 def test_gym_rows_have_a_default_size(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def rows(split: str, n: int, seed: int) -> list[dict[str, str]]:
+    def rows(split: str, n: int, seed: int = 0) -> list[dict[str, str]]:
         asked.append((split, n, seed))
         return [{"id": f"{split}-{i}", "prompt": "a=3+4", "answer": "07", "solution": "7"} for i in range(n)]
 
-    monkeypatch.setattr("onpath.gym.task.rows", rows)
+    monkeypatch.setattr("onpath.gym.worlds.plain_rows", rows)
     assert len(load_prompts("gym:train").prompts) == 2000
     assert len(load_prompts("gym:hard").prompts) == 1000
     assert load_prompts("gym:test", limit=3).prompts[2].answer == "07"

@@ -283,6 +283,25 @@ def test_result_as_a_line_of_eval_jsonl() -> None:
     assert line["grader"] == "exact"
 
 
+def test_first_errors_are_shares_of_all_samples(tmp_path: Path) -> None:
+    def kind(rollout: Rollout) -> str:
+        return "early" if rollout.sample % 2 else "late"
+
+    result, graded = evaluate(
+        PROMPTS, engine(0.5), decode, ExactGrader(), n=6, k=3, step=0, split="test", error_kind=kind
+    )
+    assert result.first_errors is not None
+    wrong = [kind(g.rollout) for g in graded if not g.correct]
+    assert result.first_errors == {k: wrong.count(k) / 72 for k in ("early", "late")}
+    assert sum(result.first_errors.values()) == pytest.approx(1 - result.avg_at_k)
+    assert result.to_json()["first_errors"] == result.first_errors
+    write_details(tmp_path / "d.jsonl", result)
+    read = read_details(tmp_path / "d.jsonl").problems
+    assert {i: p.errors for i, p in read.items()} == {p.id: p.errors for p in result.details}
+    assert all((e is None) == c for p in read.values() for e, c in zip(p.errors, p.correct, strict=True))
+    assert run(0.5)[0].first_errors is None
+
+
 @pytest.mark.parametrize(
     ("prompts", "n", "k", "reason"),
     [

@@ -8,8 +8,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from onpath import gym
 from onpath.gym import recipe
+from onpath.gym.language import EOS
 from onpath.gym.sample import context_ids, sample
-from onpath.gym.vocab import EOS, IDS
+from onpath.gym.vocab import IDS
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,15 @@
 import pytest
 
 from onpath import gym
-from onpath.gym.vocab import EOS, IDS, build_tokenizer, decode, encode
+from onpath.gym.language import EOS
+from onpath.gym.vocab import IDS, LANGUAGE, decode, encode
 
 GOLDEN = "a: 35 + 47; a?"
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return build_tokenizer()
+    return LANGUAGE.tokenizer()
 
 
 def test_golden_ids() -> None:

@@ -293,14 +293,12 @@ def _add_study(commands: Any) -> None:
 
 
 def _study(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
-    from onpath.commands.study.command import carry_out, load_study
-    from onpath.commands.study.tables import print_study
+    from onpath.commands.study.run import from_yaml, print_found
     from onpath.commands.terminal import console_for
 
     # What `run_study` does; but where some runs have failed, the results of the others are shown first.
-    command = f"onpath study {options.config}{code.flag()}"
-    found = carry_out(load_study(options.config), command=command, quiet=options.quiet)
-    print_study(console_for(sys.stdout), found.data)
+    found = from_yaml(options.config, quiet=options.quiet)
+    print_found(console_for(sys.stdout), found.data)
     found.check()
     print(f"study: {found.directory}")
     return 0

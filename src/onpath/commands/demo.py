@@ -110,7 +110,7 @@ def demo_study(*, quick: bool, directory: str) -> StudyConfig:
             "base_arm": BEFORE,
             "seeds": [0],
             "budget": {"updates": 6 if quick else 30},
-            "evals": {"splits": {"test": "gym:test", "hard": "gym:hard"}},
+            "evals": {"splits": {"test": "gym:test", "hard": "gym:hard"}, "also_at": []},
         }
     )
 

@@ -20,6 +20,7 @@ from onpath.evaluate.scores import EvalResult, PairedDifference, compare, evalua
 from onpath.grade.base import Grader
 from onpath.grade.graders import grader_for
 from onpath.records import Prompt, Rollout, Sampling
+from onpath.run.evaluation import error_kind_of
 from onpath.run.inputs import make_renderer
 from onpath.run.trained import Trained, find, load_its_tokenizer, load_start
 from onpath.run.trajectories import sample_row, write_parquet
@@ -141,6 +142,7 @@ def evaluate_model(
             n=samples,
             k=passes,
             split=split,
+            source=source,
             batch_tokens=batch_tokens,
         )
         for index, subject in enumerate(subjects):
@@ -225,6 +227,7 @@ class _Questions:
     n: int
     k: int
     split: str
+    source: str
     batch_tokens: int
 
     def to(self, subject: _Subject) -> tuple[EvalResult, list[dict[str, Any]]]:
@@ -252,7 +255,15 @@ class _Questions:
             return engine.generate(prompts, self.sampling, n=n)
 
         result, graded = evaluate(
-            self.prompts, generate, renderer.graded, self.grader, n=self.n, k=self.k, step=0, split=self.split
+            self.prompts,
+            generate,
+            renderer.graded,
+            self.grader,
+            n=self.n,
+            k=self.k,
+            step=0,
+            split=self.split,
+            error_kind=error_kind_of(self.source, renderer),
         )
         return result, [sample_row(g, renderer) for g in graded]
 
@@ -277,6 +288,10 @@ def print_evaluated(console: Console, found: Evaluated) -> None:
             f"{row.finished:.1%}",
         )
     console.print(table)
+    for name, row in found.results.items():
+        if row.first_errors:
+            kinds = ", ".join(f"{kind} {share:.1%}" for kind, share in row.first_errors.items())
+            console.print(f"{name}: wrong {1 - row.avg_at_k:.1%}, by first error: {kinds}", highlight=False)
     if found.difference is not None:
         low, high = found.difference.ci95
         console.print(

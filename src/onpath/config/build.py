@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -30,11 +30,23 @@ from onpath.config.sections import (
     Teacher,
     labelled,
 )
+from onpath.data.tasks import task_of
+from onpath.records import Sampling
 from onpath.system import code
 from onpath.system.errors import UserError
 from onpath.system.reading import read_yaml
 
 _COMMAND_LINE = "the command line"
+
+
+class Evaluation(NamedTuple):
+    """One set of problems, sampled in one way."""
+
+    split: str
+    """Of data.eval."""
+    sampling: Sampling
+    n: int
+    k: int
 
 
 class Config(Section):
@@ -124,7 +136,29 @@ class Config(Section):
                 "enable_sleep_mode from rollout.vllm, or rollout.overlap"
             )
         method.check(self)
+        task = task_of(self.data.train)
+        loses = task is not None and task.world is not None and task.world.loses
+        if loses and (method.self_taught or self.teacher.engine != "hf"):
+            raise ValueError(
+                f"data.train: {self.data.train}: lost is about a teacher model in this process; leave lost "
+                "out, or take a method and a teacher.engine with one"
+            )
+        if loses and self.parallel.shard != "none":
+            raise ValueError(
+                f"data.train: {self.data.train}: lost needs whole models; set parallel.shard: none, or leave lost out"
+            )
         return self
+
+    @property
+    def evaluations(self) -> dict[str, Evaluation]:
+        """Everything that an evaluation samples: each set as eval.temperature says, and also_at others."""
+        section, found = self.eval, {}
+        for split in self.data.eval:
+            found[split] = Evaluation(split, section.sampling(), section.n, section.k)
+            for t in section.also_at:
+                n, name = (section.n, f"{split}_T{t:g}") if t else (1, f"{split}_greedy")
+                found[name] = Evaluation(split, section.at(t), n, min(section.k, n))
+        return found
 
     def _shardable(self) -> None:
         """What goes together with weights that no process has whole."""

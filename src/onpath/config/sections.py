@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from onpath.config.section import LONGER, NEUTRAL, PLACE, ROUNDING, OneOf, Section
-from onpath.data.tasks import split_name, task_of
+from onpath.data.tasks import other_split, split_name, task_of
 from onpath.records import Sampling
 from onpath.system import code
 
@@ -18,7 +19,8 @@ DType = Literal["float32", "bfloat16", "float16"]
 
 class Student(Section):
     model: Annotated[str, PLACE] = "gym:student"
-    """Directory or hub name of a causal LM in Hugging Face format, or gym:student."""
+    """Directory or hub name of a causal LM in Hugging Face format, or gym:student (with fewer habits:
+    gym:student?surface=0)."""
     dtype: DType = "float32"
     """Of the weights that train. bfloat16 without LoRA loses small updates: prefer float32 with optim.bf16.
     """
@@ -75,8 +77,8 @@ class Teacher(Served):
 
 class Data(Section):
     train: Annotated[str, PLACE] = "gym:train"
-    """JSONL or Parquet file, `datasets` directory or name (name:split), gym:train, or a function of yours,
-    file.py:rows, that gives rows."""
+    """JSONL or Parquet file, `datasets` directory or name (name:split), gym:train (its worlds:
+    gym:train?late=1&spoil=0.8&lost=1), or a function of yours, file.py:rows, that gives rows."""
     limit: int | None = Field(None, ge=1)
     """Use only the first so many training prompts (a finite pool, shuffled by run.seed each epoch)."""
     eval: Annotated[dict[str, str], PLACE] = Field({"test": "gym:test"})
@@ -122,7 +124,7 @@ class Data(Section):
             return {**value, "eval": {split_name(value["eval"]) or "eval": value["eval"]}}
         if isinstance(value, Mapping) and "eval" not in value and "train" in value:
             task = task_of(str(value["train"]))
-            own = {"test": f"{task.name}:test"} if task and "test" in task.splits else {}
+            own = {"test": other_split(str(value["train"]), "test")} if task and "test" in task.splits else {}
             return {**value, "eval": own}
         return value
 
@@ -257,6 +259,9 @@ class Eval(Section):
     """Of evaluation samples."""
     top_k: int = Field(0, ge=0)
     """Of evaluation samples; 0 is off."""
+    also_at: list[Annotated[float, Field(ge=0)]] = Field([])
+    """Temperatures at which each evaluation set is sampled as well, as sets of their own, such as test_T0.6
+    and, of one sample a problem, test_greedy. [0.6, 0] costs 1 + 1/n times as much again."""
     max_new_tokens: int | None = Field(None, ge=1)
     """Longest response in evaluation; null: rollout.max_new_tokens."""
     seed: int = 1234
@@ -272,6 +277,10 @@ class Eval(Section):
             max_new_tokens=self.max_new_tokens,
             seed=self.seed,
         )
+
+    def at(self, temperature: float) -> Sampling:
+        """The same at another temperature."""
+        return replace(self.sampling(), temperature=temperature)
 
 
 class Reward(Section):

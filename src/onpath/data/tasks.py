@@ -1,8 +1,9 @@
 """Tasks: sources of problems that bring more than rows. The gym is one; `register` adds another.
 
 A task named `gym` owns every source `gym:split`, every model `gym:role`, and what can be known of its
-problems: a checker of answers, a checker of steps, the truth of each token, prompts in its own language. No
-torch.
+problems: a checker of answers, a checker of steps, the truth of each token, prompts in its own language. A
+task may have settings, `gym:train?late=0.5&spoil=0.8`: numbers from 0 to 1 that make its world another one.
+No torch.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +15,31 @@ from onpath.system.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+class World(Protocol):
+    """What a task does to rollouts and teacher, beside giving rows. Both answers are pure functions of their
+    arguments, so that a run which goes on meets the same world."""
+
+    @property
+    def spoils(self) -> bool:
+        """Whether `spoiled` may change anything."""
+        ...
+
+    @property
+    def loses(self) -> bool:
+        """Whether `lost_after` may say anything."""
+        ...
+
+    def spoiled(self, seed: int, problem: str, tokens: Sequence[str]) -> tuple[int, str] | None:
+        """Place and spelling of a token that is put into a training rollout from outside, for the student to
+        go on from; None: it stays as it is."""
+        ...
+
+    def lost_after(self, seed: int, tokens: Sequence[str]) -> int | None:
+        """Of prompt and response: the place behind which the teacher is no better than the untouched student;
+        None: it is sound up to the end."""
+        ...
 
 
 class Task(Protocol):
@@ -37,6 +63,8 @@ class Task(Protocol):
     """Whether `first_error` can tell."""
     labels_tokens: bool = False
     """Whether `labels` can tell."""
+    error_kinds: tuple[str, ...] = ()
+    """What `error_kind` may say; none: it cannot tell."""
 
     def rows(self, split: str, count: int) -> Iterable[Mapping[str, Any]]:
         """The first `count` rows of a split, with the columns of a data set; always the same."""
@@ -53,6 +81,15 @@ class Task(Protocol):
     def labels(self, problem: str, tokens: Sequence[str]) -> list[str]:
         """What each token of a response is: error, consequence, right, habit, choice, …"""
         return []
+
+    def error_kind(self, problem: str, tokens: Sequence[str]) -> str | None:
+        """What kind of error the first one of a response is, in a word or two; None: there is none."""
+        return None
+
+    @property
+    def world(self) -> World | None:
+        """None: rollouts and teacher are as the models are."""
+        return None
 
     @property
     def templates(self) -> Mapping[str, str]:
@@ -76,6 +113,14 @@ class Task(Protocol):
         """A response that states the answer and nothing else, for checks of the grader."""
         return answer
 
+    def with_settings(self, settings: Mapping[str, float]) -> "Task":
+        """The task with the settings of a source or a model; strengths are from 0 to 1.
+
+        Raises:
+            ValueError: it does not have one of them.
+        """
+        raise ValueError(f"the task {self.name} has no settings")
+
 
 def _gym() -> Task:
     from onpath.gym.task import Gym
@@ -83,7 +128,13 @@ def _gym() -> Task:
     return Gym()
 
 
-_TASKS: dict[str, Callable[[], Task]] = {"gym": _gym}
+def _maze() -> Task:
+    from onpath.gym.maze.task import MazeTask
+
+    return MazeTask()
+
+
+_TASKS: dict[str, Callable[[], Task]] = {"gym": _gym, "maze": _maze}
 
 
 def register(task: Task) -> None:
@@ -98,13 +149,54 @@ def register(task: Task) -> None:
 
 
 def task_of(source: str) -> Task | None:
-    """The task that a source or a model belongs to; None: a file, a directory, a `datasets` name.
+    """The task that a source or a model belongs to, with the settings that it names; None: a file, a
+    directory, a `datasets` name.
 
     >>> task_of("gym:test").name
     'gym'
+
+    Raises:
+        UserError: settings that the task does not have, or that are no numbers from 0 to 1.
     """
-    name, colon, _ = source.partition(":")
-    return _TASKS[name]() if colon and name in _TASKS else None
+    name, colon, rest = source.partition(":")
+    if not colon or name not in _TASKS:
+        return None
+    task, (_, asked, query) = _TASKS[name](), rest.partition("?")
+    try:
+        return task.with_settings(dict(map(_setting, query.split("&")))) if asked else task
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def _setting(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        number = float(value)
+    except ValueError:
+        raise ValueError(f"after the ? come settings such as late=0.5, joined by &, not {text!r}") from None
+    if not 0 <= number <= 1:
+        raise ValueError(f"{name} is from 0 to 1, not {value}")
+    return name, number
+
+
+def part_of(source: str) -> str:
+    """What stands between a task's name and its settings: a split, a role.
+
+    >>> part_of("gym:hard?late=1")
+    'hard'
+    """
+    return source.partition(":")[2].partition("?")[0]
+
+
+def other_split(source: str, split: str) -> str:
+    """Another split of the same task with the same settings.
+
+    >>> other_split("gym:train?late=1", "test")
+    'gym:test?late=1'
+    """
+    name, _, rest = source.partition(":")
+    _, asked, query = rest.partition("?")
+    return f"{name}:{split}{asked}{query}"
 
 
 def split_name(source: str) -> str:
@@ -113,7 +205,7 @@ def split_name(source: str) -> str:
     >>> split_name("gym:hard"), split_name("data/aime.jsonl")
     ('hard', 'aime')
     """
-    return source.partition(":")[2] if task_of(source) else Path(source).stem
+    return part_of(source) if task_of(source) else Path(source).stem
 
 
 def task_rows(task: Task, source: str, limit: int | None) -> Iterable[Mapping[str, Any]]:
@@ -122,10 +214,13 @@ def task_rows(task: Task, source: str, limit: int | None) -> Iterable[Mapping[st
     Raises:
         UserError: no such split.
     """
-    split = source.partition(":")[2]
+    split = part_of(source)
     if split not in task.splits:
         raise UserError(f"{source}: the {task.name} has no split {split!r}; it has {', '.join(task.splits)}")
-    return task.rows(split, limit or task.splits[split])
+    try:
+        return task.rows(split, limit or task.splits[split])
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from None
 
 
 def templates_of(source: str) -> dict[str, str]:

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from onpath.config import Student, Teacher
-from onpath.data.tasks import task_of
+from onpath.data.tasks import part_of, task_of
 from onpath.engines import foreign
 from onpath.engines.adapters import is_adapter, merged, own_base
 from onpath.system.errors import UserError
@@ -53,7 +53,7 @@ def locate(name: str) -> str:
     if task is None:
         return name
     try:
-        return str(task.model(name.partition(":")[2]))
+        return str(task.model(part_of(name)))
     except ValueError as error:
         raise UserError(f"{name}: {error}") from None
 

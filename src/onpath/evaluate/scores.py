@@ -5,6 +5,7 @@ Works with any engine: `generate` and `decode` are passed in. No torch.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,8 @@ Generate = Callable[[Sequence[Prompt], int], Sequence[Rollout]]
 """(prompts, n) → n rollouts per prompt, the prompts in order, a prompt's rollouts together."""
 Decode = Callable[[Sequence[int]], str]
 """Response ids → the text that is graded, with special tokens only where they are tags of thinking."""
+ErrorKind = Callable[[Rollout], str]
+"""What went wrong first in a wrong sample."""
 NAMED = 3
 """Differing problems named in a message."""
 
@@ -43,6 +46,8 @@ class ProblemResult:
     """Response tokens, the stop token included."""
     finished: tuple[bool, ...]
     """Whether the sample ended by itself (finish_reason stop)."""
+    errors: tuple[str | None, ...] = ()
+    """What went wrong first in each sample, where the task can tell; None: the sample is right."""
 
     @property
     def score(self) -> float:
@@ -73,6 +78,9 @@ class EvalResult:
     """Tokens per response, the stop token included."""
     finished: float
     """Share of responses that ended by themselves."""
+    first_errors: Mapping[str, float] | None = None
+    """Kind of first error → share of all samples that are wrong by it; together 1 − avg_at_k. None: the task
+    cannot tell."""
     grader: str
     sampling: Sampling
     details: tuple[ProblemResult, ...] = field(repr=False)
@@ -82,6 +90,8 @@ class EvalResult:
         """JSON-ready, without the details."""
         plain = asdict(self)
         del plain["details"]
+        if self.first_errors is None:
+            del plain["first_errors"]
         return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
 
     @property
@@ -116,6 +126,7 @@ def evaluate(
     k: int,
     step: int,
     split: str,
+    error_kind: ErrorKind | None = None,
 ) -> tuple[EvalResult, list[Graded]]:
     """Samples, grades and counts.
 
@@ -123,6 +134,7 @@ def evaluate(
         prompts: problems with answers and unique ids.
         n: samples per problem, k: of pass@k, 1 ≤ k ≤ n.
         step: optimiser steps that the weights had seen.
+        error_kind: says what went wrong first in a wrong sample.
 
     Returns:
         The result, and every rollout with its verdict in the engine's order.
@@ -143,7 +155,7 @@ def evaluate(
         Graded(rollout=r, correct=v.correct, extracted=v.extracted)
         for r, v in zip(rollouts, verdicts, strict=True)
     ]
-    details = tuple(_problem_result(graded[i : i + n]) for i in range(0, len(graded), n))
+    details = tuple(_problem_result(graded[i : i + n], error_kind) for i in range(0, len(graded), n))
     return summarise(details, n=n, k=k, step=step, split=split, grader=grader.name, sampling=sampling), graded
 
 
@@ -186,20 +198,32 @@ def summarise(
         pass_at_k_ci95=bootstrap_interval(passes),
         mean_length=float(np.mean([problem.lengths for problem in details])),
         finished=float(np.mean([problem.finished for problem in details])),
+        first_errors=first_errors(details),
         grader=grader,
         sampling=sampling,
         details=tuple(details),
     )
 
 
-def _problem_result(graded: Sequence[Graded]) -> ProblemResult:
+def first_errors(details: Sequence[ProblemResult]) -> dict[str, float] | None:
+    """Kind → share of all samples; None where no sample says."""
+    if not any(problem.errors for problem in details):
+        return None
+    samples = sum(len(problem.correct) for problem in details)
+    kinds = Counter(kind for problem in details for kind in problem.errors if kind is not None)
+    return {kind: count / samples for kind, count in sorted(kinds.items())}
+
+
+def _problem_result(graded: Sequence[Graded], error_kind: ErrorKind | None) -> ProblemResult:
     prompt = graded[0].rollout.prompt
+    kinds = tuple(None if g.correct else error_kind(g.rollout) for g in graded) if error_kind else ()
     return ProblemResult(
         id=prompt.id,
         digest=_digest(prompt),
         correct=tuple(g.correct for g in graded),
         lengths=tuple(len(g.rollout.ids) for g in graded),
         finished=tuple(g.rollout.finish_reason == "stop" for g in graded),
+        errors=kinds,
     )
 
 
@@ -256,7 +280,8 @@ def _named(ids: Sequence[str]) -> str:
 def write_details(path: Path, result: EvalResult) -> None:
     """Writes one JSON line per problem, whole or not at all.
 
-    Keys: id, digest, correct, lengths, finished, and the same on every line: step, split, grader, sampling.
+    Keys: id, digest, correct, lengths, finished, errors where the task knows them; and the same on every
+    line: step, split, grader, sampling.
 
     Raises:
         UserError: the file cannot be written.
@@ -267,8 +292,11 @@ def write_details(path: Path, result: EvalResult) -> None:
         "grader": result.grader,
         "sampling": asdict(result.sampling),
     }
-    lines = [json.dumps({**asdict(problem), **shared}) + "\n" for problem in result.details]
-    write_text(path, "".join(lines))
+    rows = [{**asdict(problem), **shared} for problem in result.details]
+    for row in rows:
+        if not row["errors"]:
+            del row["errors"]
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,7 +326,8 @@ def read_details(path: str | Path) -> Details:
         try:
             row = json.loads(line)
             samples = {key: tuple(row[key]) for key in ("correct", "lengths", "finished")}
-            problems[row["id"]] = ProblemResult(id=row["id"], digest=row["digest"], **samples)
+            errors = tuple(row.get("errors") or ())
+            problems[row["id"]] = ProblemResult(id=row["id"], digest=row["digest"], **samples, errors=errors)
             settings.append((row["grader"], row["sampling"]))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"

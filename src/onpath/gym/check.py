@@ -9,10 +9,13 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
+from onpath.gym.language import EOS
 from onpath.gym.tasks import Node, Problem, compute, parse_problem, ready
-from onpath.gym.vocab import ANSWER, DIGITS, EOS, EQUALS, HEADS, NAMES, ONSET_WORDS, SEPARATORS, tokenize
+from onpath.gym.vocab import ANSWER, DIGITS, EQUALS, HEADS, NAMES, ONSET_WORDS, SEPARATORS, tokenize
 
 Kind = Literal["error", "consequence", "right", "habit", "choice", "copied"]
+NOT_READY, ARITHMETIC, OTHER = ERROR_KINDS = ("not ready", "arithmetic", "other")
+"""Of first errors: a step whose operands have not been computed; a wrong result; anything else."""
 _ANSWER = re.compile(r"ans (\d+)")
 
 
@@ -56,6 +59,22 @@ def first_error(prompt: str, response: str) -> int | None:
     opens = (*HEADS, ANSWER)
     start = next((i for i in range(wrong, -1, -1) if tokens[i] in opens), wrong)
     return len("".join(tokens[:start]))
+
+
+def error_kind(prompt: str, tokens: Sequence[str]) -> str | None:
+    """Which of `ERROR_KINDS` the first error of a response is; None: there is none.
+
+    >>> prompt = "a: 35 + 47; b: a * 3; b?"
+    >>> error_kind(prompt, ["b: "]), error_kind(prompt, tokenize("a: 35 + 47 = a72"))
+    ('not ready', 'arithmetic')
+    """
+    problem, at = parse_problem(prompt), first_error_token(prompt, tokens)
+    if at is None:
+        return None
+    if problem is not None and tokens[at] in HEADS and tokens[at][0] in problem.by_name:
+        return NOT_READY
+    steps = [i for i in range(at, -1, -1) if tokens[i] in HEADS or tokens[i] in EQUALS]
+    return ARITHMETIC if tokens[at] in DIGITS and steps and tokens[steps[0]] in EQUALS else OTHER
 
 
 def label_tokens(prompt: str, tokens: Sequence[str]) -> list[TokenLabel]:

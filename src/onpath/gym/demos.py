@@ -8,8 +8,9 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from onpath.gym.language import EOS
 from onpath.gym.tasks import MODULUS, Node, Problem, compute, ready
-from onpath.gym.vocab import ANSWER, EOS, EQUALS, NAMES, ONSET_WORDS, SEPARATORS, tokenize
+from onpath.gym.vocab import ANSWER, EQUALS, NAMES, ONSET_WORDS, SEPARATORS, tokenize
 
 Pieces = list[tuple[str, bool]]
 

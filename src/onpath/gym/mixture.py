@@ -37,6 +37,8 @@ class Mixture:
     """Share of the training over which one- and two-step drills give way to whole problems."""
     slips: Mapping[str, float] = field(default_factory=lambda: TEACHER_SLIP)
     """The teacher's, by operation."""
+    habits: bool = True
+    """Whether the student writes its own surface forms, or the teacher's."""
     hint_scale: float = 0.05
     """Of the student's misbeliefs where it sees the reference solution."""
 
@@ -67,7 +69,7 @@ class Mixture:
     def _writer(self, rng: random.Random, kind: str) -> Writer:
         if self.role == "student":
             scale = self.hint_scale if GIVEN in TEMPLATES.get(kind, "") else 1.0
-            return Writer(student_style=True, beliefs=self.beliefs, scale=scale)
+            return Writer(student_style=self.habits, beliefs=self.beliefs, scale=scale)
         if kind == "prefix":
             noise = rng.choice((0.0, 0.0, 0.3))
             return Writer(

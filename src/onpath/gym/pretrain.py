@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from onpath.gym.demos import Pieces
-from onpath.gym.mixture import Mixture
-from onpath.gym.vocab import BOS, EOS, IDS, PAD, SOL, TOKENS, build_tokenizer, encode
+from onpath.gym.language import BOS, EOS, PAD, Language
+from onpath.gym.vocab import LANGUAGE
 
 SHAPES: dict[str, dict[str, Any]] = {
     "teacher": {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4},
@@ -34,9 +34,18 @@ class Recipe:
     warmup: int = 50
     decay: float = 0.35
     seed: int = 0
+    language: Language = LANGUAGE
 
 
-def build_model(role: str, seed: int) -> Any:
+class Source(Protocol):
+    """Where demonstrations come from."""
+
+    def draw(self, rng: random.Random, progress: float) -> tuple[str, Pieces]:
+        """The user's message and the response; `progress` runs from 0 to 1."""
+        ...
+
+
+def build_model(role: str, seed: int, language: Language = LANGUAGE) -> Any:
     """A fresh Qwen3 of a role's shape."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -45,33 +54,37 @@ def build_model(role: str, seed: int) -> Any:
     config = Qwen3Config(
         **shape,
         num_hidden_layers=4,
-        vocab_size=len(TOKENS),
+        vocab_size=len(language.tokens),
         num_key_value_heads=shape["num_attention_heads"],
         head_dim=32,
-        max_position_embeddings=512,
+        max_position_embeddings=language.longest,
         tie_word_embeddings=True,
-        pad_token_id=IDS[PAD],
-        bos_token_id=IDS[BOS],
-        eos_token_id=IDS[EOS],
+        pad_token_id=language.ids[PAD],
+        bos_token_id=language.ids[BOS],
+        eos_token_id=language.ids[EOS],
     )
     return Qwen3ForCausalLM(config)
 
 
-def to_example(prompt: str, pieces: Pieces) -> tuple[list[int], list[int]]:
+def to_example(prompt: str, pieces: Pieces, language: Language = LANGUAGE) -> tuple[list[int], list[int]]:
     """Ids and labels of one demonstration."""
-    context = [IDS[BOS], *encode(prompt), IDS[SOL]]
-    ids = [IDS[token] for token, _ in pieces]
+    context = language.context_ids(prompt)
+    ids = [language.ids[token] for token, _ in pieces]
     return context + ids, [IGNORE] * len(context) + [
         i if trained else IGNORE for i, (_, trained) in zip(ids, pieces, strict=True)
     ]
 
 
 def batches(
-    draw: Callable[[], tuple[str, Pieces]], batch_tokens: int, rng: random.Random
+    draw: Callable[[], tuple[str, Pieces]],
+    batch_tokens: int,
+    rng: random.Random,
+    language: Language = LANGUAGE,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of about equal length: examples are drawn in hundreds, sorted, cut and shuffled."""
+    pad = language.ids[PAD]
     while True:
-        examples = sorted((to_example(*draw()) for _ in range(800)), key=lambda e: len(e[0]))
+        examples = sorted((to_example(*draw(), language) for _ in range(800)), key=lambda e: len(e[0]))
         groups: list[list[tuple[list[int], list[int]]]] = [[]]
         for example in examples:
             if (len(groups[-1]) + 1) * len(example[0]) > batch_tokens:
@@ -81,7 +94,7 @@ def batches(
         for group in groups:
             width = max(len(ids) for ids, _ in group)
             yield (
-                torch.tensor([ids + [IDS[PAD]] * (width - len(ids)) for ids, _ in group]),
+                torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in group]),
                 torch.tensor([labels + [IGNORE] * (width - len(labels)) for _, labels in group]),
             )
 
@@ -123,13 +136,15 @@ def optimisers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
     return [Muon(matrices, recipe.muon_rate), adam]
 
 
-def fit(model: Any, mixture: Mixture, recipe: Recipe, log: Callable[[str], None] = print) -> None:
+def fit(model: Any, mixture: Source, recipe: Recipe, log: Callable[[str], None] = print) -> None:
     """Train a model in place: warm-up, constant rate, linear decay; loss over response tokens only."""
     opts = optimisers(model, recipe)
     base = [opt.param_groups[0]["lr"] for opt in opts]
     seen, step, losses, began = 0, 0, [], time.time()
     rng = random.Random(f"{recipe.role}/{recipe.seed}")
-    source = batches(lambda: mixture.draw(rng, seen / recipe.tokens), recipe.batch_tokens, rng)
+    source = batches(
+        lambda: mixture.draw(rng, seen / recipe.tokens), recipe.batch_tokens, rng, recipe.language
+    )
     while seen < recipe.tokens:
         ids, labels = next(source)
         done = seen / recipe.tokens
@@ -154,11 +169,14 @@ def fit(model: Any, mixture: Mixture, recipe: Recipe, log: Callable[[str], None]
             log(f"{recipe.role} step {step} tokens {seen} loss_nats {mean:.4f} seconds {spent:.0f}")
 
 
-def save(model: Any, directory: Path) -> None:
+def save(model: Any, directory: Path, language: Language = LANGUAGE) -> None:
     """Write a Hugging Face directory: weights as safetensors, tokenizer, generation config."""
     directory.mkdir(parents=True, exist_ok=True)
     model.generation_config.update(
-        pad_token_id=IDS[PAD], bos_token_id=IDS[BOS], eos_token_id=IDS[EOS], do_sample=True
+        pad_token_id=language.ids[PAD],
+        bos_token_id=language.ids[BOS],
+        eos_token_id=language.ids[EOS],
+        do_sample=True,
     )
     model.save_pretrained(directory, safe_serialization=True)
-    build_tokenizer().save_pretrained(directory)
+    language.tokenizer().save_pretrained(directory)

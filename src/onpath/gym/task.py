@@ -1,15 +1,16 @@
 """The gym as a task (`onpath.data.tasks.Task`)."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from onpath.gym.check import first_error, grade, label_tokens
+from onpath.gym.check import ERROR_KINDS, error_kind, first_error, grade, label_tokens
 from onpath.gym.mixture import TEMPLATES
-from onpath.gym.tasks import rows
+from onpath.gym.models import model_dir
+from onpath.gym.surface import student
 from onpath.gym.vocab import ONSET_WORDS
-
-BUNDLED = Path(__file__).parent / "bundled"
+from onpath.gym.worlds import Worlds
 
 
 class Gym:
@@ -19,12 +20,26 @@ class Gym:
     splits: Mapping[str, int] = {"train": 2000, "validation": 1000, "test": 1000, "hard": 1000}
     checks_steps = True
     labels_tokens = True
+    error_kinds: tuple[str, ...] = ERROR_KINDS
     templates: Mapping[str, str] = TEMPLATES
     correction_words: tuple[str, ...] | None = ONSET_WORDS
 
+    def __init__(self, world: Worlds | None = None) -> None:
+        self.world = world or Worlds()
+
+    def with_settings(self, settings: Mapping[str, float]) -> "Gym":
+        """See `Task.with_settings`."""
+        known = [field.name for field in fields(Worlds)]
+        for name in settings:
+            if name not in known:
+                raise ValueError(f"the gym has no {name!r}; it has {', '.join(known)}")
+        return Gym(Worlds(**settings))
+
     def rows(self, split: str, count: int) -> Iterable[Mapping[str, Any]]:
         """See `Task.rows`."""
-        return rows(split, count, seed=0)
+        if self.world.surface != 1:
+            raise ValueError("surface is the student's: student.model: gym:student?surface=0")
+        return self.world.rows(split, count)
 
     def grade(self, text: str, answer: str) -> bool:
         """See `Task.grade`."""
@@ -38,11 +53,19 @@ class Gym:
         """See `Task.labels`."""
         return [label.kind for label in label_tokens(problem, tokens)]
 
+    def error_kind(self, problem: str, tokens: Sequence[str]) -> str | None:
+        """See `Task.error_kind`."""
+        return error_kind(problem, tokens)
+
     def model(self, role: str) -> Path:
         """See `Task.model`."""
         if role not in ("student", "teacher"):
             raise ValueError("the bundled models are gym:student and gym:teacher")
-        return BUNDLED / role
+        if self.world != Worlds(surface=self.world.surface):
+            raise ValueError("late, spoil and lost are of the data: data.train: gym:train?late=1")
+        if self.world.surface < 1 and role != "student":
+            raise ValueError("surface is the student's: student.model: gym:student?surface=0")
+        return student(self.world.surface) if role == "student" else model_dir("teacher")
 
     def stated(self, answer: str) -> str:
         """See `Task.stated`."""

@@ -1,6 +1,7 @@
 """From a config to the parts of a run. Cheap checks come first: nothing large loads before the data is known
 to be good."""
 
+import copy
 from functools import partial
 
 import torch
@@ -20,6 +21,8 @@ from onpath.engines.replay import ReplayingEngine, weights_digest
 from onpath.engines.self_check import Agreement, check_model
 from onpath.engines.stops import stops_of
 from onpath.engines.student import shared_vocabulary, trainable
+from onpath.engines.teacher import ModelTeacher
+from onpath.engines.worlds import LostEngine, LostTeacher, SpoilingEngine, lost_behind, world_of
 from onpath.grade.graders import grader_for
 from onpath.grade.rewards import Reward
 from onpath.methods import make_method
@@ -58,6 +61,8 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
     base = load_start(config.student, start, "student.model", host)
     check_head(base, "student.model")
     longest = check_prompts(config, renderer, base, prompts)
+    world = world_of(config.data.train)
+    untouched = copy.deepcopy(base) if world is not None and world.loses else None
     student = trainable(config, base)
     vocabulary, warnings = shared_vocabulary(config, tokenizer)
     vocabulary = min(vocabulary, head_of(student).vocabulary)
@@ -66,6 +71,9 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
     if stops.ids != stops.student:
         base.generation_config.eos_token_id = sorted(stops.ids)  # so that the saved model ends alike
     teacher = make_teacher(config, student, renderer, vocabulary, stops, host)
+    after = lost_behind(world, config.run.seed, renderer)
+    if untouched is not None:
+        teacher = LostTeacher(teacher, ModelTeacher(untouched, vocabulary=vocabulary), after)
     check_teacher(config, teacher, longest)
     frozen = frozen_copy(config, student, engine)
     if shards:  # after every copy: a sharded model has none
@@ -91,9 +99,10 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
         shares_weights=True,
     )
     replay = make_replay(config)
+    writer = teacher_engine(config, teacher, own, replay)
     generators = Generators(
         student=engine or student_engine(config, student, own),
-        teacher=teacher_engine(config, teacher, own, replay),
+        teacher=writer if untouched is None else LostEngine(writer, own.over(untouched), after),
         over=own.over,
     )
     agreements = check_models(config, models, own, generates=generators.student is own)
@@ -101,6 +110,8 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
     sampler = generators.student if overlap is None else overlap.engine
     if replay is not None:
         sampler = ReplayingEngine(sampler, replay, weights=weights_digest(student))
+    if world is not None and world.spoils:
+        sampler = SpoilingEngine(sampler, world, seed=config.run.seed)
     text = make_text(config, renderer)
     sampling = config.rollout.sampling(seed=config.run.seed)
     tools = Tools(models=models, generators=generators, text=text, sampling=sampling)

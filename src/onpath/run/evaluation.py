@@ -1,9 +1,12 @@
 """Evaluations of a run: graded samples, a line of eval.jsonl each."""
 
 from collections.abc import Sequence
+from functools import partial
 
-from onpath.evaluate.scores import EvalResult, evaluate, write_details
-from onpath.records import Prompt, Rollout
+from onpath.data.render import Renderer
+from onpath.data.tasks import task_of
+from onpath.evaluate.scores import ErrorKind, EvalResult, evaluate, write_details
+from onpath.records import Prompt, Rollout, Sampling
 from onpath.run.directory import Run
 from onpath.run.log import Display, flatten
 from onpath.run.parts import Parts
@@ -11,27 +14,36 @@ from onpath.run.trajectories import sample_row, write_parquet
 from onpath.system import distributed
 
 
+def error_kind_of(source: str, renderer: Renderer) -> ErrorKind | None:
+    """What goes wrong first in wrong samples of a source, if its task can tell."""
+    task = task_of(source)
+    if task is None or not task.error_kinds:
+        return None
+    # A wrong response without a wrong step has stopped too early: the last kind is for the rest.
+    return lambda r: task.error_kind(r.prompt.question, renderer.tokens(r.ids)) or task.error_kinds[-1]
+
+
 def evaluate_all(parts: Parts, run: Run, display: Display, *, step: int) -> list[EvalResult]:
     """Every evaluation set with the weights as they are; one line of eval.jsonl each."""
-    section, results = parts.config.eval, []
-    sampling = section.sampling()
+    config, results = parts.config, []
 
-    def generate(prompts: Sequence[Prompt], n: int) -> list[Rollout]:
+    def generate(sampling: Sampling, prompts: Sequence[Prompt], n: int) -> list[Rollout]:
         with parts.whole(prepares=False):
             mine = parts.generators.student.generate(distributed.share(prompts), sampling, n=n)
         by_prompt = [tuple(mine[i : i + n]) for i in range(0, len(mine), n)]
         return [r for group in distributed.gather(by_prompt) for r in group]
 
-    for split, prompts in parts.prompts.evals.items():
+    for split, asked in config.evaluations.items():
         result, graded = evaluate(
-            prompts,
-            generate,
+            parts.prompts.evals[asked.split],
+            partial(generate, asked.sampling),
             parts.text.renderer.graded,
             parts.text.grader,
-            n=section.n,
-            k=section.k,
+            n=asked.n,
+            k=asked.k,
             step=step,
             split=split,
+            error_kind=error_kind_of(config.data.eval[asked.split], parts.text.renderer),
         )
         results.append(result)
         if distributed.rank() == 0:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from onpath.commands.report.doses import draw_doses, gather_doses
 from onpath.commands.report.page import page
 from onpath.commands.report.run import gather_run
 from onpath.commands.report.study import gather_study
@@ -14,7 +15,7 @@ def write_report(directory: str | Path, out: str | Path | None = None) -> Path:
     """Writes one HTML page with curves, comparisons and trajectories; it loads nothing.
 
     Args:
-        directory: of a run or of a study.
+        directory: of a run or of a study; one by levels also gets the picture `doses.png`.
         out: the page; None: `directory/report.html`.
 
     Returns:
@@ -24,12 +25,17 @@ def write_report(directory: str | Path, out: str | Path | None = None) -> Path:
         UserError: neither a run nor a study, a damaged file in it, or a target that cannot be written.
     """
     directory = Path(directory)
-    if (directory / "study.json").is_file():
+    if (directory / "doses.json").is_file():
+        data = reading.safely(lambda: gather_doses(directory), where=str(directory))
+        reading.safely(lambda: draw_doses(directory), where=str(directory))
+    elif (directory / "study.json").is_file():
         data = reading.safely(lambda: gather_study(directory), where=str(directory))
     elif (directory / "config.yaml").is_file():
         data = reading.safely(lambda: gather_run(directory), where=str(directory))
     else:
-        raise UserError(f"{directory}: neither a run (no config.yaml) nor a study (no study.json)")
+        raise UserError(
+            f"{directory}: neither a run (no config.yaml) nor a study (no study.json, no doses.json)"
+        )
     path = directory / "report.html" if out is None else Path(out)
     if not path.parent.is_dir():  # a mistyped path, more likely than a wish for a new directory
         raise UserError(f"{path}: there is no directory {path.parent}")

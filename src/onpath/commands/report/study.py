@@ -130,7 +130,8 @@ def comparison(data: Row, split: str) -> Sequence[Chart | None]:
     seeds = {arm["arm"]: [r["evals"][split] for r in data["rows"] if r["arm"] == arm["arm"]] for arm in arms}
     base = about.get("base_arm")
     found: list[Chart | None] = []
-    for key, title in (("avg_at_k", f"avg@{about['n']}"), ("pass_at_k", f"pass@{about['k']}")):
+    n = samples(about, split)
+    for key, title in (("avg_at_k", f"avg@{n}"), ("pass_at_k", f"pass@{min(n, about['k'])}")):
         rows = [
             {
                 **estimate(arm["evals"][split][key]),
@@ -144,11 +145,34 @@ def comparison(data: Row, split: str) -> Sequence[Chart | None]:
     apart = [(arm["arm"], arm["evals"][split]["avg_at_k"].get("difference")) for arm in arms]
     rows = [{**estimate(d), "name": name, "points": []} for name, d in apart if d]
     found.append(
-        intervals(
-            f"Paired difference from {base}, {split}", rows, f"avg@{about['n']}, same seeds and problems", 0.0
-        )
+        intervals(f"Paired difference from {base}, {split}", rows, f"avg@{n}, same seeds and problems", 0.0)
     )
-    return [*found, table(arms, about, split)]
+    return [*found, table(arms, about, split), first_errors(arms, split)]
+
+
+def samples(about: Row, split: str) -> int:
+    """Per problem, of an evaluation: a greedy one has one."""
+    return int((about.get("samples") or {split: about["n"]})[split])
+
+
+def first_errors(arms: Sequence[Row], split: str) -> Chart | None:
+    """What goes wrong first, by arm; None where the task cannot tell."""
+    known = {arm["arm"]: arm["evals"][split].get("first_errors") for arm in arms}
+    kinds = sorted({kind for shares in known.values() for kind in shares or {}})
+    if not kinds:
+        return None
+    rows = [
+        [name, f"{sum(shares.values()):.1%}", *(f"{shares.get(kind, 0):.1%}" for kind in kinds)]
+        for name, shares in known.items()
+        if shares is not None
+    ]
+    return {
+        "kind": "table",
+        "title": f"Kinds of first errors, {split}",
+        "help": "Shares of all samples.",
+        "columns": ["arm", "wrong", *kinds],
+        "rows": rows,
+    }
 
 
 def estimate(value: Row) -> Row:
@@ -177,9 +201,9 @@ def table(arms: Sequence[Row], about: Row, split: str) -> Chart:
         "arm",
         "seeds",
         "steps",
-        f"avg@{about['n']}",
+        f"avg@{samples(about, split)}",
         "95% interval",
-        f"pass@{about['k']}",
+        f"pass@{min(samples(about, split), about['k'])}",
         "difference",
         "95% interval",
         "verdict",
@@ -239,7 +263,7 @@ def cost(arms: Sequence[Row], about: Row, split: str, name: str, keys: Sequence[
         for arm in arms
     ]
     return charts.lines(
-        f"avg@{about['n']} against {name}, {split}",
+        f"avg@{samples(about, split)} against {name}, {split}",
         points,
         x=f"{name}, student and teacher",
         unit="%",

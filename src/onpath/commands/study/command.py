@@ -29,12 +29,11 @@ from onpath.commands.study.jobs import Progress, locked, run_jobs, slots_for
 from onpath.commands.study.plan import Job
 from onpath.commands.study.results import gather, notes_of, tuned
 from onpath.commands.study.tables import markdown
-from onpath.system import code
 from onpath.system.errors import UserError
 from onpath.system.files import remove_leftovers, write_text
 from onpath.system.reading import read_json
 
-__all__ = ["StudyConfig", "StudyResult", "carry_out", "load_study", "run_study"]
+__all__ = ["StudyConfig", "StudyResult", "carry_out", "load_study"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,24 +52,6 @@ class StudyResult:
         if self.failed:
             name, why = next(iter(self.failed.items()))
             raise UserError(f"{len(self.failed)} of the study's runs failed, first {name}: {why}")
-
-
-def run_study(path: str | Path, *, allow_code: bool = False, quiet: bool = False) -> StudyResult:
-    """Runs what is left of a study and writes its results.
-
-    Args:
-        path: the study's YAML.
-        allow_code: run the Python files that it names.
-        quiet: no progress; the files are written all the same.
-
-    Raises:
-        UserError: something that the user can fix. Where only some runs failed, the results of the others are
-            written first.
-    """
-    with code.allowed(allow_code):
-        found = carry_out(load_study(path), command=f"onpath study {path}{code.flag()}", quiet=quiet)
-    found.check()
-    return found
 
 
 def carry_out(study: StudyConfig, *, command: str, quiet: bool = False) -> StudyResult:
@@ -131,6 +112,7 @@ def results(
             "tune": study.tune.model_dump(mode="json") if study.tune else None,
             "splits": list(first.evals),
             "problems": {split: line["problems"] for split, line in first.evals.items()},
+            "samples": {split: line["n"] for split, line in first.evals.items()},
             "n": first.asked.config.eval.n,
             "k": first.asked.config.eval.k,
             "grader": next(iter(first.details.values())).grader,

@@ -96,6 +96,9 @@ class Evals(Section):
     """Problems of each split."""
     every: int | None = Field(None, ge=0)
     """Also every so many steps, for learning curves."""
+    also_at: list[float] | None = None
+    """Further temperatures (eval.also_at). None: 0.6 and greedy where the task knows kinds of errors, as the
+    gym does; else none."""
     start: bool = False
     """Also before the first step of each run; the arm untouched measures that once."""
 
@@ -233,7 +236,25 @@ def load_study(path: str | Path) -> StudyConfig:
         UserError: unreadable file, wrong key, wrong value or impossible pair.
     """
     path = Path(path)
-    data = code.beside(_read(path), path.parent)
+    tree, name = read_study(path)
+    if "x" in tree:
+        raise UserError(f"{path}: x makes it a study per level, and here one study is asked for")
+    return study_of({**tree, "name": name}, path)
+
+
+def read_study(path: Path) -> tuple[dict[str, Any], str]:
+    """A study's YAML as it stands there, and its name."""
+    tree: dict[str, Any] = code.beside(_read(path), path.parent)
+    default = path.resolve().parent.name if path.stem == "config" else path.stem
+    return tree, str(tree.pop("name", default))
+
+
+def study_of(data: dict[str, Any], path: Path) -> StudyConfig:
+    """A study from its tree; `path` is where that stands.
+
+    Raises:
+        UserError: see `load_study`.
+    """
     base = data.get("base")
     if isinstance(base, str):
         data["base"] = configuration.load(path.parent / base)
@@ -241,7 +262,6 @@ def load_study(path: str | Path) -> StudyConfig:
         if not isinstance(base, dict):
             raise UserError(f"{path}: base must be a mapping of sections or the path of a config")
         data["base"] = configuration.build(nested(base), source=f"{path}: base")
-    data.setdefault("name", path.resolve().parent.name if path.stem == "config" else path.stem)
     try:
         return StudyConfig.model_validate(data)
     except ValidationError as error:

@@ -6,7 +6,7 @@
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from typing import Any
 from onpath import config as configuration
 from onpath.commands.study.config import StudyConfig, merged
 from onpath.config.build import Config
+from onpath.data.tasks import task_of
 from onpath.run.checkpoint import holds_model
 from onpath.system.errors import UserError
 
-_BARE = {"start": False, "every": 0}
+_BARE = {"start": False, "every": 0, "also_at": []}
 TUNING_SPLIT = "tuning"
 _NOT_ASKED = ("eval.every", "eval.start")  # of the training run: a finished one has no curve to add to
 
@@ -55,7 +56,7 @@ class Job:
         """Whether its last file is there."""
         if self.trains:
             return holds_model(self.directory / "model")
-        return all(self.details(split).is_file() for split in self.config.data.eval)
+        return all(self.details(split).is_file() for split in self.config.evaluations)
 
     def details(self, split: str) -> Path:
         """Verdicts problem by problem at the end."""
@@ -70,10 +71,12 @@ def arm_config(study: StudyConfig, arm: str) -> Config:
     """
     spec, evals = study.arms[arm], study.evals
     tree = study.base.model_dump(mode="json")
-    given = {key: getattr(evals, key) for key in ("n", "k", "every", "start")}
+    given = {key: getattr(evals, key) for key in ("n", "k", "every", "start", "also_at")}
     tree["eval"] |= {key: value for key, value in given.items() if value is not None}
     tree["data"] |= {"eval": evals.splits} if evals.splits else {}
     tree["data"] |= {"eval_limit": evals.limit} if evals.limit else {}
+    if evals.also_at is None and _tell_errors(tree["data"]["eval"].values()):
+        tree["eval"]["also_at"] = [0.6, 0.0]
     if spec.kind == "teacher" and tree["teacher"]["engine"] == "chat":
         raise UserError(f"arm {arm}: teacher.engine: chat has no weights here to evaluate; drop this arm")
     if spec.kind == "teacher":
@@ -88,6 +91,13 @@ def arm_config(study: StudyConfig, arm: str) -> Config:
     if method.get("name", tree["method"]["name"]) != tree["method"]["name"]:
         tree["method"] = {}  # the options of another method mean nothing here
     return configuration.build(merged(tree, spec.overrides), source=f"arm {arm}")
+
+
+def _tell_errors(sources: Iterable[str]) -> bool:
+    """Whether all sources are of tasks that know kinds of errors: then how often each occurs is asked at
+    other temperatures too, since some are indecision alone."""
+    tasks = [task_of(source) for source in sources]
+    return bool(tasks) and all(task is not None and task.error_kinds for task in tasks)
 
 
 def evaluated_only(engine: str) -> dict[str, Any]:

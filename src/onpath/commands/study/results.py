@@ -19,7 +19,10 @@ from onpath.system.errors import UserError
 
 MEASURES = ("avg_at_k", "pass_at_k")
 LEVEL = 0.05
-_SHOWN = ("avg_at_k", "ci95", "pass_at_k", "pass_at_k_ci95", "mean_length", "finished", "n", "k", "problems")
+_SHOWN = (
+    *("avg_at_k", "ci95", "pass_at_k", "pass_at_k_ci95", "mean_length", "finished", "n", "k", "problems"),
+    "first_errors",
+)
 
 Scores = dict[int | None, NDArray[np.float64]]
 """Seed → scores_P; None: the same model for every seed."""
@@ -45,7 +48,7 @@ class Finished:
             job=job,
             asked=asked,
             evals={row["split"]: row for row in lines},
-            details={split: read_details(asked.details(split)) for split in asked.config.data.eval},
+            details={split: read_details(asked.details(split)) for split in asked.config.evaluations},
             used=used(read_lines(job.directory / "metrics.jsonl")) if job.trains else None,
         )
 
@@ -59,7 +62,7 @@ class Finished:
             "evaluation": str(self.asked.directory.relative_to(study.directory)),
             "steps": self.job.last_step,
             "lr": self.job.config.optim.lr if self.job.trains else None,
-            "evals": {split: {k: line[k] for k in _SHOWN} for split, line in self.evals.items()},
+            "evals": {split: {k: line.get(k) for k in _SHOWN} for split, line in self.evals.items()},
             **(asdict(self.used) if self.used else dict.fromkeys(Used.__dataclass_fields__, 0)),
         }
 
@@ -160,6 +163,7 @@ def _arm(
         evals[split] = {m: _measured(name, study.base_arm, by_measure[m]) for m in MEASURES}
         for key in ("mean_length", "finished"):
             evals[split][key] = float(np.mean([f.evals[split][key] for f in mine]))
+        evals[split]["first_errors"] = _mean_errors([f.evals[split].get("first_errors") for f in mine])
     spent = [asdict(f.used) for f in mine if f.used]
     return {
         "arm": name,
@@ -174,6 +178,13 @@ def _arm(
             for key in Used.__dataclass_fields__
         },
     }
+
+
+def _mean_errors(found: Sequence[Mapping[str, float] | None]) -> dict[str, float] | None:
+    """Kind of first error → mean share over runs; None where the task cannot tell."""
+    known = [shares for shares in found if shares is not None]
+    kinds = sorted({kind for shares in known for kind in shares})
+    return {k: float(np.mean([s.get(k, 0.0) for s in known])) for k in kinds} if known else None
 
 
 def _measured(name: str, base: str, by_arm: Mapping[str, Scores]) -> dict[str, Any]:

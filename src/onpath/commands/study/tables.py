@@ -31,7 +31,10 @@ def sheets(data: Row) -> Iterator[Sheet]:
     """All tables of a study."""
     for split in data["study"]["splits"]:
         for measure in ("avg_at_k", "pass_at_k"):
-            yield _scores(data, split, measure)
+            if measure == "avg_at_k" or data["study"]["samples"][split] > 1:
+                yield _scores(data, split, measure)
+    if any(arm["evals"][s]["first_errors"] for arm in data["arms"] for s in data["study"]["splits"]):
+        yield _first_errors(data)
     yield _costs(data)
     if data["tuning"]:
         yield _tuning(data)
@@ -39,9 +42,10 @@ def sheets(data: Row) -> Iterator[Sheet]:
 
 def _scores(data: Row, split: str, measure: str) -> Sheet:
     study, base = data["study"], data["study"]["base_arm"]
-    name = f"avg@{study['n']}" if measure == "avg_at_k" else f"pass@{study['k']}"
+    samples = study["samples"][split]
+    name = f"avg@{samples}" if measure == "avg_at_k" else f"pass@{min(samples, study['k'])}"
     return Sheet(
-        title=f"{split}, {name}: {study['problems'][split]:,} problems, {study['n']} samples each",
+        title=f"{split}, {name}: {study['problems'][split]:,} problems, {samples} samples each",
         columns=("arm", "seeds", name, "95%", f"− {base}", "95%", "", "length"),
         rows=tuple(
             (
@@ -51,6 +55,25 @@ def _scores(data: Row, split: str, measure: str) -> Sheet:
                 f"{arm['evals'][split]['mean_length']:.1f}",
             )
             for arm in data["arms"]
+        ),
+    )
+
+
+def _first_errors(data: Row) -> Sheet:
+    """What goes wrong first, by arm and evaluation: shares of all samples."""
+    found = [(s, arm, arm["evals"][s]) for s in data["study"]["splits"] for arm in data["arms"]]
+    kinds = sorted({kind for _, _, held in found for kind in held["first_errors"] or {}})
+    return Sheet(
+        title="Kinds of first errors, as shares of all samples; together they make what is wrong",
+        columns=("split, arm", "wrong", *kinds),
+        rows=tuple(
+            (
+                f"{split}, {arm['arm']}",
+                f"{1 - held['avg_at_k']['mean']:.1%}",
+                *(f"{held['first_errors'].get(kind, 0):.1%}" for kind in kinds),
+            )
+            for split, arm, held in found
+            if held["first_errors"] is not None
         ),
     )
 

@@ -1,0 +1,148 @@
+"""Dose against response on the page, and as one picture: what each arm is worth by a strength."""
+
+from pathlib import Path
+from typing import Any
+
+from onpath.commands.report import charts
+from onpath.commands.report.charts import Chart, Series
+from onpath.commands.report.run import read_json, section
+from onpath.commands.report.study import comparison, estimate, facts
+from onpath.run.trajectories import Row
+from onpath.system.errors import UserError
+from onpath.system.files import written
+
+PICTURE = "doses.png"
+# Told apart by all kinds of eyes; an arm keeps its colour in every picture of a study.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#666666")
+_MARKERS = "osD^vP*X"
+_EXPLAINED = (
+    "Means over seeds and problems; bands and bars: 95% intervals. Differences are paired: the same "
+    "problems, the same seeds, at the same level. An interval that covers 0 is inside the noise."
+)
+
+
+def gather_doses(directory: Path) -> dict[str, Any]:
+    """The page's data.
+
+    Raises:
+        UserError: doses.json is damaged.
+    """
+    data = read_json(directory / "doses.json")
+    if missing := {"name", "x", "levels"} - data.keys():
+        raise UserError(f"{directory / 'doses.json'}: not a study by levels: it lacks {min(missing)}")
+    levels = data["levels"]
+    about = levels[0]["study"]
+    splits = about["splits"]
+    per_level = [
+        section(
+            f"{data['x']} {level['x']:g}",
+            [c for s in splits for c in comparison({**level, "rows": []}, s)],
+            f"All arms at this level; {level['directory']}/report.html has runs and trajectories.",
+        )
+        for level in levels
+    ]
+    return {
+        "kind": "study",
+        "title": data["name"],
+        "facts": [
+            [data["x"], ", ".join(f"{level['x']:g}" for level in levels)],
+            *facts({**about, "command": data.get("command")}, levels[0]["environment"], levels[0]["arms"]),
+        ],
+        "tiles": [],
+        "notes": [f"{data['x']} {level['x']:g}: {note}" for level in levels for note in level["notes"]],
+        "sections": [
+            section("Dose against response", [c for s in splits for c in responses(data, s)], _EXPLAINED),
+            *per_level,
+        ],
+        "vocabulary": [],
+        "trajectories": [],
+    }
+
+
+def responses(data: Row, split: str) -> list[Chart | None]:
+    """Accuracy by level, and the paired difference from the base arm by level."""
+    base = data["levels"][0]["study"]["base_arm"]
+    means = [_series(data, split, name, None) for name in arms_of(data)]
+    apart = [_series(data, split, name, "difference") for name in arms_of(data) if name != base]
+    return [
+        charts.lines(f"Accuracy, {split}", means, x=data["x"], unit="%", zero=False),
+        charts.lines(f"Paired difference from {base}, {split}", apart, x=data["x"], unit="%"),
+    ]
+
+
+def arms_of(data: Row) -> list[str]:
+    """Names, in the study's order."""
+    return list(dict.fromkeys(arm["arm"] for level in data["levels"] for arm in level["arms"]))
+
+
+def points(data: Row, split: str, arm: str, key: str | None) -> list[tuple[float, Row]]:
+    """Level and estimate (mean, low, high) of an arm; `key` difference: from the base arm."""
+    found = []
+    for level in data["levels"]:
+        held = next((a["evals"][split]["avg_at_k"] for a in level["arms"] if a["arm"] == arm), None)
+        value = held if held is None or key is None else held[key]
+        if value is not None:
+            found.append((level["x"], estimate(value)))
+    return found
+
+
+def _series(data: Row, split: str, arm: str, key: str | None) -> Series | None:
+    found = points(data, split, arm, key)
+    if not found:
+        return None
+    columns = {name: [value[name] for _, value in found] for name in ("mean", "low", "high")}
+    return charts.series(
+        arm, [x for x, _ in found], columns["mean"], low=columns["low"], high=columns["high"], marks=True
+    )
+
+
+def draw_doses(directory: Path, split: str | None = None) -> Path:
+    """`doses.png`: the paired difference from the base arm by level, a line per arm.
+
+    Args:
+        split: the evaluation set; None: the last of those that were asked for by name.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    data = read_json(directory / "doses.json")
+    about = data["levels"][0]["study"]
+    named = [s for s in about["splits"] if not s.endswith("_greedy") and "_T" not in s]
+    split = split or named[-1]
+    base, levels = about["base_arm"], [level["x"] for level in data["levels"]]
+    shown = [name for name in arms_of(data) if points(data, split, name, "difference")]
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    axis.axhline(0, color="0.4", linewidth=1)
+    # Arms stand a little beside each other, so that no interval hides another.
+    step = 0.012 * (levels[-1] - levels[0] or 1.0)
+    for place, name in enumerate(shown):
+        found = points(data, split, name, "difference")
+        colour, marker = _COLOURS[place % len(_COLOURS)], _MARKERS[place % len(_MARKERS)]
+        x = [level + step * (place - (len(shown) - 1) / 2) for level, _ in found]
+        y = [100 * value["mean"] for _, value in found]
+        bars = [[100 * abs(value[end] - value["mean"]) for _, value in found] for end in ("low", "high")]
+        axis.errorbar(x, y, yerr=bars, color=colour, marker=marker, capsize=3, linewidth=1.6, label=name)
+    axis.set_xticks(levels, [_level(data, level, base, split) for level in levels])
+    axis.set(xlabel=f"{data['x']} (below: {base} itself)", ylabel=f"points above {base}")
+    seeds = len(about["seeds"])
+    axis.set_title(
+        f"{split}, avg@{about['samples'][split]}: {seeds} seed{'s' * (seeds != 1)}, "
+        f"{about['problems'][split]:,} problems; bars: 95%, paired",
+        fontsize=10,
+        loc="left",
+    )
+    axis.legend(frameon=False, fontsize=9, ncols=min(3, len(shown)))
+    axis.margins(y=0.18)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", alpha=0.3)
+    path = directory / PICTURE
+    with written(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    return path
+
+
+def _level(data: Row, level: float, base: str, split: str) -> str:
+    own = [value["mean"] for x, value in points(data, split, base, None) if x == level]
+    return "\n".join([f"{level:g}", *(f"{mean:.1%}" for mean in own)])

@@ -1,0 +1,179 @@
+"""A task's world as engines and teachers: rollouts spoiled from outside, and a teacher that is lost behind an
+error (`onpath.data.tasks.World`).
+
+Both are pure functions of (seed, problem), and lie around the engine and the teacher of the run: methods ask
+as ever. N response tokens, H hidden.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from onpath.data.batch import Batch
+from onpath.data.render import Renderer
+from onpath.data.tasks import World, task_of
+from onpath.engines.base import Engine
+from onpath.engines.teacher import ModelTeacher, Teacher
+from onpath.losses import Head, TeacherHidden
+from onpath.records import Completion, Prompt, Rollout, Sampling
+from onpath.system.errors import UserError
+
+After = Callable[[Sequence[int]], int | None]
+"""Ids of prompt and response → the place behind which the teacher is lost."""
+
+
+def world_of(source: str) -> World | None:
+    """Of the training data; None: a world that does nothing to rollouts and teacher, or none."""
+    task = task_of(source)
+    world = None if task is None else task.world
+    return world if world is not None and (world.spoils or world.loses) else None
+
+
+def lost_behind(world: World | None, seed: int, renderer: Renderer) -> After:
+    """`World.lost_after` of ids."""
+    return lambda ids: None if world is None else world.lost_after(seed, renderer.tokens(ids))
+
+
+class SpoilingEngine(Engine):
+    """Generates as another engine does, and puts a token of the world's into some rollouts, from which the
+    student goes on. Of that token the rollout has the student's own log-prob."""
+
+    def __init__(self, engine: Engine, world: World, *, seed: int) -> None:
+        self.engine, self.world, self.seed, self.renderer = engine, world, seed, engine.renderer
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, n: int = 1, keys: Sequence[str] | None = None
+    ) -> list[Rollout]:
+        """See `Engine.generate`."""
+        rollouts = self.engine.generate(prompts, sampling, n=n, keys=keys)
+        names = [f"{key}/{i}" for key in keys or [p.id for p in prompts] for i in range(n)]
+        hits = [
+            (place, at, self._id(token))
+            for place, r in enumerate(rollouts)
+            for at, token in filter(None, [self._spoiled(r)])
+        ]
+        if not hits:
+            return rollouts
+        begun = [(place, (*rollouts[place].ids[:at], token)) for place, at, token in hits]
+        scored = self.engine.score([rollouts[p].context for p, _ in begun], [ids for _, ids in begun])
+        room = sampling.max_new_tokens - min(len(ids) for _, ids in begun)
+        done = self.engine.continue_from(
+            [rollouts[p].context + ids for p, ids in begun],
+            replace(sampling, max_new_tokens=max(1, room)),
+            keys=[f"{names[p]}/spoiled" for p, _ in begun],
+        )
+        for (place, ids), logps, rest in zip(begun, scored, done, strict=True):
+            old = rollouts[place]
+            left = sampling.max_new_tokens - len(ids)
+            rollouts[place] = replace(
+                old,
+                ids=ids + rest.ids[:left],
+                logprobs=old.logprobs[: len(ids) - 1] + logps[-1:] + rest.logprobs[:left],
+                finish_reason=rest.finish_reason if len(rest.ids) <= left else "length",
+            )
+        return rollouts
+
+    def _spoiled(self, rollout: Rollout) -> tuple[int, str] | None:
+        tokens = self.renderer.tokens(rollout.ids)
+        return self.world.spoiled(self.seed, rollout.prompt.question, tokens)
+
+    def _id(self, token: str) -> int:
+        (found,) = self.renderer.text_ids(token)
+        return found
+
+    def continue_from(
+        self, prefixes: Sequence[Sequence[int]], sampling: Sampling, *, keys: Sequence[str] | None = None
+    ) -> list[Completion]:
+        """See `Engine.continue_from`."""
+        return self.engine.continue_from(prefixes, sampling, keys=keys)
+
+    def score(
+        self, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> list[tuple[float, ...]]:
+        """See `Engine.score`."""
+        return self.engine.score(contexts, responses)
+
+    def sync_weights(self, version: int) -> None:
+        """See `Engine.sync_weights`."""
+        self.engine.sync_weights(version)
+
+
+class LostTeacher(Teacher):
+    """A teacher that is another model behind an error.
+
+    Logits are linear in the hidden states, so both models fit into one head: it is [W_sound, W_lost], and the
+    states of a token are [h_sound, 0], or behind an error [0, h_lost].
+
+    Raises:
+        UserError: one of the models has a head with more to it than a matrix.
+    """
+
+    model: nn.Module
+
+    def __init__(self, sound: Teacher, lost: ModelTeacher, after: After) -> None:
+        assert isinstance(sound, ModelTeacher), "the config refuses any other"
+        self.sound, self.lost, self.after = sound, lost, after
+        self.model = self.separate = sound.model
+        self.context_length = min(sound.context_length, lost.context_length)
+        for head in (sound.head, lost.head):
+            if replace(head, weight=head.weight, tokens=None) != Head(weight=head.weight):
+                raise UserError(
+                    "data.train: lost is for models whose logits are a matrix of their hidden states alone; "
+                    "one of the two has a bias, a scale or a softcap"
+                )
+
+    @property
+    def head(self) -> Head:
+        """See `Teacher.head`."""
+        tokens = min(self.sound.head.vocabulary, self.lost.head.vocabulary)
+        halves = [teacher.head.weight[:tokens] for teacher in (self.sound, self.lost)]
+        return Head(weight=torch.cat([half.to(halves[0].dtype) for half in halves], dim=1))
+
+    @torch.no_grad()
+    def scores(self, batch: Batch, cache: DynamicCache | None = None) -> TeacherHidden:
+        """See `Teacher.scores`."""
+        sound_NH, lost_NH = self.sound.hidden(batch), self.lost.hidden(batch)
+        lost_N1 = self._lost(batch).to(sound_NH.device)[:, None]
+        hidden = [sound_NH.masked_fill(lost_N1, 0), lost_NH.to(sound_NH.dtype).masked_fill(~lost_N1, 0)]
+        return TeacherHidden(hidden=torch.cat(hidden, dim=1), head=self.head)
+
+    def _lost(self, batch: Batch) -> Tensor:
+        """Whether the context of each response token holds an error, [N]."""
+        flags: list[bool] = []
+        for t in batch.trajectories:
+            start = len(t.teacher_context)
+            at = self.after(t.teacher_context + t.response)
+            flags += [at is not None and start + i > at for i in range(len(t.response))]
+        return torch.tensor(flags, dtype=torch.bool)
+
+
+class LostEngine(Engine):
+    """Generates in the teacher's name: prefixes with an error are gone on from by the lost model."""
+
+    def __init__(self, sound: Engine, lost: Engine, after: After) -> None:
+        self.sound, self.lost, self.after, self.renderer = sound, lost, after, sound.renderer
+
+    def continue_from(
+        self, prefixes: Sequence[Sequence[int]], sampling: Sampling, *, keys: Sequence[str] | None = None
+    ) -> list[Completion]:
+        """See `Engine.continue_from`. An error in what is being generated changes nothing: the writer knows
+        no better than it writes."""
+        names = [str(i) for i in range(len(prefixes))] if keys is None else list(keys)
+        found: dict[int, Completion] = {}
+        astray = [self.after(prefix) is not None for prefix in prefixes]
+        for engine, mine in ((self.sound, False), (self.lost, True)):
+            places = [i for i, is_lost in enumerate(astray) if is_lost is mine]
+            done = engine.continue_from(
+                [prefixes[i] for i in places], sampling, keys=[names[i] for i in places]
+            )
+            found |= dict(zip(places, done, strict=True))
+        return [found[i] for i in range(len(prefixes))]
+
+    def score(
+        self, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> list[tuple[float, ...]]:
+        """Of the sound model: see `LostTeacher` for what a run learns from."""
+        return self.sound.score(contexts, responses)

@@ -1,0 +1,66 @@
+"""What each model of the maze is trained on: walks, hints, attempts, and a curriculum of sizes."""
+
+import random
+from dataclasses import dataclass, field
+
+from onpath.gym.maze.demos import Beliefs, Pieces, Walker, text_of
+from onpath.gym.maze.tasks import moves, random_maze
+from onpath.gym.maze.vocab import GIVEN, REDO, TRIED
+
+TEMPLATES = {
+    "hint": "{problem}" + GIVEN + "{solution}",
+    "rewrite": "{problem}" + TRIED + "{attempt}" + REDO,
+    "rewrite_with_reference": "{problem}" + GIVEN + "{solution}" + TRIED + "{attempt}" + REDO,
+}
+"""User messages; the slots: the maze, the moves of its way, a student's attempt."""
+
+TEACHER_SHARES = {"plain": 0.5, "prefix": 0.3, "hint": 0.06, "rewrite": 0.1, "rewrite_with_reference": 0.04}
+STUDENT_SHARES = {"plain": 0.8, "hint": 0.1, "rewrite": 0.06, "rewrite_with_reference": 0.04}
+LONG = {"teacher": 0.12, "student": 0.05}
+"""Share of mazes as long as those of `hard`."""
+
+
+@dataclass
+class Mixture:
+    """A source of demonstrations for one role."""
+
+    role: str
+    beliefs: Beliefs = field(default_factory=Beliefs)
+    curriculum: float = 0.25
+    """Share of the training over which mazes of one to three moves give way to whole ones."""
+    hint_scale: float = 0.05
+    """Of the student's misbeliefs where it sees the way."""
+
+    def draw(self, rng: random.Random, progress: float) -> tuple[str, Pieces]:
+        """One demonstration: the user's message and the response. `progress` runs from 0 to 1."""
+        shares = TEACHER_SHARES if self.role == "teacher" else STUDENT_SHARES
+        kind = rng.choices(list(shares), list(shares.values()))[0]
+        if progress < 1.2 * self.curriculum and rng.random() < 0.8:
+            kind = "plain"
+        maze = random_maze(rng, "train", self._sizes(rng, progress))
+        attempt = ""
+        if TRIED in TEMPLATES.get(kind, ""):
+            writer = Walker(student_style=True, beliefs=self.beliefs, noise=rng.choice((0.0, 0.0, 0.1)))
+            attempt = text_of(writer.write(rng, maze))
+        prompt = TEMPLATES.get(kind, "{problem}").format(
+            problem=maze.text, solution=moves(maze.way), attempt=attempt
+        )
+        return prompt, self._walker(rng, kind).write(rng, maze, attempt)
+
+    def _sizes(self, rng: random.Random, progress: float) -> tuple[int, int]:
+        if rng.random() > (progress / self.curriculum if self.curriculum else 1.0):
+            return (1, 3)
+        if rng.random() < LONG[self.role]:
+            return (10, 11)
+        return (2, 8) if rng.random() < 0.2 else (6, 8)
+
+    def _walker(self, rng: random.Random, kind: str) -> Walker:
+        if self.role == "student":
+            scale = self.hint_scale if GIVEN in TEMPLATES.get(kind, "") else 1.0
+            return Walker(student_style=True, beliefs=self.beliefs, scale=scale)
+        if kind == "prefix":
+            return Walker(
+                student_style=rng.random() < 0.9, beliefs=self.beliefs, foreign=True, notice=0.5,
+                noise=rng.choice((0.0, 0.0, 0.2)),
+            )  # fmt: skip
+        return Walker()

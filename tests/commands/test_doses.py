@@ -1,0 +1,118 @@
+"""A study per level of a strength: its YAML, its runs, its table, its page and picture."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from onpath.commands.cli import main
+from onpath.commands.report.command import write_report
+from onpath.commands.report.doses import PICTURE, arms_of, draw_doses, points, responses
+from onpath.commands.study.command import load_study
+from onpath.commands.study.doses import Doses, dose_sheets, load_doses
+from onpath.commands.study.plan import Job
+from onpath.commands.study.run import run_study
+from onpath.system.errors import UserError
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def make(model_dirs: dict[str, Path], data_file: Path, tmp_path: Path) -> Make:
+    """Writes a study at two learning rates as levels; keywords replace its sections."""
+
+    def write(**changes: Any) -> Path:
+        data = {
+            "name": "rates",
+            "dir": str(tmp_path / "studies"),
+            "x": {"name": "rate", "levels": [0.001, 0.01]},
+            "base": {
+                "student": {"model": str(model_dirs["student"]), "device": "cpu"},
+                "teacher": {"model": str(model_dirs["teacher"]), "device": "cpu"},
+                "data": {"train": str(data_file)},
+                "rollout": {"prompts": 4, "max_new_tokens": 4},
+                "optim": {"steps": 1, "lr": "{x}"},
+                "eval": {"grader": "exact", "max_new_tokens": 1},
+                "run": {"save_every": 0, "trajectories_every": 0},
+            },
+            "arms": {"opd": {}, "forward": {"method.divergence": "forward_kl"}},
+            "seeds": 2,
+            "evals": {"splits": {"test": str(data_file)}, "n": 2, "k": 2, "limit": 6},
+            "parallel": {"processes": 1},
+        }
+        given = {k: v for k, v in (data | changes).items() if v is not None}
+        path = tmp_path / "rates.yaml"
+        path.write_text(yaml.safe_dump(given, sort_keys=False))
+        return path
+
+    return write
+
+
+def loaded(path: Path) -> Doses:
+    found = load_doses(path)
+    assert found is not None
+    return found
+
+
+def test_each_level_is_a_study_with_the_level_in_it(make: Make, tmp_path: Path) -> None:
+    doses = loaded(make(arms={"opd": {}, "half": {"method": {"divergence": "jensen_shannon", "beta": 0.5}}}))
+    assert list(doses.studies) == [0.001, 0.01]
+    assert [s.base.optim.lr for s in doses.studies.values()] == [0.001, 0.01]
+    assert [s.directory for s in doses.studies.values()] == [
+        tmp_path / "studies" / "rates" / f"rate-{x}" for x in ("0.001", "0.01")
+    ]
+    assert load_doses(make(x=None, base={})) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"x": {"name": "rate", "levels": [0.5]}}, "x.levels"),
+        ({"x": {"name": "rate", "levels": [1, 0.5]}}, "levels must ascend"),
+        ({"x": {"levels": [0, 1]}}, "x.name"),
+        ({"x": {"name": "late", "levels": [0, 1]}, "base": {}}, r"nothing says \{x\}"),
+        ({"x": {"name": "rate", "levels": [0, 1]}}, "optim.lr"),
+    ],
+)
+def test_what_cannot_be_read(make: Make, changes: dict[str, Any], why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        load_doses(make(**changes))
+
+
+def test_one_study_is_asked_for(make: Make) -> None:
+    with pytest.raises(UserError, match="a study per level"):
+        load_study(make())
+
+
+def test_runs_resume_and_are_shown(
+    make: Make, in_process: list[Job], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make()
+    found = run_study(path, quiet=True)
+    assert len(in_process) == 8
+    assert [level["x"] for level in found.data["levels"]] == [0.001, 0.01]
+    assert main(["study", str(path), "--quiet"]) == 0
+    assert len(in_process) == 8, "finished levels are not run again"
+    assert "test: 6 problems, by rate" in capsys.readouterr().out
+
+    (sheet,) = dose_sheets(found.data)
+    assert [row[0] for row in sheet.rows] == [
+        f"{a}, rate {x}" for a in ("opd", "forward") for x in (0.001, 0.01)
+    ]
+    data = json.loads((found.directory / "doses.json").read_text())
+    assert arms_of(data) == ["opd", "forward"]
+    for level, (x, value) in zip(data["levels"], points(data, "test", "forward", "difference"), strict=True):
+        gap = level["arms"][1]["evals"]["test"]["avg_at_k"]["difference"]
+        assert (x, value["mean"], value["low"]) == (level["x"], gap["mean"], gap["ci95"][0])
+    accuracy, apart = responses(data, "test")
+    assert accuracy is not None
+    assert apart is not None
+    assert [s["name"] for s in accuracy["series"]] == ["opd", "forward"]
+    assert [s["name"] for s in apart["series"]] == ["forward"]
+    page = write_report(found.directory)
+    assert "Paired difference from opd" in page.read_text()
+    assert (found.directory / PICTURE).read_bytes()[:4] == b"\x89PNG"
+    assert draw_doses(found.directory, "test") == found.directory / PICTURE

@@ -1,0 +1,146 @@
+"""A world around engine and teacher: spoiled rollouts, a teacher that is lost behind an error, resume."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from onpath.config.build import Config
+from onpath.data.batch import collate
+from onpath.data.render import Renderer
+from onpath.engines.hf import HFEngine
+from onpath.engines.models import load_model
+from onpath.engines.teacher import ModelTeacher
+from onpath.engines.worlds import LostEngine, LostTeacher, SpoilingEngine, lost_behind, world_of
+from onpath.records import Prompt, Sampling, Trajectory
+from onpath.run import assemble
+from onpath.run.log import read_lines
+from onpath.system.errors import UserError
+from onpath.training import train
+
+SAMPLING = Sampling(max_new_tokens=9, seed=3)
+PROMPTS = [Prompt(id=str(i), text=f"{i}+{i}=?", answer="0") for i in range(6)]
+
+
+@dataclass(frozen=True)
+class Sevens:
+    """Every third character of an even problem becomes a 7; behind a 7 the teacher is lost."""
+
+    spoils: bool = True
+    loses: bool = True
+
+    def spoiled(self, seed: int, problem: str, tokens: Sequence[str]) -> tuple[int, str] | None:
+        return (2, "7") if len(tokens) > 2 and int(problem[0]) % 2 == seed % 2 else None
+
+    def lost_after(self, seed: int, tokens: Sequence[str]) -> int | None:
+        start = tokens.index("<sol>") + 1
+        return next((i for i in range(start, len(tokens)) if tokens[i] == "7"), None)
+
+
+@pytest.fixture(scope="module")
+def engines(model_dirs: dict[str, Path], tokenizer) -> dict[str, HFEngine]:  # type: ignore[no-untyped-def]
+    from onpath.config import Student
+
+    found = {}
+    for role, path in model_dirs.items():
+        model = load_model(Student(model=str(path)), "student.model", torch.device("cpu"))
+        found[role] = HFEngine(model, Renderer(tokenizer), stop_ids=frozenset({2}))
+    return found
+
+
+def test_a_spoiled_rollout_goes_on_from_what_was_put_into_it(engines: dict[str, HFEngine]) -> None:
+    plain = engines["student"].generate(PROMPTS, SAMPLING, n=2)
+    engine = SpoilingEngine(engines["student"], Sevens(), seed=0)
+    made = engine.generate(PROMPTS, SAMPLING, n=2)
+    assert made == engine.generate(PROMPTS, SAMPLING, n=2)
+    (seven,) = engine.renderer.text_ids("7")
+    changed = 0
+    for before, after in zip(plain, made, strict=True):
+        assert (before.prompt, before.sample, before.place) == (after.prompt, after.sample, after.place)
+        if int(before.prompt.question[0]) % 2 or len(before.ids) < 3:
+            assert after == before
+            continue
+        changed += 1
+        assert after.ids[:3] == (*before.ids[:2], seven)
+        assert 3 <= len(after.ids) == len(after.logprobs) <= SAMPLING.max_new_tokens
+        assert (after.finish_reason == "stop") == (after.ids[-1] == 2)
+        # All log-probs, of the token from outside too, are the student's own.
+        (scored,) = engine.score([after.context], [after.ids])
+        assert after.logprobs == pytest.approx(scored, abs=1e-4)
+    assert changed >= 4
+
+
+def test_behind_an_error_the_scores_are_the_other_models(engines: dict[str, HFEngine]) -> None:
+    sound, lost = (ModelTeacher(engines[role].model) for role in ("teacher", "student"))
+    renderer = engines["student"].renderer
+    teacher = LostTeacher(sound, lost, lost_behind(Sevens(), 0, renderer))
+    texts = ["1+17+2", "123456", "7"]
+    batch = collate(
+        [
+            Trajectory(student_context=(1, 5, 3), teacher_context=(1, 6, 5, 3), response=renderer.text_ids(t))
+            for t in texts
+        ],
+        device=torch.device("cpu"),
+    )
+
+    def logp(teacher: ModelTeacher | LostTeacher) -> torch.Tensor:
+        scores = teacher.scores(batch)
+        return (scores.hidden @ scores.head.weight.T).log_softmax(-1)
+
+    mixed_NV, sound_NV, lost_NV = logp(teacher), logp(sound), logp(lost)
+    behind_N = torch.tensor([False] * 4 + [True] * 2 + [False] * 6 + [False])
+    assert [r for t in batch.trajectories for r in renderer.tokens(t.response)] == list("".join(texts))
+    torch.testing.assert_close(mixed_NV[~behind_N], sound_NV[~behind_N], atol=1e-5, rtol=0)
+    torch.testing.assert_close(mixed_NV[behind_N], lost_NV[behind_N], atol=1e-5, rtol=0)
+    assert (sound_NV - lost_NV).abs().max() > 0.1
+
+
+def test_prefixes_with_an_error_are_gone_on_from_by_the_lost_model(engines: dict[str, HFEngine]) -> None:
+    student, teacher = engines["student"], engines["teacher"]
+    renderer = student.renderer
+    engine = LostEngine(teacher, student, lost_behind(Sevens(), 0, renderer))
+    start = renderer.ids(PROMPTS[0])
+    prefixes = [start + renderer.text_ids(t) for t in ("12", "17", "", "73")]
+    greedy = Sampling(temperature=0, max_new_tokens=6)
+    keys = list("abcd")
+    own, other = (e.continue_from(prefixes, greedy, keys=keys) for e in (teacher, student))
+    assert engine.continue_from(prefixes, greedy, keys=keys) == [own[0], other[1], own[2], other[3]]
+    assert own[1] != other[1]
+
+
+def test_a_world_that_does_nothing_is_none() -> None:
+    assert world_of("gym:train") is None
+    assert world_of("gym:train?late=1") is None
+    assert world_of("data.jsonl") is None
+    assert world_of("gym:train?spoil=0.1") is not None
+
+
+def test_lost_needs_a_teacher_model_here(tiny: Callable[..., Config]) -> None:
+    with pytest.raises(UserError, match="lost is about a teacher model in this process"):
+        tiny(data__train="gym:train?lost=1", method__name="opsd")
+
+
+def test_a_run_in_a_world_goes_on_bit_for_bit(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assemble, "world_of", lambda source: Sevens())
+
+    def run() -> tuple[Path, list[dict[str, float]]]:
+        directory = train(tiny(data__eval={}, run__save_every=1, optim__steps=3), quiet=True).directory
+        rows = [
+            {k: v for k, v in r.items() if k != "seconds"} for r in read_lines(directory / "metrics.jsonl")
+        ]
+        return directory, rows
+
+    directory, whole = run()
+    for path in (directory / "model", directory / "checkpoints" / "step_3"):
+        shutil.rmtree(path)
+    assert run()[1] == whole
+    shutil.rmtree(directory)
+    monkeypatch.setattr(assemble, "world_of", lambda source: Sevens(loses=False))
+    spoiled = run()[1]
+    assert spoiled[0]["student_tokens_generated"] == whole[0]["student_tokens_generated"]
+    assert spoiled[0]["loss"] != whole[0]["loss"]
