@@ -8,9 +8,13 @@ Token ids are the truth: text is made from ids for people and for graders, never
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 FinishReason = Literal["stop", "length"]
+Writer = Literal["student", "teacher", "forced"]
+"""Who wrote a token: a model sampled it, or a rule put it there."""
+WRITERS: tuple[Writer, ...] = get_args(Writer)
+Writers = tuple[Writer, ...]
 Message = Mapping[str, str]
 
 
@@ -181,6 +185,8 @@ class Trajectory:
     edit: Edit = field(default_factory=lambda: Edit(kind="none"))
     behaviour_logprobs: tuple[float, ...] | None = None
     """Log-probs under the policy that generated the response, where the objective corrects for it."""
+    writers: Writers | None = None
+    """Who wrote each response token; None: the student, all of them."""
     place: int | None = None
     """Its index among the trajectories that are read or trained on together; set there."""
     counted: tuple[bool, ...] | None = None
@@ -193,6 +199,8 @@ class Trajectory:
             raise ValueError(f"{len(self.weights)} weights for {len(self.response)} response tokens")
         if self.counted is not None and len(self.counted) != len(self.response):
             raise ValueError(f"{len(self.counted)} counted for {len(self.response)} response tokens")
+        if self.writers is not None and len(self.writers) != len(self.response):
+            raise ValueError(f"{len(self.writers)} writers for {len(self.response)} response tokens")
         for g in self.guidance:
             if g.start < 0 or g.start + len(g.targets) > len(self.response):
                 raise ValueError(f"guidance at {g.start} for {len(g.targets)} positions leaves the response")
@@ -201,6 +209,33 @@ class Trajectory:
     def token_weights(self) -> tuple[float, ...]:
         """Weights with the default spelled out."""
         return (1.0,) * len(self.response) if self.weights is None else self.weights
+
+    @property
+    def written_by(self) -> Writers:
+        """`writers` with the default spelled out."""
+        return all_by("student", len(self.response)) if self.writers is None else self.writers
+
+    def truncated(self, length: int) -> "Trajectory":
+        """Only the first `length` response tokens; the rest is neither scored nor counted.
+
+        >>> t = Trajectory(student_context=(1,), teacher_context=(1,), response=(4, 5, 2))
+        >>> t.truncated(2).response
+        (4, 5)
+        """
+        if len(self.response) <= length:
+            return self
+        behaviour = self.behaviour_logprobs
+        return replace(
+            self,
+            response=self.response[:length],
+            weights=None if self.weights is None else self.weights[:length],
+            counted=None if self.counted is None else self.counted[:length],
+            writers=None if self.writers is None else self.writers[:length],
+            guidance=tuple(
+                replace(g, targets=g.targets[: length - g.start]) for g in self.guidance if g.start < length
+            ),
+            behaviour_logprobs=None if behaviour is None else behaviour[:length],
+        )
 
     @property
     def in_count(self) -> tuple[bool, ...]:
@@ -234,6 +269,15 @@ class Graded:
     correct: bool
     extracted: str | None
     """The answer that the grader found in the text; None if there was none."""
+
+
+def all_by(writer: Writer, count: int) -> Writers:
+    """So many tokens by one writer.
+
+    >>> all_by("teacher", 2)
+    ('teacher', 'teacher')
+    """
+    return (writer,) * count
 
 
 def token_count(trajectories: Sequence[Trajectory]) -> float:

@@ -83,6 +83,17 @@ class Kept:
             self.student = [graph for graph in self.student if not any(graph is u for u in used)]
         return found
 
+    def truncated(self, whole: Trajectory, length: int) -> None:
+        """Only the first `length` tokens of a response are trained on: states look backwards alone."""
+        short = whole.response[:length]
+        for context, known in (
+            (whole.teacher_context, [self.teacher]),
+            (whole.student_context, self.student),
+        ):
+            for graph in known:
+                if (context, whole.response) in graph:
+                    graph[context, short] = graph[context, whole.response][:length]
+
 
 def _gathered(known: dict[Key, Tensor], keys: Sequence[Key]) -> Tensor | None:
     if not keys or not all(key in known for key in keys):
@@ -135,6 +146,7 @@ def forward(
     *,
     keep: Kept | None = None,
     past: bool = False,
+    top_k: int = 0,
     mass_ids: Sequence[int] = (),
 ) -> Iterator[Pass]:
     """Both models along the trajectories; those without a response are left out.
@@ -142,10 +154,11 @@ def forward(
     Args:
         keep: receives what the loss can use again. None keeps nothing, and gradients are off.
         past: also give the teacher's keys and values.
+        top_k: size of both models' sets of likeliest tokens, and of their `overlap`; 0 asks for none.
         mass_ids: token ids whose total teacher probability is wanted.
     """
     mass = torch.tensor(mass_ids, device=models.device) if mass_ids else None
-    request = StatsRequest(mass_ids=mass, top_k=1 if past else 0)
+    request = StatsRequest(mass_ids=mass, top_k=max(top_k, int(past)))
     placed = [replace(t, place=i) for i, t in enumerate(trajectories)]
     micros = micro_batches(placed, max_tokens=models.max_tokens)
     groups = _grouped([collate(m, device=models.device) for m in micros], models.max_tokens)
@@ -172,6 +185,7 @@ def per_token(
     trajectories: Sequence[Trajectory],
     *,
     keep: Kept | None = None,
+    top_k: int = 0,
     mass_ids: Sequence[int] = (),
 ) -> list[Values]:
     """The statistics that this teacher can give, in the trajectories' order; empty without a response.
@@ -179,7 +193,7 @@ def per_token(
     Args: see `forward`.
     """
     found: list[Values] = [{} for _ in trajectories]
-    for one in forward(models, trajectories, keep=keep, mass_ids=mass_ids):
+    for one in forward(models, trajectories, keep=keep, top_k=top_k, mass_ids=mass_ids):
         for place, values in one.by_place():
             found[place] = values
     return found

@@ -75,6 +75,13 @@ class Text:
         at = self.task.first_error(rollout.prompt.question, self.renderer.text(rollout.ids))
         return None if at is None else self.renderer.tokens_before(rollout.ids, at)
 
+    def first_wrong_token(self, rollout: Rollout) -> int | None:
+        """Its first wrong token where the task labels tokens, else the first one of its first wrong step."""
+        if self.task is None or not self.task.labels_tokens:
+            return self.first_error(rollout)
+        labels = self.task.labels(rollout.prompt.question, self.renderer.tokens(rollout.ids))
+        return labels.index("error") if "error" in labels else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tools:
@@ -113,7 +120,8 @@ class Prepared:
     means: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Likewise, as (sum, count) of this process: divided after both are summed over all processes."""
     totals: Mapping[str, float] = field(default_factory=dict)
-    """Likewise, summed over all processes."""
+    """Likewise, summed over all processes. `student_tokens_generated` and `teacher_tokens_generated` are what
+    the method had them generate, beside the rollouts."""
     kept: Kept = field(default_factory=Kept)
     """Hidden states that the method has computed already and the loss can use."""
     guidance_weight: float = 1.0
