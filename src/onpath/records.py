@@ -86,6 +86,12 @@ class Completion:
     """Under the distribution drawn from (after temperature, top-k, top-p), nats."""
     finish_reason: FinishReason
 
+    def truncated(self, length: int) -> "Completion":
+        """Its first tokens; unfinished, if that is not all of them."""
+        if len(self.ids) <= length:
+            return self
+        return Completion(ids=self.ids[:length], logprobs=self.logprobs[:length], finish_reason="length")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
@@ -127,6 +133,21 @@ class Rollout:
     def prefix(self, length: int) -> tuple[int, ...]:
         """The context and the first `length` tokens of the response."""
         return self.context + self.ids[:length]
+
+    def continued(self, completion: Completion, *, at: int | None = None) -> "Rollout":
+        """Its first `at` tokens (None: all) and what was generated after them.
+
+        >>> r = Rollout(prompt=Prompt(id="0", text="7 + 5?"), ids=(4, 5), logprobs=(-0.1, -0.7),
+        ...             finish_reason="length", policy_version=0, sampling=Sampling(), context=(1, 9))
+        >>> r.continued(Completion(ids=(6, 2), logprobs=(-0.2, -0.3), finish_reason="stop"), at=1).ids
+        (4, 6, 2)
+        """
+        return replace(
+            self,
+            ids=self.ids[:at] + completion.ids,
+            logprobs=self.logprobs[:at] + completion.logprobs,
+            finish_reason=completion.finish_reason,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from onpath.training import sample
 Tiny = Callable[..., Config]
 
 ARMS: dict[str, dict[str, Any]] = {
+    "relay": {"name": "relay", "delta": 1.0, "hold": 1, "legs": 2},
     "topd": {
         **{"name": "topd", "window": 6, "top_share": 0.1, "guidance_weight": "auto", "suppress": "high"},
         "teacher_temperature": 0.7,

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from onpath.data.batch import Batch, collate, micro_batches
 from onpath.engines.decoding.branches import Past
 from onpath.engines.decoding.drafts import Drafts
-from onpath.engines.head import evaluating, head_of, hidden_states
+from onpath.engines.head import evaluating, head_of, hidden_states, unwrapped
+from onpath.engines.models import context_length
 from onpath.engines.teacher import Teacher
 from onpath.losses import Head, StatsRequest, TeacherHidden, TeacherScores, TokenStats, token_stats
 from onpath.records import Trajectory
@@ -44,6 +45,11 @@ class Models:
     bf16: bool = False
     dropout: bool = False
     """Whether the pass that trains has the student's dropout and router noise; scores never have."""
+
+    @property
+    def student_context_length(self) -> int:
+        """Most tokens, prompt and response, that the student takes."""
+        return context_length(unwrapped(self.student).config)
 
     @property
     def head(self) -> Head:
@@ -128,12 +134,12 @@ class Pass:
         return found
 
     def by_place(self, names: Sequence[str] | None = None) -> Iterator[tuple[int, Values]]:
-        """Each trajectory's place and per-token statistics; `names`: only these."""
+        """Each trajectory's place and per-token statistics; `names`: only these, and lists of tokens too."""
         for batch, stats in zip(self.batches, self.stats, strict=True):
             rows = {
                 name: batch.by_row(value_N)
                 for name, value_N in vars(stats).items()
-                if isinstance(value_N, Tensor) and value_N.ndim == 1 and (names is None or name in names)
+                if isinstance(value_N, Tensor) and (value_N.ndim == 1 if names is None else name in names)
             }
             for b, trajectory in enumerate(batch.trajectories):
                 assert trajectory.place is not None
