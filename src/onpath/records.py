@@ -8,9 +8,13 @@ Token ids are the truth: text is made from ids for people and for graders, never
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 FinishReason = Literal["stop", "length"]
+Writer = Literal["student", "teacher", "forced"]
+"""Who wrote a token: a model sampled it, or a rule put it there."""
+WRITERS: tuple[Writer, ...] = get_args(Writer)
+Writers = tuple[Writer, ...]
 Message = Mapping[str, str]
 
 
@@ -82,6 +86,12 @@ class Completion:
     """Under the distribution drawn from (after temperature, top-k, top-p), nats."""
     finish_reason: FinishReason
 
+    def truncated(self, length: int) -> "Completion":
+        """Its first tokens; unfinished, if that is not all of them."""
+        if len(self.ids) <= length:
+            return self
+        return Completion(ids=self.ids[:length], logprobs=self.logprobs[:length], finish_reason="length")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
@@ -123,6 +133,21 @@ class Rollout:
     def prefix(self, length: int) -> tuple[int, ...]:
         """The context and the first `length` tokens of the response."""
         return self.context + self.ids[:length]
+
+    def continued(self, completion: Completion, *, at: int | None = None) -> "Rollout":
+        """Its first `at` tokens (None: all) and what was generated after them.
+
+        >>> r = Rollout(prompt=Prompt(id="0", text="7 + 5?"), ids=(4, 5), logprobs=(-0.1, -0.7),
+        ...             finish_reason="length", policy_version=0, sampling=Sampling(), context=(1, 9))
+        >>> r.continued(Completion(ids=(6, 2), logprobs=(-0.2, -0.3), finish_reason="stop"), at=1).ids
+        (4, 6, 2)
+        """
+        return replace(
+            self,
+            ids=self.ids[:at] + completion.ids,
+            logprobs=self.logprobs[:at] + completion.logprobs,
+            finish_reason=completion.finish_reason,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +206,8 @@ class Trajectory:
     edit: Edit = field(default_factory=lambda: Edit(kind="none"))
     behaviour_logprobs: tuple[float, ...] | None = None
     """Log-probs under the policy that generated the response, where the objective corrects for it."""
+    writers: Writers | None = None
+    """Who wrote each response token; None: the student, all of them."""
     place: int | None = None
     """Its index among the trajectories that are read or trained on together; set there."""
     counted: tuple[bool, ...] | None = None
@@ -193,6 +220,8 @@ class Trajectory:
             raise ValueError(f"{len(self.weights)} weights for {len(self.response)} response tokens")
         if self.counted is not None and len(self.counted) != len(self.response):
             raise ValueError(f"{len(self.counted)} counted for {len(self.response)} response tokens")
+        if self.writers is not None and len(self.writers) != len(self.response):
+            raise ValueError(f"{len(self.writers)} writers for {len(self.response)} response tokens")
         for g in self.guidance:
             if g.start < 0 or g.start + len(g.targets) > len(self.response):
                 raise ValueError(f"guidance at {g.start} for {len(g.targets)} positions leaves the response")
@@ -201,6 +230,33 @@ class Trajectory:
     def token_weights(self) -> tuple[float, ...]:
         """Weights with the default spelled out."""
         return (1.0,) * len(self.response) if self.weights is None else self.weights
+
+    @property
+    def written_by(self) -> Writers:
+        """`writers` with the default spelled out."""
+        return all_by("student", len(self.response)) if self.writers is None else self.writers
+
+    def truncated(self, length: int) -> "Trajectory":
+        """Only the first `length` response tokens; the rest is neither scored nor counted.
+
+        >>> t = Trajectory(student_context=(1,), teacher_context=(1,), response=(4, 5, 2))
+        >>> t.truncated(2).response
+        (4, 5)
+        """
+        if len(self.response) <= length:
+            return self
+        behaviour = self.behaviour_logprobs
+        return replace(
+            self,
+            response=self.response[:length],
+            weights=None if self.weights is None else self.weights[:length],
+            counted=None if self.counted is None else self.counted[:length],
+            writers=None if self.writers is None else self.writers[:length],
+            guidance=tuple(
+                replace(g, targets=g.targets[: length - g.start]) for g in self.guidance if g.start < length
+            ),
+            behaviour_logprobs=None if behaviour is None else behaviour[:length],
+        )
 
     @property
     def in_count(self) -> tuple[bool, ...]:
@@ -234,6 +290,15 @@ class Graded:
     correct: bool
     extracted: str | None
     """The answer that the grader found in the text; None if there was none."""
+
+
+def all_by(writer: Writer, count: int) -> Writers:
+    """So many tokens by one writer.
+
+    >>> all_by("teacher", 2)
+    ('teacher', 'teacher')
+    """
+    return (writer,) * count
 
 
 def token_count(trajectories: Sequence[Trajectory]) -> float:

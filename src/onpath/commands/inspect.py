@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from onpath.commands.report.text import cell, known_tokens, sides, was_changed
-from onpath.commands.terminal import coloured, few_colours, forks, legend, rewritten
+from onpath.commands.terminal import coloured, few_colours, forks, legend, rewritten, written
 from onpath.run.trajectories import Row, quantities, read_rows, step_of, trajectory_files
 from onpath.system.errors import UserError
 
@@ -140,6 +140,7 @@ def show_row(console: Console, row: Row, quantity: str, known: Mapping[int, str]
         say(console, [Text(row["response_text"])])
     else:
         say(console, [coloured(row["tokens"], values, colour=colour, few=few_colours(console))])
+    say(console, written(row["tokens"], row.get("writers") or (), colour=colour))
     if was_changed(row):
         say(console, rewritten(*sides(row, known), colour=colour))
     say(console, forks(row["detail"].get("forks") or (), colour=colour))

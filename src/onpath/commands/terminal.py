@@ -3,6 +3,7 @@ colour.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -79,6 +80,18 @@ def legend(console: Console, quantity: str) -> Text:
     for value in (0.0, 0.2, 1.0, 2.0, 3.0, 4.0):
         text.append(f" {value:g} ", style=_style(value, few=few_colours(console)) if value >= _LOW else "")
     return text
+
+
+def written(tokens: Sequence[str], writers: Sequence[str], *, colour: bool = True) -> Iterator[Text]:
+    """What the student did not write, and where: `teacher 4-5 ‘so 7’`."""
+    runs, at = [], 0
+    for who, run in groupby(writers):
+        start, at = at, at + len(list(run))
+        if who != "student":
+            places = f"{start}" if at == start + 1 else f"{start}-{at - 1}"
+            runs.append(f"{who} {places} ‘{visible(''.join(tokens[start:at]))}’")
+    if runs:
+        yield Text(f"  written by {', '.join(runs)}", style="dim" if colour else "")
 
 
 def rewritten(y: Sequence[str], z: Sequence[str], *, colour: bool = True) -> Iterator[Text]:

@@ -145,7 +145,8 @@ class Config(Section):
             )
         if loses and self.parallel.shard != "none":
             raise ValueError(
-                f"data.train: {self.data.train}: lost needs whole models; set parallel.shard: none, or leave lost out"
+                f"data.train: {self.data.train}: lost needs whole models; set parallel.shard: none, or leave "
+                "lost out"
             )
         return self
 

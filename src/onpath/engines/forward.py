@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from onpath.data.batch import Batch, collate, micro_batches
 from onpath.engines.decoding.branches import Past
 from onpath.engines.decoding.drafts import Drafts
-from onpath.engines.head import evaluating, head_of, hidden_states
+from onpath.engines.head import evaluating, head_of, hidden_states, unwrapped
+from onpath.engines.models import context_length
 from onpath.engines.teacher import Teacher
 from onpath.losses import Head, StatsRequest, TeacherHidden, TeacherScores, TokenStats, token_stats
 from onpath.records import Trajectory
@@ -47,6 +48,11 @@ class Models:
 
     keeps_graphs: bool = True
     """Whether the student's weights stay in their place from `prepare` to the loss."""
+
+    @property
+    def student_context_length(self) -> int:
+        """Most tokens, prompt and response, that the student takes."""
+        return context_length(unwrapped(self.student).config)
 
     @property
     def head(self) -> Head:
@@ -90,6 +96,17 @@ class Kept:
             self.student = [graph for graph in self.student if not any(graph is u for u in used)]
         return found
 
+    def truncated(self, whole: Trajectory, length: int) -> None:
+        """Only the first `length` tokens of a response are trained on: states look backwards alone."""
+        short = whole.response[:length]
+        for context, known in (
+            (whole.teacher_context, [self.teacher]),
+            (whole.student_context, self.student),
+        ):
+            for graph in known:
+                if (context, whole.response) in graph:
+                    graph[context, short] = graph[context, whole.response][:length]
+
 
 def _gathered(known: dict[Key, Tensor], keys: Sequence[Key]) -> Tensor | None:
     if not keys or not all(key in known for key in keys):
@@ -124,12 +141,12 @@ class Pass:
         return found
 
     def by_place(self, names: Sequence[str] | None = None) -> Iterator[tuple[int, Values]]:
-        """Each trajectory's place and per-token statistics; `names`: only these."""
+        """Each trajectory's place and per-token statistics; `names`: only these, and lists of tokens too."""
         for batch, stats in zip(self.batches, self.stats, strict=True):
             rows = {
                 name: batch.by_row(value_N)
                 for name, value_N in vars(stats).items()
-                if isinstance(value_N, Tensor) and value_N.ndim == 1 and (names is None or name in names)
+                if isinstance(value_N, Tensor) and (value_N.ndim == 1 if names is None else name in names)
             }
             for b, trajectory in enumerate(batch.trajectories):
                 assert trajectory.place is not None
@@ -142,6 +159,7 @@ def forward(
     *,
     keep: Kept | None = None,
     past: bool = False,
+    top_k: int = 0,
     mass_ids: Sequence[int] = (),
 ) -> Iterator[Pass]:
     """Both models along the trajectories; those without a response are left out.
@@ -149,10 +167,11 @@ def forward(
     Args:
         keep: receives what the loss can use again. None keeps nothing, and gradients are off.
         past: also give the teacher's keys and values.
+        top_k: size of both models' sets of likeliest tokens, and of their `overlap`; 0 asks for none.
         mass_ids: token ids whose total teacher probability is wanted.
     """
     mass = torch.tensor(mass_ids, device=models.device) if mass_ids else None
-    request = StatsRequest(mass_ids=mass, top_k=1 if past else 0)
+    request = StatsRequest(mass_ids=mass, top_k=max(top_k, int(past)))
     placed = [replace(t, place=i) for i, t in enumerate(trajectories)]
     micros = micro_batches(placed, max_tokens=models.max_tokens)
     groups = _grouped([collate(m, device=models.device) for m in micros], models.max_tokens)
@@ -180,6 +199,7 @@ def per_token(
     trajectories: Sequence[Trajectory],
     *,
     keep: Kept | None = None,
+    top_k: int = 0,
     mass_ids: Sequence[int] = (),
 ) -> list[Values]:
     """The statistics that this teacher can give, in the trajectories' order; empty without a response.
@@ -187,7 +207,7 @@ def per_token(
     Args: see `forward`.
     """
     found: list[Values] = [{} for _ in trajectories]
-    for one in forward(models, trajectories, keep=keep, mass_ids=mass_ids):
+    for one in forward(models, trajectories, keep=keep, top_k=top_k, mass_ids=mass_ids):
         for place, values in one.by_place():
             found[place] = values
     return found

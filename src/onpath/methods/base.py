@@ -4,7 +4,7 @@ A method of your own is a class like those beside this file, in a file anywhere:
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from onpath.config.methods import MethodOptions
 from onpath.data.render import Renderer, fill, with_question
 from onpath.data.tasks import Task
 from onpath.engines.base import Generators
-from onpath.engines.forward import Kept, Models
+from onpath.engines.forward import Kept, Models, Pass
 from onpath.grade.base import Grader, Verdict
 from onpath.grade.rewards import Reward, totals, values_of
 from onpath.records import Completion, Prompt, Rollout, Sampling, Trajectory
@@ -75,6 +75,15 @@ class Text:
         at = self.task.first_error(rollout.prompt.question, self.renderer.text(rollout.ids))
         return None if at is None else self.renderer.tokens_before(rollout.ids, at)
 
+    def first_wrong_token(self, rollout: Rollout, *, after: int = 0) -> int | None:
+        """Its first wrong token where the task labels tokens, else the first one of its first wrong step;
+        those before `after` do not count."""
+        if self.task is None or not self.task.labels_tokens:
+            at = self.first_error(rollout)
+            return None if at is None or at < after else at
+        labels = self.task.labels(rollout.prompt.question, self.renderer.tokens(rollout.ids))
+        return next((t for t, label in enumerate(labels) if t >= after and label == "error"), None)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tools:
@@ -101,6 +110,50 @@ class Tools:
         with self.models.teacher.acting():
             return self.generators.teacher.answer(prompts, prefixes, sampling, keys=keys)
 
+    def teacher_continues(
+        self,
+        rollouts: Sequence[Rollout],
+        places: Sequence[tuple[int, int]],
+        sampling: Sampling,
+        keys: Sequence[str],
+        scored: Pass | None = None,
+    ) -> list[Completion]:
+        """What the teacher generates after the first tokens of responses.
+
+        Args:
+            places: (index of a rollout, length of the response's prefix) each.
+            scored: the pass in which the teacher scored these rollouts, which saves reading them again.
+        """
+        teacher = self.generators.teacher
+        if scored is None or scored.past is None or not teacher.can_draw_from(scored.past):
+            return teacher.continue_from([rollouts[row].prefix(n) for row, n in places], sampling, keys=keys)
+        rows = {t.place: row for row, t in enumerate(scored.trajectories)}
+        at = [(rows[row], len(rollouts[row].context) + n) for row, n in places]
+        return teacher.draw_from(scored.past, at, sampling, keys=keys, drafts=scored.drafts())
+
+    def student_continues(
+        self, rollouts: Sequence[Rollout], keys: Sequence[str], *, at_most: int | None = None
+    ) -> tuple[list[Completion], int]:
+        """What the student generates after responses that have not ended, `at_most` tokens or as many as
+        `sampling.max_new_tokens` leaves; and the tokens that this took."""
+        limit, longest = self.sampling.max_new_tokens, self.models.student_context_length
+        left = [limit - len(r.ids) if at_most is None else min(at_most, limit - len(r.ids)) for r in rollouts]
+        done = {i: Completion(ids=(), logprobs=(), finish_reason="length") for i in range(len(rollouts))}
+        todo, generated = sorted((i for i, n in enumerate(left) if n > 0), key=lambda i: -left[i]), 0
+        while todo:
+            # A batch has one limit, which is too much for a row whose prompt only just fits.
+            size, widths = left[todo[0]], {i: len(rollouts[i].context) + len(rollouts[i].ids) for i in todo}
+            now = [i for i in todo if i == todo[0] or widths[i] + size <= longest]
+            found = self.generators.student.continue_from(
+                [rollouts[i].prefix(len(rollouts[i].ids)) for i in now],
+                replace(self.sampling, max_new_tokens=size),
+                keys=[keys[i] for i in now],
+            )
+            generated += sum(len(c.ids) for c in found)
+            done |= {i: c.truncated(left[i]) for i, c in zip(now, found, strict=True)}
+            todo = [i for i in todo if i not in now]
+        return [done[i] for i in range(len(rollouts))], generated
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
@@ -113,7 +166,8 @@ class Prepared:
     means: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Likewise, as (sum, count) of this process: divided after both are summed over all processes."""
     totals: Mapping[str, float] = field(default_factory=dict)
-    """Likewise, summed over all processes."""
+    """Likewise, summed over all processes. `student_tokens_generated` and `teacher_tokens_generated` are what
+    the method had them generate, beside the rollouts."""
     kept: Kept = field(default_factory=Kept)
     """Hidden states that the method has computed already and the loss can use."""
     guidance_weight: float = 1.0

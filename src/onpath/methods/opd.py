@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from onpath.config.methods.opd import OPDOptions
 from onpath.methods.base import Method, Prepared, check_generated, own_response
-from onpath.records import Completion, Edit, Rollout
+from onpath.records import Completion, Edit, Rollout, all_by
 
 
 class OPD(Method):
@@ -36,7 +36,13 @@ class OPD(Method):
             asked, [r.context for r in rollouts], self.tools.sampling, keys=keys
         )
         trajectories = [
-            replace(own_response(r), response=c.ids, behaviour_logprobs=None, edit=self._edit(c))
+            replace(
+                own_response(r),
+                response=c.ids,
+                behaviour_logprobs=None,
+                edit=self._edit(c),
+                writers=all_by("teacher", len(c.ids)),
+            )
             for r, c in zip(rollouts, samples, strict=True)
         ]
         check_generated(trajectories, step=step, who="the teacher", of="prompts", look="what it writes")

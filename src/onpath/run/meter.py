@@ -1,7 +1,7 @@
 """Measures one optimiser step: sums with counts, divided only when a line is written."""
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ import torch
 from onpath.data.batch import Batch
 from onpath.grade.base import Verdict
 from onpath.losses import LossResult
-from onpath.records import Rollout
+from onpath.records import WRITERS, Rollout
 from onpath.run.loss import Step
 from onpath.system import distributed
 
@@ -103,17 +103,29 @@ class Meter:
         """The step's metrics over all processes."""
         verdicts = [v.correct for v in self.verdicts if v is not None]
         lengths = [len(r.ids) for r in self.rollouts]
+        totals = dict(self.step.prepared.totals)
+        # What the method had the student generate beside the rollouts.
+        continued = totals.pop("student_tokens_generated", 0)
+        written = Counter(
+            who
+            for t in self.step.prepared.trajectories
+            if t.edit.kept
+            for who, counts in zip(t.written_by, t.in_count, strict=True)
+            if counts
+        )
         means = {**self.step.prepared.means, **{k: (sum(v), float(len(v))) for k, v in self.rewards.items()}}
         mine = {
             **{
                 k: self.sums[k] for k in ("loss", "counted", *_NATS, *(f"tokens of {name}" for name in _NATS))
             },
             "rollouts": len(lengths),
-            "generated": sum(lengths),
+            "lengths": sum(lengths),
+            "generated": sum(lengths) + continued,
             "right": sum(verdicts),
             "graded": len(verdicts),
             "finished": sum(r.finish_reason == "stop" for r in self.rollouts),
-            **self.step.prepared.totals,
+            **totals,
+            **{f"written by {who}": written[who] for who in WRITERS},
             **{f"sum of {k}": total for k, (total, _) in means.items()},
             **{f"count of {k}": count for k, (_, count) in means.items()},
         }
@@ -125,11 +137,12 @@ class Meter:
             row[label] = all_of[name] / tokens if tokens else None
         row |= {
             "accuracy": all_of["right"] / all_of["graded"] if all_of["graded"] else None,
-            "mean_length": all_of["generated"] / rollouts,
+            "mean_length": all_of["lengths"] / rollouts,
             "finished": all_of["finished"] / rollouts,
             "student_tokens_generated": int(all_of["generated"]),
+            "tokens_written_by": {who: int(all_of[f"written by {who}"]) for who in WRITERS},
             "grad_norm": self.grad_norm,
-            **{k: int(all_of[k]) for k in self.step.prepared.totals},
+            **{k: int(all_of[k]) for k in totals},
         }
         for k in means:
             count = all_of[f"count of {k}"]

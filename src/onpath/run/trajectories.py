@@ -98,6 +98,7 @@ def trajectory_row(
         "response_text": renderer.text(trajectory.response),
         "tokens": renderer.tokens(trajectory.response),
         "weights": list(trajectory.token_weights),
+        "writers": list(trajectory.written_by),
         "origin_response": list(origin.ids) if origin else None,
         "origin_text": renderer.text(origin.ids) if origin else None,
         "origin_tokens": renderer.tokens(origin.ids) if origin else None,

@@ -31,7 +31,7 @@ def shaped(
     trajectories = rewarded(parts, prepared.trajectories, rewards or {})
     kept = [t for t in trajectories if t.edit.kept]
     if options.first_tokens is not None:
-        kept = [truncated(t, options.first_tokens) for t in kept]
+        kept = [t.truncated(options.first_tokens) for t in kept]
     if options.reweight != "none":
         kept = reweighted(parts, kept)
     trained = iter(kept)
@@ -39,23 +39,6 @@ def shaped(
         replace(next(trained) if t.edit.kept else t, place=place) for place, t in enumerate(trajectories)
     ]
     return replace(prepared, trajectories=placed)
-
-
-def truncated(trajectory: Trajectory, length: int) -> Trajectory:
-    """Only the first `length` response tokens; the rest is neither scored nor counted."""
-    if len(trajectory.response) <= length:
-        return trajectory
-    behaviour = trajectory.behaviour_logprobs
-    return replace(
-        trajectory,
-        response=trajectory.response[:length],
-        weights=None if trajectory.weights is None else trajectory.weights[:length],
-        counted=None if trajectory.counted is None else trajectory.counted[:length],
-        guidance=tuple(
-            replace(g, targets=g.targets[: length - g.start]) for g in trajectory.guidance if g.start < length
-        ),
-        behaviour_logprobs=None if behaviour is None else behaviour[:length],
-    )
 
 
 def rewarded(

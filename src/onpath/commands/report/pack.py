@@ -104,6 +104,8 @@ def pack(row: Row, table: Vocabulary, known: Mapping[int, str], labels: Any = No
     }
     if any(w != 1.0 for w in row.get("weights") or ()):
         packed["values"]["weight"] = halves(row["weights"])
+    if any(who != "student" for who in row.get("writers") or ()):
+        packed["values"]["not by the student"] = halves([float(who != "student") for who in row["writers"]])
     if was_changed(row):
         y, z = sides(row, known)
         packed |= {"y": integers(table.indices(y)), "z": integers(table.indices(z)), "diff": diff(y, z)}

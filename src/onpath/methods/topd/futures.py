@@ -60,9 +60,4 @@ def teacher_futures(
     scored: Pass | None,
 ) -> list[Completion]:
     """What the teacher generates after y_<t: from its scoring pass if that was kept, else from y_<t anew."""
-    teacher = tools.generators.teacher
-    if scored is None or scored.past is None or not teacher.can_draw_from(scored.past):
-        return teacher.continue_from([rollouts[f.row].prefix(f.position) for f in found], sampling, keys=keys)
-    rows = {t.place: row for row, t in enumerate(scored.trajectories)}
-    places = [(rows[f.row], len(rollouts[f.row].context) + f.position) for f in found]
-    return teacher.draw_from(scored.past, places, sampling, keys=keys, drafts=scored.drafts())
+    return tools.teacher_continues(rollouts, [(f.row, f.position) for f in found], sampling, keys, scored)

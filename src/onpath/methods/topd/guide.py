@@ -14,7 +14,7 @@ from onpath.config.methods.topd import TOPDOptions
 from onpath.methods.base import Tools
 from onpath.methods.topd.candidates import NO_DISTANCE, Fork
 from onpath.methods.topd.pairs import AT_ONCE, pairs_of
-from onpath.records import Edit, Guidance, Rollout, Trajectory
+from onpath.records import Edit, Guidance, Rollout, Trajectory, all_by
 from onpath.system.draws import noise
 
 Tokens = Callable[[Sequence[int]], list[str]]
@@ -219,6 +219,7 @@ def spliced(guided: Sequence[Fork], rollouts: Sequence[Rollout], options: TOPDOp
                 teacher_context=prefix,
                 response=window,
                 weights=(0.0,) * len(window),
+                writers=all_by("teacher", len(window)),
                 behaviour_logprobs=(0.0,) * len(window),
                 guidance=(Guidance(start=0, targets=tuple({i: 1.0} for i in window)),),
                 origin=rollouts[f.row],

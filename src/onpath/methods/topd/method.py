@@ -47,14 +47,9 @@ class TOPD(Method):
     def prepare(self, rollouts: Sequence[Rollout], *, step: int) -> Prepared:
         """See `Method.prepare`."""
         options, tools = self.options, self.tools
-        self.seconds = dict.fromkeys(("read", "windows", "transport", "targets"), 0.0)
         trained = [own_response(r, length=options.first_tokens) for r in rollouts]
         kept = Kept()
-        found = self.candidates(rollouts, trained, kept, step)
-        with self.timed("transport"):
-            found = pairs.with_distances(found, rollouts, tools, options)
-        self.follow(decide.quantile_of(found, options))
-        found = decide.suppressed(decide.decided(found, options, float(self.threshold)), options)
+        found = decide.suppressed(self.forks(rollouts, trained, kept, step), options)
         guided = [f for f in found if f.decision == "fork"] if options.guide else []
         with self.timed("transport"):
             plans = guide.guidance_plans(guided, rollouts, tools, options, step)
@@ -74,6 +69,17 @@ class TOPD(Method):
                 "topd_seconds": {k: round(v, 4) for k, v in self.seconds.items()},
             },
         )
+
+    def forks(
+        self, rollouts: Sequence[Rollout], trained: Sequence[Trajectory], kept: Kept, step: int
+    ) -> list[Fork]:
+        """The candidates with both futures, their distance, and whether they are real."""
+        self.seconds = dict.fromkeys(("read", "windows", "transport", "targets"), 0.0)
+        found = self.candidates(rollouts, trained, kept, step)
+        with self.timed("transport"):
+            found = pairs.with_distances(found, rollouts, self.tools, self.options)
+        self.follow(decide.quantile_of(found, self.options))
+        return decide.decided(found, self.options, float(self.threshold))
 
     def candidates(
         self, rollouts: Sequence[Rollout], trained: Sequence[Trajectory], kept: Kept, step: int

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from onpath.config.methods.topd import TOPDOptions
 from onpath.config.methods.trd import TRDOptions
 from onpath.methods.base import Tools
-from onpath.methods.topd.method import TOPD
+from onpath.methods.places import first_forks
 from onpath.records import Rollout
 
 
@@ -23,7 +22,8 @@ class Located:
 def first_errors(attempts: Sequence[Rollout], options: TRDOptions, tools: Tools) -> list[Located]:
     """The first error of each attempt."""
     if options.locate == "fork":
-        return first_forks(attempts, options, tools)
+        found = first_forks(attempts, tools, window=options.locate_window, distance=options.locate_distance)
+        return [Located(f.position, f.teacher_tokens) for f in found]
     find = by_checker if options.locate == "checker" else by_teacher_drop
     return [Located(before) for before in find(attempts, options, tools)]
 
@@ -44,19 +44,3 @@ def by_teacher_drop(attempts: Sequence[Rollout], options: TRDOptions, tools: Too
         next((t for t, (s, q) in enumerate(zip(o, h, strict=True)) if s - q > options.locate_drop), None)
         for o, h in zip(ours, theirs, strict=True)
     ]
-
-
-def first_forks(attempts: Sequence[Rollout], options: TRDOptions, tools: Tools) -> list[Located]:
-    """TOPD's first real divergent point: the near futures part by at least `locate_distance`."""
-    forks_only = TOPDOptions(
-        window=options.locate_window, decide="threshold", threshold=options.locate_distance,
-        guide=False, suppress="low",
-    )  # fmt: skip
-    topd = TOPD(forks_only, tools)
-    found = []
-    for t in topd.prepare(attempts, step=0).trajectories:
-        forks = t.edit.detail.get("forks", ())
-        real = [f["position"] for f in forks if f["decision"] == "fork"]
-        generated = sum(len(f["teacher_window"]) for f in forks)
-        found.append(Located(min(real, default=None), generated))
-    return found

@@ -28,7 +28,7 @@ from onpath.methods.trd.edits import Rewrite, as_edit
 from onpath.methods.trd.gate import gate, refinement, refusal
 from onpath.methods.trd.metrics import edit_means, measured
 from onpath.methods.trd.rewriter import Rewriter
-from onpath.records import Prompt, Rollout, Trajectory
+from onpath.records import Prompt, Rollout, Trajectory, all_by
 
 
 class TRD(Method):
@@ -83,11 +83,13 @@ class TRD(Method):
         if self.options.paper_compat:
             x, r = (self.bare_ids(prompt) for prompt in (w.attempt.prompt, w.asked))
             response = w.ids[:-1] if w.finished else w.ids
+        own = len(response) if w.kind == "none" else min(w.detail.get("kept_tokens", 0), len(response))
         edit = as_edit(w, self.options, self.tools.text.renderer)
         return Trajectory(
             student_context=x,
             teacher_context=r if self.options.scoring == "rewrite" else x,
             response=response,
+            writers=all_by("student", own) + all_by("teacher", len(response) - own),
             origin=w.attempt,
             edit=replace(edit, detail={"writer": self.writer, **edit.detail}),
         )

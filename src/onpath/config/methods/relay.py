@@ -1,0 +1,71 @@
+"""Options of relay."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from onpath.config.methods.base import MethodOptions
+from onpath.data.tasks import task_of
+
+
+class RelayOptions(MethodOptions):
+    """OPD along rollouts in which the teacher takes over for a token where the student's is bad (ours; arXiv
+    2607.26057)."""
+
+    name: Literal["relay"] = "relay"
+    trigger: Literal["log_ratio", "reflection", "fork", "first_error"] = "log_ratio"
+    """Where the teacher takes over: at a token with log p_S − log p_T above `delta`; where its likeliest
+    token opens a correction and is not among the student's `reflection_k` (Relay-OPD); at TOPD's fork; at the
+    first wrong token by the task's checker."""
+    delta: float = 8.0
+    """log_ratio: δ, nats."""
+    hold: int = Field(0, ge=0)
+    """Tokens that the teacher generates beyond the first before the student goes on."""
+    paragraphs: int = Field(0, ge=0)
+    """The teacher hands back earlier, at the end of so many paragraphs (Relay-OPD: 3, with a large hold); 0
+    is off."""
+    legs: int | None = Field(None, ge=1)
+    """Most takeovers of one rollout (Relay-OPD: 2); null: no limit."""
+    reflection_k: int = Field(20, ge=1)
+    """reflection: size of the student's set of likeliest tokens."""
+    words: tuple[str, ...] | None = None
+    """reflection: words that open a correction; null: the task's, or TRD's list."""
+    window: int = Field(20, ge=1)
+    """fork: K, tokens of each near-future window."""
+    distance: float = Field(0.3, ge=0)
+    """fork: smallest transport distance of the two windows."""
+    control: Literal["none", "own_token", "random_place"] = "none"
+    """own_token: at the same places the student itself draws once more; random_place: where the trigger fires
+    the teacher takes over, but at a place drawn by lot."""
+
+    @property
+    def correction_words(self) -> tuple[str, ...] | None:
+        return self.words
+
+    @property
+    def longest_generated(self) -> tuple[int, str]:
+        return 1 + self.hold, "method.hold"
+
+    @model_validator(mode="after")
+    def _possible(self) -> "RelayOptions":
+        if self.divergence == "sampled":
+            raise ValueError(
+                "divergence sampled takes every token for the student's own, and relay puts the teacher's "
+                "among them; use reverse_kl"
+            )
+        if self.paragraphs and not self.hold:
+            raise ValueError("paragraphs needs room to be written: set hold to the most tokens they may take")
+        return self
+
+    def check(self, config: Any) -> None:
+        task = task_of(config.data.train)
+        if self.trigger == "first_error" and not (task and (task.checks_steps or task.labels_tokens)):
+            raise ValueError(
+                f"method.trigger: first_error needs a task with a checker of steps, as the gym is, not "
+                f"{config.data.train}; use log_ratio"
+            )
+        if self.trigger == "reflection" and config.teacher.engine == "vllm":
+            raise ValueError(
+                "method.trigger: reflection looks at both models' likeliest tokens, and a server sends the "
+                "teacher's alone; use log_ratio, or teacher.engine: hf"
+            )

@@ -1,0 +1,60 @@
+"""Options of truncate."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from onpath.config.methods.base import MethodOptions
+from onpath.data.tasks import task_of
+
+
+class TruncateOptions(MethodOptions):
+    """OPD up to the first place from which a rollout cannot be saved (arXiv 2605.07804, 2606.09471)."""
+
+    name: Literal["truncate"] = "truncate"
+    stop_when: Literal["overlap", "low_kl", "fork", "checker", "share"] = "overlap"
+    """Where training ends: both models' likeliest tokens drift apart (Prune-OPD), the reverse KL stays low
+    (KAT), the near futures part (TOPD's fork), the first wrong token by the task's checker, a share of the
+    response."""
+    window: int = Field(16, ge=1)
+    """overlap, low_kl: tokens of a window; fork: K of each near-future window."""
+    overlap_k: int = Field(16, ge=1)
+    """overlap: size of both sets of likeliest tokens."""
+    overlap_below: float = Field(0.5, ge=0, le=1)
+    """overlap: mean share in common below which a window has drifted."""
+    decay: float = Field(0.0, ge=0, lt=1)
+    """overlap: each drifted window scales the weight of all later tokens by this; 0 ends training there."""
+    least_weight: float = Field(0.1, gt=0, le=1)
+    """overlap: training ends where that weight falls below this."""
+    low_share: float = Field(0.1, gt=0, lt=1)
+    """low_kl: share of a step's windows that count as low; the threshold is the moving quantile of their mean
+    reverse KL."""
+    patience: int = Field(2, ge=1)
+    """low_kl: low windows in a row that make a trap; training ends where they begin."""
+    quantile_decay: float = Field(0.5, ge=0, lt=1)
+    """low_kl: decay per step of the moving quantile; 0 is that of the step alone."""
+    distance: float = Field(0.3, ge=0)
+    """fork: smallest transport distance of the two windows."""
+    share: float = Field(0.5, gt=0, le=1)
+    """share: of each response, from its first token."""
+    control: Literal["none", "random_place"] = "none"
+    """random_place: rollouts that the rule cuts are cut at a place drawn by lot."""
+    off_policy: bool = False
+    """Accept tempered or truncated rollouts."""
+
+    @property
+    def on_policy(self) -> bool:
+        return not self.off_policy
+
+    def check(self, config: Any) -> None:
+        task = task_of(config.data.train)
+        if self.stop_when == "checker" and not (task and (task.checks_steps or task.labels_tokens)):
+            raise ValueError(
+                f"method.stop_when: checker needs a task with a checker of steps, as the gym is, not "
+                f"{config.data.train}; use overlap"
+            )
+        if self.stop_when == "overlap" and config.teacher.engine == "vllm":
+            raise ValueError(
+                "method.stop_when: overlap compares both models' likeliest tokens at every token, and a "
+                "server sends the teacher's alone; use low_kl, or teacher.engine: hf"
+            )

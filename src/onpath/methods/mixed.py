@@ -1,0 +1,97 @@
+"""Responses that several write: the student's rollout, changed in places, and who wrote what."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from onpath.engines.forward import Kept
+from onpath.methods.base import Prepared, Tools, own_response
+from onpath.methods.diagnose import mean
+from onpath.records import Completion, Edit, Rollout, Writer, Writers, all_by
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixed:
+    """One response while it is written.
+
+    >>> from onpath.records import Prompt, Sampling
+    >>> y = Rollout(prompt=Prompt(id="0", text="7 + 5?"), ids=(4, 5, 2), logprobs=(-0.1, -0.7, -0.2),
+    ...             finish_reason="stop", policy_version=0, sampling=Sampling(), context=(1, 9))
+    >>> z = Mixed.of(y).cut(1).then(Completion(ids=(6,), logprobs=(-0.3,), finish_reason="length"), "teacher")
+    >>> z.z.ids, z.writers
+    ((4, 6), ('student', 'teacher'))
+    """
+
+    y: Rollout
+    """The student's rollout."""
+    z: Rollout
+    """What has become of it."""
+    writers: Writers
+    start: int = 0
+    """What stands before is settled."""
+    places: tuple[int, ...] = ()
+    """Where somebody took over."""
+
+    @classmethod
+    def of(cls, rollout: Rollout) -> "Mixed":
+        return cls(y=rollout, z=rollout, writers=all_by("student", len(rollout.ids)))
+
+    @property
+    def changed(self) -> bool:
+        return bool(self.places)
+
+    @property
+    def open(self) -> bool:
+        """Whether somebody can go on."""
+        return self.z.finish_reason == "length" and len(self.z.ids) < self.z.sampling.max_new_tokens
+
+    def cut(self, length: int) -> "Mixed":
+        """Its first tokens, to be gone on from; somebody takes over there."""
+        nothing = Completion(ids=(), logprobs=(), finish_reason="length")
+        z = self.z.continued(nothing, at=length)
+        return replace(self, z=z, writers=self.writers[:length], places=(*self.places, length))
+
+    def then(self, completion: Completion, who: Writer) -> "Mixed":
+        """And what `who` wrote, as far as there is room."""
+        completion = completion.truncated(self.z.sampling.max_new_tokens - len(self.z.ids))
+        writers = self.writers + all_by(who, len(completion.ids))
+        return replace(self, z=self.z.continued(completion), writers=writers)
+
+
+@dataclass(kw_only=True)
+class Cost:
+    """Tokens generated beside the rollouts."""
+
+    student: int = 0
+    teacher: int = 0
+
+
+def student_goes_on(some: Sequence[Mixed], tools: Tools, cost: Cost, keys: Sequence[str]) -> list[Mixed]:
+    """Each response that is open, to its end."""
+    going = [i for i, m in enumerate(some) if m.open]
+    done, generated = tools.student_continues([some[i].z for i in going], [keys[i] for i in going])
+    cost.student += generated
+    ends = dict(zip(going, done, strict=True))
+    return [m.then(ends[i], "student") if i in ends else m for i, m in enumerate(some)]
+
+
+def trained_on(
+    made: Sequence[Mixed], tools: Tools, cost: Cost, kept: Kept, *, kind: str, detail: Sequence[Any] = ()
+) -> Prepared:
+    """Trajectories along what was written, with verdicts of both, and what it cost."""
+    right = tools.text.right([(m.y, m.z.ids) for m in made])
+    trajectories = []
+    for m, ok, more in zip(made, right, detail or [{}] * len(made), strict=True):
+        edit = Edit(kind="none", detail=more)
+        if m.changed:
+            edit = Edit(kind=kind, detail={"right": ok, "places": list(m.places), **more})
+        trajectories.append(replace(own_response(m.z), writers=m.writers, origin=m.y, edit=edit))
+    others = sum(who != "student" for m in made for who in m.writers)
+    means = {
+        "accuracy_z": mean([ok for ok in right if ok is not None]),
+        f"{kind}_share": mean([m.changed for m in made]),
+        f"{kind}s_per_response": (float(sum(len(m.places) for m in made)), float(len(made))),
+        "others_token_share": (float(others), float(sum(len(m.z.ids) for m in made))),
+    }
+    totals = {"student_tokens_generated": cost.student, "teacher_tokens_generated": cost.teacher}
+    return Prepared(trajectories=trajectories, kept=kept, means=means, totals=totals)

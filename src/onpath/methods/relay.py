@@ -1,0 +1,127 @@
+"""Relay: the student generates, and where its token is bad the teacher generates instead, then the student
+goes on (ours; nearest: speculative knowledge distillation, DAgger; Relay-OPD, arXiv 2607.26057).
+
+    for t = 1 …:   a ~ p_S(·|x, z_<t)
+        z_t = a                    if log p_S(a) − log p_T(a) ≤ δ         (`trigger: log_ratio`)
+              b ~ p_T(·|x, z_<t)   else, and `hold` more from the teacher; then the student goes on
+    L = Σ_t KL(p_S ‖ p_T) / Σ_t 1 along z        the rejected token is still in the loss of its position
+
+What comes after an error is then learnt in contexts without it. z is generated in rounds: the rollout y up to
+its first bad token is z; the teacher takes over there, the student goes on from there to the end, and the
+next round looks at what is new. That is the loop above token by token, with the draws of the student's k-th
+leg named by where it starts. Any engine can do it, a server by prefix continuation.
+Triggers beside ours: `reflection`, Relay-OPD's (the teacher's likeliest token opens a correction and is not
+among the student's K; `hold` long, `paragraphs: 3`, `legs: 2`; its K is not known to us: 20), TOPD's `fork`,
+`first_error` by the task's checker.
+Controls: `control: own_token`, `control: random_place`; and `opd`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from onpath.config.methods.relay import RelayOptions
+from onpath.engines.forward import Kept, Pass, Values, forward
+from onpath.methods.base import Method, Prepared, own_response
+from onpath.methods.mixed import Cost, Mixed, student_goes_on, trained_on
+from onpath.methods.places import by_lot, first_forks
+from onpath.records import Completion, Rollout, Writer
+
+_READ = {
+    "log_ratio": ("student_logp", "teacher_logp"),
+    "reflection": ("student_top_ids", "teacher_top_ids"),
+}
+
+
+class Relay(Method):
+    """Replaces tokens, and what the student made of them."""
+
+    Options = RelayOptions
+    options: RelayOptions
+
+    def prepare(self, rollouts: Sequence[Rollout], *, step: int) -> Prepared:
+        """See `Method.prepare`."""
+        kept, cost, when = Kept(), Cost(), f"step {step}"
+        done = [Mixed.of(r) for r in rollouts]
+        todo = [i for i, m in enumerate(done) if m.z.ids]
+        while todo:
+            taken = self.taken_over([done[i] for i in todo], kept, cost, when)
+            todo = [todo[i] for i in taken]
+            keys = [f"{when}/{m.y.key}/relay {m.start}" for m in taken.values()]
+            legs = student_goes_on(list(taken.values()), self.tools, cost, keys)
+            for i, leg in zip(todo, legs, strict=True):
+                done[i] = leg
+            most = self.options.legs or self.tools.sampling.max_new_tokens
+            todo = [i for i in todo if done[i].start < len(done[i].z.ids) and len(done[i].places) < most]
+        return trained_on(done, self.tools, cost, kept, kind="relay")
+
+    def taken_over(self, some: Sequence[Mixed], kept: Kept, cost: Cost, when: str) -> dict[int, Mixed]:
+        """Those in which somebody takes over next, up to where the student goes on."""
+        found = {}
+        own, options = [own_response(m.z) for m in some], self.options
+        who: Writer = "student" if options.control == "own_token" else "teacher"
+        top_k = options.reflection_k if options.trigger == "reflection" else 0
+        for one in forward(self.tools.models, own, keep=kept, past=True, top_k=top_k):
+            at = {i: t for i, t in self.places(some, one).items() if t is not None}
+            if options.control == "random_place":
+                at = {i: self.elsewhere(some[i], f"{when}/{some[i].y.key}/relay") for i in at}
+            written = self.written([m.z for m in some], list(at.items()), cost, one, when)
+            for (i, t), completion in zip(at.items(), written, strict=True):
+                mixed = some[i].cut(t).then(completion, who)
+                found[i] = replace(mixed, start=len(mixed.z.ids))
+        return found
+
+    def places(self, some: Sequence[Mixed], one: Pass) -> dict[int, int | None]:
+        """Of each response of a pass the first token behind `start` that the trigger does not let pass."""
+        rows = [row for row, _ in one.by_place(("student_logp",))]
+        starts = [some[i].start for i in rows]
+        match self.options.trigger:
+            case "fork":
+                window, distance = self.options.window, self.options.distance
+                zs = [some[i].z for i in rows]
+                forks = first_forks(zs, self.tools, window=window, distance=distance, after=starts)
+                return dict(zip(rows, (f.position for f in forks), strict=True))
+            case "first_error":
+                wrong = self.tools.text.first_wrong_token
+                return {i: wrong(some[i].z, after=start) for i, start in zip(rows, starts, strict=True)}
+            case trigger:
+                values = dict(one.by_place(_READ[trigger]))
+                bad = {i: self.bad(values[i]) for i in rows}
+                return {i: next((t for t in bad[i] if t >= some[i].start), None) for i in rows}
+
+    def bad(self, values: Values) -> list[int]:
+        """Positions at which `log_ratio` or `reflection` fires."""
+        if self.options.trigger == "log_ratio":
+            pairs = zip(values["student_logp"], values["teacher_logp"], strict=True)
+            return [t for t, (ours, theirs) in enumerate(pairs) if ours - theirs > self.options.delta]
+        tops: Any = zip(values["teacher_top_ids"], values["student_top_ids"], strict=True)
+        opens = self.tools.text.correction_ids
+        return [t for t, (theirs, ours) in enumerate(tops) if theirs[0] in opens and theirs[0] not in ours]
+
+    def elsewhere(self, mixed: Mixed, key: str) -> int:
+        """A place of the student's last leg by lot."""
+        size = len(mixed.z.ids) - mixed.start
+        return mixed.start + by_lot(self.tools.sampling.seed, f"{key} {mixed.start}/place", size)
+
+    def written(
+        self, zs: Sequence[Rollout], places: Sequence[tuple[int, int]], cost: Cost, one: Pass, when: str
+    ) -> list[Completion]:
+        """1 + `hold` tokens after each place, or up to so many paragraphs."""
+        keys = [f"{when}/{zs[i].key}/relay {t}/draw" for i, t in places]
+        sampling = replace(self.tools.sampling, max_new_tokens=1 + self.options.hold)
+        if self.options.control == "own_token":
+            cut = [Mixed.of(zs[i]).cut(t).z for i, t in places]
+            done, generated = self.tools.student_continues(cut, keys, at_most=1 + self.options.hold)
+            cost.student += generated
+        else:
+            done = self.tools.teacher_continues(zs, places, sampling, keys, one)
+            cost.teacher += sum(len(c.ids) for c in done)
+        return [self.up_to_paragraph(c) for c in done] if self.options.paragraphs else done
+
+    def up_to_paragraph(self, completion: Completion) -> Completion:
+        """Up to the token that ends the last paragraph that the teacher writes."""
+        text = self.tools.text.renderer.text
+        for n in range(1, len(completion.ids)):
+            if text(completion.ids[:n]).count("\n\n") >= self.options.paragraphs:
+                return completion.truncated(n)
+        return completion

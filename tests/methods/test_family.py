@@ -1,0 +1,125 @@
+"""Methods that intervene on trajectories, all alike: they train with LoRA and on the gym, resume bit by bit,
+give with two processes what one gives, and say who wrote each token."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from onpath import config as configuration
+from onpath.commands.cli import main
+from onpath.config import METHODS
+from onpath.records import WRITERS
+from onpath.run.log import read_lines
+from onpath.run.trajectories import read_trajectories
+from onpath.training import train
+from tests.methods.family import ARMS, Tiny, options_of, parts_of, prepared
+
+NOT_REPEATED = ("seconds", "topd_seconds")
+
+
+def test_no_method_is_forgotten() -> None:
+    assert {arm["name"] for arm in ARMS.values()} == set(METHODS) - {"opd", "opsd", "trd"}
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_resumed_run_is_the_same_run(arm: str, tiny: Tiny) -> None:
+    """With LoRA; every draw of later steps and the method's state are those of the run that went through."""
+    options = {**options_of(ARMS[arm]), "student__lora_rank": 4, "optim__schedule": "constant"}
+    options |= {"run__save_every": 1, "data__eval": {}, "run__trajectories_every": 1}
+    whole = train(tiny(**options, optim__steps=3, run__name="whole"), quiet=True)
+    half = train(tiny(**options, optim__steps=2, run__name="half"), quiet=True)
+    (half.directory / "config.yaml").unlink()
+    shutil.rmtree(half.model)
+    rest = train(tiny(**options, optim__steps=3, run__name="half"), quiet=True)
+    rows = [
+        [{k: v for k, v in row.items() if k not in NOT_REPEATED} for row in read_lines(d / "metrics.jsonl")]
+        for d in (whole.directory, rest.directory)
+    ]
+    assert rows[0] == rows[1]
+    weights = [load_file(run.model / "adapter_model.safetensors") for run in (whole, rest)]
+    assert all(weights[1][name].equal(tensor) for name, tensor in weights[0].items())
+    stored = read_trajectories(whole.directory)
+    assert {who for row in stored for who in row["writers"]} <= set(WRITERS)
+    for row, at in zip(rows[0], (1, 2, 3), strict=True):
+        mine = [r for r in stored if r["step"] == at and r["kept"]]
+        counted = [w for r in mine for w, weight in zip(r["writers"], r["weights"], strict=True) if weight]
+        assert row["tokens_written_by"] == {who: counted.count(who) for who in WRITERS}
+
+
+ALL = """
+import sys
+from onpath.training import train
+for path in sys.argv[1:]:
+    train(path, quiet=True)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(tiny: Tiny, tmp_path: Path) -> None:
+    """All of them in one pair of processes: starting it takes longer than they do."""
+    (tmp_path / "all.py").write_text(ALL)
+    configs = {}
+    for name in ARMS:
+        options = {**options_of(ARMS[name]), "rollout__prompts": 5, "optim__steps": 2, "data__eval": {}}
+        train(tiny(**options, run__name=f"one-{name}"), quiet=True)
+        config = configs[name] = tiny(**options, run__name=f"two-{name}")
+        (tmp_path / f"{name}.yaml").write_text(config.to_yaml())
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    command = [*launch, str(tmp_path / "all.py"), *(str(tmp_path / f"{name}.yaml") for name in ARMS)]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name, config in configs.items():
+        runs = (Path(config.run.dir) / f"{count}-{name}" for count in ("one", "two"))
+        rows = [read_lines(run / "metrics.jsonl") for run in runs]
+        for a, b in zip(*rows, strict=True):
+            assert set(a) == set(b), name
+            assert a["tokens_written_by"] == b["tokens_written_by"], name
+            numbers = [k for k, v in a.items() if isinstance(v, int | float)]
+            assert {k: a[k] for k in numbers} == pytest.approx({k: b[k] for k in numbers}, rel=1e-4), name
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_an_empty_share_is_prepared(arm: str, tiny: Tiny) -> None:
+    """A rank that has nothing to do."""
+    assert parts_of(tiny, **ARMS[arm]).method.prepare([], step=0).trajectories == []
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_it_runs_on_the_gym(arm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = configuration.build(
+        {
+            "student": {"device": "cpu"},
+            "teacher": {"device": "cpu"},
+            "data": {"train": "gym:train", "limit": 16, "eval": {}},
+            "method": ARMS[arm],
+            "rollout": {"prompts": 8},
+            "optim": {"steps": 2, "lr": 1e-3},
+            "run": {"name": "gym", "dir": str(tmp_path), "trajectories_every": 1, "save_every": 0},
+        }
+    )
+    run = train(config, quiet=True)
+    rows = read_lines(run.directory / "metrics.jsonl")
+    assert all(row["grad_norm"] > 0 and row["tokens"] > 0 for row in rows)
+    stored = read_trajectories(run.directory)
+    assert {row["edit"] for row in stored} - {"none"}, "it did nothing"
+    assert all(isinstance(json.loads(row["detail"]), dict) for row in stored)
+    assert main(["inspect", str(run.directory), "--only", "edited"]) == 0
+    shown = capsys.readouterr().out
+    assert "edit" in shown
+    others = any(who != "student" for row in stored for who in row["writers"])
+    assert ("written by" in shown) is others
+    assert main(["report", str(run.directory)]) == 0
+
+
+def test_who_wrote_what_of_older_methods(tiny: Tiny) -> None:
+    by_teacher = prepared(parts_of(tiny, name="opd", writer="teacher", divergence="reverse_kl"))
+    assert all(set(t.written_by) == {"teacher"} for t in by_teacher.trajectories)
+    rewrite = {"name": "trd", "template": "{problem} {attempt}", "gate": False}
+    assert all(set(t.written_by) == {"teacher"} for t in prepared(parts_of(tiny, **rewrite)).trajectories)
+    assert all(set(t.written_by) == {"student"} for t in prepared(parts_of(tiny)).trajectories)

@@ -1,0 +1,234 @@
+"""relay: token by token as a plain loop over both models would write it; triggers, controls, cost."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from onpath import config as configuration
+from onpath.data.batch import collate
+from onpath.engines.decoding.draw import draw
+from onpath.engines.forward import Kept
+from onpath.methods import make_method
+from onpath.methods.base import Prepared
+from onpath.records import Rollout, Sampling, token_count
+from onpath.run.assemble import assemble
+from onpath.run.loss import student_states, teacher_states
+from onpath.run.parts import Parts
+from onpath.system.draws import noise
+from onpath.system.errors import UserError
+from onpath.training import sample
+from tests.methods.family import Tiny, logp_after, logps_along, parts_of, prepared
+from tests.stepping import flat, step_on
+
+Written = tuple[tuple[int, ...], tuple[str, ...]]
+
+
+def plain_loop(parts: Parts, y: Rollout, place: int, *, delta: float, hold: int) -> Written:
+    """The equations of the method's docstring, one token at a time, without cache, rounds or batches."""
+    student, teacher = parts.models.student, parts.models.teacher.model
+    limit, stops = parts.sampling.max_new_tokens, parts.stops.ids
+
+    def drawn(model: nn.Module, ids: Sequence[int], key: str, position: int) -> tuple[int, float]:
+        logits = logp_after(model, y.context + tuple(ids))[None]
+        uniform = torch.from_numpy(noise(parts.sampling.seed, key, limit)[[position]])
+        token, logp = draw(logits, Sampling(), uniform)
+        return int(token), float(logp)
+
+    z: list[int] = []
+    writers: list[str] = []
+    leg, start = f"step 0/{place}/0", 0
+    while len(z) < limit and not (z and z[-1] in stops):
+        a, ours = drawn(student, z, leg, len(z) - start)
+        theirs = float(logp_after(teacher, y.context + tuple(z))[a])
+        if ours - theirs <= delta:
+            z.append(a)
+            writers.append("student")
+            continue
+        key = f"step 0/{y.key}/relay {len(z)}/draw"
+        for n in range(1 + hold):
+            if n == 0 or (z[-1] not in stops and len(z) < limit):
+                z.append(drawn(teacher, z, key, n)[0])
+                writers.append("teacher")
+        start, leg = len(z), f"step 0/{y.key}/relay {len(z)}"
+    return tuple(z), tuple(writers)
+
+
+@pytest.mark.parametrize(("delta", "hold"), [(1.0, 0), (3.0, 2)])
+def test_it_is_the_plain_loop(delta: float, hold: int, tiny: Tiny) -> None:
+    parts = parts_of(tiny, name="relay", delta=delta, hold=hold)
+    rollouts = sample(parts, 0)
+    done = parts.method.prepare(rollouts, step=0)
+    replaced = 0
+    for place, (y, t) in enumerate(zip(rollouts, done.trajectories, strict=True)):
+        assert (t.response, t.written_by) == plain_loop(parts, y, place, delta=delta, hold=hold)
+        assert t.student_context == t.teacher_context == y.context
+        assert (t.edit.kind == "relay") is ("teacher" in t.written_by)
+        assert {t.written_by[at] for at in t.edit.detail.get("places", [])} <= {"teacher"}
+        replaced += t.written_by.count("teacher")
+    assert replaced > 8
+    assert any(len(t.edit.detail.get("places", [])) > 1 for t in done.trajectories), "several legs"
+    assert replaced <= done.totals["teacher_tokens_generated"] <= replaced + 3 * hold  # the limit cuts some
+    assert token_count(done.trajectories) == sum(len(t.response) for t in done.trajectories)
+
+
+def test_batches_do_not_matter(tiny: Tiny) -> None:
+    parts = parts_of(tiny, name="relay", delta=1.0)
+    rollouts = sample(parts, 0)
+    whole = [(t.response, t.written_by) for t in parts.method.prepare(rollouts, step=0).trajectories]
+    tools = replace(parts.tools, models=replace(parts.models, max_tokens=60))
+    made = make_method(parts.config.method, tools).prepare(rollouts, step=0).trajectories
+    assert [(t.response, t.written_by) for t in made] == whole
+    later = make_method(parts.config.method, tools).prepare(rollouts, step=1).trajectories
+    assert [(t.response, t.written_by) for t in later] != whole
+
+
+def test_a_high_delta_is_opd(tiny: Tiny) -> None:
+    """Bit for bit, gradients too."""
+    relay, opd = parts_of(tiny, name="relay", delta=100.0), parts_of(tiny)
+    made = [prepared(parts).trajectories for parts in (relay, opd)]
+    assert [t.response for t in made[0]] == [t.response for t in made[1]]
+    gradients = [flat(step_on(p, t)[1]) for p, t in zip((relay, opd), made, strict=True)]
+    assert torch.equal(*gradients)
+
+
+def test_what_was_read_on_the_way_serves_the_loss(tiny: Tiny) -> None:
+    parts = parts_of(tiny, name="relay", delta=3.0)
+    done = prepared(parts)
+    known = [t for t in done.trajectories if done.kept.teacher_hidden(collate([t])) is not None]
+    ended = [t for t in done.trajectories if t.written_by[-1] == "teacher"]
+    assert len(known) == len(done.trajectories) - len(ended), "all but those that a takeover has ended"
+    assert any("teacher" in t.written_by for t in known)
+    batch, fresh = collate(known), replace(done, kept=Kept())
+    theirs = [teacher_states(parts.models, batch, d) for d in (done, fresh)]
+    torch.testing.assert_close(theirs[0].hidden, theirs[1].hidden, rtol=1e-4, atol=1e-5)
+    ours = [student_states(parts.models, batch, d) for d in (done, fresh)]
+    torch.testing.assert_close(*ours, rtol=1e-4, atol=1e-5)
+
+
+def test_the_reverse_kl_runs_along_z(tiny: Tiny) -> None:
+    """The rejected token's position is in the loss, over the whole vocabulary; each token counts once."""
+    parts = parts_of(tiny, name="relay", delta=1.0)
+    done = prepared(parts)
+    meter, _ = step_on(parts, done.trajectories)
+    total, count = 0.0, 0
+    for t in done.trajectories:
+        s, q = (logps_along(m, t) for m in (parts.models.student, parts.models.teacher.model))
+        total += float((s.exp() * (s - q)).sum())
+        count += len(t.response)
+    row = meter.row(parts.models.device)
+    assert row["loss"] == pytest.approx(total / count, rel=1e-4)
+    assert row["tokens_written_by"]["teacher"] == sum(
+        t.written_by.count("teacher") for t in done.trajectories
+    )
+
+
+def places_of(done: Prepared) -> list[list[int]]:
+    return [t.edit.detail.get("places", []) for t in done.trajectories]
+
+
+def test_legs_are_limited(tiny: Tiny) -> None:
+    free, two = (prepared(parts_of(tiny, name="relay", delta=0.5, legs=legs)) for legs in (None, 2))
+    assert max(map(len, places_of(free))) > 2
+    assert max(map(len, places_of(two))) == 2
+    assert [p[:2] for p in places_of(free)] == places_of(two)
+
+
+def test_the_control_draws_itself(tiny: Tiny) -> None:
+    """At the first place the same, with no token of the teacher's, and another token than before."""
+    given = {"name": "relay", "delta": 1.0, "legs": 1}
+    rule, control = (parts_of(tiny, **given, control=c) for c in ("none", "own_token"))
+    rollouts = sample(rule, 0)
+    theirs, own = (p.method.prepare(rollouts, step=0) for p in (rule, control))
+    assert places_of(theirs) == places_of(own)
+    assert all(set(t.written_by) <= {"student"} for t in own.trajectories)
+    assert own.totals["teacher_tokens_generated"] == 0 < own.totals["student_tokens_generated"]
+    changed = [(t, r) for t, r in zip(own.trajectories, rollouts, strict=True) if t.edit.kind == "relay"]
+    assert changed
+    assert any(t.response != r.ids for t, r in changed)
+
+
+def test_the_control_takes_over_elsewhere(tiny: Tiny) -> None:
+    given = {"name": "relay", "delta": 2.0, "legs": 1}
+    rule, control = (parts_of(tiny, **given, control=c) for c in ("none", "random_place"))
+    rollouts = sample(rule, 0)
+    theirs, lots = (places_of(p.method.prepare(rollouts, step=0)) for p in (rule, control))
+    assert list(map(len, theirs)) == list(map(len, lots))
+    assert theirs != lots
+    assert lots == places_of(control.method.prepare(rollouts, step=0))
+
+
+def test_forks_trigger_where_topd_finds_them(tiny: Tiny) -> None:
+    parts = parts_of(tiny, name="relay", trigger="fork", window=6, distance=0.8, legs=1)
+    topd = parts_of(tiny, name="topd", window=6, decide="threshold", threshold=0.8)
+    found = places_of(prepared(parts))
+    for mine, t in zip(found, prepared(topd).trajectories, strict=True):
+        real = [f["position"] for f in t.edit.detail["forks"] if f["decision"] == "fork"]
+        assert mine == ([min(real)] if real else [])
+    assert any(found)
+
+
+def test_reflection_triggers_where_the_teacher_would_correct(tiny: Tiny) -> None:
+    words = ("w", "7", "x", "3", "e")
+    parts = parts_of(tiny, name="relay", trigger="reflection", words=words, reflection_k=5, legs=1)
+    opens = {parts.text.renderer.tokenizer.convert_tokens_to_ids(w) for w in words}
+    found, expected = places_of(prepared(parts)), []
+    for t in prepared(parts_of(tiny)).trajectories:
+        s, q = (logps_along(m, t) for m in (parts.models.student, parts.models.teacher.model))
+        likeliest, ours = q.argmax(-1).tolist(), s.topk(5).indices.tolist()
+        fires = [i for i, v in enumerate(likeliest) if v in opens and v not in ours[i]]
+        expected.append(fires[:1])
+    assert found == expected
+    assert any(found)
+
+
+def test_first_error_replaces_the_first_wrong_token() -> None:
+    """On the gym, whose checker labels every token."""
+    tree = {"student": {"device": "cpu"}, "teacher": {"device": "cpu"}, "rollout": {"prompts": 12}}
+    method = {"name": "relay", "trigger": "first_error", "legs": 1}
+    parts = assemble(configuration.build({**tree, "method": method}))
+    rollouts = sample(parts, 0)
+    task, renderer = parts.text.task, parts.text.renderer
+    assert task is not None
+    found = places_of(parts.method.prepare(rollouts, step=0))
+    for r, places in zip(rollouts, found, strict=True):
+        labels = task.labels(r.prompt.question, renderer.tokens(r.ids))
+        assert places == ([labels.index("error")] if "error" in labels else [])
+    assert any(found)
+
+
+def test_paragraphs_end_the_teachers_turn(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = parts_of(tiny, name="relay", delta=1.0, hold=9, paragraphs=2, legs=1)
+    monkeypatch.setattr(parts.text.renderer, "text", lambda ids: "\n\n" * (len(ids) // 2))
+    turns = [t.written_by.count("teacher") for t in prepared(parts).trajectories if t.edit.kind == "relay"]
+    assert turns
+    assert max(turns) == 4, "two paragraphs of two tokens each"
+
+
+def test_no_response_outgrows_the_students_context(tiny: Tiny) -> None:
+    """What one row may still write would be too much behind another's longer prompt."""
+    parts = parts_of(tiny, name="relay", delta=1.0)
+    rollouts = sample(parts, 0)
+    assert len({len(r.context) for r in rollouts}) > 1
+    room = max(len(r.context) for r in rollouts) + parts.sampling.max_new_tokens
+    whole = [t.response for t in parts.method.prepare(rollouts, step=0).trajectories]
+    parts.models.student.config.max_position_embeddings = room
+    parts.models.teacher.model.config.max_position_embeddings = room
+    made = make_method(parts.config.method, parts.tools).prepare(rollouts, step=0).trajectories
+    assert [t.response for t in made] == whole
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"divergence": "sampled"}, "use reverse_kl"),
+        ({"paragraphs": 3}, "set hold"),
+        ({"trigger": "doubt"}, "method.trigger"),
+    ],
+)
+def test_impossible_options_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        configuration.build({"method": {"name": "relay", **changes}})
