@@ -9,7 +9,7 @@ from onpath.engines import adapters
 from onpath.engines.models import load_tokenizer, quietly
 from onpath.run.trained import find, load_trained
 from onpath.system.errors import UserError
-from onpath.system.files import written
+from onpath.system.files import place, written
 
 
 def export_model(source: str | Path, out: str | Path, *, adapter: bool = False) -> Path:
@@ -30,7 +30,7 @@ def export_model(source: str | Path, out: str | Path, *, adapter: bool = False) 
         UserError: no run or checkpoint there, a damaged one, no adapter, a base model that is gone, or `out`
             exists or cannot be written.
     """
-    target = Path(out)
+    target = place(out)
     if target.exists():
         raise UserError(f"{target} is there already; name a directory that is not")
     found = find(source)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from onpath.system.errors import UserError
 from onpath.system.files import written
+from onpath.system.reading import read_json
 
 _PREFIX = "step_"
 _FILES = ("model.safetensors", "optimizer.safetensors", "method.safetensors", "inputs.json")
@@ -102,7 +103,7 @@ def load(
             step=int(state["step"]),
             path=path,
             broken=tuple(broken),
-            inputs=json.loads((path / "inputs.json").read_text()),
+            inputs=read_json(path / "inputs.json"),
         )
     if broken:
         raise UserError(
@@ -178,11 +179,11 @@ def _restore_optimizer(
 def _verified(path: Path) -> dict[str, Any] | None:
     """The state, if every byte of the checkpoint is what was written."""
     try:
-        state: dict[str, Any] = json.loads((path / "state.json").read_text())
+        state: dict[str, Any] = read_json(path / "state.json", keys={"step": int, "blake2b": dict})
         whole = state["step"] == int(path.name.removeprefix(_PREFIX)) and all(
             _digest(path / name) == state["blake2b"][name] for name in _FILES
         )
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError):
         return None
     return state if whole else None
 
