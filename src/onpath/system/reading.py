@@ -236,7 +236,7 @@ def safely(read: Callable[[], Any], *, where: str, also: tuple[type[Exception], 
 
 
 OF_CONTENT: tuple[type[Exception], ...] = (
-    *(TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError, RecursionError),
+    *(TypeError, ValueError, LookupError, AttributeError, OverflowError, RecursionError),
     *(ZeroDivisionError, OSError),
 )
 """What libraries raise over content that they did not expect."""

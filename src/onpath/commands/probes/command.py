@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from onpath import config as configuration
+from onpath.run.checkpoint import holds_model
 from onpath.system.errors import UserError
 from onpath.system.files import make_directory, place
 from onpath.system.reading import read_json
@@ -41,7 +42,7 @@ def run_named(
     if not file.is_file():
         raise UserError(f"{where}: neither a run directory nor a config file")
     config = configuration.load(file, allow_code=allow_code)
-    if path.is_dir() and (path / "model").is_dir():
+    if holds_model(path / "model"):
         trained = config.student.model_copy(update={"model": str(path / "model"), "lora_rank": 0})
         config = config.model_copy(update={"student": trained})
     from onpath.commands.probes import futures as divergence
