@@ -80,6 +80,8 @@ def make_run(
     write_probe(root)
     if finished:
         (root / "model").mkdir(exist_ok=True)
+        for name in ("config.json", "model.safetensors"):
+            (root / "model" / name).touch()
     return root
 
 

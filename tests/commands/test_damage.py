@@ -1,15 +1,21 @@
 """A run's files damaged in every way: each command goes on with what is whole, or says one sentence."""
 
+import os
 import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from onpath.commands.eval import evaluate_model
+from onpath.commands.export import export_model
 from onpath.commands.inspect import run_inspect
 from onpath.commands.report.command import write_report
-from onpath.config.build import Config
+from onpath.config.build import build, load
+from onpath.config.sections import Student
+from onpath.engines.models import load_model
 from onpath.run.log import holes, read_lines
 from onpath.run.trajectories import trajectory_files
 from onpath.system.errors import UserError
@@ -25,16 +31,38 @@ CONTENTS: dict[str, bytes | None] = {
     "list": b"[1, 2]\n",
     "text": b"what is this\n",
     "binary": b"\xff\xfe\x00\x01" * 9,
-    "deep": b"[" * 50_000,
+    "deep": b"[" * 3_000,
     "wrong types": b'{"step": "x", "seconds": 5, "split": [], "ci95": 3, "run": 5, "optim": []}\n',
     "a directory": None,
     "half": b"half",
 }
-FILES = ("config.yaml", "environment.json", "metrics.jsonl", "eval.jsonl", "prefix_failure.json")
+FILES = (
+    *("config.yaml", "environment.json", "metrics.jsonl", "eval.jsonl", "probes/prefix_failure.jsonl"),
+    *("trajectories/step_000001.parquet", "trajectories"),
+)
 COMMANDS: dict[str, Callable[[Path], object]] = {
     "report": write_report,
     "inspect": lambda run: run_inspect(run),
 }
+CHECKPOINT = "checkpoints/step_1"
+OF_MODELS = {
+    "model": (
+        *("config.yaml", "model/config.json", "model/generation_config.json", "model/model.safetensors"),
+        *("model/tokenizer.json", "model/tokenizer_config.json", "model/chat_template.jinja", "model"),
+    ),
+    CHECKPOINT: (
+        "config.yaml",
+        *(f"{CHECKPOINT}/{name}" for name in ("state.json", "inputs.json", "model.safetensors")),
+        *(CHECKPOINT, "checkpoints"),
+    ),
+}
+"""Files that a model of a run is read from: the final one, or the newest checkpoint where there is none."""
+MODEL_COMMANDS: dict[str, Callable[[Path], object]] = {
+    "eval": lambda run: evaluate_model(run, n=1, k=1, limit=1, max_new_tokens=2, device="cpu"),
+    "export": lambda run: export_model(run, run.with_name("exported")),
+}
+TRAIN_FILES = ("config.yaml", "metrics.jsonl", "environment.json", f"{CHECKPOINT}/state.json")
+TRAIN_CONTENTS = ("{}", "5", "null", "binary", "a directory", "half", "deep")
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +93,8 @@ def tried(command: Callable[[Path], object], run: Path) -> str:
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("what", CONTENTS)
 def test_any_file_in_any_state(command: str, what: str, whole: Path, tmp_path: Path) -> None:
-    names = [*FILES, *(str(p.relative_to(whole)) for p in trajectory_files(whole)), "trajectories"]
-    for i, name in enumerate(names):
-        run = shutil.copytree(whole, tmp_path / str(i))
+    for i, name in enumerate(FILES):
+        run = linked(whole, tmp_path / str(i))
         spoil(run / name, what)
         said = tried(COMMANDS[command], run)
         assert "\n" not in said.strip()
@@ -97,16 +124,58 @@ def test_holes_are_told(whole: Path, tmp_path: Path) -> None:
     assert "metrics.jsonl lacks 1 steps before its last one, first 2" in write_report(run).read_text()
 
 
-@pytest.mark.parametrize("what", ["{}", "5", "null", "binary", "a directory", "half", "deep"])
-def test_train_goes_on_or_says_a_sentence(what: str, tiny: Callable[..., Config]) -> None:
-    config = tiny(run__save_every=1, optim__steps=1, data__eval={}, run__name=what.replace(" ", "-"))
-    done = train(config, quiet=True)
-    for name in ("config.yaml", "metrics.jsonl", "environment.json", "checkpoints/step_1/state.json"):
-        run = shutil.copytree(done.directory, done.directory.with_name("copy"))
+@pytest.fixture(scope="module")
+def trained(model_dirs: dict[str, Path], data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of one step, with its checkpoint."""
+    root = tmp_path_factory.mktemp("trained")
+    config = build(
+        {
+            "student": {"model": str(model_dirs["student"]), "device": "cpu"},
+            "teacher": {"model": str(model_dirs["teacher"]), "device": "cpu"},
+            "data": {"train": str(data_file), "eval": {"test": str(data_file)}},
+            "rollout": {"prompts": 4, "max_new_tokens": 6},
+            "optim": {"steps": 1},
+            "eval": {"grader": "exact", "n": 1, "k": 1, "start": False},
+            "run": {"name": "run", "dir": str(root), "save_every": 1, "trajectories_every": 0},
+        }
+    )
+    return train(config, quiet=True).directory
+
+
+def linked(run: Path, to: Path) -> Path:
+    """A copy that costs nothing: `spoil` removes a file before it writes another."""
+    return Path(shutil.copytree(run, to, copy_function=os.link))
+
+
+@pytest.mark.parametrize("command", MODEL_COMMANDS)
+@pytest.mark.parametrize("what", CONTENTS)
+@pytest.mark.parametrize("weights", OF_MODELS)
+def test_models_of_damaged_runs(weights: str, what: str, command: str, trained: Path, tmp_path: Path) -> None:
+    for i, name in enumerate(OF_MODELS[weights]):
+        run = linked(trained, tmp_path / str(i) / "run")
+        if weights != "model":
+            shutil.rmtree(run / "model")
+        if (run / name).exists():
+            spoil(run / name, what)
+        said = tried(MODEL_COMMANDS[command], run)
+        assert "\n" not in said
+        assert not said or str(run) in said, said
+        assert len(said) < 900
+        exported = run.with_name("exported")
+        assert exported.exists() == (command == "export" and not said)
+        if exported.exists():
+            load_model(Student(model=str(exported)), "student.model", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("what", TRAIN_CONTENTS)
+def test_train_goes_on_or_says_a_sentence(what: str, trained: Path, tmp_path: Path) -> None:
+    config = load(trained / "config.yaml")
+    for name in TRAIN_FILES:
+        run = linked(trained, tmp_path / "copy")
         shutil.rmtree(run / "model")
         spoil(run / name, what)
-        again = config.model_copy(update={"run": config.run.model_copy(update={"name": "copy"})})
+        place = config.run.model_copy(update={"dir": str(tmp_path), "name": "copy"})
+        again = config.model_copy(update={"run": place})
         said = tried(lambda _, again=again: train(again, quiet=True), run)
-        assert "Traceback" not in said
         assert not said or str(run) in said
         shutil.rmtree(run)

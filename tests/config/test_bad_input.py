@@ -277,7 +277,10 @@ CASES: dict[str, tuple[Break, str]] = {
         )[0],
         r"prompt '8' with its solution has \d+ tokens",
     ),
-    "adapter without a base": (adapter_of_nothing, r"adapter_config\.json does not name"),
+    "adapter without a base": (
+        adapter_of_nothing,
+        r"adapter_config\.json: damaged: base_model_name_or_path is missing",
+    ),
     "device that holds nothing": (lambda c: c.set("student.device", "meta"), r"student\.device is meta"),
     "teacher's device": (lambda c: c.set("teacher.device", "cpu:x"), r"teacher\.device is cpu:x"),
     "run of a damaged config": (broken_config_there("optim: [\n"), r"config\.yaml: damaged"),

@@ -79,7 +79,7 @@ def told(**changes: Any) -> Spoil:
         (told(num_hidden_layers="two"), "num_hidden_layers is 'two'"),
         (told(num_attention_heads=0), "num_attention_heads is 0"),
         (told(vocab_size=True), "vocab_size is True"),
-        (lambda d: (d / "config.json").write_text("[1"), "config.json: damaged: not JSON"),
+        (lambda d: (d / "config.json").write_text("[1"), "config.json: damaged: not valid JSON"),
         (lambda d: (d / "config.json").write_text("null"), "NoneType in place of an object"),
     ],
 )  # fmt: skip

@@ -3,13 +3,15 @@
 import shutil
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
 from onpath.engines import adapters
-from onpath.engines.models import load_tokenizer, quietly
-from onpath.run.trained import find, load_trained
+from onpath.engines.foreign import check_adapter
+from onpath.engines.models import load_model, load_tokenizer, quietly
+from onpath.run.trained import Trained, find, load_trained
 from onpath.system.errors import UserError
-from onpath.system.files import written
+from onpath.system.files import place, written
 
 
 def export_model(source: str | Path, out: str | Path, *, adapter: bool = False) -> Path:
@@ -30,7 +32,7 @@ def export_model(source: str | Path, out: str | Path, *, adapter: bool = False) 
         UserError: no run or checkpoint there, a damaged one, no adapter, a base model that is gone, or `out`
             exists or cannot be written.
     """
-    target = Path(out)
+    target = place(out)
     if target.exists():
         raise UserError(f"{target} is there already; name a directory that is not")
     found = find(source)
@@ -40,6 +42,7 @@ def export_model(source: str | Path, out: str | Path, *, adapter: bool = False) 
     if adapter and not lora:
         raise UserError(f"{found.run}: this run trained all weights, so it has no adapter")
     if not found.is_checkpoint and (adapter or not lora):
+        _check_whole(found, adapter=adapter)
         with written(target) as temporary:
             shutil.copytree(found.weights, temporary)
             adapters.name_base(temporary, home=target)
@@ -50,3 +53,17 @@ def export_model(source: str | Path, out: str | Path, *, adapter: bool = False) 
         adapters.save(model, temporary, home=target)
         tokenizer.save_pretrained(temporary)
     return target
+
+
+def _check_whole(found: Trained, *, adapter: bool) -> None:
+    """What is copied must load where it goes. An adapter's base may be elsewhere.
+
+    Raises:
+        UserError: it would not.
+    """
+    section = found.config().student.model_copy(update={"model": str(found.weights)})
+    if adapter:
+        check_adapter(found.weights, "source")
+        return
+    load_model(section, "source", torch.device("cpu"))
+    load_tokenizer(section, "source")

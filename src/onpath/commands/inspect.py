@@ -11,6 +11,7 @@ from onpath.commands.report.text import cell, known_tokens, sides, was_changed
 from onpath.commands.terminal import coloured, few_colours, forks, legend, rewritten, written
 from onpath.run.trajectories import Row, quantities, read_rows, step_of, trajectory_files
 from onpath.system.errors import UserError
+from onpath.system.files import place
 
 VERDICTS = {True: "right", False: "wrong", None: "not graded"}
 ONLY: dict[str, Callable[[Row], bool]] = {
@@ -65,7 +66,7 @@ def run_inspect(
     Raises:
         UserError: no such run, step, column or prompt, or a damaged file.
     """
-    stored = stored_rows(Path(directory), step)
+    stored = stored_rows(place(directory), step)
     names = sorted({name for row in stored for name in quantities(row)})
     if names and colour not in (None, *names):
         raise UserError(f"colour {colour}: no such per-token column; there are {', '.join(names)}")

@@ -6,7 +6,6 @@ or an impossible pair raises `UserError` with one sentence.
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import date
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
@@ -34,7 +33,9 @@ from onpath.data.tasks import task_of
 from onpath.records import Sampling
 from onpath.system import code
 from onpath.system.errors import UserError
-from onpath.system.reading import read_yaml
+from onpath.system.files import place
+from onpath.system.reading import parse_yaml, read_yaml
+from onpath.system.text import one_line
 
 _COMMAND_LINE = "the command line"
 
@@ -72,8 +73,11 @@ class Config(Section):
         if not isinstance(value, Mapping):
             return value
         value = dict(value)
-        if isinstance(value.get("method"), Mapping) and "name" not in value["method"]:
-            value["method"] = {"name": "opd", **value["method"]}
+        method = value.get("method", {})
+        if not isinstance(method, Mapping | MethodOptions):
+            raise ValueError(f"method is {_short(method)}; it must be a mapping such as {{name: opd}}")
+        if isinstance(method, Mapping) and "name" not in method:
+            value["method"] = {"name": "opd", **method}
         if "rewards" in value:
             value["rewards"] = labelled(value["rewards"])
         rollout, asked = value.get("rollout") or {}, value.get("eval") or {}
@@ -263,7 +267,8 @@ def build(data: Mapping[str, Any], *, source: str = "config", overridden: Iterab
     except ValidationError as error:
         key = _dotted(error)
         ours = any(key == dotted or key.startswith(f"{dotted}.") for dotted in overridden)
-        raise UserError(f"{_COMMAND_LINE if ours else source}: {_sentence(error, data)}") from None
+        where = one_line(_COMMAND_LINE if ours else source, 300)
+        raise UserError(f"{where}: {one_line(_sentence(error, data), 900)}") from None
 
 
 def resolved(tree: dict[str, Any]) -> dict[str, Any]:
@@ -275,9 +280,9 @@ def resolved(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not place(path).is_file():
         raise UserError(f"{path}: no such config file")
-    data = read_yaml(path)
+    data = read_yaml(place(path))
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -330,12 +335,12 @@ def _read(text: str, annotation: Any) -> Any:
     if kinds <= {str, type(None)}:
         return text
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = parse_yaml(text, where=_COMMAND_LINE)
+    except UserError:
         return text
     if str in kinds and type(value) not in kinds:
         return text
-    return text if isinstance(value, date) else None if text == "None" else value
+    return None if text == "None" else value
 
 
 def _kinds(annotation: Any) -> set[Any]:
@@ -364,7 +369,7 @@ def _sentence(error: ValidationError, data: Mapping[str, Any]) -> str:
             return f"unknown key {key}; {found or nearest(loc[-1], beside)}"
         case "union_tag_invalid":
             known = f"{', '.join(METHODS)}, or a class of yours as file.py:Class"
-            return f"method.name is {first['input'].get('name')!r}; it must be one of {known}"
+            return f"method.name is {_short(first['input'].get('name'))}; it must be one of {known}"
         case "value_error":
             reason = str(first["ctx"]["error"])
             return reason if not key or reason.startswith(key) else f"{key}: {reason}"

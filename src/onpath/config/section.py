@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema, core_schema
@@ -23,13 +23,35 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _true_is_no_number(cls, value: Any) -> Any:
-        """Python and pydantic take true for 1."""
+    def _usable(cls, value: Any) -> Any:
+        """Python and pydantic take true for 1, and halves of characters, which no file takes."""
         for name, given in value.items() if isinstance(value, Mapping) else ():
             field = cls.model_fields.get(name) if isinstance(name, str) else None
             if isinstance(given, bool) and field is not None and _numbers_only(field.annotation):
                 raise ValueError(f"{name} is {str(given).lower()}, which is no number")
+            if _is_broken(given):
+                raise ValueError(f"{name} holds half a character (a lone surrogate), which no text has")
         return value
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        """Tensors hold no numbers beyond float32's."""
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, int | float) and abs(value) > _LARGEST:
+                raise ValueError(f"{name} is beyond {_LARGEST:g}, the largest number that an option may be")
+        return self
+
+
+_LARGEST = 1e30
+
+
+def _is_broken(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(_is_broken(part) for pair in value.items() for part in pair)
+    if isinstance(value, list | tuple):
+        return any(map(_is_broken, value))
+    return isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def _numbers_only(annotation: Any) -> bool:

@@ -11,6 +11,7 @@ from onpath.config.section import LONGER, NEUTRAL, PLACE, ROUNDING, OneOf, Secti
 from onpath.data.tasks import other_split, split_name, task_of
 from onpath.records import Sampling
 from onpath.system import code
+from onpath.system.files import place
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -137,7 +138,7 @@ class RolloutSection(Served):
     """Arguments of vllm.LLM for an engine in this process, such as {gpu_memory_utilization: 0.4}."""
     prompts: int = Field(64, ge=1)
     """Prompts per optimiser step, over all processes."""
-    n: int = Field(1, ge=1)
+    n: int = Field(1, ge=1, le=100_000)
     """Samples per prompt."""
     temperature: float = Field(1.0, ge=0)
     """1 is the student's own distribution; on-policy objectives refuse anything else."""
@@ -249,7 +250,7 @@ class Eval(Section):
     """Evaluate every so many steps; 0 only at the start and the end."""
     start: Annotated[bool, NEUTRAL] = True
     """Evaluate before the first step."""
-    n: int = Field(4, ge=1)
+    n: int = Field(4, ge=1, le=100_000)
     """Samples per problem."""
     k: int = Field(4, ge=1)
     """pass@k; at most n."""
@@ -333,7 +334,7 @@ class Run(Section):
     ] = Field([])
     """Also log there: tensorboard, trackio, wandb (extra onpath[trackers]), or a class of yours,
     file.py:Class; JSON lines are always written. wandb runs offline unless WANDB_MODE says otherwise."""
-    threads: Annotated[int, ROUNDING] = Field(0, ge=0)
+    threads: Annotated[int, ROUNDING] = Field(0, ge=0, le=4096)
     """torch's CPU threads per process; 0 leaves torch's choice."""
 
     @field_validator("name")
@@ -341,4 +342,13 @@ class Run(Section):
     def _one_directory(cls, value: str) -> str:
         if value in (".", "..") or not value.isprintable() or "/" in value or "\\" in value:
             raise ValueError(f"{value!r} cannot name a directory; put its parents into run.dir")
+        if len(value.encode()) > 200:
+            raise ValueError("is too long to name a directory")
         return value
+
+    @field_validator("dir")
+    @classmethod
+    def _a_place(cls, value: str) -> str:
+        """Whose ~ is written out: what is made there must not be called so."""
+        path = place(value)
+        return str(path) if value.startswith("~") else value

@@ -6,7 +6,6 @@ optional `solution` or TRL's `privileged_context` (what only a teacher may see),
 are ignored, so TRL's prompt-only data sets work unchanged.
 """
 
-import json
 import math
 import random
 import re
@@ -20,7 +19,9 @@ from onpath.data.tasks import task_of, task_rows
 from onpath.records import Message, Prompt
 from onpath.system import code
 from onpath.system.errors import UserError
-from onpath.system.text import first_line
+from onpath.system.files import place
+from onpath.system.reading import OF_CONTENT, parse_json
+from onpath.system.text import first_line, one_line
 
 COLUMNS = ("id", "prompt", "messages", "answer", "reward_model", "solution", "privileged_context", "tools")
 REASONS_KEPT = 5
@@ -161,14 +162,14 @@ def _rows(source: str, limit: int | None, split_default: str, theirs: Mapping[st
     task = task_of(source)
     if task is not None:
         return _numbered(source, task_rows(task, source, limit))
-    path = Path(source).expanduser()
+    path = place(source)
     base, _, split = source.rpartition(":")
     if path.is_file():
         return _file_rows(path, theirs)
     if path.is_dir():
         return _saved_rows(path, split_default, theirs)
-    if base and Path(base).expanduser().is_dir():
-        return _saved_rows(Path(base).expanduser(), split, theirs)
+    if base and (saved := place(base)).is_dir():
+        return _saved_rows(saved, split, theirs)
     file_like = path.suffix in (*JSONL_SUFFIXES, ".parquet", ".json")
     looks_like_path = file_like or source.startswith(("/", "./", "../", "~"))
     if looks_like_path or not _HUB_NAME.fullmatch(source):
@@ -221,7 +222,7 @@ def _parquet_rows(path: Path, theirs: Mapping[str, str]) -> Iterator[_Row]:
                 for value in batch.to_pylist():
                     yield _Row(where=f"{path}, row {number}", value=value)
                     number += 1
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, *OF_CONTENT) as error:
         raise UserError(f"{path}: not a readable Parquet file: {first_line(error)}") from None
 
 
@@ -230,7 +231,7 @@ def _saved_rows(path: Path, split: str, theirs: Mapping[str, str]) -> Iterator[_
 
     try:
         data = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as error:
+    except OF_CONTENT as error:
         raise UserError(
             f"{path}: not a readable directory of datasets.save_to_disk: {first_line(error)}"
         ) from None
@@ -247,7 +248,7 @@ def _hub_rows(name: str, split: str, theirs: Mapping[str, str]) -> Iterator[_Row
 
     try:
         data = datasets.load_dataset(name, split=split)
-    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (*OF_CONTENT, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"{name}: no file or directory of that name, and datasets cannot load its split {split!r}: "
             f"{first_line(error)}"
@@ -257,14 +258,19 @@ def _hub_rows(name: str, split: str, theirs: Mapping[str, str]) -> Iterator[_Row
 
 def _dataset_rows(where: str, data: Any, theirs: Mapping[str, str]) -> Iterator[_Row]:
     columns = _usable_columns(where, data.column_names, theirs)
-    for number, value in enumerate(data.select_columns(columns)):
-        yield _Row(where=f"{where}, row {number}", value=value)
+    number = 0
+    try:
+        for value in data.select_columns(columns):
+            yield _Row(where=f"{where}, row {number}", value=value)
+            number += 1
+    except OF_CONTENT as error:
+        raise UserError(f"{where}, row {number}: damaged: {first_line(error)}") from None
 
 
 def _usable_columns(where: str, names: Sequence[str], theirs: Mapping[str, str]) -> list[str]:
     given = {ours: {column, column.partition(".")[0]} for ours, column in theirs.items()}
     if not {"prompt", "messages", *given.get("prompt", ())} & set(names):
-        held = ", ".join(names) or "none"
+        held = one_line(", ".join(names)) or "none"
         raise UserError(
             f"{where}: no column 'prompt' (it has {held}); say which one has the problem: "
             "data.columns: {prompt: …}"
@@ -304,7 +310,7 @@ def _prompt(row: Mapping[str, Any], *, default_id: str) -> Prompt:
     elif "prompt" in row:
         text, messages = _question(row["prompt"])
     else:
-        held = ", ".join(map(repr, row)) or "none"
+        held = one_line(", ".join(map(repr, row))) or "none"
         raise _BadRow(f"no key 'prompt' (it has {held}); data.columns says what it is called")
     hint = row.get("solution")
     return Prompt(
@@ -318,13 +324,9 @@ def _prompt(row: Mapping[str, Any], *, default_id: str) -> Prompt:
 
 def _decode(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise _BadRow(f"not UTF-8 (byte {error.start})") from None
-    except json.JSONDecodeError as error:
-        raise _BadRow(f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; nesting beyond the stack
-        raise _BadRow(f"not usable JSON: {first_line(error)}") from None
+        return parse_json(line)
+    except ValueError as error:
+        raise _BadRow(str(error)) from None
 
 
 def _question(value: Any) -> tuple[str | None, tuple[Message, ...] | None]:
@@ -338,7 +340,8 @@ def _question(value: Any) -> tuple[str | None, tuple[Message, ...] | None]:
         raise _BadRow("'prompt' is an empty list of messages")
     messages = _messages(value, "prompt")
     if messages[-1]["role"] != "user":
-        raise _BadRow(f"the last message of 'prompt' must be the user's, not the {messages[-1]['role']}'s")
+        role = one_line(messages[-1]["role"], 40)
+        raise _BadRow(f"the last message of 'prompt' must be the user's, not the {role}'s")
     if not messages[-1]["content"].strip():
         raise _BadRow("the last message of 'prompt' is empty")
     return None, messages
@@ -409,6 +412,8 @@ def _answer(value: Any) -> str | None:
         return None
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise _BadRow(f"'answer' must be text or a number, not {_kind(value)}")
+    if isinstance(value, float) and math.isinf(value):
+        raise _BadRow("'answer' is an infinite number; write it as text")
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         value = int(value)  # an integer column with a missing value comes back as floats: 12.0 is 12
     if not str(value).strip():
@@ -431,7 +436,7 @@ def _id(value: Any, default: str) -> str:
         return default
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         raise _BadRow(f"'id' must be text or an integer, not {_kind(value)}")
-    return str(value)
+    return _encodable(str(value), "id")
 
 
 def _kind(value: Any) -> str:

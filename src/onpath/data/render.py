@@ -16,12 +16,20 @@ from onpath.data import thinking
 from onpath.data.templates import check_slots
 from onpath.records import Message, Prompt
 from onpath.system.errors import UserError
+from onpath.system.limits import excess
+from onpath.system.reading import OF_CONTENT
+from onpath.system.text import one_line
 
 _CLOCK = "strftime_now"
 """What templates call that print the clock."""
 _DIRECTIVES = "aAwdbBmyYHIpMSfjUWcxXeDFT"
 """Of strftime."""
 _QUESTION = "a question in its place"
+_SECONDS, _LARGEST_RENDERING = 10.0, 256 * 2**20
+"""Of one short question."""
+_FAILURES: tuple[type[Exception], ...] = (TemplateError, *OF_CONTENT)
+_TRIED: set[str] = set()
+"""Templates that kept them."""
 
 
 class Renderer:
@@ -58,21 +66,53 @@ class Renderer:
             self.clock = clock or datetime.now()
             self.template_options["chat_template"] = _stopped(tokenizer.get_chat_template(), self.clock)
         self._shown: dict[int, str] = {}
+        if self.chat:
+            self._try_template()
+
+    def _try_template(self) -> None:
+        """A template is a program of whoever made the tokenizer: it runs with limits first.
+
+        Raises:
+            UserError: it takes too long, or too much memory.
+        """
+        key = (self.tokenizer.chat_template, self.system, repr(self.template_options))
+        if repr(key) in _TRIED:
+            return
+        messages = self.messages(Prompt(id="", text=_QUESTION))
+        taken = excess(
+            lambda: self._applied(messages, tokenize=False), seconds=_SECONDS, memory=_LARGEST_RENDERING
+        )
+        if taken:
+            raise UserError(f"the chat template {taken} to render one short question; use another one")
+        _TRIED.add(repr(key))
+
+    def _applied(self, messages: Sequence[Message], *, opened: bool = True, tokenize: bool = True) -> Any:
+        """What the template makes of a conversation: ids, or the text.
+
+        Args:
+            opened: with the generation prompt.
+
+        Raises:
+            UserError: it fails on them.
+        """
+        try:
+            return self.tokenizer.apply_chat_template(
+                [dict(m) for m in messages],
+                add_generation_prompt=opened,
+                tokenize=tokenize,
+                return_dict=False,
+                **self.template_options,
+            )
+        except _FAILURES as error:
+            raise UserError(f"the chat template refuses it: {one_line(str(error))}") from None
 
     def ids(self, prompt: Prompt) -> tuple[int, ...]:
         """The context that a response continues. Chat prompts end with the generation prompt."""
         if self.chat:
             try:
-                rendered = self.tokenizer.apply_chat_template(
-                    [dict(m) for m in self.messages(prompt)],
-                    add_generation_prompt=True,
-                    tokenize=True,
-                    return_dict=False,
-                    **self.template_options,
-                )
-            except TemplateError as error:
-                raise UserError(f"prompt {prompt.id!r}: the chat template refuses it: {error}") from None
-            return tuple(rendered)
+                return tuple(self._applied(self.messages(prompt)))
+            except UserError as error:
+                raise UserError(f"prompt {prompt.id!r}: {error}") from None
         if prompt.messages is not None:
             raise UserError(
                 f"prompt {prompt.id!r} is a list of messages, but the prompts are rendered as plain text; "
@@ -113,13 +153,8 @@ class Renderer:
         """What the template writes around a question: its special tokens but BOS and EOS, and the plain marks
         before and after ([INST] and [/INST], say)."""
         try:
-            rendered = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": _QUESTION}],
-                add_generation_prompt=True,
-                tokenize=False,
-                **self.template_options,
-            )
-        except TemplateError:
+            rendered = self._applied([{"role": "user", "content": _QUESTION}], tokenize=False)
+        except UserError:
             return (), "", ""
         tokenizer, around = self.tokenizer, str(rendered)
         special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
@@ -155,16 +190,22 @@ class Renderer:
         """Special tokens that the chat template puts after an answer; none for plain text."""
         if not self.chat:
             return []
-        question = [{"role": "user", "content": "1"}]
-        options: dict[str, Any] = {"tokenize": True, "return_dict": False, **self.template_options}
-        render = self.tokenizer.apply_chat_template
+        question: Message = {"role": "user", "content": "1"}
         try:
-            opened = list(render(question, add_generation_prompt=True, **options))
-            closed = list(render([*question, {"role": "assistant", "content": "1"}], **options))
-        except TemplateError:
+            opened = list(self._applied([question]))
+            closed = list(self._applied([question, {"role": "assistant", "content": "1"}], opened=False))
+        except UserError:
             return []
         tail = closed[len(opened) :] if closed[: len(opened)] == opened else []
         return [i for i in tail if i in set(self.tokenizer.all_special_ids)]
+
+    def opens_answers(self) -> bool:
+        """Whether prompts end in a generation prompt, as far as a template shows it."""
+        question: Message = {"role": "user", "content": "1"}
+        try:
+            return len(self._applied([question], opened=False)) < len(self._applied([question]))
+        except UserError:
+            return True
 
     def text_ids(self, text: str) -> tuple[int, ...]:
         """Ids of a response that somebody else wrote as text; control tokens that it spells are text too."""

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from onpath.engines.head import adapted_weight, base_layer, lora_deltas, sharded, unwrapped
 from onpath.engines.sharding import full, gathered, same_weights
 from onpath.system.errors import UserError
+from onpath.system.reading import read_json
 
 _CONFIG = "adapter_config.json"
 _BASE = "base"  # beside an adapter whose base stands nowhere else
@@ -187,5 +188,5 @@ def name_base(directory: Path, *, home: Path) -> None:
     """Lets an adapter name the base that was saved with it, if there is one, by the path it will have."""
     if own_base(directory) is not None:
         path = directory / _CONFIG
-        described = {**json.loads(path.read_text()), "base_model_name_or_path": str(home.resolve() / _BASE)}
+        described = {**read_json(path, keys={}), "base_model_name_or_path": str(home.resolve() / _BASE)}
         path.write_text(json.dumps(described, indent=2) + "\n")

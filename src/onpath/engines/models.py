@@ -1,7 +1,6 @@
 """Loading Hugging Face models and tokenizers."""
 
 import contextlib
-import json
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -30,6 +29,8 @@ from onpath.data.tasks import part_of, task_of
 from onpath.engines import foreign
 from onpath.engines.adapters import is_adapter, merged, own_base
 from onpath.system.errors import UserError
+from onpath.system.files import place
+from onpath.system.reading import read_json
 from onpath.system.text import first_line
 
 _TOKENIZER_FILES = (
@@ -160,11 +161,8 @@ def model_directory(name: str, key: str) -> str:
 def _base_of(adapter: Path, key: str) -> str:
     if (beside := own_base(adapter)) is not None:
         return str(beside)
-    try:
-        base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{key}: {adapter}/adapter_config.json does not name the adapter's base") from None
-    return _existing(str(base), f"{key}: the base of adapter {adapter}")
+    told = read_json(adapter / "adapter_config.json", keys={"base_model_name_or_path": str})
+    return _existing(told["base_model_name_or_path"], f"{key}: the base of adapter {adapter}")
 
 
 def load_tokenizer(section: Student | Teacher, key: str) -> PreTrainedTokenizerBase:
@@ -178,16 +176,18 @@ def load_tokenizer(section: Student | Teacher, key: str) -> PreTrainedTokenizerB
     try:
         with quietly():
             return AutoTokenizer.from_pretrained(where, trust_remote_code=section.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except foreign.FAILURES as error:
         raise UserError(f"{key}: cannot load a tokenizer from {section.model}: {first_line(error)}") from None
 
 
 def _existing(name: str, key: str) -> str:
     where = locate(name)
-    looks_local = where.startswith((".", "/", "~")) or where.count("/") > 1
-    if looks_local and not Path(where).expanduser().is_dir():
+    if not where:
+        raise UserError(f"{key} is empty; name a directory or a model of the hub")
+    looks_local, path = where.startswith((".", "/", "~")) or where.count("/") > 1, place(where, key=key)
+    if looks_local and not path.is_dir():
         raise UserError(f"{key}: there is no directory {name}")
-    return str(Path(where).expanduser()) if Path(where).expanduser().is_dir() else where
+    return str(path) if path.is_dir() else where
 
 
 def check_vocabulary(student: Mapping[str, int], teacher: Mapping[str, int]) -> None:

@@ -7,7 +7,6 @@ in one file per process; a line that a killed writer left half-written is passed
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from onpath.engines.sharding import full
 from onpath.records import Completion, Prompt, Rollout, Sampling
 from onpath.system import distributed
 from onpath.system.errors import UserError
+from onpath.system.reading import json_lines
 
 
 class Replay:
@@ -79,16 +79,28 @@ class Replay:
 
 def _read(path: Path) -> dict[str, Completion]:
     found: dict[str, Completion] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with suppress(ValueError, KeyError, TypeError, RecursionError):  # blank, or half-written
-            row = json.loads(line)
-            found.setdefault(
-                row["key"],
-                Completion(
-                    ids=tuple(row["ids"]), logprobs=tuple(row["logprobs"]), finish_reason=row["finish_reason"]
-                ),
+    for _, _, row in json_lines(path):  # without those that are blank, half-written or spoilt
+        if _is_sound(row):
+            completion = Completion(
+                ids=tuple(row["ids"]), logprobs=tuple(row["logprobs"]), finish_reason=row["finish_reason"]
             )
+            found.setdefault(row["key"], completion)
     return found
+
+
+def _is_sound(row: Any) -> bool:
+    """Damage that is still JSON must not become a completion."""
+    if not isinstance(row, dict) or not isinstance(row.get("key"), str):
+        return False
+    ids, logprobs = row.get("ids"), row.get("logprobs")
+    return (
+        isinstance(ids, list)
+        and isinstance(logprobs, list)
+        and all(type(i) is int and i >= 0 for i in ids)
+        and all(type(p) in (int, float) and p <= 1e-3 for p in logprobs)
+        and len(logprobs) in (0, len(ids))
+        and row.get("finish_reason") in ("stop", "length")
+    )
 
 
 class ReplayingEngine(Engine):

@@ -7,7 +7,6 @@ numbers) is asked for twice more and then stops the run: what is finished is on 
 goes on.
 """
 
-import json
 import math
 import os
 import threading
@@ -22,6 +21,7 @@ import httpx
 
 from onpath.config.sections import Served
 from onpath.system.errors import UserError
+from onpath.system.reading import parse_json
 from onpath.system.text import one_line
 
 T = TypeVar("T")
@@ -277,16 +277,16 @@ def _body(data: bytes) -> Any:
     if not data:
         return None
     try:
-        return json.loads(data)
-    except (ValueError, RecursionError):
-        raise Nonsense("an answer that is not JSON") from None
+        return parse_json(data)
+    except ValueError as error:
+        raise Nonsense(f"an answer that is not JSON: {error}") from None
 
 
 def _excerpt(data: bytes) -> str:
     """What an error says for itself."""
     text = data[:_EXCERPT].decode("utf-8", errors="replace")
-    with suppress(ValueError, RecursionError):
-        found = json.loads(text)
+    with suppress(ValueError):
+        found = parse_json(text)
         if isinstance(found, dict):
             inner = found.get("error")
             named = inner.get("message") if isinstance(inner, dict) else inner

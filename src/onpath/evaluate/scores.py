@@ -18,7 +18,9 @@ from onpath.evaluate.stats import pass_at_k as pass_at_k
 from onpath.grade.base import Grader
 from onpath.records import Graded, Prompt, Rollout, Sampling
 from onpath.system.errors import UserError
-from onpath.system.files import write_text
+from onpath.system.files import place, write_text
+from onpath.system.reading import check_keys, parse_json, read_text
+from onpath.system.text import one_line
 
 Generate = Callable[[Sequence[Prompt], int], Sequence[Rollout]]
 """(prompts, n) → n rollouts per prompt, the prompts in order, a prompt's rollouts together."""
@@ -310,28 +312,37 @@ class Details:
     problems: Mapping[str, ProblemResult]
 
 
+_KINDS: dict[str, type] = {"correct": bool, "lengths": int, "finished": bool}
+_OF_DETAILS = {"id": str, "digest": str, "grader": str, "sampling": dict, **dict.fromkeys(_KINDS, list)}
+
+
 def read_details(path: str | Path) -> Details:
     """Reads what `write_details` wrote.
 
     Raises:
         UserError: missing, empty or foreign file (with the line).
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable file of evaluation details: {error}") from None
+    lines = read_text(place(path), most=2**32).split("\n")
     problems: dict[str, ProblemResult] = {}
     settings: list[tuple[str, Mapping[str, Any]]] = []
     for number, line in enumerate(lines, start=1):
+        if not line and number == len(lines):
+            continue
+        where = f"{path}, line {number}: not a line of evaluation details"
         try:
-            row = json.loads(line)
-            samples = {key: tuple(row[key]) for key in ("correct", "lengths", "finished")}
-            errors = tuple(row.get("errors") or ())
-            problems[row["id"]] = ProblemResult(id=row["id"], digest=row["digest"], **samples, errors=errors)
-            settings.append((row["grader"], row["sampling"]))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise UserError(f"{path}, line {number}: not a line of evaluation details ({reason})") from None
+            row = parse_json(line)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from None
+        check_keys(row, _OF_DETAILS, where=where)
+        samples = {key: tuple(row[key]) for key in _KINDS}
+        for key, kind in _KINDS.items():
+            if len(samples[key]) != len(samples["correct"]) or any(type(v) is not kind for v in samples[key]):
+                raise UserError(f"{where}: damaged: {key} is {one_line(repr(row[key]), 40)}")
+        errors = tuple(row.get("errors") or ())
+        if any(e is not None and not isinstance(e, str) for e in errors):
+            raise UserError(f"{where}: damaged: errors is {one_line(repr(row['errors']), 40)}")
+        problems[row["id"]] = ProblemResult(id=row["id"], digest=row["digest"], **samples, errors=errors)
+        settings.append((row["grader"], row["sampling"]))
     if not problems:
         raise UserError(f"{path}: holds no evaluation details")
     grader, sampling = settings[0]

@@ -31,6 +31,7 @@ from onpath.engines.sharding import local, rows_of
 from onpath.system import distributed
 from onpath.system.errors import UserError
 from onpath.system.files import sync_file, unwritable, written
+from onpath.system.reading import read_json
 
 _PREFIX = "step_"
 _PARTS = ("model", "optimizer", "method")
@@ -132,7 +133,7 @@ def _newest(root: Path) -> Loaded | None:
     broken: list[str] = []
     for path in reversed(list_steps(root)):
         if (state := _verified(path)) is not None:
-            inputs = json.loads((path / "inputs.json").read_text())
+            inputs = read_json(path / "inputs.json")
             return Loaded(step=int(state["step"]), path=path, broken=tuple(broken), inputs=inputs)
         broken.append(path.name)
     if broken:
@@ -267,11 +268,11 @@ def _restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, store
 def _verified(path: Path) -> dict[str, Any] | None:
     """The state, if every byte of the checkpoint is what was written."""
     try:
-        state: dict[str, Any] = json.loads((path / "state.json").read_text())
+        state: dict[str, Any] = read_json(path / "state.json", keys={"step": int, "blake2b": dict})
         files = state["blake2b"]
         whole = state["step"] == int(path.name.removeprefix(_PREFIX)) and {*_named(files)} <= {*files}
         whole = whole and all(_digest(path / name) == digest for name, digest in files.items())
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError):
         return None
     return state if whole else None
 

@@ -16,9 +16,12 @@ from onpath.evaluate.scores import check
 from onpath.records import Prompt
 from onpath.system import distributed
 from onpath.system.errors import UserError
+from onpath.system.files import place
+from onpath.system.reading import read_text
 
 CLOCK_FILE = "clock.txt"
 """In a run's directory, where its chat template prints the clock."""
+_LONGEST_TEMPLATE = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +86,11 @@ def make_renderer(config: Config, tokenizer: PreTrainedTokenizerBase) -> Rendere
     """
     thinking = config.data.enable_thinking
     if config.data.chat_template is not None:
-        path = Path(config.data.chat_template).expanduser()
+        path = place(config.data.chat_template, key="data.chat_template")
         try:
-            tokenizer.chat_template = path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            raise UserError(f"data.chat_template: cannot read {path}: {reason}") from None
+            tokenizer.chat_template = read_text(path, most=_LONGEST_TEMPLATE)
+        except UserError as error:
+            raise UserError(f"data.chat_template: {error}") from None
     moment = distributed.gather([_moment(config).isoformat()])[0]  # ranks start at different ones
     return Renderer(
         tokenizer,

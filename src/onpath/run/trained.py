@@ -15,6 +15,7 @@ from onpath.engines.models import load_model, load_tokenizer
 from onpath.engines.student import trainable
 from onpath.run import checkpoint
 from onpath.system.errors import UserError
+from onpath.system.files import place
 
 BEST = "best"
 """Directory of a run's best model (run.keep_best)."""
@@ -56,7 +57,7 @@ def find(source: str | Path) -> Trained | None:
     Raises:
         UserError: a run without a model, or a damaged checkpoint.
     """
-    path = Path(source).expanduser()
+    path = place(source)
     if not path.is_dir():
         return None
     path = path.resolve()

@@ -21,6 +21,7 @@ from onpath.run.parts import Parts
 from onpath.system import distributed
 from onpath.system.errors import UserError
 from onpath.system.files import written
+from onpath.system.reading import parse_json
 
 
 def store_step(parts: Parts, directory: Path, meter: Meter, step: int) -> None:
@@ -297,7 +298,7 @@ def _rows_of(batch: pa.RecordBatch, late: Sequence[str]) -> Iterator[Row]:
     for place, row in enumerate(batch.drop_columns(names).to_pylist()):
         kept = {name: batch.column(name)[place] for name in names}
         row |= {name: scalar for name, scalar in kept.items() if scalar.is_valid}
-        detail = json.loads(row["detail"] or "{}")
+        detail = parse_json(row["detail"] or "{}")
         if not isinstance(detail, dict) or row["response"] is None or row["tokens"] is None:
             raise ValueError(f"row of prompt {row.get('prompt_id')!r}: no response, or a detail that is none")
         yield {**row, "detail": detail}

@@ -39,9 +39,22 @@ def guarded(run: Callable[[], int | None]) -> int:
     except BrokenPipeError:
         silence(sys.stdout)  # the reader (head, less) has left
         return 0
-    except Exception:
+    except Exception as error:
+        if _is_lack_of_memory(error):
+            say_once(
+                f"onpath: out of memory: {one_line(str(error), 300)}; lower optim.micro_batch_tokens or "
+                "rollout.batch_tokens, or use a smaller model; what is finished is on disk"
+            )
+            return 2
         traceback.print_exc()
         return 1
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """torch is not imported for this: it has a class of its own for GPUs, and none for CPUs."""
+    said = str(error)
+    of_torch = isinstance(error, RuntimeError) and ("can't allocate memory" in said or "CUDA out of" in said)
+    return isinstance(error, MemoryError) or of_torch or type(error).__name__ == "OutOfMemoryError"
 
 
 def say_once(sentence: str) -> None:

@@ -8,8 +8,37 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from onpath.system.errors import UserError
+from onpath.system.text import one_line
 
 _MARK = ".tmp-"
+
+
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095
+"""Bytes; of all common file systems."""
+
+
+def place(name: str | Path, *, key: str = "") -> Path:
+    """A path as somebody typed it, with ~ written out.
+
+    Args:
+        key: names the option in errors.
+
+    Raises:
+        UserError: nothing can lie there: it is too long, holds a NUL or half a character, or is the home of
+            nobody.
+    """
+    text, of = str(name), f"{key}: " if key else ""
+    try:
+        data, path = os.fsencode(text), Path(text).expanduser()
+    except UnicodeEncodeError:
+        raise UserError(f"{of}{one_line(text)} is no path: it holds half a character") from None
+    except RuntimeError:
+        raise UserError(f"{of}{one_line(text)} is no path: there is no such user") from None
+    if b"\0" in data:
+        raise UserError(f"{of}{one_line(text)} is no path: it holds a NUL")
+    if len(data) > _LONGEST_PATH or any(len(part) > _LONGEST_NAME for part in data.split(b"/")):
+        raise UserError(f"{of}{one_line(text, 80)} is no path: it is too long")
+    return path
 
 
 @contextmanager

@@ -44,14 +44,33 @@ def read_json(path: Path, *, keys: Mapping[str, type | tuple[type, ...]] | None 
     Raises:
         UserError: see `read_text`; or not JSON, or not such an object.
     """
-    text = read_text(path)
+    data = read_bytes(path)
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{_name(path)}: damaged: not JSON ({_reason(error)})") from None
+        value = parse_json(data)
+    except ValueError as error:
+        raise UserError(f"{_name(path)}: damaged: {error}") from None
     if keys is not None:
         check_keys(value, keys, where=_name(path))
     return value
+
+
+def parse_json(data: str | bytes) -> Any:
+    """JSON of whatever somebody sends.
+
+    Raises:
+        ValueError: it is none; in a few words, with the place.
+    """
+    try:
+        return json.loads(data if isinstance(data, str) else data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        raise ValueError(f"not valid JSON: {error.msg.removesuffix(' at')} at {where}") from None
+    except RecursionError:
+        raise ValueError("not usable JSON: nested too deeply") from None
+    except ValueError:
+        raise ValueError("not usable JSON: a number of thousands of digits") from None
 
 
 def check_keys(value: Any, keys: Mapping[str, type | tuple[type, ...]], *, where: str) -> None:
@@ -80,8 +99,8 @@ def json_lines(path: Path) -> Iterator[tuple[int, str, Any]]:
     lines = read_bytes(path, most=2**34).decode("utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines[:-1], start=1):
         try:
-            yield number, line, json.loads(line)
-        except (ValueError, RecursionError):
+            yield number, line, parse_json(line)
+        except ValueError:
             continue
 
 
@@ -207,7 +226,7 @@ def safely(read: Callable[[], Any], *, where: str, also: tuple[type[Exception], 
     Raises:
         UserError: it failed on what the file holds.
     """
-    failures: tuple[type[Exception], ...] = (*_OF_CONTENT, *also)
+    failures: tuple[type[Exception], ...] = (*OF_CONTENT, *also)
     try:
         return read()
     except UserError:
@@ -216,7 +235,8 @@ def safely(read: Callable[[], Any], *, where: str, also: tuple[type[Exception], 
         raise UserError(f"{where}: damaged ({type(error).__name__}: {_reason(error)})") from None
 
 
-_OF_CONTENT: tuple[type[Exception], ...] = (
-    *(TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError, RecursionError),
+OF_CONTENT: tuple[type[Exception], ...] = (
+    *(TypeError, ValueError, LookupError, AttributeError, OverflowError, RecursionError),
     *(ZeroDivisionError, OSError),
 )
+"""What libraries raise over content that they did not expect."""

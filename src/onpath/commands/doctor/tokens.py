@@ -7,7 +7,6 @@ whose own tokenizer would have written others reads prompts that it was never tr
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from onpath.commands.doctor.finding import Finding, skipped
@@ -178,7 +177,7 @@ def template(
     if values["with_unknown_tokens"]:
         message = f"{values['with_unknown_tokens']} of {len(some)} prompts hold the unknown token"
         return found("warning", message, "the tokenizer lacks these characters: is it this model's own?")
-    if student.chat and not _opens_answer(student, some[0]):
+    if student.chat and not student.opens_answers():
         message = "the chat template opens no answer: it ignores add_generation_prompt"
         return found("warning", message, "mend the template, or the student goes on with the user's turn")
     if config.data.template == "plain" and tokenizer.chat_template:
@@ -245,19 +244,3 @@ def _difference(
     at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     ours, other = ("".join(renderer.tokens(x[at : at + 8])) for x in (a, b))
     return f"from token {at} on {ours!r} there, {other!r} from the teacher's"
-
-
-def _opens_answer(renderer: Renderer, prompt: Prompt) -> bool:
-    """Whether the rendering ends in a generation prompt."""
-    messages = [dict(m) for m in prompt.messages or ({"role": "user", "content": prompt.question},)]
-    try:
-        closed = renderer.tokenizer.apply_chat_template(
-            messages,
-            add_generation_prompt=False,
-            tokenize=True,
-            return_dict=False,
-            **renderer.template_options,
-        )
-    except TemplateError:
-        return True
-    return len(tuple(closed)) < len(renderer.ids(prompt))

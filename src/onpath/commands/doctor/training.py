@@ -38,8 +38,9 @@ _SAME_GRADIENT = 1e-3
 def eos(parts: Parts, probe: Probe) -> Finding:
     """Responses end with a stop token, it is in the ids, and the loss counts it."""
     stops, strings, text = parts.stops.ids, parts.stops.strings, parts.text.renderer.text
-    ended = [r for r in probe.rollouts if r.finish_reason == "stop"]
-    ended = [r for r in ended if string_end(r.ids, strings, text) is None]  # the others have no stop token
+    finished = [r for r in probe.rollouts if r.finish_reason == "stop"]
+    unfinished = 1 - len(finished) / max(1, len(probe.rollouts))
+    ended = [r for r in finished if string_end(r.ids, strings, text) is None]  # the others have no stop token
     masses = _end_masses(parts, ended)
     stripped = sum(not r.ids or r.ids[-1] not in stops for r in ended)
     present = [t for t in probe.trajectories if t.response[-1] in stops]
@@ -48,7 +49,8 @@ def eos(parts: Parts, probe: Probe) -> Finding:
     values = {
         "stop_ids": sorted(stops),
         "rollouts": len(probe.rollouts),
-        "finished": len(ended),
+        "finished": len(finished),
+        "unfinished_share": unfinished,
         "without_their_stop_token": stripped,
         "trained_with_stop_token": len(present),
         "of_which_masked": masked,
@@ -82,12 +84,13 @@ def eos(parts: Parts, probe: Probe) -> Finding:
         )
         return found("warning", message, "all of them end a response here, but the loss tells them apart")
     message = (
-        f"{len(ended)} of {len(probe.rollouts)} rollouts finished; the stop token counts in "
+        f"{len(finished)} of {len(probe.rollouts)} rollouts finished, {unfinished:.0%} did not; the stop "
+        "token counts in "
         f"{len(present)} of {len(probe.trajectories)} trained responses"
     )
     if probe.shortened:
         return found("ok", message + "; longer ones were cut short here")
-    if len(ended) < (1 - _UNFINISHED) * len(probe.rollouts):
+    if unfinished > _UNFINISHED:
         return found("warning", message, "most responses are cut: raise rollout.max_new_tokens")
     return found("ok", message)
 

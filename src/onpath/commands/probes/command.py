@@ -1,13 +1,14 @@
 """`onpath inspect --probe NAME`: measurements that a finished run, or a config, is asked for afterwards."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from onpath import config as configuration
+from onpath.run.checkpoint import holds_model
 from onpath.system.errors import UserError
-from onpath.system.files import make_directory
+from onpath.system.files import make_directory, place
+from onpath.system.reading import read_json
 
 PROBES = ("prefix-failure", "divergence", "local-correction")
 
@@ -36,12 +37,12 @@ def run_named(
     """
     if name not in PROBES:
         raise UserError(f"there is no probe {name!r}; there are {', '.join(PROBES)}")
-    path = Path(where)
+    path = place(where)
     file = path if path.is_file() else path / "config.yaml"
     if not file.is_file():
         raise UserError(f"{where}: neither a run directory nor a config file")
     config = configuration.load(file, allow_code=allow_code)
-    if path.is_dir() and (path / "model").is_dir():
+    if holds_model(path / "model"):
         trained = config.student.model_copy(update={"model": str(path / "model"), "lora_rank": 0})
         config = config.model_copy(update={"student": trained})
     from onpath.commands.probes import futures as divergence
@@ -69,7 +70,7 @@ def run_named(
 
 def shown(path: Path) -> Iterator[str]:
     """Lines for people: a line per entry of the summary beside `path`, and where the rest is."""
-    summary = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    summary = read_json(path.with_suffix(".json"), keys={})
     yield from (f"{name.replace('_', ' ')}: {_said(value)}" for name, value in summary.items())
     yield f"{path}, summary {path.with_suffix('.json').name}, picture {path.with_suffix('.png').name}"
 

@@ -1,12 +1,12 @@
 """What the prefix-failure probe finds along rollouts, and how these are laid over each other. No torch."""
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import cast
 
-from onpath.system.errors import UserError
+from onpath.system.reading import parse_json, read_text, safely
 
 _FEW = 3  # positions that fewer rollouts reach are not shown
 
@@ -51,13 +51,12 @@ def read_probed(path: Path) -> list[Probed]:
         UserError: the file is not what the probe writes.
     """
     names = [field.name for field in fields(Probed)]
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    def read() -> list[Probed]:
+        rows = map(parse_json, read_text(path, most=2**30).splitlines())
         return [Probed(**{name: row[name] for name in names}) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{path}: not lines of the prefix-failure probe ({type(error).__name__}: {error}); probe again"
-        ) from None
+
+    return cast(list[Probed], safely(read, where=f"{path}: not lines of the prefix-failure probe, or"))
 
 
 def clearest(found: Sequence[Probed]) -> tuple[list[Probed], bool]:

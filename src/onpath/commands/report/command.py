@@ -8,7 +8,7 @@ from onpath.commands.report.run import gather_run
 from onpath.commands.report.study import gather_study
 from onpath.system import reading
 from onpath.system.errors import UserError
-from onpath.system.files import write_text
+from onpath.system.files import place, write_text
 
 
 def write_report(directory: str | Path, out: str | Path | None = None) -> Path:
@@ -24,7 +24,7 @@ def write_report(directory: str | Path, out: str | Path | None = None) -> Path:
     Raises:
         UserError: neither a run nor a study, a damaged file in it, or a target that cannot be written.
     """
-    directory = Path(directory)
+    directory = place(directory)
     if (directory / "doses.json").is_file():
         data = reading.safely(lambda: gather_doses(directory), where=str(directory))
         reading.safely(lambda: draw_doses(directory), where=str(directory))
@@ -36,7 +36,7 @@ def write_report(directory: str | Path, out: str | Path | None = None) -> Path:
         raise UserError(
             f"{directory}: neither a run (no config.yaml) nor a study (no study.json, no doses.json)"
         )
-    path = directory / "report.html" if out is None else Path(out)
+    path = directory / "report.html" if out is None else place(out)
     if not path.parent.is_dir():  # a mistyped path, more likely than a wish for a new directory
         raise UserError(f"{path}: there is no directory {path.parent}")
     write_text(path, page(data))

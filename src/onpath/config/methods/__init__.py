@@ -58,7 +58,8 @@ def _own(value: Any) -> MethodOptions:
 
 def _kind(value: Any) -> str:
     name = value.get("name", "opd") if isinstance(value, dict) else getattr(value, "name", "")
-    return str(name) if name in METHODS else "own" if code.is_own(name) else f"no method {name!r}"
+    name = name if isinstance(name, str) else repr(name)
+    return name if name in METHODS else "own" if code.is_own(name) else f"no method {name!r}"
 
 
 if TYPE_CHECKING:

@@ -1,0 +1,44 @@
+"""Chat templates of others: programs that may never end, take all memory, or fail."""
+
+import time
+
+import pytest
+
+from onpath.data.render import Renderer
+from onpath.records import Prompt
+from onpath.system.errors import UserError
+from onpath.system.limits import excess
+from tests.conftest import make_tokenizer
+from tests.faults.templates import ENDLESS, FAILING
+
+
+@pytest.mark.parametrize("template", ENDLESS)
+def test_templates_that_take_too_much(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onpath.data.render._SECONDS", 0.4)
+    tokenizer, begun = make_tokenizer(), time.monotonic()
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=r"the chat template (takes more than|refuses it)"):
+        Renderer(tokenizer).ids(Prompt(id="0", text="7"))
+    assert time.monotonic() - begun < 5
+
+
+@pytest.mark.parametrize("template", FAILING)
+def test_templates_that_fail(template: str) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    renderer = Renderer(tokenizer)
+    with pytest.raises(UserError, match="prompt '0': the chat template refuses it") as caught:
+        renderer.ids(Prompt(id="0", text="7"))
+    assert len(str(caught.value)) < 400
+    assert not set("\n\x1b") & set(str(caught.value))
+    assert renderer.turn_end() == []
+    renderer.check(Prompt(id="0", text="7"))
+
+
+def test_what_is_tried_leaves_nothing_behind() -> None:
+    seen: list[int] = []
+    assert excess(lambda: seen.append(1), seconds=5, memory=2**20) == ""
+    assert excess(lambda: 1 / 0, seconds=5, memory=2**20) == ""
+    assert excess(lambda: bytearray(2**28), seconds=5, memory=2**20) == "takes more than 1 MiB"
+    assert excess(lambda: time.sleep(60), seconds=0.1, memory=2**20) == "takes more than 0.1 s"
+    assert seen == []
