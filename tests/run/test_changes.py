@@ -51,6 +51,7 @@ NEUTRAL: dict[str, Any] = {
     "rollout.patience": 1.0,
     "rollout.concurrency": 3,
     "rollout.max_staleness": 4,
+    "parallel.timeout": 60.0,
     "method.cosine_every": 1,
 }
 """Weights come out bit by bit as they would have. (A url needs a server: its mark is looked at below.)"""
@@ -58,7 +59,12 @@ ROUNDING: dict[str, Any] = {
     "optim.micro_batch_tokens": 64,
     "rollout.batch_tokens": 64,
     "run.threads": 1,
+    "parallel.shard": "layer",
+    "parallel.hosts": 1,
+    "parallel.teacher": "copy",
+    "parallel.balance": False,
 }
+"""Sums in another order; those of `parallel` among several processes (tests/system/test_sharded_runs.py)."""
 
 
 @pytest.fixture(scope="module")

@@ -289,7 +289,7 @@ def test_rollouts_are_dealt_by_length(world: int, monkeypatch: pytest.MonkeyPatc
 
 def test_what_cannot_be_sharded_is_said(tiny: Tiny, model_dirs: dict[str, Path], tmp_path: Path) -> None:
     for options, says in (
-        ({"teacher__device": "cpu"}, "teacher.device is cpu: with parallel.shard"),
+        ({"teacher__device": "cuda:1"}, "teacher.device is cuda:1: with parallel.shard"),
         ({"student__device": "cuda:1"}, "student.device is cuda:1: with parallel.shard"),
         ({"parallel__hosts": 0}, "parallel.hosts"),
     ):

@@ -169,7 +169,8 @@ class Config(Section):
         """What goes together with weights that no process has whole."""
         if self.parallel.shard == "none":
             return
-        if self.teacher.device != "auto" and self.teacher.engine == "hf" and not self.method.self_taught:
+        apart = self.teacher.device not in ("auto", self.student.device)
+        if apart and self.teacher.engine == "hf" and not self.method.self_taught:
             raise ValueError(
                 f"teacher.device is {self.teacher.device}: with parallel.shard the teacher is where its "
                 "process's student is; leave it at auto"
