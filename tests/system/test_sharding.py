@@ -299,5 +299,5 @@ def test_what_cannot_be_sharded_is_said(tiny: Tiny, model_dirs: dict[str, Path],
     assert not sharding.asked(alone), "one process has nobody to share with"
     three = tiny(parallel__shard="layer", parallel__hosts=3, **SHARDED)
     for code, _, err in forked(lambda _: train(three, quiet=True), tmp_path):
-        assert code == 2
+        assert code == 2, err
         assert "parallel.hosts is 3, which does not divide 2 processes" in err

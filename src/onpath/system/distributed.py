@@ -55,13 +55,17 @@ def one_fate() -> Iterator[None]:
     except UserError as error:
         board, patience = _board(), _PATIENCE
         if board is not None:
-            board.compare_set(_SAID, "", str(error))
+            with suppress(dist.DistError, RuntimeError):  # the rank that holds it has left
+                board.compare_set(_SAID, "", str(error))
         raise
     except (dist.DistError, RuntimeError) as error:
         if not _lost_a_peer(error):
             raise
         board = _board()
-        said = board.get(_SAID).decode() if board is not None and board.check([_SAID]) else ""
+        said = ""
+        if board is not None:
+            with suppress(dist.DistError, RuntimeError):
+                said = board.get(_SAID).decode() if board.check([_SAID]) else ""
         raise UserError(
             said
             or "another process of this run has ended before its time; what it printed says why; start the "
@@ -74,11 +78,14 @@ def one_fate() -> Iterator[None]:
 
 
 def _board() -> TCPStore | None:
-    """Where ranks leave word for each other without an exchange; None: there is no group."""
+    """Where ranks leave word for each other without an exchange; None: there is no group, or no longer."""
     if not _asked() or not dist.is_initialized():
         return None
     where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return TCPStore(*where, is_master=False, timeout=timedelta(seconds=_PATIENCE))
+    try:
+        return TCPStore(*where, is_master=False, timeout=timedelta(seconds=_PATIENCE))
+    except (dist.DistError, RuntimeError):  # the rank that holds it has left
+        return None
 
 
 def _lost_a_peer(error: Exception) -> bool:
