@@ -109,9 +109,7 @@ def activations(model: Decoder, tokens: int, *, half: bool, recompute: bool, str
 def loss_bytes(step: Step) -> float:
     """The loss's own buffers, its gradient of the head, and both sides' hidden states of one micro-batch."""
     student, width = step.student, step.student.width
-    buffers = workspace(
-        step.device, student.vocabulary, step.micro_batch_tokens, teacher=step.teacher is not None
-    )
+    buffers = workspace(step.device, student.vocabulary, step.micro_batch_tokens, teacher=True)
     head = 4 * student.table if student.trained >= student.table else 0
     copies = 2 * student.table if step.half and step.device == "cuda" and student.weight_bytes == 4 else 0
     theirs = 0 if step.teacher is None else step.teacher.width * step.teacher.weight_bytes
