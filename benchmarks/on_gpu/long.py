@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from on_gpu.device import peak_gib, reset_peak
-from on_gpu.shapes import random_weights, write_model, write_prompts
+from on_gpu.shapes import SIZES, random_weights, write_model, write_prompts
 from onpath import config as configuration
 from onpath.engines.base import Engine
 from onpath.methods import make_method
@@ -77,24 +77,23 @@ class MostlyDrawn(Engine):
         return [Completion(ids=row, logprobs=(0.0,) * len(row), finish_reason="length") for row in ids]
 
 
-def make(directory: Path, size: Size, method: dict[str, Any]) -> Parts:
-    """All parts of a run of this size."""
-    vocabulary = 256 if size.tiny else 151_936
+def make(directory: Path, size: Size, method: dict[str, Any], **options: dict[str, Any]) -> Parts:
+    """All parts of a run of this size; `options`: sections of the config, over the usual ones."""
+    vocabulary = 256 if size.tiny else SIZES[size.student]["vocab_size"]
     for name in {size.student, size.teacher}:
         write_model(directory / name, name, tiny=size.tiny)
     write_prompts(directory / "prompts.jsonl", size.rollouts, size.prompt, vocabulary)
-    config = configuration.build(
-        {
-            "student": {"model": str(directory / size.student), "gradient_checkpointing": True},
-            "teacher": {"model": str(directory / size.teacher), "dtype": "bfloat16"},
-            "data": {"train": str(directory / "prompts.jsonl"), "eval": {}, "template": "plain"},
-            "method": method,
-            "rollout": {"prompts": size.rollouts, "max_new_tokens": size.response},
-            "optim": {"steps": 1000, "lr": 1e-6, "schedule": "constant", "warmup": 0.0, "bf16": True,
-                      "micro_batch_tokens": size.micro_batch_tokens},
-            "run": {"dir": str(directory / "runs"), "name": "step"},
-        }
-    )  # fmt: skip
+    tree: dict[str, dict[str, Any]] = {
+        "student": {"model": str(directory / size.student), "gradient_checkpointing": True},
+        "teacher": {"model": str(directory / size.teacher), "dtype": "bfloat16"},
+        "data": {"train": str(directory / "prompts.jsonl"), "eval": {}, "template": "plain"},
+        "method": method,
+        "rollout": {"prompts": size.rollouts, "max_new_tokens": size.response},
+        "optim": {"steps": 1000, "lr": 1e-6, "schedule": "constant", "warmup": 0.0, "bf16": True,
+                  "micro_batch_tokens": size.micro_batch_tokens},
+        "run": {"dir": str(directory / "runs"), "name": "step"},
+    }  # fmt: skip
+    config = configuration.build({k: {**v, **options.get(k, {})} for k, v in tree.items()})
     engine = MostlyDrawn(size.sampled, vocabulary)
     with random_weights():
         parts = assemble(config, engine=engine)

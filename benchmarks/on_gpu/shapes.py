@@ -29,12 +29,16 @@ SIZES: dict[str, dict[str, Any]] = {
         "hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 36, "num_attention_heads": 32,
         "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936, "tie_word_embeddings": False,
     },
+    "60m": {
+        "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 32_768, "tie_word_embeddings": True,
+    },
     "smollm2-135m": {
         "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
         "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49_152, "tie_word_embeddings": True,
     },
 }  # fmt: skip
-"""As their config.json files have them; context 8,192."""
+"""As their config.json files have them, and one of our own that a CPU can train; context 8,192."""
 _TINY = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 256,
@@ -46,9 +50,10 @@ def write_model(directory: Path, size: str, *, tiny: bool, words: int | None = N
     """Config and tokenizer of a model; `random_weights` makes the rest. One token per word: w0 w1 …
 
     Args:
+        size: a key of `SIZES`; with -teacher behind it, another model of that size.
         words: of the tokenizer; None: the whole vocabulary.
     """
-    shape = SIZES[size] | (_TINY if tiny else {})
+    shape = SIZES[size.removesuffix("-teacher")] | (_TINY if tiny else {})
     kind = LlamaConfig if size.startswith("smollm2") else Qwen3Config
     config = kind(**shape, max_position_embeddings=8192, bos_token_id=1, eos_token_id=_END, pad_token_id=0)
     config.architectures = [kind.__name__.replace("Config", "ForCausalLM")]

@@ -180,6 +180,16 @@ def chunk_sizes(inputs: Inputs, vocabulary: int, dtype: torch.dtype) -> tuple[in
     return chunk, max(1, min(chunk, _BLOCK_BYTES[device] // row_bytes))
 
 
+def workspace(device: str, vocabulary: int, tokens: int, *, teacher: bool) -> int:
+    """Bytes of the buffers of a pass in float32, whatever the number of tokens beyond one chunk."""
+    row = 4 * vocabulary
+    kind = device if device in _CHUNK_BYTES else "cuda"
+    chunk = min(tokens * row, max(row, _CHUNK_BYTES[kind]))
+    block = min(chunk, max(row, _BLOCK_BYTES[kind]))
+    operand = chunk // 2 if kind == "cuda" else 0  # the gradient in half precision
+    return chunk * (2 if teacher else 1) + 4 * block + operand
+
+
 def _allocate(inputs: Inputs, like: Tensor) -> Gradients:
     head, found = inputs.student_head, Gradients()
     if inputs.grad_hidden:

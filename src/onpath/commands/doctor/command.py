@@ -40,7 +40,7 @@ _ALONG_TRAJECTORIES = (
 _NEED_SCORES = ("teacher_itself", "alignment", "teacher_differs")
 _NEED_MODELS = (
     "passes", "server_tokens", "trajectories", "accuracy", "engine_logprobs", "on_policy",
-    *(f.__name__ for f in _ALONG_TRAJECTORIES), "refine", "engine_follows", "speed", "memory", "disk",
+    *(f.__name__ for f in _ALONG_TRAJECTORIES), "refine", "engine_follows", "speed", "memory", "fits", "disk",
     "restored",
 )  # fmt: skip
 """Checks that cannot run where the models cannot."""
@@ -231,10 +231,11 @@ def _of_a_step(parts: Parts, probe: Probe) -> Iterator[Finding]:
         cost = costs.measure(parts, probe)
     except UserError as error:
         yield Finding(name="speed", status="fail", message=f"the first step does not run: {error}")
-        yield skipped("memory", "the first step does not run")
+        yield from (skipped(name, "the first step does not run") for name in ("memory", "fits"))
     else:
         yield costs.speed(parts, cost)
         yield costs.memory(parts, cost)
+        yield costs.fits(parts, cost)
     yield costs.disk(parts)
 
 

@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 
 from onpath.commands.doctor.finding import Finding
+from onpath.commands.doctor.fits import SHARDS, cures, fewest_processes, parts_of, step_of
 from onpath.commands.doctor.sample import Probe
+from onpath.config.build import Config
 from onpath.engines.adapters import is_adapter
 from onpath.engines.models import locate
 from onpath.run.meter import STAGES
@@ -25,6 +27,8 @@ _STEP_OF_PROBE = 3.0
 """A whole step's time over that of sampling and correcting, roughly: enough to choose the share."""
 _FULL = 0.9
 """Share of the memory from which the check warns."""
+_MOST_OF_IT, _NOT_WORTH = 0.5, 1.0
+"""Share of a step of which a stage is worth a word, and seconds of a step below which none is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,13 +96,33 @@ def speed(parts: Parts, cost: Cost) -> Finding:
         **{f"seconds_{stage}": seconds for stage, seconds in cost.seconds.items()},
     }
     shares = ", ".join(
-        f"{stage} {cost.seconds[stage] / step:.0%}" for stage in ("sample", "correct", "train")
+        f"{stage} {cost.seconds[stage] / step:.0%}" for stage in ("sample", "correct", "score", "train")
     )
     message = (
         f"{step:.2g} s a step ({shares}); {config.optim.steps} steps and evaluations: {_duration(hours)}"
     )
     message += "" if cost.scale == 1 else f" (scaled up {cost.scale:.1f} times from fewer prompts)"
-    return Finding(name="speed", status="ok", message=message, values=values)
+    return Finding(name="speed", status="ok", message=message, advice=_faster(config, cost), values=values)
+
+
+def _faster(config: Config, cost: Cost) -> str:
+    """What to change first: of the stage that takes most of the step, if it takes more than half."""
+    step = sum(cost.seconds.values())
+    stage = max(cost.seconds, key=lambda name: cost.seconds[name])
+    if cost.seconds[stage] <= _MOST_OF_IT * step or step < _NOT_WORTH:
+        return ""
+    scored = "" if config.optim.bf16 else "optim.bf16: true, "
+    longest = (
+        "a shorter method.rewrite_max_new_tokens" if config.method.learns_from_text else "fewer candidates"
+    )
+    ways = {
+        "sample": "rollout.engine: vllm" if config.rollout.engine == "hf" else "rollout.overlap: true",
+        "correct": f"a teacher on a server (teacher.engine: vllm), {longest}",
+        "score": f"{scored}teacher.dtype: bfloat16",
+        "train": f"{scored}student.gradient_checkpointing: false where memory is left",
+        "grade": "a cheaper eval.grader",
+    }
+    return f"{stage} takes most of it; what shortens it: {ways[stage]}" if stage in ways else ""
 
 
 def memory(parts: Parts, cost: Cost) -> Finding:
@@ -113,6 +137,34 @@ def memory(parts: Parts, cost: Cost) -> Finding:
     advice = "lower optim.micro_batch_tokens and rollout.batch_tokens, or set student.gradient_checkpointing"
     status = "fail" if peak > room else "warning"
     return Finding(name="memory", status=status, message=message, advice=advice, values=values)  # type: ignore[arg-type]
+
+
+def fits(parts: Parts, cost: Cost) -> Finding:
+    """What is calculated for this config, as whole copies and as shards, against the room of one device."""
+    step = step_of(parts, response_tokens=cost.generated_tokens)
+    planned = {
+        (shard, world): parts_of(step, shard=shard, world=world)["peak"] / 2**30
+        for shard, world in (("none", 1), *((s, n) for s in SHARDS[1:] for n in (2, 8)))
+    }
+    whole, room = parts_of(step), cost.room_bytes
+    names = ("weights", "gradients", "moments", "teacher", "copies", "activations", "loss")
+    largest = max(names, key=lambda name: whole[name])
+    values = {
+        **{f"{shard}_{world}_gib": gib for (shard, world), gib in planned.items()},
+        **{f"{name}_gib": whole[name] / 2**30 for name in names},
+        "room_gib": room / 2**30,
+        "processes_by_layer": fewest_processes(step, _FULL * room, shard="layer"),
+    }
+    message = (
+        f"calculated: {whole['peak'] / 2**30:.2g} GiB as whole copies (most of it {largest}, "
+        f"{whole[largest] / whole['peak']:.0%}), {planned['step', 8]:.2g} sharded by step over 8 processes, "
+        f"{planned['layer', 8]:.2g} by layer; {room / 2**30:.3g} are there"
+    )
+    if whole["peak"] <= _FULL * room:
+        return Finding(name="fits", status="ok", message=message, values=values)
+    found = cures(step, _FULL * room)
+    advice = f"what makes it fit: {'; or '.join(found)}" if found else "take smaller models"
+    return Finding(name="fits", status="warning", message=message, advice=advice, values=values)
 
 
 def disk(parts: Parts) -> Finding:

@@ -132,6 +132,11 @@ class MethodOptions(Section):
         return True
 
     @property
+    def keeps_past(self) -> bool:
+        """Whether the teacher goes on from its scoring pass, whose keys and values are kept until then."""
+        return False
+
+    @property
     def learns_from_text(self) -> bool:
         """Whether a teacher that only answers messages, and scores nothing, is enough."""
         return False

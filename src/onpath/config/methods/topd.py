@@ -86,6 +86,10 @@ class TOPDOptions(MethodOptions):
         return not self.off_policy
 
     @property
+    def keeps_past(self) -> bool:
+        return self.reuse_cache
+
+    @property
     def measures_ratio_every(self) -> int:
         if self.ratio_every is not None:
             return self.ratio_every

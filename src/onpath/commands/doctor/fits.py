@@ -1,0 +1,258 @@
+"""What a step needs of every process's memory, calculated: which way of sharding fits where.
+
+    peak = weights + moments + frozen models + max(sampling, passes and gradients, the optimiser's own)
+
+    none    whole copies in every process
+    step    whole weights while a step lasts, shards of everything else
+    layer   shards of everything, each layer gathered when it runs
+
+Counts in, bytes out: nothing is loaded or measured. `benchmarks/memory.py` compares with measured peaks.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch import nn
+
+from onpath.engines.head import unwrapped
+from onpath.losses.one_pass import workspace
+from onpath.run.parts import Parts
+
+Shard = Literal["none", "step", "layer"]
+SHARDS: tuple[Shard, ...] = ("none", "step", "layer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """Counts of one model; widths in numbers per token."""
+
+    parameters: int
+    layers: int
+    width: int
+    """H, of the residual stream."""
+    queries: int
+    """Heads times their size."""
+    keys: int
+    """Heads of keys times their size: a token's keys in one layer, and its values."""
+    inner: int
+    """I, of the gated feed-forward layer; of experts what one token passes through."""
+    vocabulary: int
+    tied: bool
+    """Whether the output layer is the embedding."""
+    normed_queries: bool = False
+    """Whether queries and keys have norms of their own (Qwen3)."""
+    weight_bytes: int = 4
+    """Of one weight."""
+    trained: int = 0
+    """Weights that train; with an adapter its own."""
+
+    @property
+    def table(self) -> int:
+        """Weights of the embedding, and of the output layer."""
+        return self.vocabulary * self.width
+
+    @property
+    def layer(self) -> float:
+        """Weights of one layer."""
+        return (self.parameters - self.table * (1 if self.tied else 2)) / max(1, self.layers)
+
+    @property
+    def bytes(self) -> int:
+        """Of all weights."""
+        return self.parameters * self.weight_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What decides the memory of a step beside the models."""
+
+    student: Decoder
+    teacher: Decoder | None
+    """None: the student teaches itself, or a server does."""
+    micro_batch_tokens: int
+    """Padded tokens of one forward pass."""
+    batch_tokens: int
+    """Tokens of one batch of sampling in this process; 0: sampled elsewhere."""
+    response_tokens: int = 0
+    """Of the whole step in this process, whose hidden states of the teacher are kept for the loss (TOPD)."""
+    half: bool = False
+    """optim.bf16."""
+    recompute: bool = False
+    """student.gradient_checkpointing."""
+    copies: float = 0.0
+    """Frozen copies of the student beside the teacher, in its weights' bytes: moving average, starting
+    weights, rollout.overlap."""
+    continues: bool = False
+    """Whether the teacher goes on from its scoring pass (TOPD): its keys and values are kept."""
+    device: str = "cuda"
+
+
+def activations(model: Decoder, tokens: int, *, half: bool, recompute: bool, stream: int = 4) -> float:
+    """Bytes that a forward pass leaves for the backward pass, the head aside.
+
+    Counted by what autograd saves in transformers' Llama and Qwen3: inputs and normalised inputs of norms,
+    inputs of products, queries, repeated keys and values, attention's output, four of the gated layer;
+    float32 norms under autocast. With recomputation the residual stream at each layer, and one layer whole.
+
+    Args:
+        stream: bytes of a number of the residual stream: 4 under autocast, as the embedding's weights.
+    """
+    h, q, k, i = model.width, model.queries, model.keys, model.inner
+    if half:
+        each = 28 * h + 8 * i + 8 * q + 2 * k + (6 * (q + k) if model.normed_queries else 0)
+    else:
+        each = 4 * (6 * h + 4 * i + 4 * q + k + (2 * (q + k) if model.normed_queries else 0))
+    kept = stream * h * model.layers + each if recompute else each * model.layers
+    return float(tokens * (kept + 8 * h))  # and the last norm
+
+
+def loss_bytes(step: Step) -> float:
+    """The loss's own buffers, its gradient of the head, and both sides' hidden states of one micro-batch."""
+    student, width = step.student, step.student.width
+    buffers = workspace(step.device, student.vocabulary, step.micro_batch_tokens, teacher=True)
+    head = 4 * student.table if student.trained >= student.table else 0
+    copies = 2 * student.table if step.half and step.device == "cuda" and student.weight_bytes == 4 else 0
+    theirs = 0 if step.teacher is None else step.teacher.width * step.teacher.weight_bytes
+    return float(buffers + head + copies + step.micro_batch_tokens * (2 * 4 * width + theirs))
+
+
+def cache_bytes(model: Decoder, tokens: int, *, half: bool) -> float:
+    """Keys and values of so many tokens in every layer."""
+    return float(2 * model.layers * model.keys * tokens * (2 if half else model.weight_bytes))
+
+
+def parts_of(step: Step, *, shard: Shard = "none", world: int = 1) -> dict[str, float]:
+    """Bytes of each part of one process's peak, and `peak` itself.
+
+    Args:
+        shard: see the module's head.
+        world: processes that share the shards.
+    """
+    student, teacher = step.student, step.teacher
+    # No sharded gradient is whole for longer than its layer; everything else is divided as it lies.
+    n = 1 if shard == "none" else world
+    gathered = 0.0
+    if shard != "none" and world > 1:
+        size = 2 if step.half else student.weight_bytes
+        whole = student.parameters if shard == "step" else 2 * student.layer + student.table
+        gathered = whole * size
+        if teacher is not None:
+            gathered += (2 * teacher.layer + teacher.table) * teacher.weight_bytes
+    half_copies = 0.0
+    if step.half and student.weight_bytes == 4 and gathered == 0.0:
+        half_copies = 2.0 * student.layer * student.layers  # autocast keeps them while a forward pass lasts
+    stream = 2 if gathered and step.half else student.weight_bytes
+    passes = activations(
+        student, step.micro_batch_tokens, half=step.half, recompute=step.recompute, stream=stream
+    )
+    loss = loss_bytes(step)
+    past, one_graph = 0.0, 0 < step.response_tokens <= step.micro_batch_tokens
+    if step.continues and teacher is not None:
+        past = 2.25 * cache_bytes(teacher, step.micro_batch_tokens, half=teacher.weight_bytes == 2)
+    gradients = student.trained * student.weight_bytes / n
+    parts = {
+        "weights": student.bytes / n,
+        "moments": 2 * student.trained * student.weight_bytes / n,
+        "teacher": 0.0 if teacher is None else teacher.bytes / n,
+        "copies": step.copies * student.bytes / n,
+        "gathered": gathered,
+        "kept": 0.0
+        if teacher is None
+        else float(step.response_tokens * teacher.width * teacher.weight_bytes),
+    }
+    phases = {
+        "sampling": 1.25 * cache_bytes(student, step.batch_tokens, half=step.half),
+        "training": gradients + half_copies + passes + loss,
+        "correcting": half_copies + past + loss + (passes if one_graph else 0.0),
+        "optimiser": gradients + (gradients if step.device == "cuda" else 0.0),
+    }
+    return {
+        **parts,
+        "gradients": gradients,
+        "activations": passes + half_copies,
+        "loss": loss,
+        **{f"phase_{name}": value for name, value in phases.items()},
+        "peak": sum(parts.values()) + max(phases.values()),
+    }
+
+
+def fewest_processes(step: Step, room: float, *, shard: Shard, most: int = 64) -> int | None:
+    """By doubling, so many that a peak fits into `room` bytes each; None: not with `most`."""
+    sizes = (2**i for i in range(most.bit_length()))
+    return next((n for n in sizes if parts_of(step, shard=shard, world=n)["peak"] <= room), None)
+
+
+def cures(step: Step, room: float) -> list[str]:
+    """Options each of which, alone, makes whole copies fit into `room` bytes; then shards."""
+    smaller = max(1, step.micro_batch_tokens // 4)
+    adapter = replace(step.student, trained=step.student.parameters // 50, weight_bytes=2)
+    changed = {
+        "student.gradient_checkpointing: true": replace(step, recompute=True),
+        f"optim.micro_batch_tokens: {smaller}": replace(step, micro_batch_tokens=smaller),
+        f"rollout.batch_tokens: {step.batch_tokens // 4}": replace(step, batch_tokens=step.batch_tokens // 4),
+        "a teacher on a server (teacher.engine: vllm)": replace(step, teacher=None),
+        "student.lora_rank: 64 with student.dtype: bfloat16": replace(step, student=adapter),
+    }
+    found = [name for name, other in changed.items() if parts_of(other)["peak"] <= room]
+    over = fewest_processes(step, room, shard="layer")
+    return [*found, *([f"the models sharded over {over} processes"] if over else [])]
+
+
+def decoder_of_config(config: Any, *, weight_bytes: int, parameters: int, trained: int = 0) -> Decoder:
+    """The counts of a transformers config, by the names that Llama and its kin use."""
+    text = config.get_text_config()
+    named: dict[str, Any] = text.to_dict()
+    heads = int(named.get("num_attention_heads") or 1)
+    size = int(named.get("head_dim") or text.hidden_size // heads)
+    groups = int(named.get("num_key_value_heads") or heads)
+    experts = int(named.get("num_experts_per_tok") or 1)
+    inner = named.get("moe_intermediate_size") or named.get("intermediate_size") or 4 * text.hidden_size
+    inner = max(inner) if isinstance(inner, list | tuple) else inner
+    return Decoder(
+        parameters=parameters,
+        layers=int(text.num_hidden_layers),
+        width=int(text.hidden_size),
+        queries=heads * size,
+        keys=groups * size,
+        inner=int(inner) * experts,
+        vocabulary=int(text.vocab_size),
+        tied=bool(named.get("tie_word_embeddings")),
+        normed_queries=str(named.get("model_type", "")).startswith("qwen3"),
+        weight_bytes=weight_bytes,
+        trained=trained,
+    )
+
+
+def decoder_of(model: nn.Module) -> Decoder:
+    """The counts of a loaded model; adapters count as its weights."""
+    weights = list(model.parameters())
+    return decoder_of_config(
+        unwrapped(model).config,
+        weight_bytes=weights[0].element_size(),
+        parameters=sum(p.numel() for p in weights),
+        trained=sum(p.numel() for p in weights if p.requires_grad),
+    )
+
+
+def step_of(parts: Parts, *, response_tokens: int) -> Step:
+    """Of a run that is assembled.
+
+    Args:
+        response_tokens: of a step.
+    """
+    config, models, method = parts.config, parts.models, parts.config.method
+    other = models.teacher.separate
+    copies = float(method.teacher_weights == "ema")
+    copies += float(method.teacher_weights == "base" and not config.student.lora_rank)
+    return Step(
+        student=decoder_of(models.student),
+        teacher=None if other is None else decoder_of(other),
+        micro_batch_tokens=config.optim.micro_batch_tokens,
+        batch_tokens=config.rollout.batch_tokens if config.rollout.engine == "hf" else 0,
+        response_tokens=response_tokens if method.keeps_past else 0,
+        half=config.optim.bf16,
+        recompute=config.student.gradient_checkpointing,
+        copies=copies + float(config.rollout.overlap),
+        continues=method.keeps_past,
+        device=models.device.type,
+    )

@@ -1,0 +1,167 @@
+"""What fits: the parts of the calculation against what is really there, and the plan that the docs show."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from onpath.commands.doctor.fits import (
+    SHARDS,
+    Decoder,
+    Step,
+    activations,
+    cache_bytes,
+    cures,
+    decoder_of,
+    decoder_of_config,
+    fewest_processes,
+    parts_of,
+)
+from onpath.engines.student import recompute
+from onpath.losses import Head, Objective, StatsRequest, TeacherHidden
+from onpath.losses import one_pass as engine
+from onpath.losses.one_pass import workspace
+
+SIZES = {
+    "wide": {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "head_dim": 32},
+    "many heads": {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8, "head_dim": 32},
+}
+FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+
+
+def make(family: str, size: str) -> nn.Module:
+    config, model = FAMILIES[family]
+    shape = {"vocab_size": 128, "num_hidden_layers": 4, "num_key_value_heads": 2, **SIZES[size]}
+    made: nn.Module = model(config(**shape))
+    return made
+
+
+def saved_bytes(model: nn.Module, *, half: bool) -> int:
+    """What autograd really keeps of 4 rows of 60 tokens, each memory once, without the weights' copies."""
+    seen: dict[int, int] = {}
+    widths = {p.shape for p in model.parameters()}
+
+    def pack(kept: Tensor) -> Tensor:
+        if kept.shape not in widths and kept.mT.shape not in widths:
+            seen[kept.untyped_storage().data_ptr()] = kept.untyped_storage().nbytes()
+        return kept
+
+    ids = torch.arange(240).reshape(4, 60) % 128
+    mask = torch.ones_like(ids)
+    mask[0, -3:] = 0
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=half)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept), autocast:
+        kept = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)  # type: ignore[operator]
+    assert kept is not None
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations_are_what_autograd_keeps(family: str, size: str, half: bool) -> None:
+    model = make(family, size)
+    planned = activations(decoder_of(model), 240, half=half, recompute=False)
+    assert planned == pytest.approx(saved_bytes(model, half=half), rel=0.15)
+
+
+def test_recomputed_activations_are_the_residual_stream() -> None:
+    model = make("qwen3", "wide")
+    recompute(model)
+    model.eval()
+    counted = decoder_of(model)
+    whole, kept = (activations(counted, 240, half=False, recompute=on) for on in (False, True))
+    last_norm = 240 * 8 * counted.width
+    one_layer = (whole - last_norm) / counted.layers  # whole in the backward pass, while it is recomputed
+    assert saved_bytes(model, half=False) == pytest.approx(kept - one_layer, rel=0.15)
+
+
+def test_the_losses_buffers_are_what_it_takes() -> None:
+    """At least the buffers of a pass; and one block more, which some objectives take."""
+    inputs = engine.Inputs(
+        student_hidden=torch.randn(64, 8),
+        student_head=Head(weight=torch.randn(4096, 8)),
+        teacher=TeacherHidden(hidden=torch.randn(64, 8), head=Head(weight=torch.randn(4096, 8))),
+        objective=Objective(kind="reverse_kl"),
+        weights=None,
+        request=StatsRequest(),
+    )
+    chunk, block = engine.chunk_sizes(inputs, 4096, torch.float32)
+    buffers = engine._buffers(inputs, torch.empty(()), chunk, block)
+    held = [buffers.student, buffers.teacher, *buffers.scratch]
+    exact = sum(t.numel() * 4 for t in held if t is not None)
+    assert workspace("cpu", 4096, 64, teacher=True) == pytest.approx(exact, rel=0.35)
+    assert workspace("cpu", 4096, 64, teacher=True) >= exact
+
+
+def published(size: str, *, trained: bool) -> Decoder:
+    """Qwen3 by its config.json: layers, H, heads × 128, keys × 128, I, tied."""
+    layers, width, queries, keys, inner, tied = {
+        "1.7B": (28, 2048, 2048, 1024, 6144, True),
+        "8B": (36, 4096, 4096, 1024, 12_288, False),
+        "32B": (64, 5120, 8192, 1024, 25_600, False),
+    }[size]
+    each = 2 * width * (queries + keys) + 3 * width * inner
+    adapter = 64 * layers * (2 * (width + queries) + 2 * (width + keys) + 3 * (width + inner))
+    count = layers * each + 151_936 * width * (1 if tied else 2)
+    return Decoder(
+        parameters=count, layers=layers, width=width, queries=queries, keys=keys, inner=inner,
+        vocabulary=151_936, tied=tied, normed_queries=True, weight_bytes=4 if trained else 2,
+        trained=count if trained else adapter,
+    )  # fmt: skip
+
+
+PLAN = {
+    ("1.7B", False, "8B"): (28, 15, 12),
+    ("1.7B", True, "8B"): (53, 19, 16),
+    ("8B", False, "8B"): (49, 35, 20),
+    ("8B", True, "8B"): (164, 52, 36),
+    ("8B", False, "32B"): (99, 43, 28),
+    ("8B", True, "32B"): (213, 60, 44),
+}
+"""GB of a GPU as whole copies, by step and by layer over 8, as they were first calculated by hand."""
+
+
+def step_of_size(student: str, trained: bool, teacher: str) -> Step:
+    return Step(
+        student=published(student, trained=trained),
+        teacher=published(teacher, trained=False),
+        micro_batch_tokens=16_384,
+        batch_tokens=0,
+        half=True,
+        recompute=True,
+    )
+
+
+@pytest.mark.parametrize(("sizes", "by_hand"), PLAN.items())
+def test_the_plan_is_that_of_the_paper(sizes: tuple[str, bool, str], by_hand: tuple[int, ...]) -> None:
+    step = step_of_size(*sizes)
+    found = [parts_of(step, shard=shard, world=8)["peak"] / 1e9 for shard in SHARDS]
+    assert found == pytest.approx(by_hand, rel=0.15)
+    assert found == sorted(found, reverse=True)
+
+
+def test_shards_fit_where_whole_copies_do_not() -> None:
+    step, room = step_of_size("8B", True, "8B"), 80e9
+    assert fewest_processes(step, room, shard="none") is None
+    assert fewest_processes(step, room, shard="layer") == 4
+    assert any("lora_rank" in cure for cure in cures(step, room))
+    assert cures(step, room)[-1] == "the models sharded over 4 processes"
+    fitting = step_of_size("1.7B", True, "8B")
+    assert fewest_processes(fitting, room, shard="none") == 1
+
+
+def test_one_process_has_nothing_to_share() -> None:
+    step = step_of_size("1.7B", True, "8B")
+    assert parts_of(step, shard="layer", world=1) == parts_of(step)
+
+
+def test_caches_and_counts() -> None:
+    model = make("qwen3", "wide")
+    counted = decoder_of(model)
+    assert counted.parameters == counted.trained == sum(p.numel() for p in model.parameters())
+    assert cache_bytes(counted, 10, half=False) == 10 * 4 * 2 * 2 * 32 * 4
+    named = decoder_of_config(model.config, weight_bytes=2, parameters=7)
+    assert (named.queries, named.keys, named.inner, named.normed_queries) == (128, 64, 384, True)
+    model.config.num_experts_per_tok, model.config.moe_intermediate_size = 8, 48
+    assert decoder_of_config(model.config, weight_bytes=2, parameters=7).inner == 384

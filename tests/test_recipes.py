@@ -1,0 +1,112 @@
+"""Recipes cannot rot: each is a config; those of the papers run to their end on tiny models of their kind."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onpath import config as configuration
+from onpath.config.describe import describe
+from onpath.run.log import read_lines
+from onpath.system import code
+from onpath.training import train
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+PAPER = sorted((RECIPES / "paper").glob("*.yaml"))
+GPU_SETTINGS = {"trd-opd", "trd-opsd", "opd", "opsd", "sft", "topd"}
+
+
+def named(path: Path) -> str:
+    return path.stem
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_a_recipe_is_a_config(path: Path) -> None:
+    """Or a study, or one that runs code of its own: those have tests of their own."""
+    tree = configuration.read_yaml(path)
+    if "base" not in tree and not code.is_own(str(tree["method"]["name"])):
+        assert configuration.load(path).run.name == tree["run"]["name"]
+
+
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows with the columns of the papers' data."""
+    path = tmp_path_factory.mktemp("data") / "problems.jsonl"
+    rows = [
+        {"problem": f"{i} plus {i} is what", "answer": str(2 * i), "solution": f"it is {2 * i}"}
+        for i in range(8)
+    ]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+def smaller(path: Path, models: dict[str, Path], problems: Path, runs: Path) -> list[tuple[str, str]]:
+    """What must differ where there is no GPU, no hub and no time: models, data, sizes and places."""
+    tree = configuration.read_yaml(path)
+    given: dict[str, Any] = {
+        "student.model": models["student"], "student.device": "cpu", "data.train": problems,
+        "data.eval": json.dumps({"aime24": str(problems)}), "data.eval_limit": 1, "rollout.engine": "hf",
+        "rollout.vllm": "{}", "rollout.prompts": 2, "rollout.max_new_tokens": 12, "optim.steps": 1,
+        "eval.n": 2, "eval.k": 2, "eval.max_new_tokens": 8, "eval.start": "false", "run.dir": runs,
+    }  # fmt: skip
+    if "teacher" in tree:
+        given |= {"teacher.model": models["teacher"], "teacher.device": "cpu"}
+    if tree["method"]["name"] == "trd":
+        given |= {"method.rewrite_max_new_tokens": 10, "method.rewrite_prompt_tokens": 300}
+        given |= {"method.template": "{problem} {attempt}" + " {solution}" * ("teacher" in tree["method"])}
+    if tree["method"]["name"] == "topd":
+        given["method.window"] = 4
+    return [(key, str(value)) for key, value in given.items()]
+
+
+@pytest.mark.filterwarnings("ignore:.*lora.*:UserWarning")
+@pytest.mark.parametrize("path", PAPER, ids=named)
+def test_a_paper_runs(path: Path, model_dirs: dict[str, Path], problems: Path, tmp_path: Path) -> None:
+    config = configuration.load(path, smaller(path, model_dirs, problems, tmp_path))
+    assert config.run.name == path.stem
+    result = train(config, quiet=True)
+    rows = read_lines(result.directory / "metrics.jsonl")
+    (row,) = rows
+    assert row["tokens"] > 0
+    assert row["loss"] > 0
+    assert (row["grad_norm"] > 0) != bool(
+        config.method.token_clip
+    )  # random models: no token is below the clip
+
+
+def test_every_method_of_the_papers_is_there() -> None:
+    assert {re.sub(r"-\d.*", "", p.stem) for p in PAPER} == GPU_SETTINGS
+    sizes = {p.stem for p in PAPER}
+    assert {"trd-opd-1.7b", "trd-opd-4b", "trd-opsd-4b", "trd-opsd-8b", "topd-1.7b"} <= sizes
+
+
+COMING = {"parallel.shard"}
+"""Asked for by name only (SHARD=layer)."""
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES / "paper").glob("launch_*")), ids=named)
+def test_a_launch_script_is_shell_and_names_options_that_exist(path: Path) -> None:
+    assert subprocess.run(["sh", "-n", str(path)], check=False).returncode == 0
+    known = {option[0] for option in describe()} | COMING
+    asked = set(
+        re.findall(r"--((?:rollout|teacher|student|method|parallel|optim|run)\.\w+)", path.read_text())
+    )
+    assert asked <= known
+
+
+def test_launch_scripts_find_the_student_and_its_room() -> None:
+    script = (RECIPES / "paper" / "launch_eight_gpus.sh").read_text()
+    for name in ("student", "room"):
+        (line,) = re.findall(rf"^{name}=\$\((.*)\)$", script, flags=re.M)
+        for path in PAPER:
+            found = subprocess.run(
+                ["sh", "-c", f'recipe="{path}"; {line}'], capture_output=True, text=True, check=True
+            )
+            tree = configuration.read_yaml(path)
+            wanted = (
+                tree["student"]["model"] if name == "student" else tree["rollout"]["vllm"]["max_model_len"]
+            )
+            assert found.stdout.strip() == str(wanted)
