@@ -136,6 +136,7 @@ def forward(
     keep: Kept | None = None,
     past: bool = False,
     mass_ids: Sequence[int] = (),
+    top_k: int = 0,
 ) -> Iterator[Pass]:
     """Both models along the trajectories; those without a response are left out.
 
@@ -143,9 +144,10 @@ def forward(
         keep: receives what the loss can use again. None keeps nothing, and gradients are off.
         past: also give the teacher's keys and values.
         mass_ids: token ids whose total teacher probability is wanted.
+        top_k: likeliest tokens of both models that are wanted.
     """
     mass = torch.tensor(mass_ids, device=models.device) if mass_ids else None
-    request = StatsRequest(mass_ids=mass, top_k=1 if past else 0)
+    request = StatsRequest(mass_ids=mass, top_k=max(top_k, int(past)))
     placed = [replace(t, place=i) for i, t in enumerate(trajectories)]
     micros = micro_batches(placed, max_tokens=models.max_tokens)
     groups = _grouped([collate(m, device=models.device) for m in micros], models.max_tokens)

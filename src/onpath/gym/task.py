@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from onpath.gym.check import ERROR_KINDS, error_kind, first_error, grade, label_tokens
+from onpath.gym.check import ERROR_KINDS, error_kind, first_error, grade, label_tokens, skills
 from onpath.gym.mixture import TEMPLATES
 from onpath.gym.models import model_dir
 from onpath.gym.surface import student
@@ -52,6 +52,10 @@ class Gym:
     def labels(self, problem: str, tokens: Sequence[str]) -> list[str]:
         """See `Task.labels`."""
         return [label.kind for label in label_tokens(problem, tokens)]
+
+    def skills(self, problem: str, tokens: Sequence[str]) -> list[str]:
+        """See `Task.skills`."""
+        return skills(problem, tokens)
 
     def error_kind(self, problem: str, tokens: Sequence[str]) -> str | None:
         """See `Task.error_kind`."""
