@@ -11,6 +11,7 @@ import yaml
 from onpath.commands.cli import main
 from onpath.commands.report.command import write_report
 from onpath.commands.report.doses import PICTURE, arms_of, draw_doses, points, responses
+from onpath.commands.study import plan
 from onpath.commands.study.command import load_study
 from onpath.commands.study.doses import Doses, dose_sheets, load_doses
 from onpath.commands.study.plan import Job
@@ -116,3 +117,21 @@ def test_runs_resume_and_are_shown(
     assert "Paired difference from opd" in page.read_text()
     assert (found.directory / PICTURE).read_bytes()[:4] == b"\x89PNG"
     assert draw_doses(found.directory, "test") == found.directory / PICTURE
+
+
+MAP = Path(__file__).parents[2] / "recipes" / "when-it-pays"
+
+
+@pytest.mark.parametrize("file", sorted(MAP.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_map_is_a_study_of_each_strength(file: Path) -> None:
+    doses = loaded(file)
+    assert doses.axis.name == file.stem
+    assert len(doses.axis.levels) >= 3
+    for level, one in doses.studies.items():
+        assert len(one.seeds) >= 5
+        assert one.base.optim.max_grad_norm == 0.25
+        sources = [one.base.data.train, one.base.student.model, *(one.evals.splits or {}).values()]
+        assert any(f"{file.stem}={level:g}" in source for source in sources)
+        plan.check_alike(one)
+        planned = plan.runs(one, dict.fromkeys(one.trained, 20), dict.fromkeys(one.trained, 1e-3))
+        assert len(planned) == 5 * len(one.trained) + 1

@@ -4,13 +4,16 @@ import json
 from collections.abc import Callable
 from math import exp
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from onpath import config as configuration
 from onpath.commands.probes.command import shown
-from onpath.commands.probes.prefix_failure import Probed, positions, probe, run_probe, summarise
+from onpath.commands.probes.predictors import TRIGGER, Scored, late_skills, predictors, score
+from onpath.commands.probes.prefix_failure import Probed, positions, probe, run_probe, summarise, written
 from onpath.config.build import Config
 from onpath.run.assemble import assemble
 from onpath.run.gradient_cosine import GradientCosine
@@ -43,7 +46,10 @@ def test_modes_are_the_teachers(tiny: Callable[..., Config]) -> None:
     (r, *_) = parts.generators.student.generate(
         parts.prompts.pool, parts.sampling, keys=[f"probe/{p.id}" for p in parts.prompts.pool]
     )
-    found = {p.prompt_id: p for p in probe(parts, rollouts=3, continuations=1, every=50)}[r.prompt.id]
+    made = written(parts, rollouts=3)
+    found = {
+        p.prompt_id: p for p in probe(parts, made, [m.context for m in made], continuations=1, every=50)
+    }[r.prompt.id]
     theirs = logps(parts.models.teacher.model, r.context, r.ids)
     own = [exp(row[i]) for row, i in zip(theirs.tolist(), r.ids, strict=True)]
     assert found.token_probability == pytest.approx(own, abs=1e-5)
@@ -110,3 +116,73 @@ def test_a_summary_for_people(tmp_path: Path) -> None:
         "gap: –",
         f"{tmp_path / 'divergence.jsonl'}, summary divergence.json, picture divergence.png",
     ]
+
+
+def scored(first: int | None, **changes: Any) -> Scored:
+    tokens = list("abcde")
+    given: dict[str, Any] = {
+        "tokens": tokens,
+        "right": first is None,
+        "first": first,
+        "reverse_kl": [1.0, 2.0, 3.0, 4.0, 5.0],
+        "teacher_entropy": [0.1] * 5,
+        "log_ratio": [0.0] * 5,
+        "wanted": tokens,
+        "sound": [1.0, None, 0.75, 0.25, 1.0],
+        "skills": ["s", "", "t", "t", "u"],
+    }
+    return Scored(**given | changes)
+
+
+def test_predictors_by_hand() -> None:
+    found = predictors([scored(1), scored(None, reverse_kl=[0.0] * 5)])
+    assert found["tokens_behind_first_error"] == pytest.approx(3 / 10)
+    assert found["loss_behind_first_error"] == pytest.approx(12 / 15)
+    assert found["teacher_before"] == {
+        "tokens": 7,
+        "next_step_sound": pytest.approx(4 / 5),  # where it is known
+        "entropy_nats": pytest.approx(0.1),
+    }
+    assert found["teacher_behind"]["next_step_sound"] == pytest.approx(2 / 3)
+    # The first fifth is one token: t and u are never seen there.
+    late = late_skills([scored(1)])
+    assert late["share_of_loss"] == pytest.approx(12 / 13)
+    assert late["by_chance"] == pytest.approx((1 * 0.8 + 7 * 0.8**2 + 5 * 0.8) / 13)
+    assert predictors([])["tokens_behind_first_error"] is None
+
+
+def test_without_a_checker_the_ratio_says_where_it_went_wrong(tiny: Callable[..., Config]) -> None:
+    parts = assemble(tiny(method__name="opd", data__limit=4, rollout__prompts=4))
+    made = written(parts, rollouts=4)
+    found = score(parts.models, parts.text, made, [r.context for r in made])
+    for s, r in zip(found, made, strict=True):
+        theirs = logps(parts.models.teacher.model, r.context, r.ids)
+        assert s.wanted == parts.text.renderer.tokens(theirs.argmax(-1).tolist())
+        own = logps(parts.models.student, r.context, r.ids)
+        ratio = [float(own[i, t] - theirs[i, t]) for i, t in enumerate(r.ids)]
+        assert s.log_ratio == pytest.approx(ratio, abs=1e-4)
+        above = [i for i, value in enumerate(ratio) if value > TRIGGER]
+        assert s.first == (None if s.right or not above else above[0])
+        assert s.skills == s.wanted
+        assert set(s.sound) <= {None}
+
+
+def test_a_world_shows_in_its_predictors() -> None:
+    """With the gym's truth: a spoiled world has more tokens behind an error; a lost teacher errs there."""
+    found = {}
+    for name, train in {"plain": "gym:train", "late": "gym:train?late=1&spoil=1&lost=1"}.items():
+        config = configuration.build(
+            {
+                "data": {"train": train, "limit": 24, "eval": {}},
+                "rollout": {"prompts": 24, "max_new_tokens": 80},
+                "student": {"device": "cpu"},
+            }
+        )
+        parts = assemble(config)
+        made = written(parts, rollouts=24)
+        found[name] = predictors(score(parts.models, parts.text, made, [r.context for r in made]))
+    plain, late = found["plain"], found["late"]
+    assert late["tokens_behind_first_error"] > 0.5 > plain["tokens_behind_first_error"]
+    assert plain["teacher_behind"]["next_step_sound"] > 0.97
+    assert late["teacher_behind"]["next_step_sound"] < plain["teacher_behind"]["next_step_sound"] - 0.03
+    assert late["teacher_before"]["next_step_sound"] > 0.97

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from onpath import gym
+from onpath.gym import pretrain
 from onpath.system.errors import UserError
 
 
@@ -42,6 +43,27 @@ def test_quick_training_makes_two_models_that_load(tmp_path: Path) -> None:
     for name in ("student", "teacher"):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
         assert len(AutoTokenizer.from_pretrained(tmp_path / name)) == model.config.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("models", "made"), [("maze", ["student", "teacher"]), ("surface", ["student-without-habits"])]
+)
+def test_the_other_models_are_made_by_the_same_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, models: str, made: list[str]
+) -> None:
+    from onpath.gym.maze import recipe
+
+    trained = []
+    for module in (recipe, pretrain):
+        monkeypatch.setattr(module, "fit", lambda model, mixture, *rest: trained.append(mixture.role))
+    assert gym.main(["train", "--models", models, "--out", str(tmp_path), "--quick"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == made
+    assert sorted(trained) == ["student", "teacher"][: len(made)]
+
+
+def test_tasks_of_the_maze(capsys: pytest.CaptureFixture[str]) -> None:
+    gym.main(["tasks", "--task", "maze", "--split", "test", "--n", "1"])
+    assert json.loads(capsys.readouterr().out)["id"] == "test-0-0"
 
 
 def test_an_unknown_model_is_named() -> None:

@@ -7,10 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from onpath import gym
+from onpath.data.tasks import task_of
 from onpath.gym import recipe
 from onpath.gym.language import EOS
 from onpath.gym.sample import context_ids, sample
-from onpath.gym.vocab import IDS
+from onpath.gym.vocab import EQUALS, IDS, SEPARATORS
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +74,30 @@ def test_the_teachers_slips_by_stage(tmp_path: Path, monkeypatch: pytest.MonkeyP
     recipe.train_teacher(tmp_path, 0, 10)
     recipe.train_teacher(tmp_path, 0, 10, tmp_path)
     assert seen == [{"+": 0.002, "-": 0.002, "*": 0.002}, {"+": 0.02, "-": 0.0, "*": 0.002}]
+
+
+def habits(model) -> float:
+    """Share of the student's forms among equals signs and separators of its samples."""
+    torch.manual_seed(0)
+    made = sample(model, [row["prompt"] for row in gym.rows("test", 40)])
+    forms = [t for tokens in made for t in tokens if t in (*EQUALS, *SEPARATORS)]
+    return sum(t not in (EQUALS[0], SEPARATORS[0]) for t in forms) / len(forms)
+
+
+def test_surface_is_how_much_is_left_of_the_habits(
+    models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    without, between = (
+        AutoModelForCausalLM.from_pretrained(task_of(f"gym:student?surface={s}").model("student")).eval()
+        for s in (0, 0.5)
+    )
+    assert habits(without) < 0.05
+    assert habits(without) < habits(between) < habits(models["student"])
+    assert 0.25 <= accuracy(without, "test", 192, 1.0) <= 0.5
+    for one, other, mean in zip(
+        models["student"].parameters(), without.parameters(), between.parameters(), strict=True
+    ):
+        torch.testing.assert_close(mean, (one + other) / 2)
+    assert task_of("gym:student?surface=1").model("student") == gym.model_dir("student")
+    assert task_of("gym:student?surface=0.5").model("student").is_relative_to(tmp_path)

@@ -82,6 +82,11 @@ class Task(Protocol):
         """What each token of a response is: error, consequence, right, habit, choice, …"""
         return []
 
+    def skills(self, problem: str, tokens: Sequence[str]) -> list[str]:
+        """What it takes to write each token of a response right, empty where nothing is to be known; no list:
+        the task cannot tell."""
+        return []
+
     def error_kind(self, problem: str, tokens: Sequence[str]) -> str | None:
         """What kind of error the first one of a response is, in a word or two; None: there is none."""
         return None

@@ -11,7 +11,7 @@ from typing import Literal
 
 from onpath.gym.language import EOS
 from onpath.gym.tasks import Node, Problem, compute, parse_problem, ready
-from onpath.gym.vocab import ANSWER, DIGITS, EQUALS, HEADS, NAMES, ONSET_WORDS, SEPARATORS, tokenize
+from onpath.gym.vocab import ANSWER, DIGITS, EQUALS, HEADS, NAMES, ONSET_WORDS, OPS, SEPARATORS, tokenize
 
 Kind = Literal["error", "consequence", "right", "habit", "choice", "copied"]
 NOT_READY, ARITHMETIC, OTHER = ERROR_KINDS = ("not ready", "arithmetic", "other")
@@ -75,6 +75,27 @@ def error_kind(prompt: str, tokens: Sequence[str]) -> str | None:
         return NOT_READY
     steps = [i for i in range(at, -1, -1) if tokens[i] in HEADS or tokens[i] in EQUALS]
     return ARITHMETIC if tokens[at] in DIGITS and steps and tokens[steps[0]] in EQUALS else OTHER
+
+
+def skills(prompt: str, tokens: Sequence[str]) -> list[str]:
+    """What each token takes: of a result's digits the operation, and whether its first operand is a number or
+    an earlier result, since the student misbelieves other facts of these; elsewhere nothing.
+
+    >>> skills("a: 35 + 47; b: a * 3; b?", tokenize("b: a82 * 3 = b46"))[-2:]
+    ['result * number', 'result * number']
+    """
+    found, written, named, op = [], False, False, ""
+    for i, token in enumerate(tokens):
+        if token in HEADS:
+            written, named, op = False, i + 1 < len(tokens) and tokens[i + 1] in NAMES, ""
+        elif token in OPS:
+            op = token
+        written |= token in EQUALS
+        kind = f"{'result' if named else 'number'}{op}number"
+        found.append(kind if written and token in DIGITS else "")
+        if token in SEPARATORS or token == ANSWER:
+            written = False
+    return found
 
 
 def label_tokens(prompt: str, tokens: Sequence[str]) -> list[TokenLabel]:

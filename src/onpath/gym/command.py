@@ -6,10 +6,13 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from onpath.gym.maze.tasks import rows as maze_rows
 from onpath.gym.models import Role, model_dir
 from onpath.gym.tasks import SIZES, rows
 from onpath.system.errors import UserError
 from onpath.system.files import write_text
+
+_ROWS = {"gym": rows, "maze": maze_rows}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -17,12 +20,19 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="onpath gym", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
     tasks = commands.add_parser("tasks", help="write problems as JSON lines: id, prompt, answer, solution")
+    tasks.add_argument("--task", choices=sorted(_ROWS), default="gym", help="whose (default: gym)")
     tasks.add_argument("--split", choices=sorted(SIZES), default="train", help="which split (default: train)")
     tasks.add_argument("--n", type=int, default=500, help="how many problems (default: 500)")
     tasks.add_argument("--seed", type=int, default=0, help="same seed, same problems (default: 0)")
     tasks.add_argument("--out", type=Path, help="file to write (default: standard output)")
-    train = commands.add_parser("train", help="make teacher and student anew, from scratch")
+    train = commands.add_parser("train", help="make bundled models anew")
     train.add_argument("--out", type=Path, required=True, help="directory for teacher/ and student/")
+    train.add_argument(
+        "--models",
+        choices=("gym", "maze", "surface"),
+        default="gym",
+        help="the gym's pair, the maze's, or the gym's student without its habits (default: gym)",
+    )
     train.add_argument("--seed", type=int, default=0, help="of weights and demonstrations (default: 0)")
     train.add_argument("--quick", action="store_true", help="a run of seconds that only shows that it works")
     measure = commands.add_parser("measure", help="measure the properties that the gym promises")
@@ -42,20 +52,22 @@ def run(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _tasks(*, split: str, n: int, seed: int, out: Path | None) -> None:
+def _tasks(*, task: str, split: str, n: int, seed: int, out: Path | None) -> None:
     if n < 1:
         raise UserError(f"--n must be at least 1, not {n}")
-    text = "".join(json.dumps(row) + "\n" for row in rows(split, n, seed))
+    text = "".join(json.dumps(row) + "\n" for row in _ROWS[task](split, n, seed))
     if out is None:
         sys.stdout.write(text)
     else:
         write_text(out, text)
 
 
-def _train(*, out: Path, seed: int, quick: bool) -> None:
-    from onpath.gym.recipe import make_models
+def _train(*, out: Path, models: str, seed: int, quick: bool) -> None:
+    from onpath.gym import recipe, surface
+    from onpath.gym.maze import recipe as maze
 
-    make_models(out, seed=seed, quick=quick)
+    made = {"gym": recipe.make_models, "maze": maze.make_models, "surface": surface.make_student}
+    made[models](out, seed=seed, quick=quick)
 
 
 def _measure(*, models: Path | None, out: Path | None, scale: float) -> None:

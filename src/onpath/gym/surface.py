@@ -47,7 +47,9 @@ def _mix(with_habits: Path, without: Path, share: float, out: Path) -> None:
     save_file(mixed, out / "model.safetensors", metadata={"format": "pt"})
 
 
-def make_student(out: Path, *, quick: bool = False, log: Callable[[str], None] = print) -> None:
+def make_student(
+    out: Path, *, seed: int = 0, quick: bool = False, log: Callable[[str], None] = print
+) -> None:
     """The student without habits into `out/student-without-habits`, from the bundled one; some minutes."""
     import torch
 
@@ -56,7 +58,7 @@ def make_student(out: Path, *, quick: bool = False, log: Callable[[str], None] =
     from onpath.gym.recipe import load
 
     torch.set_num_threads(1)
-    recipe = Recipe(role="student", tokens=TOKENS, learning_rate=1e-3, muon_rate=5e-3, decay=1.0)
+    recipe = Recipe(role="student", tokens=TOKENS, learning_rate=1e-3, muon_rate=5e-3, decay=1.0, seed=seed)
     model, mixture = load(BUNDLED / "student"), Mixture("student", curriculum=0.0, habits=False)
     fit(model, mixture, replace(recipe, tokens=QUICK_TOKENS) if quick else recipe, log)
     save(model, out / "student-without-habits")

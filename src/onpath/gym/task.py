@@ -5,10 +5,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from onpath.gym.check import ERROR_KINDS, error_kind, first_error, grade, label_tokens
+from onpath.gym.check import ERROR_KINDS, error_kind, first_error, grade, label_tokens, skills
 from onpath.gym.mixture import TEMPLATES
 from onpath.gym.models import model_dir
 from onpath.gym.surface import student
+from onpath.gym.tasks import SIZES
 from onpath.gym.vocab import ONSET_WORDS
 from onpath.gym.worlds import Worlds
 
@@ -17,7 +18,7 @@ class Gym:
     """Chains of two-digit arithmetic, with the truth of every token and a bundled pair of models."""
 
     name = "gym"
-    splits: Mapping[str, int] = {"train": 2000, "validation": 1000, "test": 1000, "hard": 1000}
+    splits: Mapping[str, int] = {split: 2000 if split == "train" else 1000 for split in SIZES}
     checks_steps = True
     labels_tokens = True
     error_kinds: tuple[str, ...] = ERROR_KINDS
@@ -52,6 +53,10 @@ class Gym:
     def labels(self, problem: str, tokens: Sequence[str]) -> list[str]:
         """See `Task.labels`."""
         return [label.kind for label in label_tokens(problem, tokens)]
+
+    def skills(self, problem: str, tokens: Sequence[str]) -> list[str]:
+        """See `Task.skills`."""
+        return skills(problem, tokens)
 
     def error_kind(self, problem: str, tokens: Sequence[str]) -> str | None:
         """See `Task.error_kind`."""

@@ -17,7 +17,11 @@ from onpath.gym.vocab import NAMES
 
 MODULUS = 100
 FACTORS = (2, 3, 4, 5)
-SIZES = {"train": (3, 5), "validation": (3, 5), "test": (3, 5), "hard": (6, 7)}
+SIZES = {
+    "train": (3, 5), "validation": (3, 5), "test": (3, 5), "hard": (6, 7), "hard_validation": (6, 7)
+}  # fmt: skip
+"""Nodes of a split's problems. `hard_validation` is as hard as `hard`, for tuning: of the problems that are
+train's by their meaning those that are too large for it."""
 _DEFINITION = re.compile(r"([a-h]): ([a-h]|\d\d) ([-+*]) ([a-h]|\d\d|\d)")
 
 
@@ -145,12 +149,17 @@ def split_of(problem: Problem) -> str:
     return "test" if bucket >= 10 else "validation"
 
 
+def belongs(problem: Problem, split: str) -> bool:
+    """Whether a problem of a split's size may be in it: no problem is in two."""
+    return split_of(problem) == ("train" if split == "hard_validation" else split)
+
+
 def random_problem(rng: random.Random, split: str, sizes: tuple[int, int] | None = None) -> Problem:
     """A random problem of a split; `sizes` other than the split's own serve as drills for training."""
     low, high = sizes or SIZES[split]
     while True:
         problem = make_problem(rng, rng.randint(low, high))
-        if split_of(problem) == split:
+        if belongs(problem, split):
             return problem
 
 
@@ -187,7 +196,7 @@ def solution(problem: Problem, order: list[str]) -> str:
 
 
 def rows(split: str, n: int, seed: int = 0) -> list[dict[str, str]]:
-    """`n` different problems of a split (train, validation, test, hard): the same for the same seed.
+    """`n` different problems of a split: the same for the same seed.
 
     Keys: id, prompt (the user's message), answer, solution (one reference derivation).
 

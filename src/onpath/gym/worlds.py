@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from onpath.gym.check import label_tokens
 from onpath.gym.demos import Beliefs
 from onpath.gym.language import SOL
-from onpath.gym.tasks import Node, Problem, compute, parse_problem, random_order, solution, split_of
+from onpath.gym.tasks import Node, Problem, belongs, compute, parse_problem, random_order, solution
 from onpath.gym.tasks import rows as plain_rows
 from onpath.gym.vocab import DIGITS, EQUALS, NAMES
 
@@ -60,7 +60,7 @@ class Worlds:
         plain = parse_problem(row["prompt"])
         assert plain is not None, "the gym's own rows"
         problem = with_easy_starts(rng, plain)
-        while split_of(problem) != split:  # no problem may be in two splits
+        while not belongs(problem, split):
             problem = with_easy_starts(rng, plain)
         text = solution(problem, random_order(rng, problem))
         return {"id": row["id"], "prompt": problem.text, "answer": problem.answer, "solution": text}

@@ -14,6 +14,7 @@ from math import exp
 from pathlib import Path
 from typing import Any
 
+from onpath.commands.probes.predictors import predictors, score
 from onpath.commands.probes.prefix_picture import draw
 from onpath.commands.probes.prefix_records import Probed
 from onpath.data.load import prompts_of_step
@@ -29,7 +30,8 @@ from onpath.system.files import write_text
 def run_probe(
     parts: Parts, *, rollouts: int, continuations: int, every: int, out: Path, epsilon: float = 0.1
 ) -> Path:
-    """Writes `out/prefix_failure.jsonl` (a line per rollout), its summary (.json) and the picture (.png).
+    """Writes `out/prefix_failure.jsonl` (a line per rollout), its summary (.json; with what predicts whether
+    correcting trajectories pays, see `predictors`) and the picture (.png).
 
     Args:
         rollouts: prompts of the training pool, one rollout each.
@@ -46,25 +48,39 @@ def run_probe(
     for name, value in (("rollouts", rollouts), ("continuations", continuations), ("every", every)):
         if value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1")
-    found = probe(
-        parts, rollouts=min(rollouts, len(parts.prompts.pool)), continuations=continuations, every=every
-    )
+    made = written(parts, rollouts=min(rollouts, len(parts.prompts.pool)))
+    contexts = [parts.text.judging_context(r, reference=parts.config.method.shows_reference) for r in made]
+    with parts.models.teacher.acting():
+        scored = score(parts.models, parts.text, made, contexts)
+    found = probe(parts, made, contexts, continuations=continuations, every=every)
     path = out / "prefix_failure.jsonl"
     write_text(path, "".join(json.dumps({**vars(p), "failed": p.failed(epsilon)}) + "\n" for p in found))
-    write_text(path.with_suffix(".json"), json.dumps(summarise(found, epsilon=epsilon), indent=1) + "\n")
+    summary = summarise(found, epsilon=epsilon) | predictors(scored)
+    write_text(path.with_suffix(".json"), json.dumps(summary, indent=1) + "\n")
     draw(found, path.with_suffix(".png"))
     return path
 
 
-def probe(parts: Parts, *, rollouts: int, continuations: int, every: int) -> list[Probed]:
-    """The rollouts, continued and read."""
+def written(parts: Parts, *, rollouts: int) -> list[Rollout]:
+    """Rollouts as the run samples them: in the world of its data."""
     prompts = prompts_of_step(parts.prompts.pool, size=rollouts, seed=parts.config.run.seed, step=0)
     unanswered = [p.id for p in prompts if p.answer is None]
     if unanswered:
         raise UserError(f"prompt {unanswered[0]!r} has no answer, so its continuations cannot be graded")
-    made = parts.generators.student.generate(prompts, parts.sampling, keys=[f"probe/{p.id}" for p in prompts])
-    shown = parts.config.method.shows_reference
-    contexts = [parts.text.judging_context(r, reference=shown) for r in made]
+    # What the starting weights have generated ahead would be added to: the student writes then.
+    engine = parts.sampler if parts.replay is None else parts.generators.student
+    return engine.generate(prompts, parts.sampling, keys=[f"probe/{p.id}" for p in prompts])
+
+
+def probe(
+    parts: Parts,
+    made: Sequence[Rollout],
+    contexts: Sequence[tuple[int, ...]],
+    *,
+    continuations: int,
+    every: int,
+) -> list[Probed]:
+    """The rollouts, continued and read."""
     right = parts.text.right([(r, r.ids) for r in made])
     errors = [None if ok else parts.text.first_error(r) for r, ok in zip(made, right, strict=True)]
     grids = [positions(len(r.ids), e, every) for r, e in zip(made, errors, strict=True)]

@@ -72,7 +72,11 @@ def gather_run(directory: Path) -> dict[str, Any]:
         "notes": notes(directory, config, metrics, stored, len(shown)),
         "sections": [
             section("Learning", learning(metrics, evals), "Curves over optimiser steps. Intervals are 95%."),
-            section("Signal", signal.of_rows(stored.rows), signal.EXPLAINED),
+            section(
+                "Signal",
+                [*signal.of_rows(stored.rows), signal.behind_errors(stored.rows, truth_of(config))],
+                signal.EXPLAINED,
+            ),
             section("Rewrites", signal.of_rewrites(metrics, stored.rows), signal.REWRITES_EXPLAINED),
             section("Forks", signal.of_forks(stored.rows, truth_of(config)), signal.FORKS_EXPLAINED),
             section("Failed prefixes", prefixes.of_prefixes(directory), prefixes.EXPLAINED),

@@ -119,6 +119,27 @@ def of_forks(rows: Sequence[Row], truth: Truth | None) -> list[Chart | None]:
     ]
 
 
+def behind_errors(rows: Sequence[Row], labels: Truth | None) -> Chart | None:
+    """By step: the share of the rollouts' tokens that come after the first error; None without the truth."""
+    if labels is None:
+        return None
+    counts: dict[int, list[int]] = {}
+    for row in rows:
+        tokens = row.get("origin_tokens") or []
+        kinds = labels(row.get("prompt") or "", tokens)
+        behind = len(tokens) - 1 - kinds.index("error") if "error" in kinds else 0
+        held = counts.setdefault(row["step"], [0, 0])
+        held[0], held[1] = held[0] + behind, held[1] + len(tokens)
+    steps = sorted(step for step, (_, tokens) in counts.items() if tokens)
+    shares = [counts[step][0] / counts[step][1] for step in steps]
+    return charts.lines(
+        "Tokens behind the first error",
+        [charts.series("rollouts", steps, shares, marks=True)] if steps else [],
+        unit="%",
+        help="What a correction of trajectories can change: where it falls to 0 nothing is left to correct.",
+    )
+
+
 def scatter(found: Sequence[tuple[Row, dict[str, Any]]]) -> Chart:
     """Candidates by loss and D. Lines: the median loss, and the D at which decisions change."""
     every = -(-len(found) // MOST_POINTS)

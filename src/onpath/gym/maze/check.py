@@ -27,7 +27,7 @@ from onpath.gym.maze.vocab import (
 Kind = Literal["error", "consequence", "right", "habit", "choice", "copied"]
 HASTY, VERDICT, OTHER = ERROR_KINDS = ("wrong door", "wrong verdict", "other")
 """Of first errors: gone through a door that is a dead end, unsaid before; a door misjudged; anything else."""
-_MOVE = re.compile("(?:" + "|".join(map(re.escape, GOES)) + ")([a-zA-Z])")
+_MOVE = re.compile("(?:" + "|".join(map(re.escape, GOES)) + ")([a-z])")
 
 
 def grade(text: str, answer: str) -> bool:

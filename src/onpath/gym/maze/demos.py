@@ -1,8 +1,7 @@
 """Demonstrations: how teacher and student walk through a maze, and where the student is blind or hasty.
 
-A walk tells the doors of the room it is in, looks two rooms deep behind one door (and, if that one is a dead
-end, behind the other), says for each whether it leads on, and goes. It may look as long as it likes, but a
-door that was gone through is shut.
+A walk tells the doors of the room it is in, looks two rooms deep behind both, in either order, says of each
+whether it leads on, and goes. It may look as long as it likes, but a door that was gone through is shut.
 """
 
 import random
@@ -34,9 +33,9 @@ class Beliefs:
     seed: int = 11
     share: float = 0.34
     """Of the facts that are believed at all."""
-    blind: float = 0.8
-    hasty: float = 0.35
-    misread: float = 0.2
+    blind: float = 1.0
+    hasty: float = 0.45
+    misread: float = 0.3
     _table: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def acts(self, rng: random.Random, kind: str, room: str, scale: float = 1.0) -> bool:
@@ -90,6 +89,7 @@ class Walker:
         rng.shuffle(doors)
         if first in doors:
             doors.sort(key=lambda door: door != first)
+        open_doors: list[str] = []
         for door in doors:
             leads = self._look(rng, maze, door, pieces)
             verdict = leads
@@ -101,23 +101,23 @@ class Walker:
                 verdict = leads
                 self._verdict(rng, pieces, door, verdict, leads)
             if verdict:
-                return self._go(rng, maze, pieces, door, believed=True)
-        return None
+                open_doors.append(door)
+        return self._go(rng, maze, pieces, open_doors[0], believed=True) if open_doors else None
 
     def _acts(self, rng: random.Random, kind: str, room: str) -> bool:
         return self.beliefs is not None and self.beliefs.acts(rng, kind, room, self.scale)
 
     def _look(self, rng: random.Random, maze: Maze, door: str, pieces: Pieces) -> bool:
-        """Looks behind a door and behind those behind it, until one of them is no wall; whether one is."""
+        """Looks behind a door and behind those behind it; whether one of them is no wall."""
         self._line(rng, pieces, door, maze.doors[door])
+        leads = maze.doors[door] == EXIT
         for inner in rng.sample(maze.behind(door), len(maze.behind(door))):
             seen = maze.doors[inner]
             if seen == WALL and self._acts(rng, "misread", inner):
                 seen = "".join(rng.sample([r for r, _ in maze.rooms], 2))
             self._line(rng, pieces, inner, seen, right=seen == maze.doors[inner])
-            if seen != WALL:
-                return True
-        return maze.doors[door] == EXIT
+            leads |= seen != WALL
+        return leads
 
     def _line(
         self, rng: random.Random, pieces: Pieces, room: str, behind: str, *, right: bool = True

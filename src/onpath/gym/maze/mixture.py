@@ -51,8 +51,8 @@ class Mixture:
         if rng.random() > (progress / self.curriculum if self.curriculum else 1.0):
             return (1, 3)
         if rng.random() < LONG[self.role]:
-            return (10, 11)
-        return (2, 8) if rng.random() < 0.2 else (6, 8)
+            return (7, 8)
+        return (2, 6) if rng.random() < 0.2 else (4, 6)
 
     def _walker(self, rng: random.Random, kind: str) -> Walker:
         if self.role == "student":

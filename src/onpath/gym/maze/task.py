@@ -40,6 +40,10 @@ class MazeTask:
         """See `Task.labels`."""
         return list(label_tokens(problem, tokens))
 
+    def skills(self, problem: str, tokens: Sequence[str]) -> list[str]:
+        """See `Task.skills`."""
+        return []
+
     def error_kind(self, problem: str, tokens: Sequence[str]) -> str | None:
         """See `Task.error_kind`."""
         return error_kind(problem, tokens)

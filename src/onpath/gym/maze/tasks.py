@@ -15,11 +15,11 @@ from functools import cached_property
 
 from onpath.gym.maze.vocab import EXIT, ROOMS, WALL
 
-SIZES = {"train": (6, 8), "validation": (6, 8), "test": (6, 8), "hard": (10, 11)}
+SIZES = {"train": (4, 6), "validation": (4, 6), "test": (4, 6), "hard": (7, 8)}
 """Moves from the start to the way out, by split."""
-SHALLOW = 0.3
+SHALLOW = 0.5
 """Share of the dead ends that are one wall; the others are a room with two walls behind it."""
-_DEFINITION = re.compile(r"([a-zA-Z]): ([a-zA-Z]{2}|#|!); ")
+_DEFINITION = re.compile(r"([a-z]): ([a-z]{2}|#|!); ")
 _SPLIT_BUCKETS = 100
 
 
@@ -67,7 +67,7 @@ class Maze:
 
 def parse_maze(text: str) -> Maze | None:
     """The first maze of a text (a prompt may go on with a hint or an attempt); None if there is none."""
-    end = re.search(r"([a-zA-Z])\?", text)
+    end = re.search(r"([a-z])\?", text)
     if end is None:
         return None
     rooms = tuple(_DEFINITION.findall(text[: end.start()]))
@@ -80,13 +80,16 @@ def parse_maze(text: str) -> Maze | None:
 
 def make_maze(rng: random.Random, moves: int) -> Maze:
     """A random maze whose way out is `moves` doors away; every other door on the way is a dead end."""
+    shallow = [True] * moves
+    while moves + 1 + sum(1 if s else 3 for s in shallow) > len(ROOMS) or all(shallow):
+        shallow = [rng.random() < SHALLOW for _ in range(moves)]
     names = iter(rng.sample(ROOMS, len(ROOMS)))
     start = here = next(names)
     rooms: list[tuple[str, str]] = []
-    for _ in range(moves):
+    for one_wall in shallow:
         good, bad = next(names), next(names)
         rooms.append((here, good + bad if rng.random() < 0.5 else bad + good))
-        walls = [bad] if rng.random() < SHALLOW else [next(names), next(names)]
+        walls = [bad] if one_wall else [next(names), next(names)]
         rooms += [(bad, "".join(walls))] * (len(walls) == 2) + [(wall, WALL) for wall in walls]
         here = good
     rooms.append((here, EXIT))

@@ -6,7 +6,7 @@
 
 from onpath.gym.language import Language
 
-ROOMS = tuple("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+ROOMS = tuple("abcdefghijklmnopqrstuvwxyz")
 HEADS = tuple(f"{room}: " for room in ROOMS)
 """`c: ` opens the line that says what is behind the doors of `c`."""
 WALL, EXIT = "#", "!"
