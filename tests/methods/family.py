@@ -19,7 +19,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "relay": {"name": "relay", "delta": 1.0, "hold": 1, "legs": 2},
     "topd": {
         **{"name": "topd", "window": 6, "top_share": 0.1, "guidance_weight": "auto", "suppress": "high"},
-        "teacher_temperature": 0.7,
+        "window_temperature": 0.7,
     },
     "truncate": {"name": "truncate", "stop_when": "low_kl", "window": 3, "patience": 1, "low_share": 0.5},
 }
