@@ -31,6 +31,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "opsd_ema": {"method__name": "opsd", "method__weights": "ema", "method__ema_decay": 0.9},
     "topd": {"method__name": "topd", "method__window": 4, "method__top_share": 0.2},
     "topd_spliced": {**{"method__name": "topd", "method__window": 4}, "method__plan": "spliced"},
+    "branch": {"method__name": "branch", "method__branches": 2},
+    "bridge": {"method__name": "bridge", "method__window": 4, "method__keep": "all"},
     "relay": {"method__name": "relay", "method__delta": 2.0},
     "truncate": {"method__name": "truncate", "method__stop_when": "low_kl", "method__window": 3},
     "trd": TRD,

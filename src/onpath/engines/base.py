@@ -25,6 +25,8 @@ class Engine:
     """Whether it reads the very tensors that train: then nothing may be generated while they move."""
     takes_prefixes: bool = True
     """Whether it goes on from token ids and scores them; False: it answers messages only."""
+    stop_ids: frozenset[int] = frozenset()
+    """Ids that end what it generates."""
     server: Server | None = None
     """The server that it asks, if there is one."""
 
