@@ -162,7 +162,8 @@ class Guidance:
     start: int
     """Index into the response of the first target."""
     targets: tuple[Mapping[int, float], ...]
-    """For each position: token id → probability. The mass of a row may be below 1, never above."""
+    """For each position: token id → mass, above 0. The mass of a row need not be 1: several windows may meet
+    there."""
 
 
 @dataclass(frozen=True, kw_only=True)

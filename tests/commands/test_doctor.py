@@ -39,8 +39,8 @@ Tiny = Callable[..., Config]
 NAMES = [
     "sampling", "data", "evals", "columns", "answers", "solutions", "tokens", "specials", "template",
     "context", "models", "passes", "server_tokens", "trajectories", "accuracy", "engine_logprobs",
-    "on_policy", "contexts", "eos", "teacher_itself", "alignment", "teacher_differs", "gradient", "refine",
-    "engine_follows", "speed", "memory", "fits", "disk", "restored",
+    "on_policy", "contexts", "eos", "teacher_itself", "alignment", "teacher_differs", "gradient", "guidance",
+    "refine", "engine_follows", "speed", "memory", "fits", "disk", "restored",
 ]  # fmt: skip
 """Scripts read them: a change is a change of the interface."""
 

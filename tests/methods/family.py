@@ -16,10 +16,19 @@ from onpath.training import sample
 Tiny = Callable[..., Config]
 
 ARMS: dict[str, dict[str, Any]] = {
+    "branch": {"name": "branch", "branches": 2, "failed_only": False},
+    "bridge": {
+        "name": "bridge",
+        "window": 9,
+        "distance": 0.02,
+        "meet_window": 3,
+        "every": 2,
+        "meet_distance": 0.8,
+    },
     "relay": {"name": "relay", "delta": 1.0, "hold": 1, "legs": 2},
     "topd": {
         **{"name": "topd", "window": 6, "top_share": 0.1, "guidance_weight": "auto", "suppress": "high"},
-        "teacher_temperature": 0.7,
+        "window_temperature": 0.7,
     },
     "truncate": {"name": "truncate", "stop_when": "low_kl", "window": 3, "patience": 1, "low_share": 0.5},
 }

@@ -168,7 +168,7 @@ PLAN = np.array([[0.1, 0.3, 0.1], [0.2, 0.0, 0.3]])  # rows of mass 1/2
 
 
 def guidance(found: list[Fork], plans: list[Any], lengths: list[int], **changes: Any) -> Any:
-    return guide.guidance_of(found, plans, lengths, options(**changes))
+    return guide.guidance_of(found, plans, lengths, options(**{"mass": "row", **changes}))
 
 
 def test_targets_by_hand() -> None:
@@ -189,7 +189,7 @@ def test_a_window_is_cut_at_the_end_of_what_is_trained() -> None:
 def test_overlapping_targets_are_averaged() -> None:
     a = fork(2, student=(4, 5), teacher=(7, 8, 7))
     b = fork(3, student=(5, 6), teacher=(9,))
-    found = guidance([a, b], [PLAN, np.array([[0.5], [0.5]])], [9])[0]
+    found = guidance([a, b], [PLAN, np.array([[0.5], [0.5]])], [9], overlap="average")[0]
     assert [g.start for g in found] == [2]
     assert found[0].targets[1] == pytest.approx({7: 0.5, 9: 0.5})  # of {7: 1} and {9: 1}
     assert found[0].targets[2] == pytest.approx({9: 1.0})

@@ -11,7 +11,9 @@ from torch import nn
 from onpath import config as configuration
 from onpath.data.batch import collate
 from onpath.engines.decoding.draw import draw
+from onpath.engines.decoding.side_by_side import Start, side_by_side
 from onpath.engines.forward import Kept
+from onpath.engines.hf import HFEngine
 from onpath.methods import make_method
 from onpath.methods.base import Prepared
 from onpath.records import Rollout, Sampling, token_count
@@ -57,10 +59,22 @@ def plain_loop(parts: Parts, y: Rollout, place: int, *, delta: float, hold: int)
     return tuple(z), tuple(writers)
 
 
-@pytest.mark.parametrize(("delta", "hold"), [(1.0, 0), (3.0, 2)])
-def test_it_is_the_plain_loop(delta: float, hold: int, tiny: Tiny) -> None:
+@pytest.mark.parametrize(
+    ("delta", "hold", "window"), [(1.0, 0, 8), (1.0, 0, 3), (1.0, 0, None), (3.0, 0, 1), (3.0, 2, None)]
+)
+def test_it_is_the_plain_loop(
+    delta: float, hold: int, window: int | None, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Side by side in windows, or (None) in rounds."""
     parts = parts_of(tiny, name="relay", delta=delta, hold=hold)
     rollouts = sample(parts, 0)
+    asked: list[int] = []
+
+    def relay(self: HFEngine, teacher: HFEngine, starts: Sequence[Start], *args: Any, **named: Any) -> Any:
+        asked.append(len(starts))
+        return side_by_side(self, teacher, starts, *args, **named, window=window) if window else None
+
+    monkeypatch.setattr(HFEngine, "relay", relay)
     done = parts.method.prepare(rollouts, step=0)
     replaced = 0
     for place, (y, t) in enumerate(zip(rollouts, done.trajectories, strict=True)):
@@ -70,6 +84,8 @@ def test_it_is_the_plain_loop(delta: float, hold: int, tiny: Tiny) -> None:
         assert {t.written_by[at] for at in t.edit.detail.get("places", [])} <= {"teacher"}
         replaced += t.written_by.count("teacher")
     assert replaced > 8
+    assert bool(asked) is (hold == 0)
+    assert done.totals["student_tokens_generated"] > 0
     assert any(len(t.edit.detail.get("places", [])) > 1 for t in done.trajectories), "several legs"
     assert replaced <= done.totals["teacher_tokens_generated"] <= replaced + 3 * hold  # the limit cuts some
     assert token_count(done.trajectories) == sum(len(t.response) for t in done.trajectories)
@@ -79,6 +95,7 @@ def test_batches_do_not_matter(tiny: Tiny) -> None:
     parts = parts_of(tiny, name="relay", delta=1.0)
     rollouts = sample(parts, 0)
     whole = [(t.response, t.written_by) for t in parts.method.prepare(rollouts, step=0).trajectories]
+    parts.generators.student.batch_tokens = 90
     tools = replace(parts.tools, models=replace(parts.models, max_tokens=60))
     made = make_method(parts.config.method, tools).prepare(rollouts, step=0).trajectories
     assert [(t.response, t.written_by) for t in made] == whole
@@ -95,8 +112,11 @@ def test_a_high_delta_is_opd(tiny: Tiny) -> None:
     assert torch.equal(*gradients)
 
 
-def test_what_was_read_on_the_way_serves_the_loss(tiny: Tiny) -> None:
+def test_what_was_read_on_the_way_serves_the_loss(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = parts_of(tiny, name="relay", delta=3.0)
+    done = prepared(parts)
+    assert done.kept.teacher, "the rollouts that need nothing"
+    monkeypatch.setattr(HFEngine, "relay", lambda *_, **__: None)  # rounds read on the way
     done = prepared(parts)
     known = [t for t in done.trajectories if done.kept.teacher_hidden(collate([t])) is not None]
     ended = [t for t in done.trajectories if t.written_by[-1] == "teacher"]

@@ -27,7 +27,7 @@ from onpath.methods.topd import guide
 from onpath.methods.topd.candidates import Fork
 from onpath.methods.topd.futures import teacher_futures
 from onpath.methods.topd.method import TOPD
-from onpath.records import Completion, Prompt, Rollout, Sampling, Trajectory, token_count
+from onpath.records import Completion, Guidance, Prompt, Rollout, Sampling, Trajectory, token_count
 from onpath.run.assemble import assemble
 from onpath.run.log import read_lines
 from onpath.run.loss import Step, sparse_guidance
@@ -37,6 +37,7 @@ from onpath.run.weights import shaped
 from onpath.system.errors import UserError
 from onpath.training import sample, train
 from onpath.transport.plans import window_divergence
+from tests.methods.family import logps_along
 from tests.stepping import step_on
 
 Tiny = Callable[..., Config]
@@ -107,7 +108,7 @@ def test_worked_example_distance_plan_and_targets() -> None:
     assert smooth.tolist() == [pytest.approx([SHARE / 2, (1 - SHARE) / 2], abs=1e-5),
                                pytest.approx([(1 - SHARE) / 2, SHARE / 2], abs=1e-5)]  # fmt: skip
     fork = Fork(row=0, position=1, loss=1.0, gap=0.0, draw=0.5, student=(0, 1), teacher=(1, 2))
-    (guidance,) = guide.guidance_of([fork], [smooth.double().numpy()], [3], TOPDOptions())[0]
+    (guidance,) = guide.guidance_of([fork], [smooth.double().numpy()], [3], TOPDOptions(mass="row"))[0]
     assert guidance.start == 1
     assert guidance.targets[0] == pytest.approx({1: 0.26894, 2: 0.73106}, abs=1e-4)
     assert guidance.targets[1] == pytest.approx({1: 0.73106, 2: 0.26894}, abs=1e-4)
@@ -192,7 +193,10 @@ def test_forks_guide_the_rows_from_their_position_on(topd: Callable[..., Parts])
         }
         assert guided == expected
         for g in t.guidance:
-            assert all(sum(row.values()) == pytest.approx(1.0) for row in g.targets)
+            for i, row in enumerate(g.targets, start=g.start):
+                here = [f for f in found_in([t]) if 0 <= i - f["position"] < len(f["student_window"])]
+                literal = sum(1 / len(f["student_window"]) for f in here)
+                assert sum(row.values()) == pytest.approx(literal, rel=5e-3)  # Sinkhorn's tolerance
             allowed = {i for f in found_in([t]) for i in f["teacher_window"]}
             assert all(set(row) <= allowed for row in g.targets)
 
@@ -205,7 +209,7 @@ CHANGES: list[dict[str, Any]] = [
     {"max_per_rollout": 1},
     {"max_per_step": 24, "top_share": 0.3},
     {"window": 3},
-    {"teacher_temperature": 1.0},
+    {"window_temperature": 1.0},
     {"student_window": "regenerate"},
     {"embedding": "teacher"},
     {"embedding": "student_layer"},
@@ -220,8 +224,12 @@ CHANGES: list[dict[str, Any]] = [
     {"plan": "positional"},
     {"plan": "teacher_window_ce"},
     {"epsilon": 0.5},
-    {"mass": "literal"},
+    {"mass": "row"},
+    {"overlap": "average", "top_share": 0.3},
     {"overlap": "suppress", "top_share": 0.3},
+    {"plan": "spliced"},
+    {"plan": "spliced", "splice": "end"},
+    {"decide": "upper_quartile_of_low_loss", "references": 2},
     {"guide": False, "suppress": "low"},
     {"guide": False, "suppress": "high"},
     {"suppress": "low"},
@@ -241,7 +249,7 @@ def test_every_option_changes_what_is_trained_on(topd: Callable[..., Parts]) -> 
         assert seen.setdefault(repr(outcome), change) is change
 
 
-@pytest.mark.parametrize("change", [{"teacher_temperature": 0.7}, {"student_window": "regenerate"}])
+@pytest.mark.parametrize("change", [{"window_temperature": 0.7}, {"student_window": "regenerate"}])
 def test_what_is_drawn_is_drawn_by_seed_and_step(change: Any, topd: Callable[..., Parts]) -> None:
     parts = topd(**change)
     rollouts = sample(parts, 0)
@@ -404,6 +412,113 @@ def test_teacher_window_ce_is_spliced_after_the_prefix(topd: Callable[..., Parts
     assert result.loss.item() == pytest.approx(nll.item() / 10, rel=1e-5)
 
 
+@pytest.mark.parametrize("splice", ["window", "end"])
+def test_spliced_is_the_objective_along_the_teachers_window(splice: str, topd: Callable[..., Parts]) -> None:
+    """An extra trajectory y_<t + window, scored by the teacher there; one count over all tokens; no guidance.
+    Against full logits, one row at a time."""
+    parts = topd(plan="spliced", splice=splice)
+    done = prepared(parts)
+    extra = [t for t in done.trajectories if t.edit.kind == "teacher_window"]
+    real = [f for f in found_in(done.trajectories) if f["decision"] == "fork"]
+    assert len(extra) == len(real) > 0
+    assert not any(t.guidance for t in done.trajectories)
+    longer = 0
+    for t, f in zip(extra, real, strict=True):
+        assert t.origin is not None
+        assert t.student_context == t.teacher_context == t.origin.prefix(f["position"])
+        window = tuple(f["teacher_window"])
+        assert t.response[: len(window)] == window
+        assert set(t.written_by) == {"teacher"}
+        if len(t.response) > len(window):
+            longer += 1
+            ended = f["position"] + len(t.response) == parts.sampling.max_new_tokens
+            assert ended or t.response[-1] in parts.stops.ids
+            likeliest = logps_along(parts.models.teacher.model, t).argmax(-1)
+            assert t.response == tuple(likeliest.tolist()), "greedy"
+    assert bool(longer) is (splice == "end")
+    meter, _ = step_on(parts, shaped(parts, done).trajectories)
+    total, count = 0.0, 0
+    for t in done.trajectories:
+        s, q = (logps_along(m, t) for m in (parts.models.student, parts.models.teacher.model))
+        total += float((s.exp() * (s - q)).sum())
+        count += len(t.response)
+    row = meter.row(parts.models.device)
+    assert row["tokens"] == count
+    assert row["loss"] == pytest.approx(total / count, rel=1e-4)
+    assert row["tokens_written_by"]["teacher"] == sum(len(t.response) for t in extra)
+
+
+def test_targets_that_meet_are_summed() -> None:
+    """By the formula's letter: the gradient of a sum of KLs is that of the summed target."""
+    forks = [
+        Fork(row=0, position=p, loss=1.0, gap=0.0, draw=0.5, student=(0, 1), teacher=(1, 2)) for p in (0, 1)
+    ]
+    plans = [np.array([[0.1, 0.4], [0.3, 0.2]]), np.array([[0.25, 0.25], [0.5, 0.0]])]
+    (g,) = guide.guidance_of(forks, plans, [3], TOPDOptions())[0]
+    assert [dict(t) for t in g.targets] == [
+        pytest.approx({1: 0.1, 2: 0.4}), pytest.approx({1: 0.55, 2: 0.45}), pytest.approx({1: 0.5}),
+    ]  # fmt: skip
+    (mean,) = guide.guidance_of(forks, plans, [3], TOPDOptions(overlap="average"))[0]
+    assert dict(mean.targets[1]) == pytest.approx({1: 0.275, 2: 0.225})
+    z = torch.tensor([0.3, -1.0, 0.5, 0.1], dtype=torch.float64, requires_grad=True)
+    parts = torch.tensor([[0.0, 0.3, 0.2, 0.0], [0.0, 0.25, 0.25, 0.0]], dtype=torch.float64)
+    separate = (torch.special.xlogy(parts, parts) - parts * z.log_softmax(-1)).sum()
+    (wanted,) = torch.autograd.grad(separate, z)
+    hidden, head = z.detach()[None], Head(weight=torch.eye(4, dtype=torch.float64))
+    found = hidden.clone().requires_grad_()
+    batch = collate([Trajectory(student_context=(1,), teacher_context=(1,), response=(0,), guidance=(
+        Guidance(start=0, targets=({1: 0.55, 2: 0.45},)),
+    ))])  # fmt: skip
+    fused_objective(
+        student_hidden=found, student_head=head, teacher=TeacherHidden(hidden=hidden, head=head),
+        objective=Objective(kind="reverse_kl"), weights=batch.weight_N, denominator=1.0,
+        guidance=sparse_guidance(batch, strength=1.0),
+    ).loss.backward()  # fmt: skip
+    assert found.grad is not None
+    torch.testing.assert_close(found.grad[0], wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_what_predicts_harm_is_measured(topd: Callable[..., Parts]) -> None:
+    """Against full logits: the share of each target on the teacher's likeliest token where the student is."""
+    parts = topd(top_share=0.2)
+    done = prepared(parts)
+    on_teacher, own, entropy = [], [], []
+    for t in done.trajectories:
+        likeliest = logps_along(parts.models.teacher.model, t).argmax(-1).tolist()
+        for g in t.guidance:
+            for i, target in enumerate(g.targets, start=g.start):
+                p = {v: m / sum(target.values()) for v, m in target.items()}
+                on_teacher.append(p.get(likeliest[i], 0.0))
+                own.append(p.get(t.response[i], 0.0))
+                entropy.append(-sum(x * log(x) for x in p.values()))
+    means = {k: total / count for k, (total, count) in done.means.items() if count}
+    assert means["target_teacher_share"] == pytest.approx(np.mean(on_teacher))
+    assert means["target_own_share"] == pytest.approx(np.mean(own))
+    assert means["target_entropy_nats"] == pytest.approx(np.mean(entropy))
+    assert 0 < means["target_teacher_share"] < 1
+    assert means["target_own_share"] != means["target_teacher_share"]
+
+
+def test_few_references_tell_the_papers_rule(topd: Callable[..., Parts]) -> None:
+    parts = topd(decide="upper_quartile_of_low_loss", references=3)
+    rollouts = sample(parts, 0)
+    for step in (0, 1):
+        found = found_in(parts.method.prepare(rollouts, step=step).trajectories)
+        assert sum(f["decision"] == "reference" for f in found) == 3
+    found = found_in(prepared(topd(decide="upper_quartile_of_low_loss", references=None)).trajectories)
+    references = sum(f["decision"] == "reference" for f in found)
+    assert references == len(found) - references > 3
+
+
+@pytest.mark.parametrize(
+    ("options", "warned"), [({}, False), ({"mass": "row"}, True), ({"mass": "row", "plan": "spliced"}, False)]
+)
+def test_row_mass_is_warned_of(options: Any, warned: bool, topd: Callable[..., Parts]) -> None:
+    said = [w for w in topd(**options).warnings if "method.mass" in w]
+    assert len(said) == warned
+    assert not warned or "literal" in said[0]
+
+
 def test_first_tokens_cut_candidates_and_guidance(topd: Callable[..., Parts]) -> None:
     done = prepared(topd(first_tokens=8, top_share=0.3))
     for t in done.trajectories:
@@ -478,7 +593,7 @@ def test_a_cap_is_counted(topd: Callable[..., Parts]) -> None:
 
 def test_draws_depend_on_seed_and_step_apart(topd: Callable[..., Parts]) -> None:
     """Seed 1 at step 3 shares no noise with seed 0 at step 4."""
-    parts = topd(decide="random_positions", teacher_temperature=1.0)
+    parts = topd(decide="random_positions", window_temperature=1.0)
     rollouts = sample(parts, 0)
 
     def drawn(seed: int, step: int) -> list[Any]:
@@ -492,6 +607,7 @@ def test_draws_depend_on_seed_and_step_apart(topd: Callable[..., Parts]) -> None
 
 def test_auto_holds_the_ratio_of_gradients(tiny: Tiny) -> None:
     method = {"name": "topd", "window": 6, "guidance_weight": "auto", "auto_ratio": 0.25, "top_share": 0.1}
+    method |= {"mass": "row"}  # far enough from the target at first
     config = tiny(**of_method(method), optim__steps=6, run__name="auto")
     rows = read_lines(train(config, quiet=True).directory / "metrics.jsonl")
     assert rows[0]["guidance_weight"] == 1.0
@@ -563,6 +679,7 @@ def test_two_processes_are_one(tiny: Tiny, tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"guide": False}, "changes nothing"),
+        ({"splice": "end"}, "plan spliced"),
         ({"guidance_weight": -1.0}, "at least 0"),
         ({"decide": "loss"}, "method.decide"),
         ({"plan": "emd"}, "method.plan"),

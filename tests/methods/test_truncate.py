@@ -164,10 +164,10 @@ def test_the_loss_reads_nothing_twice(tiny: Tiny) -> None:
         ),
         (
             {
-                "method": {"name": "truncate", "support": "teacher_topk"},
+                "method": {"name": "truncate", "support": "teacher_topk", "support_k": 8},
                 "teacher": {"engine": "vllm", "url": "http://localhost:1"},
             },
-            "use low_kl",
+            "raise that",
         ),
         ({"method": {"name": "truncate", "stop_when": "never"}}, "method.stop_when"),
     ],

@@ -8,6 +8,7 @@ from torch import nn
 from onpath.data.render import Renderer
 from onpath.engines.decoding.branches import Past, Place
 from onpath.engines.decoding.drafts import Drafts
+from onpath.engines.decoding.side_by_side import Finished, Start
 from onpath.engines.wire import Server
 from onpath.records import Completion, Prompt, Rollout, Sampling
 
@@ -25,6 +26,8 @@ class Engine:
     """Whether it reads the very tensors that train: then nothing may be generated while they move."""
     takes_prefixes: bool = True
     """Whether it goes on from token ids and scores them; False: it answers messages only."""
+    stop_ids: frozenset[int] = frozenset()
+    """Ids that end what it generates."""
     server: Server | None = None
     """The server that it asks, if there is one."""
 
@@ -70,6 +73,13 @@ class Engine:
     ) -> list[Completion]:
         """`continue_from` at places of the rows of `past`; only if it can draw from it."""
         raise NotImplementedError
+
+    def relay(
+        self, teacher: "Engine", starts: Sequence[Start], sampling: Sampling, *, delta: float
+    ) -> list[Finished] | None:
+        """Goes on with responses together with a teacher's engine (`decoding/side_by_side.py`); None where
+        these two cannot."""
+        return None
 
     def score(
         self, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]

@@ -20,6 +20,7 @@ from onpath.engines.decoding.branches import Past, Place, branch
 from onpath.engines.decoding.drafts import Drafts
 from onpath.engines.decoding.draw import draw
 from onpath.engines.decoding.kv_cache import accepts_4d_mask, preallocated_cache, select_rows
+from onpath.engines.decoding.side_by_side import Finished, Start, rows_at_once, side_by_side
 from onpath.engines.head import evaluating, head_of, hidden_states, known_to, unwrapped
 from onpath.engines.models import context_length
 from onpath.engines.sharding import is_whole
@@ -147,6 +148,24 @@ class HFEngine(Engine):
         assert is_whole(self.model), "see continue_from"
         done = branch(self, past, places, sampling, keys=keys, drafts=drafts)
         return [self._ended(c) for c in done]
+
+    def relay(
+        self, teacher: Engine, starts: Sequence[Start], sampling: Sampling, *, delta: float
+    ) -> list[Finished] | None:
+        """See `Engine.relay`: two models in this process that take a mask of our own."""
+        if not isinstance(teacher, HFEngine) or self.stop_strings:
+            return None
+        if not all(accepts_4d_mask(unwrapped(engine.model)) for engine in (self, teacher)):
+            return None
+        found: dict[int, Finished] = {}
+        most = rows_at_once(self, teacher)
+        with evaluating(self.model), evaluating(teacher.model):
+            for rows in self._batches([len(s.ids) for s in starts], max((s.room for s in starts), default=0)):
+                for at in range(0, len(rows), most):
+                    some = rows[at : at + most]
+                    done = side_by_side(self, teacher, [starts[i] for i in some], sampling, delta=delta)
+                    found |= zip(some, done, strict=True)
+        return [found[i] for i in range(len(starts))]
 
     def _ended(self, completion: Completion) -> Completion:
         """Up to the token that completes a stop string."""

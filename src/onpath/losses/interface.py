@@ -57,7 +57,7 @@ class SparseGuidance:
     ids: Int[Tensor, "G M"]
     """Token ids; the same id may appear twice in a row, its masses add up in the gradient."""
     probs: Float[Tensor, "G M"]
-    """ỹ, zero where padded; the mass of a row is above 0 and at most 1 (literal 1/K, or 1)."""
+    """ỹ, zero where padded; the mass of a row is above 0 (literal 1/K, or 1, times the windows that meet)."""
     weights: Float[Tensor, " G"] | None = None
     """Of the guided tokens in the sum; None: the same as in the objective."""
     strength: float = 1.0
@@ -72,8 +72,8 @@ class SparseGuidance:
             raise ValueError(
                 "guidance: positions must be strictly increasing (merge the targets of one token first)"
             )
-        if bool((self.probs < 0).any()) or bool((self.probs.sum(-1) > 1 + 1e-4).any()):
-            raise ValueError("guidance: probs must be at least 0 and sum to at most 1 in each row")
+        if not bool(((self.probs >= 0) & self.probs.isfinite()).all()):
+            raise ValueError("guidance: probs must be finite and at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)

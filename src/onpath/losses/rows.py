@@ -62,7 +62,7 @@ def measure(block: Block, request: StatsRequest) -> Stats:
     if t_RV is not None:
         stats |= _measure_teacher(block, request, t_RV)
     elif block.served is not None:
-        stats |= topk.measure_served(block.served, student_logp=s_RV, student_p=p_RV)
+        stats |= topk.measure_served(block.served, student_logp=s_RV, student_p=p_RV, top_k=request.top_k)
     if "teacher_top_ids" in stats and request.top_k:
         stats["overlap"] = topk.overlap(stats["student_top_ids"], stats["teacher_top_ids"])
     return stats

@@ -90,8 +90,11 @@ def evaluate(
     return value.detach()
 
 
-def measure_served(served: TeacherTopK, *, student_logp: Tensor, student_p: Tensor) -> dict[str, Tensor]:
-    """What a served top-k allows: values over its outcomes plus one bucket, which are lower bounds."""
+def measure_served(
+    served: TeacherTopK, *, student_logp: Tensor, student_p: Tensor, top_k: int = 0
+) -> dict[str, Tensor]:
+    """What a served top-k allows: values over its outcomes plus one bucket, which are lower bounds; and the
+    likeliest `top_k` of its outcomes, as far as it has so many."""
     ids_Rk, valid_Rk, teacher_Rk = _served_set(served, student_logp.dtype)
     student_Rk = student_logp.gather(-1, ids_Rk).masked_fill(~valid_Rk, -torch.inf)
     teacher = torch.cat([teacher_Rk, _log_mass(served.tail_mass().to(student_logp.dtype))[:, None]], -1)
@@ -103,6 +106,9 @@ def measure_served(served: TeacherTopK, *, student_logp: Tensor, student_p: Tens
     }
     if served.sampled_logp is not None:
         stats["teacher_logp"] = served.sampled_logp.to(student_logp.dtype)
+    if top_k:
+        logp_Rk, order_Rk = teacher_Rk.topk(min(top_k, teacher_Rk.shape[-1]))
+        stats["teacher_top_logp"], stats["teacher_top_ids"] = logp_Rk, ids_Rk.gather(-1, order_Rk)
     return stats
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from onpath.config.methods import MethodOptions
 from onpath.data.render import Renderer, fill, with_question
 from onpath.data.tasks import Task
-from onpath.engines.base import Generators
+from onpath.engines.base import Engine, Generators
 from onpath.engines.forward import Kept, Models, Pass
 from onpath.grade.base import Grader, Verdict
 from onpath.grade.rewards import Reward, totals, values_of
@@ -134,23 +134,43 @@ class Tools:
     def student_continues(
         self, rollouts: Sequence[Rollout], keys: Sequence[str], *, at_most: int | None = None
     ) -> tuple[list[Completion], int]:
-        """What the student generates after responses that have not ended, `at_most` tokens or as many as
+        """What the student generates after responses, `at_most` tokens or as many as
         `sampling.max_new_tokens` leaves; and the tokens that this took."""
-        limit, longest = self.sampling.max_new_tokens, self.models.student_context_length
-        left = [limit - len(r.ids) if at_most is None else min(at_most, limit - len(r.ids)) for r in rollouts]
+        student = self.generators.student, self.models.student_context_length
+        return self._continued(*student, rollouts, self.sampling, keys, at_most)
+
+    def teacher_finishes(
+        self, rollouts: Sequence[Rollout], sampling: Sampling, keys: Sequence[str]
+    ) -> tuple[list[Completion], int]:
+        """What the teacher generates after responses, up to `sampling.max_new_tokens` of each; and the tokens
+        that this took."""
+        teacher = self.generators.teacher, self.models.teacher.context_length
+        return self._continued(*teacher, rollouts, sampling, keys, None)
+
+    def _continued(
+        self,
+        engine: Engine,
+        longest: int,
+        rollouts: Sequence[Rollout],
+        sampling: Sampling,
+        keys: Sequence[str],
+        at_most: int | None,
+    ) -> tuple[list[Completion], int]:
+        left = [sampling.max_new_tokens - len(r.ids) for r in rollouts]
+        room = left if at_most is None else [min(at_most, n) for n in left]
         done = {i: Completion(ids=(), logprobs=(), finish_reason="length") for i in range(len(rollouts))}
-        todo, generated = sorted((i for i, n in enumerate(left) if n > 0), key=lambda i: -left[i]), 0
+        todo, generated = sorted((i for i, n in enumerate(room) if n > 0), key=lambda i: -room[i]), 0
         while todo:
             # A batch has one limit, which is too much for a row whose prompt only just fits.
-            size, widths = left[todo[0]], {i: len(rollouts[i].context) + len(rollouts[i].ids) for i in todo}
+            size, widths = room[todo[0]], {i: len(rollouts[i].context) + len(rollouts[i].ids) for i in todo}
             now = [i for i in todo if i == todo[0] or widths[i] + size <= longest]
-            found = self.generators.student.continue_from(
+            found = engine.continue_from(
                 [rollouts[i].prefix(len(rollouts[i].ids)) for i in now],
-                replace(self.sampling, max_new_tokens=size),
+                replace(sampling, max_new_tokens=size),
                 keys=[keys[i] for i in now],
             )
             generated += sum(len(c.ids) for c in found)
-            done |= {i: c.truncated(left[i]) for i, c in zip(now, found, strict=True)}
+            done |= {i: c.truncated(room[i]) for i, c in zip(now, found, strict=True)}
             todo = [i for i in todo if i not in now]
         return [done[i] for i in range(len(rollouts))], generated
 

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from onpath.engines.decoding.side_by_side import Start
 from onpath.engines.forward import Kept
 from onpath.methods.base import Prepared, Tools, own_response
 from onpath.methods.diagnose import mean
-from onpath.records import Completion, Edit, Rollout, Writer, Writers, all_by
+from onpath.records import Completion, Edit, FinishReason, Rollout, Writer, Writers, all_by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,43 @@ def student_goes_on(some: Sequence[Mixed], tools: Tools, cost: Cost, keys: Seque
     cost.student += generated
     ends = dict(zip(going, done, strict=True))
     return [m.then(ends[i], "student") if i in ends else m for i, m in enumerate(some)]
+
+
+def relayed_on(
+    some: Sequence[Mixed], tools: Tools, cost: Cost, keys: Sequence[str], *, delta: float, most: int
+) -> list[Mixed] | None:
+    """Each response that is open to its end, the teacher taking over by `delta`, up to `most` times in one
+    response; None: the engines cannot decode side by side."""
+    going = [i for i, m in enumerate(some) if m.open]
+    starts = [
+        Start(
+            ids=some[i].z.prefix(len(some[i].z.ids)),
+            position=len(some[i].z.ids),
+            room=some[i].z.sampling.max_new_tokens - len(some[i].z.ids),
+            key=keys[i],
+            takeovers=most - len(some[i].places),
+        )
+        for i in going
+    ]
+    engines = tools.generators
+    done = engines.student.relay(engines.teacher, starts, tools.sampling, delta=delta)
+    if done is None:
+        return None
+    found = list(some)
+    for i, start, end in zip(going, starts, done, strict=True):
+        reason: FinishReason = "stop" if end.stopped else "length"
+        whole = Completion(ids=end.ids, logprobs=end.logprobs, finish_reason=reason)
+        writers = list(all_by("student", len(end.ids)))
+        for at in end.by_teacher:
+            writers[at] = "teacher"
+        cost.student, cost.teacher = cost.student + end.student_tokens, cost.teacher + len(end.by_teacher)
+        found[i] = replace(
+            some[i],
+            z=some[i].z.continued(whole),
+            writers=(*some[i].writers, *writers),
+            places=(*some[i].places, *(start.position + at for at in end.by_teacher)),
+        )
+    return found
 
 
 def trained_on(

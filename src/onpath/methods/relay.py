@@ -6,10 +6,11 @@ goes on (ours; nearest: speculative knowledge distillation, DAgger; Relay-OPD, a
               b ~ p_T(·|x, z_<t)   else, and `hold` more from the teacher; then the student goes on
     L = Σ_t KL(p_S ‖ p_T) / Σ_t 1 along z        the rejected token is still in the loss of its position
 
-What comes after an error is then learnt in contexts without it. z is generated in rounds: the rollout y up to
-its first bad token is z; the teacher takes over there, the student goes on from there to the end, and the
-next round looks at what is new. That is the loop above token by token, with the draws of the student's k-th
-leg named by where it starts. Any engine can do it, a server by prefix continuation.
+What comes after an error is then learnt in contexts without it. The rollout y up to its first bad token is z;
+from there on both models decode side by side, in windows that the teacher checks; or, on engines that cannot,
+in rounds: the teacher takes over, the student goes on to the end, and the next round looks at what is new (a
+server by prefix continuation). Either is the loop above token by token: a leg's draws are named by where it
+starts.
 Triggers beside ours: `reflection`, Relay-OPD's (the teacher's likeliest token opens a correction and is not
 among the student's K; `hold` long, `paragraphs: 3`, `legs: 2`; its K is not known to us: 20), TOPD's `fork`,
 `first_error` by the task's checker.
@@ -23,7 +24,7 @@ from typing import Any
 from onpath.config.methods.relay import RelayOptions
 from onpath.engines.forward import Kept, Pass, Values, forward
 from onpath.methods.base import Method, Prepared, own_response
-from onpath.methods.mixed import Cost, Mixed, student_goes_on, trained_on
+from onpath.methods.mixed import Cost, Mixed, relayed_on, student_goes_on, trained_on
 from onpath.methods.places import by_lot, first_forks
 from onpath.records import Completion, Rollout, Writer
 
@@ -44,16 +45,29 @@ class Relay(Method):
         kept, cost, when = Kept(), Cost(), f"step {step}"
         done = [Mixed.of(r) for r in rollouts]
         todo = [i for i, m in enumerate(done) if m.z.ids]
+        most = self.options.legs or self.tools.sampling.max_new_tokens
         while todo:
             taken = self.taken_over([done[i] for i in todo], kept, cost, when)
             todo = [todo[i] for i in taken]
-            keys = [f"{when}/{m.y.key}/relay {m.start}" for m in taken.values()]
-            legs = student_goes_on(list(taken.values()), self.tools, cost, keys)
+            legs = self.side_by_side(list(taken.values()), cost, when, most)
+            settled = legs is not None
+            if legs is None:
+                keys = [f"{when}/{m.y.key}/relay {m.start}" for m in taken.values()]
+                legs = student_goes_on(list(taken.values()), self.tools, cost, keys)
             for i, leg in zip(todo, legs, strict=True):
                 done[i] = leg
-            most = self.options.legs or self.tools.sampling.max_new_tokens
+            if settled:
+                break
             todo = [i for i in todo if done[i].start < len(done[i].z.ids) and len(done[i].places) < most]
         return trained_on(done, self.tools, cost, kept, kind="relay")
+
+    def side_by_side(self, some: Sequence[Mixed], cost: Cost, when: str, most: int) -> list[Mixed] | None:
+        """All further legs at once, where a single token decides and both models are in this process."""
+        options = self.options
+        if options.trigger != "log_ratio" or options.hold or options.control != "none":
+            return None
+        keys = [f"{when}/{m.y.key}/relay" for m in some]
+        return relayed_on(some, self.tools, cost, keys, delta=options.delta, most=most)
 
     def taken_over(self, some: Sequence[Mixed], kept: Kept, cost: Cost, when: str) -> dict[int, Mixed]:
         """Those in which somebody takes over next, up to where the student goes on."""

@@ -67,7 +67,9 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
     vocabulary, warnings = shared_vocabulary(config, tokenizer)
     vocabulary = min(vocabulary, head_of(student).vocabulary)
     stops = stops_of(config, base, tokenizer, vocabulary)
-    warnings += filter(None, [clock_warning(renderer), stops.warning(renderer.tokens)])
+    warnings += filter(
+        None, [clock_warning(renderer), stops.warning(renderer.tokens), *config.method.warnings]
+    )
     if stops.ids != stops.student:
         base.generation_config.eos_token_id = sorted(stops.ids)  # so that the saved model ends alike
     teacher = make_teacher(config, student, renderer, vocabulary, stops, host)

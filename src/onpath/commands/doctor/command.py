@@ -35,7 +35,7 @@ from onpath.system.errors import UserError
 _STYLES = {"ok": "green", "warning": "yellow", "fail": "bold red", "skipped": "dim"}
 _ALONG_TRAJECTORIES = (
     training.contexts, training.eos, scores.teacher_itself, scores.alignment, scores.teacher_differs,
-    training.gradient,
+    training.gradient, training.guidance,
 )  # fmt: skip
 _NEED_SCORES = ("teacher_itself", "alignment", "teacher_differs")
 _NEED_MODELS = (

@@ -31,6 +31,8 @@ _GRADED = 4
 """Trajectories whose gradient is formed, three times."""
 _ENDS = 4
 """Finished responses at whose ends both models are asked for their stop tokens."""
+_FITS = 0.5
+"""Share of the targets' mass on the teacher's likeliest token below which the check warns."""
 _SAME_GRADIENT = 1e-3
 """Relative difference below which two gradients are one."""
 
@@ -128,6 +130,27 @@ def gradient(parts: Parts, probe: Probe) -> Finding:
         advice = "the loss is not least where student and teacher agree"
         return Finding(name="gradient", status="fail", message=message, advice=advice, values=values)
     return Finding(name="gradient", status="ok", message=message, values=values)
+
+
+def guidance(parts: Parts, probe: Probe) -> Finding:
+    """Do the targets fit the student's own contexts?"""
+    on_teacher, count = probe.prepared.means.get("target_teacher_share", (0.0, 0.0))
+    if not count:
+        return skipped("guidance", f"{parts.config.method.name} guides no token here")
+    names = ("target_own_share", "target_entropy_nats")
+    own, entropy = (probe.prepared.means[name][0] / count for name in names)
+    share = on_teacher / count
+    values = {"tokens": count, "on_teacher": share, "on_own": own, "entropy_nats": entropy}
+    message = (
+        f"{share:.0%} of the targets' mass lies on what the teacher would say in the student's context, "
+        f"{own:.0%} on the student's own token ({count:.0f} tokens, entropy {entropy:.2f} nats)"
+    )
+    if share >= _FITS:
+        return Finding(name="guidance", status="ok", message=message, values=values)
+    advice = (
+        "the rest teaches another context's tokens: use method.mass: literal, method.plan: spliced, or relay"
+    )
+    return Finding(name="guidance", status="warning", message=message, advice=advice, values=values)
 
 
 def refine(parts: Parts) -> Finding:

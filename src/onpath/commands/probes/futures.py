@@ -162,7 +162,7 @@ def noise_floor(
     parts: Parts, found: Sequence[Fork], made: Sequence[Rollout], options: TOPDOptions, reading: Any
 ) -> dict[tuple[int, int], float]:
     """D of two windows that the teacher samples at temperature 1 from the same prefix."""
-    sampled = options.model_copy(update={"teacher_temperature": 1.0})
+    sampled = options.model_copy(update={"window_temperature": 1.0})
     first, second = (with_windows(found, made, parts.tools, sampled, step, reading) for step in (1, 2))
     pairs = [replace(a, student=b.teacher) for a, b in zip(first, second, strict=True)]
     return {(f.row, f.position): f.distance for f in with_distances(pairs, made, parts.tools, options)}

@@ -152,6 +152,11 @@ class MethodOptions(Section):
         """Words whose teacher probability is logged as epistemic mass; None: the task's, or TRD's list."""
         return None
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a run with these options says at its start."""
+        return ()
+
     def check(self, config: Any) -> None:
         """Looks at the whole config (`onpath.config.Config`) for what cannot go together with this method.
 

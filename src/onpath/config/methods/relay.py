@@ -64,8 +64,3 @@ class RelayOptions(MethodOptions):
                 f"method.trigger: first_error needs a task with a checker of steps, as the gym is, not "
                 f"{config.data.train}; use log_ratio"
             )
-        if self.trigger == "reflection" and config.teacher.engine == "vllm":
-            raise ValueError(
-                "method.trigger: reflection looks at both models' likeliest tokens, and a server sends the "
-                "teacher's alone; use log_ratio, or teacher.engine: hf"
-            )

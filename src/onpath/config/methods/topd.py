@@ -25,7 +25,7 @@ class TOPDOptions(MethodOptions):
     cap (the paper)."""
     window: int = Field(50, ge=1)
     """K, tokens of each near-future window; scale it to the task (the gym: two steps)."""
-    teacher_temperature: float = Field(0.0, ge=0)
+    window_temperature: float = Field(0.0, ge=0)
     """Of the teacher's window; 0 is greedy."""
     student_window: Literal["rollout", "regenerate"] = "rollout"
     """What D compares with: the student's own rollout, or a fresh sample from the same prefix. Guidance
@@ -53,13 +53,21 @@ class TOPDOptions(MethodOptions):
     """The quantile is a moving average over steps with this decay; 0 is that of the step alone."""
     threshold: float = Field(0.3, ge=0)
     """threshold: smallest distance of a fork."""
-    plan: Literal["transport", "shuffled", "positional", "teacher_window_ce"] = "transport"
-    """What spreads the guidance: the transport plan, or a control (its columns shuffled, token i to token i,
-    or cross-entropy along the teacher's own window spliced in after y_<t)."""
+    references: int | None = Field(16, ge=1)
+    """upper_quartile_of_low_loss: windows at low-loss positions in one optimiser step over all processes,
+    each in a rollout of its own; null: as many as there are candidates."""
+    plan: Literal["transport", "spliced", "shuffled", "positional", "teacher_window_ce"] = "transport"
+    """transport: the plan between the windows spreads the teacher's tokens over the student's own. spliced:
+    no guidance, but the objective along the teacher's window after y_<t, scored by the teacher there, its
+    tokens in the common count. Controls: the plan's columns shuffled; token i to token i; cross-entropy along
+    the spliced window."""
+    splice: Literal["window", "end"] = "window"
+    """spliced: the teacher's K tokens, or its continuation to the end."""
     epsilon: float = Field(0.05, gt=0)
     """Entropic regularisation of the guidance plan (the distance is exact)."""
-    mass: Literal["row", "literal"] = "row"
-    """row scales each target to mass 1; literal keeps the plan's 1/K."""
+    mass: Literal["literal", "row"] = "literal"
+    """literal: each target keeps its row's mass, 1/K, as the formula says. row scales it to 1: behind an
+    error it teaches tokens of another context (docs/methods.md)."""
     guidance_weight: float | Literal["auto"] = 1.0
     """λ. auto holds |λ∇L_traj| / |∇L_OPD|, the norms of the two gradients of the trained weights, at
     auto_ratio."""
@@ -68,9 +76,9 @@ class TOPDOptions(MethodOptions):
     ratio_every: int | None = Field(None, ge=0)
     """Measure that ratio every so many steps (one more pass of the student, a copy of the gradient); null: at
     every step with guidance_weight: auto, else at every tenth; 0 never."""
-    overlap: Literal["average", "suppress"] = "average"
-    """Targets that meet at one position are averaged; suppress first drops forks closer than K/2 to one of
-    larger D."""
+    overlap: Literal["sum", "average", "suppress"] = "sum"
+    """Targets that meet at one position: summed, as the formula says, or averaged; suppress first drops forks
+    closer than K/2 to one of larger D, then sums."""
     guide: bool = True
     """False leaves only the suppression."""
     suppress: Literal["none", "low", "high"] = "none"
@@ -90,6 +98,16 @@ class TOPDOptions(MethodOptions):
         return self.reuse_cache
 
     @property
+    def warnings(self) -> tuple[str, ...]:
+        if self.mass == "literal" or not self.guide or self.plan in ("spliced", "teacher_window_ce"):
+            return ()
+        return (
+            "method.mass: row gives every guided token a target of mass 1, also behind an error, where the "
+            "target's tokens belong to another context; where teachers are lost after errors that cost 29 "
+            "points (docs/methods.md); the formula's mass is literal",
+        )
+
+    @property
     def measures_ratio_every(self) -> int:
         if self.ratio_every is not None:
             return self.ratio_every
@@ -101,6 +119,8 @@ class TOPDOptions(MethodOptions):
             raise ValueError(f"guidance_weight must be at least 0, not {self.guidance_weight:g}")
         if self.guidance_weight == "auto" and self.ratio_every == 0:
             raise ValueError("guidance_weight auto follows the ratio that ratio_every: 0 never measures")
+        if self.splice == "end" and self.plan != "spliced":
+            raise ValueError(f"splice end continues the windows of plan spliced, not of plan {self.plan}")
         if not self.guide and self.suppress == "none":
             raise ValueError(
                 "guide false without suppress changes nothing: use method.name opd, or set suppress"

@@ -53,8 +53,9 @@ class TruncateOptions(MethodOptions):
                 f"method.stop_when: checker needs a task with a checker of steps, as the gym is, not "
                 f"{config.data.train}; use overlap"
             )
-        if self.stop_when == "overlap" and config.teacher.engine == "vllm":
+        served = config.teacher.engine == "vllm"
+        if self.stop_when == "overlap" and served and self.overlap_k > self.support_k:
             raise ValueError(
-                "method.stop_when: overlap compares both models' likeliest tokens at every token, and a "
-                "server sends the teacher's alone; use low_kl, or teacher.engine: hf"
+                f"method.overlap_k is {self.overlap_k}, but the teacher's server is asked for its "
+                f"method.support_k: {self.support_k} likeliest tokens; raise that"
             )

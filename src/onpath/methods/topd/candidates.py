@@ -44,6 +44,8 @@ class Fork:
     """Uniform in [0, 1), a pure function of (seed, step, rollout, position), where a control needs it."""
     student: tuple[int, ...] = ()
     teacher: tuple[int, ...] = ()
+    ended: bool = False
+    """Whether the teacher's window ends its response."""
     distance: float = float("nan")
     """D, exact transport distance of the two windows."""
     decision: Decision = "surface"
@@ -80,6 +82,22 @@ def uncapped_counts(lengths: Sequence[int], options: TOPDOptions) -> list[int]:
     return [max(1, int(options.top_share * n + 0.5)) if n else 0 for n in lengths]
 
 
+def reference_counts(
+    counts: Sequence[int], keys: Sequence[str], options: TOPDOptions, *, seed: int
+) -> list[int]:
+    """References of each rollout: of all processes' rollouts `references` have one, drawn by lot. Each
+    process must call.
+
+    >>> reference_counts([3, 2], ["a", "b"], TOPDOptions(references=None), seed=0)
+    [3, 2]
+    """
+    if options.references is None or options.decide != "upper_quartile_of_low_loss":
+        return list(counts)
+    lots = [noise(seed, f"{key}/reference", 1)[0] for key in keys]
+    chosen = sorted(distributed.gather(lots))[: options.references]
+    return [int(bool(chosen) and lot <= chosen[-1]) for lot in lots]
+
+
 def spaced(order: Sequence[int], *, count: int, min_gap: int) -> list[int]:
     """The first `count` of an order that keep a distance of at least `min_gap`.
 
@@ -103,12 +121,14 @@ def select(
     key: str,
     options: TOPDOptions,
     seed: int,
+    references: int | None = None,
 ) -> list[Fork]:
-    """The candidates of one rollout, by position; with `upper_quartile_of_low_loss` as many references.
+    """The candidates of one rollout, by position, and with `upper_quartile_of_low_loss` its references.
 
     Args:
         values: per response token, `reverse_kl`, `student_logp` and `teacher_logp`.
         key: names step and rollout in the draws.
+        references: None: as many as candidates.
     """
     losses, gaps = ranked_by(values, options)
     size, kl = len(losses), values["reverse_kl"]
@@ -134,9 +154,10 @@ def select(
     order = at_random() if options.decide == "random_positions" else by_loss
     found = [fork(t, "surface") for t in spaced(order, count=count, min_gap=options.min_gap)]
     if options.decide == "upper_quartile_of_low_loss":
+        references = count if references is None else references
         low = set(by_loss[(size + 1) // 2 :]) - {f.position for f in found}
         calm = [t for t in at_random() if t in low]
-        found += [fork(t, "reference") for t in spaced(calm, count=count, min_gap=options.min_gap)]
+        found += [fork(t, "reference") for t in spaced(calm, count=references, min_gap=options.min_gap)]
     return sorted(found, key=lambda f: f.position)
 
 

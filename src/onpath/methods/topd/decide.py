@@ -45,7 +45,7 @@ def decided(forks: Sequence[Fork], options: TOPDOptions, threshold: float) -> li
         f if f.decision == "reference" else replace(f, decision="fork" if real(f) else "surface")
         for f in forks
     ]
-    return found if options.overlap == "average" else _thinned(found, options.window / 2)
+    return found if options.overlap != "suppress" else _thinned(found, options.window / 2)
 
 
 def _thinned(forks: Sequence[Fork], least: float) -> list[Fork]:

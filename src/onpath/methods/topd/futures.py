@@ -35,7 +35,7 @@ def with_windows(
     sampling = replace(
         tools.sampling,
         max_new_tokens=options.window,
-        temperature=options.teacher_temperature,
+        temperature=options.window_temperature,
     )
     theirs = teacher_futures(found, rollouts, tools, sampling, [f"{k}/teacher" for k in keys], scored)
     ours = [rollouts[f.row].ids[f.position :] for f in found]
@@ -46,7 +46,12 @@ def with_windows(
         ours = [c.ids for c in fresh]
     ends = [horizon(rollouts[f.row], f.position, options.window) for f in found]
     return [
-        replace(f, student=tuple(mine[:end]), teacher=tuple(c.ids[:end]))
+        replace(
+            f,
+            student=tuple(mine[:end]),
+            teacher=c.ids[:end],
+            ended=c.finish_reason == "stop" and len(c.ids) <= end,
+        )
         for f, mine, c, end in zip(found, ours, theirs, ends, strict=True)
     ]
 

@@ -1,8 +1,9 @@
-"""TOPD's last stage: plans become targets, and trajectories carry them.
+"""TOPD's last stage: plans become targets, or windows trajectories.
 
 Shape suffixes: K student's window, J teacher's window.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from onpath.config.methods.topd import TOPDOptions
 from onpath.methods.base import Tools
 from onpath.methods.topd.candidates import NO_DISTANCE, Fork
 from onpath.methods.topd.pairs import AT_ONCE, pairs_of
-from onpath.records import Edit, Guidance, Rollout, Trajectory, all_by
+from onpath.records import Completion, Edit, Guidance, Rollout, Trajectory, all_by
 from onpath.system.draws import noise
 
 Tokens = Callable[[Sequence[int]], list[str]]
@@ -42,7 +43,8 @@ def controlled(
 def guidance_of(
     forks: Sequence[Fork], plans: Sequence[NDArray[np.float64]], lengths: Sequence[int], options: TOPDOptions
 ) -> dict[int, tuple[Guidance, ...]]:
-    """ỹ by row: each fork's plan as targets, rows normalised or literal, averaged where windows overlap.
+    """ỹ by row: each fork's plan as targets, rows literal or normalised, summed or averaged where windows
+    overlap.
 
     Args:
         lengths: of the trained responses; a window is cut there.
@@ -52,7 +54,8 @@ def guidance_of(
         end = max(0, min(len(fork.student), lengths[fork.row] - fork.position))
         for i, target in _targets(plan[:end], fork.teacher, literal=options.mass == "literal").items():
             found.setdefault((fork.row, fork.position + i), []).append(target)
-    merged = {place: _average(targets) for place, targets in sorted(found.items())}
+    average = options.overlap == "average"
+    merged = {place: _met(targets, average=average) for place, targets in sorted(found.items())}
     return _runs(merged)
 
 
@@ -73,11 +76,13 @@ def _targets(
     return found
 
 
-def _average(targets: Sequence[Mapping[int, float]]) -> dict[int, float]:
+def _met(targets: Sequence[Mapping[int, float]], *, average: bool) -> dict[int, float]:
+    """One target of several at a position. Of the sum the gradient is that of the formula's Σ KL; the value
+    differs by a constant, the entropies of the parts."""
     if len(targets) == 1:
         return dict(targets[0])
-    ids = sorted({token for target in targets for token in target})
-    return {token: sum(t.get(token, 0.0) for t in targets) / len(targets) for token in ids}
+    ids, parts = sorted({token for target in targets for token in target}), len(targets) if average else 1
+    return {token: sum(t.get(token, 0.0) for t in targets) / parts for token in ids}
 
 
 def _runs(merged: Mapping[tuple[int, int], Mapping[int, float]]) -> dict[int, tuple[Guidance, ...]]:
@@ -186,7 +191,7 @@ def guidance_plans(
     guided: Sequence[Fork], rollouts: Sequence[Rollout], tools: Tools, options: TOPDOptions, step: int
 ) -> list[NDArray[np.float64]]:
     """γ [K, J] of each fork: Sinkhorn's, between the rollout's own tokens and the teacher's, or a control."""
-    if not guided or options.plan == "teacher_window_ce":
+    if not guided or options.plan in ("spliced", "teacher_window_ce"):
         return [np.zeros((len(f.student), len(f.teacher))) for f in guided]
     own = [
         replace(f, student=rollouts[f.row].ids[f.position :][: options.window]) for f in guided
@@ -202,28 +207,82 @@ def guidance_plans(
     ]
 
 
-def spliced(guided: Sequence[Fork], rollouts: Sequence[Rollout], options: TOPDOptions) -> list[Trajectory]:
-    """Control teacher_window_ce: y_<t with the teacher's window after it, for cross-entropy only.
+def what_targets_say(
+    marked: Sequence[Trajectory], likeliest: Mapping[int, Sequence[int]]
+) -> dict[str, tuple[float, float]]:
+    """What predicts harm, over all guided tokens: the share of ỹ's mass on the teacher's likeliest token *in
+    the student's context* and on the student's own, and its entropy.
 
-    Its tokens have weight 0, so that they are neither in L_OPD nor in the count.
+    Args:
+        likeliest: row → that token at each position.
     """
-    if options.plan != "teacher_window_ce":
+    on_teacher = on_own = entropy = 0.0
+    count = 0
+    for row, t in enumerate(marked):
+        for g in t.guidance:
+            for at, target in enumerate(g.targets, start=g.start):
+                mass = sum(target.values())
+                on_teacher += target.get(likeliest[row][at], 0.0) / mass
+                on_own += target.get(t.response[at], 0.0) / mass
+                entropy -= sum(p / mass * math.log(p / mass) for p in target.values() if p > 0)
+                count += 1
+    return {
+        "target_teacher_share": (on_teacher, float(count)),
+        "target_own_share": (on_own, float(count)),
+        "target_entropy_nats": (entropy, float(count)),
+    }
+
+
+def whole_windows(
+    guided: Sequence[Fork], rollouts: Sequence[Rollout], tools: Tools, options: TOPDOptions, step: int
+) -> tuple[list[tuple[int, ...]], int]:
+    """The teacher's windows, with `splice: end` to their ends; and the tokens that this took."""
+    windows = [f.teacher for f in guided]
+    if options.splice == "window":
+        return windows, 0
+    whole = [
+        rollouts[f.row].continued(
+            Completion(ids=f.teacher, logprobs=(0.0,) * len(f.teacher), finish_reason="length"), at=f.position
+        )
+        for f in guided
+    ]
+    going = [i for i, f in enumerate(guided) if not f.ended]
+    sampling = replace(tools.sampling, temperature=options.window_temperature)
+    keys = [f"step {step}/{whole[i].key}/{guided[i].position}/rest" for i in going]
+    rests, generated = tools.teacher_finishes([whole[i] for i in going], sampling, keys)
+    for i, rest in zip(going, rests, strict=True):
+        windows[i] = windows[i] + rest.ids
+    return windows, generated
+
+
+def spliced(
+    guided: Sequence[Fork],
+    windows: Sequence[tuple[int, ...]],
+    rollouts: Sequence[Rollout],
+    options: TOPDOptions,
+) -> list[Trajectory]:
+    """y_<t with the teacher's window after it, one trajectory for each fork.
+
+    `plan: spliced`: the objective along the window, its tokens in the count. Control teacher_window_ce:
+    cross-entropy only; its tokens have weight 0, so that they are neither in L_OPD nor in the count.
+    """
+    if options.plan not in ("spliced", "teacher_window_ce"):
         return []
     made = []
-    for f in guided:
+    for f, whole in zip(guided, windows, strict=True):
         end = None if options.first_tokens is None else max(0, options.first_tokens - f.position)
-        prefix, window = rollouts[f.row].prefix(f.position), f.teacher[:end]
-        made.append(
-            Trajectory(
-                student_context=prefix,
-                teacher_context=prefix,
-                response=window,
-                weights=(0.0,) * len(window),
-                writers=all_by("teacher", len(window)),
-                behaviour_logprobs=(0.0,) * len(window),
-                guidance=(Guidance(start=0, targets=tuple({i: 1.0} for i in window)),),
-                origin=rollouts[f.row],
-                edit=Edit(kind="teacher_window", detail={"position": f.position}),
-            )
+        prefix, window = rollouts[f.row].prefix(f.position), whole[:end]
+        one = Trajectory(
+            student_context=prefix,
+            teacher_context=prefix,
+            response=window,
+            writers=all_by("teacher", len(window)),
+            behaviour_logprobs=(0.0,) * len(window),
+            origin=rollouts[f.row],
+            edit=Edit(kind="teacher_window", detail={"position": f.position}),
         )
+        if options.plan == "teacher_window_ce":
+            onehots = Guidance(start=0, targets=tuple({i: 1.0} for i in window))
+            one = replace(one, weights=(0.0,) * len(window), guidance=(onehots,))
+        made.append(one)
     return made

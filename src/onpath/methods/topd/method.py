@@ -3,20 +3,26 @@
 
     y ~ p_S(·|x),  T = 1;   ℓ_t = KL(p_S ‖ p_T) at t;   C = the 2.25% of positions with the largest ℓ_t
     T = K tokens of the teacher after y_<t,  S = y_t … y_{t+K−1};   D_t = min_γ Σ_ij γ_ij (1 − cos(S_i, T_j))
-    R = C without the lowest 30% by D;   ỹ_{t+i} = Σ_j γ_ij onehot(T_j), each row scaled to mass 1
+    R = C without the lowest 30% by D;   ỹ_{t+i} = Σ_j γ_ij onehot(T_j), each row of mass 1/K
     L = L_OPD + λ·Σ_{t∈R} Σ_i KL(ỹ_{t+i} ‖ p_S(·|x, y_<t+i)) / Σ_t 1       the contexts stay the student's own
+    `plan: spliced`, in its place:   L = Σ KL(p_S ‖ p_T) over y and, for each t in R, over T after y_<t, / Σ 1
 
+By the letter of the formula. `mass: row` scales rows to mass 1 and warns. Where windows overlap the targets
+are summed: the formula's gradient; the value differs from it by a constant. What predicts whether targets
+harm is logged in every run: the share of ỹ on the teacher's likeliest token in the student's context, on the
+student's own token, and its entropy.
 Deviations that an option makes, none by default: `max_per_rollout` and `max_per_step` cap C (what they cut is
-counted as `fork_candidates_dropped`).
+counted as `fork_candidates_dropped`); `overlap: average`.
 Ours where the paper is silent: greedy teacher windows; D exact, γ by Sinkhorn with ε 0.05; the 30% as a
-moving quantile over steps; λ = 1, or held at a ratio of gradients; overlapping targets averaged; a fork needs
-D > 0; windows end where a rollout that was cut at max_new_tokens ends; with `student_window: regenerate`
-only D sees the fresh sample.
+moving quantile over steps; with `upper_quartile_of_low_loss` 16 reference windows a step; λ = 1, or held at a
+ratio of gradients; a fork needs D > 0; windows end where a rollout that was cut at max_new_tokens ends; with
+`student_window: regenerate` only D sees the fresh sample; `spliced` is ours altogether.
 """
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +33,8 @@ from onpath.methods.base import Method, Prepared, Tools, own_response
 from onpath.methods.topd import candidates, decide, futures, guide, pairs
 from onpath.methods.topd.candidates import Fork
 from onpath.records import Rollout, Trajectory
+
+_READ = ("reverse_kl", "student_logp", "teacher_logp", "teacher_top_ids")
 
 
 class TOPD(Method):
@@ -43,6 +51,8 @@ class TOPD(Method):
         self.seconds: dict[str, float] = {}
         self.capped = 0
         """Candidates of this process's step that a cap cut off."""
+        self.likeliest: dict[int, list[int]] = {}
+        """Rollout → the teacher's likeliest token at each position of the response."""
 
     def prepare(self, rollouts: Sequence[Rollout], *, step: int) -> Prepared:
         """See `Method.prepare`."""
@@ -55,14 +65,21 @@ class TOPD(Method):
             plans = guide.guidance_plans(guided, rollouts, tools, options, step)
         with self.timed("targets"):
             marked = guide.annotated(trained, found, guided, plans, options, tools.text.renderer.tokens)
-            marked += guide.spliced(guided, rollouts, options)
         counted = guide.counted(found, marked)
+        harm = guide.what_targets_say(marked, self.likeliest)
+        with self.timed("windows"):
+            windows, finishing = guide.whole_windows(guided, rollouts, tools, options, step)
+        marked += guide.spliced(guided, windows, rollouts, options)
         return Prepared(
             trajectories=marked,
             kept=kept,
             guidance_weight=float(self.guidance_weight),
-            means=counted["means"],
-            totals={**counted["totals"], "fork_candidates_dropped": self.capped},
+            means={**counted["means"], **harm},
+            totals={
+                **counted["totals"],
+                "teacher_tokens_generated": counted["totals"]["teacher_tokens_generated"] + finishing,
+                "fork_candidates_dropped": self.capped,
+            },
             metrics={
                 "guidance_weight": float(self.guidance_weight),
                 "fork_threshold": None if self.threshold.isnan() else float(self.threshold),
@@ -89,18 +106,23 @@ class TOPD(Method):
         lengths = [len(t.response) for t in trained]
         counts = candidates.candidate_counts(lengths, options)
         self.capped = sum(candidates.uncapped_counts(lengths, options)) - sum(counts)
+        keys = [f"step {step}/{r.key}" for r in rollouts]
+        references = candidates.reference_counts(counts, keys, options, seed=seed)
         found: list[Fork] = []
+        self.likeliest = {}
         begun = time.perf_counter()
-        for one in forward(self.tools.models, trained, keep=kept, past=options.reuse_cache):
+        for one in forward(self.tools.models, trained, keep=kept, past=options.reuse_cache, top_k=1):
             here: list[Fork] = []
-            for row, values in one.by_place(("reverse_kl", "student_logp", "teacher_logp")):
+            for row, values in one.by_place(_READ):
+                self.likeliest[row] = [int(ids[0]) for ids in cast(Any, values["teacher_top_ids"])]
                 here += candidates.select(
                     values,
                     row=row,
                     count=counts[row],
-                    key=f"step {step}/{rollouts[row].key}",
+                    key=keys[row],
                     options=options,
                     seed=seed,
+                    references=references[row],
                 )
             with self.timed("windows"):
                 found += futures.with_windows(here, rollouts, self.tools, options, step, one)

@@ -1,0 +1,44 @@
+"""Options of bridge."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from onpath.config.methods.base import MethodOptions
+
+
+class BridgeOptions(MethodOptions):
+    """OPD along rollouts whose first fork the teacher has bridged (arXiv 2608.01953, ours)."""
+
+    name: Literal["bridge"] = "bridge"
+    window: int = Field(20, ge=1)
+    """K, tokens of the near-future windows by which the first fork is found; the longest bridge."""
+    distance: float = Field(0.3, ge=0)
+    """Smallest transport distance of a fork's two windows."""
+    meet_window: int = Field(8, ge=1)
+    """Tokens of the near futures that are compared behind the bridge."""
+    meet_distance: float = Field(0.1, ge=0)
+    """Transport distance at which they have met: the student goes on."""
+    every: int = Field(4, ge=1)
+    """Tokens of the bridge between two such comparisons."""
+    failed_only: bool = True
+    """Rollouts with the right answer are trained on as they are."""
+    keep: Literal["better", "all"] = "better"
+    """better: a bridged response is kept if it is right where the rollout was not, or, both being alike, if
+    the teacher finds what follows the fork likelier, per token; else the rollout is trained on."""
+    control: Literal["none", "own_token", "random_place"] = "none"
+    """own_token: from the same places the student writes on itself; random_place: bridges from places drawn
+    by lot."""
+
+    @property
+    def longest_generated(self) -> tuple[int, str]:
+        return self.window, "method.window"
+
+    @model_validator(mode="after")
+    def _possible(self) -> "BridgeOptions":
+        if self.divergence == "sampled":
+            raise ValueError(
+                "divergence sampled takes every token for the student's own, and bridge puts the teacher's "
+                "among them; use reverse_kl"
+            )
+        return self
