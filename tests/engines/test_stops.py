@@ -196,7 +196,7 @@ def test_a_base_model_uses_a_template_of_the_users(
 
 
 def test_templates_that_cannot_be(tiny: Tiny, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data.chat_template: cannot read .*absent.jinja: No such file"):
+    with pytest.raises(UserError, match=r"data.chat_template: .*absent.jinja: cannot be read: No such file"):
         assemble(tiny(data__chat_template=str(tmp_path / "absent.jinja")))
     with pytest.raises(UserError, match="chat_template is for chat prompts, but template is plain"):
         tiny(data__chat_template="a.jinja", data__template="plain")

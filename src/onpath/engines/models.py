@@ -31,7 +31,7 @@ from onpath.engines.adapters import is_adapter, merged, own_base
 from onpath.system.errors import UserError
 from onpath.system.files import place
 from onpath.system.reading import read_json
-from onpath.system.text import first_line
+from onpath.system.text import first_line, one_line
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -176,7 +176,7 @@ def load_tokenizer(section: Student | Teacher, key: str) -> PreTrainedTokenizerB
     try:
         with quietly():
             return AutoTokenizer.from_pretrained(where, trust_remote_code=section.trust_remote_code)
-    except foreign.FAILURES as error:
+    except Exception as error:  # the tokenizers library raises nothing more precise
         raise UserError(f"{key}: cannot load a tokenizer from {section.model}: {first_line(error)}") from None
 
 
@@ -213,7 +213,7 @@ def stop_ids(
 ) -> frozenset[int]:
     """Every id that ends a response: the generation config's and the tokenizer's EOS."""
     listed = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ids = set([listed] if isinstance(listed, int) else listed or [])
+    ids = eos_ids(listed, key)
     if isinstance(tokenizer.eos_token_id, int):
         ids.add(tokenizer.eos_token_id)
     if not ids:
@@ -222,6 +222,21 @@ def stop_ids(
             f"never end"
         )
     return frozenset(ids)
+
+
+def eos_ids(listed: Any, key: str) -> set[int]:
+    """What a config names as its EOS: a number, a list or nothing.
+
+    Raises:
+        UserError: something else.
+    """
+    ids = listed if isinstance(listed, list | tuple) else [] if listed is None else [listed]
+    if any(type(i) is not int or i < 0 for i in ids):
+        raise UserError(
+            f"{key}: generation_config.json: eos_token_id is {one_line(repr(listed), 60)}, which is no token "
+            "id, nor a list of them"
+        )
+    return set(ids)
 
 
 def context_length(config: PreTrainedConfig) -> int:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrain
 
 from onpath.config.build import Config
 from onpath.config.sections import Teacher
-from onpath.engines.models import load_tokenizer, model_directory, quietly, stop_ids
+from onpath.engines.models import eos_ids, load_tokenizer, model_directory, quietly, stop_ids
 from onpath.system.errors import UserError
 
 
@@ -100,8 +100,7 @@ def declared_stops(section: Teacher) -> frozenset[int]:
             found = AutoConfig.from_pretrained(where, trust_remote_code=section.trust_remote_code)
             listed = found.get_text_config().eos_token_id
     own = load_tokenizer(section, "teacher.model").eos_token_id
-    ids = [listed] if isinstance(listed, int) else listed or []
-    return frozenset([*ids, *([own] if isinstance(own, int) else [])])
+    return frozenset(eos_ids(listed, "teacher.model") | ({own} if isinstance(own, int) else set()))
 
 
 def string_end(

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import httpx
 
 from onpath.config.sections import Served
+from onpath.engines.deadline import bounded, within
 from onpath.system.errors import UserError
 from onpath.system.reading import parse_json
 from onpath.system.text import one_line
@@ -59,7 +60,7 @@ class Line:
         # Nothing compressed: a few megabytes could unpack to gigabytes.
         headers["Accept-Encoding"] = "identity"
         limits = httpx.Limits(max_connections=section.concurrency)
-        self._client = httpx.Client(headers=headers, timeout=section.timeout, limits=limits)
+        self._client = bounded(httpx.Client(headers=headers, timeout=section.timeout, limits=limits))
         self.url = self._without_secrets(self._address)
         """For people."""
         self.waits = 0
@@ -130,17 +131,17 @@ class Line:
 
     def _exchange(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """One request and its answer: whole within `timeout`, no longer than what was asked for can be."""
-        end, limit = time.monotonic() + self.section.timeout, _limit(body or {})
-        data = bytearray()
-        with self._client.stream(method, self._address + path, json=body) as response:
+        limit, data = _limit(body or {}), bytearray()
+        with (
+            within(self.section.timeout),
+            self._client.stream(method, self._address + path, json=body) as response,
+        ):
             if response.headers.get("content-encoding", "identity") != "identity":
                 raise Nonsense("a compressed answer, which nobody asked for")
             for piece in response.iter_raw():
                 data += piece
                 if len(data) > limit:
                     raise Nonsense(f"an answer of more than {limit / 2**20:.0f} MiB to a request for less")
-                if time.monotonic() > end:
-                    raise httpx.ReadTimeout(f"not whole after {self.section.timeout:g} s")
         if response.status_code in _BUSY:
             raise _Busy(f"status {response.status_code}")
         if response.is_error:

@@ -11,6 +11,8 @@ from onpath.system.errors import UserError
 from onpath.system.text import one_line
 
 _MARK = ".tmp-"
+_BEFORE = ".before"
+"""Ends the name of a directory that makes room for its successor: a process killed right then leaves it."""
 
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095
@@ -65,9 +67,12 @@ def written(
         yield temporary
         if sync:
             _sync(temporary)
-        if temporary.is_dir() and path.is_dir():
-            _remove(path)  # a directory takes no other's place
+        before = path.with_name(f".{path.name}{_BEFORE}") if temporary.is_dir() and path.is_dir() else None
+        if before is not None:  # a directory takes no other's place
+            os.replace(path, before)
         os.replace(temporary, path)
+        if before is not None:
+            _remove(before)
         if sync:
             sync_file(path.parent)
     except failures as error:
@@ -130,14 +135,19 @@ def unwritable(path: Path, error: Exception, *, what: str = "") -> UserError:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Removes what killed writers left in a directory and those below it. Nobody else may be writing there.
+    """Removes what killed writers left in a directory and those below it, and puts back what they had not yet
+    replaced. Nobody else may be writing there.
 
     Raises:
         UserError: it cannot be removed.
     """
-    for path in list(directory.rglob(f".*{_MARK}*")):
+    for path in [*directory.rglob(f".*{_MARK}*"), *directory.rglob(f".*{_BEFORE}")]:
+        whole = path.with_name(path.name.removeprefix(".").removesuffix(_BEFORE))
         try:
-            _remove(path)
+            if path.name.endswith(_BEFORE) and not whole.exists():
+                os.replace(path, whole)
+            else:
+                _remove(path)
         except OSError as error:
             raise unwritable(path, error) from None
 
