@@ -161,7 +161,6 @@ def forward(
     past: bool = False,
     top_k: int = 0,
     mass_ids: Sequence[int] = (),
-    top_k: int = 0,
 ) -> Iterator[Pass]:
     """Both models along the trajectories; those without a response are left out.
 
@@ -170,7 +169,6 @@ def forward(
         past: also give the teacher's keys and values.
         top_k: size of both models' sets of likeliest tokens, and of their `overlap`; 0 asks for none.
         mass_ids: token ids whose total teacher probability is wanted.
-        top_k: likeliest tokens of both models that are wanted.
     """
     mass = torch.tensor(mass_ids, device=models.device) if mass_ids else None
     request = StatsRequest(mass_ids=mass, top_k=max(top_k, int(past)))
