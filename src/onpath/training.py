@@ -31,6 +31,7 @@ from onpath.records import Rollout, token_count
 from onpath.run.assemble import assemble
 from onpath.run.directory import Run, RunResult, open_run
 from onpath.run.evaluation import evaluate_all
+from onpath.run.importance import Importance
 from onpath.run.log import Display
 from onpath.run.loss import Step, guidance_loss, loss_of, teacher_states
 from onpath.run.meter import Meter, Stopwatch
@@ -168,6 +169,7 @@ def corrected(parts: Parts, step: int, watch: Stopwatch) -> Meter:
         prepared=prepared,
         objective=parts.objective,
         denominator=denominator,
+        importance=Importance(kind=parts.config.method.importance, cap=parts.config.method.importance_cap),
         guided=guided > 0,
         top_k=top_tokens(parts.config, step + 1),
     )

@@ -130,6 +130,11 @@ class Config(Section):
                 "rollout.overlap: method.divergence sampled takes rollouts for samples of the weights that "
                 "train; set method.ppo_clip, which corrects for older ones, or rollout.overlap: false"
             )
+        if method.importance != "none" and method.ppo_clip is not None:
+            raise ValueError(
+                f"method.importance: {method.importance} and method.ppo_clip both weigh tokens by the "
+                "ratio of the two policies; take one of them out"
+            )
         if self.rollout.overlap and self.rollout.max_staleness < 1:
             raise ValueError(
                 "rollout.overlap makes rollouts one step old; set rollout.max_staleness: 1, not 0"

@@ -1,6 +1,6 @@
 """From trajectories in a batch to the loss: both models' states, guidance, the objective's inputs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from onpath.losses import (
     fused_objective,
 )
 from onpath.methods.base import Prepared
+from onpath.run.importance import Importance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,7 @@ class Step:
     objective: Objective
     denominator: float
     """Response tokens that count, over all processes."""
+    importance: Importance = field(default_factory=Importance)
     guided: bool = False
     """Whether a trajectory of any process carries guidance."""
     top_k: int = 0
@@ -37,7 +39,9 @@ class Step:
 
 def loss_of(models: Models, batch: Batch, teacher: TeacherScores | None, step: Step) -> LossResult:
     """Weighted sum of the objective over the batch's response tokens ÷ the step's global count."""
-    return _loss(models, batch, teacher, step, student_states(models, batch, step.prepared), batch.weight_N)
+    hidden_NH = student_states(models, batch, step.prepared)
+    weight_N = step.importance.weights(batch, hidden_NH, models.head)
+    return _loss(models, batch, teacher, step, hidden_NH, weight_N)
 
 
 def guidance_loss(models: Models, batch: Batch, teacher: TeacherScores | None, step: Step) -> Tensor:

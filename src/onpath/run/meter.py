@@ -29,6 +29,9 @@ _NATS = {
 }
 
 
+_RATIOS = ("ratio", "ratio above the cap", "tokens of ratio")
+
+
 class Stopwatch:
     """Seconds by stage; on a GPU each stage waits for its kernels: they are not billed to the next."""
 
@@ -85,6 +88,10 @@ class Meter:
             self.sums[f"tokens of {name}"] += float(counted.sum())
             for place, values in zip(places, batch.by_row(value_N), strict=True):
                 self.per_token[place][name] = values
+        if result.stats.student_logp is not None:
+            found = self.step.importance.measured(batch, result.stats.student_logp)
+            for name, value in zip(_RATIOS, found, strict=True):
+                self.sums[name] += value
         for name in TOPS:
             top_Nk = getattr(result.stats, name)
             if top_Nk is not None:
@@ -115,9 +122,8 @@ class Meter:
         )
         means = {**self.step.prepared.means, **{k: (sum(v), float(len(v))) for k, v in self.rewards.items()}}
         mine = {
-            **{
-                k: self.sums[k] for k in ("loss", "counted", *_NATS, *(f"tokens of {name}" for name in _NATS))
-            },
+            **{k: self.sums[k] for k in ("loss", "counted", *_NATS, *_RATIOS)},
+            **{k: self.sums[k] for k in (f"tokens of {name}" for name in _NATS)},
             "rollouts": len(lengths),
             "lengths": sum(lengths),
             "generated": sum(lengths) + continued,
@@ -135,6 +141,9 @@ class Meter:
         for name, label in _NATS.items():  # None: no token, or a teacher that does not say
             tokens = all_of[f"tokens of {name}"]
             row[label] = all_of[name] / tokens if tokens else None
+        if tokens := all_of["tokens of ratio"]:
+            row["importance_ratio"] = all_of["ratio"] / tokens
+            row["importance_capped"] = all_of["ratio above the cap"] / tokens
         row |= {
             "accuracy": all_of["right"] / all_of["graded"] if all_of["graded"] else None,
             "mean_length": all_of["lengths"] / rollouts,

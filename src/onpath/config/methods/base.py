@@ -52,6 +52,12 @@ class MethodOptions(Section):
     discount: float = Field(0.0, ge=0, le=1)
     """Weight of future log-ratios in a token's advantage; 0 is the token's own; sampled only."""
 
+    importance: Literal["none", "token", "sequence"] = "none"
+    """Weigh tokens by the ratio of the student's probability now and when the rollout was drawn, of each
+    token or of the whole response, capped: for rollouts of older weights (rollout.overlap)."""
+    importance_cap: float = Field(2.0, gt=0)
+    """Largest such weight; ratios above it are counted in metrics.jsonl whatever importance is."""
+
     cosine_every: Annotated[int, NEUTRAL] = Field(0, ge=0)
     """Measure the cosine of consecutive steps' gradients every so many steps (keeps one copy); 0 never."""
 

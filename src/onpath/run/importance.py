@@ -1,0 +1,64 @@
+"""Rollouts of other weights than those that train: how far both policies are apart, and what corrects for it.
+
+    token      w_t = min(π(y_t | y_<t) / μ(y_t | y_<t), cap)
+    sequence   w_t = min(Π_s π(y_s | y_<s) / μ(y_s | y_<s), cap)       for every t of the response
+
+π is the student as it trains, μ what the tokens were drawn from; no gradient goes through w, and the count
+of tokens stays (truncated importance sampling; with μ = π nothing changes). A divergence over the whole
+vocabulary needs no ratio for the token itself: what is stale is the prefix that it stands on. The mean ratio
+is logged always: of rollouts that are not stale it is the mismatch of sampler and trainer.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from onpath.data.batch import Batch
+from onpath.losses import Head, token_stats
+
+_LARGEST = 20.0  # nats: e^20 is far above any cap, and finite
+
+
+@dataclass(frozen=True, kw_only=True)
+class Importance:
+    """How a token's weight follows from the log-ratio of both policies."""
+
+    kind: Literal["none", "token", "sequence"] = "none"
+    cap: float = 2.0
+
+    def weights(self, batch: Batch, hidden_NH: Tensor, head: Head) -> Tensor:
+        """The batch's weights [N] times w.
+
+        Args:
+            hidden_NH: the student's hidden states of the pass that trains.
+        """
+        if self.kind == "none":
+            return batch.weight_N
+        stats = token_stats(
+            student_hidden=hidden_NH, student_head=head, teacher=None, sampled_ids=batch.token_N
+        )
+        assert stats.student_logp is not None
+        log_N = log_ratios(batch, stats.student_logp).nan_to_num()  # what others wrote weighs 1
+        if self.kind == "sequence":
+            sums = log_N.new_zeros(len(batch.trajectories)).index_add_(0, batch.row_N, log_N)
+            log_N = sums[batch.row_N]
+        return batch.weight_N * log_N.clamp(max=_LARGEST).exp().clamp(max=self.cap)
+
+    def measured(self, batch: Batch, student_logp_N: Tensor) -> tuple[float, float, float]:
+        """Sum of the ratios of counted tokens, how many are above the cap, and how many there are."""
+        log_N = log_ratios(batch, student_logp_N)
+        ratio = log_N[batch.counted_N & ~log_N.isnan()].clamp(max=_LARGEST).exp().double()
+        return float(ratio.sum()), float((ratio > self.cap).sum()), float(len(ratio))
+
+
+def log_ratios(batch: Batch, student_logp_N: Tensor) -> Tensor:
+    """log π − log μ [N], nats; NaN for tokens of which nobody knows what they were drawn from."""
+    unknown = float("nan")
+    drawn = [
+        p
+        for t in batch.trajectories
+        for p in (t.behaviour_logprobs if t.behaviour_logprobs is not None else [unknown] * len(t.response))
+    ]
+    return student_logp_N.detach() - torch.tensor(drawn, device=student_logp_N.device)

@@ -1,0 +1,84 @@
+"""Ratios of two policies: against their definition, of rollouts that are stale and of those that are not."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from onpath.config.build import Config
+from onpath.records import Trajectory
+from onpath.run.assemble import assemble
+from onpath.run.log import read_lines
+from onpath.system.errors import UserError
+from onpath.training import train
+from tests.engines.test_hf import reference_logps
+from tests.stepping import flat, step_on
+
+Tiny = Callable[..., Config]
+
+
+def drawn(gaps: list[list[float] | None], parts: object) -> list[Trajectory]:
+    """Responses whose tokens the student finds so many nats likelier than when they were drawn."""
+    found = []
+    for place, gap in enumerate(gaps):
+        context, response = (1, 5 + place, 9), tuple(4 + (3 * place + j) % 12 for j in range(4))
+        t = Trajectory(student_context=context, teacher_context=context, response=response, place=place)
+        now = reference_logps(parts.models.student, context, response)  # type: ignore[attr-defined]
+        then = None if gap is None else tuple(p - g for p, g in zip(now, gap, strict=True))
+        found.append(replace(t, behaviour_logprobs=then))
+    return found
+
+
+GAPS = [[0.2, -0.5, 3.0, 0.0], [-0.1, -0.2, -0.3, 0.1], None]
+
+
+@pytest.mark.parametrize(
+    ("kind", "weights"),
+    [
+        ("none", [[1.0] * 4] * 3),
+        ("token", [[1.2214, 0.6065, 2.0, 1.0], [0.9048, 0.8187, 0.7408, 1.1052], [1.0] * 4]),
+        ("sequence", [[2.0] * 4, [0.6065] * 4, [1.0] * 4]),
+    ],
+)
+def test_weights_are_capped_ratios(kind: str, weights: list[list[float]], tiny: Tiny) -> None:
+    """The gradient is that of tokens weighted so by hand, over the same count; what others wrote weighs 1."""
+    parts = assemble(tiny(method__importance=kind, optim__max_grad_norm=1e9))
+    by_hand = assemble(tiny(optim__max_grad_norm=1e9))
+    given = drawn(GAPS, parts)
+    meter, found = step_on(parts, given)
+    weighted = [
+        replace(t, behaviour_logprobs=None).reweighted(w) for t, w in zip(given, weights, strict=True)
+    ]
+    other, expected = step_on(by_hand, weighted)
+    assert torch.allclose(flat(found), flat(expected), rtol=1e-3, atol=1e-6)
+    assert meter.step.denominator == other.step.denominator == 12
+    row = meter.row(parts.models.device)
+    ratios = torch.tensor(GAPS[:2]).exp()
+    assert row["importance_ratio"] == pytest.approx(float(ratios.mean()), rel=1e-4)
+    assert row["importance_capped"] == pytest.approx(1 / 8)
+    assert "importance_ratio" not in other.row(parts.models.device)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["token", "sequence"])
+def test_without_staleness_nothing_changes(kind: str, tiny: Tiny, tmp_path: Path) -> None:
+    """On-policy ratios are 1 up to rounding, so that any cap from 1 on leaves the run as it was."""
+    options = {"data__eval": {}, "optim__lr": 1e-2, "optim__eps": 1e-4}
+    plain = train(tiny(**options, run__name="plain"), quiet=True).directory
+    weighed = tiny(**options, run__name=kind, method__importance=kind, method__importance_cap=1.0)
+    rows = [read_lines(run / "metrics.jsonl") for run in (plain, train(weighed, quiet=True).directory)]
+    for a, b in zip(*rows, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert a["importance_ratio"] == pytest.approx(1, abs=1e-5)
+    stale = train(tiny(**options, run__name="stale", rollout__overlap=True), quiet=True).directory
+    last = read_lines(stale / "metrics.jsonl")[-1]
+    assert last["staleness"] == 1
+    assert abs(last["importance_ratio"] - 1) > 1e-4
+
+
+def test_one_correction_is_enough(tiny: Tiny) -> None:
+    with pytest.raises(UserError, match=r"method\.importance: token and method\.ppo_clip both weigh"):
+        tiny(method__divergence="sampled", method__ppo_clip=0.2, method__importance="token")
