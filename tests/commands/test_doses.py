@@ -135,3 +135,14 @@ def test_the_map_is_a_study_of_each_strength(file: Path) -> None:
         plan.check_alike(one)
         planned = plan.runs(one, dict.fromkeys(one.trained, 20), dict.fromkeys(one.trained, 1e-3))
         assert len(planned) == 5 * len(one.trained) + 1
+
+
+def test_studies_ask_at_other_temperatures_where_errors_have_kinds(make: Make) -> None:
+    def asked(**evals: Any) -> list[float]:
+        study = load_study(make(x=None, base={}, evals=evals))
+        return plan.arm_config(study, "opd").eval.also_at
+
+    assert asked(splits=["gym:hard"]) == [0.6, 0.0]
+    assert asked(splits=["gym:hard"], also_at=[]) == []
+    (file,) = (loaded(make()).studies[0.001].evals.splits or {}).values()
+    assert asked(splits={"gym": "gym:hard", "file": file}) == []

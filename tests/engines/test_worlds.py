@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -96,6 +96,13 @@ def test_behind_an_error_the_scores_are_the_other_models(engines: dict[str, HFEn
     torch.testing.assert_close(mixed_NV[~behind_N], sound_NV[~behind_N], atol=1e-5, rtol=0)
     torch.testing.assert_close(mixed_NV[behind_N], lost_NV[behind_N], atol=1e-5, rtol=0)
     assert (sound_NV - lost_NV).abs().max() > 0.1
+
+
+def test_a_head_with_more_to_it_is_refused(engines: dict[str, HFEngine]) -> None:
+    sound, lost = (ModelTeacher(engines[role].model) for role in ("teacher", "student"))
+    sound._head = replace(sound.head, softcap=30.0)
+    with pytest.raises(UserError, match="a bias, a scale or a softcap"):
+        LostTeacher(sound, lost, lambda ids: None)
 
 
 def test_prefixes_with_an_error_are_gone_on_from_by_the_lost_model(engines: dict[str, HFEngine]) -> None:

@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from onpath import config as configuration
 from onpath.data.tasks import task_of
 from onpath.gym.maze.check import (
     HASTY,
@@ -19,6 +20,7 @@ from onpath.gym.maze.demos import Beliefs, Walker, first_looks, text_of
 from onpath.gym.maze.mixture import TEMPLATES, Mixture
 from onpath.gym.maze.tasks import SIZES, moves, parse_maze, random_maze, rows, split_of
 from onpath.gym.maze.vocab import LANGUAGE
+from onpath.system.errors import UserError
 
 PROMPT = "b: #; a: bc; f: #; c: de; g: #; e: !; d: fg; a?"
 WALK = "a: bc. b: #. b no. c: de. d: fg. c yes. go c. c: de. d: fg. f: #. g: #. d no. e: !. e yes. go e. out"
@@ -172,6 +174,11 @@ def test_the_mixture_fits_the_models_context() -> None:
                 prompt, pieces = mixture.draw(rng, progress)
                 assert len(LANGUAGE.encode(prompt)) + len(pieces) + 2 <= LANGUAGE.longest
     assert set(TEMPLATES) == {"hint", "rewrite", "rewrite_with_reference"}
+
+
+def test_the_gyms_models_do_not_know_its_language() -> None:
+    with pytest.raises(UserError, match="use maze:student"):
+        configuration.build({"data": {"train": "maze:train"}})
 
 
 def test_it_is_a_task() -> None:

@@ -138,7 +138,9 @@ def test_names_with_settings() -> None:
 @pytest.mark.parametrize(
     ("source", "why"),
     [
-        ("gym:train?late=2", "late is from 0 to 1, not 2"),
+        ("gym:train?late=2", "late is a number from 0 to 1, not 2"),
+        ("gym:train?late=much", "late is a number from 0 to 1, not much"),
+        ("gym:train?late=nan", "late is a number from 0 to 1, not nan"),
         ("gym:train?late", "settings such as late=0.5"),
         ("gym:train?early=1", "no 'early'; it has late, spoil, lost, surface"),
     ],

@@ -574,3 +574,12 @@ def test_an_empty_model_directory_is_no_finished_run(tiny: Callable[..., Config]
     done.model.mkdir()
     again = train(config, quiet=True)
     assert (again.model / "config.json").is_file()
+
+
+def test_further_temperatures_are_evaluations_of_their_own(tiny: Callable[..., Config]) -> None:
+    run = train(tiny(optim__steps=1, eval__also_at=[0.5, 0]), quiet=True).directory
+    lines = {row["split"]: row for row in read_lines(run / "eval.jsonl")}
+    asked = {name: (row["n"], row["k"], row["sampling"]["temperature"]) for name, row in lines.items()}
+    assert asked == {"test": (2, 2, 1.0), "test_T0.5": (2, 2, 0.5), "test_greedy": (1, 1, 0.0)}
+    assert {row["problems"] for row in lines.values()} == {5}
+    assert all((run / "evals" / f"{name}_step_000001.jsonl").is_file() for name in asked)

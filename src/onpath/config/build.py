@@ -146,6 +146,13 @@ class Config(Section):
             )
         method.check(self)
         task = task_of(self.data.train)
+        for key, model in (("student", self.student.model), ("teacher", self.teacher.model)):
+            other = task_of(model)
+            if task is not None and other is not None and other.name != task.name:
+                raise ValueError(
+                    f"{key}.model is {model}, which does not know the language of data.train, "
+                    f"{self.data.train}: use {task.name}:{key}"
+                )
         loses = task is not None and task.world is not None and task.world.loses
         if loses and (method.self_taught or self.teacher.engine != "hf"):
             raise ValueError(

@@ -174,13 +174,15 @@ def task_of(source: str) -> Task | None:
 
 
 def _setting(text: str) -> tuple[str, float]:
-    name, _, value = text.partition("=")
+    name, given, value = text.partition("=")
+    if not given:
+        raise ValueError(f"after the ? come settings such as late=0.5, joined by &, not {text!r}")
     try:
         number = float(value)
     except ValueError:
-        raise ValueError(f"after the ? come settings such as late=0.5, joined by &, not {text!r}") from None
+        number = -1.0
     if not 0 <= number <= 1:
-        raise ValueError(f"{name} is from 0 to 1, not {value}")
+        raise ValueError(f"{name} is a number from 0 to 1, not {value or 'nothing'}")
     return name, number
 
 

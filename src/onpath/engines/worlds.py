@@ -119,18 +119,19 @@ class LostTeacher(Teacher):
         self.model = self.separate = sound.model
         self.context_length = min(sound.context_length, lost.context_length)
         for head in (sound.head, lost.head):
-            if replace(head, weight=head.weight, tokens=None) != Head(weight=head.weight):
+            if replace(head, tokens=None) != Head(weight=head.weight):
                 raise UserError(
                     "data.train: lost is for models whose logits are a matrix of their hidden states alone; "
                     "one of the two has a bias, a scale or a softcap"
                 )
+        tokens = min(sound.head.vocabulary, lost.head.vocabulary)
+        one, other = sound.head.weight[:tokens], lost.head.weight[:tokens]
+        self._head = Head(weight=torch.cat([one, other.to(one)], dim=1))
 
     @property
     def head(self) -> Head:
         """See `Teacher.head`."""
-        tokens = min(self.sound.head.vocabulary, self.lost.head.vocabulary)
-        halves = [teacher.head.weight[:tokens] for teacher in (self.sound, self.lost)]
-        return Head(weight=torch.cat([half.to(halves[0].dtype) for half in halves], dim=1))
+        return self._head
 
     @torch.no_grad()
     def scores(self, batch: Batch, cache: DynamicCache | None = None) -> TeacherHidden:

@@ -37,7 +37,7 @@ def gather_doses(directory: Path) -> dict[str, Any]:
         section(
             f"{data['x']} {level['x']:g}",
             [c for s in splits for c in comparison({**level, "rows": []}, s)],
-            f"All arms at this level; {level['directory']}/report.html has runs and trajectories.",
+            f"All arms at this level. Curves and trajectories: onpath report of {level['directory']}.",
         )
         for level in levels
     ]
@@ -116,7 +116,8 @@ def draw_doses(directory: Path, split: str | None = None) -> Path:
     axis = figure.subplots()
     axis.axhline(0, color="0.4", linewidth=1)
     # Arms stand a little beside each other, so that no interval hides another.
-    step = 0.012 * (levels[-1] - levels[0] or 1.0)
+    width = levels[-1] - levels[0] or 1.0
+    step = 0.012 * width
     for place, name in enumerate(shown):
         found = points(data, split, name, "difference")
         colour, marker = _COLOURS[place % len(_COLOURS)], _MARKERS[place % len(_MARKERS)]
@@ -135,6 +136,7 @@ def draw_doses(directory: Path, split: str | None = None) -> Path:
     )
     axis.legend(frameon=False, fontsize=9, ncols=min(3, len(shown)))
     axis.margins(y=0.18)
+    axis.set_xlim(levels[0] - 0.08 * width, levels[-1] + 0.08 * width)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", alpha=0.3)
     path = directory / PICTURE

@@ -11,7 +11,7 @@ from onpath.gym.maze.vocab import LANGUAGE
 from onpath.gym.pretrain import Recipe, build_model, fit, save
 
 RECIPES = {
-    "student": Recipe(role="student", tokens=1_800_000, batch_tokens=2000, decay=0.5, language=LANGUAGE),
+    "student": Recipe(role="student", tokens=1_600_000, batch_tokens=2000, decay=0.5, language=LANGUAGE),
     "teacher": Recipe(role="teacher", tokens=2_500_000, batch_tokens=2000, decay=0.5, language=LANGUAGE),
 }
 QUICK_TOKENS = 6_000

@@ -52,6 +52,8 @@ class MazeTask:
         """See `Task.model`."""
         if role not in ("student", "teacher"):
             raise ValueError("the bundled models are maze:student and maze:teacher")
+        if not (BUNDLED / role).is_dir():
+            raise ValueError("the maze's models are not bundled: onpath gym train --models maze --out DIR")
         return BUNDLED / role
 
     def stated(self, answer: str) -> str:
