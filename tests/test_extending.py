@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -130,6 +131,34 @@ def test_a_method_works_everywhere(
     said = capsys.readouterr().out
     assert "8 of 8" not in said
     assert re.search(r"trajectories +\d+ of \d+ trajectories", said)
+
+
+def test_a_method_with_two_writers(tiny: Tiny, outside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The teacher's prefix is context, the student's words are trained on, and a restart goes on the same."""
+    assert len(EXAMPLES["replay.py"].splitlines()) <= 60
+    more = {"rollout__prompts": 12, "run__trajectories_every": 1, "optim__steps": 2, "run__save_every": 1}
+    path = config_of(tiny, "replay.yaml", outside, **more)
+    run = Path(load(path, allow_code=True).run.dir) / "replay"
+    assert main(["train", str(path), "--quiet", "--allow-code"]) == 0
+    whole = rows_of(run)
+    stored = pq.read_table(run / "trajectories" / "step_000002.parquet").to_pylist()
+    assert {who for row in stored for who in row["writers"]} == {"student", "teacher"}
+    for row in stored:
+        assert row["writers"] == sorted(row["writers"], reverse=True), "first the teacher, then the student"
+        assert row["weights"] == [float(who == "student") for who in row["writers"]]
+    assert whole[0]["teacher_tokens_generated"] > 0
+    assert whole[1]["tokens"] == sum(row["writers"].count("student") for row in stored)
+    for last in ("checkpoints/step_2", "model"):
+        shutil.rmtree(run / last)
+    assert main(["train", str(path), "--quiet", "--allow-code"]) == 0
+    again = [{k: v for k, v in row.items() if k != "seconds"} for row in rows_of(run)]
+    cost = "teacher_tokens_generated"  # a restart has the teacher write once more
+    assert [{**row, cost: 0} for row in again] == [
+        {**{k: v for k, v in row.items() if k != "seconds"}, cost: 0} for row in whole
+    ]
+    capsys.readouterr()
+    assert main(["inspect", str(run)]) == 0
+    assert "written by teacher 0" in capsys.readouterr().out
 
 
 def test_a_method_in_a_study(tiny: Tiny, outside: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,21 +99,41 @@ def test_a_served_teacher_gives_the_loss_of_one_in_process(kind: str, tiny: Tiny
     assert step_on(other, made)[0].sums["loss"] != pytest.approx(ours.sums["loss"], abs=1e-4), "k matters"
 
 
-@pytest.mark.parametrize("method", ["trd", "topd"])
+@pytest.mark.parametrize("method", ["trd", "topd", "relay", "branch", "bridge", "truncate"])
 def test_methods_run_with_a_served_teacher(method: str, tiny: Tiny, teacher: FakeVLLM) -> None:
-    own = {
+    own: dict[str, dict[str, Any]] = {
         "trd": {"method__gate": False, "method__template": "{problem}{attempt}"},
         "topd": {"method__window": 4, "method__top_share": 0.2},
+        "relay": {"method__delta": 1.0},
+        "branch": {},
+        "bridge": {"method__window": 4, "method__keep": "all"},
+        "truncate": {"method__overlap_k": 4, "method__window": 4},
     }
     config = served(tiny, teacher, method__name=method, optim__steps=2, **own[method])
     result = train(config, quiet=True)
     rows = read_lines(result.directory / "metrics.jsonl")
     assert [r["step"] for r in rows] == [1, 2]
     assert all(math.isfinite(r["loss"]) and r["loss"] > 0 for r in rows)
-    written = rows[0]["teacher_tokens_generated"]
-    assert written > 0
-    assert any("prompt_logprobs" not in r for r in teacher.requests), "the server wrote"
+    writes = method not in ("branch", "truncate")
+    assert (rows[0]["teacher_tokens_generated"] > 0) is writes
+    assert any("prompt_logprobs" not in r for r in teacher.requests) is writes, "the server wrote"
+    assert method != "truncate" or rows[0]["truncated_share"] > 0
     assert any("prompt_logprobs" in r for r in teacher.requests), "the server scored"
+
+
+def test_a_served_student_is_relayed_in_rounds(tiny: Tiny, student: FakeVLLM) -> None:
+    """By prefix continuation: each round asks for what follows the teacher's token."""
+    where = {"rollout__engine": "vllm", "rollout__url": student.url}
+    parts = assemble(tiny(**where, method__name="relay", method__delta=1.0))
+    parts.generators.student.sync_weights(0)
+    rollouts = sample(parts, 0)
+    asked = len(student.requests)
+    made = parts.method.prepare(rollouts, step=0).trajectories
+    prompts = [tuple(r["prompt"]) for r in student.requests[asked:] if "prompt" in r]
+    legs = [(t, at) for t in made for at in t.edit.detail.get("places", []) if at + 1 < len(t.response)]
+    assert len(legs) > len(made), "several rounds"
+    for t, at in legs:
+        assert t.student_context + t.response[: at + 1] in prompts
 
 
 def test_each_response_is_scored_once(tiny: Tiny, teacher: FakeVLLM) -> None:

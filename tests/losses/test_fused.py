@@ -576,3 +576,63 @@ def test_guidance_may_have_weights_of_its_own(problem):
     for a, b in zip(ours, torch.autograd.grad(want + guided, tensors), strict=True):
         torch.testing.assert_close(a.grad, b)
     assert problem["weights"][2] == 0.0 != own[1]
+
+
+def sharpened(problem: dict[str, torch.Tensor], *, temperature: float, divide: float, **options):
+    """Loss and gradients with τ in the objective, or with the teacher's head divided by it."""
+    hidden, weight = (problem[k].clone().requires_grad_() for k in ("hidden", "weight"))
+    teacher = Head(weight=problem["teacher_weight"] / divide, bias=problem["teacher_bias"] / divide)
+    found = fused_objective(
+        student_hidden=hidden, student_head=Head(weight=weight, bias=problem["bias"]),
+        teacher=TeacherHidden(hidden=problem["teacher_hidden"], head=teacher),
+        objective=Objective(**options, teacher_temperature=temperature), weights=problem["weights"],
+        denominator=3.0, sampled_ids=problem["ids"], chunk_rows=3,
+    )  # fmt: skip
+    found.loss.backward()
+    return found, hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize("options", OBJECTIVES, ids=str)
+def test_a_teachers_temperature_is_that_of_its_logits(problem, options):
+    tempered, plain = (
+        sharpened(problem, temperature=t, divide=d, **options) for t, d in ((0.4, 1.0), (1.0, 0.4))
+    )
+    torch.testing.assert_close(tempered[0].loss, plain[0].loss)
+    for mine, theirs in zip(tempered[1:], plain[1:], strict=True):
+        torch.testing.assert_close(mine, theirs)
+    untempered = sharpened(problem, temperature=1.0, divide=1.0, **options)[0]
+    assert not torch.isclose(tempered[0].loss, untempered.loss)
+    for name in ("reverse_kl", "forward_kl", "teacher_entropy", "teacher_logp"):
+        torch.testing.assert_close(getattr(tempered[0].stats, name), getattr(untempered.stats, name))
+
+
+def test_sharpened_reverse_kl_is_opd_with_another_entropy_bonus(problem):
+    """KL(p_S ‖ p_T^(1/τ)/Z) = (E_pS[−log p_T] − τ·H(p_S))/τ + log Z; not least at p_S = p_T."""
+    tau = 0.25
+    found = sharpened(problem, temperature=tau, divide=1.0, kind="reverse_kl")[0].stats.loss
+    s = (problem["hidden"] @ problem["weight"].T + problem["bias"]).log_softmax(-1)
+    t = (problem["teacher_hidden"] @ problem["teacher_weight"].T + problem["teacher_bias"]).log_softmax(-1)
+    cross, entropy, log_z = -(s.exp() * t).sum(-1), -(s.exp() * s).sum(-1), torch.logsumexp(t / tau, -1)
+    torch.testing.assert_close(found, (cross - tau * entropy) / tau + log_z)
+    head = Head(weight=problem["weight"], bias=problem["bias"])
+    for temperature in (1.0, tau):
+        hidden = problem["hidden"].clone().requires_grad_()
+        fused_objective(
+            student_hidden=hidden, student_head=head,
+            teacher=TeacherHidden(hidden=problem["hidden"], head=head),
+            objective=Objective(kind="reverse_kl", teacher_temperature=temperature),
+            weights=problem["weights"], denominator=1.0,
+        ).loss.backward()  # fmt: skip
+        assert hidden.grad is not None
+        assert (float(hidden.grad.abs().max()) > 1e-3) is (temperature != 1.0)
+
+
+def test_masked_vocabulary_stays_masked_under_a_temperature(problem):
+    bias = problem["teacher_bias"].clone()
+    bias[4] = problem["bias"][4] = -torch.inf
+    problem["teacher_bias"] = bias
+    pairs = ((0.4, 1.0), (1.0, 0.4))
+    results = [sharpened(problem, temperature=t, divide=d, kind="reverse_kl") for t, d in pairs]
+    for mine, theirs in zip(*(r[1:] for r in results), strict=True):
+        assert bool(mine.isfinite().all())
+        torch.testing.assert_close(mine, theirs)

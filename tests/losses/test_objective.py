@@ -29,6 +29,8 @@ REFUSED = [
     ({"kind": "sampled", "discount": 1.5}, "discount"),
     ({"kind": "reverse_kl", "entry_clip": 0.0}, "above 0"),
     ({"kind": "negative_advantage", "advantage": 1.0}, "below 0"),
+    ({"kind": "reverse_kl", "teacher_temperature": 0.0}, "above 0"),
+    ({"kind": "sampled", "teacher_temperature": 0.5}, "use reverse_kl"),
     ({"kind": renyi, "beta": 0.3}, "beta belongs to jensen_shannon and only to it: kind is renyi"),
     ({"kind": renyi, "entry_clip": 0.1}, "renyi sums its own"),
     ({"kind": renyi, "discount": 0.1}, "belong to kind sampled, not to renyi"),
@@ -232,7 +234,7 @@ def test_why_a_forward_kl_needs_the_tail(pair):
     [
         {"positions": torch.tensor([2, 1])},
         {"positions": torch.tensor([1, 1])},
-        {"probs": torch.tensor([[0.7, 0.7], [1.0, 0.0]])},
+        {"probs": torch.tensor([[torch.nan, 0.7], [1.0, 0.0]])},
         {"probs": torch.tensor([[-0.1, 0.7], [1.0, 0.0]])},
         {"ids": torch.tensor([[1, 2]])},
     ],

@@ -26,6 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "opd_jensen_shannon": {"method__divergence": "jensen_shannon", "method__beta": 0.3},
     "opd_sampled": {"method__divergence": "sampled"},
     "opd_teacher_top8": {"method__support": "teacher_topk", "method__support_k": 8},
+    "opd_sharpened": {"method__teacher_temperature": 0.25},
     "opd_lora": {"student__lora_rank": 4},
     "opsd_base": {"method__name": "opsd"},
     "opsd_ema": {"method__name": "opsd", "method__weights": "ema", "method__ema_decay": 0.9},

@@ -218,6 +218,11 @@ class Config(Section):
     def _learns_from_top_k(self) -> None:
         method = self.method
         needs_all = method.objective().needs_teacher and method.divergence != "sampled"
+        if method.teacher_temperature != 1:
+            raise ValueError(
+                "method.teacher_temperature needs the teacher's whole vocabulary, and teacher.engine: vllm "
+                "sends its likeliest tokens only; set it to 1, or use teacher.engine: hf"
+            )
         if needs_all and method.support != "teacher_topk":
             raise ValueError(
                 f"teacher.engine: vllm: a server sends its likeliest tokens only, not the vocabulary; set "

@@ -165,6 +165,11 @@ def _check(inputs: engine.Inputs, objective: Objective) -> None:
 
 
 def _check_served(teacher: TeacherTopK, objective: Objective, head: Head) -> None:
+    if objective.teacher_temperature != 1.0:
+        raise ValueError(
+            "teacher_temperature needs the teacher's whole distribution to scale p_T^(1/τ) to mass 1, which "
+            "a served teacher does not send: set it to 1, or use a teacher in this process"
+        )
     if head.temperature != 1.0 and objective.needs_teacher:
         raise ValueError(
             f"served log-probs are at temperature 1, the student's head at {head.temperature:g}: set it to 1"

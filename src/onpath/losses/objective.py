@@ -45,6 +45,9 @@ class Objective:
     """Cap on the token's loss, nats (0.06-0.1 in the literature); a capped token gives no gradient."""
     ppo_clip: float | None = None
     """sampled: ε of PPO's clip, against the behaviour's log-probs."""
+    teacher_temperature: float = 1.0
+    """τ of a divergence from p_T^(1/τ)/Z in p_T's place; below 1 the teacher is sharpened. Reverse KL: an OPD
+    whose entropy bonus is τ. Not least at p_S = p_T, deliberately."""
     discount: float = 0.0
     """sampled: γ of the discounted sum of the following tokens' advantages; 0 is the token alone."""
     advantage: float = -1.0
@@ -60,6 +63,7 @@ class Objective:
         else:
             _check_name("kind", self.kind, KINDS)
         _check_divergence(self)
+        _check_temperature(self)
         _check_support(self)
         _check_sampled(self)
         for name in ("entry_clip", "token_clip", "ppo_clip"):
@@ -133,6 +137,16 @@ def _check_divergence(o: Objective) -> None:
         raise ValueError(
             f"token_clip caps a divergence, which is at least 0; {o.name} is not one: use ppo_clip for "
             f"sampled"
+        )
+
+
+def _check_temperature(o: Objective) -> None:
+    if not o.teacher_temperature > 0:
+        raise ValueError(f"teacher_temperature must be above 0, not {o.teacher_temperature}")
+    if o.teacher_temperature != 1.0 and not o.is_divergence:
+        raise ValueError(
+            f"teacher_temperature sharpens the distribution that a divergence compares with, and {o.name} is "
+            "none: use reverse_kl"
         )
 
 

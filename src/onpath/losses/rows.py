@@ -94,6 +94,8 @@ def evaluate(block: Block, objective: Objective, stats: Stats, *, gradient: bool
     """The value [R], after `measure`; with `gradient`, ∂value/∂z replaces `block.student_logp`."""
     if not objective.is_divergence:
         return _sampled_token(block, objective, stats, gradient)
+    if objective.teacher_temperature != 1.0:
+        stats = _sharpened(block, objective.teacher_temperature)
     if not topk.is_full(objective, block.student_logp.shape[-1]) or block.served is not None:
         sides = block.student_logp, block.teacher_logp
         return topk.evaluate(objective, *sides, block.student_p, block.teacher_p, block.served, gradient)
@@ -104,6 +106,21 @@ def evaluate(block: Block, objective: Objective, stats: Stats, *, gradient: bool
     if fast is None or block.masked:
         return _by_autograd(block, objective, gradient)
     return fast(block, objective, stats, gradient)
+
+
+def _sharpened(block: Block, temperature: float) -> Stats:
+    """p_T^(1/τ)/Z in the place of p_T, and what the gradients read; what was measured stays that of p_T."""
+    t_RV = block.teacher_logp
+    assert t_RV is not None, "checked by the caller"
+    log_softmax_(t_RV.div_(temperature))
+    torch.exp(t_RV, out=block.teacher_p)
+    if block.masked:
+        return {}
+    torch.sub(block.student_logp, t_RV, out=block.gap)
+    return {
+        "reverse_kl": _dot(block.student_p, block.gap),
+        "forward_kl": -_dot(block.teacher_p, block.gap),
+    }
 
 
 def _kl(block: Block, objective: Objective, stats: Stats, gradient: bool) -> Tensor:

@@ -9,11 +9,12 @@ from importlib import import_module
 from onpath.config.methods import MethodOptions
 from onpath.engines.forward import forward, per_token
 from onpath.methods.base import Method, Prepared, Text, Tools, own_response
+from onpath.methods.mixed import Cost, Mixed, student_goes_on, trained_on
 from onpath.records import Edit, Guidance, Rollout, Trajectory
 
 __all__ = [
-    "Edit", "Guidance", "Method", "MethodOptions", "Prepared", "Rollout", "Text", "Tools", "Trajectory",
-    "forward", "make_method", "own_response", "per_token",
+    "Cost", "Edit", "Guidance", "Method", "MethodOptions", "Mixed", "Prepared", "Rollout", "Text", "Tools",
+    "Trajectory", "forward", "make_method", "own_response", "per_token", "student_goes_on", "trained_on",
 ]  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from onpath.engines.decoding.side_by_side import Start
 from onpath.engines.forward import Kept
@@ -114,15 +113,19 @@ def relayed_on(
 
 
 def trained_on(
-    made: Sequence[Mixed], tools: Tools, cost: Cost, kept: Kept, *, kind: str, detail: Sequence[Any] = ()
+    made: Sequence[Mixed], tools: Tools, cost: Cost, kept: Kept | None = None, *, kind: str
 ) -> Prepared:
-    """Trajectories along what was written, with verdicts of both, and what it cost."""
+    """Trajectories along what was written, with verdicts, and what it cost.
+
+    Args:
+        kept: hidden states that the loss can use.
+        kind: of the edits.
+    """
     right = tools.text.right([(m.y, m.z.ids) for m in made])
     trajectories = []
-    for m, ok, more in zip(made, right, detail or [{}] * len(made), strict=True):
-        edit = Edit(kind="none", detail=more)
-        if m.changed:
-            edit = Edit(kind=kind, detail={"right": ok, "places": list(m.places), **more})
+    for m, ok in zip(made, right, strict=True):
+        changed = Edit(kind=kind, detail={"right": ok, "places": list(m.places)})
+        edit = changed if m.changed else Edit(kind="none")
         trajectories.append(replace(own_response(m.z), writers=m.writers, origin=m.y, edit=edit))
     others = sum(who != "student" for m in made for who in m.writers)
     means = {
@@ -132,4 +135,4 @@ def trained_on(
         "others_token_share": (float(others), float(sum(len(m.z.ids) for m in made))),
     }
     totals = {"student_tokens_generated": cost.student, "teacher_tokens_generated": cost.teacher}
-    return Prepared(trajectories=trajectories, kept=kept, means=means, totals=totals)
+    return Prepared(trajectories=trajectories, kept=kept or Kept(), means=means, totals=totals)

@@ -32,6 +32,10 @@ class MethodOptions(Section):
     own, file.py:name."""
     beta: float = Field(0.5, gt=0, lt=1)
     """Teacher's weight in the Jensen-Shannon mixture; jensen_shannon only."""
+    teacher_temperature: float = Field(1.0, gt=0)
+    """τ: the divergence is that from p_T^(1/τ), scaled to mass 1; below 1 a sharpened teacher. With
+    reverse_kl an OPD whose entropy bonus is τ: it is not least where the student equals the teacher,
+    deliberately."""
     support: Literal["full", "teacher_topk", "student_topk", "union"] = "full"
     """Vocabulary entries that the divergence runs over."""
     support_k: int = Field(32, ge=1)
@@ -78,6 +82,7 @@ class MethodOptions(Section):
             tail=self.tail,
             entry_clip=self.entry_clip,
             token_clip=self.token_clip,
+            teacher_temperature=self.teacher_temperature,
             ppo_clip=self.ppo_clip,
             discount=self.discount,
         )
