@@ -21,8 +21,9 @@ BREAKS = (
     (
         "one rank of several gives up",
         "all of them end with its sentence (`system/distributed.one_fate`); where it died without a word, "
-        "the others say that, not gloo's traceback. On GPUs the others may hang in NCCL until the launcher ends "
-        "them. Below it torchrun, another program, prints its own table of processes",
+        "the others say that, not gloo's traceback. On GPUs the others may hang in NCCL until the launcher "
+        "ends them. Below it torchrun, another program, prints a traceback of its own and a table of its "
+        "processes, which ends with the sentence too",
     ),
     ("two commands on one run directory", "the second one ends in a sentence: the first holds a lock on it"),
     ("a disk is full", "one sentence; what was there stays"),
