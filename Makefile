@@ -32,6 +32,7 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/python docs/make_cli.py --check
 	$(BIN)/python docs/make_grading.py --check
+	$(BIN)/python docs/make_reliability.py --check
 	rm -rf build/wheel && $(BIN)/python -m build --wheel --no-isolation --outdir build/wheel . > build-wheel.log 2>&1 || { cat build-wheel.log; exit 1; }
 	rm -f build-wheel.log
 	$(BIN)/python docs/check_wheel.py build/wheel
@@ -48,6 +49,7 @@ smollm2: $(VENV)/.runtime
 docs: $(VENV)/.dev
 	$(BIN)/python docs/make_cli.py
 	$(BIN)/python docs/make_grading.py
+	$(BIN)/python docs/make_reliability.py
 
 # Every causal family that transformers can build; writes docs/models.md.
 test-families: $(VENV)/.dev

@@ -21,48 +21,17 @@ from onpath.run.trajectories import trajectory_files
 from onpath.system.errors import UserError
 from onpath.training import train
 from tests.commands.report_data import make_run
+from tests.faults.runs import CONTENTS, FILES, OF_MODELS, TRAIN_CONTENTS, TRAIN_FILES
 from tests.mutate import damaged
 
-CONTENTS: dict[str, bytes | None] = {
-    "empty": b"",
-    "{}": b"{}\n",
-    "5": b"5\n",
-    "null": b"null\n",
-    "list": b"[1, 2]\n",
-    "text": b"what is this\n",
-    "binary": b"\xff\xfe\x00\x01" * 9,
-    "deep": b"[" * 3_000,
-    "wrong types": b'{"step": "x", "seconds": 5, "split": [], "ci95": 3, "run": 5, "optim": []}\n',
-    "a directory": None,
-    "half": b"half",
-}
-FILES = (
-    *("config.yaml", "environment.json", "metrics.jsonl", "eval.jsonl", "probes/prefix_failure.jsonl"),
-    *("trajectories/step_000001.parquet", "trajectories"),
-)
 COMMANDS: dict[str, Callable[[Path], object]] = {
     "report": write_report,
     "inspect": lambda run: run_inspect(run),
 }
-CHECKPOINT = "checkpoints/step_1"
-OF_MODELS = {
-    "model": (
-        *("config.yaml", "model/config.json", "model/generation_config.json", "model/model.safetensors"),
-        *("model/tokenizer.json", "model/tokenizer_config.json", "model/chat_template.jinja", "model"),
-    ),
-    CHECKPOINT: (
-        "config.yaml",
-        *(f"{CHECKPOINT}/{name}" for name in ("state.json", "inputs.json", "model.safetensors")),
-        *(CHECKPOINT, "checkpoints"),
-    ),
-}
-"""Files that a model of a run is read from: the final one, or the newest checkpoint where there is none."""
 MODEL_COMMANDS: dict[str, Callable[[Path], object]] = {
     "eval": lambda run: evaluate_model(run, n=1, k=1, limit=1, max_new_tokens=2, device="cpu"),
     "export": lambda run: export_model(run, run.with_name("exported")),
 }
-TRAIN_FILES = ("config.yaml", "metrics.jsonl", "environment.json", f"{CHECKPOINT}/state.json")
-TRAIN_CONTENTS = ("{}", "5", "null", "binary", "a directory", "half", "deep")
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +64,7 @@ def tried(command: Callable[[Path], object], run: Path) -> str:
 def test_any_file_in_any_state(command: str, what: str, whole: Path, tmp_path: Path) -> None:
     for i, name in enumerate(FILES):
         run = linked(whole, tmp_path / str(i))
+        assert (run / name).exists()
         spoil(run / name, what)
         said = tried(COMMANDS[command], run)
         assert "\n" not in said.strip()
@@ -155,8 +125,8 @@ def test_models_of_damaged_runs(weights: str, what: str, command: str, trained: 
         run = linked(trained, tmp_path / str(i) / "run")
         if weights != "model":
             shutil.rmtree(run / "model")
-        if (run / name).exists():
-            spoil(run / name, what)
+        assert (run / name).exists()
+        spoil(run / name, what)
         said = tried(MODEL_COMMANDS[command], run)
         assert "\n" not in said
         assert not said or str(run) in said, said

@@ -4,7 +4,7 @@ and never a wrong number."""
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,16 @@ from onpath.system.errors import UserError
 from tests.conftest import make_model
 from tests.engines.fake_vllm import FakeVLLM
 from tests.engines.test_server import client, fake_of
-
-Spoil = Callable[[Any], Any]
-NUMBERS = "not numbers, or above 0"
+from tests.faults.answers import (
+    COMPLETIONS,
+    NO_ADDRESSES,
+    NO_MASS,
+    NO_MODELS,
+    SCORES,
+    every_logprob,
+    named,
+    written,
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,43 +44,6 @@ def teacher(serving: FakeVLLM, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake
     serving.spoil, serving.slow = lambda answer: answer, 0.0
 
 
-def every_logprob(value: Any) -> Spoil:
-    return every_entry({"logprob": value})
-
-
-def every_entry(value: Any) -> Spoil:
-    def spoil(answer: Any) -> Any:
-        for entry in answer["choices"][0]["prompt_logprobs"][1:]:
-            entry.update(dict.fromkeys(entry, value))
-        return answer
-
-    return spoil
-
-
-def named(name: str, logprob: float = -50.0) -> Spoil:
-    def spoil(answer: Any) -> Any:
-        answer["choices"][0]["prompt_logprobs"][-1][name] = {"logprob": logprob}
-        return answer
-
-    return spoil
-
-
-SCORES: dict[str, tuple[Spoil, str]] = {
-    "text": (every_logprob("-1"), NUMBERS),
-    "null": (every_logprob(None), NUMBERS),
-    "list": (every_logprob([-1.0]), NUMBERS),
-    "true": (every_logprob(False), NUMBERS),
-    "bare number": (every_entry(-1.0), NUMBERS),
-    "no logprob": (every_entry({}), NUMBERS),
-    "named by text": (named("the"), NUMBERS),
-    "certain of all": (every_logprob(0.0), r"probabilities of one token that sum to [45]"),
-    "a little above 1": (every_logprob(math.log(0.3)), r"probabilities of one token that sum to 1\.[25]"),
-    "choices are a number": (lambda a: {**a, "choices": 1}, "without exactly one choice"),
-    "choice is text": (lambda a: {**a, "choices": ["x"]}, "without exactly one choice"),
-    "choice is null": (lambda a: {**a, "choices": [None]}, "without exactly one choice"),
-}
-
-
 @pytest.mark.parametrize("fault", SCORES)
 def test_scores_that_are_none(fault: str, teacher: FakeVLLM) -> None:
     teacher.spoil, said = SCORES[fault]
@@ -81,7 +51,7 @@ def test_scores_that_are_none(fault: str, teacher: FakeVLLM) -> None:
         client(teacher).score_top([(1, 5, 6)], [(7, 8, 2)], k=4)
 
 
-@pytest.mark.parametrize("value", [-9999.0, -math.inf, -30.0])
+@pytest.mark.parametrize("value", NO_MASS)
 def test_distributions_without_mass(value: float, teacher: FakeVLLM) -> None:
     """Of such a teacher the KL would be almost 0, and training would go on."""
     teacher.spoil = every_logprob(value)
@@ -120,25 +90,6 @@ def test_scores_of_no_probability_are_scores(teacher: FakeVLLM) -> None:
     assert all(sum(map(math.exp, row)) <= 1 + 1e-6 for row in honest.logprobs)
 
 
-def written(**changes: Any) -> Spoil:
-    return lambda answer: {**answer, "choices": [{**answer["choices"][0], **changes}]}
-
-
-COMPLETIONS: dict[str, tuple[Spoil, str]] = {
-    "log-probs are a list": (written(logprobs=[-1.0]), "without token ids and log-probs"),
-    "log-probs are text": (
-        written(token_ids=[5, 2], logprobs={"token_logprobs": ["a", "b"]}), "without token ids and log-probs",
-    ),
-    "ids are true": (
-        written(token_ids=[True, 2], logprobs={"token_logprobs": [-1.0, -1.0]}), "without token ids",
-    ),
-    "cannot be drawn": (
-        written(token_ids=[5, 2], logprobs={"token_logprobs": [-9999.0, -1.0]}), "cannot have been drawn",
-    ),
-    "choice is text": (lambda a: {**a, "choices": ["x"]}, "without exactly one choice"),
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("fault", COMPLETIONS)
 def test_completions_that_are_none(fault: str, teacher: FakeVLLM) -> None:
     teacher.spoil, said = COMPLETIONS[fault]
@@ -146,7 +97,7 @@ def test_completions_that_are_none(fault: str, teacher: FakeVLLM) -> None:
         client(teacher).continue_from([(1, 5, 6)], Sampling(max_new_tokens=6))
 
 
-@pytest.mark.parametrize("answer", [[1], None, {}, {"data": None}, {"data": ["x"]}], ids=str)
+@pytest.mark.parametrize("answer", NO_MODELS, ids=str)
 def test_a_server_without_a_list_of_models(
     answer: Any, teacher: FakeVLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,7 +106,7 @@ def test_a_server_without_a_list_of_models(
         client(teacher)
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "127.0.0.1", "http://", "ftp://host", "http://a b:x"])
+@pytest.mark.parametrize("url", NO_ADDRESSES)
 def test_an_address_that_is_none_is_not_waited_for(url: str) -> None:
     begun = time.monotonic()
     with pytest.raises(UserError, match=r"teacher\.url: .* is not an address"):

@@ -1,9 +1,12 @@
 """The one exception that means: the user can fix this."""
 
+import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -11,6 +14,8 @@ from onpath.system.signals import Stopped
 from onpath.system.streams import say, silence
 from onpath.system.text import one_line
 
+_OF_LAUNCHER = "TORCHELASTIC_ERROR_FILE"
+"""Where torchrun looks for why a process ended; each has a directory of its own in a common one."""
 _LONGEST = 2000
 """Characters of a sentence: one that lists every key of a file helps nobody."""
 
@@ -28,8 +33,7 @@ def guarded(run: Callable[[], int | None]) -> int:
     try:
         return int(run() or 0)
     except UserError as error:
-        say_once(f"onpath: {one_line(str(error), _LONGEST)}")
-        return 2
+        return _failed(one_line(str(error), _LONGEST))
     except Stopped as ended:
         say_once(f"onpath: {ended.sentence}")
         return 0
@@ -41,13 +45,24 @@ def guarded(run: Callable[[], int | None]) -> int:
         return 0
     except Exception as error:
         if _is_lack_of_memory(error):
-            say_once(
-                f"onpath: out of memory: {one_line(str(error), 300)}; lower optim.micro_batch_tokens or "
+            return _failed(
+                f"out of memory: {one_line(str(error), 300)}; lower optim.micro_batch_tokens or "
                 "rollout.batch_tokens, or use a smaller model; what is finished is on disk"
             )
-            return 2
         traceback.print_exc()
         return 1
+
+
+def _failed(sentence: str) -> int:
+    """Says it, also to torchrun: its report, which stands below a traceback of its own, then ends with the
+    sentence, in place of a link to a page on how to get tracebacks."""
+    say_once(f"onpath: {sentence}")
+    place = os.environ.get(_OF_LAUNCHER)
+    if place is not None:
+        told = {"message": f"onpath: {sentence}", "extraInfo": {"timestamp": str(int(time.time()))}}
+        with suppress(OSError):
+            Path(place).write_text(json.dumps({"message": told}), encoding="utf-8")
+    return 2
 
 
 def _is_lack_of_memory(error: Exception) -> bool:
@@ -62,9 +77,7 @@ def say_once(sentence: str) -> None:
 
     No process group is asked: most mistakes are found before there is one, and some by one process alone.
     """
-    place = os.environ.get(
-        "TORCHELASTIC_ERROR_FILE"
-    )  # each process has a directory of its own in a common one
+    place = os.environ.get(_OF_LAUNCHER)
     if place is not None:
         mark = Path(place).parent.parent / f"said-{sha256(sentence.encode()).hexdigest()[:16]}"
         try:
