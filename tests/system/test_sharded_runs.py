@@ -19,6 +19,7 @@ from onpath.run.log import read_lines
 from onpath.system import distributed
 from onpath.system.errors import UserError
 from onpath.training import train
+from tests.methods.family import ARMS, options_of
 from tests.methods.test_trd import TEMPLATE
 from tests.ranks import TIMEOUT, done_by_two, forked, free_port
 
@@ -38,6 +39,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "opsd live": {"method__name": "opsd", "method__weights": "live", "method__cosine_every": 1},
     "trd": {**TRD, "rollout__prompts": 3},
     "trd offline": {**TRD, "method__offline": True},
+    **{name: options_of(ARMS[name]) for name in ARMS if name != "topd"},
+    "topd spliced": {"method__name": "topd", "method__plan": "spliced", "method__top_share": 0.5},
     "overlap": {"rollout__overlap": True, "parallel__shard": "step"},
     "not dealt": {"parallel__balance": False, "rollout__n": 2, "rollout__prompts": 3},
 }

@@ -169,8 +169,9 @@ class Tools:
                 replace(sampling, max_new_tokens=size),
                 keys=[keys[i] for i in now],
             )
-            generated += sum(len(c.ids) for c in found)
-            done |= {i: c.truncated(room[i]) for i, c in zip(now, found, strict=True)}
+            kept = {i: c.truncated(room[i]) for i, c in zip(now, found, strict=True)}
+            generated += sum(len(c.ids) for c in kept.values())  # not what a batch's one limit adds
+            done |= kept
             todo = [i for i in todo if i not in now]
         return [done[i] for i in range(len(rollouts))], generated
 
