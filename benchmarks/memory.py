@@ -21,7 +21,6 @@ from common import PeakMemory, environment, environment_line, write
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "all weights": {},
     "all weights, recomputed": {"student": {"gradient_checkpointing": True}},
-    "all weights, bf16 autocast": {"optim": {"bf16": True}},
     "LoRA 64": {"student": {"lora_rank": 64}},
     "TOPD": {"method": {"name": "topd", "window": 16, "ratio_every": 0}},
 }

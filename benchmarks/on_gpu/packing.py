@@ -7,6 +7,7 @@ run forward and backward over the same rollouts of unequal length, with gradient
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -70,13 +71,26 @@ def varlen(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **
     return torch.cat(parts)[None], None
 
 
-def padded_pass(model: Any, rows: Sequence[Sequence[int]], budget: int) -> tuple[Tensor, int]:
-    """The library's micro-batches: Σ of squared hidden states, and the number of micro-batches."""
+def padded_pass(
+    model: Any, rows: Sequence[Sequence[int]], budget: int, *, masked: bool = True
+) -> tuple[Tensor, int]:
+    """The library's micro-batches: Σ of squared hidden states, and the number of micro-batches.
+
+    Args:
+        masked: False leaves the mask out: behind a right-padded row's end there is nothing that a causal
+            model's real tokens could look at, and only without a mask do flash kernels run, and keys of
+            grouped heads stay unrepeated.
+    """
     total, count = torch.zeros((), device=DEVICE), 0
     for micro in micro_batches(_trajectories(rows), max_tokens=budget):
         batch = collate(micro, device=DEVICE)
         with torch.autocast(DEVICE.type, torch.bfloat16):
-            hidden = hidden_states(model, batch.student_ids_BS, batch.student_mask_BS)
+            if masked:
+                hidden = hidden_states(model, batch.student_ids_BS, batch.student_mask_BS)
+            else:
+                hidden = model.get_decoder()(
+                    input_ids=batch.student_ids_BS, use_cache=False
+                ).last_hidden_state
         loss = batch.at_student(hidden).float().square().mean(-1).sum()
         loss.backward()
         total, count = total + loss.detach(), count + 1
@@ -115,6 +129,7 @@ def run(record: Any, *, tiny: bool, left: Any) -> None:
         ("padded, as the library does", "sdpa", padded_pass, batches._BUSY_TOKENS),
         ("packed, torch's varlen kernel", "onpath_varlen", packed_pass, 0),
         (f"padded, filled to {budget:,} tokens", "sdpa", padded_pass, budget),
+        ("padded, without a mask", "sdpa", partial(padded_pass, masked=False), batches._BUSY_TOKENS),
     ]
     if is_flash_attn_2_available():
         ways.append(("packed, flash-attn", "flash_attention_2", packed_pass, 0))

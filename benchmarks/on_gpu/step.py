@@ -13,6 +13,7 @@ from unittest import mock
 from on_gpu import long
 from on_gpu.device import DEVICE, free, matrix_flops
 from onpath import training
+from onpath.commands.doctor.fits import parts_of, step_of
 from onpath.run.optimizer import make_optimizer
 
 TOPD = {"name": "topd", "ratio_every": 0}
@@ -73,6 +74,7 @@ def _say(record: Any, name: str, meter: Any, parts: Any, size: long.Size, ceilin
         s=whole,
         rollouts=len(meter.rollouts),
         **{"response tokens": tokens, "peak GiB": max(meter.watch.peaks.values()), "device": DEVICE.type},
+        **{"calculated peak GiB": parts_of(step_of(parts, response_tokens=tokens))["peak"] / 2**30},
         **{f"topd {k}, s": v for k, v in meter.step.prepared.metrics.get("topd_seconds", {}).items()},
         windows=meter.step.prepared.totals.get("fork_candidates"),
         loss=meter.sums["loss"],
