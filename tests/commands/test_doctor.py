@@ -126,7 +126,7 @@ def test_the_gyms_defaults_pass(method: str) -> None:
     assert found["teacher_differs"].values["reverse_kl_nats"] > 0.01
 
 
-@pytest.mark.parametrize("method", ["opd", "opsd", "topd"])
+@pytest.mark.parametrize("method", ["opd", "opsd", "topd", "relay", "truncate"])
 @pytest.mark.parametrize("lora", [0, 4])
 def test_every_method_leaves_the_weights_as_they_were(method: str, lora: int, tiny: Tiny) -> None:
     parts = assemble(tiny(method__name=method, student__lora_rank=lora, optim__lr=0.1))
