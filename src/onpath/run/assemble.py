@@ -1,6 +1,7 @@
 """From a config to the parts of a run. Cheap checks come first: nothing large loads before the data is known
 to be good."""
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -59,6 +60,8 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
     vocabulary, warnings = shared_vocabulary(config, tokenizer)
     vocabulary = min(vocabulary, head_of(student).vocabulary)
     stops = stops_of(config, base, tokenizer, vocabulary)
+    if config.method.ends == "one":
+        objective = replace(objective, ends=tuple(sorted(i for i in stops.ids if i < vocabulary)))
     warnings += filter(None, [clock_warning(renderer), stops.warning(renderer.tokens)])
     if stops.ids != stops.student:
         base.generation_config.eos_token_id = sorted(stops.ids)  # so that the saved model ends alike

@@ -97,6 +97,8 @@ class TOPDOptions(MethodOptions):
             raise ValueError(f"guidance_weight must be at least 0, not {self.guidance_weight:g}")
         if self.guidance_weight == "auto" and self.ratio_every == 0:
             raise ValueError("guidance_weight auto follows the ratio that ratio_every: 0 never measures")
+        if self.guide and self.ends == "one":
+            raise ValueError("ends: one is not for guidance, whose targets are tokens; use ends: apart")
         if not self.guide and self.suppress == "none":
             raise ValueError(
                 "guide false without suppress changes nothing: use method.name opd, or set suppress"
