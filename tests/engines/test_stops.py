@@ -15,6 +15,7 @@ from onpath.engines.hf import HFEngine
 from onpath.engines.stops import string_end
 from onpath.records import Completion, Prompt, Sampling
 from onpath.run.assemble import assemble
+from onpath.run.log import read_lines
 from onpath.system.errors import UserError
 from onpath.training import train
 from tests.conftest import make_model, make_tokenizer
@@ -56,6 +57,27 @@ def test_the_teachers_own_eos_ends_what_it_writes(
         assert not any({2, TEACHER_END} & set(c.ids[:-1]) for c in done)
     (warning,) = (w for w in parts.warnings if "stop tokens" in w)
     assert "student: 2 '<eos>'; teacher: 2 '<eos>', 20 'a'" in warning
+
+
+def test_ends_as_one_outcome(tiny: Tiny, model_dirs: dict[str, Path], tmp_path: Path) -> None:
+    """The same first rollouts, and less divergence: which end it is no longer counts."""
+    teacher = ends_on(model_dirs["teacher"], [2, TEACHER_END], tmp_path / "teacher")
+    found = {}
+    for ends in ("apart", "one"):
+        config = tiny(
+            teacher__model=str(teacher), method__ends=ends, optim__steps=1, data__eval={}, run__name=ends
+        )
+        (found[ends],) = read_lines(train(config, quiet=True).directory / "metrics.jsonl")
+    assert found["one"]["mean_length"] == found["apart"]["mean_length"]
+    assert 0 < found["one"]["reverse_kl_nats"] < found["apart"]["reverse_kl_nats"] - 1e-3
+    assert found["one"]["loss"] == pytest.approx(found["one"]["reverse_kl_nats"], rel=1e-5)
+    for options, words in (
+        ({"method__name": "topd"}, "ends: one is not for guidance"),
+        ({"method__divergence": "cross_entropy"}, "cross_entropy compares none"),
+        ({"teacher__engine": "vllm", "teacher__url": "http://x"}, "use method.ends: apart"),
+    ):
+        with pytest.raises(UserError, match=words):
+            tiny(method__ends="one", **options)
 
 
 def test_models_that_end_alike_are_not_warned_of(tiny: Tiny) -> None:

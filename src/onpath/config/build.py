@@ -217,6 +217,11 @@ class Config(Section):
 
     def _learns_from_top_k(self) -> None:
         method = self.method
+        if method.ends == "one":
+            raise ValueError(
+                "teacher.engine: vllm: a server sends its likeliest tokens only, so the probability of all "
+                "ends together is not known; use method.ends: apart"
+            )
         needs_all = method.objective().needs_teacher and method.divergence != "sampled"
         if method.teacher_temperature != 1:
             raise ValueError(

@@ -150,6 +150,10 @@ def _check(inputs: engine.Inputs, objective: Objective) -> None:
         raise ValueError(
             "ppo_clip compares with the policy that drew the tokens: without behaviour_logp it never clips"
         )
+    if objective.ends and (inputs.guidance is not None or isinstance(teacher, TeacherTopK)):
+        raise ValueError("ends as one outcome need both whole distributions, and no guidance beside them")
+    if objective.ends and not 0 <= min(objective.ends) <= max(objective.ends) < head.vocabulary:
+        raise ValueError(f"ends {objective.ends} are no ids of a vocabulary of {head.vocabulary}")
     if isinstance(teacher, TeacherTopK):
         _check_served(teacher, objective, head)
     elif teacher is not None and teacher.head.temperature != head.temperature:

@@ -54,6 +54,9 @@ class Objective:
     """negative_advantage: the fixed advantage, below 0."""
     below_logp: float = -2.302585092994046
     """negative_advantage: for sampled tokens with a student log-prob below this, nats (here p < 0.1)."""
+    ends: tuple[int, ...] = ()
+    """Ids that are one outcome on both sides, with the sum of their probabilities: models that end their
+    responses on different ids are then not told apart by which."""
 
     def __post_init__(self) -> None:
         _check_name("support", self.support, get_args(Support))
@@ -66,6 +69,8 @@ class Objective:
         _check_temperature(self)
         _check_support(self)
         _check_sampled(self)
+        if self.ends and not self.is_divergence:
+            raise ValueError(f"ends are outcomes that a divergence compares, and {self.name} compares none")
         for name in ("entry_clip", "token_clip", "ppo_clip"):
             value = getattr(self, name)
             if value is not None and not value > 0:

@@ -10,7 +10,7 @@ Shape suffixes: N tokens, C rows of a chunk, R rows of a block, V vocabulary, H 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -101,6 +101,7 @@ class _Chunk:
     masked: bool
     some_dead: bool  # whether the weight of a row can be 0
     guided: Guided | None
+    ends: Tensor | None  # [E]: ids that are one outcome
 
 
 @torch.no_grad()
@@ -115,6 +116,7 @@ def run(inputs: Inputs) -> Outcome:
 
 def _run(inputs: Inputs, student_VH: Tensor, teacher_VH: Tensor | None) -> Outcome:
     count, vocabulary = inputs.student_hidden.shape[0], inputs.student_head.vocabulary
+    inputs, ends_E = _with_ends(inputs)
     dtype = heads.working_dtype(inputs.student_hidden, inputs.student_head.weight)
     like = inputs.student_hidden.new_empty((), dtype=dtype)
     chunk, block = chunk_sizes(inputs, vocabulary, dtype)
@@ -160,12 +162,25 @@ def _run(inputs: Inputs, student_VH: Tensor, teacher_VH: Tensor | None) -> Outco
             masked=masked,
             some_dead=some_dead,
             guided=guided_rows(inputs.guidance, guided_at, here, weights_N),
+            ends=ends_E,
         )
         # The order is fixed: `_by_blocks` leaves ∂/∂z where the student's logits were, which `_close_chunk`
         # multiplies by the head.
         values_C = _by_blocks(inputs, part, outcome.stats)
         _close_chunk(inputs, outcome, part, values_C, weights_N[here], student_VH)
     return outcome
+
+
+def _with_ends(inputs: Inputs) -> tuple[Inputs, Tensor | None]:
+    """The objective's ends as a tensor; a sampled one is the one outcome, which has the first one's id."""
+    ends = inputs.objective.ends if inputs.objective is not None else ()
+    if len(ends) < 2:
+        return inputs, None
+    ends_E = torch.tensor(ends, device=inputs.student_hidden.device)
+    if inputs.sampled_ids is None:
+        return inputs, ends_E
+    is_end_N = torch.isin(inputs.sampled_ids, ends_E)
+    return replace(inputs, sampled_ids=torch.where(is_end_N, ends[0], inputs.sampled_ids)), ends_E
 
 
 def chunk_sizes(inputs: Inputs, vocabulary: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -241,6 +256,10 @@ def _by_blocks(inputs: Inputs, chunk: _Chunk, into: rows.Stats) -> Tensor:
         if inputs.objective is None:
             continue
         values_C[at] = rows.evaluate(block, inputs.objective, stats, gradient=inputs.any_grad)
+        if block.shares is not None and chunk.ends is not None and inputs.any_grad:
+            # ∂/∂z of the one outcome is every end's own, by its share; its own slope of soft-capping follows.
+            grad_RV, ends_E = block.student_logp, chunk.ends
+            grad_RV[:, ends_E] = grad_RV[:, ends_E[:1]] * block.shares
         if slope_RV is not None and inputs.any_grad:
             block.student_logp.mul_(slope_RV)
         if guided is not None:
@@ -268,6 +287,11 @@ def _blocks(inputs: Inputs, chunk: _Chunk) -> Iterator[tuple[rows.Block, slice, 
         z_RV, slope_RV = chunk.student[at], None
         if softcap is not None:
             slope_RV = torch.mul(z_RV, temperature / softcap, out=scratch[3]).square_().neg_().add_(1.0)
+        shares_RE = None
+        if chunk.ends is not None:
+            shares_RE = rows.merge_(z_RV, chunk.ends)
+            if chunk.teacher is not None:
+                rows.merge_(chunk.teacher[at], chunk.ends)
         yield (
             rows.Block(
                 student_logp=rows.log_softmax_(z_RV),
@@ -280,6 +304,7 @@ def _blocks(inputs: Inputs, chunk: _Chunk) -> Iterator[tuple[rows.Block, slice, 
                 served=_served(inputs.teacher, row),
                 behaviour_logp=_cut(inputs.behaviour_logp, row),
                 advantage=_cut(inputs.advantage, row),
+                shares=shares_RE,
             ),
             at,
             slope_RV,

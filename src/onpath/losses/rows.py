@@ -37,6 +37,9 @@ class Block:
     served: TeacherTopK | None = None
     behaviour_logp: Tensor | None = None  # [R]
     advantage: Tensor | None = None  # [R]
+    shares: Tensor | None = (
+        None  # [R, E]: of each of the objective's ends in their sum, on the student's side
+    )
 
 
 Stats = dict[str, Tensor]
@@ -47,6 +50,23 @@ def log_softmax_(z_RV: Tensor) -> Tensor:
     if z_RV.device.type == "cpu":
         return torch.log_softmax(z_RV, -1, out=z_RV)
     return z_RV.sub_(torch.logsumexp(z_RV, -1, keepdim=True))
+
+
+_NOTHING = -1e4
+"""Added to a logit: its probability is 0, and finite differences of it do no harm, as −inf would."""
+
+
+def merge_(z_RV: Tensor, ends_E: Tensor) -> Tensor:
+    """Makes several outcomes one, in place: the first gets the logit log Σ_e exp z_e, the others none.
+
+    Returns:
+        exp(z_e) / Σ exp(z_e) [R, E]: with ∂D/∂z of the one outcome the gradient of each is that times this.
+    """
+    each_RE = z_RV[:, ends_E]
+    sum_R1 = torch.logsumexp(each_RE, -1, keepdim=True)
+    z_RV[:, ends_E] = sum_R1 + _NOTHING
+    z_RV[:, ends_E[:1]] = sum_R1
+    return torch.where(sum_R1.isneginf(), 0.0, (each_RE - sum_R1).exp())
 
 
 def measure(block: Block, request: StatsRequest) -> Stats:

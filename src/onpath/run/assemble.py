@@ -2,6 +2,7 @@
 to be good."""
 
 import copy
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -67,6 +68,8 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
     vocabulary, warnings = shared_vocabulary(config, tokenizer)
     vocabulary = min(vocabulary, head_of(student).vocabulary)
     stops = stops_of(config, base, tokenizer, vocabulary)
+    if config.method.ends == "one":
+        objective = replace(objective, ends=tuple(sorted(i for i in stops.ids if i < vocabulary)))
     warnings += filter(
         None, [clock_warning(renderer), stops.warning(renderer.tokens), *config.method.warnings]
     )

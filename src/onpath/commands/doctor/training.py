@@ -84,7 +84,10 @@ def eos(parts: Parts, probe: Probe) -> Finding:
             f"the {side} {masses[side][i]:.0%} on {i} {parts.text.renderer.tokens([int(i)])[0]!r}"
             for side, i in likeliest.items()
         )
-        return found("warning", message, "all of them end a response here, but the loss tells them apart")
+        advice = "all of them end a response here, but the loss tells them apart: method.ends: one does not"
+        return found(
+            "ok" if parts.objective.ends else "warning", message, "" if parts.objective.ends else advice
+        )
     message = (
         f"{len(finished)} of {len(probe.rollouts)} rollouts finished, {unfinished:.0%} did not; the stop "
         "token counts in "

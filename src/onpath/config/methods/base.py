@@ -61,6 +61,9 @@ class MethodOptions(Section):
     token or of the whole response, capped: for rollouts of older weights (rollout.overlap)."""
     importance_cap: float = Field(2.0, gt=0)
     """Largest such weight; ratios above it are counted in metrics.jsonl whatever importance is."""
+    ends: Literal["apart", "one"] = "apart"
+    """one: every token that ends a response is the same outcome to the divergence, whichever model prefers
+    which (onpath doctor says what both end on). Not with TOPD's guidance or a served teacher."""
 
     cosine_every: Annotated[int, NEUTRAL] = Field(0, ge=0)
     """Measure the cosine of consecutive steps' gradients every so many steps (keeps one copy); 0 never."""
@@ -74,7 +77,7 @@ class MethodOptions(Section):
         kind: Any = self.divergence
         if code.is_own(kind):
             kind = code.load(kind, key="method.divergence")
-        return Objective(
+        found = Objective(
             kind=kind,
             beta=self.beta if self.divergence == "jensen_shannon" else None,
             support=self.support,
@@ -86,6 +89,9 @@ class MethodOptions(Section):
             ppo_clip=self.ppo_clip,
             discount=self.discount,
         )
+        if self.ends == "one" and not found.is_divergence:
+            raise ValueError(f"ends: one is about what a divergence compares, and {found.name} compares none")
+        return found
 
     @property
     def measures_ratio_every(self) -> int:

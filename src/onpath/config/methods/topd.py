@@ -121,6 +121,8 @@ class TOPDOptions(MethodOptions):
             raise ValueError("guidance_weight auto follows the ratio that ratio_every: 0 never measures")
         if self.splice == "end" and self.plan != "spliced":
             raise ValueError(f"splice end continues the windows of plan spliced, not of plan {self.plan}")
+        if self.guide and self.ends == "one":
+            raise ValueError("ends: one is not for guidance, whose targets are tokens; use ends: apart")
         if not self.guide and self.suppress == "none":
             raise ValueError(
                 "guide false without suppress changes nothing: use method.name opd, or set suppress"
