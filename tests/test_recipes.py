@@ -83,14 +83,10 @@ def test_every_method_of_the_papers_is_there() -> None:
     assert {"trd-opd-1.7b", "trd-opd-4b", "trd-opsd-4b", "trd-opsd-8b", "topd-1.7b"} <= sizes
 
 
-COMING = {"parallel.shard"}
-"""Asked for by name only (SHARD=layer)."""
-
-
 @pytest.mark.parametrize("path", sorted((RECIPES / "paper").glob("launch_*")), ids=named)
 def test_a_launch_script_is_shell_and_names_options_that_exist(path: Path) -> None:
     assert subprocess.run(["sh", "-n", str(path)], check=False).returncode == 0
-    known = {option[0] for option in describe()} | COMING
+    known = {option[0] for option in describe()}
     asked = set(
         re.findall(r"--((?:rollout|teacher|student|method|parallel|optim|run)\.\w+)", path.read_text())
     )

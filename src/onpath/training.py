@@ -13,7 +13,6 @@ exactly.
 import math
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,9 @@ import torch
 from onpath import config as configuration
 from onpath.config.build import Config
 from onpath.data.batch import collate
-from onpath.data.load import prompts_of_step
 from onpath.engines import sharding
 from onpath.engines.base import Engine
-from onpath.engines.overlap import fresh
-from onpath.records import Rollout, token_count
+from onpath.records import token_count
 from onpath.run.assemble import assemble
 from onpath.run.directory import Run, RunResult, open_run
 from onpath.run.evaluation import evaluate_all
@@ -38,6 +35,7 @@ from onpath.run.meter import Meter, Stopwatch
 from onpath.run.optimizer import make_optimizer
 from onpath.run.parts import Parts
 from onpath.run.rounds import is_filler, rounds, sum_when_needed
+from onpath.run.sampling import generate_ahead, sample
 from onpath.run.trajectories import store_step, top_tokens
 from onpath.run.weights import shaped
 from onpath.system import distributed
@@ -194,30 +192,3 @@ def accumulate(parts: Parts, meter: Meter, step: int) -> None:
             parts.guidance_ratio.add(partial(guidance_loss, models, batch, teacher, shared))
         if not is_filler(micro):
             meter.add(batch, result)
-
-
-def generate_ahead(parts: Parts) -> None:
-    """Methods that ask for it: the starting weights generate everything that the run will train on, before a
-    checkpoint replaces them."""
-    if parts.replay is not None:
-        for step in range(parts.config.optim.steps):
-            parts.method.prepare(sample(parts, step), step=step)
-            parts.replay.share()  # a later epoch may deal this prompt to another process
-        parts.replay.sealed = True
-
-
-def sample(parts: Parts, step: int) -> list[Rollout]:
-    """This process's rollouts of one step: the student's own samples (rollout.overlap: of one step ago)."""
-
-    def draw(step: int) -> list[Rollout]:
-        size, n = parts.config.rollout.prompts, parts.config.rollout.n
-        prompts = prompts_of_step(parts.prompts.pool, size=size, seed=parts.config.run.seed, step=step)
-        mine = distributed.share(list(enumerate(prompts)))
-        keys = [f"step {step}/{place}" for place, _ in mine]
-        return parts.sampler.generate([p for _, p in mine], parts.sampling, n=n, keys=keys)
-
-    rollouts = draw(step) if parts.overlap is None else parts.overlap(step, draw)
-    if parts.config.parallel.balance:
-        rollouts = distributed.dealt(rollouts, lambda r: len(r.context) + len(r.ids))
-        rollouts = [replace(r, place=place) for place, r in enumerate(rollouts)]
-    return fresh(parts.config, rollouts, step)
