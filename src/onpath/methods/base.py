@@ -159,7 +159,7 @@ class Tools:
         left = [sampling.max_new_tokens - len(r.ids) for r in rollouts]
         room = left if at_most is None else [min(at_most, n) for n in left]
         done = {i: Completion(ids=(), logprobs=(), finish_reason="length") for i in range(len(rollouts))}
-        todo, generated = sorted((i for i, n in enumerate(room) if n > 0), key=lambda i: -room[i]), 0
+        todo = sorted((i for i, n in enumerate(room) if n > 0), key=lambda i: -room[i])
         while todo:
             # A batch has one limit, which is too much for a row whose prompt only just fits.
             size, widths = room[todo[0]], {i: len(rollouts[i].context) + len(rollouts[i].ids) for i in todo}
@@ -169,11 +169,10 @@ class Tools:
                 replace(sampling, max_new_tokens=size),
                 keys=[keys[i] for i in now],
             )
-            kept = {i: c.truncated(room[i]) for i, c in zip(now, found, strict=True)}
-            generated += sum(len(c.ids) for c in kept.values())  # not what a batch's one limit adds
-            done |= kept
+            done |= {i: c.truncated(room[i]) for i, c in zip(now, found, strict=True)}
             todo = [i for i in todo if i not in now]
-        return [done[i] for i in range(len(rollouts))], generated
+        # What a row was given beyond its own room depends on the rows beside it, and is not counted.
+        return [done[i] for i in range(len(rollouts))], sum(len(c.ids) for c in done.values())
 
 
 @dataclass(frozen=True, kw_only=True)
