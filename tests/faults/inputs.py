@@ -94,6 +94,7 @@ OPTIONS: tuple[tuple[str, Any, str], ...] = (
     ("rollout.max_new_tokens", 0, "rollout.max_new_tokens is 0"),
     ("rollout.stop", [""], "an empty text would end every response"),
     ("rollout.stop", [5], "rollout.stop"),
+    ("rollout.stop", ["x"] * 10_000, "rollout.stop"),
     ("rollout.stop", ["\ud800"], "half a character"),
     ("rollout.stop_ids", [-1], "token ids are 0 or above"),
     ("rollout.stop_ids", ["<eos>"], "rollout.stop_ids"),

@@ -148,7 +148,7 @@ class RolloutSection(Served):
     """0 is off; above 0 the samples are no longer on-policy."""
     max_new_tokens: int = Field(128, ge=1)
     """Longest response; longer ones are cut and counted as unfinished."""
-    stop: list[str] = Field([])
+    stop: list[str] = Field([], max_length=100)
     """Texts that end a response, beside both models' EOS, at the token that completes one (which is kept
     whole): for base models. Of rollouts, evaluations and whatever the teacher writes; the spelling of a
     special token stands for it."""
