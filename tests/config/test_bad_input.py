@@ -144,7 +144,7 @@ CASES: dict[str, tuple[Break, str]] = {
     "out of range": (lambda c: c.set("optim.lr", -1), r"optim\.lr is -1: input should be greater than 0"),
     "wrong method": (
         lambda c: c.set("method.name", "grpo"),
-        r"method\.name is 'grpo'; .*opd, opsd, topd, trd",
+        r"method\.name is 'grpo'; .*opd, opsd, relay, topd, trd, truncate",
     ),
     "key of another method": (
         lambda c: (c.set("method.name", "opd"), c.set("method.window", 5))[0],
