@@ -68,6 +68,7 @@ def bad_inputs() -> list[Kind]:
     return [
         Kind("config.yaml", len(inputs.YAML), "alias bomb", sentence),
         Kind("options and sections", len(inputs.OPTIONS), "method: 5", "a sentence with the key"),
+        Kind("studies", len(inputs.STUDIES), "seeds: [true]", "a sentence with the key or the arm"),
         Kind("command lines", len(inputs.COMMANDS), "train --rollout.promts 3", "a sentence; did you mean"),
         Kind(
             f"paths, in {len(inputs.READERS_OF_PATHS)} commands", every, "~nouser/x", "no such path, and why"

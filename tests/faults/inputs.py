@@ -174,6 +174,43 @@ OPTIONS: tuple[tuple[str, Any, str], ...] = (
 )  # fmt: skip
 """Option or section, value, words."""
 
+_ARM = "arms: {opd: {}}\nbudget: {updates: 1}\n"
+STUDIES: tuple[tuple[str, str], ...] = (
+    ("5", "must be a mapping with base, arms, seeds"),
+    ("[]", "must be a mapping with base, arms, seeds"),
+    ("arms: 5", "arms is '5'"),
+    ("arms: []", "arms is"),
+    ("arms: {}", "arms is"),
+    ("arms: {opd: 5}", "an arm is untouched, teacher, or a mapping of overrides"),
+    ("arms: {1: {}}", "input should be a valid string"),
+    ("arms: {../x: {}}", "cannot name a directory"),
+    ("arms: {a: {}}\nbudget: {updates: 1}", "base_arm is opd, which is none of the arms a"),
+    ("arms: {opd: {method: 5}}\nbudget: {updates: 1}", "arm opd: method is 5; it must be a mapping"),
+    ("arms: {opd: {method: {name: []}}}\nbudget: {updates: 1}", r"arm opd: method.name is \[\]"),
+    ("arms: {opd: {optim.lr: abc}}\nbudget: {updates: 1}", "arm opd: optim.lr is 'abc'"),
+    ("arms: {opd: {optim: {lr: .nan}}}\nbudget: {updates: 1}", "arm opd: optim.lr is nan"),
+    ("arms: {opd: {2: 3}}\nbudget: {updates: 1}", "arm opd: unknown key 2"),
+    (_ARM + "base: 5", "base must be a mapping of sections or the path of a config"),
+    (_ARM + "base: ~nouser/x.yaml", "no such user|no such config file"),
+    (_ARM + f"base: {_LONG}", "too long"),
+    (_ARM + "seeds: x", "seeds is 'x'"),
+    (_ARM + "seeds: [true]", "seeds is true, which is no number"),
+    (_ARM + "seeds: [0, 0]", "holds one twice"),
+    (_ARM + "seeds: []", "seeds is"),
+    ("arms: {opd: {}}\nbudget: {}", "budget: give one of"),
+    ("arms: {opd: {}}\nbudget: {updates: 1, wall_seconds: 2}", "budget: give one of"),
+    ("arms: {opd: {}}\nbudget: {generated_tokens: nobody}", "must be a number, not 'nobody'"),
+    (_ARM + "tune: 5", "tune is '5'"),
+    (_ARM + "tune: {lrs: []}", "tune.lrs"),
+    (_ARM + "evals: 5", "evals is '5'"),
+    (_ARM + "evals: {../x: gym:test}", "unknown key evals"),
+    (_ARM + "parallel: -1", "parallel is '-1'"),
+    (_ARM + "name: ../x", "cannot name a directory"),
+    (_ARM + 'dir: "a\\0b"', "dir: .*it holds a NUL"),
+    (_ARM + "dir: ~nouser/x", "dir: .*no such user"),
+)
+"""A study's YAML."""
+
 COMMANDS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("trian",), "unknown command trian; did you mean train?"),
     (("frob",), "unknown command frob; known here: demo, train, eval"),

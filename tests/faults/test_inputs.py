@@ -67,6 +67,20 @@ def test_options(
     said_by(["config", str(path)], capsys)
 
 
+@pytest.mark.parametrize(("text", "words"), inputs.STUDIES)
+def test_studies(
+    text: str,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "study.yaml").write_text(text)
+    assert re.search(words, said_by(["study", "study.yaml"], capsys))
+    assert [p.name for p in tmp_path.iterdir()] == ["study.yaml"], "nothing is written"
+
+
 @pytest.mark.parametrize(("arguments", "words"), inputs.COMMANDS)
 def test_command_lines(arguments: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert words in said_by([*arguments], capsys)

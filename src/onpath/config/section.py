@@ -27,8 +27,9 @@ class Section(BaseModel):
         """Python and pydantic take true for 1, and halves of characters, which no file takes."""
         for name, given in value.items() if isinstance(value, Mapping) else ():
             field = cls.model_fields.get(name) if isinstance(name, str) else None
-            if isinstance(given, bool) and field is not None and _numbers_only(field.annotation):
-                raise ValueError(f"{name} is {str(given).lower()}, which is no number")
+            for part in given if isinstance(given, list | tuple) else [given]:
+                if isinstance(part, bool) and field is not None and _numbers_only(field.annotation):
+                    raise ValueError(f"{name} is {str(part).lower()}, which is no number")
             if _is_broken(given):
                 raise ValueError(f"{name} holds half a character (a lone surrogate), which no text has")
         return value

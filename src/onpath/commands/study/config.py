@@ -13,6 +13,7 @@ from onpath.config.section import Section
 from onpath.data.tasks import split_name
 from onpath.system import code
 from onpath.system.errors import UserError
+from onpath.system.files import place
 
 MEASURES = ("updates", "updated_tokens", "generated_tokens", "wall_seconds")
 Kind = Literal["train", "untouched", "teacher"]
@@ -172,6 +173,12 @@ class StudyConfig(Section):
     def trained(self) -> list[str]:
         """Names of the arms that train."""
         return [name for name, arm in self.arms.items() if arm.kind == "train"]
+
+    @field_validator("dir")
+    @classmethod
+    def _a_place(cls, value: str) -> str:
+        path = place(value)
+        return str(path) if value.startswith("~") else value
 
     @field_validator("seeds", mode="before")
     @classmethod

@@ -87,8 +87,8 @@ def arm_config(study: StudyConfig, arm: str) -> Config:
     if spec.kind != "train":
         tree["method"] = evaluated_only(tree["teacher"]["engine"])
         return configuration.build(tree, source=f"arm {arm}")
-    method = spec.overrides.get("method") or {}
-    if method.get("name", tree["method"]["name"]) != tree["method"]["name"]:
+    method = spec.overrides.get("method")
+    if isinstance(method, dict) and method.get("name", tree["method"]["name"]) != tree["method"]["name"]:
         tree["method"] = {}  # the options of another method mean nothing here
     return configuration.build(merged(tree, spec.overrides), source=f"arm {arm}")
 
