@@ -462,7 +462,7 @@ def test_a_teacher_that_is_the_student_gives_zero_everywhere(problem):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("options", OBJECTIVES[:4], ids=str)
+@pytest.mark.parametrize("options", OBJECTIVES[:4], ids=name_of)
 def test_lower_precision_stays_within_its_tolerance(problem, options, dtype, tolerance):
     """Against float64 on the same rounded inputs, as a share of the largest gradient: what remains is our
     arithmetic and the rounding of the result itself (bfloat16 has 8 bits)."""
@@ -592,7 +592,7 @@ def sharpened(problem: dict[str, torch.Tensor], *, temperature: float, divide: f
     return found, hidden.grad, weight.grad
 
 
-@pytest.mark.parametrize("options", OBJECTIVES, ids=str)
+@pytest.mark.parametrize("options", OBJECTIVES, ids=name_of)
 def test_a_teachers_temperature_is_that_of_its_logits(problem, options):
     tempered, plain = (
         sharpened(problem, temperature=t, divide=d, **options) for t, d in ((0.4, 1.0), (1.0, 0.4))

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, TCPStore, rendezvous  # type: ignore[attr-defined]
 from torch.distributed.tensor import DTensor
 
 from onpath.system.errors import UserError
@@ -24,7 +24,9 @@ from onpath.system.errors import UserError
 T = TypeVar("T")
 
 
-_SAID, _LEFT = "onpath/said", "onpath/left"
+_SAID, _LEFT = "said", "left"
+_runs: list[str] = []
+"""Prefixes of this process's runs in the store where ranks meet."""
 _PATIENCE = 10.0  # seconds that a rank which gives up waits for the others to hear of it
 
 
@@ -38,7 +40,16 @@ def start(device: torch.device, *, timeout: float = 600.0) -> None:
         if device.type == "cuda":
             torch.cuda.set_device(local_device(device))
         patience = timedelta(seconds=timeout)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+        store, here, many = next(rendezvous("env://", timeout=patience))
+        # A launcher's store outlives a run, and the next run of the same processes must not find its words.
+        _runs.append(f"onpath/{len(_runs)}")
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=PrefixStore(_runs[-1], store),
+            rank=here,
+            world_size=many,
+            timeout=patience,
+        )
 
 
 @contextmanager
@@ -77,13 +88,14 @@ def one_fate() -> Iterator[None]:
             _wait_for_all(board, patience)
 
 
-def _board() -> TCPStore | None:
+def _board() -> Store | None:
     """Where ranks leave word for each other without an exchange; None: there is no group, or no longer."""
     if not _asked() or not dist.is_initialized():
         return None
     where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        return TCPStore(*where, is_master=False, timeout=timedelta(seconds=_PATIENCE))
+        store = TCPStore(*where, is_master=False, timeout=timedelta(seconds=_PATIENCE))
+        return PrefixStore(_runs[-1] if _runs else "onpath", store)
     except (dist.DistError, RuntimeError):  # the rank that holds it has left
         return None
 
@@ -92,7 +104,7 @@ def _lost_a_peer(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
-def _wait_for_all(board: TCPStore, patience: float) -> None:
+def _wait_for_all(board: Store, patience: float) -> None:
     """Until every rank has left, so that a launcher that ends the others at the first exit does not silence
     them; not for long: one that computes does not hear."""
     end = time.monotonic() + patience
