@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -98,9 +98,11 @@ def test_behind_an_error_the_scores_are_the_other_models(engines: dict[str, HFEn
     assert (sound_NV - lost_NV).abs().max() > 0.1
 
 
-def test_a_head_with_more_to_it_is_refused(engines: dict[str, HFEngine]) -> None:
+def test_a_head_with_more_to_it_is_refused(
+    engines: dict[str, HFEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
     sound, lost = (ModelTeacher(engines[role].model) for role in ("teacher", "student"))
-    sound._head = replace(sound.head, softcap=30.0)
+    monkeypatch.setattr(sound.model.config, "final_logit_softcapping", 30.0, raising=False)
     with pytest.raises(UserError, match="a bias, a scale or a softcap"):
         LostTeacher(sound, lost, lambda ids: None)
 

@@ -161,11 +161,11 @@ def test_a_file_of_one_rank_that_is_damaged_or_missing_is_found(tiny: Tiny, tmp_
 def dies_while_saving(rank: int, config: Config) -> None:
     real = checkpoint.save_file
 
-    def half(tensors: Any, path: Path, *rest: Any) -> None:
+    def half(tensors: Any, path: Path, **options: Any) -> None:
         if rank == 1 and ".step_3" in str(path) and path.name.startswith("optimizer"):
             path.write_bytes(b"half")
             os._exit(9)
-        real(tensors, path, *rest)
+        real(tensors, path, **options)
 
     checkpoint.save_file = half  # type: ignore[assignment]
     train(config, quiet=True)
@@ -197,7 +197,7 @@ def cannot_go_on(rank: int, config: Config, where: str) -> None:
     if rank == 1 and where == "prepare":
         OPD.prepare = refuse  # type: ignore[method-assign]
     if rank == 1 and where == "save":
-        checkpoint.save_file = lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        checkpoint.save_file = lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     train(config, quiet=True)
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.debug import CommDebugMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from onpath.config.build import Config
@@ -203,10 +203,18 @@ def samples_and_saves(rank: int, config: Config, out: Path) -> None:
     parts = assemble(config)
     student, engine = parts.models.student, parts.generators.student
     prompts = parts.prompts.pool[: 2 + 3 * rank]  # ranks stop at different lengths
+    gathers = [0]
+    real = _fsdp_param_group.foreach_all_gather
+
+    def counted(*args: Any, **options: Any) -> Any:
+        gathers[0] += 1
+        return real(*args, **options)
+
+    _fsdp_param_group.foreach_all_gather = counted
     with parts.whole():
-        with CommDebugMode() as exchanges:
-            rollouts = engine.generate(prompts, parts.sampling, n=2, keys=[p.id for p in prompts])
-        assert exchanges.get_total_counts() == 0
+        before = gathers[0]
+        rollouts = engine.generate(prompts, parts.sampling, n=2, keys=[p.id for p in prompts])
+        assert 0 < before == gathers[0], "all weights at once, then none"
     (out / f"rollouts-{rank}.json").write_text(json.dumps([[r.ids, r.logprobs] for r in rollouts]))
     with pytest.raises(AssertionError, match="samples inside"):
         engine.generate(prompts, parts.sampling)

@@ -50,7 +50,7 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
 
 def sharded(model: nn.Module) -> bool:
     """Whether this process holds some rows of each weight only (`engines/sharding.py`)."""
-    return isinstance(unwrapped(model), FSDPModule)
+    return isinstance(model.get_base_model() if isinstance(model, PeftModel) else model, FSDPModule)
 
 
 def base_layer(layer: nn.Module) -> nn.Module:

@@ -177,7 +177,7 @@ def _write(directory: Path, parts: Mapping[str, Mapping[str, Tensor]], *, suffix
             n: local(t.detach()).contiguous() for n, t in tensors.items() if n not in rows or rows[n].stores
         }
         places = {n: [rows[n].start, *rows[n].shape] for n in mine if n in rows}
-        save_file(mine, path, {_PLACES: json.dumps(places)} if suffix else None)
+        save_file(mine, path, **({"metadata": {_PLACES: json.dumps(places)}} if suffix else {}))
         sync_file(path)
         digests[path.name] = _digest(path)
     return digests

@@ -9,6 +9,7 @@ vocabulary needs no ratio for the token itself: what is stale is the prefix that
 is logged always: of rollouts that are not stale it is the mismatch of sampler and trainer.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,10 +56,8 @@ class Importance:
 
 def log_ratios(batch: Batch, student_logp_N: Tensor) -> Tensor:
     """log π − log μ [N], nats; NaN for tokens of which nobody knows what they were drawn from."""
-    unknown = float("nan")
-    drawn = [
-        p
-        for t in batch.trajectories
-        for p in (t.behaviour_logprobs if t.behaviour_logprobs is not None else [unknown] * len(t.response))
-    ]
+    drawn: list[float] = []
+    for t in batch.trajectories:
+        known = t.behaviour_logprobs is not None and len(t.behaviour_logprobs) == len(t.response)
+        drawn += t.behaviour_logprobs if known and t.behaviour_logprobs else [math.nan] * len(t.response)
     return student_logp_N.detach() - torch.tensor(drawn, device=student_logp_N.device)
