@@ -2,10 +2,7 @@
 give with two processes what one gives, and say who wrote each token."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +16,7 @@ from onpath.run.log import read_lines
 from onpath.run.trajectories import read_trajectories
 from onpath.training import train
 from tests.methods.family import ARMS, Tiny, options_of, parts_of, prepared
+from tests.system.test_two_processes import in_ranks
 
 NOT_REPEATED = ("seconds", "topd_seconds")
 
@@ -58,12 +56,7 @@ def test_two_processes_are_one(arm: str, tiny: Tiny, tmp_path: Path) -> None:
     options = {**options_of(ARMS[arm]), "rollout__prompts": 5, "optim__steps": 2, "data__eval": {}}
     one = train(tiny(**options, run__name="one"), quiet=True).directory
     config = tiny(**options, run__name="two")
-    path = tmp_path / "two.yaml"
-    path.write_text(config.to_yaml())
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    command = [*launch, "-m", "onpath", "train", str(path), "--quiet"]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    in_ranks(config, tmp_path, processes=2)
     rows = [read_lines(run / "metrics.jsonl") for run in (one, Path(config.run.dir) / "two")]
     for a, b in zip(*rows, strict=True):
         assert set(a) == set(b)

@@ -20,7 +20,7 @@ from onpath.run.log import read_lines
 from onpath.system import distributed
 from onpath.training import train
 from tests.run.test_resume import Stopped, stop_at
-from tests.system.test_two_processes import torchrun
+from tests.system.test_two_processes import in_ranks
 
 Tiny = Callable[..., Config]
 
@@ -106,7 +106,7 @@ def test_two_contexts_an_average_and_weighted_tokens(tiny: Tiny, tmp_path: Path)
         "data__eval": {},
     }
     one = train(tiny(**options, run__name="one"), quiet=True).directory
-    two = torchrun(tiny(**options, run__name="two"), tmp_path, processes=2)
+    two = in_ranks(tiny(**options, run__name="two"), tmp_path, processes=2)
     same(one, two)
     assert {"gradient_cosine"} <= set(numbers(one)[-1])
     stored = [pq.read_table(run / "trajectories" / "step_000001.parquet").to_pylist() for run in (one, two)]
@@ -132,7 +132,7 @@ def test_begun_by_one_process_and_ended_by_two(
         stop_at(patch, "onpath.training", "one_step", call=4, after=False)
         with pytest.raises(Stopped):
             train(config, quiet=True)
-    same(whole, torchrun(config, tmp_path, processes=2))
+    same(whole, in_ranks(config, tmp_path, processes=2))
 
 
 STOPPED_ALONE = """

@@ -295,7 +295,7 @@ def test_rollouts_are_dealt_by_length(world: int, monkeypatch: pytest.MonkeyPatc
     assert max(turns) > max(loads)
 
 
-def test_what_cannot_be_sharded_is_said(tiny: Tiny, model_dirs: dict[str, Path], tmp_path: Path) -> None:
+def test_what_cannot_be_sharded_is_said(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for options, says in (
         ({"teacher__device": "cuda:1"}, "teacher.device is cuda:1: with parallel.shard"),
         ({"student__device": "cuda:1"}, "student.device is cuda:1: with parallel.shard"),
@@ -306,6 +306,7 @@ def test_what_cannot_be_sharded_is_said(tiny: Tiny, model_dirs: dict[str, Path],
     alone = tiny(parallel__shard="layer", teacher__device="auto", data__eval={}, optim__steps=1)
     assert not sharding.asked(alone), "one process has nobody to share with"
     three = tiny(parallel__shard="layer", parallel__hosts=3, **SHARDED)
+    monkeypatch.setattr(distributed, "_PATIENCE", 2.0)
     for code, _, err in forked(lambda _: train(three, quiet=True), tmp_path):
         assert code == 2, err
         assert "parallel.hosts is 3, which does not divide 2 processes" in err

@@ -1,8 +1,5 @@
-"""Two gloo processes under torchrun give what one process gives."""
+"""Two gloo processes give what one process gives."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,18 +11,15 @@ from onpath.engines.vllm import request_seed
 from onpath.run.log import read_lines
 from onpath.training import train
 from tests.engines.test_server import fake_of, restarted
+from tests.ranks import forked
 
 COLUMNS = ("loss", "tokens", "reverse_kl_nats", "student_entropy_nats", "grad_norm", "mean_length", "lr")
 
 
-def torchrun(config: Config, tmp_path: Path, *, processes: int) -> Path:
-    path = tmp_path / f"{config.run.name}.yaml"
-    path.write_text(config.to_yaml())
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-    command = [*launcher, "--standalone", "-m", "onpath", "train", str(path), "--quiet"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+def in_ranks(config: Config, tmp_path: Path, *, processes: int) -> Path:
+    """The run's directory, by so many ranks, without a launcher."""
+    ended = forked(lambda _: train(config, quiet=True), tmp_path, world=processes)
+    assert [code for code, _, _ in ended] == [0] * processes, "\n".join(err for _, _, err in ended)
     return Path(config.run.dir) / config.run.name
 
 
@@ -34,7 +28,7 @@ def torchrun(config: Config, tmp_path: Path, *, processes: int) -> Path:
 def test_two_processes_are_one(prompts: int, tiny: Callable[..., Config], tmp_path: Path) -> None:
     options = {"rollout__prompts": prompts, "optim__steps": 3, "eval__start": True}
     one = train(tiny(**options, run__name="one"), quiet=True).directory
-    two = torchrun(tiny(**options, run__name="two"), tmp_path, processes=2)
+    two = in_ranks(tiny(**options, run__name="two"), tmp_path, processes=2)
     assert_same(one, two)
 
 
@@ -54,7 +48,7 @@ def test_two_processes_share_a_rollout_server(
     pushes = fake.resets
     asked = {body.get("seed") for body in fake.requests}
     restarted(fake)
-    two = torchrun(ones[1], tmp_path, processes=2)
+    two = in_ranks(ones[1], tmp_path, processes=2)
     fake.stop()
     assert late <= asked
     assert_same(one, two)
