@@ -5,7 +5,7 @@ Shape suffixes: B rows, T tokens, V vocabulary, H hidden.
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -85,6 +85,11 @@ def lora_deltas(layer: LoraLayer) -> Iterator[Tensor]:
             yield layer.get_delta_weight(name)  # type: ignore[attr-defined]
 
 
+def _named(config: Any, names: tuple[str, ...]) -> Any:
+    """The first of these keys that a config sets."""
+    return next((v for v in (getattr(config, name, None) for name in names) if v is not None), None)
+
+
 def head_of(model: nn.Module, vocabulary: int | None = None) -> Head:
     """The map from hidden states to logits; rows beyond `vocabulary` are padding and take no part. Of a
     sharded model it is gathered, and all processes take part."""
@@ -93,17 +98,17 @@ def head_of(model: nn.Module, vocabulary: int | None = None) -> Head:
         own: Any = inner.get_output_embeddings()
         unit: Any = own if isinstance(own, FSDPModule) else inner
         unit.unshard()
-    config: Mapping[str, Any] = inner.config.get_text_config().to_dict()
+    config = inner.config.get_text_config()
     layer = inner.get_output_embeddings()
     bias = base_layer(layer).bias
     assert bias is None or isinstance(bias, Tensor)
-    factor = next((config[name] for name in _MULTIPLY if config.get(name) is not None), 1.0)
-    scale = float(factor) / float(config.get(_DIVIDE) or 1.0)
+    factor = 1.0 if (named := _named(config, _MULTIPLY)) is None else named
+    scale = float(factor) / float(_named(config, (_DIVIDE,)) or 1.0)
     return Head(
         weight=adapted_weight(layer),
         bias=bias,
         logit_scale=scale,
-        softcap=next((config[name] for name in _SOFTCAP if config.get(name) is not None), None),
+        softcap=_named(config, _SOFTCAP),
         tokens=vocabulary,
     )
 
