@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from onpath.data.batch import Batch
-from onpath.losses import Head, token_stats
+from onpath.engines.forward import Models
+from onpath.losses import token_stats
 
 _LARGEST = 20.0  # nats: e^20 is far above any cap, and finite
 
@@ -29,7 +30,7 @@ class Importance:
     kind: Literal["none", "token", "sequence"] = "none"
     cap: float = 2.0
 
-    def weights(self, batch: Batch, hidden_NH: Tensor, head: Head) -> Tensor:
+    def weights(self, batch: Batch, hidden_NH: Tensor, models: Models) -> Tensor:
         """The batch's weights [N] times w.
 
         Args:
@@ -38,7 +39,7 @@ class Importance:
         if self.kind == "none":
             return batch.weight_N
         stats = token_stats(
-            student_hidden=hidden_NH, student_head=head, teacher=None, sampled_ids=batch.token_N
+            student_hidden=hidden_NH, student_head=models.head, teacher=None, sampled_ids=batch.token_N
         )
         assert stats.student_logp is not None
         log_N = log_ratios(batch, stats.student_logp).nan_to_num()  # what others wrote weighs 1

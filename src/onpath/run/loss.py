@@ -40,7 +40,7 @@ class Step:
 def loss_of(models: Models, batch: Batch, teacher: TeacherScores | None, step: Step) -> LossResult:
     """Weighted sum of the objective over the batch's response tokens ÷ the step's global count."""
     hidden_NH = student_states(models, batch, step.prepared)
-    weight_N = step.importance.weights(batch, hidden_NH, models.head)
+    weight_N = step.importance.weights(batch, hidden_NH, models)
     return _loss(models, batch, teacher, step, hidden_NH, weight_N)
 
 
