@@ -44,8 +44,8 @@ def make_mesh(config: Config, device: torch.device) -> DeviceMesh:
         UserError: the processes cannot be divided so.
     """
     world = distributed.world()
-    asked = config.parallel.hosts
-    copies = max(1, world // distributed.local_world()) if asked == "auto" else asked
+    hosts = config.parallel.hosts
+    copies = max(1, world // distributed.local_world()) if hosts == "auto" else hosts
     if world % copies:
         raise UserError(
             f"parallel.hosts is {copies}, which does not divide {world} processes; use auto, or a divisor"

@@ -164,10 +164,8 @@ def check_models(config: Config, models: Models, own: HFEngine, *, generates: bo
     with sharding.whole(models.student):
         found = {"student.model": check(models.student, engine, key="student.model", dropout=models.dropout)}
     if (other := models.teacher.separate) is not None:
-        whole = (
-            other if config.method.runs_models else None
-        )  # a large one that only scores stays in its shards
-        with sharding.whole(whole):
+        # A large one that only scores stays in its shards.
+        with sharding.whole(other if config.method.runs_models else None):
             asked = own.over(other) if sharding.is_whole(other) else None
             found["teacher.model"] = check(other, asked, key="teacher.model")
     sharding.give_back(models.student, other)

@@ -9,7 +9,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from onpath.engines.head import sharded
 from onpath.engines.sharding import local
 from onpath.system import distributed
 
@@ -19,21 +18,17 @@ class GuidanceRatio:
     one more copy of the gradient."""
 
     def __init__(self, model: nn.Module, *, every: int) -> None:
-        self.model, self.every = model, every
+        self.every = every
         # As they are now: of a model that is whole for a while, gradients still come to its rows.
         self._trained = [p for p in model.parameters() if p.requires_grad]
-        self._due = False
-        self._own: list[Tensor] = []
-
-    @property
-    def due(self) -> bool:
+        self.due = False
         """Whether this step is measured."""
-        return self._due
+        self._own: list[Tensor] = []
 
     def begin(self, step: int, *, guided: bool) -> None:
         """Of a step (from 0); guided: whether a trajectory of any process carries guidance."""
-        self._due = guided and self.every > 0 and step % self.every == 0
-        self._own = [torch.zeros_like(p) for p in self._trained] if self._due else []
+        self.due = guided and self.every > 0 and step % self.every == 0
+        self._own = [torch.zeros_like(p) for p in self._trained] if self.due else []
 
     def add(self, guidance: Callable[[], Tensor]) -> None:
         """After a micro-batch's gradient was added to the parameters': its guidance's own, where it is due.
@@ -41,7 +36,7 @@ class GuidanceRatio:
         Args:
             guidance: gives the guidance's part of the micro-batch's loss.
         """
-        if not self._due:
+        if not self.due:
             return
         before = [p.grad for p in self._trained]
         for p in self._trained:
@@ -56,16 +51,14 @@ class GuidanceRatio:
     def __call__(self) -> float | None:
         """After the gradients of all processes are summed and before they are clipped; None: not due, or
         there is no other gradient."""
-        if not self._due:
+        if not self.due:
             return None
-        if not sharded(self.model):
-            distributed.sum_tensors(self._own)
+        distributed.sum_tensors(self._own)
         above = sum(float(local(own).double().square().sum()) for own in self._own)
         below = 0.0
         for p, own in zip(self._trained, self._own, strict=True):
             if p.grad is not None:
                 below += float((local(p.grad).double() - local(own).double()).square().sum())
-        if sharded(self.model):
-            above, below = distributed.total([above, below])  # of copies all count alike
+        above, below = distributed.total([above, below])  # of rows; whole copies all count alike
         self._own = []
         return (above / below) ** 0.5 if below else None

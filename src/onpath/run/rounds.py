@@ -2,9 +2,10 @@
 as many: one that has fewer goes on with a token that weighs nothing."""
 
 import torch
+from torch import nn
 
 from onpath.data.batch import micro_batches
-from onpath.engines.head import sharded, unwrapped
+from onpath.engines.head import base_layer, sharded, unwrapped
 from onpath.engines.sharding import sum_now
 from onpath.methods.base import Prepared
 from onpath.records import Trajectory
@@ -24,12 +25,17 @@ def rounds(parts: Parts, prepared: Prepared, trained: list[Trajectory]) -> list[
     """
     models = parts.models
     micros = list(micro_batches(trained, max_tokens=parts.config.optim.micro_batch_tokens))
+    if not sharded(models.student):
+        return micros
     teacher = models.teacher.model
     if teacher is not None and sharded(teacher):
-        _score_together(parts, prepared, trained)
-    if sharded(models.student) or (teacher is not None and sharded(teacher)):
-        micros += [[_FILLER]] * (distributed.most(len(micros)) - len(micros))
-    return micros
+        _score_together(parts, prepared, trained, _width(teacher))
+    return micros + [[_FILLER]] * (distributed.most(len(micros)) - len(micros))
+
+
+def _width(model: nn.Module) -> int:
+    """Size of the hidden states that its output layer takes."""
+    return base_layer(unwrapped(model).get_output_embeddings()).weight.shape[-1]  # type: ignore
 
 
 def is_filler(micro: list[Trajectory]) -> bool:
@@ -37,13 +43,16 @@ def is_filler(micro: list[Trajectory]) -> bool:
     return micro[0] is _FILLER
 
 
-def _score_together(parts: Parts, prepared: Prepared, trained: list[Trajectory]) -> None:
-    """What `prepare` has scored is used again by all processes or by none."""
+def _score_together(parts: Parts, prepared: Prepared, trained: list[Trajectory], size: int) -> None:
+    """What `prepare` has scored is used again by all processes or by none.
+
+    Args:
+        size: of the teacher's hidden states.
+    """
     kept, device = prepared.kept, parts.models.device
     if distributed.anywhere(not kept.has_scored(trained), device):
         kept.teacher.clear()
     else:
-        size = unwrapped(parts.models.teacher.model).get_output_embeddings().weight.shape[-1]  # type: ignore
         kept.teacher[_FILLER.teacher_context, _FILLER.response] = torch.zeros(1, size, device=device)
 
 

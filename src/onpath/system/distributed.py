@@ -226,7 +226,7 @@ def sum_gradients(model: nn.Module) -> None:
     """Adds up the gradients of all ranks; those of a sharded model are sums already."""
     if world() == 1:
         return
-    trained = [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+    trained = [p for p in model.parameters() if p.requires_grad]
     for p in trained:
         if p.grad is None:  # a rank whose share was empty
             p.grad = torch.zeros_like(p)
@@ -234,9 +234,11 @@ def sum_gradients(model: nn.Module) -> None:
 
 
 def sum_tensors(tensors: Sequence[torch.Tensor]) -> None:
-    """Each summed over all ranks, in place, in one flat message per dtype."""
+    """Each summed over all ranks, in place, in one flat message per dtype; rows of sharded ones are sums
+    already."""
     if world() == 1:
         return
+    tensors = [t for t in tensors if not isinstance(t, DTensor)]
     for dtype in sorted({t.dtype for t in tensors}, key=str):
         same = [t for t in tensors if t.dtype == dtype]
         flat = torch.cat([t.flatten() for t in same])
