@@ -17,16 +17,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-import torch
-
 from onpath.config.methods.bridge import BridgeOptions
 from onpath.engines.forward import Kept, per_token
-from onpath.engines.head import adapted_weight, unwrapped
 from onpath.methods.base import Method, Prepared, own_response
 from onpath.methods.mixed import Cost, Mixed, student_goes_on, trained_on
 from onpath.methods.places import by_lot, first_forks
+from onpath.methods.topd.pairs import of_tokens
 from onpath.records import Completion, Rollout
-from onpath.transport.plans import window_divergence
 
 Ids = tuple[int, ...]
 
@@ -95,25 +92,13 @@ class Bridge(Method):
         ahead = self.tools.generators.student.continue_from(prefixes, sampling, keys=keys)
         cost.student += sum(len(c.ids) for c in ahead)
         theirs = [windows[i][n : n + size] for i, n in tries]
-        far = self.apart([c.ids for c in ahead], theirs)
-        for (i, n), distance in reversed(list(zip(tries, far, strict=True))):
+        models = self.tools.models
+        far, _ = of_tokens([c.ids for c in ahead], theirs, models.student, models.device).transport(
+            epsilon=None
+        )
+        for (i, n), distance in reversed(list(zip(tries, far.tolist(), strict=True))):
             lengths[i] = n if distance <= self.options.meet_distance else lengths[i]
         return lengths
-
-    def apart(self, ours: Sequence[Ids], theirs: Sequence[Ids]) -> list[float]:
-        """Exact transport distances of pairs of windows, in the student's embeddings."""
-        longest, device = self.options.meet_window, self.tools.models.device
-        sides, lengths = [], []
-        for windows in (ours, theirs):
-            rows = [[*w, *[0] * (longest - len(w))] for w in windows]
-            sides.append(torch.tensor(rows, dtype=torch.long, device=device))
-            lengths.append(torch.tensor([len(w) for w in windows], device=device))
-        table = adapted_weight(unwrapped(self.tools.models.student).get_input_embeddings()).detach()
-        distance, _ = window_divergence(
-            student_ids=sides[0], teacher_ids=sides[1], embedding=table.to(device),
-            student_lengths=lengths[0], teacher_lengths=lengths[1],
-        )  # fmt: skip
-        return [float(d) for d in distance]
 
     def better(self, made: Sequence[Mixed], right: Sequence[bool | None], kept: Kept) -> list[Mixed]:
         """Bridged responses that are better than the rollout, else the rollout."""

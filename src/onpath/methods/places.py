@@ -3,15 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from torch import Tensor
 
 from onpath.config.methods.topd import TOPDOptions
 from onpath.engines.forward import Kept
 from onpath.methods.base import Tools, own_response
+from onpath.methods.topd import decide
 from onpath.methods.topd.method import TOPD
 from onpath.records import Rollout
-from onpath.system import distributed
 from onpath.system.draws import noise
 
 
@@ -84,11 +83,7 @@ def first_run(means: Sequence[float], *, below: float, count: int) -> int | None
 def moved(threshold: Tensor, values: Sequence[float], *, level: float, decay: float) -> float:
     """A moving quantile, in place: towards that of the step's values over all processes, each of which must
     call."""
-    everyone = distributed.gather(values)
-    if everyone:
-        before = 0.0 if threshold.isnan() else decay
-        now = float(np.quantile(everyone, level))
-        threshold.copy_(before * threshold.nan_to_num() + (1 - before) * now)
+    decide.follow(threshold, decide.shared_quantile(values, level), decay=decay)
     return float(threshold)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+from torch import Tensor
 
 from onpath.config.methods.topd import TOPDOptions
 from onpath.methods.topd.candidates import NO_DISTANCE, Fork
@@ -21,8 +22,20 @@ def quantile_of(forks: Sequence[Fork], options: TOPDOptions) -> float | None:
             values, level = [f.distance for f in forks if f.decision == "reference"], 0.75
         case _:
             return None
+    return shared_quantile(values, level)
+
+
+def shared_quantile(values: Sequence[float], level: float) -> float | None:
+    """Over all processes, each of which must call; None: there is no value."""
     everyone = distributed.gather(values)
     return float(np.quantile(everyone, level)) if everyone else None
+
+
+def follow(threshold: Tensor, quantile: float | None, *, decay: float) -> None:
+    """Moves a threshold, in place, towards a step's quantile, if there is one; NaN is no threshold yet."""
+    if quantile is not None:
+        before = 0.0 if threshold.isnan() else decay
+        threshold.copy_(before * threshold.nan_to_num() + (1 - before) * quantile)
 
 
 def decided(forks: Sequence[Fork], options: TOPDOptions, threshold: float) -> list[Fork]:

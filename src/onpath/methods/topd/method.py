@@ -131,9 +131,7 @@ class TOPD(Method):
 
     def follow(self, quantile: float | None) -> None:
         """Moves the threshold towards this step's quantile."""
-        if quantile is not None:
-            decay = 0.0 if self.threshold.isnan() else self.options.quantile_decay
-            self.threshold.copy_(decay * self.threshold.nan_to_num() + (1 - decay) * quantile)
+        decide.follow(self.threshold, quantile, decay=self.options.quantile_decay)
 
     def after_step(self, measured: Mapping[str, float]) -> None:
         """λ: auto moves so that the last step's ratio of gradients would have been the wanted one."""

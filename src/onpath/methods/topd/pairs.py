@@ -60,20 +60,26 @@ class Pairs:
 
 def pairs_of(found: Sequence[Fork], rollouts: Sequence[Rollout], tools: Tools, options: TOPDOptions) -> Pairs:
     """The windows in the space that `embedding` names."""
-    device = tools.models.device
-    student_FK, student_lengths = _padded([f.student for f in found], device)
-    teacher_FJ, teacher_lengths = _padded([f.teacher for f in found], device)
-    if options.embedding == "student_layer":
-        table, student_FK, teacher_FJ = _in_context(found, rollouts, tools, options.embedding_layer)
-    else:
-        owner = tools.models.student if options.embedding == "student" else _teacher_model(tools)
-        table = adapted_weight(unwrapped(owner).get_input_embeddings()).detach().to(device)
+    owner = _teacher_model(tools) if options.embedding == "teacher" else tools.models.student
+    pairs = of_tokens([f.student for f in found], [f.teacher for f in found], owner, tools.models.device)
+    if options.embedding != "student_layer":
+        return pairs
+    table, student_FK, teacher_FJ = _in_context(found, rollouts, tools, options.embedding_layer)
+    return replace(pairs, table=table, student_FK=student_FK, teacher_FJ=teacher_FJ)
+
+
+def of_tokens(
+    ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]], owner: nn.Module, device: torch.device
+) -> Pairs:
+    """Windows of token ids, by the embeddings of the model that owns them."""
+    student_FK, student_lengths = _padded(ours, device)
+    teacher_FJ, teacher_lengths = _padded(theirs, device)
     return Pairs(
         student_FK=student_FK,
         teacher_FJ=teacher_FJ,
         student_lengths=student_lengths,
         teacher_lengths=teacher_lengths,
-        table=table,
+        table=adapted_weight(unwrapped(owner).get_input_embeddings()).detach().to(device),
     )
 
 
