@@ -188,36 +188,34 @@ class _Stored:
 
     def __init__(self, directory: Path, part: str) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._pieces: dict[str, list[tuple[Path, int, int]]] = {}
-        """Name → file, first row and the row after the last."""
+        self._pieces: dict[str, list[tuple[Any, int, int]]] = {}
+        """Name → open file, first row and the row after the last."""
         files = [directory / f"{part}.safetensors", *sorted(directory.glob(f"{part}-*-of-*.safetensors"))]
         for path in files:
             if not path.exists():
                 continue
-            with safe_open(path, "pt") as file:
-                places = json.loads((file.metadata() or {}).get(_PLACES, "{}"))
-                for name in file.keys():  # noqa: SIM118  not a mapping
-                    shape = tuple(file.get_slice(name).get_shape())
-                    start, *whole = places.get(name, [0, *shape])
-                    self.shapes[name] = tuple(whole)
-                    self._pieces.setdefault(name, []).append(
-                        (path, start, start + (shape[0] if shape else 1))
-                    )
+            file = safe_open(path, "pt")
+            places = json.loads((file.metadata() or {}).get(_PLACES, "{}"))
+            for name in file.keys():  # noqa: SIM118  not a mapping
+                shape = tuple(file.get_slice(name).get_shape())
+                start, *whole = places.get(name, [0, *shape])
+                self.shapes[name] = tuple(whole)
+                stop = start + (shape[0] if shape else 1)
+                self._pieces.setdefault(name, []).append((file, start, stop))
 
     @torch.no_grad()
     def into(self, name: str, tensor: Tensor) -> None:
         """This process's rows of a stored tensor, copied into its own."""
         own, rows = local(tensor), rows_of(tensor)
-        for path, start, stop in self._pieces[name]:
+        for file, start, stop in self._pieces[name]:
             first, last = max(start, rows.start), min(stop, rows.stop)
             if first >= last:
                 continue
-            with safe_open(path, "pt") as file:
-                if own.ndim == 0:
-                    own.copy_(file.get_tensor(name))
-                else:
-                    found = file.get_slice(name)[first - start : last - start]
-                    own[first - rows.start : last - rows.start].copy_(found)
+            if own.ndim == 0:
+                own.copy_(file.get_tensor(name))
+            else:
+                found = file.get_slice(name)[first - start : last - start]
+                own[first - rows.start : last - rows.start].copy_(found)
 
 
 def holds_model(path: Path) -> bool:
