@@ -4,7 +4,6 @@ import importlib.util
 import json
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -175,13 +174,7 @@ def test_a_method_in_a_study(tiny: Tiny, outside: Path, capsys: pytest.CaptureFi
         "parallel": {"processes": 1, "threads": 1},
     }
     Path("study.yaml").write_text(yaml.safe_dump(study))
-    done = subprocess.run(
-        [sys.executable, "-m", "onpath", "study", "study.yaml", "--allow-code", "--quiet"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    assert main(["study", "study.yaml", "--allow-code", "--quiet"]) == 0
     found = json.loads((outside / "studies" / "strangers" / "study.json").read_text())
     assert {arm["arm"] for arm in found["arms"]} == {"opd", "longer"}
     assert main(["report", str(outside / "studies" / "strangers")]) == 0

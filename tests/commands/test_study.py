@@ -263,7 +263,7 @@ def check_numbers(directory: Path, data: Mapping[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_killed_and_continued_in_processes(make: Make) -> None:
+def test_killed_and_continued_in_processes(make: Make, capfd: pytest.CaptureFixture[str]) -> None:
     path = make()
     directory = Path(yaml.safe_load(path.read_text())["dir"]) / "tiny"
     command = [sys.executable, "-m", "onpath", "study", str(path)]
@@ -282,17 +282,18 @@ def test_killed_and_continued_in_processes(make: Make) -> None:
     whole = {p: p.stat().st_mtime_ns for p in (directory / "runs").glob("*/model")}
     assert 1 <= len(whole) < 4
 
-    second = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert second.returncode == 0, second.stderr
+    code = main(["study", str(path)])
+    said = capfd.readouterr()
+    assert code == 0, said.err
     assert {p: p.stat().st_mtime_ns for p in whole} == whole  # not run again
-    assert "5/5" in second.stderr
+    assert "5/5" in said.err
     data = result(directory)
     assert [(r["arm"], r["seed"]) for r in data["rows"]] == [
         ("untouched", None), ("opd", 0), ("forward", 0), ("opd", 1), ("forward", 1),
     ]  # fmt: skip
     assert any(r["evals"]["test"]["avg_at_k"] > 0 for r in data["rows"])
     check_numbers(directory, data)
-    assert "test, pass@2: 16 problems, 4 samples each" in second.stdout
+    assert "test, pass@2: 16 problems, 4 samples each" in said.out
     assert "| forward | 2 |" in (directory / "study.md").read_text()
     assert not list(directory.glob("runs/*/checkpoints"))
 

@@ -1,7 +1,6 @@
 """`rollout.overlap`: each step trains on what the weights of the step before wrote, and goes on exactly."""
 
 import copy
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +20,8 @@ from onpath.run.log import read_lines
 from onpath.run.optimizer import make_optimizer
 from onpath.system.errors import UserError
 from onpath.training import one_step, train
-from tests.run.test_kill import rows, start, written
+from tests.forks import ended
+from tests.run.test_kill import killed_when, rows, start, written
 from tests.run.test_resume import PLACES, Stopped, contents, stop_at
 
 Tiny = Callable[..., Config]
@@ -115,18 +115,10 @@ def test_killed_with_sigkill(tiny: Tiny, tmp_path: Path) -> None:
     options = OPTIONS | {"optim__steps": 6, "run__threads": 1}
     whole_file, whole = written(tiny(**options, run__name="whole"), tmp_path)
     killed_file, killed = written(tiny(**options, run__name="killed"), tmp_path)
-    assert start(whole_file).wait(timeout=240) == 0
-    kills = 0
+    assert ended(start(whole_file)) == 0
     for lines in (3, 5):
-        process = start(killed_file)
-        while process.poll() is None and len(rows(killed)) < lines:
-            time.sleep(0.005)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait(timeout=60)
-    assert kills == 2, "every kill must land before the run ends, or this proves nothing"
-    assert start(killed_file).wait(timeout=240) == 0
+        killed_when(lambda lines=lines: len(rows(killed)) >= lines, killed_file)
+    assert ended(start(killed_file)) == 0
     assert rows(killed) == rows(whole)
     for name in ("model", "optimizer", "method"):
         one, two = (load_file(r / "checkpoints" / "step_6" / f"{name}.safetensors") for r in (whole, killed))

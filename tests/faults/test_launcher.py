@@ -1,12 +1,60 @@
-"""Under torchrun a mistake is said once, and its report ends with the sentence."""
+"""Under torchrun: runs one after the other; a mistake is said once, and the launcher's report ends with the
+sentence."""
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from onpath.commands.cli import main
+from onpath.config.build import Config
+
+ONE_AFTER_THE_OTHER = """
+import sys
+from onpath.commands.cli import main
+for path in sys.argv[1:]:
+    code = main(["train", path, "--quiet"])
+    if code:
+        sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+def test_two_runs_and_a_mistake_in_the_same_processes(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    """The launcher's store remembers the first run; the mistake is one that the first process finds."""
+    files = []
+    for name, more in (("first", {}), ("second", {}), ("wrong", {"optim__eps": 1e-3})):
+        sharded = {"parallel__shard": "layer", "parallel__timeout": 30.0, "teacher__device": "auto"}
+        config = tiny(
+            **sharded, **more, run__name=name.replace("wrong", "second"), data__eval={}, optim__steps=1
+        )
+        files.append(tmp_path / f"{name}.yaml")
+        files[-1].write_text(config.to_yaml())
+    script = tmp_path / "script.py"
+    script.write_text(ONE_AFTER_THE_OTHER)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, str(script), *map(str, files)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode != 0
+    (ours,) = [line for line in done.stderr.splitlines() if line.startswith("onpath: ")]
+    assert "belongs to a run with another config" in ours
+    first, second = (
+        load_file(tmp_path / "runs" / n / "model" / "model.safetensors") for n in ("first", "second")
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_torchruns_report_ends_with_our_sentence(

@@ -2,9 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import exp, log
@@ -37,6 +34,7 @@ from onpath.run.weights import shaped
 from onpath.system.errors import UserError
 from onpath.training import sample, train
 from onpath.transport.plans import window_divergence
+from tests.forks import done_by_two
 from tests.methods.family import logps_along
 from tests.stepping import step_on
 
@@ -660,12 +658,7 @@ def test_two_processes_are_one(tiny: Tiny, tmp_path: Path) -> None:
     options = {**of_method(method), "rollout__prompts": 5, "optim__steps": 2}
     one = train(tiny(**options, run__name="one"), quiet=True).directory
     config = tiny(**options, run__name="two")
-    path = tmp_path / "two.yaml"
-    path.write_text(config.to_yaml())
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    command = [*launch, "-m", "onpath", "train", str(path), "--quiet"]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done_by_two(lambda _: train(config, quiet=True), tmp_path)
     names = (
         "loss", "tokens", "grad_norm", "forks", "fork_candidates", "candidate_distance", "fork_threshold",
         "guidance", "guidance_grad_ratio", "guidance_weight", "suppressed_tokens", "teacher_tokens_generated",

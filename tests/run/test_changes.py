@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from onpath.run.log import read_lines
 from onpath.system.errors import UserError
 from onpath.system.signals import stop_requests
 from onpath.training import train
+from tests.forks import begun, ended
 
 Tiny = Callable[..., Config]
 BEGUN: dict[str, Any] = {
@@ -451,12 +451,16 @@ def test_a_closed_pipe_does_not_end_a_run(pipe: str, tiny: Tiny, tmp_path: Path)
     file.write_text(config.to_yaml())
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run(
-        [sys.executable, "-m", "onpath", "train", str(file)],
-        stderr=write,
-        stdout=write if pipe == "both" else subprocess.PIPE,
-        check=False,
-    )
+
+    def run() -> int:
+        os.dup2(write, 2)
+        if pipe == "both":
+            os.dup2(write, 1)
+        code = main(["train", str(file)])
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()  # as Python does at its end, with exit code 120 if it cannot
+        return code
+
+    assert ended(begun(run)) == 0
     os.close(write)
-    assert done.returncode == 0
     assert (Path(config.run.dir) / config.run.name / "model").is_dir()

@@ -1,48 +1,54 @@
 """A run killed with SIGKILL and started again ends as if it had never been killed."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
+from onpath.commands.cli import main
 from onpath.config.build import Config
+from onpath.run import checkpoint
 from onpath.run.log import read_lines
 from onpath.system.errors import UserError
 from onpath.training import train
-
-# Writes checkpoints slowly, so that a kill can land in the middle of one.
-SLOW_WRITER = """
-import sys, time
-import onpath.run.checkpoint as checkpoint
-from onpath.commands.cli import main
-whole = checkpoint.save_file
-def slow(tensors, path, **options):
-    half = str(path) + ".part"
-    whole(tensors, half, **options)
-    data = open(half, "rb").read()
-    with open(path, "wb") as file:
-        file.write(data[: len(data) // 2]); file.flush(); time.sleep(0.15); file.write(data[len(data) // 2 :])
-    __import__("os").unlink(half)
-checkpoint.save_file = slow
-sys.exit(main(["train", sys.argv[1], "--quiet"]))
-"""
+from tests.forks import begun, ended
 
 
-def start(config_file: Path) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", SLOW_WRITER, str(config_file)],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+def start(config_file: Path) -> BaseProcess:
+    """`onpath train`, writing checkpoints slowly, so that a kill can land in the middle of one."""
+    whole = checkpoint.save_file
+
+    def slow(tensors: Any, path: Path, **options: Any) -> None:
+        half = Path(f"{path}.part")
+        whole(tensors, half, **options)
+        data = half.read_bytes()
+        with path.open("wb") as file:
+            file.write(data[: len(data) // 2])
+            file.flush()
+            time.sleep(0.15)
+            file.write(data[len(data) // 2 :])
+        half.unlink()
+
+    def run() -> int:
+        checkpoint.save_file = slow  # type: ignore[assignment]
+        return main(["train", str(config_file), "--quiet"])
+
+    return begun(run)
+
+
+def killed_when(moment: Callable[[], bool], config_file: Path) -> None:
+    """Starts the run, and kills it at the moment, which must come before its end."""
+    process = start(config_file)
+    while process.is_alive() and not moment():
+        time.sleep(0.005)
+    process.kill()
+    assert ended(process) == -signal.SIGKILL, "the kill must land before the run ends, or this proves nothing"
 
 
 def written(config: Config, tmp_path: Path) -> tuple[Path, Path]:
@@ -71,22 +77,14 @@ def test_killed_runs_end_like_the_one_that_was_not(tiny: Callable[..., Config], 
     }
     whole_file, whole = written(tiny(**options, run__name="whole"), tmp_path)
     killed_file, killed = written(tiny(**options, run__name="killed"), tmp_path)
-    assert start(whole_file).wait(timeout=240) == 0
-    kills = 0
+    assert ended(start(whole_file)) == 0
     for moment in (
         lambda: bool(list((killed / "checkpoints").glob(".step_2.tmp*"))),  # while a checkpoint is written
         lambda: len(rows(killed)) >= 3,  # between checkpoints: steps to do again
         lambda: bool(list((killed / "checkpoints").glob(".step_6.tmp*"))),  # the last checkpoint
     ):
-        process = start(killed_file)
-        while process.poll() is None and not moment():
-            time.sleep(0.005)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait(timeout=60)
-    assert kills == 3, "every kill must land before the run ends, or this proves nothing"
-    assert start(killed_file).wait(timeout=240) == 0
+        killed_when(moment, killed_file)
+    assert ended(start(killed_file)) == 0
     assert rows(killed) == rows(whole)
     assert [r["step"] for r in rows(whole)] == [1, 2, 3, 4, 5, 6]
     assert (killed / "eval.jsonl").read_text() == (whole / "eval.jsonl").read_text()

@@ -3,8 +3,8 @@
 `test_two_processes.py` has plain OPD.
 """
 
-import subprocess
-import sys
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from onpath import training
+from onpath.commands.cli import main
 from onpath.config.build import Config
 from onpath.run.log import read_lines
 from onpath.system import distributed
 from onpath.training import train
+from tests.forks import forked
 from tests.run.test_resume import Stopped, stop_at
 from tests.system.test_two_processes import in_ranks
 
@@ -135,56 +138,30 @@ def test_begun_by_one_process_and_ended_by_two(
     same(whole, in_ranks(config, tmp_path, processes=2))
 
 
-STOPPED_ALONE = """
-import os, signal, sys
-import onpath.training as training
-from onpath.commands.cli import main
-real = training.one_step
-def hit(parts, optimizer, step):
-    if step == 1 and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGTERM)
-    return real(parts, optimizer, step)
-training.one_step = hit
-sys.exit(main(["train", sys.argv[1], "--quiet"]))
-"""
-
-
 @pytest.mark.slow
 def test_one_rank_that_is_asked_to_stop_stops_all(tiny: Tiny, tmp_path: Path) -> None:
     config = tiny(optim__steps=4, data__eval={})
     directory = Path(config.run.dir) / config.run.name
-    script = tmp_path / "stopped.py"
-    script.write_text(STOPPED_ALONE)
     file = tmp_path / "config.yaml"
     file.write_text(config.to_yaml())
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*command, str(script), str(file)], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("is saved; the same command goes on") == 1
+    real = training.one_step
+
+    def run(rank: int) -> None:
+        def hit(parts: Any, optimizer: Any, step: int) -> Any:
+            if step == 1 and rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(parts, optimizer, step)
+
+        training.one_step = hit
+        place = tmp_path / "attempt" / str(rank) / "error.json"  # as torchrun does: where ranks agree who speaks
+        place.parent.mkdir(parents=True)
+        os.environ["TORCHELASTIC_ERROR_FILE"] = str(place)
+        assert main(["train", str(file), "--quiet"]) == 0
+
+    found = forked(run, tmp_path)
+    assert [code for code, _, _ in found] == [0, 0]
+    said = found[0][2] + found[1][2]
+    assert said.count("is saved; the same command goes on") == 1
     assert [p.name for p in (directory / "checkpoints").iterdir()] == ["step_2"]
     train(config, quiet=True)
     same(train(tiny(optim__steps=4, data__eval={}, run__name="whole"), quiet=True).directory, directory)
-
-
-@pytest.mark.slow
-def test_a_mistake_is_said_once_by_two_processes(tiny: Tiny, tmp_path: Path) -> None:
-    """One that all find before they know of each other, and one that the first process finds."""
-    good = tiny(data__eval={}, optim__steps=1)
-    train(good, quiet=True)
-    file = tmp_path / "config.yaml"
-    file.write_text(good.to_yaml())
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for key, value, says in (
-        ("optim.lr", "-1", "optim.lr is -1"),
-        ("optim.eps", "1e-3", "belongs to a run with another config"),
-    ):
-        done = subprocess.run(
-            [*command, "-m", "onpath", "train", str(file), f"--{key}", value],
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert done.returncode != 0
-        ours = [line for line in done.stderr.splitlines() if line.startswith("onpath: ")]
-        assert len(ours) == 1, done.stderr
-        assert says in ours[0]

@@ -12,7 +12,7 @@ from onpath.methods.topd.candidates import candidate_counts
 from onpath.records import Edit, Trajectory
 from onpath.system import distributed
 from onpath.system.errors import UserError
-from tests.ranks import ranks
+from tests.forks import ranks
 
 
 def rewrites(*reasons: str) -> list[Trajectory]:

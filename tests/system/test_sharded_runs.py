@@ -3,8 +3,6 @@ finished is lost."""
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +19,9 @@ from onpath.run.log import read_lines
 from onpath.system import distributed
 from onpath.system.errors import UserError
 from onpath.training import train
+from tests.forks import TIMEOUT, done_by_two, forked, free_port
 from tests.methods.family import ARMS, options_of
 from tests.methods.test_trd import TEMPLATE
-from tests.ranks import TIMEOUT, done_by_two, forked, free_port
 
 Tiny = Callable[..., Config]
 SHARDED = {"parallel__timeout": TIMEOUT, "teacher__device": "auto", "parallel__shard": "layer"}
@@ -209,37 +207,3 @@ def test_what_stops_one_rank_is_said_by_both(where: str, says: str, tiny: Tiny, 
     for code, _, err in forked(lambda rank: cannot_go_on(rank, config, where), tmp_path):
         assert code == 2
         assert says in next(line for line in reversed(err.splitlines()) if line.startswith("onpath:"))
-
-
-TWICE = """
-import sys
-from onpath.training import train
-for path in sys.argv[1:]:
-    train(path, quiet=True)
-"""
-
-
-@pytest.mark.slow
-def test_two_runs_in_the_same_processes(tiny: Tiny, tmp_path: Path) -> None:
-    """A launcher's store remembers the first one."""
-    paths = []
-    for name in ("first", "second"):
-        config = tiny(**{**OPTIM, **SHARDED}, run__name=name, data__eval={})
-        paths.append(tmp_path / f"{name}.yaml")
-        paths[-1].write_text(config.to_yaml())
-    script = tmp_path / "twice.py"
-    script.write_text(TWICE)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launcher, str(script), *map(str, paths)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (
-        load_file(tmp_path / "runs" / n / "model" / "model.safetensors") for n in ("first", "second")
-    )
-    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -25,7 +25,7 @@ from onpath.system import distributed
 from onpath.system.errors import UserError
 from onpath.training import train
 from tests.conftest import make_model, make_tokenizer
-from tests.ranks import TIMEOUT, done_by_two, forked, free_port
+from tests.forks import TIMEOUT, done_by_two, forked, free_port
 from tests.stepping import step_on
 
 Tiny = Callable[..., Config]

@@ -11,7 +11,7 @@ from onpath.engines.vllm import request_seed
 from onpath.run.log import read_lines
 from onpath.training import train
 from tests.engines.test_server import fake_of, restarted
-from tests.ranks import forked
+from tests.forks import forked
 
 COLUMNS = ("loss", "tokens", "reverse_kl_nats", "student_entropy_nats", "grad_norm", "mean_length", "lr")
 

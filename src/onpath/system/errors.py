@@ -31,7 +31,9 @@ def guarded(run: Callable[[], int | None]) -> int:
     """Runs a command; its exit code. What the user can fix is one sentence on stderr."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a warning at every fork otherwise
     try:
-        return int(run() or 0)
+        code = int(run() or 0)
+        sys.stdout.flush()  # here, where a reader that has left can be told from a failure: not at Python's end
+        return code
     except UserError as error:
         return _failed(one_line(str(error), _LONGEST))
     except Stopped as ended:

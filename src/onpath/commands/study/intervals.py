@@ -110,17 +110,26 @@ def _half_width(values_SP: NDArray[np.float64], level: float) -> float:
     if runs >= _ENOUGH_SEEDS:
         variance, freedom = crossed_variance(values_SP)
         return float(stdtrit(freedom, 1 - level / 2) * variance**0.5)
-    by_seed, by_problem, by_both = _mean_squares(values_SP)
+    return _half_width_of_few_seeds(_mean_squares(values_SP), runs, problems, level)
+
+
+def _half_width_of_few_seeds(
+    mean_squares: tuple[float, float, float], runs: int, problems: int, level: float
+) -> float:
+    by_seed, by_problem, by_both = mean_squares
     seeds, others = (float(stdtrit(n - 1, level / 2)) ** 2 for n in (runs, problems))
     return float(((seeds * by_seed + others * max(0.0, by_problem - by_both)) / (runs * problems)) ** 0.5)
 
 
 def _level_reaching(values_SP: NDArray[np.float64], distance: float) -> float:
-    """The level whose interval ends just at 0, by halving: the two-sided p-value."""
+    """The level whose interval ends just at 0, by halving: the two-sided p-value of few seeds."""
+    runs, problems = values_SP.shape
+    mean_squares = _mean_squares(values_SP)
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (middle, high) if _half_width(values_SP, middle) > distance else (low, middle)
+        half = _half_width_of_few_seeds(mean_squares, runs, problems, middle)
+        low, high = (middle, high) if half > distance else (low, middle)
     return high
 
 

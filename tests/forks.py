@@ -1,9 +1,12 @@
-"""Several ranks without a launcher: forks of the test's own process, which has imported everything."""
+"""Processes without a launcher: forks of the test's own, which has imported everything (a new one takes five
+seconds or more for that)."""
 
 import os
 import socket
 import sys
 from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,27 @@ def forked(what: Callable[[int], Any], tmp_path: Path, *, world: int = 2) -> lis
     codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in started]
     said = [[(tmp_path / f"{name}{rank}").read_text() for name in ("out", "err")] for rank in range(world)]
     return [(code, *texts) for code, texts in zip(codes, said, strict=True)]
+
+
+def begun(what: Callable[[], int]) -> BaseProcess:
+    """A process that says nothing and ends with what `what` returns; it may be killed meanwhile."""
+
+    def run() -> None:
+        for stream in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        sys.exit(what())
+
+    process = get_context("fork").Process(target=run)
+    process.start()
+    return process
+
+
+def ended(process: BaseProcess, *, within: float = 240.0) -> int:
+    """Its exit code, once it has ended: −9 if it was killed."""
+    process.join(within)
+    assert process.exitcode is not None, "it is still running"
+    return process.exitcode
 
 
 def ranks(what: Callable[[int], Any], tmp_path: Path, *, world: int = 2) -> list[tuple[int, str, str]]:
