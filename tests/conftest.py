@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Callable, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from onpath import config as config_module
 from onpath.commands.study.plan import Job
 from onpath.commands.study.worker import evaluate_untrained
 from onpath.config.build import Config
+from onpath.engines.hf import HFEngine
+from onpath.engines.self_check import Agreement, check_model
 from onpath.system.errors import UserError
 from onpath.training import train
 
@@ -75,6 +78,30 @@ def make_model(
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+AGREED: dict[tuple[object, ...], Agreement] = {}
+"""Models that have passed the start-up check in this test process."""
+
+
+@pytest.fixture(autouse=True)
+def _models_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same weights pass the start-up check once: it is a third of a tiny run, and there are many hundreds
+    of those. What the check finds is tested in engines/test_self_check.py, which calls it itself."""
+
+    def check(model: torch.nn.Module, engine: HFEngine | None, *, key: str, **options: Any) -> Agreement:
+        state = model.state_dict()
+        digest = blake2b(repr([(name, t.dtype, tuple(t.shape)) for name, t in state.items()]).encode())
+        for tensor in state.values():
+            if type(tensor) is not torch.Tensor:
+                return check_model(model, engine, key=key, **options)  # in shards: all ranks do it
+            digest.update(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+        known = (digest.hexdigest(), repr(model), engine is None, key, *options.items())
+        if known not in AGREED:
+            AGREED[known] = check_model(model, engine, key=key, **options)
+        return AGREED[known]
+
+    monkeypatch.setattr("onpath.run.assemble.check_model", check)
 
 
 @pytest.fixture(scope="session")

@@ -153,7 +153,8 @@ def test_one_rank_that_is_asked_to_stop_stops_all(tiny: Tiny, tmp_path: Path) ->
             return real(parts, optimizer, step)
 
         training.one_step = hit
-        place = tmp_path / "attempt" / str(rank) / "error.json"  # as torchrun does: where ranks agree who speaks
+        # As torchrun does: it is where ranks agree who speaks.
+        place = tmp_path / "attempt" / str(rank) / "error.json"
         place.parent.mkdir(parents=True)
         os.environ["TORCHELASTIC_ERROR_FILE"] = str(place)
         assert main(["train", str(file), "--quiet"]) == 0
