@@ -112,7 +112,7 @@ def optimise(parts: Parts, run: Run, *, quiet: bool) -> None:
             store_step(parts, run.directory, meter, step + 1)
             stop = distributed.anywhere(bool(asked), parts.models.device)
             if last or stop or (config.run.save_every and (step + 1) % config.run.save_every == 0):
-                run.checkpoint(step + 1, optimizer)
+                run.checkpoint(step + 1, optimizer, wait=last or stop)
             if stop and not last:
                 run.leave(asked, step + 1)
 

@@ -114,7 +114,10 @@ def saved(step: int, root: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    checkpoint.save(root, step=step, model=model, optimizer=optimizer, extra={"a": torch.ones(2)}, inputs={})
+    saving = checkpoint.save(
+        root, step=step, model=model, optimizer=optimizer, extra={"a": torch.ones(2)}, inputs={}
+    )
+    saving.wait()
     checkpoint.prune(root, keep=1)
 
 

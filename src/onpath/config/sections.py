@@ -321,6 +321,9 @@ class Run(Section):
     """Of the data order, the rollouts and LoRA's initialisation."""
     save_every: Annotated[int, NEUTRAL] = Field(50, ge=0)
     """Write a checkpoint every so many steps (and at the end); 0 only at the end."""
+    save_in_background: Annotated[bool, NEUTRAL] = True
+    """Write a checkpoint while the next step runs, from a copy in host memory (of the trained weights and the
+    optimiser's state); false: wait for it."""
     keep: Annotated[int, NEUTRAL] = Field(2, ge=1)
     """Checkpoints kept; older ones are removed."""
     keep_best: Annotated[str | None, NEUTRAL] = None

@@ -16,7 +16,10 @@ Any number of processes reads what any number has written.
 import hashlib
 import json
 import shutil
+import threading
+import time
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,11 +33,12 @@ from onpath.engines.head import sharded
 from onpath.engines.sharding import local, rows_of
 from onpath.system import distributed
 from onpath.system.errors import UserError
-from onpath.system.files import sync_file, unwritable, written
+from onpath.system.files import sync_file, unwritable, write_text, written
 from onpath.system.reading import read_json
 
 _PREFIX = "step_"
 _PARTS = ("model", "optimizer", "method")
+_TOLD = "digests-of-process-"
 _PLACES = "onpath.places"
 """In a file's metadata: name → its first row, and the shape of the whole."""
 
@@ -59,8 +63,9 @@ def save(
     optimizer: torch.optim.Optimizer,
     extra: Mapping[str, Tensor],
     inputs: Mapping[str, str] | None = None,
-) -> Path:
-    """Writes `root/step_N`, complete or not at all.
+    timeout: float = 600.0,
+) -> "Saving":
+    """Begins to write `root/step_N`, complete or not at all, while the run goes on.
 
     Args:
         root: the run's `checkpoints` directory.
@@ -68,6 +73,7 @@ def save(
         model: its parameters that require gradients are saved, by name.
         extra: the method's own tensors, such as a moving average.
         inputs: digests of what the run has read, by option.
+        timeout: seconds that one process waits for the files of the others.
 
     All processes call it where the model is sharded, else the first one alone.
 
@@ -80,28 +86,115 @@ def save(
         "optimizer": _optimizer_tensors(model, optimizer),
         "method": extra,
     }
-    what = f"the checkpoint of step {step}"
-    if shared and distributed.rank() > 0:
-        temporary = Path(distributed.first_decides(str))
-        try:
-            digests = _write(temporary, parts, suffix=_suffix())
-        except (OSError, SafetensorError) as error:
-            raise unwritable(target, error, what=what) from None
-        distributed.gather([digests])
-        return target
-    # One that is there was written before a crash that lost nothing else: the same step gives the same state.
-    with written(target, what=what, sync=True, also=(SafetensorError,)) as temporary:
+    copies = [_copied(part, tensors, suffix=_suffix() if shared else "") for part, tensors in parts.items()]
+    whole = ExitStack()
+    if distributed.rank() == 0:
+        # One that is there was written before a crash that lost nothing else: a step has one state.
+        what = f"the checkpoint of step {step}"
+        temporary = whole.enter_context(written(target, what=what, sync=True, also=(SafetensorError,)))
         temporary.mkdir()
-        if shared:
-            distributed.first_decides(lambda: str(temporary))
-        digests = _write(temporary, parts, suffix=_suffix() if shared else "")
-        if shared:
-            digests = {name: d for found in distributed.gather([digests]) for name, d in found.items()}
-        (temporary / "inputs.json").write_text(json.dumps(dict(inputs or {}), indent=1) + "\n")
-        digests["inputs.json"] = _digest(temporary / "inputs.json")
-        state = {"step": step, "blake2b": dict(sorted(digests.items()))}
-        (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n")
-    return target
+    if shared:
+        temporary = Path(distributed.first_decides(lambda: str(temporary)))
+    told = {"step": step, "inputs": dict(inputs or {})}
+    return Saving(target, temporary, copies, whole, told=told, timeout=timeout)
+
+
+class Saving:
+    """A checkpoint that a thread writes from copies; whoever changes the weights meanwhile does no harm.
+
+    Processes do not speak: an exchange in the background would run into those of the step. Each leaves the
+    digests of its files beside them, and the first one, when it has all, gives the directory its name.
+    """
+
+    def __init__(
+        self,
+        target: Path,
+        temporary: Path,
+        copies: "list[_Copy]",
+        whole: ExitStack,
+        *,
+        told: Mapping[str, Any],
+        timeout: float,
+    ) -> None:
+        self.target = target
+        self._temporary, self._copies, self._whole, self._told = temporary, copies, whole, told
+        self._patience = timeout
+        self._error: BaseException | None = None
+        self._rank, self._world = distributed.rank(), distributed.world() if copies[0].suffix else 1
+        self._thread = threading.Thread(target=self._run, name=f"save {target.name}")
+        self._thread.start()
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is there, or could not be written."""
+        return not self._thread.is_alive()
+
+    def wait(self, *, patience: float | None = None) -> Path:
+        """Until it is there.
+
+        Args:
+            patience: seconds to wait for other processes from now on, in place of the time-out.
+
+        Raises:
+            UserError: it could not be written; or whatever else befell the thread.
+        """
+        if patience is not None:
+            self._patience = patience
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self.target
+
+    def _run(self) -> None:
+        try:
+            if self._rank == 0:
+                with self._whole:
+                    self._finish(self._write())
+            else:
+                self._tell(self._write())
+        except (OSError, SafetensorError) as error:
+            self._error = unwritable(self.target, error, what=f"the checkpoint of step {self._told['step']}")
+        except BaseException as error:  # whoever waits gets it
+            self._error = error
+        if self._error is not None and self._rank > 0:
+            with suppress(OSError, UserError):
+                self._tell({"error": str(self._error)})
+
+    def _write(self) -> dict[str, str]:
+        """This process's rows of each part, on the disk; the files' digests."""
+        digests = {}
+        for copy in self._copies:
+            path = self._temporary / f"{copy.part}{copy.suffix}.safetensors"
+            save_file(copy.tensors, path, **({"metadata": copy.metadata} if copy.suffix else {}))
+            sync_file(path)
+            digests[path.name] = _digest(path)
+        self._copies = []
+        return digests
+
+    def _tell(self, told: Mapping[str, str]) -> None:
+        write_text(self._temporary / f"{_TOLD}{self._rank}.json", json.dumps(told))
+
+    def _finish(self, digests: dict[str, str]) -> None:
+        """Writes what says that all is there, once it is."""
+        begun = time.monotonic()
+        for rank in range(1, self._world):
+            path = self._temporary / f"{_TOLD}{rank}.json"
+            while not path.exists():
+                if time.monotonic() - begun > self._patience:
+                    raise UserError(
+                        f"{self.target}: process {rank + 1} of {self._world} has not written its part"
+                    )
+                time.sleep(0.01)
+            told = read_json(path, keys={})
+            if "error" in told:
+                raise UserError(told["error"])
+            digests |= told
+            path.unlink()
+        directory = self._temporary
+        (directory / "inputs.json").write_text(json.dumps(self._told["inputs"], indent=1) + "\n")
+        digests["inputs.json"] = _digest(directory / "inputs.json")
+        state = {"step": self._told["step"], "blake2b": dict(sorted(digests.items()))}
+        (directory / "state.json").write_text(json.dumps(state, indent=1) + "\n")
 
 
 def load(
@@ -163,24 +256,26 @@ def _suffix() -> str:
     return f"-{distributed.rank() + 1}-of-{distributed.world()}"
 
 
-def _write(directory: Path, parts: Mapping[str, Mapping[str, Tensor]], *, suffix: str) -> dict[str, str]:
-    """This process's rows of each part, on the disk; the files' digests.
+@dataclass(frozen=True, kw_only=True)
+class _Copy:
+    """This process's rows of one part, in host memory."""
 
-    Args:
-        suffix: of the files' names, where several processes write; empty: one process has whole tensors.
-    """
-    digests = {}
-    for part, tensors in parts.items():
-        path = directory / f"{part}{suffix}.safetensors"
-        rows = {name: rows_of(tensor) for name, tensor in tensors.items()} if suffix else {}
-        mine = {
-            n: local(t.detach()).contiguous() for n, t in tensors.items() if n not in rows or rows[n].stores
-        }
-        places = {n: [rows[n].start, *rows[n].shape] for n in mine if n in rows}
-        save_file(mine, path, **({"metadata": {_PLACES: json.dumps(places)}} if suffix else {}))
-        sync_file(path)
-        digests[path.name] = _digest(path)
-    return digests
+    part: str
+    suffix: str
+    """Of the file's name, where several processes write; empty: one process has whole tensors."""
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+def _copied(part: str, tensors: Mapping[str, Tensor], *, suffix: str) -> _Copy:
+    rows = {name: rows_of(tensor) for name, tensor in tensors.items()} if suffix else {}
+    mine = {
+        name: local(tensor.detach()).to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+        if name not in rows or rows[name].stores
+    }
+    places = {n: [rows[n].start, *rows[n].shape] for n in mine if n in rows}
+    return _Copy(part=part, suffix=suffix, tensors=mine, metadata={_PLACES: json.dumps(places)})
 
 
 class _Stored:

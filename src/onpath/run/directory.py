@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,9 @@ from onpath.system.reading import read_yaml
 from onpath.system.signals import Requests, Stopped
 from onpath.system.streams import say
 
+_PATIENCE = 10.0
+"""Seconds that a run which ends before its time waits for the other processes' parts of a checkpoint."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
@@ -83,6 +87,8 @@ class Run:
     """Evaluations after it."""
     held: int | None = None
     """The lock on the directory."""
+    saving: checkpoint.Saving | None = None
+    """The checkpoint that is being written."""
 
     @property
     def finished(self) -> bool:
@@ -119,7 +125,10 @@ class Run:
         return {**parts.method.state(), **parts.models.teacher.state(), **follows}
 
     def close(self) -> None:
-        """Lets the trackers write what they hold, and waits for what is being sampled."""
+        """Lets the trackers write what they hold, and waits for what is being sampled and saved."""
+        if self.saving is not None:  # the run ends before its time: what is finished must not be lost
+            with suppress(Exception):
+                self.saving.wait(patience=_PATIENCE)
         if self.parts.overlap:
             self.parts.overlap.close()
         for tracker in self.trackers:
@@ -208,6 +217,8 @@ class Run:
         for step in range(done, self.parts.config.optim.steps):
             if self.stalled:
                 return
+            if self.saving is not None and self.saving.ended:
+                self.settle()  # a full disk is said now, not at the next checkpoint
             yield step
 
     def judge(self, display: Display, results: Sequence[EvalResult]) -> bool:
@@ -268,21 +279,38 @@ class Run:
                 tracker.log(flatten({k: v for k, v in row.items() if k != "step"}), step)
         return row
 
-    def checkpoint(self, step: int, optimizer: torch.optim.Optimizer) -> None:
-        """Saves the complete state, then removes old ones."""
+    def checkpoint(self, step: int, optimizer: torch.optim.Optimizer, *, wait: bool) -> None:
+        """Saves the complete state; it is written while the next step runs, unless nothing comes after it.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        self.settle()
         root, student = self.directory / "checkpoints", self.parts.models.student
         if distributed.rank() == 0 or sharded(student):
-            checkpoint.save(
+            self.saving = checkpoint.save(
                 root,
                 step=step,
                 model=student,
                 optimizer=optimizer,
                 extra=self.state(),
                 inputs=self.inputs,
+                timeout=self.parts.config.parallel.timeout,
             )
-        if distributed.rank() == 0:
-            checkpoint.prune(root, keep=self.parts.config.run.keep)
-        distributed.barrier()
+        if wait or not self.parts.config.run.save_in_background:
+            self.settle()
+
+    def settle(self) -> None:
+        """Waits for the checkpoint that is being written, then removes old ones.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        saving, self.saving = self.saving, None
+        if saving is not None:
+            saving.wait()
+            if distributed.rank() == 0:
+                checkpoint.prune(saving.target.parent, keep=self.parts.config.run.keep)
 
     def save_model(self) -> Path:
         """Final weights: complete or not at all.

@@ -32,7 +32,7 @@ def guarded(run: Callable[[], int | None]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a warning at every fork otherwise
     try:
         code = int(run() or 0)
-        sys.stdout.flush()  # here, where a reader that has left can be told from a failure: not at Python's end
+        sys.stdout.flush()  # at Python's end a reader that has left would be a failure: exit code 120
         return code
     except UserError as error:
         return _failed(one_line(str(error), _LONGEST))
