@@ -22,7 +22,8 @@ def smaller(study: StudyConfig) -> StudyConfig:
     """Two updates of eight prompts, twelve problems."""
     tree = study.model_dump(mode="json")
     tree["base"]["data"]["eval_limit"] = 12
-    tree["base"]["rollout"]["prompts"] = 8
+    tree["base"]["rollout"] |= {"prompts": 8, "max_new_tokens": 48}
+    tree["base"]["eval"]["max_new_tokens"] = 48
     tree["budget"] = {"updates": 2}
     arms = {
         name: arm["kind"] if arm["kind"] != "train" else arm["overrides"]

@@ -33,6 +33,11 @@ from tests.families.plain import SMALL, compare, pair
 Tiny = Callable[..., Config]
 
 
+@pytest.fixture(autouse=True)
+def _models_are_checked_once() -> None:
+    """Not here."""
+
+
 def checked(model: nn.Module, **options: Any) -> self_check.Agreement:
     engine = HFEngine(model, Renderer(make_tokenizer()), stop_ids=frozenset({2}))
     return check_model(model, engine, key="student.model", vocabulary=48, **options)

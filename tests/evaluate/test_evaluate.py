@@ -125,6 +125,14 @@ def test_wilson_equals_scipys(hits: int, trials: int) -> None:
     )
 
 
+def test_an_interval_holds_what_was_measured() -> None:
+    """Also where rounding says otherwise: a picture has no bars of negative length."""
+    for trials in range(1, 200):
+        for share in (0.0, 1.0, 1 / trials):
+            low, high = wilson_interval(share, trials=trials)
+            assert 0 <= low <= share <= high <= 1
+
+
 @pytest.mark.parametrize("scores", [[], [0.5, float("nan")], [[0.5]]])
 def test_statistics_refuse_what_is_no_vector(scores: list[float]) -> None:
     for function in (bootstrap_interval, difference_interval, sign_flip_p_value):

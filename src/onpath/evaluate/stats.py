@@ -77,7 +77,8 @@ def wilson_interval(share: float, *, trials: int) -> tuple[float, float]:
     shrink = 1 + Z_95**2 / trials
     centre = (share + Z_95**2 / (2 * trials)) / shrink
     half = Z_95 / shrink * sqrt(share * (1 - share) / trials + Z_95**2 / (4 * trials**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # At 0 and at 1 rounding puts an end beyond the share itself.
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
 
 def difference_interval(
