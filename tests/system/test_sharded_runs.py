@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from onpath import export_model
 from onpath.config.build import Config
+from onpath.engines import sharding, teacher
 from onpath.run import checkpoint
 from onpath.run.log import read_lines
 from onpath.system import distributed
@@ -207,3 +208,48 @@ def test_what_stops_one_rank_is_said_by_both(where: str, says: str, tiny: Tiny, 
     for code, _, err in forked(lambda rank: cannot_go_on(rank, config, where), tmp_path):
         assert code == 2
         assert says in next(line for line in reversed(err.splitlines()) if line.startswith("onpath:"))
+
+
+def test_two_hosts_meet(tiny: Tiny, tmp_path: Path) -> None:
+    """A process on each: weights are copies across hosts, whole on either. The result is that of one."""
+    one = train(tiny(**OPTIM, **RUNS["opd"], run__name="opd"), quiet=True).directory
+    options = {**OPTIM, **RUNS["opd"], **SHARDED, "run__dir": str(tmp_path / "hosts"), "run__name": "opd"}
+
+    def run(_: int) -> None:
+        os.environ["LOCAL_WORLD_SIZE"], os.environ["LOCAL_RANK"] = "1", "0"
+        train(tiny(**options), quiet=True)
+
+    done_by_two(run, tmp_path)
+    assert_same(one, tmp_path / "hosts" / "opd")
+
+
+def test_a_host_that_looks_elsewhere_says_where(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny(**{**OPTIM, **SHARDED, "parallel__timeout": 2.0})
+    elsewhere = free_port()
+
+    def run(rank: int) -> None:
+        if rank == 1:
+            os.environ["MASTER_PORT"] = elsewhere
+        train(config, quiet=True)
+
+    for code, _, err in forked(run, tmp_path):
+        assert code == 2, err
+        (said,) = [line for line in err.splitlines() if line.startswith("onpath: ")]
+        assert "MASTER_ADDR, MASTER_PORT" in said
+    assert f"process 1 of 2 does not meet the others at 127.0.0.1:{elsewhere}" in said
+
+
+def test_an_average_that_follows_gathered_weights_is_found(tiny: Tiny, tmp_path: Path) -> None:
+    """A planted fault: parameters are not rows again when the moving average reads them."""
+    options = {**OPTIM, **RUNS["opsd ema"], "data__eval": {}}
+    train(tiny(**options, run__name="one"), quiet=True)
+    config = tiny(**options, **SHARDED, run__name="two")
+
+    def run(_: int) -> None:
+        sharding.give_back = teacher.give_back = lambda *_: None
+        train(config, quiet=True)
+
+    ended = forked(run, tmp_path)
+    if [code for code, _, _ in ended] == [0, 0]:
+        one, two = (state_of(tmp_path / "runs" / name, 2) for name in ("one", "two"))
+        assert not all(tensor.allclose(two[name], rtol=1e-3, atol=1e-5) for name, tensor in one.items())

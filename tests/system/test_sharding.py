@@ -253,6 +253,38 @@ def test_sampling_waits_for_nobody_and_weights_go_one_by_one(lora: int, tiny: Ti
     assert all(torch.allclose(t, handed[n], atol=1e-7) for n, t in alone.items())
 
 
+def sums_of_a_step(rank: int, config: Config, out: Path) -> None:
+    parts = assemble(config)
+    sums = [0]
+    real = _fsdp_param_group.foreach_reduce
+
+    def counted(*args: Any, **options: Any) -> Any:
+        sums[0] += 1
+        return real(*args, **options)
+
+    _fsdp_param_group.foreach_reduce = counted
+    step_on(parts, shares("even", rank), micro_batch_tokens=40)
+    (out / f"sums-{rank}.json").write_text(json.dumps(sums[0]))
+
+
+def test_gradients_are_summed_as_seldom_as_memory_allows(
+    tiny: Tiny, tmp_path: Path, families: dict[str, Path]
+) -> None:
+    """An adapter's once a step for each layer; all weights' in each micro-batch, since whole gradients of all
+    would take what sharding saves."""
+    for lora, units, times in ((4, 2, 1), (0, 4, 3)):  # two layers; the head, and the rest
+        options = {"student__model": str(families["qwen3-untied"]), "student__lora_rank": lora, **UNCLIPPED}
+        config = tiny(**options, **SHARDED, parallel__shard="step")
+
+        def run(rank: int, config: Config = config) -> None:
+            with distributed.one_fate():
+                sums_of_a_step(rank, config, tmp_path)
+
+        done_by_two(run, tmp_path)
+        sums = [json.loads((tmp_path / f"sums-{rank}.json").read_text()) for rank in range(2)]
+        assert sums == 2 * [units * times]
+
+
 def test_half_precision_is_gathered_and_summed_in_full(
     tiny: Tiny, tmp_path: Path, families: dict[str, Path]
 ) -> None:

@@ -20,10 +20,12 @@ from torch.distributed import PrefixStore, Store, TCPStore, rendezvous  # type: 
 from torch.distributed.tensor import DTensor
 
 from onpath.system.errors import UserError
+from onpath.system.text import one_line
 
 T = TypeVar("T")
 
 
+_MEETING = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SAID, _LEFT = "said", "left"
 _runs: list[str] = []
 """Prefixes of this process's runs in the store where ranks meet."""
@@ -35,12 +37,23 @@ def start(device: torch.device, *, timeout: float = 600.0) -> None:
 
     Args:
         timeout: seconds that an exchange waits for a process before the run ends.
+
+    Raises:
+        UserError: the processes do not meet.
     """
     if _asked() and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(local_device(device))
         patience = timedelta(seconds=timeout)
-        store, here, many = next(rendezvous("env://", timeout=patience))
+        try:
+            store, here, many = next(rendezvous("env://", timeout=patience))
+        except (dist.DistError, RuntimeError, ValueError) as error:
+            mine, all_of_them, *where = (os.environ.get(n, "?") for n in _MEETING)
+            raise UserError(
+                f"process {mine} of {all_of_them} does not meet the others at {':'.join(where)} "
+                f"(MASTER_ADDR, MASTER_PORT) within {timeout:g} s: {one_line(str(error), 200)}; start all "
+                "with the first one's address, of a port that they can reach"
+            ) from None
         # A launcher's store outlives a run, and the next run of the same processes must not find its words.
         _runs.append(f"onpath/{len(_runs)}")
         dist.init_process_group(
