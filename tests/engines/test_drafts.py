@@ -1,6 +1,7 @@
 """Drafts make continuations cheaper and change nothing: right ones, wrong ones, none, too many."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -142,3 +143,38 @@ def test_a_response_of_one_token_has_drafts() -> None:
     drafts = Drafts(start=2, response=[7], likeliest=[5])
     assert drafts.propose(prefix_length=2, generated=[], max_tokens=4) == [5]
     assert drafts.propose(prefix_length=2, generated=[8], max_tokens=4) == []
+
+
+def rewrites_of(counted: Counted) -> tuple[list[tuple[int, ...]], list[Drafts]]:
+    """Rewrite prompts of unequal length, and attempts that the model half agrees with."""
+    prompts = [row[: CONTEXT + 2 * i] for i, row in enumerate(counted.rows)]
+    attempts = []
+    for i, prompt in enumerate(prompts):
+        text = list(prompt)
+        for _ in range(K):
+            with torch.no_grad():
+                text.append(int(counted.engine.model(torch.tensor([text])).logits[0, -1].argmax()))
+        attempt = text[len(prompt) :]
+        attempt[3 + i] = (attempt[3 + i] + 1) % 40
+        attempts.append(Drafts.of_text(attempt, start=len(prompt)))
+    return prompts, attempts
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0.0), Sampling(temperature=0.6, top_p=0.95)])
+@pytest.mark.parametrize("batch_tokens", [32_768, 60])
+def test_an_answer_that_repeats_a_text_is_the_same_in_fewer_passes(
+    sampling: Sampling, batch_tokens: int, counted: Counted
+) -> None:
+    counted.engine.batch_tokens = batch_tokens
+    prompts, attempts = rewrites_of(counted)
+    sampling = replace(sampling, max_new_tokens=K, seed=4)
+    keys = [f"rewrite {i}" for i in range(len(prompts))]
+    counted.passes = 0
+    expected = counted.engine.continue_from(prompts, sampling, keys=keys)
+    before, counted.passes = counted.passes, 0
+    found = counted.engine.answer([], prompts, sampling, keys=keys, drafts=attempts)
+    assert [(c.ids, c.finish_reason) for c in found] == [(c.ids, c.finish_reason) for c in expected]
+    for a, b in zip(found, expected, strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+    if sampling.temperature == 0 and max(len(c.ids) for c in expected) == K:
+        assert counted.passes < 0.75 * before

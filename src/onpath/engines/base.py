@@ -53,9 +53,11 @@ class Engine:
         sampling: Sampling,
         *,
         keys: Sequence[str],
+        drafts: "Sequence[Drafts] | None" = None,
     ) -> list[Completion]:
         """One completion per prefix, which is a rendering of the prompt beside it and may hold the beginning
-        of a response. An engine that answers messages only is shown the prompts."""
+        of a response. An engine that answers messages only is shown the prompts; one that can verify many
+        tokens at once follows `drafts`, one per prefix, which change nothing."""
         return self.continue_from(prefixes, sampling, keys=keys)
 
     def can_draw_from(self, past: Past | None) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 from onpath.data.render import Renderer
 from onpath.engines.base import Engine
+from onpath.engines.decoding.drafts import Drafts
 from onpath.engines.replay import Replay, address
 from onpath.engines.stops import string_end
 from onpath.engines.vllm import request_seed
@@ -80,6 +81,7 @@ class ChatEngine(Engine):
         sampling: Sampling,
         *,
         keys: Sequence[str],
+        drafts: Sequence[Drafts] | None = None,
     ) -> list[Completion]:
         """One answer per prompt, without log-probs; the student's stop token follows what the endpoint ended
         by itself. `sampling.top_k` is no part of the protocol and is left out.

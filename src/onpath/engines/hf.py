@@ -26,7 +26,7 @@ from onpath.engines.models import context_length
 from onpath.engines.sharding import is_whole
 from onpath.engines.stops import string_end
 from onpath.losses import token_stats
-from onpath.records import Completion, Sampling, Trajectory
+from onpath.records import Completion, Prompt, Sampling, Trajectory
 from onpath.system.draws import noise
 from onpath.system.errors import UserError
 
@@ -130,6 +130,42 @@ class HFEngine(Engine):
         engine.stop_ids = frozenset(stop_ids)
         engine._stop = torch.tensor(sorted(stop_ids), device=self.device)
         return engine
+
+    def answer(
+        self,
+        prompts: Sequence[Prompt],
+        prefixes: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        keys: Sequence[str],
+        drafts: Sequence[Drafts] | None = None,
+    ) -> list[Completion]:
+        """See `Engine.answer`."""
+        if drafts is None or not Past.possible(self.model):
+            return self.continue_from(prefixes, sampling, keys=keys)
+        assert is_whole(self.model), "see continue_from"
+        self._check_lengths(prefixes, sampling)
+        results: dict[int, Completion] = {}
+        for rows in self._batches([len(p) for p in prefixes], sampling.max_new_tokens):
+            past = self._read([tuple(prefixes[i]) for i in rows])
+            ends = [(row, len(prefixes[i])) for row, i in enumerate(rows)]
+            mine = [drafts[i] for i in rows]
+            done = self.draw_from(past, ends, sampling, keys=[keys[i] for i in rows], drafts=mine)
+            results.update(zip(rows, done, strict=True))
+        return [results[i] for i in range(len(prefixes))]
+
+    @torch.no_grad()
+    def _read(self, prefixes: Sequence[tuple[int, ...]]) -> Past:
+        """The keys and values of prefixes."""
+        rows = [
+            Trajectory(student_context=p[:-1], teacher_context=p[:-1], response=p[-1:], place=i)
+            for i, p in enumerate(prefixes)
+        ]
+        batch = collate(rows, device=self.device)
+        past = Past(self.model, [batch])
+        with evaluating(self.model), self._autocast():
+            hidden_states(self.model, batch.teacher_ids_BT, batch.teacher_mask_BT, past.parts[0])
+        return past
 
     def can_draw_from(self, past: Past | None) -> bool:
         """See `Engine.can_draw_from`."""

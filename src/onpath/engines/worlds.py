@@ -16,6 +16,7 @@ from onpath.data.batch import Batch
 from onpath.data.render import Renderer
 from onpath.data.tasks import World, task_of
 from onpath.engines.base import Engine
+from onpath.engines.decoding.drafts import Drafts
 from onpath.engines.teacher import ModelTeacher, Teacher
 from onpath.losses import Head, TeacherHidden
 from onpath.records import Completion, Prompt, Rollout, Sampling
@@ -163,14 +164,43 @@ class LostEngine(Engine):
         """See `Engine.continue_from`. An error in what is being generated changes nothing: the writer knows
         no better than it writes."""
         names = [str(i) for i in range(len(prefixes))] if keys is None else list(keys)
+        return self._divided(
+            prefixes,
+            lambda engine, mine: engine.continue_from(
+                [prefixes[i] for i in mine], sampling, keys=[names[i] for i in mine]
+            ),
+        )
+
+    def answer(
+        self,
+        prompts: Sequence[Prompt],
+        prefixes: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        keys: Sequence[str],
+        drafts: Sequence[Drafts] | None = None,
+    ) -> list[Completion]:
+        """See `Engine.answer`."""
+        return self._divided(
+            prefixes,
+            lambda engine, mine: engine.answer(
+                [prompts[i] for i in mine],
+                [prefixes[i] for i in mine],
+                sampling,
+                keys=[keys[i] for i in mine],
+                drafts=None if drafts is None else [drafts[i] for i in mine],
+            ),
+        )
+
+    def _divided(
+        self, prefixes: Sequence[Sequence[int]], ask: Callable[[Engine, list[int]], list[Completion]]
+    ) -> list[Completion]:
+        """What each of both engines answers to its prefixes."""
         found: dict[int, Completion] = {}
         astray = [self.after(prefix) is not None for prefix in prefixes]
-        for engine, mine in ((self.sound, False), (self.lost, True)):
-            places = [i for i, is_lost in enumerate(astray) if is_lost is mine]
-            done = engine.continue_from(
-                [prefixes[i] for i in places], sampling, keys=[names[i] for i in places]
-            )
-            found |= dict(zip(places, done, strict=True))
+        for engine, lost in ((self.sound, False), (self.lost, True)):
+            mine = [i for i, is_lost in enumerate(astray) if is_lost is lost]
+            found |= zip(mine, ask(engine, mine), strict=True)
         return [found[i] for i in range(len(prefixes))]
 
     def score(

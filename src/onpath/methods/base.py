@@ -14,6 +14,7 @@ from onpath.config.methods import MethodOptions
 from onpath.data.render import Renderer, fill, with_question
 from onpath.data.tasks import Task
 from onpath.engines.base import Engine, Generators
+from onpath.engines.decoding.drafts import Drafts
 from onpath.engines.forward import Kept, Models, Pass
 from onpath.grade.base import Grader, Verdict
 from onpath.grade.rewards import Reward, totals, values_of
@@ -104,11 +105,16 @@ class Tools:
         sampling: Sampling,
         *,
         keys: Sequence[str],
+        drafts: Sequence[Drafts] | None = None,
     ) -> list[Completion]:
         """What is generated in the teacher's name after prefixes, which are renderings of prompts: a black
-        box is shown the prompts."""
+        box is shown the prompts.
+
+        Args:
+            drafts: texts, one per prefix, that it is likely to repeat: saves time, changes nothing.
+        """
         with self.models.teacher.acting():
-            return self.generators.teacher.answer(prompts, prefixes, sampling, keys=keys)
+            return self.generators.teacher.answer(prompts, prefixes, sampling, keys=keys, drafts=drafts)
 
     def teacher_continues(
         self,

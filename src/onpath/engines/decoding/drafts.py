@@ -4,7 +4,7 @@ Scoring gives the model's likeliest token at every position of the response for 
 its own way and comes back to what the response says, those tokens are right again, at another place: so a
 draft follows the last two generated tokens, or the last one, to where they stand in the response. A draft
 only saves time: the model verifies it (speculative decoding, arXiv 2211.17192), and what is generated does
-not depend on it.
+not depend on it. A text that a model is asked to rewrite is a draft likewise.
 """
 
 from collections.abc import Sequence
@@ -27,6 +27,15 @@ class Drafts:
 
     def __init__(self, *, start: int, response: Sequence[int], likeliest: Sequence[int]) -> None:
         self.start, self.response, self.likeliest = start, tuple(response), list(likeliest)
+
+    @classmethod
+    def of_text(cls, text: Sequence[int], *, start: int) -> "Drafts":
+        """Of a text that is likely to be repeated after the first `start` tokens of a row.
+
+        >>> Drafts.of_text([7, 8, 9], start=3).propose(prefix_length=3, generated=[7], max_tokens=2)
+        [8, 9]
+        """
+        return cls(start=start, response=text, likeliest=text)
 
     @cached_property
     def _after(self) -> dict[int, list[int]]:

@@ -1,7 +1,8 @@
 """How z is generated: the rewrite prompt, trimmed to its budget, and the teacher's continuation of it.
 
 Every draw depends on (seed, when, prompt, sample) alone, so that a resumed run and any number of processes
-rewrite alike.
+rewrite alike. Most of z stands in y: a teacher in this process verifies y's tokens, several at a time, and
+generates the others.
 """
 
 import math
@@ -10,6 +11,7 @@ from dataclasses import replace
 from itertools import islice
 
 from onpath.config.methods.trd import TRDOptions
+from onpath.engines.decoding.drafts import Drafts
 from onpath.methods.base import Tools
 from onpath.methods.trd.edits import Rewrite
 from onpath.methods.trd.locate import Located, first_errors
@@ -72,16 +74,17 @@ class Rewriter:
             [p.context + p.ids for p, _ in jobs],
             sampling,
             keys=[f"{when}/{p.attempt.key}/rewrite {i}" for p, i in jobs],
+            drafts=[Drafts.of_text(p.attempt.ids, start=len(p.context)) for p, _ in jobs],
         )
-        drafts = []
+        written = []
         for (plan, _), rest in zip(jobs, done, strict=True):
             ids = (plan.ids + rest.ids)[: self.new_tokens]
             whole = rest.finish_reason == "stop" and len(ids) == len(plan.ids) + len(rest.ids)
             detail = {**plan.detail, "teacher_tokens": len(rest.ids)}
-            drafts.append(replace(plan, ids=ids, finished=whole, detail=detail))
-        right = self.tools.text.right([(d.attempt, d.ids) for d in drafts])
-        drafts = [replace(d, right=ok) for d, ok in zip(drafts, right, strict=True)]
-        return [drafts[i : i + n] for i in range(0, len(drafts), n)]
+            written.append(replace(plan, ids=ids, finished=whole, detail=detail))
+        right = self.tools.text.right([(w.attempt, w.ids) for w in written])
+        written = [replace(w, right=ok) for w, ok in zip(written, right, strict=True)]
+        return [written[i : i + n] for i in range(0, len(written), n)]
 
     def choose(self, groups: Sequence[Sequence[Rewrite]]) -> list[Rewrite]:
         """Of each group the verified one (else any) that the student finds likeliest per token."""
