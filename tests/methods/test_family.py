@@ -6,16 +6,19 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 
 from onpath import config as configuration
 from onpath.commands.cli import main
 from onpath.config import METHODS
-from onpath.records import WRITERS
+from onpath.records import WRITERS, Trajectory
 from onpath.run.log import read_lines
 from onpath.run.trajectories import read_trajectories
 from onpath.training import train
-from tests.methods.family import ARMS, Tiny, options_of, parts_of, prepared
+from tests.conftest import CHARACTERS, make_tokenizer
+from tests.methods.family import ARMS, Tiny, logps_along, options_of, parts_of, prepared
 from tests.system.test_two_processes import in_ranks
 
 NOT_REPEATED = ("seconds", "topd_seconds")
@@ -69,6 +72,52 @@ def test_two_processes_are_one(arm: str, tiny: Tiny, tmp_path: Path) -> None:
 def test_an_empty_share_is_prepared(arm: str, tiny: Tiny) -> None:
     """A rank that has nothing to do."""
     assert parts_of(tiny, **ARMS[arm]).method.prepare([], step=0).trajectories == []
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    """Families unlike Qwen's: positions that are learnt; a state in place of keys and values."""
+    few = {"vocab_size": len(CHARACTERS), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    few |= {"initializer_range": 0.2}
+    gpt2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256, **few}
+    mamba = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, **few}
+    root, found = tmp_path_factory.mktemp("foreign"), dict[str, dict[str, str]]()
+    for name, model, config in (
+        ("gpt2", GPT2LMHeadModel, GPT2Config(**gpt2)),
+        ("mamba", MambaForCausalLM, MambaConfig(**mamba)),
+    ):
+        for side, seed in (("student", 0), ("teacher", 1)):
+            torch.manual_seed(seed)
+            path = root / f"{name}-{side}"
+            model(config).save_pretrained(path)
+            make_tokenizer().save_pretrained(path)
+            found.setdefault(name, {})[f"{side}__model"] = str(path)
+    return found
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mamba"])
+@pytest.mark.parametrize("arm", ARMS)
+def test_it_runs_on_a_foreign_family(
+    arm: str, family: str, foreign: dict[str, dict[str, str]], tiny: Tiny
+) -> None:
+    """Also where there is no cache to branch from or to relay in; what is stored is what plain passes say."""
+    options = {**options_of(ARMS[arm]), **foreign[family], "optim__steps": 1, "data__eval": {}}
+    options |= {"rollout__prompts": 5, "rollout__max_new_tokens": 10}
+    run = train(tiny(**options, run__trajectories_every=1), quiet=True)
+    lines = read_lines(run.directory / "metrics.jsonl")
+    assert all(row["grad_norm"] > 0 and row["tokens"] > 0 for row in lines)
+    rows = [row for row in read_trajectories(run.directory) if row["step"] == 1 and row["kept"]]
+    assert any(row["edit"] != "none" for row in rows), "it did nothing"
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(foreign[family][f"{side}__model"]).eval()
+        for side in ("student", "teacher")
+    )
+    for row in rows[:4]:
+        context, response = (tuple(row[name]) for name in ("student_context", "response"))
+        t = Trajectory(student_context=context, teacher_context=context, response=response)
+        ours, theirs = logps_along(student, t), logps_along(teacher, t)
+        kl = (ours.exp() * (ours - theirs)).sum(-1)
+        assert row["reverse_kl"] == pytest.approx(kl.tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize("arm", ARMS)
