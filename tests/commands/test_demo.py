@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from onpath.commands import demo as module
+from onpath.commands import demo_world
 from onpath.commands.cli import main
 from onpath.commands.demo import BEFORE, demo_study, forked, most_telling, repaired, table
 from onpath.commands.study.command import StudyConfig
@@ -36,14 +37,16 @@ def smaller(study: StudyConfig) -> StudyConfig:
 def test_three_methods_side_by_side_and_the_same_again(
     tmp_path: Path, in_process: list[Job], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = demo_study
-    monkeypatch.setattr(module, "demo_study", lambda **options: smaller(whole(**options)))
+    for name in ("demo_study", "world_study"):
+        whole = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda whole=whole, **options: smaller(whole(**options)))
     seen = []
     for _ in range(2):
         assert main(["demo", "--quick", "--dir", str(tmp_path)]) == 0
         seen.append(re.sub(r"\d+ s\n", "", capsys.readouterr().out))
     assert seen[0] == seen[1]
-    assert [job.arm for job in in_process] == 2 * list(ARMS)  # a demo starts anew
+    arms = [*ARMS, *demo_world.ARMS]
+    assert [job.arm for job in in_process] == 2 * arms  # a demo starts anew
     said = seen[0]
     rows = [f"{split}, {arm} " for split in ("test", "hard") for arm in ARMS]
     places = [said.index(row) for row in rows]
@@ -51,10 +54,13 @@ def test_three_methods_side_by_side_and_the_same_again(
     assert "cover problems only" in said
     assert all(f"\n{n}. " in said for n in (1, 2, 3))
     assert "y → z: " in said or "None among the stored" in said
+    assert "A world in which errors stay: 2 updates each; 12 hard problems" in said
+    assert re.search(r"relay .*%.* to .*[+-]\d+\.\d% ", said)
 
     folder = tmp_path / "demo"
     data = json.loads((folder / "study.json").read_text())
     assert {arm["steps"] for arm in data["arms"] if arm["kind"] == "train"} == {2}
+    assert (folder / "world" / "study.json").is_file()
     for arm in data["arms"]:
         mean = arm["evals"]["test"]["avg_at_k"]["mean"]
         assert re.search(rf"test, {arm['arm']} +{mean:.1%}", said)
@@ -65,6 +71,31 @@ def test_three_methods_side_by_side_and_the_same_again(
         assert f'"arm":"{arm}"' in page
     assert '"top":{"student":' in page
     assert "one seed cover problems only" in page
+
+
+def test_the_world_is_the_same_for_both_arms_and_differs_from_the_gym() -> None:
+    study = demo_world.world_study(quick=False, directory="somewhere")
+    plain, repaired = (arm_config(study, arm) for arm in study.trained)
+    assert plain.model_dump(exclude={"method"}) == repaired.model_dump(exclude={"method"})
+    assert plain.method.name == "opd"
+    assert "spoil=" in plain.data.train
+
+
+def test_the_rollout_shown_is_one_that_both_arms_had(tmp_path: Path) -> None:
+    study = demo_world.world_study(quick=True, directory=str(tmp_path))
+    assert demo_world.same_rollout(study) is None
+    plain = [stored_row(prompt_id=p, edit="none") for p in "abcd"]
+    cases = {"a": (False, True, 5), "b": (False, True, 4), "c": (False, False, 3), "x": (False, True, 1)}
+    repaired = [
+        stored_row(prompt_id=p, correct=y, edit="relay", detail={"right": z}) | {"tokens": ["a"] * n}
+        for p, (y, z, n) in cases.items()
+    ]
+    store(study, "opd", plain)
+    store(study, "relay", repaired)
+    found = demo_world.same_rollout(study)
+    assert found is not None
+    assert [row["prompt_id"] for row in found] == ["b", "b"]
+    assert [row["edit"] for row in found] == ["none", "relay"]
 
 
 def test_all_methods_start_from_the_same_and_take_as_many_updates() -> None:

@@ -1,6 +1,7 @@
-"""`onpath demo`: OPD, TRD and TOPD from one start, side by side, and what one can see of each.
+"""`onpath demo`: OPD, TRD and TOPD from one start, side by side, and what one can see of each; then a world
+in which a repaired trajectory wins (`demo_world.py`).
 
-A study of one seed (`onpath.study`), its table, three trajectories, a picture and its page (`onpath.report`).
+Studies of one seed (`onpath.study`), their tables, trajectories, a picture and a page (`onpath.report`).
 """
 
 import shutil
@@ -16,6 +17,7 @@ from rich.text import Text
 
 from onpath import config as configuration
 from onpath import gym
+from onpath.commands.demo_world import print_world, world_study
 from onpath.commands.inspect import show_row
 from onpath.commands.report.command import write_report
 from onpath.commands.report.text import cell, known_tokens
@@ -45,6 +47,8 @@ class Demo:
     study: StudyConfig
     data: Mapping[str, Any]
     """What its study.json holds."""
+    world: StudyConfig
+    world_data: Mapping[str, Any]
     picture: Path
     page: Path
     seconds: float
@@ -52,7 +56,7 @@ class Demo:
 
 
 def demo(*, quick: bool = False, directory: str | Path = "runs") -> Demo:
-    """Trains and evaluates all three, draws the picture and writes the page.
+    """Trains and evaluates all of them, draws the picture and writes the page.
 
     Args:
         quick: fewer updates and fewer problems.
@@ -68,11 +72,17 @@ def demo(*, quick: bool = False, directory: str | Path = "runs") -> Demo:
             f"{study.directory} is not an earlier demo's: move it away, or choose another directory"
         )
     shutil.rmtree(study.directory, ignore_errors=True)  # a demo starts anew each time
-    found = carry_out(study, command="onpath demo --quick" if quick else "onpath demo")
+    command = "onpath demo --quick" if quick else "onpath demo"
+    found = carry_out(study, command=command)
     found.check()
+    world = world_study(quick=quick, directory=str(study.directory))
+    there = carry_out(world, command=command)
+    there.check()
     return Demo(
         study=study,
         data=found.data,
+        world=world,
+        world_data=there.data,
         picture=draw(study.directory, found.data),
         page=write_report(study.directory),
         seconds=time.monotonic() - begun,
@@ -80,12 +90,13 @@ def demo(*, quick: bool = False, directory: str | Path = "runs") -> Demo:
 
 
 def print_demo(console: Console, made: Demo) -> None:
-    """Table, sentences, three trajectories, and where the rest is."""
+    """Tables, sentences, trajectories, and where the rest is."""
     console.print()
     print_sheet(console, table(made.data))
     for text in [*sentences(made.data), *made.data["notes"]]:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
     print_trajectories(console, made.study)
+    print_world(console, made.world, made.world_data)
     where = f"page {made.page}   picture {made.picture}   {made.seconds:.0f} s"
     console.print(f"\n{where}", highlight=False, soft_wrap=True)
 
