@@ -1,5 +1,6 @@
 """Dose against response on the page, and as one picture: what each arm is worth by a strength."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +118,20 @@ def draw_doses(directory: Path, split: str | None = None) -> Path:
     axis.axhline(0, color="0.4", linewidth=1)
     # Arms stand a little beside each other, so that no interval hides another.
     width = levels[-1] - levels[0] or 1.0
-    step = 0.012 * width
+    step = min(0.012, 0.1 / len(shown)) * width
+    ends: list[tuple[float, str, str]] = []
     for place, name in enumerate(shown):
         found = points(data, split, name, "difference")
-        colour, marker = _COLOURS[place % len(_COLOURS)], _MARKERS[place % len(_MARKERS)]
+        colour = _COLOURS[place % len(_COLOURS)]
+        marker = _MARKERS[(place + place // len(_COLOURS)) % len(_MARKERS)]
         x = [level + step * (place - (len(shown) - 1) / 2) for level, _ in found]
         y = [100 * value["mean"] for _, value in found]
         bars = [[100 * abs(value[end] - value["mean"]) for _, value in found] for end in ("low", "high")]
-        axis.errorbar(x, y, yerr=bars, color=colour, marker=marker, capsize=3, linewidth=1.6, label=name)
+        axis.errorbar(
+            x, y, yerr=bars, color=colour, marker=marker, markersize=5, capsize=2, linewidth=1.4,
+            elinewidth=0.8, label=name,
+        )  # fmt: skip
+        ends.append((y[-1], name, colour))
     axis.set_xticks(levels, [_level(data, level, base, split) for level in levels])
     axis.set(xlabel=f"{data['x']} (below: {base} itself)", ylabel=f"points above {base}")
     seeds = len(about["seeds"])
@@ -134,9 +141,15 @@ def draw_doses(directory: Path, split: str | None = None) -> Path:
         fontsize=10,
         loc="left",
     )
-    axis.legend(frameon=False, fontsize=9, ncols=min(3, len(shown)))
-    axis.margins(y=0.18)
+    axis.margins(y=0.08)
     axis.set_xlim(levels[0] - 0.08 * width, levels[-1] + 0.08 * width)
+    # Each line is named at its end: with a dozen arms a legend is a riddle.
+    low, high = axis.get_ylim()
+    for at, (_, name, colour) in zip(_apart([y for y, _, _ in ends], (high - low) / 24), ends, strict=True):
+        axis.annotate(
+            name, (1.0, at), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
+            color=colour, fontsize=9, va="center", annotation_clip=False,
+        )  # fmt: skip
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", alpha=0.3)
     path = directory / PICTURE
@@ -148,3 +161,27 @@ def draw_doses(directory: Path, split: str | None = None) -> Path:
 def _level(data: Row, level: float, base: str, split: str) -> str:
     own = [value["mean"] for x, value in points(data, split, base, None) if x == level]
     return "\n".join([f"{level:g}", *(f"{mean:.1%}" for mean in own)])
+
+
+def _apart(heights: Sequence[float], gap: float) -> list[float]:
+    """The heights, moved as little as keeps them in order and at least `gap` apart.
+
+    >>> _apart([1.0, 1.5, 9.0], 1.0)
+    [0.75, 1.75, 9.0]
+    """
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    groups: list[list[float]] = []
+    for i in order:
+        groups.append([heights[i]])
+        # Neighbours that touch share one centre.
+        while len(groups) > 1 and _reach(groups[-2], gap)[1] + gap > _reach(groups[-1], gap)[0]:
+            last = groups.pop()
+            groups[-1] += last
+    placed = [_reach(group, gap)[0] + gap * k for group in groups for k in range(len(group))]
+    return [y for _, y in sorted(zip(order, placed, strict=True))]
+
+
+def _reach(group: Sequence[float], gap: float) -> tuple[float, float]:
+    """Lowest and highest place of heights around their mean."""
+    middle, half = sum(group) / len(group), gap * (len(group) - 1) / 2
+    return middle - half, middle + half
