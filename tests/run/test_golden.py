@@ -1,13 +1,14 @@
 """Golden runs: ten steps of each setting give the losses that are committed.
 
 A change that should not alter results leaves them alone; one that should is named under *Numerics* in
-CHANGELOG.md and writes them anew: `python -m tests.run.test_golden`. Float32 sums differ a little between
-processors, hence the tolerance.
+CHANGELOG.md and writes them anew: `python -m tests.run.test_golden`, or with names only those. Float32 sums
+differ a little between processors, hence the tolerance.
 """
 
 import json
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "opsd_base": {"method__name": "opsd"},
     "opsd_ema": {"method__name": "opsd", "method__weights": "ema", "method__ema_decay": 0.9},
     "topd": {"method__name": "topd", "method__window": 4, "method__top_share": 0.2},
+    "topd_upper_quartile": {
+        **{"method__name": "topd", "method__window": 4, "method__top_share": 0.2, "method__mass": "row"},
+        "method__decide": "upper_quartile_of_low_loss",
+    },
     "topd_spliced": {**{"method__name": "topd", "method__window": 4}, "method__plan": "spliced"},
     "branch": {"method__name": "branch", "method__branches": 2},
     "bridge": {"method__name": "bridge", "method__window": 4, "method__keep": "all"},
@@ -65,8 +70,8 @@ def test_settings_differ_from_each_other() -> None:
         assert any(abs(a - b) > 4e-3 * max(a, b) for a, b in pairs), (one, two)
 
 
-def write_all() -> None:
-    """Writes every golden file anew."""
+def write_anew(names: Sequence[str]) -> None:
+    """Writes golden files, of these settings."""
     import torch
 
     from onpath import config as config_module
@@ -87,7 +92,7 @@ def write_all() -> None:
         for i in range(40)
     ]
     (root / "sums.jsonl").write_text("".join(json.dumps(r) + "\n" for r in sums))
-    for name, overrides in SETTINGS.items():
+    for name, overrides in ((name, SETTINGS[name]) for name in names):
         data: dict[str, dict[str, Any]] = {
             "student": {"model": str(root / "student"), "device": "cpu"},
             "teacher": {"model": str(root / "teacher"), "device": "cpu"},
@@ -105,4 +110,4 @@ def write_all() -> None:
 
 
 if __name__ == "__main__":
-    write_all()
+    write_anew(sys.argv[1:] or list(SETTINGS))
