@@ -34,6 +34,7 @@ BEGUN: dict[str, Any] = {
 
 NEUTRAL: dict[str, Any] = {
     "run.save_every": 1,
+    "run.save_in_background": False,
     "run.keep": 5,
     "run.trajectories_every": 1,
     "run.trackers": ["tensorboard"],
