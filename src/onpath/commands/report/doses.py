@@ -134,9 +134,10 @@ def draw_doses(directory: Path, split: str | None = None) -> Path:
         ends.append((y[-1], name, colour))
     axis.set_xticks(levels, [_level(data, level, base, split) for level in levels])
     axis.set(xlabel=f"{data['x']} (below: {base} itself)", ylabel=f"points above {base}")
-    seeds = len(about["seeds"])
+    seeds = sorted({len(level["study"]["seeds"]) for level in data["levels"]})
+    many = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}"
     axis.set_title(
-        f"{split}, avg@{about['samples'][split]}: {seeds} seed{'s' * (seeds != 1)}, "
+        f"{split}, avg@{about['samples'][split]}: {many} seed{'s' * (seeds[-1] != 1)}, "
         f"{about['problems'][split]:,} problems; bars: 95%, paired",
         fontsize=10,
         loc="left",
