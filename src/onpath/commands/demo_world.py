@@ -28,7 +28,7 @@ def world_study(*, quick: bool, directory: str) -> StudyConfig:
     base = configuration.build(
         {
             "data": {"train": f"gym:train?{_WORLD}", "limit": 500, "eval_limit": 60 if quick else 300},
-            "rollout": {"prompts": 48, "max_new_tokens": 112},
+            "rollout": {"prompts": 32, "max_new_tokens": 112},
             "optim": {"lr": 2e-3, "schedule": "cosine", "warmup": 0.1, "max_grad_norm": 0.25},
             "eval": {"n": 4, "k": 4, "max_new_tokens": 112},
             "run": {"save_every": 0, "trajectories_every": 1000},
@@ -41,7 +41,7 @@ def world_study(*, quick: bool, directory: str) -> StudyConfig:
             "base": base,
             "arms": ARMS,
             "seeds": [0],
-            "budget": {"updates": 4 if quick else 12},
+            "budget": {"updates": 4 if quick else 8},
             "evals": {"splits": {"hard": "gym:hard?late=1"}, "also_at": []},
         }
     )
