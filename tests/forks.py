@@ -2,9 +2,11 @@
 seconds or more for that)."""
 
 import os
+import random
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -85,6 +87,17 @@ def done_by_two(what: Callable[[int], Any], tmp_path: Path) -> None:
 
 
 def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
+    return free_ports(1)[0]
+
+
+def free_ports(count: int) -> list[str]:
+    """Below those that the system gives to whoever asks for any, and to each outgoing connection: a port must
+    still be free when a long test comes to it."""
+    found: list[socket.socket] = []
+    with ExitStack() as held:
+        while len(found) < count:
+            tried = held.enter_context(socket.socket())
+            with suppress(OSError):
+                tried.bind(("127.0.0.1", random.SystemRandom().randrange(20_000, 32_000)))
+                found.append(tried)
+        return [str(one.getsockname()[1]) for one in found]

@@ -20,7 +20,7 @@ from onpath.run.log import read_lines
 from onpath.system import distributed
 from onpath.system.errors import UserError
 from onpath.training import train
-from tests.forks import TIMEOUT, done_by_two, forked, free_port
+from tests.forks import TIMEOUT, done_by_two, forked, free_port, free_ports
 from tests.methods.family import ARMS, options_of
 from tests.methods.test_trd import TEMPLATE
 
@@ -56,11 +56,11 @@ def test_runs_are_those_of_one_process(tiny: Tiny, tmp_path: Path) -> None:
         options = {"teacher__device": "auto", "run__name": name.replace(" ", "-")}
         return tiny(**{**OPTIM, **options, **RUNS[name], **more})
 
-    first = int(free_port())
+    ports = free_ports(len(RUNS))
 
     def run(rank: int) -> None:
-        for i, name in enumerate(RUNS):
-            os.environ["MASTER_PORT"] = str(first + i)
+        for port, name in zip(ports, RUNS, strict=True):
+            os.environ["MASTER_PORT"] = port
             options = {**SHARDED, **RUNS[name], "run__dir": str(tmp_path / "two")}
             train(config(name, **options), quiet=True)
 

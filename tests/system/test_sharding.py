@@ -25,7 +25,7 @@ from onpath.system import distributed
 from onpath.system.errors import UserError
 from onpath.training import train
 from tests.conftest import make_model, make_tokenizer
-from tests.forks import TIMEOUT, done_by_two, forked, free_port
+from tests.forks import TIMEOUT, done_by_two, forked, free_ports
 from tests.stepping import step_on
 
 Tiny = Callable[..., Config]
@@ -66,13 +66,6 @@ def gradients(config: Config, share: list[Trajectory]) -> dict[str, torch.Tensor
     _, found = step_on(parts, share, micro_batch_tokens=40)
     assert not found or named.keys() == found.keys()
     return {n: sharding.full(g).clone() for n, g in found.items()}
-
-
-def one_rank(config: Config, what: Callable[[], Any], number: int) -> Any:
-    """In the process group of a case of its own."""
-    os.environ["MASTER_PORT"] = str(int(os.environ["FIRST_PORT"]) + number)
-    with distributed.one_fate():
-        return what()
 
 
 @pytest.fixture(scope="module")
@@ -134,14 +127,14 @@ def differences(
         )
         for f, s, _, o in cases
     ]
-    first = int(free_port())
+    ports = free_ports(len(cases))
 
     def run(rank: int) -> None:
-        os.environ["FIRST_PORT"] = str(first)
         patch()
         for i, ((_, share, _, _), config) in enumerate(zip(cases, configs, strict=True)):
-            found = one_rank(config, lambda c=config, s=share: gradients(c, shares(s, rank)), i)
-            save_file(found, tmp_path / f"{i}-{rank}.safetensors")
+            os.environ["MASTER_PORT"] = ports[i]  # each case has a process group of its own
+            with distributed.one_fate():
+                save_file(gradients(config, shares(share, rank)), tmp_path / f"{i}-{rank}.safetensors")
 
     done_by_two(run, tmp_path)
     errors = []
