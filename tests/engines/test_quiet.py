@@ -54,7 +54,7 @@ print(bars, logging.is_progress_bar_enabled())
 """
 
 
-@pytest.mark.parametrize("decided", [None, "1"])
+@pytest.mark.parametrize("decided", [None, "0", "1"])
 def test_nothing_is_printed(decided: str | None, model_dirs: dict[str, Path], tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_DISABLE_PROGRESS_BARS"}
     if decided is not None:

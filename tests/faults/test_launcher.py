@@ -29,14 +29,12 @@ for path in sys.argv[1:]:
 @pytest.mark.slow
 def test_two_runs_and_a_mistake_in_the_same_processes(tiny: Callable[..., Config], tmp_path: Path) -> None:
     """The launcher's store remembers the first run; the mistake is one that the first process finds."""
+    options = {"parallel__shard": "layer", "parallel__timeout": 30.0, "teacher__device": "auto"}
+    options |= {"data__eval": {}, "optim__steps": 1}
     files = []
-    for name, more in (("first", {}), ("second", {}), ("wrong", {"optim__eps": 1e-3})):
-        sharded = {"parallel__shard": "layer", "parallel__timeout": 30.0, "teacher__device": "auto"}
-        config = tiny(
-            **sharded, **more, run__name=name.replace("wrong", "second"), data__eval={}, optim__steps=1
-        )
-        files.append(tmp_path / f"{name}.yaml")
-        files[-1].write_text(config.to_yaml())
+    for name, eps in (("first", 1e-8), ("second", 1e-8), ("second", 1e-3)):
+        files.append(tmp_path / f"{name}-{eps:g}.yaml")
+        files[-1].write_text(tiny(**options, run__name=name, optim__eps=eps).to_yaml())
     script = tmp_path / "script.py"
     script.write_text(ONE_AFTER_THE_OTHER)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

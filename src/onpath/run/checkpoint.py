@@ -133,7 +133,8 @@ class Saving:
         """Until it is there.
 
         Args:
-            patience: seconds to wait for other processes from now on, in place of the time-out.
+            patience: seconds that other processes have, once this one's part is written, in place of the
+                time-out.
 
         Raises:
             UserError: it could not be written; or whatever else befell the thread.
