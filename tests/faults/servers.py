@@ -68,7 +68,7 @@ WIRE: dict[str, tuple[bytes, str]] = {
         _OK + b"Transfer-Encoding: chunked\r\n\r\n" + (b"10000\r\n" + b" " * 2**16 + b"\r\n") * 100,
         "more than 4 MiB to a request for less",
     ),
-    "status 204": (b"HTTP/1.1 204 No Content\r\n\r\n", "talks nonsense"),
+    "status 204": (b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n", "talks nonsense"),
     "a redirect": (b"HTTP/1.1 302 F\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n", _NONE),
     "a redirect to a file": (
         b"HTTP/1.1 301 M\r\nLocation: file:///etc/passwd\r\nContent-Length: 0\r\n\r\n", _NONE
