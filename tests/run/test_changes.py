@@ -401,6 +401,7 @@ def test_asked_to_stop_it_saves_the_step_that_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     number = getattr(signal, name)
+    signal.signal(number, signal.SIG_DFL)  # under nohup it is ignored, and stays so
     before = signal.getsignal(number)
     config = tiny(optim__steps=4, data__eval={})
     file = tmp_path / "config.yaml"
