@@ -11,8 +11,8 @@ import pytest
 import onpath
 
 PROMISED = {
-    "Config", "RunResult", "UserError", "__version__", "evaluate_model", "export_model", "run_study", "train",
-    "write_report",
+    "Config", "RunResult", "UserError", "__version__", "evaluate_model", "export_model", "kept_scores",
+    "run_study", "train", "write_report",
 }  # fmt: skip
 PACKAGES = ("config", "divergence", "evaluate", "grade", "gym", "losses", "records", "transport")
 

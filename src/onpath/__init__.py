@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from onpath.system import __version__ as __version__
 
 if TYPE_CHECKING:
+    from onpath.commands.cache import kept_scores as kept_scores
     from onpath.commands.eval import evaluate_model as evaluate_model
     from onpath.commands.export import export_model as export_model
     from onpath.commands.report.command import write_report as write_report
@@ -25,6 +26,7 @@ __all__ = [
     "__version__",
     "evaluate_model",
     "export_model",
+    "kept_scores",
     "run_study",
     "train",
     "write_report",
@@ -36,6 +38,7 @@ _HOME = {
     "UserError": "onpath.system.errors",
     "evaluate_model": "onpath.commands.eval",
     "export_model": "onpath.commands.export",
+    "kept_scores": "onpath.commands.cache",
     "run_study": "onpath.commands.study.run",
     "train": "onpath.training",
     "write_report": "onpath.commands.report.command",

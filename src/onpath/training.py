@@ -35,7 +35,7 @@ from onpath.run.meter import Meter, Stopwatch
 from onpath.run.optimizer import make_optimizer
 from onpath.run.parts import Parts
 from onpath.run.rounds import is_filler, rounds, sum_when_needed
-from onpath.run.sampling import generate_ahead, sample
+from onpath.run.sampling import prepare, sample
 from onpath.run.trajectories import store_step, top_tokens
 from onpath.run.weights import shaped
 from onpath.system import distributed
@@ -94,7 +94,6 @@ def optimise(parts: Parts, run: Run, *, quiet: bool) -> None:
     parts.generators.student.sync_weights(0)
     with parts.whole():
         run.note(parts.method.before_training(parts.prompts.pool, run.directory))
-        generate_ahead(parts)
     done = run.resume(optimizer)
     shown = Display(steps=config.optim.steps, done=done, quiet=quiet or distributed.rank() > 0)
     with shown as display, stop_requests() as asked:
@@ -123,6 +122,7 @@ def one_step(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> Meter
     with parts.whole_step():
         meter = corrected(parts, step, watch)
         accumulate(parts, meter, step)
+        meter.scored = models.teacher.measured()
     sharding.give_back(models.student, models.teacher.model)
     with watch("train"):
         distributed.sum_gradients(models.student)
@@ -159,7 +159,7 @@ def corrected(parts: Parts, step: int, watch: Stopwatch) -> Meter:
             verdicts = parts.text.verdicts([(r, r.ids) for r in rollouts])
             rewards = parts.text.reward_values(rollouts)
         with watch("correct"):
-            prepared = shaped(parts, parts.method.prepare(rollouts, step=step), rewards)
+            prepared = shaped(parts, prepare(parts, rollouts, step), rewards)
     kept = [t for t in prepared.trajectories if t.edit.kept]
     mine = [token_count(kept), float(any(t.guidance for t in kept))]
     denominator, guided = distributed.total(mine, parts.models.device)
@@ -171,7 +171,8 @@ def corrected(parts: Parts, step: int, watch: Stopwatch) -> Meter:
         guided=guided > 0,
         top_k=top_tokens(parts.config, step + 1),
     )
-    return Meter(watch=watch, rollouts=rollouts, step=shared, verdicts=verdicts, rewards=rewards)
+    drawn = None if parts.refreshed is None else parts.refreshed.generated(step)
+    return Meter(watch=watch, rollouts=rollouts, step=shared, verdicts=verdicts, rewards=rewards, drawn=drawn)
 
 
 def accumulate(parts: Parts, meter: Meter, step: int) -> None:

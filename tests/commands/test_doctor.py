@@ -26,7 +26,7 @@ from onpath.commands.doctor.sample import Probe, logp_of, make_probe, rows_of, u
 from onpath.config.build import Config, build
 from onpath.data.batch import Batch
 from onpath.engines.hf import HFEngine
-from onpath.engines.replay import weights_digest
+from onpath.engines.score_cache import weights_digest
 from onpath.engines.teacher import Teacher
 from onpath.losses import Head, TeacherHidden, TeacherTopK
 from onpath.methods import Prepared

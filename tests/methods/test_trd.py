@@ -593,7 +593,6 @@ def test_killed_and_resumed_is_the_same_run(tiny: Callable[..., Config]) -> None
         ({"minimal_edit": True, "see_attempt": False}, "minimal_edit keeps a part of the attempt"),
         ({"minimal_edit": True}, "checker needs a task with a checker of steps"),
         ({"minimal_edit": True, "locate": "fork", "teacher": "self"}, "use teacher: model"),
-        ({"minimal_edit": True, "locate": "fork", "offline": True}, "use locate: checker"),
         ({"scoring": "plain", "teacher": "self"}, "the teacher is the student itself"),
         ({"best_of": 0}, "best_of"),
         ({"filters": "none"}, "did you mean filter"),

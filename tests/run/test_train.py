@@ -23,7 +23,7 @@ from onpath import config as configuration
 from onpath.config.build import Config
 from onpath.engines.head import unwrapped
 from onpath.engines.models import quietly
-from onpath.engines.replay import weights_digest
+from onpath.engines.score_cache import weights_digest
 from onpath.losses import head as head_module
 from onpath.losses import rows as rows_module
 from onpath.records import Edit, Trajectory

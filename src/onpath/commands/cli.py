@@ -104,6 +104,7 @@ def make_parser(own: Callable[[], Any] = lambda: None) -> argparse.ArgumentParse
     _add_study(commands)
     _add_report(commands)
     _add_export(commands)
+    _add_cache(commands)
     _add_inspect(commands)
     _add_doctor(commands)
     _add_config(commands)
@@ -320,6 +321,33 @@ def _report(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
 
     page = write_report(options.directory, options.out)
     print(f"{page} ({page.stat().st_size / 1e6:.1f} MB)")
+    return 0
+
+
+def _add_cache(commands: Any) -> None:
+    command = commands.add_parser(
+        "cache",
+        help="what a directory of kept teacher scores holds; make it smaller",
+        description="Says how many responses' scores a directory of teacher.cache holds, and how large they "
+        "are; removes damaged files and those used longest ago.",
+    )
+    command.add_argument("directory", metavar="DIRECTORY", help="as in teacher.cache")
+    command.add_argument(
+        "--keep-gb", type=float, metavar="GB", help="remove what is beyond this size; 0 removes all"
+    )
+    command.set_defaults(run=_cache)
+
+
+def _cache(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
+    from onpath.commands.cache import kept_scores
+
+    found = kept_scores(options.directory, keep_gb=options.keep_gb)
+    print(
+        f"{options.directory}: scores of {found.entries:,} responses, {found.tokens:,} tokens, in "
+        f"{found.files:,} files of {found.bytes / 1e9:,.3f} GB"
+        + (f"; {found.damaged:,} damaged files" if found.damaged else "")
+        + (f"; {found.removed:,} files removed" if found.removed else "")
+    )
     return 0
 
 

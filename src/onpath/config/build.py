@@ -18,10 +18,12 @@ from onpath.config.methods import METHODS, MethodOptions, SomeMethod, options_cl
 from onpath.config.methods.opd import OPDOptions
 from onpath.config.section import Section
 from onpath.config.sections import (
+    NEVER,
     Data,
     Eval,
     Optim,
     Parallel,
+    Refresh,
     Reward,
     RolloutSection,
     Run,
@@ -130,6 +132,7 @@ class Config(Section):
                 "rollout.overlap: method.divergence sampled takes rollouts for samples of the weights that "
                 "train; set method.ppo_clip, which corrects for older ones, or rollout.overlap: false"
             )
+        self._refreshable()
         if method.importance != "none" and method.ppo_clip is not None:
             raise ValueError(
                 f"method.importance: {method.importance} and method.ppo_clip both weigh tokens by the "
@@ -153,11 +156,23 @@ class Config(Section):
                     f"{key}.model is {model}, which does not know the language of data.train, "
                     f"{self.data.train}: use {task.name}:{key}"
                 )
+        if self.teacher.cache is not None and (method.teacher_weights in ("live", "ema")):
+            raise ValueError(
+                f"teacher.cache keeps the scores of weights that stand still, and this teacher's are "
+                f"{method.teacher_weights}; leave it out, or use base"
+            )
+        if self.teacher.cache is not None and self.teacher.engine == "chat":
+            raise ValueError("teacher.cache keeps scores, and teacher.engine: chat gives none; leave it out")
         loses = task is not None and task.world is not None and task.world.loses
         if loses and (method.self_taught or self.teacher.engine != "hf"):
             raise ValueError(
                 f"data.train: {self.data.train}: lost is about a teacher model in this process; leave lost "
                 "out, or take a method and a teacher.engine with one"
+            )
+        if loses and self.teacher.cache is not None:
+            raise ValueError(
+                f"data.train: {self.data.train}: what a teacher that is lost scores is not kept; leave "
+                "teacher.cache or lost out"
             )
         if loses and self.parallel.shard != "none":
             raise ValueError(
@@ -176,6 +191,38 @@ class Config(Section):
                 n, name = (section.n, f"{split}_T{t:g}") if t else (1, f"{split}_greedy")
                 found[name] = Evaluation(split, section.at(t), n, min(section.k, n))
         return found
+
+    @property
+    def refresh(self) -> Refresh | None:
+        """When rollouts are sampled anew; None: at each step."""
+        if self.method.generates_ahead or self.rollout.refresh == "never":
+            return NEVER
+        return None if self.rollout.refresh == "always" else self.rollout.refresh
+
+    def _refreshable(self) -> None:
+        """What goes together with rollouts that are older than the weights that train."""
+        rule, method, rollout = self.refresh, self.method, self.rollout
+        if rule is None:
+            return
+        key = "method.offline" if rollout.refresh == "always" else "rollout.refresh"
+        if method.generates_ahead and rollout.refresh not in ("always", "never"):
+            raise ValueError("method.offline is rollout.refresh: never; take one of them out")
+        if rollout.overlap:
+            raise ValueError(
+                f"rollout.overlap samples the next step's rollouts, and with {key} they are there already; "
+                "set rollout.overlap: false"
+            )
+        if method.divergence == "sampled" and method.ppo_clip is None:
+            raise ValueError(
+                f"{key}: method.divergence sampled takes rollouts for samples of the weights that train; set "
+                "method.ppo_clip, which corrects for older ones, or rollout.refresh: always"
+            )
+        plain = rollout.temperature == 1 and rollout.top_p == 1 and rollout.top_k == 0
+        if rule.overlap_below is not None and not plain:
+            raise ValueError(
+                "rollout.refresh.overlap_below compares the student with what it was at temperature 1, and "
+                "rollouts are drawn otherwise; set rollout.temperature 1, top_p 1 and top_k 0, or use every"
+            )
 
     def _shardable(self) -> None:
         """What goes together with weights that no process has whole."""

@@ -70,6 +70,14 @@ class Teacher(Served):
     """chat: further fields of every request, such as {reasoning_effort: low}; null leaves one of ours out."""
     dtype: DType = "float32"
     """Of the frozen weights."""
+    cache: Annotated[str | None, ROUNDING] = None
+    """Directory in which scores are kept, by a digest of weights, context and response: what comes again is
+    not read again. Runs, processes and a study's arms may share it (docs/teachers.md; onpath cache). Null
+    keeps none."""
+    cache_dtype: Annotated[Literal["float16", "float32"], ROUNDING] = "float16"
+    """Of kept hidden states: 2 or 4 bytes times the teacher's hidden size a token."""
+    cache_gb: Annotated[float, NEUTRAL] = Field(20.0, gt=0)
+    """Largest size of the directory; the files used longest ago go first."""
     device: str = "auto"
     """auto takes the student's device."""
     trust_remote_code: bool = False
@@ -130,6 +138,19 @@ class Data(Section):
         return value
 
 
+class Refresh(Section):
+    """When rollouts are sampled anew; whichever comes first."""
+
+    every: int | None = Field(None, ge=1)
+    """After so many steps: the weights of the first of them generate what all of them train on."""
+    overlap_below: float | None = Field(None, gt=0, lt=1)
+    """Once the student has moved so far from the weights that wrote them: the mean of min(1, π/μ) over their
+    tokens, which is the mass that both distributions have in common, is below this."""
+
+
+NEVER = Refresh()
+
+
 class RolloutSection(Served):
     engine: Literal["hf", "vllm"] = "hf"
     """hf: sampling from the model that trains, in process. vllm: from a vLLM that is given the new weights
@@ -157,11 +178,23 @@ class RolloutSection(Served):
     overlap: bool = False
     """Sample the next batch while this one trains: rollouts are one step old (staleness 1 in the metrics). hf
     samples from a frozen copy of the student, which takes memory; a vLLM from its own weights."""
+    refresh: Literal["always", "never"] | Refresh = "always"
+    """always: each step samples its own rollouts. never: the starting weights generate all that the run
+    trains on, each prompt once. {every: n}, {overlap_below: x} or both: anew by that rule. What the method
+    makes of rollouts (rewrites, windows, repairs) is kept with them; the divergence is always the current
+    student's (docs/teachers.md)."""
     max_staleness: Annotated[int, NEUTRAL] = Field(1, ge=0)
     """Steps by which the weights that generated a rollout may be older than those that train; older ones stop
-    the run. rollout.overlap makes them 1."""
+    the run. rollout.overlap makes them 1; rollout.refresh has a rule of its own."""
     batch_tokens: Annotated[int, ROUNDING] = Field(32_768, ge=1)
     """Tokens (sequences × longest length) that one generation batch may hold."""
+
+    @field_validator("refresh")
+    @classmethod
+    def _by_a_rule(cls, value: Any) -> Any:
+        if value == NEVER:
+            raise ValueError("give every, overlap_below or both; or the word always, or never")
+        return value
 
     @field_validator("stop", mode="before")
     @classmethod

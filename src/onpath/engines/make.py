@@ -15,13 +15,15 @@ from onpath.engines.chat import ChatEngine
 from onpath.engines.head import check_head, head_of, unwrapped
 from onpath.engines.hf import HFEngine
 from onpath.engines.models import context_length, load_model, locate, pick_device
-from onpath.engines.replay import Replay, ReplayingEngine, weights_digest
+from onpath.engines.replay import Replay
+from onpath.engines.score_cache import CachedTeacher, ScoreStore, weights_digest
 from onpath.engines.served import ServedTeacher
 from onpath.engines.stops import Stops
 from onpath.engines.teacher import ModelTeacher, SelfTeacher, SilentTeacher, Teacher
 from onpath.engines.wire import Line
 from onpath.system import distributed
 from onpath.system.errors import UserError
+from onpath.system.files import place
 
 _EXACT, _HALF = 1e-3, 0.5  # nats by which a vLLM's log-probs may differ from the trainer's, by dtype
 
@@ -129,6 +131,19 @@ def make_teacher(
     return ModelTeacher(model, vocabulary=vocabulary)
 
 
+def with_cache(config: Config, teacher: Teacher) -> Teacher:
+    """The teacher, whose scores are kept where teacher.cache asks for it. Of a sharded one all processes take
+    part."""
+    section = config.teacher
+    if section.cache is None:
+        return teacher
+    store = ScoreStore(place(section.cache, key="teacher.cache"), most=section.cache_gb * 1e9)
+    weights = f"{section.model}, {config.method.support_k} likeliest"
+    if teacher.model is not None:
+        weights = weights_digest(teacher.model, trained=False)
+    return CachedTeacher(teacher, store, weights=weights, dtype=getattr(torch, section.cache_dtype))
+
+
 def check_teacher(config: Config, teacher: Teacher, longest: int) -> None:
     """It must be able to read what the student reads and generates.
 
@@ -149,7 +164,7 @@ def teacher_engine(config: Config, teacher: Teacher, own: HFEngine, replay: Repl
 
     Args:
         own: over the student itself; another model in this process gets its like.
-        replay: where the starting weights generate everything, each request is answered once.
+        replay: answers of a black box that are kept.
     """
     if not teacher.gives_scores:
         section, line = config.teacher, Line(config.teacher, "teacher")
@@ -162,13 +177,7 @@ def teacher_engine(config: Config, teacher: Teacher, own: HFEngine, replay: Repl
             extra=section.extra_body,
             replay=replay,
         )
-    engine: Engine = teacher.engine if isinstance(teacher, ServedTeacher) else own.over(_model(teacher))
-    if replay is None:
-        return engine
-    weights = f"{config.teacher.url}/{config.teacher.model}"
-    if teacher.model is not None:
-        weights = weights_digest(teacher.model)
-    return ReplayingEngine(engine, replay, weights=weights)
+    return teacher.engine if isinstance(teacher, ServedTeacher) else own.over(_model(teacher))
 
 
 def _model(teacher: Teacher) -> nn.Module:
@@ -177,7 +186,8 @@ def _model(teacher: Teacher) -> nn.Module:
 
 
 def make_replay(config: Config) -> Replay | None:
-    """What the starting weights generate, kept on disk, where the method asks for all of it beforehand."""
-    if not config.method.generates_ahead:
+    """What a black box has answered, kept on disk, where rollouts are kept too: a killed run does not pay for
+    it again."""
+    if config.refresh is None:
         return None
     return Replay(Path(config.run.dir) / config.run.name / "cache")

@@ -109,9 +109,9 @@ def fresh(config: Config, rollouts: list[Rollout], step: int) -> list[Rollout]:
     """The rollouts, if the weights that generated them are at most `rollout.max_staleness` steps old.
 
     Raises:
-        UserError: older ones did. Not where the starting weights generate everything.
+        UserError: older ones did. Not where rollout.refresh has a rule of its own.
     """
-    if config.method.generates_ahead:
+    if config.refresh is not None:
         return rollouts
     limit = config.rollout.max_staleness
     oldest = min((r.policy_version for r in rollouts), default=step)

@@ -6,7 +6,7 @@ No [T, V] is kept anywhere: the losses read hidden states and head in chunks. On
 import contextlib
 import copy
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -56,6 +56,11 @@ class Teacher:
     def acting(self) -> contextlib.AbstractContextManager[object]:
         """While something is generated in its name: the student's own weights are the teacher's."""
         return contextlib.nullcontext()
+
+    def measured(self) -> Mapping[str, float]:
+        """What this process's teacher did since it was last asked, for the step's line of metrics.jsonl;
+        summed over all processes."""
+        return {}
 
     def follow(self) -> None:
         """Called after each optimiser step: one step of a moving average."""

@@ -15,10 +15,16 @@ from onpath.engines.base import Engine, Generators
 from onpath.engines.forward import Models
 from onpath.engines.head import check_head, head_of
 from onpath.engines.hf import HFEngine
-from onpath.engines.make import check_teacher, make_replay, make_teacher, student_engine, teacher_engine
+from onpath.engines.make import (
+    check_teacher,
+    make_replay,
+    make_teacher,
+    student_engine,
+    teacher_engine,
+    with_cache,
+)
 from onpath.engines.models import pick_device
 from onpath.engines.overlap import frozen_copy, make_overlap
-from onpath.engines.replay import ReplayingEngine, weights_digest
 from onpath.engines.self_check import Agreement, check_model
 from onpath.engines.stops import stops_of
 from onpath.engines.student import shared_vocabulary, trainable
@@ -32,6 +38,7 @@ from onpath.run.gradient_cosine import GradientCosine
 from onpath.run.guidance_ratio import GuidanceRatio
 from onpath.run.inputs import CLOCK_FILE, check_prompts, load_data, make_renderer
 from onpath.run.parts import Parts
+from onpath.run.refresh import Refreshed
 from onpath.run.trained import find, load_its_tokenizer, load_start
 from onpath.system import code, distributed
 from onpath.system.allocator import keep_freed_memory
@@ -85,7 +92,7 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
         sharding.place(config, device, student=student, teacher=teacher.model, frozen=frozen)
     models = Models(
         student=student,
-        teacher=teacher,
+        teacher=with_cache(config, teacher),
         vocabulary=vocabulary,
         device=device,
         max_tokens=config.optim.micro_batch_tokens,
@@ -103,8 +110,7 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
         vocabulary=vocabulary,
         shares_weights=True,
     )
-    replay = make_replay(config)
-    writer = teacher_engine(config, teacher, own, replay)
+    writer = teacher_engine(config, teacher, own, make_replay(config))
     generators = Generators(
         student=engine or student_engine(config, student, own),
         teacher=writer if untouched is None else LostEngine(writer, own.over(untouched), after),
@@ -113,8 +119,6 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
     agreements = check_models(config, models, own, generates=generators.student is own)
     overlap = make_overlap(config, student, frozen, generators.student, own)
     sampler = generators.student if overlap is None else overlap.engine
-    if replay is not None:
-        sampler = ReplayingEngine(sampler, replay, weights=weights_digest(student))
     if world is not None and world.spoils:
         sampler = SpoilingEngine(sampler, world, seed=config.run.seed)
     text = make_text(config, renderer)
@@ -122,6 +126,9 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
     tools = Tools(models=models, generators=generators, text=text, sampling=sampling)
     method = make_method(config.method, tools)
     method.check(prompts.pool)
+    refreshed = Refreshed.asked(
+        config, prompts.pool, sampler=sampler, student=generators.student, sampling=sampling, method=method
+    )
     return Parts(
         config=config,
         prompts=prompts,
@@ -134,7 +141,7 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
         objective=objective,
         gradient_cosine=GradientCosine(student, every=config.method.cosine_every),
         guidance_ratio=GuidanceRatio(student, every=config.method.measures_ratio_every),
-        replay=replay,
+        refreshed=refreshed,
         overlap=overlap,
         stops=stops,
         warnings=tuple(warnings),

@@ -62,6 +62,10 @@ class Meter:
     """One per rollout; None: there is no answer to compare with."""
     rewards: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """Label → one value per rollout; `reward` is their weighted sum."""
+    drawn: int | None = None
+    """Tokens of rollouts that this process generated in this step; None: those of `rollouts`."""
+    scored: Mapping[str, float] = field(default_factory=dict)
+    """What the teacher says that it did (`Teacher.measured`)."""
     grad_norm: float = 0.0
     gradient_cosine: float | None = None
     """Of this step's gradient and the last one's, before clipping."""
@@ -110,7 +114,7 @@ class Meter:
         """The step's metrics over all processes."""
         verdicts = [v.correct for v in self.verdicts if v is not None]
         lengths = [len(r.ids) for r in self.rollouts]
-        totals = dict(self.step.prepared.totals)
+        totals = {**self.step.prepared.totals, **self.scored}
         # What the method had the student generate beside the rollouts.
         continued = totals.pop("student_tokens_generated", 0)
         written = Counter(
@@ -126,7 +130,7 @@ class Meter:
             **{k: self.sums[k] for k in (f"tokens of {name}" for name in _NATS)},
             "rollouts": len(lengths),
             "lengths": sum(lengths),
-            "generated": sum(lengths) + continued,
+            "generated": (sum(lengths) if self.drawn is None else self.drawn) + continued,
             "right": sum(verdicts),
             "graded": len(verdicts),
             "finished": sum(r.finish_reason == "stop" for r in self.rollouts),

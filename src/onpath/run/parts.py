@@ -9,7 +9,6 @@ from onpath.engines import sharding
 from onpath.engines.base import Engine, Generators
 from onpath.engines.forward import Models
 from onpath.engines.overlap import Overlap
-from onpath.engines.replay import Replay
 from onpath.engines.self_check import Agreement
 from onpath.engines.stops import Stops
 from onpath.losses import Objective
@@ -18,6 +17,7 @@ from onpath.records import Sampling
 from onpath.run.gradient_cosine import GradientCosine
 from onpath.run.guidance_ratio import GuidanceRatio
 from onpath.run.inputs import Prompts
+from onpath.run.refresh import Refreshed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,15 +32,14 @@ class Parts:
     sampling: Sampling
     """Of the rollouts."""
     sampler: Engine
-    """Generates the rollouts that are trained on: the student's engine, that of rollout.overlap, or what the
-    starting weights have generated."""
+    """Generates the rollouts that are trained on: the student's engine, or that of rollout.overlap."""
     method: Method
     objective: Objective
     gradient_cosine: GradientCosine
     guidance_ratio: GuidanceRatio
     stops: Stops
-    replay: Replay | None = None
-    """What the starting weights have generated, where the method asks for all of it beforehand."""
+    refreshed: Refreshed | None = None
+    """Rollouts and what the method made of them, of older weights (rollout.refresh)."""
     overlap: Overlap | None = None
     """Draws the next batch while this one trains."""
     warnings: tuple[str, ...] = ()

@@ -269,8 +269,8 @@ def _passes(parts: Parts) -> Finding:
 
 
 def _undecorated(config: Config) -> Config:
-    """Without what would write into the run's directory (TRD's offline cache) or sample in the background."""
-    rollout = config.rollout.model_copy(update={"overlap": False})
+    """Without what would write into the run's directory (rollout.refresh) or sample in the background."""
+    rollout = config.rollout.model_copy(update={"overlap": False, "refresh": "always"})
     return config.model_copy(update={"method": config.method.without_traces(), "rollout": rollout})
 
 

@@ -67,9 +67,7 @@ def written(parts: Parts, *, rollouts: int) -> list[Rollout]:
     unanswered = [p.id for p in prompts if p.answer is None]
     if unanswered:
         raise UserError(f"prompt {unanswered[0]!r} has no answer, so its continuations cannot be graded")
-    # What the starting weights have generated ahead would be added to: the student writes then.
-    engine = parts.sampler if parts.replay is None else parts.generators.student
-    return engine.generate(prompts, parts.sampling, keys=[f"probe/{p.id}" for p in prompts])
+    return parts.sampler.generate(prompts, parts.sampling, keys=[f"probe/{p.id}" for p in prompts])
 
 
 def probe(

@@ -1,6 +1,6 @@
 """Options of TOPD."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -112,6 +112,13 @@ class TOPDOptions(MethodOptions):
         if self.ratio_every is not None:
             return self.ratio_every
         return 1 if self.guidance_weight == "auto" else 10
+
+    def check(self, config: Any) -> None:
+        if self.guidance_weight == "auto" and config.refresh is not None:
+            raise ValueError(
+                "method.guidance_weight: auto follows each step's gradients, and with rollout.refresh the "
+                "guidance of many steps is made at once; give it a number"
+            )
 
     @model_validator(mode="after")
     def _possible(self) -> "TOPDOptions":

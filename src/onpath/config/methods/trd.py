@@ -42,8 +42,8 @@ class TRDOptions(MethodOptions):
     scoring: Literal["rewrite", "plain"] = "rewrite"
     """Context in which the teacher scores z: the rewrite prompt (faithful), or the plain problem."""
     offline: bool = False
-    """Rollouts and rewrites of each prompt once, from the starting weights (the paper's setting; one pass
-    where optim.steps × rollout.prompts is the pool)."""
+    """Another name for rollout.refresh: never: rollouts and rewrites of each prompt once, from the starting
+    weights (the paper's setting; one pass where optim.steps × rollout.prompts is the pool)."""
     paper_compat: bool = False
     """The authors' rendering of what is trained on: plain text and a line break before z, on both sides, and
     no EOS supervised."""
@@ -144,21 +144,11 @@ class TRDOptions(MethodOptions):
             raise ValueError(
                 "locate: fork compares the student's near future with another model's; use teacher: model"
             )
-        if self.minimal_edit and self.locate != "checker" and self.offline:
-            raise ValueError(
-                f"locate: {self.locate} asks the student as it is, but offline rewrites come from the "
-                "starting weights; use locate: checker"
-            )
         if self.template is not None:
             check_slots(self.template, self.slots)
         return self
 
     def check(self, config: Any) -> None:
-        if self.offline and config.rollout.overlap:
-            raise ValueError(
-                "rollout.overlap: with method.offline all rollouts are sampled before the first step; set "
-                "rollout.overlap: false"
-            )
         task = task_of(config.data.train)
         if self.minimal_edit and self.locate == "checker" and not (task and task.checks_steps):
             raise ValueError(

@@ -10,10 +10,10 @@ The ids of r that z continues are the teacher's context when it scores z. A wron
 teacher could only continue, is never trained on: that is what token-level weights cannot do.
 
 Deviations from the published code, each with the option that undoes it: a fresh y and z at every update
-(`offline`); y at T = 1 (`rollout.temperature`); z without top-p (`rewrite_top_p: 0.95`); chat template and
-EOS in what is trained on (`paper_compat`: plain text and a line break before z, on the student's side and on
-the teacher's; z itself was generated after the template); a rewrite without any text is dropped and counted;
-a gate before training; the prompts' wording is ours, or the gym's.
+(`rollout.refresh: never`); y at T = 1 (`rollout.temperature`); z without top-p (`rewrite_top_p: 0.95`); chat
+template and EOS in what is trained on (`paper_compat`: plain text and a line break before z, on the student's
+side and on the teacher's; z itself was generated after the template); a rewrite without any text is dropped
+and counted; a gate before training; the prompts' wording is ours, or the gym's.
 """
 
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ class TRD(Method):
 
     def prepare(self, rollouts: Sequence[Rollout], *, step: int) -> Prepared:
         """See `Method.prepare`."""
-        rewrites = self.rewrite(rollouts, when="offline" if self.options.offline else f"step {step}")
+        rewrites = self.rewrite(rollouts, when=f"step {step}")
         trajectories = [self.trajectory(w) for w in rewrites]
         look = "method.template and at what the teacher writes"
         check_generated(trajectories, step=step, who="the rewriter", of="attempts", look=look)

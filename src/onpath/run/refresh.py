@@ -1,0 +1,371 @@
+"""Semi-online distillation (`rollout.refresh`): rollouts of older weights, and what the method made of them.
+
+    step               0      1      2      3      4      5        every: 3
+    trained on         W0     W0     W0     W3     W3     W3       of the generator: policy_version
+    phase              └─ phase_000000 ──┘  └─ phase_000003 ──┘
+
+When a phase begins, the student as it is generates every prompt of the phase once, and the method prepares
+the rollouts: rewrites, windows, repairs. Both go to disk as lines of JSON, all floats as they are, so that a
+run that is killed goes on with them; every step of the phase reads its prompts' lines and scores them with
+both models as ever. So the divergence is always the current student's, exactly: what is stale is the prefix
+that it stands on. Draws are named by the step in which a prompt comes first, so `every: 1` samples what
+`always` does.
+
+Distilling on fixed rollouts of the untouched student: arXiv 2604.13010, 2610.11291.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from onpath.config.build import Config
+from onpath.config.sections import NEVER, Refresh
+from onpath.data.load import prompts_of_step
+from onpath.engines.base import Engine
+from onpath.methods.base import Method, Prepared
+from onpath.records import WRITERS, Edit, Guidance, Prompt, Rollout, Sampling, Trajectory
+from onpath.system import distributed
+from onpath.system.errors import UserError
+from onpath.system.files import unwritable, write_text
+from onpath.system.reading import parse_json, read_json
+
+DIRECTORY = "rollouts"
+"""Of a run's phases."""
+_COMPLETE = "complete.json"
+_COMPARED = 32
+"""Rollouts of a process that are scored to see how far the student has moved."""
+_TOGETHER = 8
+"""Steps whose rollouts are generated in one go."""
+
+
+@dataclass
+class Phase:
+    """Steps `first` to `last` − 1, trained on what the weights of `first` generated.
+
+    In `directory` each process has a file of lines: a prompt's rollouts with their trajectories, or what the
+    method measured while it prepared those of a step. `complete.json` comes last.
+    """
+
+    directory: Path
+    first: int
+    last: int
+    places: dict[str, tuple[Path, int]] = field(default_factory=dict)
+    """Prompt → file and byte where its line begins."""
+    measured: dict[int, list[Mapping[str, Any]]] = field(default_factory=dict)
+    """Step → what was measured when its prompts were prepared, of each process."""
+
+    @classmethod
+    def beginning(cls, root: Path, first: int, last: int) -> "Phase":
+        """What there is of it already."""
+        phase = cls(root / f"phase_{first:06d}", first, last)
+        phase.read()
+        return phase
+
+    @classmethod
+    def running(cls, root: Path, step: int) -> "Phase | None":
+        """The last phase that began at `step` or before it, if it is complete."""
+        for path in sorted(root.glob(f"phase_*/{_COMPLETE}"), reverse=True):
+            first, last = (read_json(path, keys={"first": int, "last": int})[k] for k in ("first", "last"))
+            if first <= step:
+                return cls.beginning(root, first, last)
+        return None
+
+    def read(self) -> None:
+        """Finds the lines of all processes; the first one of a prompt stands."""
+        self.places, self.measured = {}, {}
+        for path in sorted(self.directory.glob("process-*.jsonl")):
+            for at, row in _lines(path):
+                if isinstance(row.get("prompt"), str):
+                    self.places.setdefault(row["prompt"], (path, at))
+                elif isinstance(row.get("step"), int):
+                    self.measured.setdefault(row["step"], []).append(row)
+
+    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Lines of this process, on disk when this returns.
+
+        Raises:
+            UserError: the disk is full or not writable.
+        """
+        path = self.directory / f"process-{distributed.rank()}.jsonl"
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(("\n" if file.tell() else "") + "".join(json.dumps(row) + "\n" for row in rows))
+        except OSError as error:
+            raise unwritable(path, error) from None
+
+    def complete(self) -> None:
+        """All processes have written all."""
+        distributed.barrier()
+        if distributed.rank() == 0:
+            write_text(
+                self.directory / _COMPLETE, json.dumps({"first": self.first, "last": self.last}) + "\n"
+            )
+        distributed.barrier()
+        self.read()
+
+    def of(self, prompt: Prompt, sampling: Sampling) -> tuple[list[Rollout], list[Trajectory]]:
+        """A prompt's rollouts, and what is trained on.
+
+        Raises:
+            UserError: its line is damaged, and the weights that wrote it are gone.
+        """
+        path, at = self.places.get(prompt.id, (self.directory, 0))
+        try:
+            with path.open("rb") as file:
+                file.seek(at)
+                row = parse_json(file.readline())
+            rollouts = [
+                Rollout(
+                    prompt=prompt,
+                    ids=tuple(r["ids"]),
+                    logprobs=tuple(r["logprobs"]),
+                    finish_reason=r["finish_reason"],
+                    policy_version=self.first,
+                    sampling=sampling,
+                    context=tuple(row["context"]),
+                    sample=sample,
+                )
+                for sample, r in enumerate(row["rollouts"])
+            ]
+            return rollouts, [_trajectory(t, rollouts) for t in row["trajectories"]]
+        except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError):
+            raise UserError(
+                f"{path}: the rollouts of prompt {prompt.id!r} are missing or damaged, and the weights that "
+                f"wrote them, those of step {self.first}, are gone; bring the file back, or remove "
+                f"{self.directory.parent.parent} and start the run again"
+            ) from None
+
+
+class Refreshed:
+    """Hands out each step's rollouts and trajectories, and has new ones made when the rule says so.
+
+    Args:
+        config: of the run: sizes, seed, steps, directory.
+        pool: the training prompts.
+        sampler: generates rollouts, and student: scores them, both with the weights that train.
+        method: prepares them.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        rule: Refresh,
+        pool: Sequence[Prompt],
+        *,
+        sampler: Engine,
+        student: Engine,
+        sampling: Sampling,
+        method: Method,
+    ) -> None:
+        self.root = Path(config.run.dir) / config.run.name / DIRECTORY
+        self.config, self.rule, self.pool = config, rule, pool
+        self.sampler, self.student, self.sampling, self.method = sampler, student, sampling, method
+        self.phase: Phase | None = None
+        self.overlap: float | None = None
+        """Of the student and the weights that wrote the last step's rollouts, where the rule asks for it."""
+
+    @classmethod
+    def asked(cls, config: Config, pool: Sequence[Prompt], **tools: Any) -> "Refreshed | None":
+        """None: each step has its own rollouts."""
+        return None if config.refresh is None else cls(config, config.refresh, pool, **tools)
+
+    def rollouts(self, step: int) -> list[Rollout]:
+        """Those of a step (of this process). If a phase begins with it, all of the phase are made first."""
+        phase, self.overlap = self.phase or Phase.running(self.root, step), None
+        asked, steps = self._prompts(step), self.config.optim.steps
+        if phase is None or self._is_over(phase, asked, step) or self._has_moved(phase, asked, step):
+            phase = Phase.beginning(self.root, step, min(steps, step + (self.rule.every or steps)))
+        if step == phase.first and phase is not self.phase:
+            self._make(phase)
+        self.phase = phase
+        return [r for p in distributed.share(asked) for r in phase.of(p, self.sampling)[0]]
+
+    def prepared(self, rollouts: Sequence[Rollout], step: int) -> Prepared:
+        """What the method made of them. What was generated counts in the step in which it was."""
+        phase = self.phase
+        assert phase is not None, "rollouts come first"
+        trajectories = []
+        for r in rollouts:
+            _, made = phase.of(r.prompt, r.sampling)
+            mine = [t for t in made if t.origin is not None and t.origin.sample == r.sample]
+            trajectories += [replace(t, origin=r) for t in mine]
+        here, everywhere = phase.measured.get(step, []), [m for rows in phase.measured.values() for m in rows]
+        counts = step == phase.first and distributed.rank() == 0
+        totals = {k: 0.0 for m in everywhere for k in m["totals"]}
+        for row in everywhere if counts else ():
+            totals = {k: v + row["totals"].get(k, 0.0) for k, v in totals.items()}
+        means: dict[str, tuple[float, float]] = {k: (0.0, 0.0) for m in here for k in m["means"]}
+        for row in here if distributed.rank() == 0 else ():
+            means |= {k: (means[k][0] + a, means[k][1] + b) for k, (a, b) in row["means"].items()}
+        metrics = {} if self.overlap is None else {"rollout_overlap": self.overlap}
+        weights = [m["guidance_weight"] for m in here or everywhere]
+        return Prepared(
+            trajectories=trajectories,
+            totals=totals,
+            means=means,
+            metrics={**(here[0]["metrics"] if here else {}), **metrics},
+            guidance_weight=weights[0] if weights else 1.0,
+        )
+
+    def generated(self, step: int) -> int:
+        """Tokens of all rollouts of the phase that begins with `step`, if one does; said by one process."""
+        if self.phase is None or step != self.phase.first or distributed.rank() > 0:
+            return 0
+        return sum(m["tokens"] for rows in self.phase.measured.values() for m in rows)
+
+    def _is_over(self, phase: Phase, asked: Sequence[Prompt], step: int) -> bool:
+        """By count; or a run that was made longer has come to prompts that the phase has not."""
+        if self.rule.every is not None and step >= phase.first + self.rule.every:
+            return True
+        return self.rule != NEVER and any(p.id not in phase.places for p in asked)
+
+    def _has_moved(self, phase: Phase, asked: Sequence[Prompt], step: int) -> bool:
+        """Whether the student overlaps too little with the weights that wrote the step's rollouts."""
+        if self.rule.overlap_below is None or step == phase.first:
+            return False
+        mine = [r for p in distributed.share(asked) for r in phase.of(p, self.sampling)[0]]
+        self.overlap = overlap(mine[:_COMPARED], self.student)
+        return self.overlap < self.rule.overlap_below
+
+    def _prompts(self, step: int) -> list[Prompt]:
+        return prompts_of_step(
+            self.pool, size=self.config.rollout.prompts, seed=self.config.run.seed, step=step
+        )
+
+    def _make(self, phase: Phase) -> None:
+        """Generates and prepares whatever a phase lacks; the student is at the phase's first step."""
+        distributed.barrier()
+        if self.method.state() and distributed.rank() == 0:
+            # It moves while it prepares: what a killed process has left would not move it again.
+            shutil.rmtree(phase.directory, ignore_errors=True)
+        distributed.barrier()
+        phase.read()
+        seen, n = set(phase.places), self.config.rollout.n
+        for begin in range(phase.first, phase.last, _TOGETHER):
+            lots: list[tuple[int, list[tuple[int, Prompt]]]] = []
+            for step in range(begin, min(begin + _TOGETHER, phase.last)):
+                new = {p.id: (place, p) for place, p in reversed(list(enumerate(self._prompts(step))))}
+                fresh = sorted(
+                    (pair for key, pair in new.items() if key not in seen), key=lambda pair: pair[0]
+                )
+                seen |= set(new)
+                lots += [(step, distributed.share(fresh))] if fresh else []
+            prompts = [p for _, lot in lots for _, p in lot]
+            keys = [f"step {step}/{place}" for step, lot in lots for place, _ in lot]
+            rollouts = self.sampler.generate(prompts, self.sampling, n=n, keys=keys)
+            for step, lot in lots:
+                some, rollouts = rollouts[: n * len(lot)], rollouts[n * len(lot) :]
+                some = [replace(r, place=place) for place, r in enumerate(some)]
+                phase.add(_rows(some, self.method.prepare(some, step=step), step))
+        phase.complete()
+
+
+def overlap(rollouts: Sequence[Rollout], engine: Engine) -> float:
+    """Mass that the engine's next-token distributions have in common with those that the rollouts were drawn
+    from, a mean over their tokens: Σ_v min(π(v), μ(v)) = E_{y ~ μ} min(1, π(y) / μ(y)) = 1 − total variation.
+
+    Over all processes; without a token 1.
+    """
+    scored = engine.score([r.context for r in rollouts], [r.ids for r in rollouts]) if rollouts else []
+    terms = [
+        math.exp(min(0.0, now - then))
+        for r, row in zip(rollouts, scored, strict=True)
+        for now, then in zip(row, r.logprobs, strict=True)
+    ]
+    mass, tokens = distributed.total([sum(terms), len(terms)])
+    return mass / tokens if tokens else 1.0
+
+
+def _rows(rollouts: Sequence[Rollout], prepared: Prepared, step: int) -> list[dict[str, Any]]:
+    """Lines of one step's rollouts and trajectories: what `Phase.of` reads, and what was measured.
+
+    Raises:
+        UserError: a trajectory does not say which rollout it came from.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for r in rollouts:
+        row = found.setdefault(r.prompt.id, {"prompt": r.prompt.id, "rollouts": [], "trajectories": []})
+        row["context"] = r.context
+        row["rollouts"].append({"ids": r.ids, "logprobs": r.logprobs, "finish_reason": r.finish_reason})
+    for t in prepared.trajectories:
+        if t.origin is None:
+            raise UserError(
+                "rollout.refresh keeps trajectories with the rollouts that they come from, and this method "
+                "makes some without Trajectory.origin; set it there, or rollout.refresh: always"
+            )
+        found[t.origin.prompt.id]["trajectories"].append(_as_row(t, t.origin))
+    measured = {
+        "step": step,
+        "tokens": sum(len(r.ids) for r in rollouts),
+        "totals": dict(prepared.totals),
+        "means": dict(prepared.means),
+        "metrics": dict(prepared.metrics),
+        "guidance_weight": prepared.guidance_weight,
+    }
+    return [*found.values(), measured]
+
+
+def _as_row(t: Trajectory, origin: Rollout) -> dict[str, Any]:
+    return {
+        "sample": origin.sample,
+        "student_context": t.student_context,
+        "teacher_context": t.teacher_context,
+        "response": t.response,
+        "weights": t.weights,
+        "counted": t.counted,
+        "behaviour_logprobs": t.behaviour_logprobs,
+        "writers": None if t.writers is None else [WRITERS.index(w) for w in t.writers],
+        "guidance": [
+            {
+                "start": g.start,
+                "ids": [list(x) for x in g.targets],
+                "mass": [list(x.values()) for x in g.targets],
+            }
+            for g in t.guidance
+        ],
+        "edit": {**vars(t.edit), "detail": dict(t.edit.detail)},
+    }
+
+
+def _trajectory(row: Mapping[str, Any], rollouts: Sequence[Rollout]) -> Trajectory:
+    def tokens(name: str) -> Any:
+        return None if row[name] is None else tuple(row[name])
+
+    return Trajectory(
+        student_context=tokens("student_context"),
+        teacher_context=tokens("teacher_context"),
+        response=tokens("response"),
+        weights=tokens("weights"),
+        counted=tokens("counted"),
+        behaviour_logprobs=tokens("behaviour_logprobs"),
+        writers=None if row["writers"] is None else tuple(WRITERS[w] for w in row["writers"]),
+        guidance=tuple(
+            Guidance(
+                start=g["start"],
+                targets=tuple(dict(zip(i, m, strict=True)) for i, m in zip(g["ids"], g["mass"], strict=True)),
+            )
+            for g in row["guidance"]
+        ),
+        edit=Edit(**row["edit"]),
+        origin=rollouts[row["sample"]],
+    )
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Where each whole line begins, in bytes, and what it says."""
+    at = 0
+    with path.open("rb") as file:
+        for line in file:
+            start, at = at, at + len(line)
+            if line.endswith(b"\n"):
+                try:
+                    row = parse_json(line)
+                except ValueError:
+                    continue
+                if isinstance(row, dict):
+                    yield start, row

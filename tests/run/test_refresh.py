@@ -1,0 +1,314 @@
+"""`rollout.refresh`: rollouts of older weights, kept with what the method made of them."""
+
+import copy
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from onpath.commands.cli import main
+from onpath.config.build import Config
+from onpath.config.methods import MethodOptions
+from onpath.data.load import prompts_of_step
+from onpath.engines.hf import HFEngine
+from onpath.methods.base import Method, Prepared, own_response
+from onpath.records import Edit, Guidance, Rollout, Trajectory
+from onpath.run.assemble import assemble
+from onpath.run.log import flatten, read_lines
+from onpath.run.optimizer import make_optimizer
+from onpath.run.refresh import _as_row, _trajectory, overlap
+from onpath.system.errors import UserError
+from onpath.training import one_step, train
+from tests.forks import TIMEOUT, done_by_two
+from tests.run.test_resume import Stopped, contents, stop_at
+
+Tiny = Callable[..., Config]
+TRD = {"method__name": "trd", "method__template": "{problem} {attempt}", "method__gate": False}
+METHODS: dict[str, dict[str, Any]] = {
+    "opd": {"rollout__n": 2},
+    "opsd": {"method__name": "opsd", "method__weights": "ema", "method__ema_decay": 0.5},
+    "trd": TRD,
+    "topd": {"method__name": "topd", "method__window": 4, "method__top_share": 0.5},
+    "spliced": {"method__name": "topd", "method__window": 4, "method__plan": "spliced"},
+    "relay": {"method__name": "relay", "method__delta": 2.0},
+    "branch": {"method__name": "branch", "method__branches": 2},
+    "bridge": {"method__name": "bridge", "method__window": 4, "method__keep": "all"},
+    "truncate": {"method__name": "truncate", "method__stop_when": "low_kl", "method__window": 3},
+}
+FAST = {"optim__lr": 0.02, "data__eval": {}}
+
+
+def rows_of(config: Config) -> list[dict[str, Any]]:
+    return read_lines(train(config, quiet=True).directory / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_step_is_always(name: str, tiny: Tiny) -> None:
+    """Each phase one step long: the same draws, the same trajectories; hidden states are computed anew."""
+    options = {**FAST, **METHODS[name], "optim__steps": 3}
+    always, every = (
+        rows_of(tiny(**options, run__name=how, rollout__refresh=rule))
+        for how, rule in (("always", "always"), ("every", {"every": 1}))
+    )
+    for a, b in zip(always, every, strict=True):
+        one, two = (flatten({k: v for k, v in row.items() if "seconds" not in k}) for row in (a, b))
+        assert one.keys() == two.keys()
+        assert two == pytest.approx(one, rel=2e-4, abs=1e-6)
+
+
+def test_phases_are_those_of_copies(tiny: Tiny) -> None:
+    """Against the same done by hand: a copy of the weights with which each phase begins samples."""
+    run = train(tiny(**FAST, optim__steps=5, rollout__refresh={"every": 2}), quiet=True).directory
+    lines = read_lines(run / "metrics.jsonl")
+    assert [r["staleness"] for r in lines] == [0, 1, 0, 1, 0]
+    assert [p.name for p in sorted((run / "rollouts").iterdir())] == [f"phase_00000{i}" for i in (0, 2, 4)]
+
+    parts = assemble(tiny(**FAST, optim__steps=5))
+    optimizer, schedule = make_optimizer(parts.config, parts.models.student)
+    parts.config.__dict__["rollout"] = parts.config.rollout.model_copy(update={"max_staleness": 9})
+    losses = []
+    for step in range(5):
+        if step % 2 == 0:
+            writer = HFEngine(
+                copy.deepcopy(parts.models.student),
+                parts.text.renderer,
+                stop_ids=parts.generators.student.stop_ids,
+                vocabulary=parts.models.vocabulary,
+            )
+        schedule(step)
+        losses.append(one_step(replace(parts, sampler=writer), optimizer, step).sums["loss"])
+    assert [r["loss"] for r in lines] == pytest.approx(losses, rel=1e-6)
+    fresh = rows_of(tiny(**FAST, optim__steps=5, run__name="fresh"))
+    assert fresh[1]["loss"] != pytest.approx(lines[1]["loss"], rel=1e-3), "old rollouts are others"
+    assert fresh[0]["loss"] == lines[0]["loss"]
+
+
+def test_never_writes_each_prompt_once(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three passes over a pool of one step: sampled once, and the first step pays for it."""
+    asked: list[int] = []
+    plain = HFEngine.continue_from
+
+    def counting(self: HFEngine, prefixes: Any, *rest: Any, **named: Any) -> Any:
+        asked.append(len(prefixes))
+        return plain(self, prefixes, *rest, **named)
+
+    config = tiny(**FAST, **METHODS["relay"], data__limit=8, rollout__refresh="never", run__save_every=1)
+    parts = assemble(config)
+    optimizer, _ = make_optimizer(config, parts.models.student)
+    monkeypatch.setattr(HFEngine, "continue_from", counting)
+    found = []
+    for step in range(3):
+        before = len(asked)
+        meter = one_step(parts, optimizer, step)
+        found.append(sorted((r.prompt.id, r.ids) for r in meter.rollouts))
+        row = meter.row(parts.models.device)
+        assert (len(asked) > before) == (row["student_tokens_generated"] > 0) == (step == 0)
+        assert (row["teacher_tokens_generated"] > 0) == (step == 0)
+        assert row["loss"] > 0
+    assert found[0] == found[1] == found[2]
+
+
+def test_offline_is_never(tiny: Tiny) -> None:
+    one = rows_of(tiny(**FAST, **TRD, method__offline=True, run__name="one"))
+    two = rows_of(tiny(**FAST, **TRD, rollout__refresh="never", run__name="two"))
+    assert [{**r, "seconds": 0} for r in one] == [{**r, "seconds": 0} for r in two]
+    assert [r["staleness"] for r in one] == [0, 1, 2]
+
+
+def test_overlap_is_the_mass_in_common(tiny: Tiny) -> None:
+    """Its expectation over tokens is Σ min(π, μ): summed here over all first tokens of the vocabulary."""
+    parts = assemble(tiny())
+    student = parts.models.student
+    prompt = parts.prompts.pool[0]
+    (rollout,) = parts.sampler.generate([prompt], parts.sampling)
+    assert overlap([rollout], parts.generators.student) == pytest.approx(1.0, abs=1e-5)
+
+    def first_logp() -> torch.Tensor:
+        with torch.no_grad():
+            logits = student(torch.tensor([rollout.context])).logits[0, -1, : parts.models.vocabulary]
+        return logits.double().log_softmax(-1)
+
+    mu = first_logp()
+    with torch.no_grad():
+        for p in student.parameters():
+            p.mul_(1.3)
+    pi = first_logp()
+    exact = float(torch.minimum(pi.exp(), mu.exp()).sum())
+    terms = [
+        overlap([replace(rollout, ids=(v,), logprobs=(float(mu[v]),))], parts.generators.student)
+        for v in range(len(mu))
+    ]
+    expected = sum(float(p) * t for p, t in zip(mu.exp(), terms, strict=True))
+    assert exact < 0.99
+    assert expected == pytest.approx(exact, abs=1e-5)
+    assert overlap([], parts.generators.student) == 1.0
+
+
+@pytest.mark.parametrize(("below", "phases"), [(0.9999, [0, 1, 2, 3]), (0.01, [0])])
+def test_refreshed_when_the_student_has_moved(below: float, phases: list[int], tiny: Tiny) -> None:
+    options = {**FAST, "optim__steps": 4, "optim__warmup": 0.0, "optim__schedule": "constant"}
+    run = train(tiny(**options, rollout__refresh={"overlap_below": below}), quiet=True).directory
+    lines = read_lines(run / "metrics.jsonl")
+    assert [int(p.name[-6:]) for p in sorted((run / "rollouts").iterdir())] == phases
+    measured = [r.get("rollout_overlap") for r in lines]
+    assert measured[0] is None, "nothing to compare with"
+    assert all(m is not None and 0 < m < 1 for m in measured[1:])
+    stale = [step - max(p for p in phases if p <= step) for step in range(4)]
+    assert [r["staleness"] for r in lines] == stale
+    if len(phases) == 1:
+        assert measured[3] < measured[1], "it moves on"
+
+
+def test_both_rules(tiny: Tiny) -> None:
+    rule = {"every": 2, "overlap_below": 0.01}
+    rows = rows_of(tiny(**FAST, optim__steps=4, rollout__refresh=rule))
+    assert [r["staleness"] for r in rows] == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("name", ["trd", "truncate"])
+@pytest.mark.parametrize("call", [2, 4])
+def test_killed_and_resumed_is_the_same_run(
+    name: str, call: int, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a phase, and where one has been written but not trained on; `truncate` has a state
+    that moves while it prepares."""
+    options = {**FAST, **METHODS[name], "optim__steps": 6, "rollout__refresh": {"every": 3}}
+    options |= {"run__save_every": 1, "run__trajectories_every": 1}
+    whole = contents(train(tiny(**options, run__name="whole"), quiet=True).directory)
+    cut = tiny(**options, run__name="cut")
+    with monkeypatch.context() as patch:
+        stop_at(patch, "onpath.training", "accumulate", call=call, after=False)
+        with pytest.raises(Stopped):
+            train(cut, quiet=True)
+    found = contents(train(cut, quiet=True).directory)
+    assert found.keys() == whole.keys()
+    for file, value in whole.items():
+        if file not in ("environment.json", "model/README.md"):
+            assert found[file] == value, file
+
+
+def test_a_trajectory_survives_its_line(tiny: Tiny) -> None:
+    parts = assemble(tiny())
+    (rollout,) = parts.sampler.generate([parts.prompts.pool[0]], parts.sampling)
+    t = Trajectory(
+        student_context=(1, 9),
+        teacher_context=(1, 7, 9),
+        response=(4, 5, 6),
+        weights=(1.0, 0.1, 1 / 3),
+        counted=(True, False, True),
+        writers=("student", "teacher", "forced"),
+        behaviour_logprobs=(-0.1, -1e-9, float("-inf")),
+        guidance=(Guidance(start=1, targets=({5: 0.25, 11: 0.75}, {7: 1 / 7})),),
+        edit=Edit(kind="bridge", kept=False, reason="why", detail={"at": 1, "x": [0.5]}),
+        origin=rollout,
+    )
+    assert _trajectory(json.loads(json.dumps(_as_row(t, rollout))), [rollout]) == t
+    bare = Trajectory(student_context=(1,), teacher_context=(1,), response=(), origin=rollout)
+    assert _trajectory(json.loads(json.dumps(_as_row(bare, rollout))), [rollout]) == bare
+
+
+def test_a_damaged_line(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written again while the weights that wrote it are there; later it is named."""
+    config = tiny(**FAST, rollout__refresh="never", run__save_every=1)
+    with monkeypatch.context() as patch:
+        stop_at(patch, "onpath.training", "accumulate", call=1, after=False)
+        with pytest.raises(Stopped):
+            train(config, quiet=True)
+    path = Path(config.run.dir) / "tiny" / "rollouts" / "phase_000000" / "process-0.jsonl"
+    text = path.read_text()
+    path.write_text(text.replace('{"prompt"', '{"prmpt', 1))
+    with monkeypatch.context() as patch:
+        stop_at(patch, "onpath.training", "one_step", call=2, after=False)
+        with pytest.raises(Stopped):
+            train(config, quiet=True)
+    lost = prompts_of_step(assemble(config).prompts.pool, size=8, seed=config.run.seed, step=1)[0].id
+    lines = [line for line in path.read_text().splitlines() if f'"prompt": "{lost}"' not in line]
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match=rf"rollouts of prompt '{lost}' are missing or damaged.*run again"):
+        train(config, quiet=True)
+
+
+def test_what_never_cannot_do_is_said(tiny: Tiny) -> None:
+    """A longer run comes to prompts that the starting weights were not asked for."""
+    options = {**FAST, "run__save_every": 1, "optim__schedule": "constant"}
+    train(tiny(**options, rollout__refresh="never", optim__steps=1), quiet=True)
+    with pytest.raises(UserError, match=r"weights that wrote them, those of step 0, are gone"):
+        train(tiny(**options, rollout__refresh="never", optim__steps=3), quiet=True)
+    rule: Any = {"overlap_below": 0.01}
+    train(tiny(**options, rollout__refresh=rule, optim__steps=1, run__name="by overlap"), quiet=True)
+    rows = rows_of(tiny(**options, rollout__refresh=rule, optim__steps=3, run__name="by overlap"))
+    assert [r["staleness"] for r in rows] == [0, 0, 1]
+
+
+class NoOrigin(Method):
+    """Forgets where its trajectories come from."""
+
+    class Options(MethodOptions):
+        name: str = "no origin"
+
+    def prepare(self, rollouts: Sequence[Rollout], *, step: int) -> Prepared:
+        return Prepared(trajectories=[replace(own_response(r), origin=None) for r in rollouts])
+
+
+def test_trajectories_must_know_their_origin(tiny: Tiny) -> None:
+    with pytest.raises(UserError, match=r"without Trajectory\.origin; set it there"):
+        train(tiny(**FAST, rollout__refresh="never"), method=NoOrigin, quiet=True)
+
+
+def test_two_processes(tiny: Tiny, tmp_path: Path) -> None:
+    """Sums, draws and phases of two are those of one; a prompt that comes again may be another process's."""
+    rules: dict[str, Any] = {"n": {"every": 2}, "x": {"overlap_below": 0.97}}
+    options = {**FAST, **METHODS["relay"], "data__limit": 12, "optim__steps": 4, "optim__eps": 1e-4}
+    options |= {"parallel__timeout": TIMEOUT}
+
+    def run(rank: int) -> None:
+        for name, rule in rules.items():
+            where = {"run__name": name, "run__dir": str(tmp_path / "two")}
+            train(tiny(**options, **where, rollout__refresh=rule), quiet=True)
+
+    done_by_two(run, tmp_path)
+    for name, rule in rules.items():
+        one = rows_of(tiny(**options, rollout__refresh=rule, run__name=name))
+        two = read_lines(tmp_path / "two" / name / "metrics.jsonl")
+        for a, b in zip(one, two, strict=True):
+            numbers = {k: v for k, v in a.items() if isinstance(v, int | float)}
+            assert numbers == pytest.approx({k: b[k] for k in numbers}, rel=2e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"rollout__refresh": "often"}, r"rollout\.refresh"),
+        ({"rollout__refresh": {}}, "give every, overlap_below or both"),
+        ({"rollout__refresh": {"every": 0}}, "every"),
+        ({"rollout__refresh": {"overlap_below": 1.5}}, "overlap_below"),
+        ({"rollout__refresh": "never", "rollout__overlap": True}, "set rollout.overlap: false"),
+        ({"rollout__refresh": "never", "method__divergence": "sampled"}, r"set method\.ppo_clip"),
+        ({**TRD, "method__offline": True, "rollout__refresh": {"every": 2}}, "take one of them out"),
+        ({**TRD, "rollout__temperature": 0.6, "rollout__refresh": {"overlap_below": 0.9}}, "or use every"),
+        (
+            {"method__name": "topd", "method__guidance_weight": "auto", "rollout__refresh": "never"},
+            "give it a number",
+        ),
+    ],
+)
+def test_impossible_pairs(options: dict[str, Any], says: str, tiny: Tiny) -> None:
+    with pytest.raises(UserError, match=says):
+        tiny(**options)
+
+
+def test_on_the_command_line(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny(**FAST)
+    file = tmp_path / "config.yaml"
+    file.write_text(config.to_yaml().replace("  refresh: always\n", ""))
+    assert main(["train", str(file), "--quiet", "--rollout.refresh.every", "2"]) == 0
+    run = Path(config.run.dir) / config.run.name
+    assert [r["staleness"] for r in read_lines(run / "metrics.jsonl")] == [0, 1, 0]
+    shutil.rmtree(run)
+    assert main(["train", str(file), "--quiet", "--rollout.refresh", "never"]) == 0
+    assert [r["staleness"] for r in read_lines(run / "metrics.jsonl")] == [0, 1, 2]
