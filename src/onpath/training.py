@@ -159,7 +159,7 @@ def corrected(parts: Parts, step: int, watch: Stopwatch) -> Meter:
             verdicts = parts.text.verdicts([(r, r.ids) for r in rollouts])
             rewards = parts.text.reward_values(rollouts)
         with watch("correct"):
-            prepared = shaped(parts, prepare(parts, rollouts, step), rewards)
+            prepared = shaped(parts, prepare(parts, rollouts, step), rewards, step=step)
     kept = [t for t in prepared.trajectories if t.edit.kept]
     mine = [token_count(kept), float(any(t.guidance for t in kept))]
     denominator, guided = distributed.total(mine, parts.models.device)

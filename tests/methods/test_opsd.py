@@ -15,6 +15,7 @@ from onpath.config.methods.opsd import OPSDOptions
 from onpath.data.batch import collate
 from onpath.engines.teacher import SelfTeacher
 from onpath.methods import make_method
+from onpath.methods.opsd import misled
 from onpath.records import Trajectory
 from onpath.run.assemble import assemble
 from onpath.system.errors import UserError
@@ -200,3 +201,39 @@ def test_an_average_moves_whatever_the_students_dtype(dtype: torch.dtype) -> Non
     assert all(v.dtype == torch.float32 for v in teacher.state().values())
     batch = collate([Trajectory(student_context=(1,), teacher_context=(1, 9), response=(5, 2))])
     assert bool(teacher.scores(batch).hidden.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("shown", "context"),
+    [
+        ("own", "<bos>7+5=? ref:7 plus 5 now:<sol>"),
+        ("none", "<bos>7+5=?<sol>"),
+        ("foreign", "<bos>7+5=? ref:9 times 2 is 18 now:<sol>"),
+        ("wrong", "<bos>7+5=? ref:7 plus 5 18 now:<sol>"),
+    ],
+)
+def test_what_the_controls_show(shown: str, context: str, tiny: Callable[..., Config]) -> None:
+    y = attempt("so 13<eos>")
+    other = replace(y.prompt, id="other", text="9*2=?", solution="9 times 2 is 18", answer="18")
+    options = {"method__shown": shown, "method__template": TEMPLATE, "method__diagnose_every": 0}
+    method = assemble(tiny(method__name="opsd", **options)).method
+    method.check([y.prompt, replace(y.prompt, id="same answer"), other])
+    (t,) = method.prepare([y], step=0).trajectories
+    assert t.teacher_context == ids(context)
+    assert t.student_context == ids("<bos>7+5=?<sol>")
+
+
+def test_a_wrong_hint_is_wrong_in_its_last_answer() -> None:
+    x = replace(attempt("4<eos>").prompt, solution="12 and 12 is so 12.", answer="12")
+    assert misled(x, replace(x, answer="7"), wrong=True).solution == "12 and 12 is so 7."
+    assert (
+        misled(replace(x, answer="99"), replace(x, answer="7"), wrong=True).solution
+        == "12 and 12 is so 12. 7"
+    )
+    assert misled(x, replace(x, solution="other"), wrong=False).solution == "other"
+
+
+def test_a_wrong_answer_alone_is_a_foreign_one(tiny: Callable[..., Config]) -> None:
+    options = {"method__hint": "answer", "method__template": "{problem} {answer}"}
+    with pytest.raises(UserError, match="use hint: solution, or shown: foreign"):
+        tiny(method__name="opsd", method__shown="wrong", **options)

@@ -43,7 +43,12 @@ RUNS: dict[str, dict[str, Any]] = {
     **{name: options_of(ARMS[name]) for name in ARMS if name != "topd"},
     "topd spliced": {"method__name": "topd", "method__plan": "spliced", "method__top_share": 0.5},
     "overlap": {"rollout__overlap": True, "parallel__shard": "step"},
-    "not dealt": {"parallel__balance": False, "rollout__n": 2, "rollout__prompts": 3},
+    "not dealt": {
+        "parallel__balance": False,
+        "rollout__n": 2,
+        "rollout__prompts": 3,
+        "method__random_share": 0.6,
+    },
 }
 OPTIM = {"optim__steps": 2, "optim__lr": 1e-2, "optim__eps": 1e-4}  # else AdamW makes whole steps of rounding
 

@@ -10,10 +10,11 @@ gym).
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from onpath.config.methods.opsd import OPSDOptions
 from onpath.engines.forward import Kept, per_token
-from onpath.methods.base import Method, Prepared, Tools, own_response
+from onpath.methods.base import Method, Prepared, Tools, needed, own_response
 from onpath.methods.diagnose import token_means
 from onpath.records import Prompt, Rollout
 from onpath.system.errors import UserError
@@ -29,6 +30,8 @@ class OPSD(Method):
         super().__init__(options, tools)
         named = tools.text.templates["hint" if options.hint == "solution" else "hint_answer"]
         self.template = options.template or named
+        self.foreign: dict[str, Prompt] = {}
+        """Each prompt's neighbour in the training pool, with another answer."""
 
     def prepare(self, rollouts: Sequence[Rollout], *, step: int) -> Prepared:
         """See `Method.prepare`."""
@@ -47,6 +50,9 @@ class OPSD(Method):
         Raises:
             UserError: naming the first that does not.
         """
+        for i, p in enumerate(prompts):
+            others = (prompts[(i + n) % len(prompts)] for n in range(1, len(prompts)))
+            self.foreign[p.id] = next((q for q in others if q.answer != p.answer), p)
         new, longest = self.tools.sampling.max_new_tokens, self.tools.models.teacher.context_length
         for prompt in prompts:
             length = len(self.privileged(prompt))
@@ -62,5 +68,22 @@ class OPSD(Method):
         return self.privileged(rollout.prompt)
 
     def privileged(self, prompt: Prompt) -> tuple[int, ...]:
-        """Ids of a prompt that shows the hint."""
+        """Ids of a prompt that shows the hint, or what a control shows in its place."""
+        shown = self.options.shown
+        if shown == "none":
+            return self.tools.text.renderer.ids(prompt)
+        if shown != "own":
+            prompt = misled(prompt, self.foreign[prompt.id], wrong=shown == "wrong")
         return self.tools.text.privileged_context(prompt, self.template, self.options.hint)
+
+
+def misled(prompt: Prompt, foreign: Prompt, *, wrong: bool) -> Prompt:
+    """A problem with another one's solution and answer; wrong: with its own solution, in which the other's
+    answer stands where its own did last."""
+    if not wrong:
+        return replace(prompt, solution=foreign.solution, answer=foreign.answer)
+    solution, own = needed(prompt, "solution", "shown: wrong"), needed(prompt, "answer", "shown: wrong")
+    before, found, after = solution.rpartition(own)
+    if not found or foreign.answer in (None, own):
+        return replace(prompt, solution=f"{solution} {foreign.answer}")
+    return replace(prompt, solution=f"{before}{foreign.answer}{after}")

@@ -9,6 +9,7 @@ from onpath.methods.base import Prepared
 from onpath.records import Trajectory
 from onpath.run.parts import Parts
 from onpath.system import distributed
+from onpath.system.draws import noise
 from onpath.system.errors import UserError
 
 _STATISTIC = {
@@ -19,10 +20,10 @@ _STATISTIC = {
 
 
 def shaped(
-    parts: Parts, prepared: Prepared, rewards: Mapping[str, Sequence[float]] | None = None
+    parts: Parts, prepared: Prepared, rewards: Mapping[str, Sequence[float]] | None = None, *, step: int = 0
 ) -> Prepared:
-    """With the config's rewards, `method.first_tokens` and `method.reweight` applied to what is trained on,
-    and every trajectory knowing its place.
+    """With the config's rewards, `method.first_tokens`, `random_share` and `reweight` applied to what is
+    trained on, and every trajectory knowing its place.
 
     Args:
         rewards: label → one value per rollout of the step (of this process).
@@ -32,6 +33,9 @@ def shaped(
     kept = [t for t in trajectories if t.edit.kept]
     if options.first_tokens is not None:
         kept = [t.truncated(options.first_tokens) for t in kept]
+    if options.random_share < 1:
+        seed = parts.config.run.seed
+        kept = [thinned(t, options.random_share, seed=seed, when=f"step {step}") for t in kept]
     if options.reweight != "none":
         kept = reweighted(parts, kept)
     trained = iter(kept)
@@ -39,6 +43,15 @@ def shaped(
         replace(next(trained) if t.edit.kept else t, place=place) for place, t in enumerate(trajectories)
     ]
     return replace(prepared, trajectories=placed)
+
+
+def thinned(trajectory: Trajectory, share: float, *, seed: int, when: str) -> Trajectory:
+    """With weight 0 for all but a share of the tokens, by lot: they leave the loss and its count."""
+    who = "" if trajectory.origin is None else trajectory.origin.key
+    stays = noise(seed, f"{when}/{who}/share", len(trajectory.response)) < share
+    weights = tuple(w if s else 0.0 for w, s in zip(trajectory.token_weights, stays, strict=True))
+    counted = tuple(bool(c and s) for c, s in zip(trajectory.in_count, stays, strict=True))
+    return replace(trajectory, weights=weights, counted=counted)
 
 
 def rewarded(

@@ -51,6 +51,9 @@ class MethodOptions(Section):
     """Weigh tokens by a statistic of theirs, normalised to mean 1 over the micro-batch-independent total."""
     first_tokens: int | None = Field(None, ge=1)
     """Train only on the first so many response tokens; null trains on all."""
+    random_share: float = Field(1.0, gt=0, le=1)
+    """Train on this share of the response tokens, drawn by lot; the others leave the count too. A control for
+    whatever chooses tokens."""
     ppo_clip: float | None = Field(None, gt=0)
     """Clip range of the importance ratio; sampled only."""
     discount: float = Field(0.0, ge=0, le=1)

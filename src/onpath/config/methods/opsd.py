@@ -25,6 +25,9 @@ class OPSDOptions(MethodOptions):
     """Decay per optimiser step of the moving average; weights ema only."""
     hint: Literal["solution", "answer"] = "solution"
     """Which column the teacher is shown."""
+    shown: Literal["own", "foreign", "wrong", "none"] = "own"
+    """Controls: foreign shows another problem's hint, wrong this problem's with another problem's answer in
+    place of its own, none shows nothing (arXiv 2608.09228, 2609.20612)."""
     template: str | None = None
     """User message of the teacher with slots {problem} and {solution} (or {answer}); null: the gym's or our
     own."""
@@ -46,7 +49,7 @@ class OPSDOptions(MethodOptions):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return (self.hint,)
+        return ("solution", "answer") if self.shown == "wrong" else (self.hint,)
 
     @property
     def teacher_weights(self) -> TeacherWeights:
@@ -66,6 +69,8 @@ class OPSDOptions(MethodOptions):
 
     def check(self, config: Any) -> None:
         task = task_of(config.data.train)
+        if self.shown == "wrong" and self.hint == "answer":
+            raise ValueError("method.shown: wrong changes a solution; use hint: solution, or shown: foreign")
         if self.hint == "answer" and self.template is None and task and "hint_answer" not in task.templates:
             raise ValueError(
                 f"method.hint: answer is a prompt that the {task.name}'s models were never shown; use hint: "
