@@ -583,3 +583,26 @@ def test_further_temperatures_are_evaluations_of_their_own(tiny: Callable[..., C
     assert asked == {"test": (2, 2, 1.0), "test_T0.5": (2, 2, 0.5), "test_greedy": (1, 1, 0.0)}
     assert {row["problems"] for row in lines.values()} == {5}
     assert all((run / "evals" / f"{name}_step_000001.jsonl").is_file() for name in asked)
+
+
+def test_the_first_step_says_what_both_models_have_in_common(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Against full logits of both models, in a plain loop over the stored trajectories' tokens."""
+    config = tiny(data__eval={}, run__trajectories_every=1, optim__steps=2)
+    parts = assemble(config)
+    models = parts.models.student.eval(), parts.models.teacher.model
+    shares = []
+    for t in parts.method.prepare(sample(parts, 0), step=0).trajectories:
+        ids = torch.tensor([t.student_context + t.response])
+        with torch.no_grad():
+            one, two = (
+                m(ids).logits[0, len(t.student_context) - 1 : -1, : parts.models.vocabulary] for m in models
+            )
+        for a, b in zip(one.topk(5).indices.tolist(), two.topk(5).indices.tolist(), strict=True):
+            shares.append(len({*a} & {*b}) / 5)
+    train(config)
+    first = metrics(config)[0]["top_overlap"]
+    assert first == pytest.approx(sum(shares) / len(shares), abs=1e-6)
+    assert 0 < first < 1
+    assert capsys.readouterr().err.count(f"{first:.0%} are the same at the start") == 1

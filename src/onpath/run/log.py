@@ -258,9 +258,20 @@ class Display:
             left = (self.steps - row["step"]) * each
             self.say(f"step {row['step']}/{self.steps}  {text}  {left:,.0f} s left")
 
+        if row["step"] == 1 and row.get("top_overlap") is not None:
+            self.say(says_overlap(row["top_overlap"]))
+
     def say(self, text: str) -> None:
         """One line."""
         self.console.print(named_controls(text), highlight=False, markup=False, soft_wrap=True)
+
+
+def says_overlap(share: float) -> str:
+    """What the likeliest tokens that both models have in common mean for `rollout.refresh`."""
+    return (
+        f"of the likeliest tokens of student and teacher {share:.0%} are the same at the start (the higher, "
+        "the more fresh rollouts are worth: docs/teachers.md)"
+    )
 
 
 def _number(value: float | None) -> str:

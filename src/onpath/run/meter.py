@@ -96,6 +96,9 @@ class Meter:
             found = self.step.importance.measured(batch, result.stats.student_logp)
             for name, value in zip(_RATIOS, found, strict=True):
                 self.sums[name] += value
+        if result.stats.overlap is not None:
+            self.sums["overlap"] += float(result.stats.overlap[counted].double().sum())
+            self.sums["tokens of overlap"] += float(counted.sum())
         for name in TOPS:
             top_Nk = getattr(result.stats, name)
             if top_Nk is not None:
@@ -128,6 +131,7 @@ class Meter:
         mine = {
             **{k: self.sums[k] for k in ("loss", "counted", *_NATS, *_RATIOS)},
             **{k: self.sums[k] for k in (f"tokens of {name}" for name in _NATS)},
+            **{k: self.sums[k] for k in ("overlap", "tokens of overlap")},
             "rollouts": len(lengths),
             "lengths": sum(lengths),
             "generated": (sum(lengths) if self.drawn is None else self.drawn) + continued,
@@ -148,6 +152,8 @@ class Meter:
         if tokens := all_of["tokens of ratio"]:
             row["importance_ratio"] = all_of["ratio"] / tokens
             row["importance_capped"] = all_of["ratio above the cap"] / tokens
+        if tokens := all_of["tokens of overlap"]:
+            row["top_overlap"] = all_of["overlap"] / tokens
         row |= {
             "accuracy": all_of["right"] / all_of["graded"] if all_of["graded"] else None,
             "mean_length": all_of["lengths"] / rollouts,

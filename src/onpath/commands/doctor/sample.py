@@ -14,10 +14,19 @@ from torch import Tensor
 from onpath.data.batch import Batch, collate, micro_batches
 from onpath.data.load import prompts_of_step
 from onpath.engines.head import evaluating
-from onpath.losses import Head, TeacherHidden, TeacherScores, TeacherTopK, TokenStats, token_stats
+from onpath.losses import (
+    Head,
+    StatsRequest,
+    TeacherHidden,
+    TeacherScores,
+    TeacherTopK,
+    TokenStats,
+    token_stats,
+)
 from onpath.methods import Prepared
 from onpath.records import Rollout, Trajectory
 from onpath.run.parts import Parts
+from onpath.run.trajectories import TOP_TOKENS
 from onpath.run.weights import shaped
 from onpath.system.errors import UserError
 
@@ -130,6 +139,7 @@ def divergence(parts: Parts, batch: Batch) -> TokenStats:
         student_head=parts.models.head,
         teacher=teacher_scores(parts, batch),
         sampled_ids=batch.token_N,
+        stats=StatsRequest(top_k=TOP_TOKENS),
     )
 
 

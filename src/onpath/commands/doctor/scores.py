@@ -27,6 +27,7 @@ from onpath.data.batch import Batch, collate
 from onpath.engines.head import hidden_states
 from onpath.losses import TeacherHidden, TeacherScores, token_stats
 from onpath.records import Rollout, Sampling, Trajectory
+from onpath.run.log import says_overlap
 from onpath.run.parts import Parts
 
 _COMPARED = 8
@@ -242,14 +243,19 @@ def teacher_differs(parts: Parts, probe: Probe) -> Finding:
     """A teacher that is the student (or a hint that changes nothing) has nothing to teach."""
     kls: list[float] = []
     logps: list[float] = []
+    shares: list[float] = []
     for batch in probe.batches(parts):
         stats = divergence(parts, batch)
+        shares += [] if stats.overlap is None else stats.overlap.tolist()
         assert stats.reverse_kl is not None
         kls += stats.reverse_kl.tolist()
         logps += [] if stats.teacher_logp is None else stats.teacher_logp.tolist()
     kl, logp, uniform = _mean(kls), _mean(logps), -math.log(parts.models.vocabulary)
     values = {"reverse_kl_nats": kl, "teacher_logp_nats": logp, "tokens": len(kls)}
     message = f"KL(student ‖ teacher) is {kl:.2g} nats a token on {len(kls):,} tokens"
+    if shares:
+        values["top_overlap"] = _mean(shares)
+        message += f"; {says_overlap(values['top_overlap'])}"
     if not kl > _SAME_KL[narrow(parts)]:
         status = "fail" if parts.objective.needs_teacher else "warning"
         return Finding(
