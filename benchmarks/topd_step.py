@@ -62,7 +62,7 @@ def measure(directory: Path, options: argparse.Namespace, window: int) -> list[d
     method = {"name": "topd", "window": window, "reuse_cache": not options.no_cache}
     changed = config.build({**base, "method": method})
     guided = replace(plain, config=changed, method=make_method(changed.method, plain.tools))
-    optimizer, _ = make_optimizer(plain)
+    optimizer, _ = make_optimizer(plain.config, plain.models.student)
     rows: list[dict[str, Any]] = []
     for pair in range(WARM_UP + options.pairs):
         row: dict[str, Any] = {}
