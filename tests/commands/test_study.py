@@ -441,6 +441,15 @@ def verdicts(run: Path) -> dict[str, list[bool]]:
     [
         ({"arms": {"opd": {}, "b": {"data.limit": 5}}}, "arm b has data.limit 5 and arm opd None"),
         ({"arms": {"opd": {}, "b": {"eval": {"grader": "math"}}}}, "arm b has eval.grader 'math'"),
+        (
+            {
+                "arms": {
+                    "opd": {"budget": {"generated_tokens": "b"}},
+                    "b": {"rollout": {"refresh": "never"}},
+                }
+            },
+            "arm b keeps rollouts",
+        ),
         ({"arms": {"opd": {"method.divergenc": 1}}}, "arm opd: unknown key method.divergenc; did you mean"),
         ({"arms": {"a": {}}}, "base_arm is opd, which is none of the arms a"),
         ({"arms": {"opd": "control"}}, "kind is 'control'"),

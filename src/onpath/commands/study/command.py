@@ -61,6 +61,7 @@ def carry_out(study: StudyConfig, *, command: str, quiet: bool = False) -> Study
         command: what the results say they were made with.
     """
     plan.check_alike(study)
+    plan.check_pilots(study)
     with locked(study.directory) as lock, _terminable():
         remove_leftovers(study.directory)
         _claim(study)

@@ -127,8 +127,8 @@ def check_alike(study: StudyConfig) -> None:
                 )
 
 
-def pilots(study: StudyConfig) -> list[Job]:
-    """Short runs of the arms whose use per step must be known."""
+def piloted(study: StudyConfig) -> list[str]:
+    """Arms whose use per step must be known."""
     needed: dict[str, None] = {}
     for arm in study.trained:
         budget = study.budget_of(arm)
@@ -136,8 +136,28 @@ def pilots(study: StudyConfig) -> list[Job]:
             needed[arm] = None
             if isinstance(budget.amount, str):
                 needed[budget.amount] = None
+    return list(needed)
+
+
+def check_pilots(study: StudyConfig) -> None:
+    """A pilot must be able to tell what an arm uses per step.
+
+    Raises:
+        UserError: the first step of its phase pays for all of it.
+    """
+    for arm in piloted(study):
+        if arm_config(study, arm).refresh is not None:
+            raise UserError(
+                f"arm {arm} keeps rollouts (rollout.refresh), and the first step of a phase pays for all of "
+                "it: no pilot can measure a step; give it, and the arms that are matched to it, a budget in "
+                "updates"
+            )
+
+
+def pilots(study: StudyConfig) -> list[Job]:
+    """Short runs of the arms whose use per step must be known."""
     jobs = []
-    for arm in needed:
+    for arm in piloted(study):
         budget = study.budget_of(arm)
         steps = budget.pilot_steps if budget else 10
         changes = {"optim": {"steps": steps}, "data": {"eval": {}}, "eval": _BARE}
