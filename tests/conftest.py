@@ -22,6 +22,7 @@ from onpath.commands.study.worker import evaluate_untrained
 from onpath.config.build import Config
 from onpath.engines.hf import HFEngine
 from onpath.engines.self_check import Agreement, check_model
+from onpath.engines.sharding import raw
 from onpath.system import distributed
 from onpath.system.errors import UserError
 from onpath.training import train
@@ -96,7 +97,8 @@ def _models_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
         digest = blake2b(repr(model).encode())
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+            for part in raw(tensor):
+                digest.update(part)
         known = (digest.hexdigest(), engine is None, key, *options.items())
         if known not in AGREED:
             AGREED[known] = check_model(model, engine, key=key, **options)

@@ -133,6 +133,7 @@ class Config(Section):
                 "train; set method.ppo_clip, which corrects for older ones, or rollout.overlap: false"
             )
         self._refreshable()
+        self._quantisable()
         if method.importance != "none" and method.ppo_clip is not None:
             raise ValueError(
                 f"method.importance: {method.importance} and method.ppo_clip both weigh tokens by the "
@@ -191,6 +192,36 @@ class Config(Section):
                 n, name = (section.n, f"{split}_T{t:g}") if t else (1, f"{split}_greedy")
                 found[name] = Evaluation(split, section.at(t), n, min(section.k, n))
         return found
+
+    def _quantisable(self) -> None:
+        """What goes together with weights that only their own kernels read."""
+        student, teacher = self.student, self.teacher
+        if student.quantization is None and teacher.quantization is None:
+            return
+        key = "student" if student.quantization is not None else "teacher"
+        if self.parallel.shard != "none":
+            raise ValueError(f"{key}.quantization: such weights are not sharded; set parallel.shard: none")
+        if teacher.quantization is not None and (self.method.self_taught or teacher.engine != "hf"):
+            raise ValueError(
+                "teacher.quantization is of a teacher model in this process; here it is "
+                + ("the student: use student.quantization" if self.method.self_taught else "on a server")
+            )
+        if student.quantization is None:
+            return
+        if not student.lora_rank:
+            raise ValueError(
+                "student.quantization: such weights do not train; set student.lora_rank: the adapter does"
+            )
+        if student.lora_merge:
+            raise ValueError(
+                "student.lora_merge would round the adapter to quantised weights; leave it out: onpath "
+                "export merges it into the base as it is"
+            )
+        if self.method.teacher_weights == "ema" or self.rollout.overlap or self.rollout.engine != "hf":
+            raise ValueError(
+                "student.quantization needs the student's own weights for everything: not weights: ema, not "
+                "rollout.overlap, and rollout.engine: hf"
+            )
 
     @property
     def refresh(self) -> Refresh | None:

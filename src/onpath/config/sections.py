@@ -25,6 +25,10 @@ class Student(Section):
     dtype: DType = "float32"
     """Of the weights that train. bfloat16 without LoRA loses small updates: prefer float32 with optim.bf16.
     """
+    quantization: dict[str, Any] | None = None
+    """Of the base's weights, as transformers' own quantisation configs: {quant_method: bitsandbytes,
+    load_in_4bit: true}. Needs student.lora_rank: the adapter trains (QLoRA). Its library is yours to install.
+    """
     device: str = "auto"
     """auto takes the GPU if there is one; else a torch device such as cpu or cuda:0."""
     lora_rank: int = Field(0, ge=0)
@@ -70,6 +74,8 @@ class Teacher(Served):
     """chat: further fields of every request, such as {reasoning_effort: low}; null leaves one of ours out."""
     dtype: DType = "float32"
     """Of the frozen weights."""
+    quantization: dict[str, Any] | None = None
+    """As student.quantization; onpath doctor measures what it changes."""
     cache: Annotated[str | None, ROUNDING] = None
     """Directory in which scores are kept, by a digest of weights, context and response: what comes again is
     not read again. Runs, processes and a study's arms may share it (docs/teachers.md; onpath cache). Null

@@ -41,6 +41,11 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
         model.train(was_training)
 
 
+def is_quantised(model: nn.Module) -> bool:
+    """Whether transformers has quantised its weights."""
+    return unwrapped(model).config.to_dict().get("quantization_config") is not None
+
+
 def unwrapped(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a peft wrapper (its layers still adapted), or the model itself."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model

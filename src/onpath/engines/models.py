@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import logging as hf_logging
 
 from onpath.config import Student, Teacher
@@ -94,6 +95,7 @@ def load_model(section: Student | Teacher, key: str, device: torch.device) -> Pr
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                **_quantised(section, key, device),
             )
             model, found = loaded
             if adapter:
@@ -113,6 +115,26 @@ def load_model(section: Student | Teacher, key: str, device: torch.device) -> Pr
                 setattr(config, name, value)
     frozen.name_or_path = source  # what a new adapter names as its base, from wherever it is loaded
     return frozen
+
+
+def _quantised(section: Student | Teacher, key: str, device: torch.device) -> dict[str, Any]:
+    """What `from_pretrained` takes for quantised weights, which must be made where they stay."""
+    if section.quantization is None:
+        return {}
+    where = f"{key.partition('.')[0]}.quantization"
+    if is_adapter(section.model):
+        raise UserError(
+            f"{where}: {section.model} is an adapter, which is merged into its base, and quantised weights "
+            "would round it; export it first (onpath export, or peft's merge_and_unload)"
+        )
+    try:
+        found = AutoQuantizationConfig.from_dict(dict(section.quantization))
+    except foreign.FAILURES as error:
+        raise UserError(
+            f"{where}: {first_line(error)}; give one of transformers' quantisation configs, such as "
+            "{quant_method: bitsandbytes, load_in_4bit: true}"
+        ) from None
+    return {"quantization_config": found, **({} if device.type == "cpu" else {"device_map": {"": device}})}
 
 
 def _check_complete(found: Mapping[str, Any], section: Student | Teacher, key: str) -> None:

@@ -27,7 +27,7 @@ from onpath.data.batch import Batch, collate
 from onpath.engines.decoding.branches import Past
 from onpath.engines.head import sharded
 from onpath.engines.replay import address
-from onpath.engines.sharding import full
+from onpath.engines.sharding import raw
 from onpath.engines.teacher import Teacher
 from onpath.losses import Head, TeacherHidden, TeacherScores, TeacherTopK
 from onpath.records import Trajectory
@@ -282,5 +282,6 @@ def weights_digest(model: nn.Module, *, trained: bool = True) -> str:
     for name, weight in sorted(model.named_parameters()):
         if trained or not weight.requires_grad:
             digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-            digest.update(full(weight.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            for part in raw(weight):
+                digest.update(part)
     return digest.hexdigest()

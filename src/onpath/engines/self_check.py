@@ -16,7 +16,15 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from onpath.data.batch import Batch, collate
-from onpath.engines.head import check_head, evaluating, foreign, head_of, hidden_states, unwrapped
+from onpath.engines.head import (
+    check_head,
+    evaluating,
+    foreign,
+    head_of,
+    hidden_states,
+    is_quantised,
+    unwrapped,
+)
 from onpath.engines.hf import HFEngine
 from onpath.engines.models import context_length
 from onpath.losses import TeacherHidden, token_stats
@@ -76,6 +84,7 @@ def check_model(
     """
     inner = unwrapped(model)
     half = bf16 or next(inner.parameters()).dtype not in (torch.float32, torch.float64)
+    half |= is_quantised(inner)  # whose kernels may compute in half precision whatever the dtype around them
     with _moved(model), foreign(inner, key):
         check_head(model, key)
         prefixes = _prefixes(inner.config, vocabulary)

@@ -25,6 +25,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from onpath.config import Config
 from onpath.engines.head import base_layer, decoder_of, sharded, unwrapped
@@ -180,6 +181,18 @@ def sum_now(model: nn.Module, now: bool) -> None:
 def full(tensor: Tensor) -> Tensor:
     """The whole of a tensor. All processes take part if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def raw(tensor: Tensor) -> Iterator[memoryview]:
+    """The bytes of a whole tensor, of a quantised one those of its parts. All processes take part if it is
+    sharded."""
+    whole = full(tensor.detach())
+    if is_traceable_wrapper_subclass(whole):
+        parts, _ = whole.__tensor_flatten__()
+        for part in parts:
+            yield from raw(getattr(whole, part))
+        return
+    yield whole.cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from onpath.engines.sharding import full
+from onpath.engines.sharding import raw
 from onpath.records import Prompt
 from onpath.run.parts import Parts
 
@@ -48,7 +48,8 @@ def _of_weights(weights: dict[str, nn.Parameter], tokenizer: PreTrainedTokenizer
         digest.update(part.encode())
     for name, weight in sorted(weights.items()):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        digest.update(full(weight.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        for data in raw(weight):
+            digest.update(data)
     return digest.hexdigest()
 
 

@@ -91,6 +91,7 @@ def load_trained(found: Trained, section: Student | None = None, *, adapter: boo
     """
     config = found.config()
     own = config.student if section is None else config.student.model_copy(update={"dtype": section.dtype})
+    own = own.model_copy(update={"quantization": None})  # the adapter is merged into the base as it is
     device = torch.device("cpu")
     if not found.is_checkpoint:
         return load_model(own.model_copy(update={"model": str(found.weights)}), "source", device)

@@ -25,6 +25,8 @@ from onpath.commands.doctor.sample import (
 )
 from onpath.data.batch import Batch, collate
 from onpath.engines.head import hidden_states
+from onpath.engines.models import load_model
+from onpath.engines.teacher import ModelTeacher
 from onpath.losses import TeacherHidden, TeacherScores, token_stats
 from onpath.records import Rollout, Sampling, Trajectory
 from onpath.run.log import says_overlap
@@ -253,6 +255,9 @@ def teacher_differs(parts: Parts, probe: Probe) -> Finding:
     kl, logp, uniform = _mean(kls), _mean(logps), -math.log(parts.models.vocabulary)
     values = {"reverse_kl_nats": kl, "teacher_logp_nats": logp, "tokens": len(kls)}
     message = f"KL(student ‖ teacher) is {kl:.2g} nats a token on {len(kls):,} tokens"
+    if parts.config.teacher.quantization is not None:
+        values["quantised_kl_nats"] = _quantised_kl(parts, probe)
+        message += f"; quantising moves the teacher by {values['quantised_kl_nats']:.2g} nats a token"
     if shares:
         values["top_overlap"] = _mean(shares)
         message += f"; {says_overlap(values['top_overlap'])}"
@@ -272,6 +277,18 @@ def teacher_differs(parts: Parts, probe: Probe) -> Finding:
             name="teacher_differs", status="warning", message=message, advice=advice, values=values
         )
     return Finding(name="teacher_differs", status="ok", message=message, values=values)
+
+
+def _quantised_kl(parts: Parts, probe: Probe) -> float:
+    """KL(teacher as it is ‖ teacher quantised), nats a token, along the probe's responses."""
+    section = parts.config.teacher.model_copy(update={"quantization": None})
+    assert parts.models.teacher.model is not None
+    device = next(parts.models.teacher.model.parameters()).device
+    whole = ModelTeacher(load_model(section, "teacher.model", device), vocabulary=parts.models.vocabulary)
+    found: list[float] = []
+    for batch in probe.batches(parts):
+        found += distance(whole.scores(batch), teacher_scores(parts, batch)).tolist()
+    return _mean(found)
 
 
 def _student_logps(parts: Parts, trajectories: Sequence[Trajectory]) -> list[list[float]]:
