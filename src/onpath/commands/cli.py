@@ -233,7 +233,7 @@ def _add_eval(commands: Any) -> None:
     command.add_argument(
         "--grader",
         metavar="NAME",
-        help="auto, gym, math, exact, or your own as file.py:name (default: the run's, or auto)",
+        help="auto, gym, math, exact, code, or your own as file.py:name (default: the run's, or auto)",
     )
     command.add_argument("--temperature", type=float, help="0 is greedy (default: the run's, or 1)")
     command.add_argument("--top-p", type=float, help="default: the run's, or 1")

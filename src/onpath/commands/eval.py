@@ -90,7 +90,7 @@ def evaluate_model(
         n: samples per problem; None: k, if that is given.
         k: of pass@k.
         limit: only the first so many problems.
-        grader: auto, gym, math, exact, or a function of your own as file.py:name.
+        grader: auto, gym, math, exact, code, or a function of your own as file.py:name.
         temperature, top_p, top_k, max_new_tokens, seed: of the samples; temperature 0 is greedy.
         batch_tokens: tokens in one generation batch.
         dtype: of the weights: float32, bfloat16 or float16; None: a run's own, or float32.

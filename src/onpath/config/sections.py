@@ -101,7 +101,7 @@ class Data(Section):
     gym's training data, none for a file."""
     eval_limit: int | None = Field(None, ge=1)
     """Use only the first so many problems of each evaluation set."""
-    columns: dict[Literal["prompt", "answer", "solution", "id"], str] = Field({})
+    columns: dict[Literal["prompt", "answer", "tests", "solution", "id"], str] = Field({})
     """What your rows call them, such as {prompt: problem, answer: meta.final}; an evaluation set without them
     has ours. The gym's rows are ours."""
     skip_bad: Annotated[bool, NEUTRAL] = False
@@ -282,9 +282,10 @@ class Parallel(Section):
 
 
 class Eval(Section):
-    grader: Annotated[str, OneOf(("auto", "gym", "math", "exact"), "function")] = "auto"
+    grader: Annotated[str, OneOf(("auto", "gym", "math", "exact", "code"), "function")] = "auto"
     """auto: the task's own checker for the gym's data, else math (math-verify in a process of its own).
-    exact: the last line, stripped. Or a function of yours, file.py:grade, of (text, answer) → bool."""
+    exact: the last line, stripped. code: the answer's program against tests, confined (docs/code.md). Or a
+    function of yours, file.py:grade, of (text, answer) → bool."""
     every: Annotated[int, NEUTRAL] = Field(0, ge=0)
     """Evaluate every so many steps; 0 only at the start and the end."""
     start: Annotated[bool, NEUTRAL] = True

@@ -1,11 +1,12 @@
 """Prompts from files, `datasets`, tasks and own code, and the order in which training sees them. No torch.
 
 Columns: `prompt` (text, or messages of role and content) or `messages` (a conversation, asked up to its last
-assistant turn), optional `answer` or verl's `reward_model.ground_truth` (what the grader compares with),
-optional `solution` or TRL's `privileged_context` (what only a teacher may see), optional `id`. Other columns
-are ignored, so TRL's prompt-only data sets work unchanged.
+assistant turn), optional `answer`, verl's `reward_model.ground_truth`, or `tests` of a program (what the
+grader compares with), optional `solution` or TRL's `privileged_context` (what only a teacher may see),
+optional `id`. Other columns are ignored, so TRL's prompt-only data sets work unchanged.
 """
 
+import json
 import math
 import random
 import re
@@ -23,7 +24,17 @@ from onpath.system.files import place
 from onpath.system.reading import OF_CONTENT, parse_json
 from onpath.system.text import first_line, one_line
 
-COLUMNS = ("id", "prompt", "messages", "answer", "reward_model", "solution", "privileged_context", "tools")
+COLUMNS = (
+    "id",
+    "prompt",
+    "messages",
+    "answer",
+    "reward_model",
+    "tests",
+    "solution",
+    "privileged_context",
+    "tools",
+)
 REASONS_KEPT = 5
 JSONL_SUFFIXES = (".jsonl", ".jsonlines", ".ndjson")
 SOURCES = (
@@ -317,7 +328,7 @@ def _prompt(row: Mapping[str, Any], *, default_id: str) -> Prompt:
         id=_id(row.get("id"), default_id),
         text=text,
         messages=messages,
-        answer=_answer(_reference(row)),
+        answer=_tests(row["tests"]) if row.get("tests") else _answer(_reference(row)),
         solution=_solution(row.get("privileged_context") if hint is None else hint),
     )
 
@@ -419,6 +430,20 @@ def _answer(value: Any) -> str | None:
     if not str(value).strip():
         raise _BadRow("'answer' is empty; leave it out (or null) where there is nothing to grade")
     return _encodable(str(value), "answer")
+
+
+def _tests(value: Any) -> str:
+    """Tests of a program as text: asserts one below the other, objects as JSON."""
+    pairs = isinstance(value, list) and all(isinstance(v, Mapping) for v in value)
+    if pairs and all({"input", "output"} <= set(v) for v in value):
+        value = {"inputs": [v["input"] for v in value], "outputs": [v["output"] for v in value]}
+    if isinstance(value, list) and all(isinstance(v, str) for v in value):
+        value = "\n".join(value)
+    if isinstance(value, Mapping):
+        value = json.dumps(value)
+    if not isinstance(value, str):
+        raise _BadRow(f"'tests' must be text, a list of asserts, or an object, not {_kind(value)}")
+    return _encodable(value, "tests")
 
 
 def _solution(value: Any) -> str | None:

@@ -46,8 +46,9 @@ class Grader:
     def _judge(self, text: str, answer: str) -> Verdict:
         raise NotImplementedError
 
-    def stated(self, answer: str) -> str:
-        """A response that states the answer plainly: what `onpath doctor` asks the grader about."""
+    def stated(self, answer: str) -> str | None:
+        """A response that states the answer plainly: what `onpath doctor` asks the grader about. None: no
+        response can be made from it."""
         return answer
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from onpath.data.tasks import task_of
 from onpath.grade.base import Grader
+from onpath.grade.code import CodeGrader
 from onpath.grade.exact import ExactGrader
 from onpath.grade.math import MathGrader
 from onpath.grade.own import OwnGrader
@@ -18,11 +19,16 @@ def _gym() -> Grader:
     return TaskGrader(task)
 
 
-GRADERS: dict[str, Callable[[], Grader]] = {"gym": _gym, "math": MathGrader, "exact": ExactGrader}
+GRADERS: dict[str, Callable[[], Grader]] = {
+    "gym": _gym,
+    "math": MathGrader,
+    "exact": ExactGrader,
+    "code": CodeGrader,
+}
 
 
 def make_grader(name: str) -> Grader:
-    """The grader of that name: `gym`, `math`, `exact`, or a function of the user's own as file.py:name.
+    """The grader of that name: one of `GRADERS`, or a function of the user's own as file.py:name.
 
     Raises:
         UserError: another name, or own code that may not run.

@@ -82,7 +82,9 @@ def answers(grader: Grader, prompts: Sequence[Prompt]) -> Finding:
     known = _spread([p for p in prompts if p.answer is not None], MOST_ANSWERS)
     if not known:
         return skipped("answers", "no prompt has an answer, so no accuracy will be measured")
-    stated = [(grader.stated(p.answer or ""), p.answer or "") for p in known]
+    stated = [(text, p.answer or "") for p in known if (text := grader.stated(p.answer or "")) is not None]
+    if not stated:
+        return skipped("answers", f"what {grader.name} compares with states no answer; solutions are tried")
     verdicts = zip(known, grader.grade_many(stated), strict=True)
     failed = [p for p, v in verdicts if not v.correct or (grader.name == "math" and is_prose(p.answer or ""))]
     named = [p.id for p in failed]

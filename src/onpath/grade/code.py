@@ -1,0 +1,220 @@
+"""`code`: the answer's program, against tests, in a process of its own that can do no harm (docs/code.md)."""
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from onpath.data.thinking import answer_part
+from onpath.grade import sandbox
+from onpath.grade.base import Grader, Verdict
+from onpath.grade.sandbox import Limits, Outcome
+from onpath.system.errors import UserError
+from onpath.system.reading import parse_json
+from onpath.system.text import one_line
+
+FORMS = (
+    'Python with asserts, {"test": …, "entry_point": …, "prompt": …} as HumanEval has it, or '
+    '{"inputs": […], "outputs": […]} for standard input and output, with "fn_name" for calls'
+)
+"""What tests look like."""
+_PYTHON = ("python", "py", "python3")
+_FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})[ \t]*(\w*)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeTests:
+    """The tests of one problem, read from its `answer`.
+
+    >>> CodeTests.of('{"inputs": ["1 2"], "outputs": ["3"]}').pairs
+    (('1 2', '3'),)
+    """
+
+    pairs: tuple[tuple[str, str], ...] = ()
+    """(standard input, standard output) of a script; none: function tests."""
+    function: Mapping[str, Any] = field(default_factory=dict)
+    """Function tests as `code_worker.judge` takes them."""
+    entry_point: str = ""
+    """The function that the tests call, where they say so."""
+    stub: str = ""
+    """What the prompt asks to complete; empty: it asks for a whole program."""
+
+    @classmethod
+    def of(cls, answer: str) -> "CodeTests":
+        """Reads them.
+
+        Raises:
+            UserError: they have none of `FORMS`.
+        """
+        if not answer.lstrip().startswith("{"):
+            return cls(function={"tests": answer})
+        try:
+            given = parse_json(answer)
+        except ValueError as error:
+            raise _unusable(answer, str(error)) from None
+        if "inputs" in given or "outputs" in given:
+            return cls._of_pairs(given, answer)
+        tests, entry, stub = (given.get(key) or "" for key in ("test", "entry_point", "prompt"))
+        if not all(isinstance(value, str) for value in (tests, entry, stub)) or not tests.strip():
+            raise _unusable(answer, "'test', 'entry_point' and 'prompt' must be text")
+        return cls(
+            function={"tests": tests, "entry_point": entry, "setup": stub}, entry_point=entry, stub=stub
+        )
+
+    @classmethod
+    def _of_pairs(cls, given: Mapping[str, Any], answer: str) -> "CodeTests":
+        inputs, outputs, name = given.get("inputs"), given.get("outputs"), given.get("fn_name")
+        if not isinstance(inputs, list) or not isinstance(outputs, list) or not inputs:
+            raise _unusable(answer, "'inputs' and 'outputs' must be lists, and not empty")
+        if len(inputs) != len(outputs):
+            raise _unusable(answer, f"there are {len(inputs)} inputs, but {len(outputs)} outputs")
+        if name is None:
+            return cls(pairs=tuple(zip(map(_lines, inputs), map(_lines, outputs), strict=True)))
+        if not isinstance(name, str) or not all(isinstance(value, list) for value in inputs):
+            raise _unusable(answer, "with 'fn_name', a name, each of the inputs must be a list of arguments")
+        calls = list(zip(inputs, outputs, strict=True))
+        return cls(function={"calls": calls, "entry_point": name}, entry_point=name)
+
+
+def _lines(value: Any) -> str:
+    return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _unusable(answer: str, why: str) -> UserError:
+    return UserError(
+        f"eval.grader: code cannot use the tests {one_line(answer, 80)!r}: {why}; the column tests (or "
+        f"answer) must hold {FORMS}"
+    )
+
+
+class CodeGrader(Grader):
+    """Right if the program passes all tests.
+
+    The program is the last closed ```python block of what follows the thinking (one that defines the tested
+    function comes first, where the tests name it), or the whole text where there is no block. Where the
+    prompt asks to complete a stub, a block without the function's head is taken for its body.
+
+    Args:
+        limits: of one program on one input, or for all of its function tests.
+        threads: programs at a time; None: as many as there are CPUs.
+
+    Raises:
+        UserError: this machine cannot confine a program.
+    """
+
+    name = "code"
+
+    def __init__(self, *, limits: Limits | None = None, threads: int | None = None) -> None:
+        self.limits = limits or Limits()
+        self.threads = threads or min(32, len(os.sched_getaffinity(0)) if _COUNTS else os.cpu_count() or 1)
+        self._confined = sandbox.is_confined()
+
+    def grade_many(self, pairs: Iterable[tuple[str, str]]) -> list[Verdict]:
+        asked = list(pairs)
+        different = list(dict.fromkeys(asked))
+        with ThreadPoolExecutor(self.threads) as pool:
+            verdicts = dict(zip(different, pool.map(lambda pair: self.grade(*pair), different), strict=True))
+        return [verdicts[pair] for pair in asked]
+
+    def stated(self, answer: str) -> str | None:
+        """Tests say what a program must do, not what it looks like."""
+        return None
+
+    def _judge(self, text: str, answer: str) -> Verdict:
+        tests = CodeTests.of(answer)
+        program = program_of(text, tests)
+        if program is None:
+            return Verdict(correct=False, extracted=None)
+        outcome = self.run(program, tests)
+        if outcome.fault:
+            raise _unusable(answer, outcome.reason)
+        return Verdict(correct=outcome.passed, extracted=program)
+
+    def run(self, program: str, tests: CodeTests) -> Outcome:
+        """What becomes of a program."""
+        if tests.function:
+            return sandbox.run_tests(program, tests.function, self.limits, confined=self._confined)
+        for number, (given, expected) in enumerate(tests.pairs):
+            outcome, printed = sandbox.run_script(program, given, self.limits, confined=self._confined)
+            if not outcome.passed:
+                return outcome
+            if _shown(printed) != _shown(expected):
+                return Outcome(passed=False, reason=f"input {number} gives another output")
+        return Outcome(passed=True, reason="passed")
+
+
+_COUNTS = hasattr(os, "sched_getaffinity")
+
+
+def _shown(output: str) -> list[str]:
+    """Lines without white space at their ends; none at the end of the output."""
+    return [line.rstrip() for line in output.rstrip().splitlines()]
+
+
+def program_of(text: str, tests: CodeTests) -> str | None:
+    """The program that a response gives; None: none.
+
+    >>> program_of("So:\\n```python\\nprint(1)\\n```\\nThat is all.", CodeTests())
+    'print(1)'
+    """
+    said = answer_part(text)
+    blocks = [b for b in _blocks(said) if b.label in ("", *_PYTHON)]
+    if not blocks and _FENCE.search(said):
+        return None
+    found = [
+        (_defines(b.code, tests.entry_point), b.closed, b.label in _PYTHON, place)
+        for place, b in enumerate(blocks)
+    ]
+    code = blocks[max(found)[-1]].code if blocks else said.rstrip()
+    if not code.strip():
+        return None
+    if not tests.stub:
+        return code
+    head = re.search(_definition(tests.entry_point), tests.stub, re.MULTILINE)
+    if head is not None and _defines(code, tests.entry_point):
+        return tests.stub[: head.start()] + code  # its imports and helpers
+    return tests.stub.rstrip() + "\n" + _body(code)
+
+
+def _definition(name: str) -> str:
+    first = re.escape(name.partition(".")[0].removesuffix("()"))
+    return rf"^(?:(?:async )?def {first}\b|class {first}\b|{first}[ \t]*=)"
+
+
+def _defines(code: str, name: str) -> bool:
+    return bool(name) and re.search(_definition(name), code, re.MULTILINE) is not None
+
+
+def _body(code: str) -> str:
+    """The body of a function: up to the first line that is not indented, where a new statement begins."""
+    lines = code.lstrip("\n").splitlines()
+    end = next((i for i, line in enumerate(lines) if line.strip() and line[0] not in " \t"), len(lines))
+    return "\n".join(lines[:end])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Block:
+    label: str
+    code: str
+    closed: bool
+
+
+def _blocks(text: str) -> Sequence[_Block]:
+    """Fenced blocks, in order; the last one may be open."""
+    blocks: list[_Block] = []
+    mark, label, held = "", "", list[str]()
+    for line in text.splitlines():
+        fence = _FENCE.match(line)
+        if not mark:
+            if fence is not None:
+                mark, label, held = fence[1], fence[2].lower(), []
+        elif fence is not None and line.strip().startswith(mark) and not fence[2]:
+            blocks.append(_Block(label=label, code="\n".join(held), closed=True))
+            mark = ""
+        else:
+            held.append(line)
+    if mark:
+        blocks.append(_Block(label=label, code="\n".join(held), closed=False))
+    return blocks

@@ -1,0 +1,252 @@
+"""What the code grader takes for a program, for tests, and for right."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onpath.commands.doctor import inputs as doctor
+from onpath.config.build import Config
+from onpath.data.load import load_prompts
+from onpath.grade import sandbox
+from onpath.grade.code import CodeGrader, CodeTests, program_of
+from onpath.grade.graders import make_grader
+from onpath.grade.sandbox import Limits
+from onpath.records import Prompt
+from onpath.system.errors import UserError
+from onpath.training import train
+
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="programs are confined on Linux alone"
+)
+
+STUB = (
+    "from typing import List\n\ndef half(x):\n    return x // 2\n\n\n"
+    'def middle(xs: List[int]) -> int:\n    """The middle one."""\n'
+)
+CHECK = (
+    "def check(candidate):\n    assert candidate([1, 2, 3]) == 2\n    assert candidate([half(8)] * 3) == 4\n"
+)
+COMPLETION = json.dumps({"prompt": STUB, "test": CHECK, "entry_point": "middle"})
+PAIRS = json.dumps({"inputs": ["1 2\n", ["3", "4"]], "outputs": ["3\n", "7"]})
+CALLS = json.dumps({"fn_name": "add", "inputs": [[1, 2], [[1], [2]]], "outputs": [3, [[1, 2]]]})
+METHOD = json.dumps({"test": "def check(f):\n    assert f(a=1) == 1", "entry_point": "Solution().add"})
+SUM = "import sys\nprint(sum(map(int, sys.stdin.read().split())), ' ')"
+
+
+@pytest.fixture(scope="module")
+def grader() -> Iterator[CodeGrader]:
+    with CodeGrader(limits=Limits(cpu_seconds=2, memory_bytes=1 << 28)) as made:
+        yield made
+
+
+def fenced(code: str, label: str = "python") -> str:
+    return f"Here it is:\n\n```{label}\n{code}\n```\n\nIt works."
+
+
+@pytest.mark.parametrize(
+    ("text", "program"),
+    [
+        (fenced("a"), "a"),
+        (fenced("a") + fenced("b"), "b"),
+        (fenced("a") + fenced("b", "text"), "a"),
+        (fenced("a") + fenced("b", ""), "a"),
+        (fenced("a", ""), "a"),
+        (fenced("a", "Python"), "a"),
+        (fenced("a", "js"), None),
+        (fenced("a") + "```python\nb", "a"),
+        ("```python\na\nb", "a\nb"),
+        ("~~~py\na\n```\nb\n~~~", "a\n```\nb"),
+        ("a = 1", "a = 1"),
+        ("<think>" + fenced("a") + "</think>" + fenced("b"), "b"),
+        ("<think>" + fenced("a"), None),
+        (fenced(" "), None),
+        ("", None),
+    ],
+)
+def test_the_program(text: str, program: str | None) -> None:
+    assert program_of(text, CodeTests()) == program
+
+
+def test_a_block_that_defines_the_tested_function_comes_first() -> None:
+    text = fenced("def f(x):\n    return x") + fenced("print(f(3))")
+    assert program_of(text, CodeTests()) == "print(f(3))"
+    assert program_of(text, CodeTests(entry_point="f")) == "def f(x):\n    return x"
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("    return xs[half(len(xs))]\n\n\nprint(middle([]))\n", True),
+        ("\n    return xs[half(len(xs))]\n", True),
+        ("    return xs[0]\n", False),
+        (fenced("    return xs[half(len(xs))]"), True),
+        (fenced("def middle(xs: List[int]) -> int:\n    return xs[half(len(xs))]"), True),
+        ("def middle(xs):\n    return xs[1]", True),
+        (fenced("def other(xs):\n    return xs[1]"), False),
+        (
+            fenced("def half(x):\n    return 4\n\ndef middle(xs):\n    return xs[1] if xs[1] == 2 else 4"),
+            True,
+        ),
+        (fenced("return xs[1]"), False),
+    ],
+)
+def test_a_completion_and_a_whole_function_are_both_read(grader: CodeGrader, text: str, right: bool) -> None:
+    assert grader.grade(text, COMPLETION).correct == right
+
+
+@pytest.mark.parametrize(
+    ("program", "tests", "right"),
+    [
+        ("def f(x):\n    return {x: (1, {2}), 'a': [None, 2.5, 1j, b'b', True]}",
+         "assert f(1) == {1: (1, {2}), 'a': [None, 2.5, 1j, b'b', True]}\nassert f(1)['a'][4] is True", True),
+        ("def f(x):\n    return [x]", "assert f(1) == (1,)", False),
+        ("def f(x):\n    return 2 ** x", "assert f(20000) == 2 ** 20000\nassert f(62) == 1 << 62", True),
+        ("def f(x):\n    x.sort()", "xs = [2, 1]\nassert f(xs) is None\nassert xs == [1, 2]", True),
+        ("def f(x):\n    x = sorted(x)", "xs = [2, 1]\nf(xs)\nassert xs == [1, 2]", False),
+        ("def f(x):\n    if x < 0:\n        raise ValueError('no')\n    return x",
+         "try:\n    f(-1)\n    assert False\nexcept ValueError as e:\n    assert str(e) == 'no'", True),
+        ("def f(x):\n    yield from range(x)", "assert list(f(3)) == [0, 1, 2]", True),
+        ("from collections import Counter\ndef f(x):\n    return Counter(x)",
+         "assert f('aab') == {'a': 2, 'b': 1}", True),
+        ("class Stack:\n    def __init__(self):\n        self.held = []\n    def push(self, x):\n"
+         "        self.held.append(x)\n        return self\n    def __len__(self):\n        return 2",
+         "s = Stack()\nassert s.push(1).push(2).held == [1, 2]\nassert len(s) == 2", True),
+        ("def f(x, *, y=1):\n    return x * y", "import math\nassert math.isclose(f(2, y=0.5), 1.0)", True),
+        ("def f(x):\n    return float('nan')", "assert f(1) != f(1)", True),
+        ("def g(x):\n    return 1\nf = g", "for x in range(3):\n    assert f(x) == 1", True),
+    ],
+)  # fmt: skip
+def test_function_tests(grader: CodeGrader, program: str, tests: str, right: bool) -> None:
+    assert grader.grade(fenced(program), tests).correct == right
+
+
+@pytest.mark.parametrize(
+    ("program", "tests", "right"),
+    [
+        (SUM, PAIRS, True),
+        ("print(3)", PAIRS, False),
+        (f"{SUM}\nprint('done')", PAIRS, False),
+        (f"{SUM}\nraise SystemExit(0)", PAIRS, True),
+        ("a, b = map(int, open(0).read().split())\nprint(a + b)", PAIRS, True),
+        ("def add(a, b):\n    return a + b", CALLS, True),
+        ("class Solution:\n    def add(self, a, b):\n        return a + b", CALLS, True),
+        ("def add(a, b):\n    return 3", CALLS, False),
+        (
+            "class Solution:\n    def add(self, a):\n        return a",
+            METHOD,
+            True,
+        ),
+    ],
+)
+def test_scripts_and_calls(grader: CodeGrader, program: str, tests: str, right: bool) -> None:
+    assert grader.grade(fenced(program), tests).correct == right
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("12", "they call nothing of the program's"),
+        ("def f(x) return", "SyntaxError"),
+        ('{"inputs": []}', "must be lists, and not empty"),
+        ('{"inputs": ["1"], "outputs": []}', "there are 1 inputs, but 0 outputs"),
+        ('{"inputs": ["1"], "outputs": ["1"], "fn_name": "f"}', "must be a list of arguments"),
+        ('{"entry_point": "f"}', "'test', 'entry_point' and 'prompt' must be text"),
+        ('{"test": [1]}', "'test', 'entry_point' and 'prompt' must be text"),
+        ("{", "not valid JSON"),
+    ],
+)
+def test_tests_that_cannot_be_used_are_a_sentence(grader: CodeGrader, answer: str, said: str) -> None:
+    with pytest.raises(UserError, match="cannot use the tests") as caught:
+        grader.grade("f = 1", answer)
+    assert said in str(caught.value)
+
+
+def test_many_are_graded_at_a_time_in_order_and_once(
+    grader: CodeGrader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run: list[str] = []
+
+    def counted(program: str, *arguments: Any, **options: Any) -> sandbox.Outcome:
+        run.append(program)
+        return sandbox.Outcome(passed=program == "b", reason="")
+
+    monkeypatch.setattr(sandbox, "run_tests", counted)
+    verdicts = grader.grade_many([("a", "assert f()"), ("b", "assert f()"), ("a", "assert f()"), ("", "x")])
+    assert [v.correct for v in verdicts] == [False, True, False, False]
+    assert sorted(run) == ["a", "b"]
+
+
+def test_rows_bring_tests_in_the_forms_of_common_data_sets(tmp_path: Path, grader: CodeGrader) -> None:
+    asserts = ["assert add(1, 2) == 3", "assert add(0, 0) == 0"]
+    given = [
+        {"prompt": "x", "tests": asserts},
+        {"prompt": "x", "tests": asserts[0], "answer": "a program"},
+        {"prompt": "x", "tests": json.loads(CALLS)},
+        {"prompt": "x", "tests": [{"input": "1", "output": "1"}]},
+        {"prompt": "x", "answer": "assert add(1, 2) == 3"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in given))
+    answers = [p.answer or "" for p in load_prompts(str(path)).prompts]
+    assert answers[0] == "\n".join(asserts)
+    assert [grader.grade("def add(a, b):\n    return a + b", a).correct for a in answers] == [
+        *(True, True, True, False, True)
+    ]
+    path.write_text('{"prompt": "x", "tests": [1]}')
+    with pytest.raises(UserError, match="line 1: 'tests' must be text, a list of asserts, or an object"):
+        load_prompts(str(path))
+    path.write_text('{"prompt": "x", "test_list": ["assert f(1)"]}')
+    assert load_prompts(str(path), columns={"tests": "test_list"}).prompts[0].answer == "assert f(1)"
+
+
+def test_the_doctor_tries_solutions_in_place_of_answers(grader: CodeGrader) -> None:
+    right, wrong = (
+        Prompt(
+            id=str(i), text="?", answer="assert f(1) == 2", solution=fenced(f"def f(x):\n    return x + {i}")
+        )
+        for i in (1, 2)
+    )
+    assert doctor.answers(grader, [right]).status == "skipped"
+    assert doctor.solutions(grader, [right]).status == "ok"
+    assert "do not pass the code grader" in doctor.solutions(grader, [right, wrong]).message
+
+
+@pytest.mark.parametrize(
+    "method",
+    [{"name": "trd", "template": "{problem}; {attempt};", "gate": False}, {"name": "topd", "window": 2}],
+)
+def test_methods_train_with_it(tiny: Callable[..., Config], tmp_path: Path, method: dict[str, Any]) -> None:
+    """What a filter of training and an evaluation say is this grader's."""
+    path = tmp_path / "code.jsonl"
+    rows = [{"prompt": f"f of {i}", "tests": f"assert f({i}) == 1"} for i in range(4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = train(
+        tiny(
+            data__train=str(path),
+            data__eval={"test": str(path)},
+            data__eval_limit=2,
+            eval__grader="code",
+            eval__n=2,
+            eval__k=2,
+            rollout__prompts=2,
+            rollout__max_new_tokens=8,
+            optim__steps=1,
+            **{f"method__{key}": value for key, value in method.items()},
+        )
+    )
+    rows = [json.loads(line) for line in (run.directory / "eval.jsonl").read_text().splitlines()]
+    metrics = json.loads((run.directory / "metrics.jsonl").read_text().splitlines()[0])
+    assert metrics["accuracy"] == 0
+    assert {row["grader"] for row in rows} == {"code"}
+    assert all(row["avg_at_k"] == row["pass_at_k"] == 0 for row in rows)
+    assert all(row["pass_at_k_ci95"][1] > 0 for row in rows)
+
+
+def test_it_has_a_name() -> None:
+    with make_grader("code") as grader:
+        assert grader.name == "code"
+        assert grader.stated("assert f(1)") is None
