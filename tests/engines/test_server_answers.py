@@ -101,7 +101,7 @@ def test_completions_that_are_none(fault: str, teacher: FakeVLLM) -> None:
 def test_a_server_without_a_list_of_models(
     answer: Any, teacher: FakeVLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("onpath.engines.wire._body", lambda _: answer)
+    monkeypatch.setattr("onpath.engines.host._body", lambda _: answer)
     with pytest.raises(UserError, match=r"teacher\.url: .* no list of models at /v1/models"):
         client(teacher)
 

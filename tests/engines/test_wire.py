@@ -14,8 +14,9 @@ import pytest
 from onpath.config.sections import Teacher
 from onpath.data.render import Renderer
 from onpath.engines.chat import ChatEngine
+from onpath.engines.host import Host, Nonsense, _body, api_key
 from onpath.engines.server import ServerEngine
-from onpath.engines.wire import Line, Nonsense, Server, _body, _models, api_key
+from onpath.engines.wire import Line, Server, _models
 from onpath.records import Prompt, Sampling
 from onpath.system.errors import UserError, guarded
 from tests.conftest import make_tokenizer
@@ -184,7 +185,7 @@ MODELS = {"data": [{"id": "m", "root": "m", "max_model_len": 512}]}
 def test_five_hundred_bad_answers_of_each_kind(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes flipped, values swapped, types changed: understood, or one sentence; never a traceback."""
     monkeypatch.setattr("onpath.engines.wire._TRIES_OF_NONSENSE", 1)
-    monkeypatch.setattr(Line, "_exchange", lambda self, method, path, body=None: parsed(path))
+    monkeypatch.setattr(Host, "exchange", lambda self, method, path, body=None: parsed(path))
     section = Teacher(model="m", engine="vllm", url="http://x", patience=0.0, concurrency=1)
     renderer = Renderer(make_tokenizer())
     current = json.dumps(MODELS).encode()

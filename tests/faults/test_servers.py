@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from onpath.config.sections import Teacher
-from onpath.engines.wire import Line, Nonsense
+from onpath.engines.host import Nonsense
+from onpath.engines.wire import Line
 from onpath.system.errors import UserError
 from tests.faults.servers import TRICKLES, WIRE
 
@@ -66,7 +67,7 @@ def asked(server: _Server, timeout: float) -> None:
     try:
         line.ask("/v1/x", [{}], understand)
     finally:
-        line._client.close()
+        line.hosts[0].client.close()
 
 
 @pytest.mark.parametrize("name", TRICKLES)

@@ -33,26 +33,31 @@ def test_two_processes_are_one(prompts: int, tiny: Callable[..., Config], tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overlap", [False, True])
-def test_two_processes_share_a_rollout_server(
-    overlap: bool, tiny: Callable[..., Config], model_dirs: dict[str, Path], tmp_path: Path
+@pytest.mark.parametrize(("servers", "overlap"), [(2, False), (1, True)])
+def test_two_processes_share_rollout_servers(
+    servers: int, overlap: bool, tiny: Callable[..., Config], model_dirs: dict[str, Path], tmp_path: Path
 ) -> None:
-    """New weights go to it once for both, and not before the second has its samples of the old ones."""
-    fake = fake_of(model_dirs["student"])
-    options = {"rollout__engine": "vllm", "rollout__url": fake.url, "rollout__overlap": overlap}
+    """New weights go to each once for both, and not before the second has its samples of the old ones."""
+    fakes = [fake_of(model_dirs["student"]) for _ in range(servers)]
+    urls = [fake.url for fake in fakes]
+    options = {"rollout__engine": "vllm", "rollout__url": urls, "rollout__overlap": overlap}
     options |= {"rollout__prompts": 2, "optim__steps": 3, "optim__lr": 0.01, "eval__start": True}
     ones = [tiny(**options, run__name=name) for name in ("one", "two")]
     late = {request_seed(ones[0].run.seed, f"step {step}/1/0") for step in range(3)}  # of the second process
-    fake.waits_for_push = lambda body: body.get("seed") in late
+    for fake in fakes:
+        fake.waits_for_push = lambda body: body.get("seed") in late
     one = train(ones[0], quiet=True).directory
-    pushes = fake.resets
-    asked = {body.get("seed") for body in fake.requests}
-    restarted(fake)
+    pushes = [fake.resets for fake in fakes]
+    asked = {body.get("seed") for fake in fakes for body in fake.requests}
+    for fake in fakes:
+        restarted(fake)
     two = in_ranks(ones[1], tmp_path, processes=2)
-    fake.stop()
+    for fake in fakes:
+        fake.stop()
     assert late <= asked
     assert_same(one, two)
-    assert fake.resets == 2 * pushes == 2 * (1 + 3)
+    assert pushes == [1 + 3] * servers
+    assert [fake.resets for fake in fakes] == [2 * (1 + 3)] * servers
 
 
 def assert_same(one: Path, two: Path) -> None:

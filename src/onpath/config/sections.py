@@ -49,16 +49,41 @@ class Student(Section):
 
 
 class Served(Section):
-    """A server that somebody runs (docs/engines.md). Its API key is read from ONPATH_API_KEY."""
+    """Servers that somebody runs (docs/engines.md). Their API key is read from ONPATH_API_KEY."""
 
-    url: Annotated[str | None, NEUTRAL] = None
-    """Of the server, such as http://localhost:8000; null: no server."""
+    url: Annotated[str | list[str] | None, NEUTRAL] = None
+    """Of the server, such as http://localhost:8000, or of several that serve the same model: a list, or with
+    commas between them. Requests are spread over them. null: no server."""
     timeout: Annotated[float, NEUTRAL] = Field(600.0, gt=0)
     """Seconds that one request may take."""
     patience: Annotated[float, NEUTRAL] = Field(600.0, ge=0)
-    """Seconds to wait for a server that is down or busy before the run stops; it can be continued."""
+    """Seconds to wait while no server answers, down or busy, before the run stops; it can be continued."""
     concurrency: Annotated[int, NEUTRAL] = Field(64, ge=1)
-    """Requests on the way at a time."""
+    """Requests on the way at a time, to each server."""
+
+    @field_validator("url", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        if isinstance(value, str) and "," in value:
+            return [part.strip() for part in value.split(",")]
+        return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+    @field_validator("url")
+    @classmethod
+    def _each_once(cls, value: str | list[str] | None) -> str | list[str] | None:
+        """A server twice in the list would be handed new weights twice, and get twice as much to do."""
+        if isinstance(value, list) and not all(value):
+            raise ValueError("an empty address among the servers'; separate addresses by one comma")
+        if isinstance(value, list) and len({u.rstrip("/").removesuffix("/v1") for u in value}) < len(value):
+            raise ValueError("one server is listed twice; name each once")
+        if value == []:
+            raise ValueError("an empty list of servers; null means that there is none")
+        return value
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Of the servers, as they are listed."""
+        return (self.url,) if isinstance(self.url, str) else tuple(self.url or ())
 
 
 class Teacher(Served):

@@ -1,11 +1,12 @@
-"""A `vllm serve` on this host or another: generates, continues, scores; takes new weights from a directory.
+"""One `vllm serve` or several, here or elsewhere: generates, continues, scores; takes new weights from a
+directory.
 
 Token ids go over the wire in both directions, never text. Log-probs are those of the distribution drawn from
 if the server was started with `--logprobs-mode processed_logprobs`, or at temperature 1 without truncation.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -14,10 +15,11 @@ from torch import nn
 
 from onpath.data.render import Renderer
 from onpath.engines.base import Engine
+from onpath.engines.host import Host, Nonsense
 from onpath.engines.stops import string_end
 from onpath.engines.vllm import checked_completion, request_seed
 from onpath.engines.weights import Arrival, largest_gap, probe_ids, probe_logprobs, save_weights
-from onpath.engines.wire import Nonsense, Server
+from onpath.engines.wire import Server
 from onpath.records import Completion, Sampling
 from onpath.system import distributed
 from onpath.system.errors import UserError
@@ -42,14 +44,14 @@ class ServedScores:
 
 
 class ServerEngine(Engine):
-    """Engine over a server's model.
+    """Engine over a model on servers.
 
     Args:
-        server: the model's server.
-        student: the model that trains, whose weights the server takes over; None: a teacher stands still.
-        weights: directory that the server can read, for the student's weights.
+        server: the model's servers.
+        student: the model that trains, whose weights the servers take over; None: a teacher stands still.
+        weights: directory that the servers can read, for the student's weights.
         tolerance: largest gap, in nats, that rounding may explain.
-        half: whether the server holds the student's weights in half precision.
+        half: whether the servers hold the student's weights in half precision.
     """
 
     server: Server
@@ -71,10 +73,12 @@ class ServerEngine(Engine):
         self.stop_strings = tuple(stop_strings)
         self.vocabulary, self.student, self.weights = vocabulary, student, weights
         self.tolerance, self.policy_version = tolerance, 0
-        self._arrival = Arrival(tolerance=tolerance, half=half)
-        self._held: Sequence[float] | None = None
+        self._arrival = Arrival[Host](tolerance=tolerance, half=half)
+        self._held: dict[Host, Sequence[float]] = {}
+        if student is not None:
+            server.renew = self._renewed
         self.resyncs = 0
-        """How often the server had lost the trained weights, by a restart, and was given them again."""
+        """How often a server had lost the trained weights, by a restart, and was given them again."""
 
     def continue_from(
         self, prefixes: Sequence[Sequence[int]], sampling: Sampling, *, keys: Sequence[str] | None = None
@@ -122,7 +126,9 @@ class ServerEngine(Engine):
             except UserError as error:
                 raise Nonsense(str(error)) from None
 
-        return self._by_current_weights(lambda: self.server.complete(bodies, understand), len(bodies))
+        if bodies:
+            self._by_current_weights()
+        return self.server.complete(bodies, understand)
 
     def score(
         self, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
@@ -136,91 +142,109 @@ class ServerEngine(Engine):
         """The k likeliest tokens at each position of the responses, and the responses' own."""
         rows = [[*c, *r] for c, r in zip(contexts, responses, strict=True)]
         wanted = [i for i, r in enumerate(responses) if len(r)]
-        shared = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k, "return_token_ids": True}
-        bodies = [{"prompt": rows[i], **shared} for i in wanted]
 
         def understand(at: int, choice: Any) -> ServedScores:
             i = wanted[at]
-            _same_prompt(choice, rows[i])
-            return _scores(choice.get("prompt_logprobs"), rows[i], len(contexts[i]), k, self.vocabulary)
+            return _understood_scores(choice, rows[i], len(contexts[i]), k, self.vocabulary)
 
-        found = dict(zip(wanted, self.server.complete(bodies, understand), strict=True))
+        answers = self.server.complete([_scoring(rows[i], k) for i in wanted], understand)
+        found = dict(zip(wanted, answers, strict=True))
         nothing = ServedScores(ids=(), logprobs=(), sampled=())
         return [found.get(i, nothing) for i in range(len(rows))]
 
     def sync_weights(self, version: int) -> None:
-        """Writes the trained weights where the server can read them, has it load them, and checks.
+        """Writes the trained weights where the servers can read them, has each load them, and checks. One
+        that is away is given them when it is back, before it is asked for anything.
 
         Raises:
-            UserError: the server cannot, or its log-probs are not the student's afterwards.
+            UserError: a server cannot, or its log-probs are not the student's afterwards; or all are away.
         """
         if self.student is not None:
-            self._push()
-            self._held = self._answers()
-            if flaw := self._arrival.flaw(self.student, probe_ids(self.vocabulary), self._held):
+            self._held = self._push()
+            flaw = self._arrival.flaw(self.student, probe_ids(self.vocabulary), self._held)
+            if flaw is not None:
                 raise UserError(
-                    f"rollout.url: after step {version} the server's log-probs {flaw}: it did not take the "
-                    f"weights in {self.weights}"
+                    f"rollout.url: after step {version} the server's log-probs {flaw[1]}: {flaw[0].url} did "
+                    f"not take the weights in {self.weights}"
                 )
         self.policy_version = version
 
     def gap(self) -> float:
-        """Largest difference between the server's log-probs and the student's on a fixed sequence, nats."""
+        """Largest difference between a server's log-probs and the student's on a fixed sequence, nats."""
         assert self.student is not None
+        ours = probe_logprobs(self.student, probe_ids(self.vocabulary))
+        return max(largest_gap(theirs, ours) for theirs in self.server.each(self._answers).values())
+
+    def _answers(self, host: Host) -> Sequence[float]:
+        """One server's log-probs of the fixed sequence."""
         ids = probe_ids(self.vocabulary)
-        return largest_gap(self._answers(), probe_logprobs(self.student, ids))
 
-    def _answers(self) -> Sequence[float]:
-        ids = probe_ids(self.vocabulary)
-        return self.score([ids[:1]], [ids[1:]])[0]
+        def understand(_: int, choice: Any) -> Sequence[float]:
+            return _understood_scores(choice, ids, 1, 1, self.vocabulary).sampled
 
-    def _lost(self) -> bool:
-        """Whether the server answers otherwise than right after the last push: it was started anew, say."""
-        if self._held is None:
-            return self.gap() > self.tolerance
-        return largest_gap(self._answers(), self._held) > _DRIFT * self.tolerance
+        return self.server.completed(host, _scoring(ids, 1), understand)
 
-    def _restore(self) -> None:
-        """Gives the server again what it was given last. Not the student's weights: they may be training."""
-        if self._held is None:
-            self.sync_weights(self.policy_version)
-            return
-        self._take()
-        answers = self._answers()
-        if not largest_gap(answers, self._held) <= self.tolerance:
-            raise UserError(
-                f"rollout.url: the server was restarted and does not answer as before with the weights in "
-                f"{self.weights}; start the same command again"
-            )
-        self._held = answers
-
-    def _push(self) -> None:
+    def _push(self) -> dict[Host, Sequence[float]]:
+        """Answers of the servers that took the student's weights."""
         assert self.student is not None
         assert self.weights is not None
         save_weights(self.student, self.weights)
-        if distributed.rank() == 0:
-            self._take()
-        distributed.barrier()
+        hosts = self.server.hosts
+        # Whoever came back in between has other weights: who took them is the first process's word.
+        took = distributed.first_decides(lambda: [hosts.index(h) for h in self.server.each(self._take)])
+        return self.server.each(self._answers, among=[hosts[i] for i in took])
 
-    def _take(self) -> None:
+    def _take(self, host: Host) -> None:
         assert self.weights is not None
         where = {"weights_path": str(self.weights.resolve())}
-        self.server.post("/collective_rpc", {"method": "reload_weights", "kwargs": where})
-        self.server.post("/reset_prefix_cache")
+        host.exchange("POST", "/collective_rpc", {"method": "reload_weights", "kwargs": where})
+        host.exchange("POST", "/reset_prefix_cache")
 
-    def _by_current_weights(self, generate: Callable[[], list[Completion]], count: int) -> list[Completion]:
-        """Samples of the trained weights: a server that came back with its own is given them again."""
-        if self.student is None or not count:
-            return generate()
-        for _ in range(2):
-            waits = self.server.waits
-            if self._lost():
+    def _renewed(self, host: Host, was_down: bool) -> bool:
+        """Whether a server answered otherwise than right after the last push (it was started anew, say), and
+        was given again what it was given last. Not the student's weights: they may be training."""
+        if not self._held:  # nothing was given yet, and whoever only scores has nothing to lose
+            return False
+        held, answers = self._held.get(host), self._answers(host)
+        # One that was down has to prove more: old weights of a few small steps ago are nearly the new ones.
+        allowed = 0.0 if was_down else _DRIFT * self.tolerance
+        if held is not None and largest_gap(answers, held) <= allowed:
+            return False
+        self._take(host)
+        answers = self._answers(host)
+        if not largest_gap(answers, held or next(iter(tuple(self._held.values())))) <= self.tolerance:
+            raise UserError(
+                f"rollout.url: {host.url} was restarted and does not answer as before with the weights in "
+                f"{self.weights}; start the same command again"
+            )
+        self._held[host] = answers
+        self.resyncs += 1
+        return True
+
+    def _by_current_weights(self) -> None:
+        """From here on each server is asked once it has shown that it holds the weights of the last push."""
+        if self.student is None:
+            return
+        if not self._held:
+            if self.gap() > self.tolerance:
                 self.resyncs += 1
-                self._restore()
-            done = generate()
-            if self.server.waits == waits or not self._lost():
-                return done
-        raise UserError("rollout.url: the server was restarted again and again while it sampled")
+                self.sync_weights(self.policy_version)
+            else:
+                self._held = self.server.each(self._answers)
+        self.server.check_again()
+
+
+def _scoring(ids: Sequence[int], k: int) -> dict[str, Any]:
+    """A request for the k likeliest tokens at each position."""
+    shared = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k, "return_token_ids": True}
+    return {"prompt": list(ids), **shared}
+
+
+def _understood_scores(
+    choice: Mapping[str, Any], ids: Sequence[int], begin: int, k: int, vocabulary: int
+) -> ServedScores:
+    _same_prompt(choice, ids)
+    return _scores(choice.get("prompt_logprobs"), ids, begin, k, vocabulary)
 
 
 def _scores(entries: Any, ids: Sequence[int], begin: int, k: int, vocabulary: int) -> ServedScores:

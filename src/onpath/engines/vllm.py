@@ -59,7 +59,7 @@ class VLLMEngine(Engine):
         self.policy_version = 0
         if self.stop_strings:  # it finds them in its own text
             options = {"skip_tokenizer_init": False, **options}
-        self._arrival = Arrival(tolerance=tolerance, half=dtype != "float32")
+        self._arrival = Arrival[str](tolerance=tolerance, half=dtype != "float32")
         self._llm = _start(directory, dtype, context_length, options)
         self._one_at_a_time = threading.Lock()  # rollout.overlap generates from a thread of its own
         self._sleeps, self._asleep = bool(options.get("enable_sleep_mode")), False
@@ -108,10 +108,11 @@ class VLLMEngine(Engine):
             "reload_weights", kwargs={"weights_iterator": iter(list(merged_weights(self.model)))}
         )
         self._llm.reset_prefix_cache()
-        if flaw := self._arrival.flaw(self.model, probe_ids(self.vocabulary), self._answers()):
+        flaw = self._arrival.flaw(self.model, probe_ids(self.vocabulary), {"its": self._answers()})
+        if flaw is not None:
             raise UserError(
-                f"rollout.engine vllm: after step {version} its log-probs {flaw}: the weights did not arrive "
-                "whole; use rollout.engine hf"
+                f"rollout.engine vllm: after step {version} its log-probs {flaw[1]}: the weights did not "
+                "arrive whole; use rollout.engine hf"
             )
         self.policy_version = version
 

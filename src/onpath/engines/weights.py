@@ -4,7 +4,7 @@ import json
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from onpath.engines.head import sharded, unwrapped
 from onpath.system import distributed
 from onpath.system.files import make_directory, written
 
+K = TypeVar("K")
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _DTYPES |= {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
 PROBE_LENGTH = 16
@@ -73,31 +74,41 @@ def largest_gap(one: Sequence[float], two: Sequence[float]) -> float:
     return max(abs(a - b) for a, b in zip(one, two, strict=True))
 
 
-class Arrival:
-    """Whether what was pushed arrived: another copy's log-probs of a fixed sequence against the student's,
-    and against its own of before the push. Half precision rounds by more than one small step moves, so the
+class Arrival(Generic[K]):
+    """Whether what was pushed arrived: other copies' log-probs of a fixed sequence against the student's,
+    and against their own of before the push. Half precision rounds by more than one small step moves, so the
     second question is the one that finds a push that did nothing.
 
     Args:
         tolerance: largest gap, in nats, that rounding may explain.
-        half: whether the copy holds its weights in half precision.
+        half: whether the copies hold their weights in half precision.
     """
 
     def __init__(self, *, tolerance: float, half: bool) -> None:
         self.tolerance, self.dtype = tolerance, torch.bfloat16 if half else torch.float32
-        self._before: tuple[list[float], list[float], list[int]] | None = None
+        self._before: tuple[list[float], dict[K, list[float]], list[int]] | None = None
 
-    def flaw(self, model: nn.Module, ids: tuple[int, ...], theirs: Sequence[float]) -> str:
-        """What is wrong with the copy's log-probs of ids[1:] after a push; empty: nothing."""
+    def flaw(
+        self, model: nn.Module, ids: tuple[int, ...], theirs: Mapping[K, Sequence[float]]
+    ) -> tuple[K, str] | None:
+        """The first copy whose log-probs of ids[1:] after a push are wrong, and how.
+
+        Args:
+            theirs: of each copy.
+        """
         ours, sums = probe_logprobs(model, ids), rounded_sums(model, self.dtype)
-        gap, before = largest_gap(theirs, ours), self._before
-        if not gap <= self.tolerance:
-            return f"differ from the student's by up to {gap:.3g} nats (allowed: {self.tolerance:g})"
+        before = self._before
         moved = before is not None and sums != before[2] and largest_gap(ours, before[0]) > _UNMOVED
-        if before is not None and moved and largest_gap(theirs, before[1]) < _UNMOVED:
-            return "did not change at all with the last push, though the student's did"
-        self._before = (ours, list(theirs), sums)
-        return ""
+        for copy, answers in theirs.items():
+            gap = largest_gap(answers, ours)
+            if not gap <= self.tolerance:
+                allowed = f"(allowed: {self.tolerance:g})"
+                return copy, f"differ from the student's by up to {gap:.3g} nats {allowed}"
+            said = before[1].get(copy) if before is not None and moved else None
+            if said is not None and largest_gap(answers, said) < _UNMOVED:
+                return copy, "did not change at all with the last push, though the student's did"
+        self._before = (ours, {copy: list(answers) for copy, answers in theirs.items()}, sums)
+        return None
 
 
 @torch.no_grad()

@@ -1,47 +1,49 @@
-"""Requests to an OpenAI-compatible server: many at a time, tried again while it is down, refused if it talks
-nonsense.
+"""Requests to OpenAI-compatible servers: many at a time, spread over the servers, tried again while one is
+down, refused if it talks nonsense.
 
-A server may be restarted at any moment: a request that finds nobody waits and is sent again, for `patience`
-seconds. An answer that cannot be true (another model, a wrong number of tokens, log-probs that are not
-numbers) is asked for twice more and then stops the run: what is finished is on disk, and the same command
-goes on.
+A server may be restarted at any moment: a request that finds nobody goes to another server, or waits and is
+sent again, for `patience` seconds. An answer that cannot be true (another model, a wrong number of tokens,
+log-probs that are not numbers) is asked for twice more and then stops the run: what is finished is on disk,
+and the same command goes on.
 """
 
 import math
-import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
 import httpx
 
 from onpath.config.sections import Served
-from onpath.engines.deadline import bounded, within
-from onpath.system.errors import UserError
-from onpath.system.reading import parse_json
+from onpath.engines.host import Busy, Down, Host, Nonsense
+from onpath.system.errors import UserError, say_once
 from onpath.system.text import one_line
 
 T = TypeVar("T")
 _FIRST_WAIT, _LONGEST_WAIT = 0.2, 15.0
 _TRIES_OF_NONSENSE = 3
-_EXCERPT = 2**16  # bytes of an error that are looked at
-_SMALLEST_LIMIT = 4 * 2**20  # bytes of an answer that nothing was asked of
-_BYTES_PER_ENTRY = 1024  # one token of a served distribution, with its text and rank, and room to spare
-_KEYS = ("ONPATH_API_KEY", "OPENAI_API_KEY")
 _UNREADABLE = (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError, RecursionError)
-_BUSY = {408, 425, 429, 500, 502, 503, 504}
 
 
-class Nonsense(Exception):
-    """An answer that cannot be true; the message says why."""
+class _Failed(Exception):
+    """One try."""
+
+    def __init__(self, host: Host, error: Exception) -> None:
+        super().__init__(host, error)
+        self.host, self.error = host, error
 
 
 class Line:
-    """To one server, whatever it serves.
+    """To the servers of a section, whatever they serve.
+
+    A batch is cut into as many parts as there are servers, neighbours together: samples of one prompt and
+    windows along one response begin alike, and meet the same prefix cache. (A router sees one request at a
+    time, and has to find that out by hashes or a tree of prefixes.) A server that has room takes over from
+    one that has none. One that is down is tried by one request at a time, until it answers.
 
     Args:
         section: url, timeout, patience and concurrency.
@@ -53,130 +55,207 @@ class Line:
 
     def __init__(self, section: Served, key: str) -> None:
         assert section.url is not None
-        _check_url(section.url, key)
-        self._address, self.key, self.section = section.url.rstrip("/").removesuffix("/v1"), key, section
-        self._secret = api_key()
-        headers = {"Authorization": f"Bearer {self._secret}"} if self._secret else {}
-        # Nothing compressed: a few megabytes could unpack to gigabytes.
-        headers["Accept-Encoding"] = "identity"
-        limits = httpx.Limits(max_connections=section.concurrency)
-        self._client = bounded(httpx.Client(headers=headers, timeout=section.timeout, limits=limits))
-        self.url = self._without_secrets(self._address)
-        """For people."""
+        self.key, self.section = key, section
+        self.hosts = [Host(url, section, key) for url in section.urls]
+        self.url = self.hosts[0].url
+        """Of the first one, for people."""
         self.waits = 0
         """Requests that had to be sent again."""
+        self.renew: Callable[[Host, bool], bool] | None = None
+        """Looks at a server before it is asked, after `check_again` or after it was down (which is what the
+        second argument says): whether it had lost what it was given, and was given it again."""
+        self._choosing = threading.Lock()
+        self._told: set[str] = set()
 
-    def get(self, path: str, parse: Callable[[Any], T]) -> T:
+    def get(self, path: str, parse: Callable[[Any], T], *, at: Host | None = None) -> T:
         """The answer to one GET, as `parse` understands it."""
-        return self._sent(lambda: self._exchange("GET", path), parse)
+        return self._sent(lambda host: _understood(parse, host.exchange("GET", path)), at=at)
 
     def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """The answer to one POST; None where it is empty."""
-        return self._sent(lambda: self._exchange("POST", path, body), lambda answer: answer)
+        return self._sent(lambda host: host.exchange("POST", path, body))
 
     def ask(
-        self, path: str, bodies: Sequence[Mapping[str, Any]], understand: Callable[[int, Any], T]
+        self,
+        path: str,
+        bodies: Sequence[Mapping[str, Any]],
+        understand: Callable[[int, Any], T],
+        *,
+        at: Host | None = None,
     ) -> list[T]:
         """Answers to many requests, in their order.
 
         Args:
             understand: takes a request's number and its answer; raises `Nonsense`.
+            at: None: any server.
         """
-        stop = threading.Event()
+        stop, many, count = threading.Event(), len(self.hosts), len(bodies)
 
         def one(i: int) -> T:
-            return self._sent(lambda: self._exchange("POST", path, bodies[i]), partial(understand, i), stop)
+            def send(host: Host) -> T:
+                return _understood(partial(understand, i), host.exchange("POST", path, bodies[i]))
 
-        with ThreadPoolExecutor(max_workers=self.section.concurrency) as pool:
-            futures = [pool.submit(one, i) for i in range(len(bodies))]
+            return self._sent(send, stop, home=i * many // count, at=at)
+
+        # The parts side by side: those who take requests from this list take them for all servers.
+        order = sorted(range(count), key=lambda i: i * many % count)
+        with ThreadPoolExecutor(max_workers=self.section.concurrency * many) as pool:
+            futures = {i: pool.submit(one, i) for i in order}
             try:
-                return [f.result() for f in futures]
+                return [futures[i].result() for i in range(count)]
             except BaseException:
                 stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
+    def each(self, what: Callable[[Host], T], *, among: Sequence[Host] | None = None) -> dict[Host, T]:
+        """Of every server that is there, side by side; one of them is waited for."""
+        hosts = self.hosts if among is None else among
+        found: dict[Host, T] = {}
+
+        def one(host: Host) -> _Failed | None:
+            try:
+                found[host] = self._tried(host, host.failures, what, look=False)
+            except _Failed as failed:
+                return failed
+            return None
+
+        def everyone(_: int) -> dict[Host, T]:
+            with ThreadPoolExecutor(max_workers=len(hosts)) as pool:
+                failures = [failed for failed in pool.map(one, hosts) if failed is not None]
+            wrong = [failed for failed in failures if isinstance(failed.error, Nonsense)]
+            if wrong or not found:
+                raise (wrong or failures)[0]
+            return found
+
+        return self._kept_up(everyone, threading.Event())
+
+    def check_again(self) -> None:
+        """Every server is looked at (`renew`) before it is asked next."""
+        for host in self.hosts:
+            host.checked = False
+
     def _sent(
         self,
-        send: Callable[[], Any],
-        parse: Callable[[Any], T],
+        send: Callable[[Host], T],
         stop: threading.Event | None = None,
+        *,
+        home: int = 0,
+        at: Host | None = None,
     ) -> T:
-        """One answer; `stop`: nobody waits for it any more."""
-        deadline, wait, nonsense = math.inf, _FIRST_WAIT, 0
+        """One answer.
+
+        Args:
+            stop: nobody waits for it any more.
+            home: the server that is to have it, if nothing speaks against it.
+            at: the only one that can have it.
+        """
         stop = stop or threading.Event()
+
+        def attempt(tries: int) -> T:
+            with self._chosen(home + tries, at) as (host, before), host.slots:
+                if stop.is_set():
+                    raise _Failed(host, Busy("stopped"))
+                return self._tried(host, before, send)
+
+        return self._kept_up(attempt, stop)
+
+    def _kept_up(self, attempt: Callable[[int], T], stop: threading.Event) -> T:
+        """What an attempt gives in the end; it takes the number of those before it."""
+        deadline, wait, nonsense, tries = math.inf, _FIRST_WAIT, 0, 0
         while not stop.is_set():
             try:
-                return _understood(parse, send())
-            except (Nonsense, httpx.DecodingError) as error:
+                return attempt(tries)
+            except _Failed as failed:
+                host, error = failed.host, failed.error
+            if isinstance(error, Nonsense | httpx.DecodingError):
                 nonsense, deadline = nonsense + 1, math.inf  # somebody is there
                 if nonsense == _TRIES_OF_NONSENSE:
                     raise UserError(
-                        f"{self.key}.url: the server at {self.url} talks nonsense: {self._said(error)}; "
+                        f"{self.key}.url: the server at {host.url} talks nonsense: {host.said(error)}; "
                         "nothing is lost: mend it and start the same command again"
-                    ) from None
-            except (httpx.TransportError, _Busy) as error:
+                    )
+                alone = True
+            else:
                 # From the first failure: a request that runs into its own time limit is sent again.
                 deadline = min(deadline, time.monotonic() + self.section.patience)
                 if time.monotonic() + wait > deadline:
+                    where = ", ".join(h.url for h in self.hosts if h is host or not h.well)
                     raise UserError(
-                        f"{self.key}.url: no answer from {self.url} for {self.section.patience:g} s "
-                        f"({self._said(error)}); nothing is lost: start the server and then the same command "
+                        f"{self.key}.url: no answer from {where} for {self.section.patience:g} s "
+                        f"({host.said(error)}); nothing is lost: start the server and then the same command "
                         "again"
-                    ) from None
+                    )
+                tries += not host.well
+                alone = host.well or not any(h.well for h in self.hosts)
             self.waits += 1
-            stop.wait(wait)
-            wait = min(2 * wait, _LONGEST_WAIT)
+            if alone:
+                stop.wait(wait)
+                wait = min(2 * wait, _LONGEST_WAIT)
         raise UserError(f"{self.key}.url: stopped asking {self.url}")
 
-    def _exchange(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """One request and its answer: whole within `timeout`, no longer than what was asked for can be."""
-        limit, data = _limit(body or {}), bytearray()
-        with (
-            within(self.section.timeout),
-            self._client.stream(method, self._address + path, json=body) as response,
-        ):
-            if response.headers.get("content-encoding", "identity") != "identity":
-                raise Nonsense("a compressed answer, which nobody asked for")
-            for piece in response.iter_raw():
-                data += piece
-                if len(data) > limit:
-                    raise Nonsense(f"an answer of more than {limit / 2**20:.0f} MiB to a request for less")
-        if response.status_code in _BUSY:
-            raise _Busy(f"status {response.status_code}")
-        if response.is_error:
-            raise UserError(
-                f"{self.key}.url: {self.url} refuses a request with status {response.status_code}: "
-                f"{self._without_secrets(_excerpt(bytes(data))) or 'without a word'}"
+    @contextmanager
+    def _chosen(self, home: int, at: Host | None) -> Iterator[tuple[Host, int]]:
+        """A server for one request, and how often it has been down so far."""
+        with self._choosing:
+            own = at or self.hosts[home % len(self.hosts)]
+            well = [h for h in self.hosts if h.well and at is None]
+            due = not own.well and own.again_at <= time.monotonic()
+            full = own.well and own.under_way >= self.section.concurrency
+            host = min(well, key=lambda h: h.under_way) if well and (full or not (own.well or due)) else own
+            if not host.well:
+                host.again_at = math.inf  # until this request knows
+            host.under_way += 1
+            before = host.failures
+        try:
+            yield host, before
+        finally:
+            with self._choosing:
+                host.under_way -= 1
+                host.again_at = time.monotonic() if host.again_at == math.inf else host.again_at
+
+    def _tried(self, host: Host, before: int, send: Callable[[Host], T], *, look: bool = True) -> T:
+        """One try at one server, whose `failures` were so many when it was chosen."""
+        try:
+            renewed = self._looked_at(host, before) if look else 0
+            answer = send(host)
+            if look and host.failures != before and self._looked_at(host) != renewed:
+                raise Busy("it was started again")  # who answered may have been the new one
+        except (httpx.TransportError, Down) as error:
+            with self._choosing:
+                if host.failed(error, before=before, first=_FIRST_WAIT, longest=_LONGEST_WAIT):
+                    self._tell(host)
+            raise _Failed(host, error) from None
+        except (Busy, Nonsense, httpx.DecodingError) as error:
+            raise _Failed(host, error) from None
+        with self._choosing:
+            host.answered()
+        return answer
+
+    def _looked_at(self, host: Host, before: int | None = None) -> int:
+        """How often it has been given again what it had lost.
+
+        Args:
+            before: its `failures` when it was chosen: a choice that is out of date is taken back.
+        """
+        if self.renew is not None:
+            with host.checking:
+                if not host.well and before not in (None, host.failures):
+                    raise Busy(host.reason)
+                failures = host.failures
+                if not host.checked or host.checked_after != failures:
+                    host.renewals += self.renew(host, host.checked_after != failures)
+                    host.checked, host.checked_after = True, failures
+        return host.renewals
+
+    def _tell(self, host: Host) -> None:
+        """Once of each server."""
+        if host.url not in self._told and any(h.well for h in self.hosts):
+            self._told.add(host.url)
+            say_once(
+                f"warning: {self.key}.url: no answer from {host.url} ({host.reason}); the other servers are "
+                "asked in its place until it is back"
             )
-        return _body(bytes(data))
-
-    def _said(self, error: Exception) -> str:
-        return one_line(self._without_secrets(str(error)), 160) or type(error).__name__
-
-    def _without_secrets(self, text: str) -> str:
-        """What a library or a server says, without the API key and without a password in the address."""
-        password = httpx.URL(self._address).password
-        for secret in (self._secret, password):
-            if secret:
-                text = text.replace(secret, "…")
-        return text
-
-
-def api_key() -> str:
-    """The key that requests carry; empty: none.
-
-    Raises:
-        UserError: it holds what no key holds. It is not printed.
-    """
-    name = next((n for n in _KEYS if os.environ.get(n)), "")
-    secret = os.environ.get(name, "").strip()
-    if not all(33 <= ord(c) <= 126 for c in secret):
-        raise UserError(
-            f"{name} holds a space, a line break or a letter that no API key has (a curly quote, say); set "
-            "it to the key alone"
-        )
-    return secret
 
 
 def _understood(parse: Callable[[Any], T], answer: Any) -> T:
@@ -189,38 +268,41 @@ def _understood(parse: Callable[[Any], T], answer: Any) -> T:
         raise Nonsense(f"an answer of another form than was asked for ({type(error).__name__})") from None
 
 
-def _limit(body: Mapping[str, Any]) -> int:
-    """Bytes that the answer to a request may have."""
-    prompt = body.get("prompt")
-    read = len(prompt) * (int(body.get("prompt_logprobs") or 0) + 1) if isinstance(prompt, list) else 0
-    written = int(body.get("max_tokens") or 0) * (int(body.get("logprobs") or 0) + 2)
-    return _SMALLEST_LIMIT + _BYTES_PER_ENTRY * (read + written)
-
-
 class Server(Line):
-    """One model of one `vllm serve`.
+    """One model, of one `vllm serve` or of several.
 
     Args:
         section, key: see `Line`.
         names: what the model may be called there: its name and where it lies.
 
     Raises:
-        UserError: nobody answers within `patience`, or the server has another model.
+        UserError: one of the servers does not answer within `patience`, or has another model.
     """
 
     def __init__(self, section: Served, key: str, names: Sequence[str]) -> None:
         super().__init__(section, key)
-        served = self.get("/v1/models", _models)
+        found = [self._model(host, names) for host in self.hosts]
+        self.model: str = found[0]["id"]
+        lengths = [m["max_model_len"] for m in found if m.get("max_model_len") is not None]
+        self.context_length: int | None = min(lengths, default=None)
+        if other := next((m["id"] for m in found if m["id"] != self.model), None):
+            raise UserError(
+                f"{key}.url: one server calls the model {one_line(self.model)}, another one "
+                f"{one_line(other)}; start them with one --served-model-name"
+            )
+
+    def _model(self, host: Host, names: Sequence[str]) -> dict[str, Any]:
+        """What a server says of the model."""
+        served = self.get("/v1/models", _models, at=host)
         found = next((m for m in served if m.get("id") in names or m.get("root") in names), None)
         if found is None:
             there = one_line(", ".join(m["id"] for m in served)) or "no model"
-            option = "student.model" if key == "rollout" else f"{key}.model"
+            option = "student.model" if self.key == "rollout" else f"{self.key}.model"
             raise UserError(
-                f"{key}.url: the server at {self.url} has {there}, not {names[0]}; start it with that model "
-                f"or set {option} to its name"
+                f"{self.key}.url: the server at {host.url} has {there}, not {names[0]}; start it with that "
+                f"model or set {option} to its name"
             )
-        self.model: str = found["id"]
-        self.context_length: int | None = found.get("max_model_len")
+        return found
 
     def complete(self, bodies: Sequence[Mapping[str, Any]], understand: Callable[[int, Any], T]) -> list[T]:
         """Answers to completion requests, in their order.
@@ -228,15 +310,20 @@ class Server(Line):
         Args:
             understand: takes a request's number and its only choice; raises `Nonsense`.
         """
+        named = [{"model": self.model, **body} for body in bodies]
+        return self.ask("/v1/completions", named, lambda i, answer: understand(i, self._choice(answer)))
 
-        def parse(i: int, answer: Any) -> T:
-            if isinstance(answer, dict) and answer.get("model") != self.model:
-                raise Nonsense(
-                    f"an answer of the model {one_line(repr(answer.get('model')))}, not {self.model!r}"
-                )
-            return understand(i, only_choice(answer))
+    def completed(self, host: Host, body: Mapping[str, Any], understand: Callable[[int, Any], T]) -> T:
+        """One server's answer to one request, asked for once; for `Line.each` and `Line.renew`."""
+        answer = host.exchange("POST", "/v1/completions", {"model": self.model, **body})
+        return _understood(lambda answer: understand(0, self._choice(answer)), answer)
 
-        return self.ask("/v1/completions", [{"model": self.model, **body} for body in bodies], parse)
+    def _choice(self, answer: Any) -> dict[str, Any]:
+        if isinstance(answer, dict) and answer.get("model") != self.model:
+            raise Nonsense(
+                f"an answer of the model {one_line(repr(answer.get('model')))}, not {self.model!r}"
+            )
+        return only_choice(answer)
 
 
 def only_choice(answer: Any) -> dict[str, Any]:
@@ -245,20 +332,6 @@ def only_choice(answer: Any) -> dict[str, Any]:
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
         raise Nonsense("an answer without exactly one choice")
     return choices[0]
-
-
-class _Busy(Exception):
-    pass
-
-
-def _check_url(url: str, key: str) -> None:
-    """An address that cannot be one is not waited for."""
-    try:
-        parts = httpx.URL(url)
-    except httpx.InvalidURL as error:
-        raise UserError(f"{key}.url: {url} is not an address: {error}") from None
-    if parts.scheme not in ("http", "https") or not parts.host:
-        raise UserError(f"{key}.url: {url} is not an address such as http://localhost:8000")
 
 
 def _models(answer: Any) -> list[dict[str, Any]]:
@@ -272,24 +345,3 @@ def _models(answer: Any) -> list[dict[str, Any]]:
         if longest is not None and (type(longest) is not int or longest < 1):
             raise Nonsense("a max_model_len that is no number of tokens at /v1/models")
     return found
-
-
-def _body(data: bytes) -> Any:
-    if not data:
-        return None
-    try:
-        return parse_json(data)
-    except ValueError as error:
-        raise Nonsense(f"an answer that is not JSON: {error}") from None
-
-
-def _excerpt(data: bytes) -> str:
-    """What an error says for itself."""
-    text = data[:_EXCERPT].decode("utf-8", errors="replace")
-    with suppress(ValueError):
-        found = parse_json(text)
-        if isinstance(found, dict):
-            inner = found.get("error")
-            named = inner.get("message") if isinstance(inner, dict) else inner
-            text = str(named or found.get("message") or found.get("detail") or found)
-    return one_line(text)

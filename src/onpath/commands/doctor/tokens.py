@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from onpath.commands.doctor.finding import Finding, skipped
 from onpath.config.build import Config
 from onpath.data.render import Renderer
+from onpath.engines.host import Nonsense
 from onpath.engines.models import check_vocabulary
-from onpath.engines.wire import Nonsense
 from onpath.records import Prompt
 from onpath.run.parts import Parts
 from onpath.system.errors import UserError
@@ -70,10 +70,10 @@ def served_tokens(parts: Parts) -> Finding:
         return skipped("server_tokens", "no vLLM server takes part")
     everything = [*parts.prompts.pool, *(p for prompts in parts.prompts.evals.values() for p in prompts)]
     texts = texts_of(everything)
-    for server in servers:
+    for server, host in [(one, host) for one in servers for host in one.hosts]:
         asked = [{"model": server.model, "prompt": t, "add_special_tokens": False} for t in texts]
         try:
-            theirs = server.ask("/tokenize", asked, _tokens)
+            theirs = server.ask("/tokenize", asked, _tokens, at=host)
         except UserError as error:
             advice = "token ids go over the wire, so training does not need it, but nothing was compared"
             return Finding(name="server_tokens", status="warning", message=str(error), advice=advice)
@@ -81,7 +81,7 @@ def served_tokens(parts: Parts) -> Finding:
             t for t, ids in zip(texts, theirs, strict=True) if ids != _plain(parts.text.renderer.tokenizer, t)
         ]
         if split:
-            message = f"{server.key}.url makes other ids of {len(split)} of {len(texts)} texts, "
+            message = f"{server.key}.url: {host.url} makes other ids of {len(split)} of {len(texts)} texts, "
             message += f"{split[0][:40]!r} say"
             advice = "start the server with the student's tokenizer: its log-probs would be of other tokens"
             return Finding(name="server_tokens", status="fail", message=message, advice=advice)
