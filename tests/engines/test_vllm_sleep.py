@@ -1,5 +1,5 @@
-"""vLLM in this process gives its memory back between phases: the calls and their order, noted by a stand-in.
-(The CPU build does not sleep.)"""
+"""vLLM in this process gives its memory back between phases, and each process of several has its own: the
+calls and their order, noted by a stand-in. (The CPU build does not sleep; tests/vllm has what it does.)"""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -8,13 +8,18 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from torch.distributed import is_initialized
 
 from onpath.config.build import Config
 from onpath.engines.hf import HFEngine
 from onpath.records import Sampling
+from onpath.run.assemble import assemble
 from onpath.run.log import read_lines
+from onpath.system.errors import UserError
 from onpath.training import train
 from tests.engines.test_server import fake_of
+from tests.forks import forked
+from tests.system.test_two_processes import COLUMNS
 
 Tiny = Callable[..., Config]
 
@@ -24,9 +29,12 @@ class Recorder:
 
     engine: HFEngine
     calls: list[str]
+    settings: dict[str, Any]
 
     def __init__(self, **settings: Any) -> None:
-        self.settings, self.asleep = settings, False
+        type(self).settings, self.asleep = settings, False
+        core = SimpleNamespace(shutdown=lambda: self.calls.append(f"shutdown in group: {is_initialized()}"))
+        self.llm_engine = SimpleNamespace(engine_core=core)
 
     def generate(self, prompts: Sequence[Any], params: Sequence[Any], *, use_tqdm: bool) -> list[Any]:
         assert not self.asleep
@@ -92,3 +100,36 @@ def test_it_sleeps_while_the_student_trains(sleeps: bool, tiny: Tiny, library: t
         if call == "load":
             assert calls[i + 1] == "score", "the check after a push does not send it to sleep"
     assert calls.count("sleep") == calls.count("write")
+
+
+@pytest.mark.slow
+def test_each_process_has_its_own(tiny: Tiny, library: type[Recorder], tmp_path: Path) -> None:
+    """Two give the run of one; each is handed all weights, sharded or not, sleeps while it trains, and is
+    closed before the group goes."""
+    options = {"rollout__engine": "vllm", "rollout__vllm": {"enable_sleep_mode": True}, "optim__steps": 2}
+    options |= {"student__lora_rank": 2, "optim__lr": 0.01, "eval__start": False}
+    rows = [read_lines(train(tiny(**options), quiet=True).directory / "metrics.jsonl")]
+    assert "distributed_executor_backend" not in library.settings
+
+    def run(shard: str) -> None:
+        library.calls.clear()
+        train(tiny(**options, run__name=shard, parallel__shard=shard), quiet=True)
+        assert library.settings["distributed_executor_backend"] == "external_launcher"
+        assert library.calls.count("load") == 1 + 2
+        assert library.calls[-2:] == ["sleep", "shutdown in group: True"]
+
+    def both(_: int) -> None:
+        run("none")
+        run("layer")
+
+    ended = forked(both, tmp_path)
+    assert [code for code, _, _ in ended] == [0, 0], ended[0][2] + ended[1][2]
+    runs = Path(tiny().run.dir)
+    for two in (read_lines(runs / shard / "metrics.jsonl") for shard in ("none", "layer")):
+        for a, b in zip(rows[0], two, strict=True):
+            assert {k: a[k] for k in COLUMNS} == pytest.approx({k: b[k] for k in COLUMNS}, rel=5e-5, abs=1e-7)
+
+
+def test_a_group_of_gpus_is_a_servers(tiny: Tiny) -> None:
+    with pytest.raises(UserError, match=r"rollout\.vllm: .* has one GPU, .*set rollout\.url"):
+        assemble(tiny(rollout__engine="vllm", rollout__vllm={"tensor_parallel_size": 2}))

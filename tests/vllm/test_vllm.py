@@ -136,6 +136,23 @@ def test_in_process(tmp_path: Path) -> None:
     check_engine(parts)
 
 
+@pytest.mark.parametrize("shard", ["none", "layer"])
+def test_in_process_on_every_rank(shard: str, tmp_path: Path) -> None:
+    """Two of torchrun's processes give the run of one, each with a vLLM of its own."""
+    one = gym(tmp_path, "one", rollout=IN_PROCESS)
+    two = gym(tmp_path, "two", rollout=IN_PROCESS, parallel={"shard": shard})
+    config = tmp_path / "two.yaml"
+    config.write_text(two.to_yaml())
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "onpath", "train", str(config)]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    train(one, quiet=True)
+    rows = [read_lines(tmp_path / "runs" / name / "metrics.jsonl") for name in ("one", "two")]
+    for a, b in zip(*rows, strict=True):
+        for key in ("loss", "tokens", "reverse_kl_nats", "grad_norm", "mean_length"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4)
+
+
 def test_in_process_with_an_adapter(tmp_path: Path) -> None:
     parts = assemble(gym(tmp_path, "lora", rollout=IN_PROCESS, student={"lora_rank": 4}))
     with torch.no_grad():

@@ -55,11 +55,6 @@ def student_engine(config: Config, student: nn.Module, own: HFEngine) -> Engine:
             tolerance=_HALF if half else _EXACT,
             half=half,
         )
-    if distributed.world() > 1:
-        raise UserError(
-            "rollout.engine: vllm in this process is for one process; for several start a server and set "
-            "rollout.url"
-        )
     from onpath.engines.vllm import VLLMEngine
 
     return VLLMEngine(
@@ -85,10 +80,12 @@ def _directory(config: Config, student: nn.Module, own: HFEngine) -> str:
     # An adapter on head or embeddings unties them: vLLM would tie them again, as the given config may say.
     if not ends_adapted(unwrapped(student)) and (whole or not given.is_dir()):
         return str(given)
-    merged = Path(tempfile.mkdtemp(prefix="onpath-vllm-"))
-    save_weights(student, merged)
-    if own.stop_strings:
+    merged = Path(distributed.first_decides(lambda: tempfile.mkdtemp(prefix="onpath-vllm-")))
+    first = distributed.local_rank() == 0  # each host has a /tmp of its own
+    save_weights(student, merged, here=first)
+    if own.stop_strings and first:
         own.renderer.tokenizer.save_pretrained(merged)
+    distributed.barrier()
     return str(merged)
 
 

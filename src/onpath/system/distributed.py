@@ -30,6 +30,7 @@ _SAID, _LEFT = "said", "left"
 _runs: list[str] = []
 """Prefixes of this process's runs in the store where ranks meet."""
 _PATIENCE = 10.0  # seconds that a rank which gives up waits for the others to hear of it
+_before_stop: list[Callable[[], None]] = []
 
 
 def start(device: torch.device, *, timeout: float = 600.0) -> None:
@@ -130,8 +131,15 @@ def _wait_for_all(board: Store, patience: float) -> None:
 
 def stop() -> None:
     """Leaves the process group of torchrun; one that a library made for itself is its own affair."""
+    while _before_stop:
+        _before_stop.pop()()
     if _asked() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def before_stop(close: Callable[[], None]) -> None:
+    """Lets `close` run before this process leaves the group, which what it closes has groups of."""
+    _before_stop.append(close)
 
 
 def _asked() -> bool:
@@ -151,6 +159,11 @@ def rank() -> int:
 
 def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """This process's number on its host, as torchrun says."""
+    return int(os.environ.get("LOCAL_RANK", rank()))
 
 
 def local_world() -> int:
