@@ -74,6 +74,9 @@ def bad_inputs() -> list[Kind]:
             f"paths, in {len(inputs.READERS_OF_PATHS)} commands", every, "~nouser/x", "no such path, and why"
         ),
         Kind("rows of train.jsonl", len(inputs.ROWS), '{"answer": 1e400}', f"{sentence}; or skip_bad"),
+        Kind(
+            "rows that name a teacher", len(inputs.TAUGHT_ROWS), '{"of": "maths"}', f"{sentence}; or skip_bad"
+        ),
         Kind("sources of data", len(inputs.SOURCES), "gym:nope", "what a source is"),
         Kind("files that are no data", len(inputs.FILES), "text.parquet", "a sentence with the file"),
         Kind("saved data sets", len(inputs.SAVED), "state.json: 5", "a sentence with the directory"),

@@ -158,6 +158,8 @@ def tiny(model_dirs: dict[str, Path], data_file: Path, tmp_path: Path) -> Callab
         for key, value in overrides.items():
             section, _, option = key.partition("__")
             data.setdefault(section, {})[option] = value
+        if "teachers" in data:
+            del data["teacher"]
         return config_module.build(data)
 
     return build

@@ -36,6 +36,8 @@ class Prompt:
     """What the grader compares with; None where there is nothing to grade."""
     solution: str | None = None
     """Reference solution: privileged information that only a teacher may see."""
+    teacher: str | None = None
+    """The one of several teachers that teaches it; None: there is one only."""
 
     def __post_init__(self) -> None:
         if (self.text is None) == (self.messages is None):
@@ -226,6 +228,18 @@ class Trajectory:
         for g in self.guidance:
             if g.start < 0 or g.start + len(g.targets) > len(self.response):
                 raise ValueError(f"guidance at {g.start} for {len(g.targets)} positions leaves the response")
+
+    @property
+    def teacher(self) -> str | None:
+        """The one of several teachers that scores it: its prompt's.
+
+        >>> x = Prompt(id="0", text="7 + 5?", teacher="math")
+        >>> y = Rollout(prompt=x, ids=(2,), logprobs=(0.0,), finish_reason="stop", policy_version=0,
+        ...             sampling=Sampling())
+        >>> Trajectory(student_context=(1,), teacher_context=(1,), response=(2,), origin=y).teacher
+        'math'
+        """
+        return None if self.origin is None else self.origin.prompt.teacher
 
     @property
     def token_weights(self) -> tuple[float, ...]:

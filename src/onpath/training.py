@@ -34,6 +34,7 @@ from onpath.run.loss import Step, guidance_loss, loss_of, teacher_states
 from onpath.run.meter import Meter, Stopwatch
 from onpath.run.optimizer import make_optimizer
 from onpath.run.parts import Parts
+from onpath.run.per_teacher import PerTeacher
 from onpath.run.rounds import is_filler, rounds, sum_when_needed
 from onpath.run.sampling import prepare, sample
 from onpath.run.trajectories import store_step, top_tokens
@@ -123,7 +124,7 @@ def one_step(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> Meter
         meter = corrected(parts, step, watch)
         accumulate(parts, meter, step)
         meter.scored = models.teacher.measured()
-    sharding.give_back(models.student, models.teacher.model)
+    sharding.give_back(models.student, *models.teacher.models)
     with watch("train"):
         distributed.sum_gradients(models.student)
         meter.gradient_cosine = parts.gradient_cosine(step)
@@ -171,8 +172,15 @@ def corrected(parts: Parts, step: int, watch: Stopwatch) -> Meter:
         guided=guided > 0,
         top_k=top_tokens(parts.config, step + 1),
     )
-    drawn = None if parts.refreshed is None else parts.refreshed.generated(step)
-    return Meter(watch=watch, rollouts=rollouts, step=shared, verdicts=verdicts, rewards=rewards, drawn=drawn)
+    return Meter(
+        watch=watch,
+        rollouts=rollouts,
+        step=shared,
+        verdicts=verdicts,
+        rewards=rewards,
+        drawn=None if parts.refreshed is None else parts.refreshed.generated(step),
+        per_teacher=PerTeacher(names=parts.models.teacher.names),
+    )
 
 
 def accumulate(parts: Parts, meter: Meter, step: int) -> None:

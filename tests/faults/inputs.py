@@ -81,6 +81,18 @@ OPTIONS: tuple[tuple[str, Any, str], ...] = (
     ("teacher.timeout", float("nan"), "teacher.timeout"),
     ("teacher.patience", -1, "teacher.patience is -1"),
     ("teacher.concurrency", 0, "teacher.concurrency is 0"),
+    ("teachers", 5, "teachers is 5"),
+    ("teachers", {"math": 5}, "teachers.math is 5"),
+    ("teachers", {"math": {}}, "set data.teacher_column to the column"),
+    ("teachers", {"a b": {}}, "'a b' is no name"),
+    ("teachers", {"\x1b[2J": {}}, "is no name"),
+    ("teachers", {"math": {"modl": "x"}}, "unknown key teachers.math.modl; did you mean model"),
+    ("teachers", {"default": {"engine": "vllm"}}, "set teachers.default.url"),
+    ("teachers", {"default": {"url": "http://x"}}, "set teachers.default.engine: vllm"),
+    ("teachers", {"default": {"model": "maze:teacher"}}, "teachers.default.model is maze:teacher"),
+    ("data.teacher_column", "subject", "there are no teachers to name"),
+    ("data.teacher_column", 5, "data.teacher_column is 5"),
+    ("parallel.teacher", "offload", "offload is for several teachers"),
     ("rollout.url", "http://localhost:8000", "set rollout.engine: vllm"),
     ("rollout.engine", "tgi", "rollout.engine is 'tgi'"),
     ("rollout.prompts", 0, "rollout.prompts is 0"),
@@ -333,6 +345,20 @@ ROWS: tuple[tuple[bytes, str], ...] = (
     (b"\n \n", "no prompts to use: it has no rows"),
 )
 """The content of train.jsonl."""
+
+TAUGHT_ROWS: tuple[tuple[bytes, str], ...] = (
+    (b'{"prompt": "1", "of": "maths"}', "its teacher is 'maths', but teachers has math, code"),
+    (b'{"prompt": "1", "of": ""}', "its teacher is ''"),
+    (b'{"prompt": "1", "of": "\\u001b[2J"}', r"its teacher is '.x1b"),
+    (b'{"prompt": "1", "of": 5}', "its teacher is 5|its teacher is '5'"),
+    (b'{"prompt": "1", "of": null}', "it names no teacher in the column"),
+    (b'{"prompt": "1", "of": NaN}', "it names no teacher|not valid JSON"),
+    (b'{"prompt": "1", "of": ["math"]}', "its teacher must be a name, not a list"),
+    (b'{"prompt": "1", "of": {"math": 1}}', "its teacher must be a name, not an object"),
+    (b'{"prompt": "1", "of": true}', "its teacher must be a name, not a boolean"),
+    (b'{"prompt": "1"}', "it names no teacher in the column|no row has 'of'"),
+)
+"""Rows where there are the teachers math and code, named in the column `of`."""
 
 SOURCES: tuple[tuple[str, str], ...] = (
     ("", "is no path|not a readable directory|no such file"),

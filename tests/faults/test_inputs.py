@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from onpath.commands.cli import main
-from onpath.config.build import METHODS, Config, _section_type, build
-from onpath.config.sections import Reward
+from onpath.config.build import LABELLED, METHODS, Config, _section_type, build
+from onpath.config.sections import Reward, Teacher
 from onpath.data.load import load_prompts
 from onpath.system.errors import UserError
 from tests.faults import inputs
@@ -110,6 +110,15 @@ def test_rows(content: bytes, words: str, tmp_path: Path) -> None:
         assert load_prompts(str(path), skip_bad=True).prompts[0].id == "good"
 
 
+@pytest.mark.parametrize(("content", "words"), inputs.TAUGHT_ROWS)
+def test_taught_rows(content: bytes, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b'{"id": "good", "prompt": "7", "of": "math"}\n' + content + b"\n")
+    teachers: dict[str, Any] = {"teachers": ("math", "code"), "columns": {"teacher": "of"}}
+    refused(path, f"line 2: {words}" if "|" not in words else words, **teachers)
+    assert [p.teacher for p in load_prompts(str(path), skip_bad=True, **teachers).prompts] == ["math"]
+
+
 @pytest.mark.parametrize(("source", "words"), inputs.SOURCES)
 def test_sources(source: str, words: str) -> None:
     refused(source, words)
@@ -153,6 +162,8 @@ def each_option() -> Iterator[tuple[str, str, dict[str, Any]]]:
                 yield from (("method", key, {"name": name}) for key in options.model_fields)
         elif section == "rewards":
             yield from (("rewards", key, {"name": "mine.py:f"}) for key in Reward.model_fields)
+        elif section == "teachers":
+            yield from (("teachers", key, {}) for key in Teacher.model_fields)
         else:
             yield from ((section, key, {}) for key in _section_type(section).model_fields)
 
@@ -170,7 +181,7 @@ def test_every_option_with_anything(value: Any) -> None:
     for section, key, beside in each_option():
         options = {**beside, key: value}
         try:
-            build({section: {"a": options} if section == "rewards" else options})
+            build({section: {"a": options} if section in LABELLED else options})
         except UserError as error:
             said = str(error)
             assert len(said) < 1400, (section, key)

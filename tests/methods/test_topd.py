@@ -16,7 +16,7 @@ from onpath import config as configuration
 from onpath.config.build import Config
 from onpath.config.methods.topd import TOPDOptions
 from onpath.data.batch import collate, micro_batches
-from onpath.engines.forward import Kept, forward
+from onpath.engines.forward import Kept, forward, student_key
 from onpath.losses import Head, Objective, TeacherHidden, fused_objective
 from onpath.methods import make_method
 from onpath.methods.base import Prepared, own_response
@@ -360,8 +360,10 @@ def test_kept_states_give_each_graph_once() -> None:
     def trajectory(token: int) -> Trajectory:
         return Trajectory(student_context=(1,), teacher_context=(1,), response=(token,))
 
-    rows = {((1,), (t,)): torch.full((1, 2), float(t)) for t in (3, 4, 5)}
-    split = [{k: v for k, v in rows.items() if k[1] != (5,)}, {((1,), (5,)): rows[((1,), (5,))]}]
+    rows = {student_key(trajectory(t)): torch.full((1, 2), float(t)) for t in (3, 4, 5)}
+    split = [
+        {k: v for k, v in rows.items() if last is (k == student_key(trajectory(5)))} for last in (False, True)
+    ]
     kept = Kept(student=list(split))
     assert kept.student_hidden(collate([trajectory(3), trajectory(9)])) is None
     found = kept.student_hidden(collate([trajectory(4)]))

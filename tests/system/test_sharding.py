@@ -180,7 +180,8 @@ def of_the_root_alone() -> None:
 
 def heavy_filler() -> None:
     context = (5,)  # the padding's own states are all zeros
-    rounds._FILLER = replace(rounds._FILLER, weights=(1.0,), student_context=context, teacher_context=context)
+    heavy = replace(rounds._filler(None), weights=(1.0,), student_context=context, teacher_context=context)
+    rounds._filler = lambda _: heavy  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize("fault", [by_default, of_the_root_alone, heavy_filler])

@@ -31,6 +31,7 @@ from onpath.config.sections import (
     Teacher,
     labelled,
 )
+from onpath.config.several import check_several
 from onpath.data.tasks import task_of
 from onpath.records import Sampling
 from onpath.system import code
@@ -40,6 +41,8 @@ from onpath.system.reading import parse_yaml, read_yaml
 from onpath.system.text import one_line
 
 _COMMAND_LINE = "the command line"
+LABELLED: dict[str, type[Section]] = {"rewards": Reward, "teachers": Teacher}
+"""Sections that hold several of a kind, by names of the user's."""
 
 
 class Evaluation(NamedTuple):
@@ -57,6 +60,9 @@ class Config(Section):
 
     student: Student = Student()
     teacher: Teacher = Teacher()
+    teachers: dict[str, Teacher] = Field({})
+    """Several teachers, by name: in place of `teacher`, the same options each. `data.teacher_column` says
+    which one teaches a row; the one called default has the rows that name none."""
     data: Data = Data()
     method: SomeMethod = OPDOptions()
     rollout: RolloutSection = RolloutSection()
@@ -124,7 +130,9 @@ class Config(Section):
                 "student.dtype float16 cannot train: small updates round to nothing and gradients overflow; "
                 "use float32 with optim.bf16, or LoRA (student.lora_rank)"
             )
-        self._reachable()
+        check_several(self)
+        for name, teacher in self.taught_by.items():
+            self._reachable(teacher, teacher_key(name))
         self._shardable()
         method = self.method
         if self.rollout.overlap and method.divergence == "sampled" and method.ppo_clip is None:
@@ -150,27 +158,31 @@ class Config(Section):
             )
         method.check(self)
         task = task_of(self.data.train)
-        for key, model in (("student", self.student.model), ("teacher", self.teacher.model)):
-            other = task_of(model)
+        models: dict[str, Student | Teacher] = {"student": self.student} | {
+            teacher_key(n): t for n, t in self.taught_by.items()
+        }
+        for key, section in models.items():
+            other = task_of(section.model)
             if task is not None and other is not None and other.name != task.name:
                 raise ValueError(
-                    f"{key}.model is {model}, which does not know the language of data.train, "
-                    f"{self.data.train}: use {task.name}:{key}"
+                    f"{key}.model is {section.model}, which does not know the language of data.train, "
+                    f"{self.data.train}: use {task.name}:{'student' if key == 'student' else 'teacher'}"
                 )
-        if self.teacher.cache is not None and (method.teacher_weights in ("live", "ema")):
+        caches = any(t.cache is not None for t in self.taught_by.values())
+        if caches and method.teacher_weights in ("live", "ema"):
             raise ValueError(
                 f"teacher.cache keeps the scores of weights that stand still, and this teacher's are "
                 f"{method.teacher_weights}; leave it out, or use base"
             )
-        if self.teacher.cache is not None and self.teacher.engine == "chat":
+        if caches and self.teacher.engine == "chat":
             raise ValueError("teacher.cache keeps scores, and teacher.engine: chat gives none; leave it out")
         loses = task is not None and task.world is not None and task.world.loses
-        if loses and (method.self_taught or self.teacher.engine != "hf"):
+        if loses and (method.self_taught or self.teachers or self.teacher.engine != "hf"):
             raise ValueError(
                 f"data.train: {self.data.train}: lost is about a teacher model in this process; leave lost "
                 "out, or take a method and a teacher.engine with one"
             )
-        if loses and self.teacher.cache is not None:
+        if loses and caches:
             raise ValueError(
                 f"data.train: {self.data.train}: what a teacher that is lost scores is not kept; leave "
                 "teacher.cache or lost out"
@@ -193,17 +205,29 @@ class Config(Section):
                 found[name] = Evaluation(split, section.at(t), n, min(section.k, n))
         return found
 
+    @property
+    def taught_by(self) -> dict[str | None, Teacher]:
+        """Of each teacher that is another model the name that prompts call it by, and its section."""
+        return dict(self.teachers.items()) if self.teachers else {None: self.teacher}
+
+    @property
+    def sharing_ids(self) -> dict[str | None, Teacher]:
+        """Those of `taught_by` that read the student's ids: their vocabulary must be the student's."""
+        shares = not self.method.self_taught
+        return {name: t for name, t in self.taught_by.items() if shares and t.engine != "chat"}
+
     def _quantisable(self) -> None:
         """What goes together with weights that only their own kernels read."""
-        student, teacher = self.student, self.teacher
-        if student.quantization is None and teacher.quantization is None:
+        student = self.student
+        quantised = {teacher_key(n): t for n, t in self.taught_by.items() if t.quantization is not None}
+        if student.quantization is None and not quantised:
             return
-        key = "student" if student.quantization is not None else "teacher"
+        key = "student" if student.quantization is not None else next(iter(quantised))
         if self.parallel.shard != "none":
             raise ValueError(f"{key}.quantization: such weights are not sharded; set parallel.shard: none")
-        if teacher.quantization is not None and (self.method.self_taught or teacher.engine != "hf"):
+        if quantised and (self.method.self_taught or any(t.engine != "hf" for t in quantised.values())):
             raise ValueError(
-                "teacher.quantization is of a teacher model in this process; here it is "
+                f"{next(iter(quantised))}.quantization is of a teacher model in this process; here it is "
                 + ("the student: use student.quantization" if self.method.self_taught else "on a server")
             )
         if student.quantization is None:
@@ -259,56 +283,57 @@ class Config(Section):
         """What goes together with weights that no process has whole."""
         if self.parallel.shard == "none":
             return
-        apart = self.teacher.device not in ("auto", self.student.device)
-        if apart and self.teacher.engine == "hf" and not self.method.self_taught:
-            raise ValueError(
-                f"teacher.device is {self.teacher.device}: with parallel.shard the teacher is where its "
-                "process's student is; leave it at auto"
-            )
+        for name, teacher in self.taught_by.items():
+            apart = teacher.device not in ("auto", self.student.device)
+            if apart and teacher.engine == "hf" and not self.method.self_taught:
+                raise ValueError(
+                    f"{teacher_key(name)}.device is {teacher.device}: with parallel.shard the teacher is "
+                    "where its process's student is; leave it at auto"
+                )
         if self.student.device not in ("auto", "cpu", "cuda"):
             raise ValueError(
                 f"student.device is {self.student.device}: with parallel.shard each process takes the GPU "
                 "that torchrun gives it; leave it at auto"
             )
 
-    def _reachable(self) -> None:
+    def _reachable(self, teacher: Teacher, key: str) -> None:
         """What can be asked of a server."""
-        method, teacher = self.method, self.teacher
+        method = self.method
         if self.rollout.url is not None and self.rollout.engine != "vllm":
             raise ValueError("rollout.url is that of a vLLM server: set rollout.engine: vllm")
         if teacher.engine == "hf":
             if teacher.url is not None:
                 raise ValueError(
-                    "teacher.url is that of a server: set teacher.engine: vllm, or chat for text only"
+                    f"{key}.url is that of a server: set {key}.engine: vllm, or chat for text only"
                 )
             return
         if teacher.url is None:
             raise ValueError(
-                f"teacher.engine: {teacher.engine} is a server: set teacher.url, such as http://localhost:8000"
+                f"{key}.engine: {teacher.engine} is a server: set {key}.url, such as http://localhost:8000"
             )
         if method.self_taught:
             raise ValueError(
-                f"teacher.engine: {teacher.engine}: with method.name {method.name} the student is its own "
-                "teacher; use teacher.engine: hf"
+                f"{key}.engine: {teacher.engine}: with method.name {method.name} the student is its own "
+                f"teacher; use {key}.engine: hf"
             )
-        self._learns_from_text() if teacher.engine == "chat" else self._learns_from_top_k()
+        self._learns_from_text() if teacher.engine == "chat" else self._learns_from_top_k(key)
 
-    def _learns_from_top_k(self) -> None:
+    def _learns_from_top_k(self, key: str) -> None:
         method = self.method
         if method.ends == "one":
             raise ValueError(
-                "teacher.engine: vllm: a server sends its likeliest tokens only, so the probability of all "
+                f"{key}.engine: vllm: a server sends its likeliest tokens only, so the probability of all "
                 "ends together is not known; use method.ends: apart"
             )
         needs_all = method.objective().needs_teacher and method.divergence != "sampled"
         if method.teacher_temperature != 1:
             raise ValueError(
-                "method.teacher_temperature needs the teacher's whole vocabulary, and teacher.engine: vllm "
-                "sends its likeliest tokens only; set it to 1, or use teacher.engine: hf"
+                f"method.teacher_temperature needs the teacher's whole vocabulary, and {key}.engine: vllm "
+                f"sends its likeliest tokens only; set it to 1, or use {key}.engine: hf"
             )
         if needs_all and method.support != "teacher_topk":
             raise ValueError(
-                f"teacher.engine: vllm: a server sends its likeliest tokens only, not the vocabulary; set "
+                f"{key}.engine: vllm: a server sends its likeliest tokens only, not the vocabulary; set "
                 f"method.support: teacher_topk and method.tail: bucket, not method.support: {method.support}"
             )
 
@@ -327,6 +352,15 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+
+
+def teacher_key(name: str | None) -> str:
+    """The option that a teacher is set by: `name` is its own, or None where it is the only one.
+
+    >>> teacher_key(None), teacher_key("math")
+    ('teacher', 'teachers.math')
+    """
+    return "teacher" if name is None else f"teachers.{name}"
 
 
 def load(
@@ -412,8 +446,8 @@ def _override(data: dict[str, Any], dotted: str, text: Any) -> None:
 def _annotation(data: Mapping[str, Any], section: str, key: str) -> Any:
     """The type of an option, as far as it can be known before the config is built; else Any."""
     name, _, inner = key.partition(".")
-    if section == "rewards":
-        fields: Mapping[str, Any] = Reward.model_fields
+    if section in LABELLED:
+        fields: Mapping[str, Any] = LABELLED[section].model_fields
         name = inner
     elif section == "method":
         chosen = (data.get("method") or {}).get("name", "opd") if isinstance(data.get("method"), dict) else ""
@@ -491,14 +525,14 @@ def _keys_beside(loc: Sequence[str], data: Mapping[str, Any]) -> Sequence[str]:
             return list(Config.model_fields)
         case ["method", *_]:
             return list(options_class(data["method"].get("name", "opd")).model_fields)
-        case ["rewards", *_]:
-            return list(Reward.model_fields)
+        case [section, *_] if section in LABELLED:
+            return list(LABELLED[section].model_fields)
         case _:
             return list(_section_type(loc[0]).model_fields)
 
 
 def _all_keys() -> list[str]:
-    sections = {n: _section_type(n) for n in Config.model_fields if n not in ("method", "rewards")}
+    sections = {n: _section_type(n) for n in Config.model_fields if n not in ("method", *LABELLED)}
     return [f"{name}.{key}" for name, fields in sections.items() for key in fields.model_fields]
 
 

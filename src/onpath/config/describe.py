@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from onpath.config.build import Config, _section_type
 from onpath.config.methods import METHODS, MethodOptions
 from onpath.config.section import OneOf, OnResume
-from onpath.config.sections import Reward
+from onpath.config.sections import Reward, Teacher
 
 Option = tuple[str, str, str, str]
 """Key, type, default, documentation."""
@@ -27,6 +27,10 @@ def describe(own: type[MethodOptions] | None = None) -> Iterator[Option]:
             yield from _describe_methods({**METHODS, **({own.__qualname__: own} if own else {})})
         elif section == "rewards":
             yield from _describe_fields("rewards.LABEL", Reward)
+        elif section == "teachers":
+            options = ", ".join(Teacher.model_fields)
+            text = f"{Config.model_fields[section].description} Options of each: {options}."
+            yield "teachers.NAME", "section", "{}", text
         else:
             yield from _describe_fields(section, _section_type(section))
 

@@ -115,6 +115,17 @@ class Teacher(Served):
     """Run Python code that comes with the model."""
 
 
+def check_names(teachers: Mapping[str, Teacher]) -> None:
+    """They become names of metrics.
+
+    Raises:
+        ValueError: one is no name.
+    """
+    for name in teachers:
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"teachers: {name[:60]!r} is no name: letters, digits, . _ and - are")
+
+
 class Data(Section):
     train: Annotated[str, PLACE] = "gym:train"
     """JSONL or Parquet file, `datasets` directory or name (name:split), gym:train (its worlds:
@@ -129,6 +140,8 @@ class Data(Section):
     columns: dict[Literal["prompt", "answer", "tests", "solution", "id"], str] = Field({})
     """What your rows call them, such as {prompt: problem, answer: meta.final}; an evaluation set without them
     has ours. The gym's rows are ours."""
+    teacher_column: str | None = None
+    """Column of the training rows that names each one's teacher, with `teachers` (docs/teachers.md)."""
     skip_bad: Annotated[bool, NEUTRAL] = False
     """Skip unreadable rows, print and store how many; otherwise the first one stops the run."""
     template: Literal["auto", "chat", "plain"] = "auto"
@@ -141,6 +154,12 @@ class Data(Section):
     """System message put before every chat prompt that has none."""
     enable_thinking: bool | None = None
     """Passed to chat templates that know it (Qwen3); null leaves the template's default."""
+
+    @property
+    def train_columns(self) -> dict[str, str]:
+        """Ours → what the training rows call it."""
+        routed = {} if self.teacher_column is None else {"teacher": self.teacher_column}
+        return {**dict(self.columns.items()), **routed}
 
     @model_validator(mode="after")
     def _template_is_used(self) -> "Data":
@@ -298,8 +317,9 @@ class Parallel(Section):
     hosts: Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], ROUNDING] = "auto"
     """Copies of the shards: auto has one on each host, so that weights are gathered inside hosts only; 1
     shards over all processes."""
-    teacher: Annotated[Literal["same", "copy"], ROUNDING] = "same"
-    """same: sharded like the student. copy: whole in every process."""
+    teacher: Annotated[Literal["same", "copy", "offload"], ROUNDING] = "same"
+    """same: sharded like the student. copy: whole in every process. offload: likewise, and of several
+    teachers one is on the device at a time; the others wait in host memory."""
     balance: Annotated[bool, ROUNDING] = True
     """Deal rollouts to the processes by length, so that none waits for another's long ones."""
     timeout: Annotated[float, NEUTRAL] = Field(600.0, gt=0)

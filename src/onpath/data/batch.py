@@ -51,6 +51,13 @@ class Batch:
         return Batch(**moved)
 
     @property
+    def teacher(self) -> str | None:
+        """The one of several teachers that scores all of it (see `micro_batches`)."""
+        names = {t.teacher for t in self.trajectories}
+        assert len(names) == 1, f"a batch is read by one teacher, not by {len(names)}"
+        return names.pop()
+
+    @property
     def places(self) -> list[int]:
         """Where the trajectories stand in what is read or trained on together."""
         found = [t.place for t in self.trajectories]
@@ -102,7 +109,8 @@ def collate(trajectories: Sequence[Trajectory], *, device: torch.device | None =
 
 
 def micro_batches(trajectories: Sequence[Trajectory], *, max_tokens: int) -> Iterator[list[Trajectory]]:
-    """Trajectories of similar length together, longest first, within a budget of padded tokens per side.
+    """Trajectories of one teacher and of similar length together, teacher after teacher, longest first,
+    within a budget of padded tokens per side.
 
     A batch that is large enough to keep the hardware busy also ends where padding would begin to cost more
     than another pass. Empty responses train nothing and are left out. A trajectory longer than the budget
@@ -113,10 +121,12 @@ def micro_batches(trajectories: Sequence[Trajectory], *, max_tokens: int) -> Ite
         return max(len(t.student_context), len(t.teacher_context)) + len(t.response)
 
     rows: list[Trajectory] = []
-    for trajectory in sorted((t for t in trajectories if t.response), key=length, reverse=True):
+    some = (t for t in trajectories if t.response)
+    for trajectory in sorted(some, key=lambda t: (t.teacher or "", -length(t))):
         longest = length(rows[0]) if rows else 0
         shorter = len(rows) * longest >= _BUSY_TOKENS and length(trajectory) < _SIMILAR * longest
-        if rows and (shorter or (len(rows) + 1) * longest > max_tokens):
+        other = rows and rows[0].teacher != trajectory.teacher
+        if rows and (other or shorter or (len(rows) + 1) * longest > max_tokens):
             yield rows
             rows = []
         rows.append(trajectory)

@@ -3,7 +3,8 @@
 Columns: `prompt` (text, or messages of role and content) or `messages` (a conversation, asked up to its last
 assistant turn), optional `answer`, verl's `reward_model.ground_truth`, or `tests` of a program (what the
 grader compares with), optional `solution` or TRL's `privileged_context` (what only a teacher may see),
-optional `id`. Other columns are ignored, so TRL's prompt-only data sets work unchanged.
+optional `id`, and with several teachers the column that `data.teacher_column` says. Other columns are
+ignored, so TRL's prompt-only data sets work unchanged.
 """
 
 import json
@@ -36,6 +37,8 @@ COLUMNS = (
     "tools",
 )
 REASONS_KEPT = 5
+DEFAULT_TEACHER = "default"
+"""Of several teachers the one for rows that name none."""
 JSONL_SUFFIXES = (".jsonl", ".jsonlines", ".ndjson")
 SOURCES = (
     "a .jsonl or .parquet file, a directory saved by datasets, a datasets name[:split], gym:<split>, or a "
@@ -81,6 +84,7 @@ def load_prompts(
     split_default: str = "train",
     columns: Mapping[Any, str] | None = None,
     all_columns: bool = True,
+    teachers: Sequence[str] = (),
 ) -> LoadedPrompts:
     """Reads the prompts of a source.
 
@@ -93,6 +97,8 @@ def load_prompts(
         split_default: split of a `datasets` source that names none.
         columns: ours → what the source calls it; a dot leads into a mapping. A task's rows are ours.
         all_columns: whether each of them must be there; else our own names will do where one is not.
+        teachers: names, of which each row must have one; the one called `default` has the rows that name
+            none. Without them no row has a teacher.
 
     Raises:
         UserError: unreadable or empty source, missing column, or a bad row (with file, line and reason).
@@ -106,7 +112,8 @@ def load_prompts(
         if limit is not None and len(prompts) >= limit:
             break
         try:
-            prompt = _prompt(_renamed(row.value, theirs, seen), default_id=str(number))
+            found = _renamed(row.value, theirs, seen)
+            prompt = _prompt(found, default_id=str(number), teachers=teachers)
             if prompt.id in places:
                 raise _BadRow(f"id {prompt.id!r} is also that of {places[prompt.id]}; ids must be unique")
         except _BadRow as reason:
@@ -116,10 +123,8 @@ def load_prompts(
             continue
         prompts[prompt.id], places[prompt.id] = prompt, row.where
     if all_columns and (unseen := [ours for ours in theirs if ours not in seen]):
-        raise UserError(
-            f"{source}: no row has {theirs[unseen[0]]!r}, which data.columns.{unseen[0]} says is its "
-            f"{unseen[0]}"
-        )
+        key = "data.teacher_column" if unseen[0] == "teacher" else f"data.columns.{unseen[0]}"
+        raise UserError(f"{source}: no row has {theirs[unseen[0]]!r}, which {key} says is its {unseen[0]}")
     if not prompts:
         detail = f"all {len(skipped)} rows are bad, first {skipped[0]}" if skipped else "it has no rows"
         raise UserError(f"{source}: no prompts to use: {detail}")
@@ -308,7 +313,7 @@ def _renamed(value: Any, theirs: Mapping[str, str], seen: set[str]) -> Mapping[s
     return {**row, **found}
 
 
-def _prompt(row: Mapping[str, Any], *, default_id: str) -> Prompt:
+def _prompt(row: Mapping[str, Any], *, default_id: str, teachers: Sequence[str]) -> Prompt:
     """A row as a record; `_BadRow` says what is wrong with it."""
     if row.get("tools"):
         raise _BadRow(
@@ -330,6 +335,7 @@ def _prompt(row: Mapping[str, Any], *, default_id: str) -> Prompt:
         messages=messages,
         answer=_tests(row["tests"]) if row.get("tests") else _answer(_reference(row)),
         solution=_solution(row.get("privileged_context") if hint is None else hint),
+        teacher=_teacher(row.get("teacher"), teachers) if teachers else None,
     )
 
 
@@ -454,6 +460,21 @@ def _solution(value: Any) -> str | None:
     if not isinstance(value, str):
         raise _BadRow(f"'solution' (or 'privileged_context') must be text, not {_kind(value)}")
     return _encodable(value, "solution")
+
+
+def _teacher(value: Any, known: Sequence[str]) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        if DEFAULT_TEACHER in known:
+            return DEFAULT_TEACHER
+        raise _BadRow(
+            "it names no teacher in the column that data.teacher_column says, and none of teachers is "
+            f"called {DEFAULT_TEACHER}"
+        )
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise _BadRow(f"its teacher must be a name, not {_kind(value)}")
+    if str(value) not in known:
+        raise _BadRow(f"its teacher is {one_line(repr(value), 60)}, but teachers has {', '.join(known)}")
+    return str(value)
 
 
 def _id(value: Any, default: str) -> str:

@@ -31,6 +31,10 @@ class Engine:
     server: Server | None = None
     """The server that it asks, if there is one."""
 
+    def of(self, teacher: str | None) -> "Engine":
+        """That of one of several teachers (`routed.py`); otherwise itself."""
+        return self
+
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, n: int = 1, keys: Sequence[str] | None = None
     ) -> list[Rollout]:

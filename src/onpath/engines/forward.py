@@ -9,7 +9,7 @@ Shape suffixes: B rows, S padded length, N response tokens, H hidden.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -24,8 +24,9 @@ from onpath.engines.teacher import Teacher
 from onpath.losses import Head, StatsRequest, TeacherHidden, TeacherScores, TokenStats, token_stats
 from onpath.records import Trajectory
 
-Key = tuple[tuple[int, ...], tuple[int, ...]]
-"""Context and response: hidden states depend on nothing else."""
+Key = tuple[str | None, tuple[int, ...], tuple[int, ...]]
+"""Which of several teachers (None: the only one, or the student), context and response: hidden states depend
+on nothing else."""
 Values = dict[str, list[float]]
 """Statistic → one value per response token."""
 
@@ -81,31 +82,45 @@ class Kept:
 
     def has_scored(self, trajectories: Iterable[Trajectory]) -> bool:
         """Whether the teacher's states of all of them are here."""
-        return all((t.teacher_context, t.response) in self.teacher for t in trajectories if t.response)
+        return all(teacher_key(t) in self.teacher for t in trajectories if t.response)
 
     def teacher_hidden(self, batch: Batch) -> Tensor | None:
         """[N, H], or None if a trajectory of the batch was not scored."""
-        return _gathered(self.teacher, [(t.teacher_context, t.response) for t in batch.trajectories])
+        return _gathered(self.teacher, [teacher_key(t) for t in batch.trajectories])
 
     def student_hidden(self, batch: Batch) -> Tensor | None:
         """[N, H] with the graphs of the pass, or None if they were not kept, or are used up."""
-        keys = [(t.student_context, t.response) for t in batch.trajectories]
+        keys = [student_key(t) for t in batch.trajectories]
         used = [graph for graph in self.student if any(key in graph for key in keys)]
         found = _gathered({key: row for graph in used for key, row in graph.items()}, keys)
         if found is not None:
             self.student = [graph for graph in self.student if not any(graph is u for u in used)]
         return found
 
+    def forget(self, teacher: str | None) -> None:
+        """What this teacher has scored."""
+        self.teacher = {key: row for key, row in self.teacher.items() if key[0] != teacher}
+
     def truncated(self, whole: Trajectory, length: int) -> None:
         """Only the first `length` tokens of a response are trained on: states look backwards alone."""
-        short = whole.response[:length]
-        for context, known in (
-            (whole.teacher_context, [self.teacher]),
-            (whole.student_context, self.student),
+        short = whole.truncated(length)
+        for key, shorter, known in (
+            (teacher_key(whole), teacher_key(short), [self.teacher]),
+            (student_key(whole), student_key(short), self.student),
         ):
             for graph in known:
-                if (context, whole.response) in graph:
-                    graph[context, short] = graph[context, whole.response][:length]
+                if key in graph:
+                    graph[shorter] = graph[key][:length]
+
+
+def teacher_key(trajectory: Trajectory) -> Key:
+    """Of the teacher's states."""
+    return trajectory.teacher, trajectory.teacher_context, trajectory.response
+
+
+def student_key(trajectory: Trajectory) -> Key:
+    """Of the student's."""
+    return None, trajectory.student_context, trajectory.response
 
 
 def _gathered(known: dict[Key, Tensor], keys: Sequence[Key]) -> Tensor | None:
@@ -122,6 +137,11 @@ class Pass:
     stats: tuple[TokenStats, ...]
     past: Past | None
     """The teacher's keys and values, for continuations; None if its attention does not allow it."""
+
+    @property
+    def teacher(self) -> str | None:
+        """The one of several teachers that has scored them."""
+        return self.batches[0].teacher
 
     @property
     def trajectories(self) -> list[Trajectory]:
@@ -174,11 +194,13 @@ def forward(
     request = StatsRequest(mass_ids=mass, top_k=max(top_k, int(past)))
     placed = [replace(t, place=i) for i, t in enumerate(trajectories)]
     micros = micro_batches(placed, max_tokens=models.max_tokens)
-    groups = _grouped([collate(m, device=models.device) for m in micros], models.max_tokens)
-    # Graphs of several groups would all live until the loss: only a step of one group keeps them. A pass with
-    # dropout trains, but must not score.
+    batches = [collate(m, device=models.device) for m in micros]
+    groups, together = _grouped(batches, models.max_tokens), sum(map(_size, batches)) <= models.max_tokens
+    # Graphs of several groups would all live until the loss: only a step that fits into one pass keeps them.
+    # A pass with dropout trains, but must not score.
     # What a sharded pass has gathered is given back after it, and a graph would point at nothing.
-    graph = keep is not None and len(groups) == 1 and not models.dropout and models.keeps_graphs
+    small = together or len(batches) == 1
+    graph = keep is not None and small and not models.dropout and models.keeps_graphs
     for group in groups:
         stats = []
         memory = models.teacher.past(group) if past else None
@@ -186,10 +208,9 @@ def forward(
             student_NH = _student(models, batch, graph=graph)
             scores = models.teacher.scores(batch, None if memory is None else memory.parts[b])
             if keep is not None and isinstance(scores, TeacherHidden):
-                keep.teacher |= _by_key(scores.hidden, batch, [t.teacher_context for t in batch.trajectories])
+                keep.teacher |= _by_key(scores.hidden, batch, teacher_key)
             if keep is not None and graph:
-                contexts = [t.student_context for t in batch.trajectories]
-                keep.student.append(_by_key(student_NH, batch, contexts))
+                keep.student.append(_by_key(student_NH, batch, student_key))
             stats.append(_stats(models, batch, student_NH, scores, request))
         yield Pass(batches=tuple(group), stats=tuple(stats), past=memory)
 
@@ -214,17 +235,22 @@ def per_token(
 
 
 def _grouped(batches: Sequence[Batch], max_tokens: int) -> list[list[Batch]]:
-    """Consecutive batches whose padded tokens fit together; one that does not fit is a group of its own."""
+    """Consecutive batches of one teacher whose padded tokens fit together; one that does not fit is a group
+    of its own."""
     groups: list[list[Batch]] = []
     left = 0
     for batch in batches:
-        size = max(batch.student_ids_BS.numel(), batch.teacher_ids_BT.numel())
-        if size > left:
+        if _size(batch) > left or groups[-1][0].teacher != batch.teacher:
             groups.append([])
             left = max_tokens
         groups[-1].append(batch)
-        left -= size
+        left -= _size(batch)
     return groups
+
+
+def _size(batch: Batch) -> int:
+    """Padded tokens of its larger side."""
+    return max(batch.student_ids_BS.numel(), batch.teacher_ids_BT.numel())
 
 
 def _student(models: Models, batch: Batch, *, graph: bool) -> Tensor:
@@ -246,8 +272,6 @@ def _stats(
         )
 
 
-def _by_key(hidden_NH: Tensor, batch: Batch, contexts: Sequence[tuple[int, ...]]) -> dict[Key, Tensor]:
+def _by_key(hidden_NH: Tensor, batch: Batch, key: Callable[[Trajectory], Key]) -> dict[Key, Tensor]:
     rows = hidden_NH.split([len(t.response) for t in batch.trajectories])
-    return {
-        (context, t.response): row for context, t, row in zip(contexts, batch.trajectories, rows, strict=True)
-    }
+    return {key(t): row for t, row in zip(batch.trajectories, rows, strict=True)}

@@ -3,11 +3,13 @@
 import copy
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from onpath.config.build import Config
+from onpath.config.build import Config, teacher_key
+from onpath.config.sections import Teacher as TeacherSection
 from onpath.data.render import Renderer
 from onpath.engines.adapters import ends_adapted, is_adapter
 from onpath.engines.base import Engine
@@ -16,6 +18,7 @@ from onpath.engines.head import check_head, head_of, unwrapped
 from onpath.engines.hf import HFEngine
 from onpath.engines.models import context_length, load_model, locate, pick_device
 from onpath.engines.replay import Replay
+from onpath.engines.routed import RoutedEngine, RoutedTeacher
 from onpath.engines.score_cache import CachedTeacher, ScoreStore, weights_digest
 from onpath.engines.served import ServedTeacher
 from onpath.engines.stops import Stops
@@ -97,41 +100,88 @@ def make_teacher(
     stops: Stops,
     device: torch.device,
 ) -> Teacher:
-    """Another model, in this process or on a server, or the student itself."""
+    """Other models, in this process or on servers, or the student itself."""
     method = config.method
     if method.teacher_weights is not None:
         return SelfTeacher(
             student, weights=method.teacher_weights, decay=method.teacher_decay, vocabulary=vocabulary
         )
-    if config.teacher.engine == "chat":
+    offloads = config.parallel.teacher == "offload"
+    made: dict[tuple[Any, ...], Teacher] = {}
+    members: dict[str | None, Teacher] = {}
+    homes: dict[str, torch.device] = {}
+    for name, section in config.taught_by.items():
+        key = teacher_key(name)
+        home = pick_device(section.device, f"{key}.device", otherwise=device)
+        if name is not None and offloads and section.engine == "hf":
+            homes[name] = home
+        same = _same_model(section, home)
+        if same not in made:
+            where = torch.device("cpu") if name in homes else home
+            made[same] = _other_model(config, key, section, student, renderer, vocabulary, stops, where)
+        members[name] = made[same]
+    if None in members:
+        return members[None]
+    routed = {str(name): teacher for name, teacher in members.items()}
+    return RoutedTeacher(routed, homes=homes if offloads else None)
+
+
+def _same_model(section: TeacherSection, home: torch.device) -> tuple[Any, ...]:
+    """What makes two teachers one model: it is loaded once."""
+    place = str(Path(locate(section.model)).resolve())
+    code = section.trust_remote_code
+    return code, place, section.engine, section.url, section.dtype, str(home), str(section.quantization)
+
+
+def _other_model(
+    config: Config,
+    key: str,
+    section: TeacherSection,
+    student: nn.Module,
+    renderer: Renderer,
+    vocabulary: int,
+    stops: Stops,
+    device: torch.device,
+) -> Teacher:
+    if section.engine == "chat":
         return SilentTeacher()
-    if config.teacher.engine == "vllm":
+    if section.engine == "vllm":
         from onpath.engines.server import ServerEngine
         from onpath.engines.wire import Server
 
-        names = [config.teacher.model, str(locate(config.teacher.model))]
-        server = Server(config.teacher, "teacher", names)
+        server = Server(section, key, [section.model, str(locate(section.model))])
         engine = ServerEngine(
             server, renderer, stop_ids=stops.ids, stop_strings=stops.strings, vocabulary=vocabulary
         )
         longest = context_length(unwrapped(student).config)
-        return ServedTeacher(engine, k=min(method.support_k, vocabulary), context_length=longest)
-    where = pick_device(config.teacher.device, "teacher.device", otherwise=device)
-    model = load_model(config.teacher, "teacher.model", where)
-    check_head(model, "teacher.model")
+        k = min(config.method.support_k, vocabulary)
+        return ServedTeacher(engine, k=k, context_length=longest)
+    model = load_model(section, f"{key}.model", device)
+    check_head(model, f"{key}.model")
     rows = head_of(model).vocabulary
     if rows < vocabulary:
         raise UserError(
-            f"teacher.model gives logits for {rows} ids only, but the student for {vocabulary}; resize its "
+            f"{key}.model gives logits for {rows} ids only, but the student for {vocabulary}; resize its "
             "embeddings"
         )
     return ModelTeacher(model, vocabulary=vocabulary)
 
 
 def with_cache(config: Config, teacher: Teacher) -> Teacher:
-    """The teacher, whose scores are kept where teacher.cache asks for it. Of a sharded one all processes take
-    part."""
-    section = config.teacher
+    """The teacher, whose scores are kept where teacher.cache asks for it; of several each by its own section.
+    Of a sharded one all processes take part."""
+    if isinstance(teacher, RoutedTeacher):
+        kept: dict[tuple[int, str | None], Teacher] = {}
+        for name, member in teacher.members.items():
+            section = config.taught_by[name]
+            same = id(member), section.cache
+            kept[same] = kept.get(same) or _with_cache(config, section, member)
+            teacher.members[name] = kept[same]
+        return teacher
+    return _with_cache(config, config.teacher, teacher)
+
+
+def _with_cache(config: Config, section: TeacherSection, teacher: Teacher) -> Teacher:
     if section.cache is None:
         return teacher
     store = ScoreStore(place(section.cache, key="teacher.cache"), most=section.cache_gb * 1e9)
@@ -147,26 +197,37 @@ def check_teacher(config: Config, teacher: Teacher, longest: int) -> None:
     Args:
         longest: tokens of the longest prompt.
     """
-    needed = longest + config.rollout.max_new_tokens + teacher.spare
-    if needed > teacher.context_length and not config.method.self_taught:
-        raise UserError(
-            f"teacher.model: its context of {teacher.context_length} tokens is too short for prompts of up "
-            f"to {longest} and {config.rollout.max_new_tokens} new ones; lower rollout.max_new_tokens or "
-            "drop long prompts"
-        )
+    for name in teacher.names:
+        one = teacher.of(name)
+        needed = longest + config.rollout.max_new_tokens + one.spare
+        if needed > one.context_length and not config.method.self_taught:
+            raise UserError(
+                f"{teacher_key(name)}.model: its context of {one.context_length} tokens is too short for "
+                f"prompts of up to {longest} and {config.rollout.max_new_tokens} new ones; lower "
+                "rollout.max_new_tokens or drop long prompts"
+            )
 
 
 def teacher_engine(config: Config, teacher: Teacher, own: HFEngine, replay: Replay | None) -> Engine:
-    """Generates in the teacher's name.
+    """Generates in the teacher's name, or in each one's.
 
     Args:
         own: over the student itself; another model in this process gets its like.
         replay: answers of a black box that are kept.
     """
+    if not isinstance(teacher, RoutedTeacher):
+        return _engine_of(config, None, teacher, own, replay)
+    members = {name: _engine_of(config, name, teacher.of(name), own, replay) for name in teacher.members}
+    return RoutedEngine(teacher, members)
+
+
+def _engine_of(
+    config: Config, name: str | None, teacher: Teacher, own: HFEngine, replay: Replay | None
+) -> Engine:
+    section = config.taught_by[name]
     if not teacher.gives_scores:
-        section, line = config.teacher, Line(config.teacher, "teacher")
         return ChatEngine(
-            line,
+            Line(section, teacher_key(name)),
             section.model,
             own.renderer,
             stop_ids=own.stop_ids,
@@ -174,6 +235,8 @@ def teacher_engine(config: Config, teacher: Teacher, own: HFEngine, replay: Repl
             extra=section.extra_body,
             replay=replay,
         )
+    if isinstance(teacher, CachedTeacher):
+        teacher = teacher.teacher
     return teacher.engine if isinstance(teacher, ServedTeacher) else own.over(_model(teacher))
 
 

@@ -212,7 +212,9 @@ def _existing(name: str, key: str) -> str:
     return str(path) if path.is_dir() else where
 
 
-def check_vocabulary(student: Mapping[str, int], teacher: Mapping[str, int]) -> None:
+def check_vocabulary(
+    student: Mapping[str, int], teacher: Mapping[str, int], key: str = "teacher.model"
+) -> None:
     """Both must map every token to the same id; sizes say nothing.
 
     Raises:
@@ -225,8 +227,8 @@ def check_vocabulary(student: Mapping[str, int], teacher: Mapping[str, int]) -> 
             for t in differing[:5]
         )
         raise UserError(
-            f"student and teacher must share one vocabulary, but {len(differing)} tokens differ: {shown}; "
-            "choose a teacher of the student's model family"
+            f"{key}: student and teacher must share one vocabulary, but {len(differing)} tokens differ: "
+            f"{shown}; choose a teacher of the student's model family"
         )
 
 

@@ -93,21 +93,24 @@ def place(
     device: torch.device,
     *,
     student: nn.Module,
-    teacher: nn.Module | None,
+    teachers: Sequence[nn.Module],
     frozen: nn.Module | None,
 ) -> None:
     """Shards what `parallel` asks for, and brings the rest from host memory to the device.
 
     Args:
-        teacher: in this process, if it is; it may be the student.
+        teachers: those in this process; one may be the student.
         frozen: a copy of the student that samples by itself (rollout.overlap): it waits for nobody.
     """
     mesh = make_mesh(config, device)
     shard(student, mesh, device=device, half=config.optim.bf16)
-    if teacher is not None and not sharded(teacher):
+    for teacher in teachers:
+        if sharded(teacher):
+            continue
         if config.parallel.teacher == "same":
             shard(teacher, mesh, device=device)
-        nn.Module.to(teacher, device)
+        if config.parallel.teacher != "offload":  # those come when they are asked for
+            nn.Module.to(teacher, device)
     if frozen is not None:
         nn.Module.to(frozen, device)
 

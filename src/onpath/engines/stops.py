@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from onpath.config.build import Config
+from onpath.config.build import Config, teacher_key
 from onpath.config.sections import Teacher
 from onpath.engines.models import eos_ids, load_tokenizer, model_directory, quietly, stop_ids
 from onpath.system.errors import UserError
@@ -18,7 +18,7 @@ from onpath.system.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Stops:
-    """The stop tokens of a run, by who declares them, and its stop strings.
+    """The stop tokens of a run, by who declares them (of several teachers any), and its stop strings.
 
     >>> sorted(Stops(student=frozenset({2}), teacher=frozenset({2, 20})).ids)
     [2, 20]
@@ -73,9 +73,9 @@ def stops_of(
     Raises:
         UserError: neither model names an end, or rollout.stop_ids names no token.
     """
-    reads_ids = not config.method.self_taught and config.teacher.engine != "chat"
-    teacher = declared_stops(config.teacher) if reads_ids else None
-    known = {i for i in teacher or () if 0 <= i < vocabulary}
+    others = config.sharing_ids
+    teacher = {i for name, t in others.items() for i in declared_stops(t, f"{teacher_key(name)}.model")}
+    known = {i for i in teacher if 0 <= i < vocabulary}
     special = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     if foreign := [i for i in config.rollout.stop_ids if i >= vocabulary]:
         raise UserError(f"rollout.stop_ids: {foreign[0]} is no token; the vocabulary has {vocabulary}")
@@ -83,24 +83,24 @@ def stops_of(
     asked = {*config.rollout.stop_ids, *(special[s] for s in config.rollout.stop if s in special)}
     return Stops(
         student=stop_ids(student, tokenizer),
-        teacher=frozenset(known) if teacher is not None else None,
+        teacher=frozenset(known) if others else None,
         asked=frozenset(asked),
         strings=tuple(s for s in config.rollout.stop if s not in special),
     )
 
 
-def declared_stops(section: Teacher) -> frozenset[int]:
+def declared_stops(section: Teacher, key: str = "teacher.model") -> frozenset[int]:
     """What a model's files declare: the EOS of its generation config, else of its config, and its
     tokenizer's."""
-    where = model_directory(section.model, "teacher.model")
+    where = model_directory(section.model, key)
     with quietly():
         try:
             listed = GenerationConfig.from_pretrained(where).eos_token_id
         except OSError:
             found = AutoConfig.from_pretrained(where, trust_remote_code=section.trust_remote_code)
             listed = found.get_text_config().eos_token_id
-    own = load_tokenizer(section, "teacher.model").eos_token_id
-    return frozenset(eos_ids(listed, "teacher.model") | ({own} if isinstance(own, int) else set()))
+    own = load_tokenizer(section, key).eos_token_id
+    return frozenset(eos_ids(listed, key) | ({own} if isinstance(own, int) else set()))
 
 
 def string_end(

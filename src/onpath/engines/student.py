@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from onpath.config.build import Config
+from onpath.config.build import Config, teacher_key
 from onpath.engines.adapters import untie
 from onpath.engines.head import unwrapped
 from onpath.engines.models import check_vocabulary, load_tokenizer, locate, quietly
@@ -69,7 +69,7 @@ def _recomputed(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def shared_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, list[str]]:
-    """Number of ids that student and teacher share, and what looks odd about the pair."""
+    """Number of ids that student and teachers share, and what looks odd about a pair."""
     ids = tokenizer.get_vocab()
     if config.method.self_taught:
         return max(ids.values()) + 1, []
@@ -79,10 +79,13 @@ def shared_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase) -> tup
             "by cross-entropy along what it generates, and no divergence is measured"
         )
         return max(ids.values()) + 1, [warning]
-    check_vocabulary(ids, load_tokenizer(config.teacher, "teacher.model").get_vocab())
-    same = Path(locate(config.student.model)).resolve() == Path(locate(config.teacher.model)).resolve()
-    warning = (
-        f"teacher.model is the student's own directory ({config.student.model}): "
-        "the loss starts at 0 and teaches nothing"
-    )
-    return max(ids.values()) + 1, [warning] if same else []
+    warnings = []
+    for name, section in config.sharing_ids.items():
+        key = f"{teacher_key(name)}.model"
+        check_vocabulary(ids, load_tokenizer(section, key).get_vocab(), key)
+        if Path(locate(config.student.model)).resolve() == Path(locate(section.model)).resolve():
+            warnings.append(
+                f"{key} is the student's own directory ({config.student.model}): "
+                "the loss starts at 0 and teaches nothing"
+            )
+    return max(ids.values()) + 1, warnings

@@ -37,6 +37,17 @@ class Teacher:
     """Most tokens, prompt and response, that it takes. What a black box takes only it knows."""
     spare: int = 0
     """Tokens beyond what it scores that must fit too."""
+    names: tuple[str | None, ...] = (None,)
+    """That prompts call it by, of several teachers (`routed.py`); None: it is the only one."""
+
+    def of(self, name: str | None) -> "Teacher":
+        """The one of several that a prompt names; otherwise itself."""
+        return self
+
+    @property
+    def models(self) -> tuple[nn.Module, ...]:
+        """All in this process: `model`, or those of several, each once."""
+        return () if self.model is None else (self.model,)
 
     @property
     def head(self) -> Head | None:

@@ -16,6 +16,7 @@ from onpath.data.tasks import Task
 from onpath.engines.base import Engine, Generators
 from onpath.engines.decoding.drafts import Drafts
 from onpath.engines.forward import Kept, Models, Pass
+from onpath.engines.routed import by_teacher
 from onpath.grade.base import Grader, Verdict
 from onpath.grade.rewards import Reward, totals, values_of
 from onpath.records import Completion, Prompt, Rollout, Sampling, Trajectory
@@ -130,9 +131,16 @@ class Tools:
             places: (index of a rollout, length of the response's prefix) each.
             scored: the pass in which the teacher scored these rollouts, which saves reading them again.
         """
-        teacher = self.generators.teacher
+        teacher = self.generators.teacher if scored is None else self.generators.teacher.of(scored.teacher)
         if scored is None or scored.past is None or not teacher.can_draw_from(scored.past):
-            return teacher.continue_from([rollouts[row].prefix(n) for row, n in places], sampling, keys=keys)
+            return by_teacher(
+                [rollouts[row].prompt.teacher for row, _ in places],
+                lambda name, mine: self.generators.teacher.of(name).continue_from(
+                    [rollouts[row].prefix(n) for row, n in (places[i] for i in mine)],
+                    sampling,
+                    keys=[keys[i] for i in mine],
+                ),
+            )
         rows = {t.place: row for row, t in enumerate(scored.trajectories)}
         at = [(rows[row], len(rollouts[row].context) + n) for row, n in places]
         return teacher.draw_from(scored.past, at, sampling, keys=keys, drafts=scored.drafts())
@@ -150,8 +158,17 @@ class Tools:
     ) -> tuple[list[Completion], int]:
         """What the teacher generates after responses, up to `sampling.max_new_tokens` of each; and the tokens
         that this took."""
-        teacher = self.generators.teacher, self.models.teacher.context_length
-        return self._continued(*teacher, rollouts, sampling, keys, None)
+        longest, spent = self.models.teacher.context_length, 0
+
+        def finish(name: str | None, mine: list[int]) -> list[Completion]:
+            nonlocal spent
+            some, named = [rollouts[i] for i in mine], [keys[i] for i in mine]
+            engine = self.generators.teacher.of(name)
+            done, generated = self._continued(engine, longest, some, sampling, named, None)
+            spent += generated
+            return done
+
+        return by_teacher([r.prompt.teacher for r in rollouts], finish), spent
 
     def _continued(
         self,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from onpath.engines.decoding.side_by_side import Start
+from onpath.engines.decoding.side_by_side import Finished, Start
 from onpath.engines.forward import Kept
 from onpath.methods.base import Prepared, Tools, own_response
 from onpath.methods.diagnose import mean
@@ -92,11 +92,18 @@ def relayed_on(
         for i in going
     ]
     engines = tools.generators
-    done = engines.student.relay(engines.teacher, starts, tools.sampling, delta=delta)
-    if done is None:
-        return None
+    done: dict[int, Finished] = {}
+    names = [some[i].y.prompt.teacher for i in going]
+    for name in dict.fromkeys(names):
+        mine = [i for i, other in enumerate(names) if other == name]
+        asked = [starts[i] for i in mine]
+        ends = engines.student.relay(engines.teacher.of(name), asked, tools.sampling, delta=delta)
+        if ends is None:
+            return None
+        done |= zip(mine, ends, strict=True)
     found = list(some)
-    for i, start, end in zip(going, starts, done, strict=True):
+    for n, (i, start) in enumerate(zip(going, starts, strict=True)):
+        end = done[n]
         reason: FinishReason = "stop" if end.stopped else "length"
         whole = Completion(ids=end.ids, logprobs=end.logprobs, finish_reason=reason)
         writers = list(all_by("student", len(end.ids)))

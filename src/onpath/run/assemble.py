@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from onpath.config.build import Config
+from onpath.config.build import Config, teacher_key
 from onpath.data.render import Renderer
 from onpath.data.tasks import correction_ids, task_of, templates_of
 from onpath.engines import sharding
@@ -89,7 +89,7 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
     check_teacher(config, teacher, longest)
     frozen = frozen_copy(config, student, engine)
     if shards:  # after every copy: a sharded model has none
-        sharding.place(config, device, student=student, teacher=teacher.model, frozen=frozen)
+        sharding.place(config, device, student=student, teachers=teacher.models, frozen=frozen)
     models = Models(
         student=student,
         teacher=with_cache(config, teacher),
@@ -170,12 +170,15 @@ def check_models(config: Config, models: Models, own: HFEngine, *, generates: bo
     engine = own if generates else None
     with sharding.whole(models.student):
         found = {"student.model": check(models.student, engine, key="student.model", dropout=models.dropout)}
-    if (other := models.teacher.separate) is not None:
+    for name in models.teacher.names:
+        if (other := models.teacher.of(name).separate) is None:
+            continue
         # A large one that only scores stays in its shards.
         with sharding.whole(other if config.method.runs_models else None):
             asked = own.over(other) if sharding.is_whole(other) else None
-            found["teacher.model"] = check(other, asked, key="teacher.model")
-    sharding.give_back(models.student, other)
+            key = f"{teacher_key(name)}.model"
+            found[key] = check(other, asked, key=key)
+    sharding.give_back(models.student, *models.teacher.models)
     return found
 
 

@@ -26,9 +26,10 @@ def model_card(
         evaluations: lines of eval.jsonl.
         adapter: whether it is a LoRA adapter.
     """
-    method, teacher = config.method, config.teacher
+    method = config.method
     student = public(config.student.model)
-    taught = "its own weights" if method.self_taught else f"`{public(teacher.model)}`"
+    models = dict.fromkeys(f"`{public(teacher.model)}`" for teacher in config.taught_by.values())
+    taught = "its own weights" if method.self_taught else ", ".join(models)
     head: dict[str, Any] = {
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
@@ -110,6 +111,9 @@ def _public_tree(config: Config) -> dict[str, Any]:
     for dotted in _OURS_ALONE:
         section, key = dotted.split(".")
         tree[section].pop(key, None)
+    for section in tree["teachers"].values():
+        section["model"] = public(section["model"])
+        del section["device"], section["url"]
     for dotted in _PLACES:
         section, key = dotted.split(".")
         tree[section][key] = public(tree[section][key])

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from onpath.config.build import teacher_key
 from onpath.engines.sharding import raw
 from onpath.records import Prompt
 from onpath.run.parts import Parts
@@ -28,8 +29,9 @@ def digests(parts: Parts) -> dict[str, str]:
         if not config.student.lora_rank or not p.requires_grad
     }
     found["student.model"] = _of_weights(loaded, parts.text.renderer.tokenizer)
-    if models.teacher.model is not None and not config.method.self_taught:
-        found["teacher.model"] = _of_weights(dict(models.teacher.model.named_parameters()))
+    for name in models.teacher.names if not config.method.self_taught else ():
+        if (model := models.teacher.of(name).model) is not None:
+            found[f"{teacher_key(name)}.model"] = _of_weights(dict(model.named_parameters()))
     return found
 
 
@@ -37,7 +39,10 @@ def of_prompts(prompts: Sequence[Prompt]) -> str:
     """Digest of problems, answers and solutions in their order."""
     digest = hashlib.blake2b(digest_size=16)
     for prompt in prompts:
-        digest.update(json.dumps(asdict(prompt), sort_keys=True).encode() + b"\n")
+        known = asdict(prompt)
+        if prompt.teacher is None:  # as it was digested when there was no such field
+            del known["teacher"]
+        digest.update(json.dumps(known, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from onpath.config.build import Config
-from onpath.data.load import load_prompts, prompts_of_step
+from onpath.data.load import LoadedPrompts, load_prompts, prompts_of_step
 from onpath.data.render import Renderer
 from onpath.engines.head import head_of
 from onpath.engines.models import context_length
@@ -42,7 +42,7 @@ def load_data(config: Config) -> Prompts:
         UserError: unreadable, too few, or without a column that the method needs.
     """
     data = config.data
-    pool = load_prompts(data.train, limit=data.limit, skip_bad=data.skip_bad, columns=data.columns)
+    pool = load_pool(config)
     prompts_of_step(pool.prompts, size=config.rollout.prompts, seed=0, step=0)  # refuses a pool too small
     for column in config.method.needs:
         lacking = [p.id for p in pool.prompts if not (getattr(p, column) or "").strip()]
@@ -53,6 +53,29 @@ def load_data(config: Config) -> Prompts:
                 f"{lacking[0]!r}"
             )
     return Prompts(pool=pool.prompts, evals=load_evals(config), skipped=pool.skipped)
+
+
+def load_pool(config: Config) -> LoadedPrompts:
+    """The training prompts; of several teachers each has one.
+
+    Raises:
+        UserError: unreadable, or a teacher has no prompt.
+    """
+    data = config.data
+    pool = load_prompts(
+        data.train,
+        limit=data.limit,
+        skip_bad=data.skip_bad,
+        columns=data.train_columns,
+        teachers=tuple(config.teachers),
+    )
+    used = {*config.method.asks_teachers, *(prompt.teacher for prompt in pool.prompts)}
+    if idle := [name for name in config.teachers if name not in used]:
+        raise UserError(
+            f"teachers.{idle[0]}: none of the {len(pool.prompts)} rows of {data.train} names it in "
+            f"{data.teacher_column!r} (data.teacher_column); take it out, or mend the column"
+        )
+    return pool
 
 
 def load_evals(config: Config) -> dict[str, tuple[Prompt, ...]]:

@@ -76,7 +76,7 @@ def _loss(
 
 def teacher_states(models: Models, batch: Batch, prepared: Prepared) -> TeacherScores | None:
     """What the teacher makes of the batch, unless the method has asked already."""
-    known_NH, head = prepared.kept.teacher_hidden(batch), models.teacher.head
+    known_NH, head = prepared.kept.teacher_hidden(batch), models.teacher.of(batch.teacher).head
     if known_NH is not None and head is not None:
         return TeacherHidden(hidden=known_NH, head=head)
     return models.teacher.scores(batch)

@@ -14,6 +14,7 @@ from onpath.grade.base import Verdict
 from onpath.losses import LossResult
 from onpath.records import WRITERS, Rollout
 from onpath.run.loss import Step
+from onpath.run.per_teacher import PerTeacher
 from onpath.system import distributed
 
 STAGES = ("sample", "correct", "score", "train", "sync")
@@ -72,6 +73,7 @@ class Meter:
     guidance_ratio: float | None = None
     """|λ∇L_traj| / |∇L_OPD| of the trained weights, before clipping."""
     sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    per_teacher: PerTeacher
     per_token: dict[int, dict[str, list[float]]] = field(default_factory=lambda: defaultdict(dict))
     """A trajectory's place → statistic → one value per response token."""
     top: dict[int, dict[str, list[Any]]] = field(default_factory=lambda: defaultdict(dict))
@@ -80,6 +82,7 @@ class Meter:
     def add(self, batch: Batch, result: LossResult) -> None:
         """One micro-batch."""
         counted, places = batch.counted_N, batch.places
+        self.per_teacher.add(batch, result.stats)
         self.sums["loss"] += float(result.loss.detach())
         self.sums["objective"] += float(result.objective_sum)
         self.sums["guidance"] += float(result.guidance_sum)
@@ -169,6 +172,7 @@ class Meter:
         if self.gradient_cosine is not None:
             row["gradient_cosine"] = self.gradient_cosine
         row |= self.measured(device)
+        row |= self.per_teacher.row(self.rollouts, self.verdicts, device)
         return (
             row
             | dict(self.step.prepared.metrics)

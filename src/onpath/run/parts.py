@@ -55,7 +55,7 @@ class Parts:
         options, models = self.config.method, self.models
         runs = prepares and (options.runs_models or options.reweight != "none")
         student = models.student if runs or self.generators.student.shares_weights else None
-        return sharding.whole(student, models.teacher.model if runs else None)
+        return sharding.whole(student, *(models.teacher.models if runs else ()))
 
     def whole_step(self) -> AbstractContextManager[None]:
         """While a step samples, scores and trains: the student is whole with parallel.shard: step."""

@@ -1,20 +1,36 @@
 """The micro-batches of a step. Where models are sharded each pass is an exchange, so that every process makes
-as many: one that has fewer goes on with a token that weighs nothing."""
+as many with each teacher: one that has fewer goes on with a token that weighs nothing."""
+
+from functools import cache
 
 import torch
 from torch import nn
 
 from onpath.data.batch import micro_batches
+from onpath.engines.forward import teacher_key
 from onpath.engines.head import base_layer, sharded, unwrapped
 from onpath.engines.sharding import sum_now
 from onpath.methods.base import Prepared
-from onpath.records import Trajectory
+from onpath.records import Prompt, Rollout, Sampling, Trajectory
 from onpath.run.parts import Parts
 from onpath.system import distributed
 
-_FILLER = Trajectory(
-    student_context=(0,), teacher_context=(0,), response=(0,), weights=(0.0,), behaviour_logprobs=(0.0,)
-)
+
+@cache
+def _filler(teacher: str | None) -> Trajectory:
+    """The token, of one teacher's."""
+    prompt = Prompt(id="filler", text="", teacher=teacher)
+    return Trajectory(
+        student_context=(0,),
+        teacher_context=(0,),
+        response=(0,),
+        weights=(0.0,),
+        behaviour_logprobs=(0.0,),
+        origin=Rollout(
+            prompt=prompt, ids=(0,), logprobs=(0.0,), finish_reason="length", policy_version=0,
+            sampling=Sampling(),
+        ),
+    )  # fmt: skip
 
 
 def rounds(parts: Parts, prepared: Prepared, trained: list[Trajectory]) -> list[list[Trajectory]]:
@@ -27,10 +43,15 @@ def rounds(parts: Parts, prepared: Prepared, trained: list[Trajectory]) -> list[
     micros = list(micro_batches(trained, max_tokens=parts.config.optim.micro_batch_tokens))
     if not sharded(models.student):
         return micros
-    teacher = models.teacher.model
-    if teacher is not None and sharded(teacher):
-        _score_together(parts, prepared, trained, _width(teacher))
-    return micros + [[_FILLER]] * (distributed.most(len(micros)) - len(micros))
+    found = []
+    for name in sorted(models.teacher.names, key=lambda name: name or ""):  # as micro_batches has them
+        mine = [micro for micro in micros if micro[0].teacher == name]
+        count = distributed.most(len(mine))
+        found += mine + [[_filler(name)]] * (count - len(mine))
+        teacher = models.teacher.of(name).model
+        if count and teacher is not None and sharded(teacher):
+            _score_together(parts, prepared, [t for t in trained if t.teacher == name], name, _width(teacher))
+    return found
 
 
 def _width(model: nn.Module) -> int:
@@ -40,20 +61,23 @@ def _width(model: nn.Module) -> int:
 
 def is_filler(micro: list[Trajectory]) -> bool:
     """Whether a pass is made for the other processes only."""
-    return micro[0] is _FILLER
+    return micro[0] is _filler(micro[0].teacher)
 
 
-def _score_together(parts: Parts, prepared: Prepared, trained: list[Trajectory], size: int) -> None:
+def _score_together(
+    parts: Parts, prepared: Prepared, trained: list[Trajectory], name: str | None, size: int
+) -> None:
     """What `prepare` has scored is used again by all processes or by none.
 
     Args:
-        size: of the teacher's hidden states.
+        trained: the trajectories of one teacher, of this name.
+        size: of its hidden states.
     """
     kept, device = prepared.kept, parts.models.device
     if distributed.anywhere(not kept.has_scored(trained), device):
-        kept.teacher.clear()
+        kept.forget(name)
     else:
-        kept.teacher[_FILLER.teacher_context, _FILLER.response] = torch.zeros(1, size, device=device)
+        kept.teacher[teacher_key(_filler(name))] = torch.zeros(1, size, device=device)
 
 
 def sum_when_needed(parts: Parts, *, last: bool) -> None:

@@ -18,10 +18,10 @@ from transformers import AutoConfig
 from onpath import config as configuration
 from onpath.commands.doctor import costs, scores, tokens, training
 from onpath.commands.doctor import inputs as before
-from onpath.commands.doctor.finding import Finding, Status, guarded, skipped
+from onpath.commands.doctor.finding import Finding, Status, about, guarded, skipped
 from onpath.commands.doctor.sample import Probe, make_probe, untouched
 from onpath.config import Student, Teacher
-from onpath.config.build import Config
+from onpath.config.build import Config, teacher_key
 from onpath.engines.models import context_length, load_tokenizer, locate
 from onpath.engines.self_check import Disagreement
 from onpath.grade.graders import grader_for
@@ -69,7 +69,9 @@ class Diagnosis:
             "status": self.status,
             "method": method.name,
             "student": self.config.student.model,
-            "teacher": None if method.self_taught else self.config.teacher.model,
+            "teacher": None
+            if method.self_taught
+            else ", ".join(t.model for t in self.config.taught_by.values()),
             "seconds": round(self.seconds, 2),
             "checks": [
                 {**vars(f), "values": {k: _json_ready(v) for k, v in f.values.items()}} for f in self.findings
@@ -191,15 +193,20 @@ def _of_data(config: Config, refused: str | None) -> Iterator[Finding]:
         yield guarded("solutions", lambda: before.solutions(grader, everything))
     try:
         student = load_its_tokenizer(config.student, find(config.student.model), "student.model")
-        teacher = load_tokenizer(config.teacher, "teacher.model") if _reads_ids(config) else None
+        others: dict[str | None, Any] = {
+            name: load_tokenizer(section, f"{teacher_key(name)}.model")
+            for name, section in config.sharing_ids.items()
+        }
         renderer = make_renderer(config, student)
     except UserError as error:
         yield Finding(name="tokens", status="fail", message=str(error))
         return
-    theirs = None if teacher is None else _renderer_of(config, teacher)
-    yield tokens.same_tokens(student, teacher, tokens.texts_of(everything))
-    yield tokens.specials(student, teacher)
-    yield guarded("template", lambda: tokens.template(config, renderer, theirs, everything))
+    for name, teacher in (others or {None: None}).items():
+        theirs = None if teacher is None else _renderer_of(config, teacher)
+        yield about(name, tokens.same_tokens(student, teacher, tokens.texts_of(everything)))
+        yield about(name, tokens.specials(student, teacher))
+        look = partial(tokens.template, config, renderer, theirs, everything)
+        yield about(name, guarded("template", look))
     yield guarded("context", lambda: tokens.context(config, renderer, everything, _rooms(config)))
 
 
@@ -212,13 +219,15 @@ def _of_models(parts: Parts) -> Iterator[Finding]:
         yield guarded("on_policy", lambda: scores.on_policy(parts, probe.rollouts))
         for check in _ALONG_TRAJECTORIES:
             name = check.__name__
-            if not probe.trajectories:
-                yield skipped(name, "there is no trajectory to look at")
-                continue
-            if name in _NEED_SCORES and not parts.models.teacher.gives_scores:
-                yield skipped(name, "a chat endpoint gives no scores")
-                continue
-            yield guarded(name, partial(check, parts, probe))
+            for teacher in parts.models.teacher.names if name in _NEED_SCORES else (None,):
+                mine = probe.of(teacher)
+                if not mine.trajectories:
+                    yield about(teacher, skipped(name, "there is no trajectory to look at"))
+                    continue
+                if name in _NEED_SCORES and not parts.models.teacher.gives_scores:
+                    yield skipped(name, "a chat endpoint gives no scores")
+                    continue
+                yield about(teacher, guarded(name, partial(check, parts, mine)))
         yield guarded("refine", lambda: training.refine(parts))
         yield guarded("engine_follows", lambda: scores.engine_follows(parts))
         restore()
@@ -274,11 +283,6 @@ def _undecorated(config: Config) -> Config:
     return config.model_copy(update={"method": config.method.without_traces(), "rollout": rollout})
 
 
-def _reads_ids(config: Config) -> bool:
-    """Whether there is another model that must have the student's vocabulary."""
-    return not config.method.self_taught and config.teacher.engine != "chat"
-
-
 def _renderer_of(config: Config, tokenizer: Any) -> Any:
     """The teacher's own rendering; where it has no chat template, plain text."""
     try:
@@ -290,8 +294,7 @@ def _renderer_of(config: Config, tokenizer: Any) -> Any:
 
 def _rooms(config: Config) -> dict[str, int]:
     sections: dict[str, Student | Teacher] = {"student": config.student}
-    if _reads_ids(config):
-        sections["teacher"] = config.teacher
+    sections |= {teacher_key(name): section for name, section in config.sharing_ids.items()}
     found = {}
     for side, section in sections.items():
         where = Path(locate(section.model)).expanduser()

@@ -1,7 +1,7 @@
 """What one check found, as data."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from onpath.system.errors import UserError
@@ -34,6 +34,14 @@ def guarded(name: str, check: Callable[[], Finding]) -> Finding:
         return check()
     except UserError as error:
         return Finding(name=name, status="fail", message=str(error))
+
+
+def about(teacher: str | None, finding: Finding) -> Finding:
+    """Of one of several teachers; None: there is one, or it is of all."""
+    if teacher is None:
+        return finding
+    values = {"teacher": teacher, **finding.values}
+    return replace(finding, message=f"teachers.{teacher}: {finding.message}", values=values)
 
 
 def skipped(name: str, why: str) -> Finding:

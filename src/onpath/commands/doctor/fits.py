@@ -68,7 +68,9 @@ class Step:
 
     student: Decoder
     teacher: Decoder | None
-    """None: the student teaches itself, or a server does."""
+    """None: the student teaches itself, or a server does. Of several the largest."""
+    more_teachers: float = 0.0
+    """Bytes of the others that are on the device."""
     micro_batch_tokens: int
     """Padded tokens of one forward pass."""
     batch_tokens: int
@@ -153,7 +155,7 @@ def parts_of(step: Step, *, shard: Shard = "none", world: int = 1) -> dict[str, 
     parts = {
         "weights": student.bytes / n,
         "moments": 2 * student.trained * student.weight_bytes / n,
-        "teacher": 0.0 if teacher is None else teacher.bytes / n,
+        "teacher": 0.0 if teacher is None else (teacher.bytes + step.more_teachers) / n,
         "copies": step.copies * student.bytes / n,
         "gathered": gathered,
         "kept": 0.0
@@ -190,7 +192,8 @@ def cures(step: Step, room: float) -> list[str]:
         "student.gradient_checkpointing: true": replace(step, recompute=True),
         f"optim.micro_batch_tokens: {smaller}": replace(step, micro_batch_tokens=smaller),
         f"rollout.batch_tokens: {step.batch_tokens // 4}": replace(step, batch_tokens=step.batch_tokens // 4),
-        "a teacher on a server (teacher.engine: vllm)": replace(step, teacher=None),
+        "a teacher on a server (teacher.engine: vllm)": replace(step, teacher=None, more_teachers=0.0),
+        **({"parallel.teacher: offload": replace(step, more_teachers=0.0)} if step.more_teachers else {}),
         "student.lora_rank: 64 with student.dtype: bfloat16": replace(step, student=adapter),
     }
     found = [name for name, other in changed.items() if parts_of(other)["peak"] <= room]
@@ -241,12 +244,15 @@ def step_of(parts: Parts, *, response_tokens: int) -> Step:
         response_tokens: of a step.
     """
     config, models, method = parts.config, parts.models, parts.config.method
-    other = models.teacher.separate
+    others = [] if method.self_taught else [decoder_of(model) for model in models.teacher.models]
+    largest = max(others, key=lambda model: model.bytes, default=None)
+    more = sum(model.bytes for model in others) - (largest.bytes if largest else 0)
     copies = float(method.teacher_weights == "ema")
     copies += float(method.teacher_weights == "base" and not config.student.lora_rank)
     return Step(
         student=decoder_of(models.student),
-        teacher=None if other is None else decoder_of(other),
+        teacher=largest,
+        more_teachers=0.0 if config.parallel.teacher == "offload" else float(more),
         micro_batch_tokens=config.optim.micro_batch_tokens,
         batch_tokens=config.rollout.batch_tokens if config.rollout.engine == "hf" else 0,
         response_tokens=response_tokens if method.keeps_past else 0,

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 from onpath.commands.doctor.finding import Finding, skipped
 from onpath.config.build import Config
-from onpath.data.load import LoadedPrompts, load_prompts, prompts_of_step
+from onpath.data.load import LoadedPrompts, prompts_of_step
 from onpath.grade.base import Grader
 from onpath.records import Prompt
-from onpath.run.inputs import load_evals
+from onpath.run.inputs import load_evals, load_pool
 
 MOST_ANSWERS, MOST_SOLUTIONS = 10_000, 200
 """Reference answers and solutions that are graded: an answer against its own box takes a millisecond."""
@@ -26,8 +26,7 @@ def read_pool(config: Config) -> tuple[LoadedPrompts, Finding]:
     Raises:
         UserError: unreadable, or smaller than a step.
     """
-    data = config.data
-    loaded = load_prompts(data.train, limit=data.limit, skip_bad=data.skip_bad, columns=data.columns)
+    loaded = load_pool(config)
     prompts_of_step(loaded.prompts, size=config.rollout.prompts, seed=0, step=0)
     epochs = config.optim.steps * config.rollout.prompts / len(loaded.prompts)
     values = {"prompts": len(loaded.prompts), "skipped": loaded.skipped, "epochs": round(epochs, 2)}

@@ -38,6 +38,10 @@ _ROLLOUTS = (4, 32)
 """Fewest and most rollouts of the probe."""
 
 
+_EACH = 2
+"""Prompts of a teacher that has none among the first step's."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Probe:
     """Rollouts of the first step's prompts, and what the method makes of them."""
@@ -52,6 +56,12 @@ class Probe:
     shortened: bool = False
     """Responses were cut at _LENGTH tokens, before rollout.max_new_tokens."""
 
+    def of(self, teacher: str | None) -> "Probe":
+        """What one of several teachers scores of it; None: all of it."""
+        if teacher is None:
+            return self
+        return replace(self, trajectories=[t for t in self.trajectories if t.teacher == teacher])
+
     def batches(self, parts: Parts) -> Iterator[Batch]:
         """In micro-batches."""
         return batches_of(parts, self.trajectories)
@@ -65,6 +75,9 @@ def make_probe(parts: Parts) -> Probe:
     size = max(low, min(high, _TOKENS // sampling.max_new_tokens))
     size = min(size, config.rollout.prompts, len(parts.prompts.pool))
     prompts = prompts_of_step(parts.prompts.pool, size=size, seed=config.run.seed, step=0)
+    for name in parts.models.teacher.names:  # each must be seen at work
+        mine = [p for p in parts.prompts.pool if p.teacher == name]
+        prompts += mine[:_EACH] if not any(p.teacher == name for p in prompts) else []
     begun = time.perf_counter()
     rollouts = parts.generators.student.generate(prompts, sampling, keys=[f"doctor/{p.id}" for p in prompts])
     prepared, refused = unread(), ""
@@ -212,7 +225,8 @@ def _same(one: Tensor, two: Tensor) -> bool:
 def narrow(parts: Parts) -> bool:
     """Whether some forward pass is in half precision, so that equal models differ by rounding."""
     dtypes = {p.dtype for p in parts.models.student.parameters()}
-    return parts.config.optim.bf16 or dtypes != {torch.float32} or parts.config.teacher.dtype != "float32"
+    theirs = {section.dtype for section in parts.config.taught_by.values()}
+    return parts.config.optim.bf16 or dtypes != {torch.float32} or theirs != {"float32"}
 
 
 def without_guidance(trajectories: Sequence[Trajectory]) -> list[Trajectory]:

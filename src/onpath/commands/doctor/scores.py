@@ -26,6 +26,7 @@ from onpath.commands.doctor.sample import (
 from onpath.data.batch import Batch, collate
 from onpath.engines.head import hidden_states
 from onpath.engines.models import load_model
+from onpath.engines.routed import by_teacher
 from onpath.engines.teacher import ModelTeacher
 from onpath.losses import TeacherHidden, TeacherScores, token_stats
 from onpath.records import Rollout, Sampling, Trajectory
@@ -183,7 +184,7 @@ def teacher_itself(parts: Parts, probe: Probe) -> Finding:
         kl_N = torch.cat(
             [distance(teacher_scores(parts, alone), part) for alone, part in _apart(parts, batch, together)]
         )
-        head = parts.models.teacher.head
+        head = parts.models.teacher.of(batch.teacher).head
         if head is not None:
             own = own_scores(_by_students_path(parts, batch), head)
             kl_N = torch.maximum(kl_N, distance(own, together))
@@ -203,15 +204,19 @@ def alignment(parts: Parts, probe: Probe) -> Finding:
     left = parts.models.teacher.context_length - max(len(t.teacher_context) for t in some)
     sampling = Sampling(max_new_tokens=max(2, min(32, left)), seed=parts.config.run.seed)
     contexts = [t.teacher_context for t in some]
+    keys = [f"doctor/{i}" for i in range(len(some))]
     with parts.models.teacher.acting():
-        generated = parts.generators.teacher.continue_from(
-            contexts, sampling, keys=[f"doctor/{i}" for i in range(len(some))]
+        generated = by_teacher(
+            [t.teacher for t in some],
+            lambda name, mine: parts.generators.teacher.of(name).continue_from(
+                [contexts[i] for i in mine], sampling, keys=[keys[i] for i in mine]
+            ),
         )
     if any(not c.logprobs or math.isnan(sum(c.logprobs)) for c in generated):
         return skipped("alignment", "the teacher's generator gives no log-probs")
     trajectories = [
-        Trajectory(student_context=c, teacher_context=c, response=g.ids, place=place)
-        for place, (c, g) in enumerate(zip(contexts, generated, strict=True))
+        Trajectory(student_context=c, teacher_context=c, response=g.ids, place=place, origin=t.origin)
+        for place, (t, c, g) in enumerate(zip(some, contexts, generated, strict=True))
     ]
     gaps: dict[int, list[float]] = {-1: [], 0: [], 1: []}
     for batch in batches_of(parts, trajectories):
@@ -335,7 +340,8 @@ def _apart(parts: Parts, batch: Batch, scores: TeacherScores) -> Iterator[tuple[
 
 def _by_students_path(parts: Parts, batch: Batch) -> Tensor:
     """The teacher's hidden states as training reads the student's, on the student's side of the batch."""
-    teacher, model = parts.models.teacher, parts.models.teacher.model
+    teacher = parts.models.teacher.of(batch.teacher)
+    model = teacher.model
     assert model is not None, "only a teacher in this process has hidden states"
     with torch.no_grad(), teacher.acting():
         device = next(model.parameters()).device

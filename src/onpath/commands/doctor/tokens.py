@@ -65,7 +65,8 @@ def same_tokens(student: Tokenizer, teacher: Tokenizer | None, texts: Sequence[s
 
 def served_tokens(parts: Parts) -> Finding:
     """A server makes the same ids of the same texts: its model was started with the student's tokenizer."""
-    servers = [e.server for e in (parts.generators.student, parts.generators.teacher) if e.server is not None]
+    teachers = (parts.generators.teacher.of(name) for name in parts.models.teacher.names)
+    servers = [e.server for e in (parts.generators.student, *teachers) if e.server is not None]
     if not servers:
         return skipped("server_tokens", "no vLLM server takes part")
     everything = [*parts.prompts.pool, *(p for prompts in parts.prompts.evals.values() for p in prompts)]

@@ -17,6 +17,7 @@ from onpath.commands.doctor.sample import (
     unread,
     without_guidance,
 )
+from onpath.config.build import teacher_key
 from onpath.data.batch import Batch, collate
 from onpath.data.render import Renderer
 from onpath.engines.stops import string_end
@@ -228,6 +229,10 @@ def accuracy(parts: Parts, probe: Probe) -> Finding:
     student = sum(bool(ok) for ok in parts.text.right([(r, r.ids) for r in graded]))
     teacher = sum(bool(ok) for ok in parts.text.right(theirs))
     values = {"graded": len(graded), "student_right": student, "teacher_right": teacher if theirs else None}
+    for name in parts.config.teachers:
+        mine = [(r, ids) for r, ids in theirs if r.prompt.teacher == name]
+        right = sum(bool(ok) for ok in parts.text.right(mine))
+        values |= {f"teachers.{name}_graded": len(mine), f"teachers.{name}_right": right}
     message = f"student right on {student} of {len(graded)} prompts"
     message += f", teacher (greedy) on {teacher}" if theirs else ""
     if student + teacher == 0:
@@ -261,7 +266,7 @@ def _end_masses(parts: Parts, ended: Sequence[Rollout]) -> dict[str, dict[str, f
         return {}
     engines = {"student": parts.generators.student}
     if parts.models.teacher.gives_scores and not parts.config.method.self_taught:
-        engines["teacher"] = parts.generators.teacher
+        engines |= {teacher_key(n): parts.generators.teacher.of(n) for n in parts.models.teacher.names}
     contexts = [r.prefix(len(r.ids) - 1) for r in some for _ in stops]
     asked = [(i,) for _ in some for i in stops]
     masses: dict[str, dict[str, float]] = {}

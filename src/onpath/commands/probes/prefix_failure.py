@@ -126,7 +126,8 @@ def successes(
         for t in grid
         for i in range(trials)
     ]  # fmt: skip
-    done = engine.continue_from(
+    done = engine.answer(
+        [made[row].prompt for row, _, _ in jobs],
         [contexts[row] + made[row].ids[:t] for row, t, _ in jobs],
         parts.sampling,
         keys=[f"probe/{made[row].prompt.id}/{t}/{i}" for row, t, i in jobs],

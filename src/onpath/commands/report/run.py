@@ -73,6 +73,9 @@ def gather_run(directory: Path) -> dict[str, Any]:
         "sections": [
             section("Learning", learning(metrics, evals), "Curves over optimiser steps. Intervals are 95%."),
             section(
+                "Teachers", of_teachers(metrics), "What each of several teachers measures on its prompts."
+            ),
+            section(
                 "Signal",
                 [*signal.of_rows(stored.rows), signal.behind_errors(stored.rows, truth_of(config))],
                 signal.EXPLAINED,
@@ -124,7 +127,7 @@ def facts(config: dict[str, Any], environment: dict[str, Any], metrics: Sequence
     known = {
         "method": at(config, "method.name"),
         "student": at(config, "student.model"),
-        "teacher": at(config, "teacher.model"),
+        "teacher": taught_by(config),
         "data": at(config, "data.train"),
         "prompts × samples per step": f"{at(config, 'rollout.prompts')} × {at(config, 'rollout.n')}",
         "learning rate": at(config, "optim.lr"),
@@ -136,6 +139,13 @@ def facts(config: dict[str, Any], environment: dict[str, Any], metrics: Sequence
         "commit": (environment.get("git_commit") or "")[:12] or None,
     }
     return [[label, str(value)] for label, value in known.items() if value is not None]
+
+
+def taught_by(config: dict[str, Any]) -> str | None:
+    """The teacher's model, or each one's name and model."""
+    several = config.get("teachers") or {}
+    named = [f"{name}: {at(several, f'{name}.model')}" for name in several]
+    return ", ".join(named) or at(config, "teacher.model")
 
 
 def tiles(metrics: Sequence[Row], evals: Sequence[Row]) -> list[dict[str, str]]:
@@ -239,6 +249,27 @@ def learning(metrics: Sequence[Row], evals: Sequence[Row]) -> list[Chart | None]
             help="Where a step's time goes.",
         ),
     ]
+
+
+_OF_TEACHERS = (
+    ("reverse_kl_nats", "Reverse KL(student‖teacher)", "nats per token", "How far the student is from each."),
+    ("overlap", "Overlap of likeliest tokens", "%", "Share that student and teacher have in common."),
+    ("accuracy", "Accuracy by teacher", "%", "Share of right rollouts among each one's prompts."),
+    ("tokens", "Tokens trained on by teacher", "tokens", "Of each step."),
+)
+
+
+def of_teachers(metrics: Sequence[Row]) -> Iterator[Chart | None]:
+    """A curve for each of several teachers; nothing where there is one only."""
+    steps = [row["step"] for row in metrics]
+    tables = [row["teachers"] if isinstance(row.get("teachers"), dict) else {} for row in metrics]
+    names = dict.fromkeys(name for table in tables for name in table)
+    for key, title, unit, text in _OF_TEACHERS:
+        curves = []
+        for name in names:
+            mine = [table[name] if isinstance(table.get(name), dict) else {} for table in tables]
+            curves.append(charts.series(name, steps, column(mine, key)))
+        yield charts.lines(title, curves, unit=unit, help=text)
 
 
 def evaluation(name: str, rows: Sequence[Row], value: str, interval: str) -> charts.Series:

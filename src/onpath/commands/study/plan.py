@@ -77,6 +77,10 @@ def arm_config(study: StudyConfig, arm: str) -> Config:
     tree["data"] |= {"eval_limit": evals.limit} if evals.limit else {}
     if evals.also_at is None and _tell_errors(tree["data"]["eval"].values()):
         tree["eval"]["also_at"] = [0.6, 0.0]
+    if spec.kind == "teacher" and tree["teachers"]:
+        raise UserError(
+            f"arm {arm}: there are several teachers, none of which knows all prompts; drop this arm"
+        )
     if spec.kind == "teacher" and tree["teacher"]["engine"] == "chat":
         raise UserError(f"arm {arm}: teacher.engine: chat has no weights here to evaluate; drop this arm")
     if spec.kind == "teacher":
@@ -85,7 +89,7 @@ def arm_config(study: StudyConfig, arm: str) -> Config:
             shared["dtype"] = "bfloat16"
         tree["student"] = {**shared, "device": tree["student"]["device"]}
     if spec.kind != "train":
-        tree["method"] = evaluated_only(tree["teacher"]["engine"])
+        tree["method"] = evaluated_only(tree)
         return configuration.build(tree, source=f"arm {arm}")
     method = spec.overrides.get("method")
     if isinstance(method, dict) and method.get("name", tree["method"]["name"]) != tree["method"]["name"]:
@@ -100,13 +104,14 @@ def _tell_errors(sources: Iterable[str]) -> bool:
     return bool(tasks) and all(task is not None and task.error_kinds for task in tasks)
 
 
-def evaluated_only(engine: str) -> dict[str, Any]:
-    """`method` where nothing is trained: one that the teacher's engine can serve."""
+def evaluated_only(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """`method` where nothing is trained: one that the engines of a config's teachers can serve."""
+    engines = {section["engine"] for section in (tree["teacher"], *tree.get("teachers", {}).values())}
     served = {
         "vllm": {"support": "teacher_topk"},
         "chat": {"writer": "teacher", "divergence": "cross_entropy"},
     }
-    return {"name": "opd", **served.get(engine, {})}
+    return {"name": "opd", **next((served[engine] for engine in served if engine in engines), {})}
 
 
 def check_alike(study: StudyConfig) -> None:

@@ -40,7 +40,7 @@ def _evaluation(study: Path, job: Job, run: Job) -> Job:
     tree["run"] |= {"dir": str(folder)}
     if job.trains:
         tree["student"] |= {"model": str(run.directory / "model"), "lora_rank": 0}
-        tree["method"] = evaluated_only(tree["teacher"]["engine"])
+        tree["method"] = evaluated_only(tree)
         tree["rollout"] |= {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "overlap": False}  # as that demands
     config = configuration.build(tree, source=f"evaluation of {job.name}")
     return Job(arm=job.arm, seed=job.seed, config=config, trains=False)

@@ -132,6 +132,11 @@ class MethodOptions(Section):
         return self.teacher_weights is not None
 
     @property
+    def asks_teachers(self) -> tuple[str, ...]:
+        """Of several teachers those that the method asks, whatever a prompt's own is."""
+        return ()
+
+    @property
     def trains_on_rollouts(self) -> bool:
         """Whether the loss runs along the student's own rollouts."""
         return True

@@ -119,6 +119,10 @@ class TOPDOptions(MethodOptions):
                 "method.guidance_weight: auto follows each step's gradients, and with rollout.refresh the "
                 "guidance of many steps is made at once; give it a number"
             )
+        if self.embedding == "teacher" and config.teachers:
+            raise ValueError(
+                "method.embedding: teacher is for one teacher, and there are several; use student"
+            )
 
     @model_validator(mode="after")
     def _possible(self) -> "TOPDOptions":

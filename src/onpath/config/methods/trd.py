@@ -19,6 +19,8 @@ class TRDOptions(MethodOptions):
     teacher: Literal["model", "self"] = "model"
     """Who rewrites and scores: the teacher model, or the student's own weights shown the reference solution.
     """
+    rewriter: str | None = None
+    """Of several teachers the one that rewrites, whichever scores; null: each prompt's own does both."""
     weights: TeacherWeights = "base"
     """Weights of teacher: self, as for opsd."""
     ema_decay: float = Field(0.99, ge=0, lt=1)
@@ -95,6 +97,10 @@ class TRDOptions(MethodOptions):
     @property
     def generates_ahead(self) -> bool:
         return self.offline
+
+    @property
+    def asks_teachers(self) -> tuple[str, ...]:
+        return () if self.rewriter is None else (self.rewriter,)
 
     @property
     def trains_on_rollouts(self) -> bool:

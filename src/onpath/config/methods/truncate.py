@@ -53,7 +53,7 @@ class TruncateOptions(MethodOptions):
                 f"method.stop_when: checker needs a task with a checker of steps, as the gym is, not "
                 f"{config.data.train}; use overlap"
             )
-        served = config.teacher.engine == "vllm"
+        served = any(t.engine == "vllm" for t in config.taught_by.values())
         if self.stop_when == "overlap" and served and self.overlap_k > self.support_k:
             raise ValueError(
                 f"method.overlap_k is {self.overlap_k}, but the teacher's server is asked for its "

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from onpath.config.methods.trd import TRDOptions
+from onpath.engines.routed import by_teacher
 from onpath.methods.base import Tools
 from onpath.methods.places import first_forks
 from onpath.records import Rollout
@@ -38,7 +39,12 @@ def by_teacher_drop(attempts: Sequence[Rollout], options: TRDOptions, tools: Too
     responses = [r.ids for r in attempts]
     contexts = [tools.text.judging_context(r, reference=options.shows_reference) for r in attempts]
     with tools.models.teacher.acting():
-        theirs = tools.generators.teacher.score(contexts, responses)
+        theirs = by_teacher(
+            [r.prompt.teacher for r in attempts],
+            lambda name, mine: tools.generators.teacher.of(name).score(
+                [contexts[i] for i in mine], [responses[i] for i in mine]
+            ),
+        )
     ours = tools.generators.student.score([r.context for r in attempts], responses)
     return [
         next((t for t, (s, q) in enumerate(zip(o, h, strict=True)) if s - q > options.locate_drop), None)

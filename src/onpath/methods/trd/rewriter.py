@@ -70,7 +70,7 @@ class Rewriter:
         )  # fmt: skip
         jobs = [(plan, i) for plan in plans for i in range(n)]
         done = self.tools.in_teachers_name(
-            [p.asked for p, _ in jobs],
+            [replace(p.asked, teacher=options.rewriter or p.asked.teacher) for p, _ in jobs],
             [p.context + p.ids for p, _ in jobs],
             sampling,
             keys=[f"{when}/{p.attempt.key}/rewrite {i}" for p, i in jobs],
