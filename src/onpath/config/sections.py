@@ -129,7 +129,8 @@ def check_names(teachers: Mapping[str, Teacher]) -> None:
 class Data(Section):
     train: Annotated[str, PLACE] = "gym:train"
     """JSONL or Parquet file, `datasets` directory or name (name:split), gym:train (its worlds:
-    gym:train?late=1&spoil=0.8&lost=1), or a function of yours, file.py:rows, that gives rows."""
+    gym:train?late=1&spoil=0.8&lost=1), pack:humaneval and other packs (docs/packs.md), or a function of
+    yours, file.py:rows, that gives rows."""
     limit: int | None = Field(None, ge=1)
     """Use only the first so many training prompts (a finite pool, shuffled by run.seed each epoch)."""
     eval: Annotated[dict[str, str], PLACE] = Field({"test": "gym:test"})

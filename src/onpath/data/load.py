@@ -17,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from onpath.data.packs import pack_of, pack_rows
 from onpath.data.tasks import task_of, task_rows
 from onpath.records import Message, Prompt
 from onpath.system import code
@@ -41,8 +42,8 @@ DEFAULT_TEACHER = "default"
 """Of several teachers the one for rows that name none."""
 JSONL_SUFFIXES = (".jsonl", ".jsonlines", ".ndjson")
 SOURCES = (
-    "a .jsonl or .parquet file, a directory saved by datasets, a datasets name[:split], gym:<split>, or a "
-    "function of yours, file.py:name"
+    "a .jsonl or .parquet file, a directory saved by datasets, a datasets name[:split], gym:<split>, "
+    "pack:<name>, or a function of yours, file.py:name"
 )
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.%\[\]:-]+)?")
 
@@ -90,12 +91,14 @@ def load_prompts(
 
     Args:
         source: a JSONL or Parquet file, a directory written by `Dataset.save_to_disk`, a `datasets` name
-            (both of the latter with an optional `:split`), a task's split such as `gym:train`, or own code
-            that gives rows (`file.py:name`: an iterable, or a function without arguments that returns one).
+            (both of the latter with an optional `:split`), a task's split such as `gym:train`, a pack such as
+            `pack:humaneval`, or own code that gives rows (`file.py:name`: an iterable, or a function without
+            arguments that returns one).
         limit: keep only the first so many good rows; None keeps all (of a task: as many as it says).
         skip_bad: count bad rows instead of stopping at the first.
         split_default: split of a `datasets` source that names none.
-        columns: ours → what the source calls it; a dot leads into a mapping. A task's rows are ours.
+        columns: ours → what the source calls it; a dot leads into a mapping. Rows of tasks and packs are
+            ours.
         all_columns: whether each of them must be there; else our own names will do where one is not.
         teachers: names, of which each row must have one; the one called `default` has the rows that name
             none. Without them no row has a teacher.
@@ -106,7 +109,7 @@ def load_prompts(
     prompts: dict[str, Prompt] = {}
     places: dict[str, str] = {}
     skipped: list[str] = []
-    theirs = {} if task_of(source) else dict(columns or {})
+    theirs = {} if task_of(source) or pack_of(source) else dict(columns or {})
     seen: set[str] = set()
     for number, row in enumerate(_rows(source, limit, split_default, theirs)):
         if limit is not None and len(prompts) >= limit:
@@ -175,6 +178,8 @@ def _rows(source: str, limit: int | None, split_default: str, theirs: Mapping[st
     """Chooses the reader by the form of the source."""
     if code.is_own(source):
         return _own_rows(source)
+    if pack_of(source):
+        return _numbered(source, pack_rows(source, limit))
     task = task_of(source)
     if task is not None:
         return _numbered(source, task_rows(task, source, limit))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from onpath.data.packs import pack_of, pack_split
 from onpath.data.templates import EPISTEMIC_WORDS, TEMPLATES
 from onpath.system.errors import UserError
 
@@ -207,11 +208,13 @@ def other_split(source: str, split: str) -> str:
 
 
 def split_name(source: str) -> str:
-    """What to call a source: a task's split, a file's name.
+    """What to call a source: a task's split, a pack's name, a file's name.
 
-    >>> split_name("gym:hard"), split_name("data/aime.jsonl")
-    ('hard', 'aime')
+    >>> split_name("gym:hard"), split_name("data/aime.jsonl"), split_name("pack:aime25")
+    ('hard', 'aime', 'aime25')
     """
+    if pack_of(source):
+        return pack_split(source)
     return part_of(source) if task_of(source) else Path(source).stem
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from onpath.data.packs import pack_of
 from onpath.data.tasks import task_of
 from onpath.grade.base import Grader
 from onpath.grade.code import CodeGrader
@@ -41,10 +42,20 @@ def make_grader(name: str) -> Grader:
 
 
 def grader_for(name: str, sources: Sequence[str]) -> Grader:
-    """`make_grader` with `auto`: a task's own checker where every source is that task's, else math."""
+    """`make_grader` with `auto`: a task's own checker where every source is that task's, what the packs say,
+    else math.
+
+    Raises:
+        UserError: `auto` with packs that need different graders.
+    """
     if name != "auto":
         return make_grader(name)
     tasks = [task_of(source) for source in sources]
     first = tasks[0] if tasks else None
-    alike = first is not None and all(task is not None and task.name == first.name for task in tasks)
-    return TaskGrader(first) if first is not None and alike else make_grader("math")
+    if first is not None and all(task is not None and task.name == first.name for task in tasks):
+        return TaskGrader(first)
+    needed = {pack.grader if (pack := pack_of(source)) else "math": source for source in sources}
+    if len(needed) > 1:
+        told = ", ".join(f"{grader} for {source}" for grader, source in needed.items())
+        raise UserError(f"eval.grader is auto, which cannot be {told} at a time; name one grader")
+    return make_grader(next(iter(needed), "math"))
