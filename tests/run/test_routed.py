@@ -13,7 +13,10 @@ from safetensors.torch import load_file
 from onpath import config as configuration
 from onpath.commands.doctor.command import run_doctor
 from onpath.commands.report.run import gather_run
+from onpath.commands.study.config import StudyConfig
+from onpath.commands.study.plan import arm_config
 from onpath.config.build import Config
+from onpath.config.changes import changes
 from onpath.engines.forward import per_token
 from onpath.engines.routed import RoutedTeacher
 from onpath.methods.base import own_response
@@ -27,6 +30,7 @@ from onpath.run.sampling import sample
 from onpath.system.errors import UserError
 from onpath.training import one_step, train
 from tests.conftest import make_model, make_tokenizer
+from tests.engines.test_server import fake_of
 from tests.methods.family import ARMS, options_of
 from tests.run.test_golden import TRD
 from tests.run.test_resume import Stopped, contents, stop_at
@@ -344,6 +348,45 @@ def test_one_teacher_or_several() -> None:
         configuration.build(tree)
     found = configuration.build({**tree, "teacher": {}, "data": {"teacher_column": "of", "train": "x.jsonl"}})
     assert configuration.build(found.model_dump(mode="json")) == found, "as a run keeps it"
+
+
+def test_what_a_resumed_run_may_change_of_each(tiny: Tiny, two: Options) -> None:
+    """As of the only one: another spelling of its place, and how a server is asked; not the model."""
+    before = tiny(**two).model_dump(mode="json")
+    place = two["teachers__math"]["model"]
+    spelt = {"model": f"{place}/../{Path(place).name}", "device": "cpu", "timeout": 5.0}
+    found = changes(before, tiny(**{**two, "teachers__math": spelt}))
+    assert [(c.key, c.allowed) for c in found] == [("teachers.math.timeout", True)]
+    found = changes(before, tiny(**{**two, "teachers__math": {"model": "x", "device": "cpu"}}))
+    assert [(c.key, c.allowed) for c in found] == [("teachers.math.model", False)]
+
+
+def test_one_of_two_may_be_served(tiny: Tiny, two: Options, model_dirs: dict[str, Path]) -> None:
+    """What a server sends of all ids is what its model gives here."""
+    fake = fake_of(model_dirs["teacher"])
+    size = len(make_tokenizer())
+    options = {**two, "method__support": "teacher_topk", "method__support_k": size, "optim__steps": 1}
+    here = train(tiny(**options, run__name="here"), quiet=True).directory
+    options["teachers__math"] = {"engine": "vllm", "url": fake.url, "model": str(model_dirs["teacher"])}
+    there = train(tiny(**options, run__name="there"), quiet=True).directory
+    fake.stop()
+    rows = [read_lines(run / "metrics.jsonl")[0]["teachers"] for run in (here, there)]
+    for name in ("math", "code"):
+        kls = [row[name]["reverse_kl_nats"] for row in rows]
+        assert kls[0] == pytest.approx(kls[1], abs=1e-3)
+
+
+def test_no_arm_of_a_study_is_several_teachers(two: Options, tiny: Tiny) -> None:
+    study = StudyConfig.model_validate(
+        {
+            "name": "s",
+            "base": tiny(**two),
+            "arms": {"opd": {}, "teacher": "teacher"},
+            "budget": {"updates": 1},
+        }
+    )
+    with pytest.raises(UserError, match="arm teacher: there are several teachers"):
+        arm_config(study, "teacher")
 
 
 def test_a_teacher_that_nobody_names(tiny: Tiny, two: Options, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from onpath.config.build import Config
+from onpath.config.build import Config, teacher_key
 from onpath.config.section import OnResume, Section
 from onpath.data.tasks import task_of
 
@@ -41,35 +41,40 @@ def changes(before: Mapping[str, Any], after: Config) -> list[Change]:
     Args:
         before: the stored config as plain data.
     """
-    now = after.model_dump(mode="json")
-    keys = sorted(
-        {f"{s}.{k}" for tree in (before, now) for s, options in tree.items() for k in options or ()}
-    )
+    then, now = _sections(before), _sections(after.model_dump(mode="json"))
+    pairs = sorted({(s, k) for tree in (then, now) for s, options in tree.items() for k in options or ()})
     found = []
-    for key in keys:
-        how, old, new = _how(after, key), _at(before, key), _at(now, key)
+    for section, option in pairs:
+        key = f"{section}.{option}"
+        how = _how(after, section, option)
+        old, new = was, is_now = _at(then, section, option), _at(now, section, option)
         if how == "place":
             how, old, new = None, _placed(old), _placed(new)
         if old == new:
             continue
         shrinks = how == "longer" and not (isinstance(old, int) and new > old)
         rule: Rule = "asked" if how is None or shrinks else how
-        found.append(Change(key=key, before=_at(before, key), after=_at(now, key), rule=rule))
+        found.append(Change(key=key, before=was, after=is_now, rule=rule))
     return found
 
 
-def _how(config: Config, dotted: str) -> Any:
+def _sections(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Section → options; each of several teachers is one."""
+    several = tree.get("teachers") or {}
+    return {**tree, "teachers": None, **{teacher_key(name): options for name, options in several.items()}}
+
+
+def _how(config: Config, section: str, key: str) -> Any:
     """How an option may change; None: not at all."""
-    section, _, key = dotted.partition(".")
-    options = getattr(config, section, None)
+    several = {teacher_key(name): teacher for name, teacher in config.teachers.items()}
+    options = several.get(section, getattr(config, section, None))
     if not isinstance(options, Section) or key not in type(options).model_fields:
         return None
     marks = [m.how for m in type(options).model_fields[key].metadata if isinstance(m, OnResume)]
     return marks[0] if marks else None
 
 
-def _at(tree: Mapping[str, Any], dotted: str) -> Any:
-    section, _, key = dotted.partition(".")
+def _at(tree: Mapping[str, Any], section: str, key: str) -> Any:
     return (tree.get(section) or {}).get(key)
 
 

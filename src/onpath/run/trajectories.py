@@ -92,6 +92,7 @@ def trajectory_row(
         "prompt": origin.prompt.question if origin else None,
         "answer": origin.prompt.answer if origin else None,
         "solution": origin.prompt.solution if origin else None,
+        **({} if trajectory.teacher is None else {"teacher": trajectory.teacher}),
         "correct": correct,
         "student_context": list(trajectory.student_context),
         "teacher_context": list(trajectory.teacher_context),
