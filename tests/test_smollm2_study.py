@@ -1,0 +1,185 @@
+"""The recipe's task, its checker of steps, and its study on tiny random models."""
+
+import copy
+import random
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from onpath import config as configuration
+from onpath.commands.study import plan
+from onpath.commands.study.config import study_of
+from onpath.commands.study.plan import Job
+from onpath.commands.study.run import run_study
+from onpath.config.build import Config
+from onpath.data import tasks
+from onpath.system import code
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "smollm2-study"
+TEXT = (
+    "Ann has 7 pens. Ben gives Ann 2 pens. Ann buys 3 bags with 4 pens each. How many pens does Ann have now?"
+)
+RIGHT = (
+    "We add 2 and get 7 + 2 is 9. Now we have 3 groups of 4: 3 * 4 = 12. Then 9 + 12 = 21. The answer is 21."
+)
+SHORT = {"error": "e", "consequence": "q", "right": "r", "copied": ".", "habit": "h"}
+
+
+@pytest.fixture(scope="module")
+def words() -> Iterator[Any]:
+    """The recipe's module, and its task known as long as the tests run."""
+    known = dict(tasks._TASKS)
+    with code.allowed():
+        grade = code.load(f"{RECIPE / 'words.py'}:grade", key="eval.grader")
+    yield sys.modules[grade.__module__]
+    tasks._TASKS.clear()
+    tasks._TASKS.update(known)
+
+
+def kinds(words: Any, response: str) -> str:
+    """One letter a word."""
+    task = words.WordProblems()
+    pieces = [f"{w} " for w in response.split()]
+    return "".join(SHORT[k] for k in task.labels(TEXT, pieces))
+
+
+def test_a_problem_is_read(words: Any) -> None:
+    problem = words.parse(TEXT)
+    assert [(s.op, *s.operands(problem.values())) for s in problem.steps] == [
+        ("+", 7, 2),
+        ("*", 3, 4),
+        ("+", 9, 12),
+    ]
+    assert problem.answer == 21
+    assert words.parse("Why?") is None
+
+
+def test_a_right_solution(words: Any) -> None:
+    #                             We add 2 and get 7 + 2 is 9. Now we have 3 groups of 4:  3 * 4 = 12. Then …
+    assert kinds(words, RIGHT) == "h..hh...hr" + "hhh..h." + "...hr" + "h...hr" + "hhh."
+    assert words.Reading(words.parse(TEXT), RIGHT).errors == []
+    other = "3 * 4 = 12. 2 + 7 = 9. 12 + 9 = 21. The answer is 21."  # any order that can be taken
+    assert words.Reading(words.parse(TEXT), other).errors == []
+
+
+@pytest.mark.parametrize(
+    ("response", "labels", "kind", "sound"),
+    [
+        ("7 + 2 = 8. 3 * 4 = 12. 8 + 12 = 20. The answer is 20.", "...he...hrq..hqhhhq", "arithmetic", ""),
+        ("7 + 2 = 9. 3 * 4 = 12. 9 + 12 = 31. The answer is 31.", "...hr...hr...hehhhq", "arithmetic", None),
+        ("7 + 2 = 9. 3 * 4 = 12. The answer is 12.", "...hr...hrhhhe", "other", "7 + 2 = 9. 3 * 4 = 12."),
+        ("7 - 2 = 5. 5", ".eqqqe", "operation", ""),
+        ("We take 2", "he.", "operation", ""),
+        ("7 + 2 = 9. We multiply 6", "...hrh.e", "operand", "7 + 2 = 9."),
+        ("7 + 2 = 9. 3 * 5 = 15.", "...hr..eqq", "operand", "7 + 2 = 9."),
+    ],
+)
+def test_wrong_ones(words: Any, response: str, labels: str, kind: str, sound: str | None) -> None:
+    """Each token, what came first, and what stands before the first wrong sentence."""
+    task = words.WordProblems()
+    assert kinds(words, response) == labels
+    assert task.error_kind(TEXT, [response]) == kind
+    if sound is not None:
+        assert response[: task.first_error(TEXT, response)].strip() == sound
+
+
+def test_a_prefix_is_labelled_as_in_the_whole(words: Any) -> None:
+    """A probe asks what the next token would be."""
+    task, tokens = words.WordProblems(), list(RIGHT)
+    whole = task.labels(TEXT, tokens)
+    assert all(
+        task.labels(TEXT, tokens[: t + 1])[-1] != "error"
+        for t, k in enumerate(whole)
+        if k in ("right", "copied")
+    )
+
+
+@pytest.mark.parametrize("split", ["train", "hard"])
+def test_both_writers_are_right_in_their_own_words(words: Any, split: str) -> None:
+    for i, problem in enumerate(islice(words.problems(split), 100)):
+        texts = [w.write(random.Random(i), problem) for w in (words.TEACHER, words.STUDENT)]
+        assert texts[0] != texts[1]
+        for text in texts:
+            reading = words.Reading(problem, text)
+            assert not reading.errors, (problem.text, text)
+            assert reading.written == problem.values()
+            assert words.grade(text, str(problem.answer))
+        assert len(problem.steps) in words.LENGTHS.get(split, (2, 2))
+        assert max(problem.values().values()) <= words.LARGEST
+
+
+def test_splits_do_not_overlap(words: Any) -> None:
+    task = words.WordProblems()
+    texts = [row["prompt"] for split in ("train", "test", "validation") for row in task.rows(split, 150)]
+    assert len(set(texts)) == 450
+    assert list(task.rows("test", 5)) == list(task.rows("test", 9))[:5]
+
+
+def test_a_rewrite_keeps_what_is_sound(words: Any) -> None:
+    problem, rng = words.parse(TEXT), random.Random(0)
+    assert words.rewritten(rng, problem, RIGHT, words.STUDENT) == RIGHT
+    wrong = RIGHT.replace("3 * 4 = 12", "3 * 4 = 13")
+    made = words.rewritten(rng, problem, wrong, words.STUDENT)
+    assert made.startswith("We add 2 and get 7 + 2 is 9. ")
+    assert words.grade(made, "21")
+    assert not words.Reading(problem, made).errors
+    garbage = words.rewritten(rng, problem, "no idea", words.STUDENT)
+    assert words.grade(garbage, "21")
+
+
+def test_the_probed_config_asks_what_the_study_asks(words: Any) -> None:
+    config, study = (configuration.read_yaml(RECIPE / name) for name in ("topd.yaml", "study.yaml"))
+    with code.allowed():
+        assert configuration.load(RECIPE / "topd.yaml").run.name == "smollm2-study-topd"
+    assert config["method"] == study["arms"]["topd"]["method"]
+    for section, key in (("student", "model"), ("teacher", "model"), ("data", "system"), ("data", "limit")):
+        assert config[section][key] == study["base"][section][key]
+    assert {k: v for k, v in config["optim"].items() if k != "steps"} == study["base"]["optim"]
+
+
+def smaller(path: Path, models: dict[str, Path], out: Path) -> dict[str, Any]:
+    """The study on tiny random models: two rollouts and one update an arm."""
+    tree = configuration.read_yaml(path)
+    base = tree["base"]
+    assert (base["student"]["model"], base["teacher"]["model"]) == tuple(
+        f"build/smollm2-study/{role}" for role in ("student", "teacher")
+    )
+    for role in ("student", "teacher"):
+        base[role] |= {"model": str(models[role]), "device": "cpu"}
+    base["student"]["lora_rank"] = 2
+    base["data"]["limit"] = 4
+    base["rollout"] |= {"prompts": 2, "max_new_tokens": 6}
+    base["eval"]["grader"] = f"{RECIPE}/{base['eval']['grader']}"
+    base["run"]["save_every"] = 0
+    for name, arm in tree["arms"].items():
+        if isinstance(arm, dict):
+            tree["arms"][name] = {key: value for key, value in arm.items() if key != "budget"}
+    changed = {"seeds": [0], "budget": {"updates": 1}, "dir": str(out)}
+    return {**tree, **changed, "evals": {**tree["evals"], "limit": 1}}
+
+
+@pytest.mark.filterwarnings("ignore:.*lora.*:UserWarning")
+def test_the_study_runs(
+    words: Any, model_dirs: dict[str, Path], tmp_path: Path, in_process: list[Job]
+) -> None:
+    """Every arm trains, and what the first look runs is a part of it."""
+    first, whole = (smaller(RECIPE / name, model_dirs, tmp_path) for name in ("first.yaml", "study.yaml"))
+    with code.allowed():
+        part, planned = (runs_of(tree, RECIPE / "study.yaml") for tree in (first, whole))
+    assert part.items() <= planned.items()
+    (tmp_path / "whole.yaml").write_text(yaml.safe_dump(whole, sort_keys=False))
+    found = run_study(tmp_path / "whole.yaml", allow_code=True, quiet=True)
+    assert {row["arm"] for row in found.data["rows"]} == set(whole["arms"])
+    trained = [row for row in found.data["rows"] if row["kind"] == "train"]
+    assert all(row["updated_tokens"] > 0 for row in trained)
+    assert len(in_process) == len(planned)
+
+
+def runs_of(tree: dict[str, Any], path: Path) -> dict[str, Config]:
+    study = study_of(copy.deepcopy(tree), path)
+    return {job.name: job.config for job in plan.runs(study, dict.fromkeys(study.trained, 1), {})}
