@@ -416,3 +416,21 @@ def test_a_method_of_ones_own_must_say_whose_its_trajectories_are(tiny: Tiny, tw
     nameless = [replace(own_response(r), origin=None) for r in sample(parts, 0)]
     with pytest.raises(UserError, match="must say by its origin whose it is"):
         per_token(parts.models, nameless)
+
+
+def test_kept_rollouts_and_scores_of_each(tiny: Tiny, two: Options, tmp_path: Path) -> None:
+    """One directory for both, of hidden states of two widths; each teacher reads each response once."""
+    options = {**two, "data__limit": 8, "rollout__refresh": "never", "optim__steps": 3, "data__eval": {}}
+    cached = {**options, "run__name": "cached"}
+    for name in ("teachers__math", "teachers__code"):
+        cached[name] = {**two[name], "cache": str(tmp_path / "scores"), "cache_dtype": "float32"}
+    plain, kept = (
+        read_lines(train(tiny(**o), quiet=True).directory / "metrics.jsonl") for o in (options, cached)
+    )
+    assert [r["loss"] for r in kept] == pytest.approx([r["loss"] for r in plain], rel=1e-6)
+    for a, b in zip(plain, kept, strict=True):
+        assert set(b["teachers"]) == {"math", "code"}
+        assert b["teachers"]["code"]["reverse_kl_nats"] == pytest.approx(
+            a["teachers"]["code"]["reverse_kl_nats"], rel=1e-6
+        )
+    assert [r["teacher_tokens_scored"] for r in kept] == [kept[0]["tokens"], 0, 0]
