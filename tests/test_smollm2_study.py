@@ -1,6 +1,7 @@
 """The recipe's task, its checker of steps, and its study on tiny random models."""
 
 import copy
+import json
 import random
 import sys
 from collections.abc import Iterator
@@ -183,3 +184,49 @@ def test_the_study_runs(
 def runs_of(tree: dict[str, Any], path: Path) -> dict[str, Config]:
     study = study_of(copy.deepcopy(tree), path)
     return {job.name: job.config for job in plan.runs(study, dict.fromkeys(study.trained, 1), {})}
+
+
+def test_the_figures_are_counted_by_hand(tmp_path: Path) -> None:
+    """Ten tokens of one rollout: the loudest is the error with the largest D."""
+    with code.allowed():
+        near, recover = (
+            code.load(f"{RECIPE / 'figures.py'}:{name}", key="figures")
+            for name in ("near_futures", "recoverability")
+        )
+    places = [
+        {
+            "prompt_id": "1",
+            "reverse_kl": 1.0 - t / 10,
+            "distance": 0.5 if t == 0 else 0.0,
+            "label": "habit" if t else "error",
+        }
+        for t in range(10)
+    ]
+    rule = {
+        "rule": "loss alone",
+        "flagged": 1,
+        "precision": 1.0,
+        "precision_ci95": [0.2, 1.0],
+        "recall": 1.0,
+        "habits": 0.0,
+    }
+    (tmp_path / "divergence.jsonl").write_text("".join(json.dumps(p) + "\n" for p in places))
+    (tmp_path / "divergence.json").write_text(json.dumps({"detection_of_errors": [rule]}))
+    said = "\n".join(near(tmp_path))
+    assert "| loudest tenth | 1 | 1.000 | 0.500 | 0.500 | 0% | error 100% |" in said
+    assert "| quiet half | 5 | 0.300 | 0.000 | 0.000 | 100% | habit 100% |" in said
+    assert "upper quartile (0.000): 0 of 1" in said
+    assert "| loss alone | 1 | 100% [20%, 100%] | 100% | 0% |" in said
+    wrong = {
+        "right": False,
+        "first_error": 2,
+        "positions": [2, 6],
+        "student": [2, 0],
+        "teacher": [4, 1],
+        "trials": 4,
+    }
+    row = {**wrong, "onset_mass": [0.001] * 3 + [0.003] * 5}
+    (tmp_path / "prefix_failure.jsonl").write_text(json.dumps(row) + "\n")
+    said = "\n".join(recover(tmp_path))
+    assert "| wrong one, up to the first wrong step | 1 | 50% | 100% | 1.00‰ |" in said
+    assert "| wrong one, behind it | 1 | 0% | 25% | 3.00‰ |" in said
