@@ -47,6 +47,7 @@ NEUTRAL: dict[str, Any] = {
     "teacher.timeout": 5.0,
     "teacher.patience": 1.0,
     "teacher.concurrency": 3,
+    "teacher.cache_gb": 5.0,
     "rollout.url": None,
     "rollout.timeout": 5.0,
     "rollout.patience": 1.0,

@@ -101,11 +101,11 @@ class Teacher(Served):
     """Of the frozen weights."""
     quantization: dict[str, Any] | None = None
     """As student.quantization; onpath doctor measures what it changes."""
-    cache: Annotated[str | None, ROUNDING] = None
+    cache: Annotated[str | None, PLACE] = None
     """Directory in which scores are kept, by a digest of weights, context and response: what comes again is
     not read again. Runs, processes and a study's arms may share it (docs/teachers.md; onpath cache). Null
     keeps none."""
-    cache_dtype: Annotated[Literal["float16", "float32"], ROUNDING] = "float16"
+    cache_dtype: Literal["float16", "float32"] = "float16"
     """Of kept hidden states: 2 or 4 bytes times the teacher's hidden size a token."""
     cache_gb: Annotated[float, NEUTRAL] = Field(20.0, gt=0)
     """Largest size of the directory; the files used longest ago go first."""

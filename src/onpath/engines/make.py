@@ -130,7 +130,7 @@ def _same_model(section: TeacherSection, home: torch.device) -> tuple[Any, ...]:
     """What makes two teachers one model: it is loaded once."""
     place = str(Path(locate(section.model)).resolve())
     code = section.trust_remote_code
-    return code, place, section.engine, section.url, section.dtype, str(home), str(section.quantization)
+    return code, place, section.engine, section.urls, section.dtype, str(home), str(section.quantization)
 
 
 def _other_model(
