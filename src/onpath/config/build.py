@@ -116,9 +116,7 @@ class Config(Section):
             raise ValueError(
                 "run.stop_after compares evaluations: set run.keep_best to one of data.eval, and eval.every"
             )
-        if self.method.on_policy and not (
-            self.rollout.temperature == 1 and self.rollout.top_p == 1 and self.rollout.top_k == 0
-        ):
+        if self.method.on_policy and not self.rollout.sampling(seed=0).untruncated:
             raise ValueError(
                 f"method.name {self.method.name} assumes untruncated samples of the student: "
                 f"rollout.temperature must be 1, "
@@ -168,30 +166,18 @@ class Config(Section):
                     f"{key}.model is {section.model}, which does not know the language of data.train, "
                     f"{self.data.train}: use {task.name}:{'student' if key == 'student' else 'teacher'}"
                 )
-        caches = any(t.cache is not None for t in self.taught_by.values())
-        if caches and method.teacher_weights in ("live", "ema"):
-            raise ValueError(
-                f"teacher.cache keeps the scores of weights that stand still, and this teacher's are "
-                f"{method.teacher_weights}; leave it out, or use base"
-            )
-        if caches and self.teacher.engine == "chat":
-            raise ValueError("teacher.cache keeps scores, and teacher.engine: chat gives none; leave it out")
         loses = task is not None and task.world is not None and task.world.loses
         if loses and (method.self_taught or self.teachers or self.teacher.engine != "hf"):
             raise ValueError(
                 f"data.train: {self.data.train}: lost is about a teacher model in this process; leave lost "
                 "out, or take a method and a teacher.engine with one"
             )
-        if loses and caches:
-            raise ValueError(
-                f"data.train: {self.data.train}: what a teacher that is lost scores is not kept; leave "
-                "teacher.cache or lost out"
-            )
         if loses and self.parallel.shard != "none":
             raise ValueError(
                 f"data.train: {self.data.train}: lost needs whole models; set parallel.shard: none, or leave "
                 "lost out"
             )
+        self._cachable(loses=loses)
         return self
 
     @property
@@ -215,6 +201,24 @@ class Config(Section):
         """Those of `taught_by` that read the student's ids: their vocabulary must be the student's."""
         shares = not self.method.self_taught
         return {name: t for name, t in self.taught_by.items() if shares and t.engine != "chat"}
+
+    def _cachable(self, *, loses: bool) -> None:
+        """Whose scores can be kept."""
+        weights = self.method.teacher_weights
+        if all(t.cache is None for t in self.taught_by.values()):
+            return
+        if weights in ("live", "ema"):
+            raise ValueError(
+                f"teacher.cache keeps the scores of weights that stand still, and this teacher's are "
+                f"{weights}; leave it out, or use base"
+            )
+        if self.teacher.engine == "chat":
+            raise ValueError("teacher.cache keeps scores, and teacher.engine: chat gives none; leave it out")
+        if loses:
+            raise ValueError(
+                f"data.train: {self.data.train}: what a teacher that is lost scores is not kept; leave "
+                "teacher.cache or lost out"
+            )
 
     def _quantisable(self) -> None:
         """What goes together with weights that only their own kernels read."""
@@ -272,8 +276,7 @@ class Config(Section):
                 f"{key}: method.divergence sampled takes rollouts for samples of the weights that train; set "
                 "method.ppo_clip, which corrects for older ones, or rollout.refresh: always"
             )
-        plain = rollout.temperature == 1 and rollout.top_p == 1 and rollout.top_k == 0
-        if rule.overlap_below is not None and not plain:
+        if rule.overlap_below is not None and not rollout.sampling(seed=0).untruncated:
             raise ValueError(
                 "rollout.refresh.overlap_below compares the student with what it was at temperature 1, and "
                 "rollouts are drawn otherwise; set rollout.temperature 1, top_p 1 and top_k 0, or use every"

@@ -27,7 +27,7 @@ from onpath.data.batch import Batch, collate
 from onpath.engines.decoding.branches import Past
 from onpath.engines.head import sharded
 from onpath.engines.replay import address
-from onpath.engines.sharding import raw
+from onpath.engines.sharding import digest_weights
 from onpath.engines.teacher import Teacher
 from onpath.losses import Head, TeacherHidden, TeacherScores, TeacherTopK
 from onpath.records import Trajectory
@@ -178,9 +178,7 @@ def _names(path: Path) -> dict[str, int] | None:
 
 def _digest(entry: Entry) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for part, tensor in sorted(entry.items()):
-        digest.update(f"{part} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    digest_weights(digest, entry)
     return digest.hexdigest()
 
 
@@ -279,9 +277,5 @@ def weights_digest(model: nn.Module, *, trained: bool = True) -> str:
         trained: with those that train; what adapters lie on has them beside it.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for name, weight in sorted(model.named_parameters()):
-        if trained or not weight.requires_grad:
-            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-            for part in raw(weight):
-                digest.update(part)
+    digest_weights(digest, {n: w for n, w in model.named_parameters() if trained or not w.requires_grad})
     return digest.hexdigest()

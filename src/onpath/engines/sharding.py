@@ -198,6 +198,14 @@ def raw(tensor: Tensor) -> Iterator[memoryview]:
     yield whole.cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
+def digest_weights(digest: Any, weights: Mapping[str, Tensor]) -> None:
+    """Updates a `hashlib` digest with named tensors: names, shapes, dtypes, bytes. See `raw`."""
+    for name, weight in sorted(weights.items()):
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        for part in raw(weight):
+            digest.update(part)
+
+
 def local(tensor: Tensor) -> Tensor:
     """This process's rows."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from onpath.config.build import teacher_key
-from onpath.engines.sharding import raw
+from onpath.engines.sharding import digest_weights
 from onpath.records import Prompt
 from onpath.run.parts import Parts
 
@@ -51,10 +51,7 @@ def _of_weights(weights: dict[str, nn.Parameter], tokenizer: PreTrainedTokenizer
     digest = hashlib.blake2b(digest_size=16)
     for part in _described(tokenizer) if tokenizer is not None else ():
         digest.update(part.encode())
-    for name, weight in sorted(weights.items()):
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        for data in raw(weight):
-            digest.update(data)
+    digest_weights(digest, weights)
     return digest.hexdigest()
 
 

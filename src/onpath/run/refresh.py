@@ -59,19 +59,14 @@ class Phase:
     """Step → what was measured when its prompts were prepared, of each process."""
 
     @classmethod
-    def beginning(cls, root: Path, first: int, last: int) -> "Phase":
-        """What there is of it already."""
-        phase = cls(root / f"phase_{first:06d}", first, last)
-        phase.read()
-        return phase
-
-    @classmethod
     def running(cls, root: Path, step: int) -> "Phase | None":
         """The last phase that began at `step` or before it, if it is complete."""
         for path in sorted(root.glob(f"phase_*/{_COMPLETE}"), reverse=True):
             first, last = (read_json(path, keys={"first": int, "last": int})[k] for k in ("first", "last"))
             if first <= step:
-                return cls.beginning(root, first, last)
+                phase = cls(path.parent, first, last)
+                phase.read()
+                return phase
         return None
 
     def read(self) -> None:
@@ -168,6 +163,8 @@ class Refreshed:
         self.phase: Phase | None = None
         self.overlap: float | None = None
         """Of the student and the weights that wrote the last step's rollouts, where the rule asks for it."""
+        self._lines: dict[str, tuple[list[Rollout], list[Trajectory]]] = {}
+        """What the last step has read, by prompt: each line is parsed once."""
 
     @classmethod
     def asked(cls, config: Config, pool: Sequence[Prompt], **tools: Any) -> "Refreshed | None":
@@ -179,11 +176,12 @@ class Refreshed:
         phase, self.overlap = self.phase or Phase.running(self.root, step), None
         asked, steps = self._prompts(step), self.config.optim.steps
         if phase is None or self._is_over(phase, asked, step) or self._has_moved(phase, asked, step):
-            phase = Phase.beginning(self.root, step, min(steps, step + (self.rule.every or steps)))
+            last = min(steps, step + (self.rule.every or steps))
+            phase = Phase(self.root / f"phase_{step:06d}", step, last)
         if step == phase.first and phase is not self.phase:
             self._make(phase)
-        self.phase = phase
-        return [r for p in distributed.share(asked) for r in phase.of(p, self.sampling)[0]]
+        self.phase, self._lines = phase, {}
+        return [r for p in distributed.share(asked) for r in self._line(phase, p)[0]]
 
     def prepared(self, rollouts: Sequence[Rollout], step: int) -> Prepared:
         """What the method made of them. What was generated counts in the step in which it was."""
@@ -191,7 +189,7 @@ class Refreshed:
         assert phase is not None, "rollouts come first"
         trajectories = []
         for r in rollouts:
-            _, made = phase.of(r.prompt, r.sampling)
+            _, made = self._line(phase, r.prompt)
             mine = [t for t in made if t.origin is not None and t.origin.sample == r.sample]
             trajectories += [replace(t, origin=r) for t in mine]
         here, everywhere = phase.measured.get(step, []), [m for rows in phase.measured.values() for m in rows]
@@ -228,9 +226,15 @@ class Refreshed:
         """Whether the student overlaps too little with the weights that wrote the step's rollouts."""
         if self.rule.overlap_below is None or step == phase.first:
             return False
-        mine = [r for p in distributed.share(asked) for r in phase.of(p, self.sampling)[0]]
+        some = distributed.share(asked)[:_COMPARED]  # at least so many rollouts
+        mine = [r for p in some for r in phase.of(p, self.sampling)[0]]
         self.overlap = overlap(mine[:_COMPARED], self.student)
         return self.overlap < self.rule.overlap_below
+
+    def _line(self, phase: Phase, prompt: Prompt) -> tuple[list[Rollout], list[Trajectory]]:
+        if prompt.id not in self._lines:
+            self._lines[prompt.id] = phase.of(prompt, self.sampling)
+        return self._lines[prompt.id]
 
     def _prompts(self, step: int) -> list[Prompt]:
         return prompts_of_step(
@@ -249,11 +253,10 @@ class Refreshed:
         for begin in range(phase.first, phase.last, _TOGETHER):
             lots: list[tuple[int, list[tuple[int, Prompt]]]] = []
             for step in range(begin, min(begin + _TOGETHER, phase.last)):
-                new = {p.id: (place, p) for place, p in reversed(list(enumerate(self._prompts(step))))}
-                fresh = sorted(
-                    (pair for key, pair in new.items() if key not in seen), key=lambda pair: pair[0]
-                )
-                seen |= set(new)
+                fresh = []
+                for place, prompt in enumerate(self._prompts(step)):
+                    fresh += [] if prompt.id in seen else [(place, prompt)]
+                    seen.add(prompt.id)
                 lots += [(step, distributed.share(fresh))] if fresh else []
             prompts = [p for _, lot in lots for _, p in lot]
             keys = [f"step {step}/{place}" for step, lot in lots for place, _ in lot]
