@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
+from onpath.gym.rows import Row, distinct_rows
 from onpath.gym.vocab import NAMES
 
 MODULUS = 100
@@ -195,7 +196,7 @@ def solution(problem: Problem, order: list[str]) -> str:
     return "".join(steps) + f"ans {values[problem.target]}"
 
 
-def rows(split: str, n: int, seed: int = 0) -> list[dict[str, str]]:
+def rows(split: str, n: int, seed: int = 0) -> list[Row]:
     """`n` different problems of a split: the same for the same seed.
 
     Keys: id, prompt (the user's message), answer, solution (one reference derivation).
@@ -205,11 +206,10 @@ def rows(split: str, n: int, seed: int = 0) -> list[dict[str, str]]:
     """
     if split not in SIZES:
         raise ValueError(f"the gym has the splits {', '.join(SIZES)}; not {split!r}")
-    rng = random.Random(f"{split}/{seed}")
-    found: dict[str, dict[str, str]] = {}
-    while len(found) < n:
-        problem = random_problem(rng, split)
-        text = solution(problem, random_order(rng, problem))
-        row = {"prompt": problem.text, "answer": problem.answer, "solution": text}
-        found.setdefault(problem.canonical(), {"id": f"{split}-{seed}-{len(found)}", **row})
-    return list(found.values())
+    return distinct_rows(_row, split, n, seed, stream=f"{split}/{seed}")
+
+
+def _row(rng: random.Random, split: str) -> tuple[str, Row]:
+    problem = random_problem(rng, split)
+    text = solution(problem, random_order(rng, problem))
+    return problem.canonical(), {"prompt": problem.text, "answer": problem.answer, "solution": text}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from onpath.gym.maze.vocab import EXIT, ROOMS, WALL
+from onpath.gym.rows import Row, distinct_rows
 
 SIZES = {"train": (4, 6), "validation": (4, 6), "test": (4, 6), "hard": (7, 8)}
 """Moves from the start to the way out, by split."""
@@ -126,17 +127,16 @@ def moves(way: str) -> str:
     return "".join(f"go {room}. " for room in way) + "out"
 
 
-def rows(split: str, n: int, seed: int = 0) -> list[dict[str, str]]:
+def rows(split: str, n: int, seed: int = 0) -> list[Row]:
     """`n` different mazes of a split: the same for the same seed.
 
     Keys: id, prompt (the user's message), answer (the way), solution (the moves alone: what a hint tells).
     """
     if split not in SIZES:
         raise ValueError(f"the maze has the splits {', '.join(SIZES)}; not {split!r}")
-    rng = random.Random(f"maze/{split}/{seed}")
-    found: dict[str, dict[str, str]] = {}
-    while len(found) < n:
-        maze = random_maze(rng, split)
-        row = {"prompt": maze.text, "answer": maze.way, "solution": moves(maze.way)}
-        found.setdefault(maze.text, {"id": f"{split}-{seed}-{len(found)}", **row})
-    return list(found.values())
+    return distinct_rows(_row, split, n, seed, stream=f"maze/{split}/{seed}")
+
+
+def _row(rng: random.Random, split: str) -> tuple[str, Row]:
+    maze = random_maze(rng, split)
+    return maze.text, {"prompt": maze.text, "answer": maze.way, "solution": moves(maze.way)}
