@@ -194,7 +194,13 @@ class Config(Section):
     @property
     def taught_by(self) -> dict[str | None, Teacher]:
         """Of each teacher that is another model the name that prompts call it by, and its section."""
-        return dict(self.teachers.items()) if self.teachers else {None: self.teacher}
+        models = {name: teacher for name, teacher in self.teachers.items() if teacher.mixture is None}
+        return dict(models.items()) if self.teachers else {None: self.teacher}
+
+    @property
+    def mixtures(self) -> dict[str, dict[str, float]]:
+        """Of each teacher that is a mixture of others its name, and their weights."""
+        return {name: teacher.mixture for name, teacher in self.teachers.items() if teacher.mixture}
 
     @property
     def sharing_ids(self) -> dict[str | None, Teacher]:

@@ -95,6 +95,10 @@ class Teacher(Served):
     model: Annotated[str, PLACE] = "gym:teacher"
     """Directory or hub name of a causal LM with the student's vocabulary, or gym:teacher; with a server
     also the name that it serves it under; with chat nothing but that name."""
+    mixture: dict[str, float] | None = None
+    """Of several teachers: names of others and their weights, such as {math: 0.7, code: 0.3}. This one is the
+    mixture of their probabilities, token by token; it scores and writes nothing. Nothing else is set then.
+    """
     extra_body: dict[str, Any] = Field({})
     """chat: further fields of every request, such as {reasoning_effort: low}; null leaves one of ours out."""
     dtype: DType = "float32"

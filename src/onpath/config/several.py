@@ -31,6 +31,7 @@ def check_several(config: Any) -> None:
             )
         return
     check_names(config.teachers)
+    _check_mixtures(config)
     if config.teacher != Teacher():
         raise ValueError(
             "teacher and teachers are both set; put the one teacher under a name into teachers, or take "
@@ -43,7 +44,8 @@ def check_several(config: Any) -> None:
     for name, teacher in config.teachers.items():
         if teacher.engine == "chat":
             raise ValueError(f"teachers.{name}.engine: chat is for the only teacher of a run; use hf or vllm")
-    if column is None and list(config.teachers) != [DEFAULT_TEACHER]:
+    of_default = config.mixtures.get(DEFAULT_TEACHER, ())
+    if column is None and {*config.teachers} != {DEFAULT_TEACHER, *of_default}:
         raise ValueError(
             "teachers: set data.teacher_column to the column of the training rows that names each one's "
             "teacher"
@@ -53,7 +55,34 @@ def check_several(config: Any) -> None:
             f"data.teacher_column is {column!r}, but the rows of {config.data.train} name no teacher; "
             "use a file with that column"
         )
-    unknown = [name for name in method.asks_teachers if name not in config.teachers]
+    unknown = [name for name in method.asks_teachers if name not in config.taught_by]
     if unknown:
-        known = ", ".join(config.teachers)
+        known = ", ".join(map(str, config.taught_by))
         raise ValueError(f"method.rewriter is {unknown[0]!r}; it must be one of teachers: {known}")
+
+
+def _check_mixtures(config: Any) -> None:
+    for name, weights in config.mixtures.items():
+        key = f"teachers.{name}.mixture"
+        if config.teachers[name] != Teacher(mixture=weights):
+            raise ValueError(f"{key}: a mixture has no options of its own; set them where its teachers are")
+        if wrong := [one for one in weights if one not in config.taught_by]:
+            known = ", ".join(map(str, config.taught_by)) or "there is none"
+            raise ValueError(f"{key} names {wrong[0]!r}; it must be one of teachers that is a model: {known}")
+        if len(weights) < 2 or min(weights.values()) <= 0:
+            raise ValueError(f"{key} is {weights}; give two teachers or more a weight above 0 each")
+        if served := [one for one in weights if config.teachers[one].engine != "hf"]:
+            raise ValueError(
+                f"{key}: {served[0]} is on a server, which does not send its whole distribution; mix "
+                "teachers with engine: hf"
+            )
+        if config.parallel.teacher == "offload":
+            raise ValueError(
+                f"{key}: its teachers score the same token, and parallel.teacher: offload has one of them at "
+                "a time; use same or copy"
+            )
+        if config.method.teacher_writes:
+            raise ValueError(
+                f"{key}: with method.name {config.method.name} the teacher writes, and a mixture only "
+                "scores; take opd, branch or truncate, or trd with method.rewriter"
+            )

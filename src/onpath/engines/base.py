@@ -26,6 +26,8 @@ class Engine:
     """Whether it reads the very tensors that train: then nothing may be generated while they move."""
     takes_prefixes: bool = True
     """Whether it goes on from token ids and scores them; False: it answers messages only."""
+    generates: bool = True
+    """Whether it can write; False: it only scores (a mixture of teachers)."""
     stop_ids: frozenset[int] = frozenset()
     """Ids that end what it generates."""
     server: Server | None = None

@@ -16,6 +16,7 @@ from onpath.engines.base import Engine
 from onpath.engines.chat import ChatEngine
 from onpath.engines.head import check_head, head_of, unwrapped
 from onpath.engines.hf import HFEngine
+from onpath.engines.mixture import mixed_engines, mixed_teachers
 from onpath.engines.models import context_length, load_model, locate, pick_device
 from onpath.engines.replay import Replay
 from onpath.engines.routed import RoutedEngine, RoutedTeacher
@@ -123,6 +124,7 @@ def make_teacher(
     if None in members:
         return members[None]
     routed = {str(name): teacher for name, teacher in members.items()}
+    routed |= mixed_teachers(config.mixtures, routed)
     return RoutedTeacher(routed, homes=homes if offloads else None)
 
 
@@ -172,11 +174,12 @@ def with_cache(config: Config, teacher: Teacher) -> Teacher:
     Of a sharded one all processes take part."""
     if isinstance(teacher, RoutedTeacher):
         kept: dict[tuple[int, str | None], Teacher] = {}
-        for name, member in teacher.members.items():
-            section = config.taught_by[name]
+        for name, section in config.taught_by.items():
+            member = teacher.members[str(name)]
             same = id(member), section.cache
             kept[same] = kept.get(same) or _with_cache(config, section, member)
-            teacher.members[name] = kept[same]
+            teacher.members[str(name)] = kept[same]
+        teacher.members |= mixed_teachers(config.mixtures, teacher.members)
         return teacher
     return _with_cache(config, config.teacher, teacher)
 
@@ -217,8 +220,10 @@ def teacher_engine(config: Config, teacher: Teacher, own: HFEngine, replay: Repl
     """
     if not isinstance(teacher, RoutedTeacher):
         return _engine_of(config, None, teacher, own, replay)
-    members = {name: _engine_of(config, name, teacher.of(name), own, replay) for name in teacher.members}
-    return RoutedEngine(teacher, members)
+    members = {
+        str(name): _engine_of(config, name, teacher.of(name), own, replay) for name in config.taught_by
+    }
+    return RoutedEngine(teacher, members | mixed_engines(config.mixtures, members))
 
 
 def _engine_of(

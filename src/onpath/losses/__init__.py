@@ -17,13 +17,15 @@ if TYPE_CHECKING:
         SparseGuidance,
         StatsRequest,
         TeacherHidden,
+        TeacherMixture,
         TeacherScores,
         TeacherTopK,
         TokenStats,
     )
 
 __all__ = [
-    "Head", "LossResult", "Objective", "SparseGuidance", "StatsRequest", "TeacherHidden", "TeacherScores",
+    "Head", "LossResult", "Objective", "SparseGuidance", "StatsRequest", "TeacherHidden", "TeacherMixture",
+    "TeacherScores",
     "TeacherTopK", "TokenStats", "chunked_divergence", "fused_objective", "token_stats",
 ]  # fmt: skip
 

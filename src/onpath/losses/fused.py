@@ -24,6 +24,7 @@ from onpath.losses.interface import (
     TeacherTopK,
     TokenStats,
     check_shapes,
+    in_process,
 )
 from onpath.losses.objective import Objective
 
@@ -156,12 +157,13 @@ def _check(inputs: engine.Inputs, objective: Objective) -> None:
         raise ValueError(f"ends {objective.ends} are no ids of a vocabulary of {head.vocabulary}")
     if isinstance(teacher, TeacherTopK):
         _check_served(teacher, objective, head)
-    elif teacher is not None and teacher.head.temperature != head.temperature:
-        raise ValueError(
-            f"student at temperature {head.temperature:g} against teacher at {teacher.head.temperature:g}: "
-            f"the loss would not "
-            "be least where the models agree; use one temperature on both sides"
-        )
+    for one in in_process(teacher):
+        if one.head.temperature != head.temperature:
+            raise ValueError(
+                f"student at temperature {head.temperature:g} against teacher at "
+                f"{one.head.temperature:g}: the loss would not be least where the models agree; use one "
+                "temperature on both sides"
+            )
     if inputs.guidance is not None and inputs.guidance.positions.numel():
         last = int(inputs.guidance.positions[-1])
         if not 0 <= last < count:

@@ -21,6 +21,27 @@ class TeacherHidden:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TeacherMixture:
+    """Several teachers in this process, mixed in probability: p_T = Σ_i w_i·p_i, at each token.
+
+    >>> one = TeacherHidden(hidden=torch.zeros(2, 3), head=Head(weight=torch.zeros(4, 3)))
+    >>> len(TeacherMixture(members=(one, one), weights=(0.25, 0.75)).members)
+    2
+    """
+
+    members: tuple[TeacherHidden, ...]
+    """Of the same tokens and the same vocabulary; widths may differ."""
+    weights: tuple[float, ...]
+    """w, above 0, of sum 1."""
+
+    def __post_init__(self) -> None:
+        if not self.members or len(self.members) != len(self.weights):
+            raise ValueError(f"a mixture of {len(self.members)} teachers with {len(self.weights)} weights")
+        if not min(self.weights) > 0 or not abs(sum(self.weights) - 1) < 1e-6:
+            raise ValueError(f"a mixture's weights are above 0 and their sum is 1, not {self.weights}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TeacherTopK:
     """A teacher behind a wire: the log-probs of its k likeliest tokens.
 
@@ -45,7 +66,14 @@ class TeacherTopK:
         return (1 - self.logp.double().exp().sum(-1)).clamp_min(0).to(self.logp.dtype)
 
 
-TeacherScores = TeacherHidden | TeacherTopK
+TeacherScores = TeacherHidden | TeacherMixture | TeacherTopK
+
+
+def in_process(teacher: TeacherScores | None) -> tuple[TeacherHidden, ...]:
+    """The teachers whose logits are formed here: one, those of a mixture, or none."""
+    if isinstance(teacher, TeacherMixture):
+        return teacher.members
+    return (teacher,) if isinstance(teacher, TeacherHidden) else ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,22 +163,22 @@ def check_shapes(
         raise ValueError(
             f"student hidden width {student_hidden.shape[1]} ≠ head width {head.weight.shape[1]}"
         )
-    if isinstance(teacher, TeacherHidden):
-        if teacher.hidden.shape[0] != count:
+    for one in in_process(teacher):
+        if one.hidden.shape[0] != count:
             raise ValueError(
-                f"{count} student tokens but {teacher.hidden.shape[0]} teacher tokens: they must be aligned"
+                f"{count} student tokens but {one.hidden.shape[0]} teacher tokens: they must be aligned"
             )
-        if teacher.hidden.shape[1] != teacher.head.weight.shape[1]:
+        if one.hidden.shape[1] != one.head.weight.shape[1]:
             raise ValueError(
-                f"teacher hidden width {teacher.hidden.shape[1]} ≠ head width {teacher.head.weight.shape[1]}"
+                f"teacher hidden width {one.hidden.shape[1]} ≠ head width {one.head.weight.shape[1]}"
             )
-        if teacher.head.vocabulary != head.vocabulary:
+        if one.head.vocabulary != head.vocabulary:
             raise ValueError(
-                f"student has {head.vocabulary} outcomes, teacher {teacher.head.vocabulary}: if the "
+                f"student has {head.vocabulary} outcomes, teacher {one.head.vocabulary}: if the "
                 f"surplus is padding, "
                 "set Head.tokens on both sides to the number of real token ids"
             )
-    elif isinstance(teacher, TeacherTopK) and teacher.ids.shape[0] != count:
+    if isinstance(teacher, TeacherTopK) and teacher.ids.shape[0] != count:
         raise ValueError(
             f"{count} student tokens but {teacher.ids.shape[0]} served rows: they must be aligned"
         )

@@ -1,6 +1,7 @@
 """One pass over tokens and vocabulary: logits by chunk, statistics, value, and gradients formed on the spot.
 
     for each chunk of C rows:      logits of both sides into two [C, V] buffers            (two products)
+                                   (a mixture of teachers: a third, and a product for each)
         for each block of R rows:  softmax, statistics, value; ∂/∂z replaces the student's logits
         grad_hidden = G·W,   grad_head += Gᵀ·h                                              (two products)
 
@@ -9,6 +10,7 @@ A row's weight never touches [C, V]: it scales the [C, H] side of both products.
 Shape suffixes: N tokens, C rows of a chunk, R rows of a block, V vocabulary, H hidden, g guided rows.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -22,10 +24,11 @@ from onpath.losses.head import Head, WeightGradient
 from onpath.losses.interface import (
     SparseGuidance,
     StatsRequest,
-    TeacherHidden,
+    TeacherMixture,
     TeacherScores,
     TeacherTopK,
     TokenStats,
+    in_process,
 )
 from onpath.losses.objective import Objective
 
@@ -87,6 +90,7 @@ class Outcome:
 class _Buffers:
     student: Tensor  # [C, V]
     teacher: Tensor | None  # [C, V]
+    member: Tensor | None  # [C, V]: of a mixture the one that is being added
     scratch: tuple[Tensor, ...]  # [R, V] each
 
 
@@ -114,7 +118,7 @@ def run(inputs: Inputs) -> Outcome:
         return _run(inputs, *weights)
 
 
-def _run(inputs: Inputs, student_VH: Tensor, teacher_VH: Tensor | None) -> Outcome:
+def _run(inputs: Inputs, student_VH: Tensor, teachers_VH: tuple[Tensor, ...]) -> Outcome:
     count, vocabulary = inputs.student_hidden.shape[0], inputs.student_head.vocabulary
     inputs, ends_E = _with_ends(inputs)
     dtype = heads.working_dtype(inputs.student_hidden, inputs.student_head.weight)
@@ -132,9 +136,7 @@ def _run(inputs: Inputs, student_VH: Tensor, teacher_VH: Tensor | None) -> Outco
         outcome.stats = {"student_entropy": like.new_zeros(0)}
         return outcome
     buffers = _buffers(inputs, like, chunk, block)
-    masked = inputs.student_head.masks() or (
-        isinstance(inputs.teacher, TeacherHidden) and inputs.teacher.head.masks()
-    )
+    masked = inputs.student_head.masks() or any(t.head.masks() for t in in_process(inputs.teacher))
     # Once for all chunks, as each of these waits for the device: whether a row can have no weight, and at
     # which tokens there is guidance.
     clips = inputs.objective is not None and inputs.objective.token_clip is not None
@@ -148,12 +150,7 @@ def _run(inputs: Inputs, student_VH: Tensor, teacher_VH: Tensor | None) -> Outco
         student_CV = heads.logits_(
             inputs.student_head, student_VH, inputs.student_hidden[here], buffers.student[:size]
         )
-        teacher_CV = None
-        if isinstance(inputs.teacher, TeacherHidden):
-            assert buffers.teacher is not None
-            assert teacher_VH is not None
-            hidden_CH = inputs.teacher.hidden[here]
-            teacher_CV = heads.logits_(inputs.teacher.head, teacher_VH, hidden_CH, buffers.teacher[:size])
+        teacher_CV = _teacher_logits(inputs.teacher, teachers_VH, here, buffers)
         part = _Chunk(
             here=here,
             student=student_CV,
@@ -169,6 +166,22 @@ def _run(inputs: Inputs, student_VH: Tensor, teacher_VH: Tensor | None) -> Outco
         values_C = _by_blocks(inputs, part, outcome.stats)
         _close_chunk(inputs, outcome, part, values_C, weights_N[here], student_VH)
     return outcome
+
+
+def _teacher_logits(
+    teacher: TeacherScores | None, weights_VH: tuple[Tensor, ...], here: slice, buffers: _Buffers
+) -> Tensor | None:
+    """Logits [C, V] of a teacher in this process; of several log Σ_i w_i·p_i."""
+    found_CV = None
+    shares = teacher.weights if isinstance(teacher, TeacherMixture) else (1.0,) * len(weights_VH)
+    for one, share, weight_VH in zip(in_process(teacher), shares, weights_VH, strict=True):
+        buffer = buffers.teacher if found_CV is None else buffers.member
+        assert buffer is not None
+        logits_CV = heads.logits_(one.head, weight_VH, one.hidden[here], buffer[: here.stop - here.start])
+        if len(weights_VH) > 1:
+            rows.log_softmax_(logits_CV).add_(math.log(share))
+        found_CV = logits_CV if found_CV is None else torch.logaddexp(found_CV, logits_CV, out=found_CV)
+    return found_CV
 
 
 def _with_ends(inputs: Inputs) -> tuple[Inputs, Tensor | None]:
@@ -195,14 +208,18 @@ def chunk_sizes(inputs: Inputs, vocabulary: int, dtype: torch.dtype) -> tuple[in
     return chunk, max(1, min(chunk, _BLOCK_BYTES[device] // row_bytes))
 
 
-def workspace(device: str, vocabulary: int, tokens: int, *, teacher: bool) -> int:
-    """Bytes of the buffers of a pass in float32, whatever the number of tokens beyond one chunk."""
+def workspace(device: str, vocabulary: int, tokens: int, *, teachers: int) -> int:
+    """Bytes of the buffers of a pass in float32, whatever the number of tokens beyond one chunk.
+
+    Args:
+        teachers: in this process, that score the same token.
+    """
     row = 4 * vocabulary
     kind = device if device in _CHUNK_BYTES else "cuda"
     chunk = min(tokens * row, max(row, _CHUNK_BYTES[kind]))
     block = min(chunk, max(row, _BLOCK_BYTES[kind]))
     operand = chunk // 2 if kind == "cuda" else 0  # the gradient in half precision
-    return chunk * (2 if teacher else 1) + 4 * block + operand
+    return chunk * (1 + min(teachers, 2)) + 4 * block + operand
 
 
 def _allocate(inputs: Inputs, like: Tensor) -> Gradients:
@@ -217,27 +234,26 @@ def _allocate(inputs: Inputs, like: Tensor) -> Gradients:
     return found
 
 
-def _cut_weights(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
-    """Both heads' weights; on a GPU they may be copies in half precision."""
+def _cut_weights(inputs: Inputs) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Weights of the student's head and of the teachers'; on a GPU they may be copies in half precision."""
 
     def cut(head: Head, hidden: Tensor) -> Tensor:
         weight_VH = head.weight.detach()[: head.vocabulary]
         wanted = heads.product_dtype(hidden, weight_VH)
         return weight_VH.to(wanted) if weight_VH.is_cuda else weight_VH
 
-    teacher = inputs.teacher
-    return (
-        cut(inputs.student_head, inputs.student_hidden),
-        cut(teacher.head, teacher.hidden) if isinstance(teacher, TeacherHidden) else None,
-    )
+    teachers = tuple(cut(t.head, t.hidden) for t in in_process(inputs.teacher))
+    return cut(inputs.student_head, inputs.student_hidden), teachers
 
 
 def _buffers(inputs: Inputs, like: Tensor, chunk: int, block: int) -> _Buffers:
     vocabulary = inputs.student_head.vocabulary
     scratch = 4 if inputs.student_head.softcap is not None else 3
+    teachers = len(in_process(inputs.teacher))
     return _Buffers(
         student=like.new_empty(chunk, vocabulary),
-        teacher=like.new_empty(chunk, vocabulary) if isinstance(inputs.teacher, TeacherHidden) else None,
+        teacher=like.new_empty(chunk, vocabulary) if teachers else None,
+        member=like.new_empty(chunk, vocabulary) if teachers > 1 else None,
         scratch=tuple(like.new_empty(block, vocabulary) for _ in range(scratch)),
     )
 

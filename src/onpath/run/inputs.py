@@ -70,6 +70,7 @@ def load_pool(config: Config) -> LoadedPrompts:
         teachers=tuple(config.teachers),
     )
     used = {*config.method.asks_teachers, *(prompt.teacher for prompt in pool.prompts)}
+    used |= {one for name, weights in config.mixtures.items() if name in used for one in weights}
     if idle := [name for name in config.teachers if name not in used]:
         raise UserError(
             f"teachers.{idle[0]}: none of the {len(pool.prompts)} rows of {data.train} names it in "

@@ -71,6 +71,8 @@ class Step:
     """None: the student teaches itself, or a server does. Of several the largest."""
     more_teachers: float = 0.0
     """Bytes of the others that are on the device."""
+    mixed: bool = False
+    """Whether several teachers score one token (`mixture`)."""
     micro_batch_tokens: int
     """Padded tokens of one forward pass."""
     batch_tokens: int
@@ -111,7 +113,9 @@ def activations(model: Decoder, tokens: int, *, half: bool, recompute: bool, str
 def loss_bytes(step: Step) -> float:
     """The loss's own buffers, its gradient of the head, and both sides' hidden states of one micro-batch."""
     student, width = step.student, step.student.width
-    buffers = workspace(step.device, student.vocabulary, step.micro_batch_tokens, teacher=True)
+    buffers = workspace(
+        step.device, student.vocabulary, step.micro_batch_tokens, teachers=2 if step.mixed else 1
+    )
     head = 4 * student.table if student.trained >= student.table else 0
     copies = 2 * student.table if step.half and step.device == "cuda" and student.weight_bytes == 4 else 0
     theirs = 0 if step.teacher is None else step.teacher.width * step.teacher.weight_bytes
@@ -253,6 +257,7 @@ def step_of(parts: Parts, *, response_tokens: int) -> Step:
         student=decoder_of(models.student),
         teacher=largest,
         more_teachers=0.0 if config.parallel.teacher == "offload" else float(more),
+        mixed=bool(config.mixtures),
         micro_batch_tokens=config.optim.micro_batch_tokens,
         batch_tokens=config.rollout.batch_tokens if config.rollout.engine == "hf" else 0,
         response_tokens=response_tokens if method.keeps_past else 0,

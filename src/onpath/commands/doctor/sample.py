@@ -18,11 +18,13 @@ from onpath.losses import (
     Head,
     StatsRequest,
     TeacherHidden,
+    TeacherMixture,
     TeacherScores,
     TeacherTopK,
     TokenStats,
     token_stats,
 )
+from onpath.losses.interface import in_process
 from onpath.methods import Prepared
 from onpath.records import Rollout, Trajectory
 from onpath.run.parts import Parts
@@ -160,10 +162,11 @@ def divergence(parts: Parts, batch: Batch) -> TokenStats:
 def logp_of(scores: TeacherScores, token_N: Tensor) -> Tensor:
     """Log-prob [N] of given tokens under a teacher's scores; of a token outside a served set, that of all
     outside together (an upper bound)."""
-    if isinstance(scores, TeacherHidden):
+    if not isinstance(scores, TeacherTopK):
+        some = in_process(scores)[0]
         logp_N = token_stats(
-            student_hidden=scores.hidden, student_head=scores.head, teacher=None, sampled_ids=token_N
-        ).student_logp
+            student_hidden=some.hidden, student_head=some.head, teacher=scores, sampled_ids=token_N
+        ).teacher_logp
         assert logp_N is not None
         return logp_N
     inside_Nk = scores.ids == token_N[:, None]
@@ -173,6 +176,9 @@ def logp_of(scores: TeacherScores, token_N: Tensor) -> Tensor:
 
 def rows_of(scores: TeacherScores, at: Tensor) -> TeacherScores:
     """Some rows of a teacher's scores."""
+    if isinstance(scores, TeacherMixture):
+        some = tuple(TeacherHidden(hidden=one.hidden[at], head=one.head) for one in scores.members)
+        return TeacherMixture(members=some, weights=scores.weights)
     if isinstance(scores, TeacherHidden):
         return TeacherHidden(hidden=scores.hidden[at], head=scores.head)
     tail, sampled = scores.tail, scores.sampled_logp

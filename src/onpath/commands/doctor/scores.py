@@ -28,7 +28,7 @@ from onpath.engines.head import hidden_states
 from onpath.engines.models import load_model
 from onpath.engines.routed import by_teacher
 from onpath.engines.teacher import ModelTeacher
-from onpath.losses import TeacherHidden, TeacherScores, token_stats
+from onpath.losses import TeacherHidden, TeacherMixture, TeacherScores, TeacherTopK, token_stats
 from onpath.records import Rollout, Sampling, Trajectory
 from onpath.run.log import says_overlap
 from onpath.run.parts import Parts
@@ -201,6 +201,8 @@ def teacher_itself(parts: Parts, probe: Probe) -> Finding:
 def alignment(parts: Parts, probe: Probe) -> Finding:
     """What is generated in the teacher's name it must score alike: at the same position, not beside it."""
     some = probe.trajectories[:_COMPARED]
+    if not all(parts.generators.teacher.of(t.teacher).generates for t in some):
+        return skipped("alignment", "a mixture of teachers writes nothing")
     left = parts.models.teacher.context_length - max(len(t.teacher_context) for t in some)
     sampling = Sampling(max_new_tokens=max(2, min(32, left)), seed=parts.config.run.seed)
     contexts = [t.teacher_context for t in some]
@@ -325,8 +327,11 @@ def distance(one: TeacherScores, two: TeacherScores) -> Tensor:
         stats = token_stats(student_hidden=one.hidden, student_head=one.head, teacher=two)
         assert stats.reverse_kl is not None
         return stats.reverse_kl
-    assert not isinstance(one, TeacherHidden)
-    assert not isinstance(two, TeacherHidden)
+    if isinstance(one, TeacherMixture) and isinstance(two, TeacherMixture):
+        pairs = zip(one.members, two.members, strict=True)  # KL of mixtures is at most the mixture's of KLs
+        return torch.stack([w * distance(*pair) for w, pair in zip(one.weights, pairs, strict=True)]).sum(0)
+    assert isinstance(one, TeacherTopK)
+    assert isinstance(two, TeacherTopK)
     both = one.ids[:, :, None] == two.ids[:, None, :]
     gaps = (one.logp[:, :, None] - two.logp[:, None, :]).abs()
     return gaps.masked_fill(~both, 0.0).amax((1, 2))
@@ -362,7 +367,7 @@ def _shifted_gaps(
     same = row_N[here] == row_N[there]
     here, there = here[same], there[same]
     rows, token, own = rows_of(scores, there), token_N[here], own_N[here]
-    if isinstance(rows, TeacherHidden):
+    if not isinstance(rows, TeacherTopK):
         return (logp_of(rows, token) - own).abs().tolist()
     if offset == 0 and rows.sampled_logp is not None:
         return (rows.sampled_logp - own).abs().tolist()

@@ -225,7 +225,9 @@ def accuracy(parts: Parts, probe: Probe) -> Finding:
     if probe.shortened:
         return skipped("accuracy", "responses may be long, and were cut short here")
     greedy = replace(parts.sampling, temperature=0.0, top_p=1.0, top_k=0)
-    theirs = [] if parts.config.method.self_taught else _teacher_on(parts, graded, greedy)
+    writing = [r for r in graded if parts.generators.teacher.of(r.prompt.teacher).generates]
+    asked = bool(writing) and not parts.config.method.self_taught
+    theirs = _teacher_on(parts, writing, greedy) if asked else []
     student = sum(bool(ok) for ok in parts.text.right([(r, r.ids) for r in graded]))
     teacher = sum(bool(ok) for ok in parts.text.right(theirs))
     values = {"graded": len(graded), "student_right": student, "teacher_right": teacher if theirs else None}

@@ -144,7 +144,11 @@ def facts(config: dict[str, Any], environment: dict[str, Any], metrics: Sequence
 def taught_by(config: dict[str, Any]) -> str | None:
     """The teacher's model, or each one's name and model."""
     several = config.get("teachers") or {}
-    named = [f"{name}: {t['model']}" for name, t in several.items() if isinstance(t, dict) and "model" in t]
+    named = [
+        f"{name}: {t.get('mixture') or t['model']}"
+        for name, t in several.items()
+        if isinstance(t, dict) and "model" in t
+    ]
     return ", ".join(named) or at(config, "teacher.model")
 
 

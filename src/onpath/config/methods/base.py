@@ -162,6 +162,11 @@ class MethodOptions(Section):
         return False
 
     @property
+    def teacher_writes(self) -> bool:
+        """Whether a prompt's own teacher generates: it rewrites, goes on, or takes over."""
+        return False
+
+    @property
     def learns_from_text(self) -> bool:
         """Whether a teacher that only answers messages, and scores nothing, is enough."""
         return False

@@ -31,6 +31,10 @@ class BridgeOptions(MethodOptions):
     by lot."""
 
     @property
+    def teacher_writes(self) -> bool:
+        return True
+
+    @property
     def longest_generated(self) -> tuple[int, str]:
         return self.window, "method.window"
 

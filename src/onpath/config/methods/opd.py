@@ -28,5 +28,9 @@ class OPDOptions(MethodOptions):
         return self.writer == "teacher"
 
     @property
+    def teacher_writes(self) -> bool:
+        return self.writer == "teacher"
+
+    @property
     def learns_from_text(self) -> bool:
         return self.writer == "teacher"

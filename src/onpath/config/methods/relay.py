@@ -39,6 +39,10 @@ class RelayOptions(MethodOptions):
     the teacher takes over, but at a place drawn by lot."""
 
     @property
+    def teacher_writes(self) -> bool:
+        return True
+
+    @property
     def correction_words(self) -> tuple[str, ...] | None:
         return self.words
 

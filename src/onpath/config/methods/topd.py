@@ -94,6 +94,10 @@ class TOPDOptions(MethodOptions):
         return not self.off_policy
 
     @property
+    def teacher_writes(self) -> bool:
+        return True
+
+    @property
     def keeps_past(self) -> bool:
         return self.reuse_cache
 

@@ -99,6 +99,10 @@ class TRDOptions(MethodOptions):
         return self.offline
 
     @property
+    def teacher_writes(self) -> bool:
+        return self.rewriter is None
+
+    @property
     def asks_teachers(self) -> tuple[str, ...]:
         return () if self.rewriter is None else (self.rewriter,)
 
