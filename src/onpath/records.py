@@ -209,6 +209,9 @@ class Trajectory:
     edit: Edit = field(default_factory=lambda: Edit(kind="none"))
     behaviour_logprobs: tuple[float, ...] | None = None
     """Log-probs under the policy that generated the response, where the objective corrects for it."""
+    advantages: tuple[float, ...] | None = None
+    """Of each response token, in place of log p_T − log p_S and of its discounted sum: divergence sampled
+    only. All trajectories of a step have them, or none."""
     writers: Writers | None = None
     """Who wrote each response token; None: the student, all of them."""
     place: int | None = None
@@ -225,6 +228,8 @@ class Trajectory:
             raise ValueError(f"{len(self.counted)} counted for {len(self.response)} response tokens")
         if self.writers is not None and len(self.writers) != len(self.response):
             raise ValueError(f"{len(self.writers)} writers for {len(self.response)} response tokens")
+        if self.advantages is not None and len(self.advantages) != len(self.response):
+            raise ValueError(f"{len(self.advantages)} advantages for {len(self.response)} response tokens")
         for g in self.guidance:
             if g.start < 0 or g.start + len(g.targets) > len(self.response):
                 raise ValueError(f"guidance at {g.start} for {len(g.targets)} positions leaves the response")
@@ -271,6 +276,7 @@ class Trajectory:
                 replace(g, targets=g.targets[: length - g.start]) for g in self.guidance if g.start < length
             ),
             behaviour_logprobs=None if behaviour is None else behaviour[:length],
+            advantages=None if self.advantages is None else self.advantages[:length],
         )
 
     @property

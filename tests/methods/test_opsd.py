@@ -1,6 +1,7 @@
 """OPSD: two contexts and one response, whose weights the teacher has, and what it refuses."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,14 @@ from onpath import config as configuration
 from onpath.config.build import Config
 from onpath.config.methods.opsd import OPSDOptions
 from onpath.data.batch import collate
+from onpath.engines.forward import per_token
 from onpath.engines.teacher import SelfTeacher
-from onpath.methods import make_method
+from onpath.methods import Prepared, make_method
 from onpath.methods.opsd import misled
 from onpath.records import Trajectory
 from onpath.run.assemble import assemble
+from onpath.run.log import read_lines
+from onpath.run.loss import Step, loss_of
 from onpath.system.errors import UserError
 from onpath.training import sample, train
 from tests.conftest import make_model
@@ -237,3 +241,66 @@ def test_a_wrong_answer_alone_is_a_foreign_one(tiny: Callable[..., Config]) -> N
     options = {"method__hint": "answer", "method__template": "{problem} {answer}"}
     with pytest.raises(UserError, match="use hint: solution, or shown: foreign"):
         tiny(method__name="opsd", method__shown="wrong", **options)
+
+
+def test_a_contrast_is_what_the_own_hint_says_less_what_a_wrong_one_says(tiny: Callable[..., Config]) -> None:
+    """The advantage of each token by two readings of the student's own start, and the loss that has it."""
+    options = {"method__name": "opsd", "method__template": TEMPLATE, "method__diagnose_every": 0}
+    sampled = {**options, "method__divergence": "sampled", "method__entry_clip": None}
+    y = attempt("so 13<eos>")
+    other = replace(y.prompt, id="other", text="9*2=?", solution="9 times 2 is 18", answer="18")
+    pairs, parts = {}, None
+    for shown in ("own", "wrong", "contrast"):
+        parts = assemble(tiny(**sampled, method__shown=shown))
+        parts.method.check([y.prompt, other])
+        (pairs[shown],) = parts.method.prepare([y], step=0).trajectories
+    assert parts is not None
+    assert pairs["contrast"].teacher_context == pairs["own"].teacher_context
+    own, wrong = ([*per_token(parts.models, [pairs[name]])[0]["teacher_logp"]] for name in ("own", "wrong"))
+    expected = [a - b for a, b in zip(own, wrong, strict=True)]
+    assert max(map(abs, expected)) > 0.01
+    assert pairs["contrast"].advantages == pytest.approx(expected, abs=1e-6)
+    batch = collate([pairs["contrast"]])
+    step = Step(
+        prepared=Prepared(trajectories=[pairs["contrast"]]), objective=parts.objective, denominator=1.0
+    )
+    found = loss_of(parts.models, batch, parts.models.teacher.scores(batch), step)
+    assert found.loss.item() == pytest.approx(-sum(expected), rel=1e-4)
+    found.loss.backward()
+    weights = dict(parts.models.student.named_parameters())
+    formed = {name: p.grad.clone() for name, p in weights.items() if p.grad is not None}
+    parts.models.student.zero_grad()
+    t = pairs["contrast"]
+    logits = parts.models.student(torch.tensor([[*t.student_context, *t.response]])).logits
+    logp_NV = logits[0, len(t.student_context) - 1 : -1, : parts.models.vocabulary].log_softmax(-1)
+    of_tokens = logp_NV.gather(-1, torch.tensor(t.response)[:, None])[:, 0]
+    (-(torch.tensor(expected) * of_tokens).sum()).backward()
+    for name, grad in formed.items():
+        assert torch.allclose(grad, weights[name].grad, rtol=1e-3, atol=1e-5), name  # type: ignore[arg-type]
+    mixed = collate([pairs["contrast"], pairs["own"]])
+    with pytest.raises(UserError, match="must give them to all"):
+        loss_of(parts.models, mixed, parts.models.teacher.scores(mixed), step)
+
+
+def test_a_contrast_needs_the_sampled_token(tiny: Callable[..., Config]) -> None:
+    for options in (
+        {},
+        {"method__divergence": "sampled", "method__entry_clip": None, "method__discount": 0.5},
+    ):
+        with pytest.raises(UserError, match=r"set method\.divergence: sampled"):
+            tiny(method__name="opsd", method__shown="contrast", **options)
+
+
+@pytest.mark.parametrize("refresh", ["always", "never"])
+def test_contrast_trains(refresh: str, tiny: Callable[..., Config]) -> None:
+    options = {"method__template": TEMPLATE, "method__divergence": "sampled", "method__entry_clip": None}
+    options |= {"rollout__refresh": refresh, "method__ppo_clip": 0.2 if refresh == "never" else None}
+    runs = [
+        train(
+            tiny(method__name="opsd", method__shown=shown, run__name=shown, **options), quiet=True
+        ).directory
+        for shown in ("own", "contrast")
+    ]
+    losses = [[row["loss"] for row in read_lines(run / "metrics.jsonl")] for run in runs]
+    assert losses[0] != losses[1]
+    assert all(math.isfinite(x) for x in losses[1])

@@ -16,7 +16,7 @@ from onpath.config.methods.opsd import OPSDOptions
 from onpath.engines.forward import Kept, per_token
 from onpath.methods.base import Method, Prepared, Tools, needed, own_response
 from onpath.methods.diagnose import token_means
-from onpath.records import Prompt, Rollout
+from onpath.records import Prompt, Rollout, Trajectory
 from onpath.system.errors import UserError
 
 
@@ -35,7 +35,10 @@ class OPSD(Method):
 
     def prepare(self, rollouts: Sequence[Rollout], *, step: int) -> Prepared:
         """See `Method.prepare`."""
-        trajectories = [own_response(r, teacher_context=self.teacher_context(r)) for r in rollouts]
+        if self.options.shown == "contrast":
+            trajectories = self.contrasted(rollouts)
+        else:
+            trajectories = [own_response(r, teacher_context=self.teacher_context(r)) for r in rollouts]
         if not self.options.diagnose_every or step % self.options.diagnose_every:
             return Prepared(trajectories=trajectories)
         right = self.tools.text.right([(r, r.ids) for r in rollouts])
@@ -43,6 +46,19 @@ class OPSD(Method):
         ids = self.tools.text.correction_ids
         means = token_means(per_token(self.tools.models, trajectories, keep=kept, mass_ids=ids), right)
         return Prepared(trajectories=trajectories, means=means, kept=kept)
+
+    def contrasted(self, rollouts: Sequence[Rollout]) -> list[Trajectory]:
+        """With A_t = log p_T(y_t|own hint) − log p_T(y_t|wrong hint) (arXiv 2606.11709: what the hint changes
+        less what a wrong one does; the student's own log-probs cancel)."""
+        sides = [
+            [own_response(r, teacher_context=self.privileged(r.prompt, shown)) for r in rollouts]
+            for shown in ("own", "wrong")
+        ]
+        logps = [[row.get("teacher_logp", ()) for row in per_token(self.tools.models, ts)] for ts in sides]
+        return [
+            replace(t, advantages=tuple(a - b for a, b in zip(own, wrong, strict=True)))
+            for t, own, wrong in zip(sides[0], *logps, strict=True)
+        ]
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Every privileged prompt and its response must fit the model.
@@ -67,12 +83,12 @@ class OPSD(Method):
         """Ids of the privileged prompt."""
         return self.privileged(rollout.prompt)
 
-    def privileged(self, prompt: Prompt) -> tuple[int, ...]:
+    def privileged(self, prompt: Prompt, shown: str = "") -> tuple[int, ...]:
         """Ids of a prompt that shows the hint, or what a control shows in its place."""
-        shown = self.options.shown
+        shown = shown or self.options.shown
         if shown == "none":
             return self.tools.text.renderer.ids(prompt)
-        if shown != "own":
+        if shown in ("foreign", "wrong"):
             prompt = misled(prompt, self.foreign[prompt.id], wrong=shown == "wrong")
         return self.tools.text.privileged_context(prompt, self.template, self.options.hint)
 

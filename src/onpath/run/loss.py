@@ -20,6 +20,7 @@ from onpath.losses import (
 )
 from onpath.methods.base import Prepared
 from onpath.run.importance import Importance
+from onpath.system.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,20 @@ def loss_inputs(batch: Batch, step: Step) -> dict[str, Any]:
             inputs["behaviour_logp"] = torch.tensor(flat, device=batch.token_N.device)
         if step.objective.discount:
             inputs["sequence_ids"] = batch.row_N
+        inputs["advantage"] = _advantages(batch)
     return inputs
+
+
+def _advantages(batch: Batch) -> Tensor | None:
+    given = [t.advantages for t in batch.trajectories]
+    if not any(row is not None for row in given):
+        return None
+    if any(row is None for row in given):
+        raise UserError(
+            "some trajectories of a step have Trajectory.advantages and others have none; a method must give "
+            "them to all"
+        )
+    return torch.tensor([a for row in given for a in row or ()], device=batch.token_N.device)
 
 
 def sparse_guidance(batch: Batch, *, strength: float) -> SparseGuidance:

@@ -322,6 +322,7 @@ def _as_row(t: Trajectory, origin: Rollout) -> dict[str, Any]:
         "weights": t.weights,
         "counted": t.counted,
         "behaviour_logprobs": t.behaviour_logprobs,
+        "advantages": t.advantages,
         "writers": None if t.writers is None else [WRITERS.index(w) for w in t.writers],
         "guidance": [
             {
@@ -346,6 +347,7 @@ def _trajectory(row: Mapping[str, Any], rollouts: Sequence[Rollout]) -> Trajecto
         weights=tokens("weights"),
         counted=tokens("counted"),
         behaviour_logprobs=tokens("behaviour_logprobs"),
+        advantages=tokens("advantages"),
         writers=None if row["writers"] is None else tuple(WRITERS[w] for w in row["writers"]),
         guidance=tuple(
             Guidance(

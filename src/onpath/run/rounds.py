@@ -26,6 +26,7 @@ def _filler(teacher: str | None) -> Trajectory:
         response=(0,),
         weights=(0.0,),
         behaviour_logprobs=(0.0,),
+        advantages=(0.0,),
         origin=Rollout(
             prompt=prompt, ids=(0,), logprobs=(0.0,), finish_reason="length", policy_version=0,
             sampling=Sampling(),

@@ -25,9 +25,11 @@ class OPSDOptions(MethodOptions):
     """Decay per optimiser step of the moving average; weights ema only."""
     hint: Literal["solution", "answer"] = "solution"
     """Which column the teacher is shown."""
-    shown: Literal["own", "foreign", "wrong", "none"] = "own"
+    shown: Literal["own", "foreign", "wrong", "none", "contrast"] = "own"
     """Controls: foreign shows another problem's hint, wrong this problem's with another problem's answer in
-    place of its own, none shows nothing (arXiv 2608.09228, 2609.20612)."""
+    place of its own, none shows nothing (arXiv 2608.09228, 2609.20612). contrast shows own and wrong: a
+    token's advantage is by how much likelier the own hint makes it than the wrong one, which cancels what
+    any hint does to the style (arXiv 2606.11709); with divergence: sampled and entry_clip: null."""
     template: str | None = None
     """User message of the teacher with slots {problem} and {solution} (or {answer}); null: the gym's or our
     own."""
@@ -45,11 +47,11 @@ class OPSDOptions(MethodOptions):
 
     @property
     def runs_models(self) -> bool:
-        return self.diagnose_every > 0
+        return self.diagnose_every > 0 or self.shown == "contrast"
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return ("solution", "answer") if self.shown == "wrong" else (self.hint,)
+        return ("solution", "answer") if self.shown in ("wrong", "contrast") else (self.hint,)
 
     @property
     def teacher_weights(self) -> TeacherWeights:
@@ -69,8 +71,15 @@ class OPSDOptions(MethodOptions):
 
     def check(self, config: Any) -> None:
         task = task_of(config.data.train)
-        if self.shown == "wrong" and self.hint == "answer":
-            raise ValueError("method.shown: wrong changes a solution; use hint: solution, or shown: foreign")
+        if self.shown in ("wrong", "contrast") and self.hint == "answer":
+            raise ValueError(
+                f"method.shown: {self.shown} changes a solution; use hint: solution, or shown: foreign"
+            )
+        if self.shown == "contrast" and (self.divergence != "sampled" or self.discount):
+            raise ValueError(
+                "method.shown: contrast is an advantage of the sampled token; set method.divergence: "
+                "sampled, without method.discount"
+            )
         if self.hint == "answer" and self.template is None and task and "hint_answer" not in task.templates:
             raise ValueError(
                 f"method.hint: answer is a prompt that the {task.name}'s models were never shown; use hint: "
