@@ -169,7 +169,7 @@ def test_a_method_in_a_study(tiny: Tiny, outside: Path, capsys: pytest.CaptureFi
         "dir": str(outside / "studies"),
         "base": base,
         "arms": {"opd": {}, "longer": {"method": {"name": "longer.py:Longer", "share": 0.5}}},
-        "seeds": 2,
+        "seeds": 1,
         "budget": {"updates": 2},
         "parallel": {"processes": 1, "threads": 1},
     }

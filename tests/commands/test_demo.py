@@ -20,11 +20,11 @@ ARMS = (BEFORE, "opd", "trd", "topd")
 
 
 def smaller(study: StudyConfig) -> StudyConfig:
-    """Two updates of eight prompts, twelve problems."""
+    """Two updates of four prompts, six problems."""
     tree = study.model_dump(mode="json")
-    tree["base"]["data"]["eval_limit"] = 12
-    tree["base"]["rollout"] |= {"prompts": 8, "max_new_tokens": 48}
-    tree["base"]["eval"]["max_new_tokens"] = 48
+    tree["base"]["data"]["eval_limit"] = 6
+    tree["base"]["rollout"] |= {"prompts": 4, "max_new_tokens": 32}
+    tree["base"]["eval"]["max_new_tokens"] = 32
     tree["budget"] = {"updates": 2}
     arms = {
         name: arm["kind"] if arm["kind"] != "train" else arm["overrides"]
@@ -54,7 +54,7 @@ def test_three_methods_side_by_side_and_the_same_again(
     assert "cover problems only" in said
     assert all(f"\n{n}. " in said for n in (1, 2, 3))
     assert "y → z: " in said or "None among the stored" in said
-    assert "A world in which errors stay: 2 updates each; 12 hard problems" in said
+    assert "A world in which errors stay: 2 updates each; 6 hard problems" in said
     assert re.search(r"relay .*%.* to .*[+-]\d+\.\d% ", said)
 
     folder = tmp_path / "demo"

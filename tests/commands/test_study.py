@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from itertools import product
 from math import comb
 from multiprocessing.process import BaseProcess
@@ -278,6 +279,11 @@ def test_killed_and_continued_in_processes(make: Make, capfd: pytest.CaptureFixt
         with pytest.raises(UserError, match="a run that a killed one left behind"), locked(directory):
             pass
         os.killpg(first.pid, signal.SIGKILL)
+    until = time.monotonic() + 30
+    while time.monotonic() < until:  # a killed process may take a moment to end
+        with suppress(UserError), locked(directory):
+            break
+        time.sleep(0.05)
     assert not (directory / "study.json").exists()
     whole = {p: p.stat().st_mtime_ns for p in (directory / "runs").glob("*/model")}
     assert 1 <= len(whole) < 4

@@ -40,6 +40,9 @@ class FakeVLLM:
         self._pushed = threading.Condition()
         self._original = {k: v.clone() for k, v in unwrapped(engine.model).state_dict().items()}
         self._lock = threading.Lock()
+        self._queue: dict[int, Answer] = {}
+        """Requests that are on their way to the lock: who has it generates for all of them."""
+        self._ready: dict[int, Answer] = {}
         self._port = 0
         self.start()
 
@@ -77,6 +80,8 @@ class FakeVLLM:
                 time.sleep(fake.slow)
                 if fake.waits_for_push(body):
                     fake.wait_for_push()
+                if "seed" in body and self.path == "/v1/completions":
+                    fake._queue[id(body)] = body
                 with fake._lock:
                     answer = fake.answer(self.path, body)
                 self._send(answer)
@@ -121,13 +126,22 @@ class FakeVLLM:
         return self.spoil({"model": self.name, "choices": [{"index": 0, **choice}]})
 
     def _completion(self, body: Answer) -> Answer:
+        if id(body) not in self._ready:
+            self._complete([other for other in [*self._queue.values()] if _alike(other, body)])
+        del self._queue[id(body)]
+        return self._ready.pop(id(body))
+
+    def _complete(self, bodies: list[Answer]) -> None:
+        one = bodies[0]
         sampling = Sampling(
-            temperature=body["temperature"], top_p=body["top_p"], top_k=body["top_k"],
-            max_new_tokens=body["max_tokens"],
+            temperature=one["temperature"], top_p=one["top_p"], top_k=one["top_k"],
+            max_new_tokens=one["max_tokens"],
         )  # fmt: skip
-        self.engine.stop_strings = tuple(body.get("stop", ()))
-        (c,) = self.engine.continue_from([body["prompt"]], sampling, keys=[str(body["seed"])])
-        return {"token_ids": list(c.ids), "logprobs": {"token_logprobs": list(c.logprobs)}}
+        self.engine.stop_strings = tuple(one.get("stop", ()))
+        prompts, seeds = [body["prompt"] for body in bodies], [str(body["seed"]) for body in bodies]
+        for body, c in zip(bodies, self.engine.continue_from(prompts, sampling, keys=seeds), strict=True):
+            found = {"token_ids": list(c.ids), "logprobs": {"token_logprobs": list(c.logprobs)}}
+            self._ready[id(body)] = found
 
     def _message(self, body: Answer) -> Answer:
         renderer = self.engine.renderer
@@ -149,6 +163,11 @@ class FakeVLLM:
             best = [int(i) for i in row_V.topk(k).indices]
             entries.append({str(i): {"logprob": float(row_V[i])} for i in dict.fromkeys([token, *best])})
         return {"prompt_logprobs": entries, "token_ids": [0]}
+
+
+def _alike(one: Answer, other: Answer) -> bool:
+    """Whether two requests differ in prompt and seed only."""
+    return {**one, "prompt": 0, "seed": 0} == {**other, "prompt": 0, "seed": 0}
 
 
 def take(model: nn.Module, directory: Path) -> None:

@@ -172,6 +172,7 @@ def dies_while_saving(rank: int, config: Config) -> None:
         real(tensors, path, **options)
 
     checkpoint.save_file = half  # type: ignore[assignment]
+    distributed._PATIENCE = 2.0
     train(config, quiet=True)
 
 
