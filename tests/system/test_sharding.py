@@ -16,10 +16,11 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from onpath.config.build import Config
-from onpath.engines import adapters, sharding
+from onpath.engines import adapters, make, sharding
+from onpath.engines.models import load_model
 from onpath.engines.weights import save_weights
 from onpath.records import Trajectory
-from onpath.run import rounds
+from onpath.run import rounds, trained
 from onpath.run.assemble import assemble
 from onpath.system import distributed
 from onpath.system.errors import UserError
@@ -160,6 +161,33 @@ def plain(options: Mapping[str, Any]) -> dict[str, Any]:
 def test_gradients_are_those_of_one_process(tiny: Tiny, tmp_path: Path, families: dict[str, Path]) -> None:
     errors = differences(tiny, tmp_path, families, GRADIENTS)
     wrong = [(case, error) for case, error in zip(GRADIENTS, errors, strict=True) if not error < 2e-6]
+    assert not wrong
+
+
+def in_double() -> None:
+    """Students and teachers in float64."""
+
+    def double(*args: Any) -> torch.nn.Module:
+        return load_model(*args).double()
+
+    make.load_model = trained.load_model = double  # type: ignore[assignment]
+
+
+EXACT = [
+    (f"{family}-{ends}", share, mode, {})
+    for family, share in (("qwen3", "even"), ("llama", "one"))
+    for ends, mode in (("tied", "layer"), ("untied", "step"))
+]
+
+
+def test_in_float64_they_are_the_same_but_for_its_last_digits(
+    tiny: Tiny, tmp_path: Path, families: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (make, trained):  # put back when the test ends
+        monkeypatch.setattr(module, "load_model", load_model)
+    in_double()
+    errors = differences(tiny, tmp_path, families, EXACT)
+    wrong = [(case, error) for case, error in zip(EXACT, errors, strict=True) if not error < 1e-12]
     assert not wrong
 
 
