@@ -187,7 +187,8 @@ def bound(p: Problem, rows: int = 1024) -> float:
         torch.mm(logits.t(), h)
         _sync(p)
         times.append(clock() - start)
-    return 3 * 2 * len(h) * w.numel() / statistics.median(times[1:])
+    median = max(statistics.median(times[1:]), 1e-6)  # of tiny shapes a CPU's clock may not have moved
+    return 3 * 2 * len(h) * w.numel() / median
 
 
 def measure(p: Problem, names: list[str], rounds: int, want_memory: bool) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ def smaller(study: StudyConfig) -> StudyConfig:
     """Two updates of four prompts, six problems."""
     tree = study.model_dump(mode="json")
     tree["base"]["data"]["eval_limit"] = 6
-    tree["base"]["rollout"] |= {"prompts": 4, "max_new_tokens": 32}
+    tree["base"]["rollout"] |= {"prompts": 4, "max_new_tokens": 48}
     tree["base"]["eval"]["max_new_tokens"] = 32
     tree["budget"] = {"updates": 2}
     arms = {

@@ -19,7 +19,9 @@ from onpath.engines.models import load_model, load_tokenizer, quietly
 @pytest.fixture(autouse=True)
 def _restored() -> Iterator[None]:
     yield
-    logging.enable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of huggingface_hub, where the environment decides
+        logging.enable_progress_bar()
 
 
 def state() -> tuple[bool, bool, int]:

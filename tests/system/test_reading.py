@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from onpath import config as configuration
 from onpath.system import reading
@@ -51,6 +52,52 @@ def test_yaml_that_is_none(text: str, words: str, tmp_path: Path) -> None:
         reading.read_yaml(path)
     assert str(path) in str(caught.value)
     assert len(str(caught.value)) < 600
+
+
+NESTED = {
+    "flow": "[" * 200_000,
+    "mappings": "{a: " * 100_000,
+    "sequences on a line": "- " * 200_000,
+    "keys on a line": "? " * 200_000,
+    "indented": "\n".join(" " * i + "a:" for i in range(3000)),
+    "indented sequences": "\n".join("  " * i + "-\n" + "  " * i + " - a:" for i in range(1500)),
+    "at one indentation": "\n".join(" " * i + "a:\n" + " " * i + "- " for i in range(1500)),
+}
+
+
+@pytest.mark.parametrize("kind", NESTED)
+def test_depth_is_a_sentence_and_no_crash(kind: str, tmp_path: Path) -> None:
+    """libyaml would follow these on the C stack until it ends."""
+    assert reading._levels(NESTED[kind]) > reading._SURELY_FLAT
+    path = tmp_path / "deep.yaml"
+    path.write_text(NESTED[kind])
+    with pytest.raises(UserError, match=r"deep\.yaml.*not valid YAML"):
+        reading.read_yaml(path)
+
+
+def test_levels_are_never_more_than_counted() -> None:
+    """Of random collections, written in flow and in block style."""
+    draw = random.Random(0)
+
+    def tree(level: int) -> Any:
+        if level == 0:
+            return "x"
+        return [tree(level - 1)] if draw.random() < 0.5 else {"a": tree(level - 1)}
+
+    for level in range(40):
+        for style in (True, False, None):
+            text = yaml.safe_dump(tree(level), default_flow_style=style)
+            assert reading._levels(text) >= level, text
+
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_both_parsers_read_the_same(path: Path) -> None:
+    text = path.read_text()
+    assert reading._levels(text) <= reading._SURELY_FLAT
+    assert reading._parsed(text, reading._FastLoader) == reading._parsed(text, reading._Loader)
 
 
 def test_dates_are_text_and_a_key_may_look_like_one(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from onpath.config import elsewhere
@@ -38,7 +37,7 @@ from onpath.system import code
 from onpath.system.errors import UserError
 from onpath.system.files import place
 from onpath.system.reading import parse_yaml, read_yaml
-from onpath.system.text import one_line
+from onpath.system.text import one_line, yaml_text
 
 _COMMAND_LINE = "the command line"
 LABELLED: dict[str, type[Section]] = {"rewards": Reward, "teachers": Teacher}
@@ -360,7 +359,7 @@ class Config(Section):
             )
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+        return yaml_text(self.model_dump(mode="json"))
 
 
 def teacher_key(name: str | None) -> str:

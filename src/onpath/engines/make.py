@@ -14,7 +14,7 @@ from onpath.data.render import Renderer
 from onpath.engines.adapters import ends_adapted, is_adapter
 from onpath.engines.base import Engine
 from onpath.engines.chat import ChatEngine
-from onpath.engines.head import check_head, head_of, unwrapped
+from onpath.engines.head import head_of, unwrapped
 from onpath.engines.hf import HFEngine
 from onpath.engines.mixture import mixed_engines, mixed_teachers
 from onpath.engines.models import context_length, load_model, locate, pick_device
@@ -159,7 +159,6 @@ def _other_model(
         k = min(config.method.support_k, vocabulary)
         return ServedTeacher(engine, k=k, context_length=longest)
     model = load_model(section, f"{key}.model", device)
-    check_head(model, f"{key}.model")
     rows = head_of(model).vocabulary
     if rows < vocabulary:
         raise UserError(

@@ -4,11 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from onpath.config import Config
 from onpath.data.tasks import task_of
 from onpath.system import code
+from onpath.system.text import yaml_text
 
 _PLACES = ("student.model", "teacher.model", "data.train", "eval.grader", "method.name", "method.divergence")
 _OURS_ALONE = ("student.device", "teacher.device", "teacher.url", "rollout.url", "run.name", "run.dir")
@@ -39,7 +38,7 @@ def model_card(
         head["base_model"] = student
     lines = [
         "---",
-        yaml.safe_dump(head, sort_keys=False).strip(),
+        yaml_text(head).strip(),
         "---",
         "",
         f"# {Path(student).name}, distilled: {public(method.name)}",
@@ -66,7 +65,7 @@ def model_card(
         "with this `config.yaml` (places on the machine that trained are shortened to their names):",
         "",
         "```yaml",
-        yaml.safe_dump(_public_tree(config), sort_keys=False, allow_unicode=True, width=100).strip(),
+        yaml_text(_public_tree(config)).strip(),
         "```",
     ]
     return "\n".join(lines) + "\n"

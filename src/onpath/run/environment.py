@@ -3,6 +3,7 @@
 import platform
 import subprocess
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,24 +18,34 @@ _PACKAGES = ("onpath", "torch", "transformers", "peft", "datasets", "safetensors
 
 def environment(parts: Parts) -> dict[str, Any]:
     """Versions, device, commit, seeds: what it takes to repeat a run. No environment variables."""
-    commit = None
-    with suppress(OSError, subprocess.SubprocessError):
-        here = Path(__file__).parent
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5, check=True
-        ).stdout.strip()
     cuda = parts.models.device.type == "cuda"
     return {
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in _PACKAGES},
+        "packages": dict(_versions()),
         "device": torch.cuda.get_device_name(parts.models.device)
         if cuda
         else platform.processor() or platform.machine(),
         "processes": distributed.world(),
         "threads": torch.get_num_threads(),
-        "git_commit": commit,
+        "git_commit": _commit(),
         "seeds": {"run": parts.config.run.seed, "eval": parts.config.eval.seed},
         "stops": parts.stops.to_json(),
         "skipped_rows": parts.prompts.skipped,
         "grader": parts.text.grader.name,
     }
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in _PACKAGES}
+
+
+@cache
+def _commit() -> str | None:
+    """Of the checkout that onpath runs from; None: it runs from none."""
+    with suppress(OSError, subprocess.SubprocessError):
+        here = Path(__file__).parent
+        return subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5, check=True
+        ).stdout.strip()
+    return None

@@ -1,6 +1,9 @@
 """Text that came from elsewhere (prompts, answers, files, other programs' errors), safe to look at."""
 
 import re
+from typing import Any
+
+import yaml
 
 _CONTROLS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
@@ -35,3 +38,13 @@ def one_line(text: str, most: int = 200) -> str:
     """
     joined = named_controls(" ".join(text[: 10 * most].split()))
     return joined if len(joined) <= most else joined[: most - 1] + "…"
+
+
+def yaml_text(tree: Any) -> str:
+    """YAML in the tree's own order.
+
+    >>> yaml_text({"b": [1], "a": None})
+    'b:\\n- 1\\na: null\\n'
+    """
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    return str(yaml.dump(tree, Dumper=dumper, sort_keys=False, allow_unicode=True, width=100))

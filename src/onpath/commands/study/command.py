@@ -18,7 +18,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from onpath.commands.study import plan
@@ -32,6 +31,7 @@ from onpath.commands.study.tables import markdown
 from onpath.system.errors import UserError
 from onpath.system.files import remove_leftovers, write_text
 from onpath.system.reading import read_json
+from onpath.system.text import yaml_text
 
 __all__ = ["StudyConfig", "StudyResult", "carry_out", "load_study"]
 
@@ -138,8 +138,7 @@ def _claim(study: StudyConfig) -> None:
                 "comparable; give the study another name"
             )
     write_text(path, json.dumps(before | now, indent=1) + "\n")
-    resolved = yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
-    write_text(study.directory / "study.yaml", resolved)
+    write_text(study.directory / "study.yaml", yaml_text(study.model_dump(mode="json")))
 
 
 @contextmanager
