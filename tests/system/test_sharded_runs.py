@@ -3,6 +3,7 @@ finished is lost."""
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,8 +123,13 @@ def test_any_number_of_ranks_goes_on_where_any_number_stopped(lora: int, tiny: T
         done_by_two(lambda _: train(config, quiet=True), tmp_path)
         return tmp_path / "runs" / name
 
+    halves = {world: some(world, f"half-{world}", 2) for world in (1, 2)}
+
     def in_two_parts(begun: int, ended: int) -> Path:
-        run = some(begun, f"from-{begun}-to-{ended}", 2)
+        run = tmp_path / "runs" / f"from-{begun}-to-{ended}"
+        shutil.copytree(halves[begun], run)
+        (run / "config.yaml").unlink()  # which has the run's name
+        shutil.rmtree(run / "model")
         assert len(list((run / "checkpoints" / "step_2").glob("optimizer*.safetensors"))) == begun
         return some(ended, run.name, 4)
 

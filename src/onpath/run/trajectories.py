@@ -290,6 +290,8 @@ def read_rows(
             start += batch.num_rows
             if here:
                 yield from _rows_of(batch.take(pa.array(here, pa.int64())), late)
+            if wanted is not None and start > max(wanted, default=-1):
+                return
     except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
         raise _damaged(path, error) from None
 
