@@ -2,11 +2,14 @@
 
 import copy
 import tempfile
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from onpath.config.build import Config, teacher_key
 from onpath.config.sections import Teacher as TeacherSection
@@ -17,7 +20,15 @@ from onpath.engines.chat import ChatEngine
 from onpath.engines.head import head_of, unwrapped
 from onpath.engines.hf import HFEngine
 from onpath.engines.mixture import mixed_engines, mixed_teachers
-from onpath.engines.models import context_length, load_model, locate, pick_device
+from onpath.engines.models import (
+    context_length,
+    load_beside,
+    load_model,
+    locate,
+    model_directory,
+    pick_device,
+    stays_beside,
+)
 from onpath.engines.replay import Replay
 from onpath.engines.routed import RoutedEngine, RoutedTeacher
 from onpath.engines.score_cache import CachedTeacher, ScoreStore, weights_digest
@@ -109,6 +120,7 @@ def make_teacher(
         )
     offloads = config.parallel.teacher == "offload"
     made: dict[tuple[Any, ...], Teacher] = {}
+    bases = _Bases(config.taught_by)
     members: dict[str | None, Teacher] = {}
     homes: dict[str, torch.device] = {}
     for name, section in config.taught_by.items():
@@ -119,7 +131,9 @@ def make_teacher(
         same = _same_model(section, home)
         if same not in made:
             where = torch.device("cpu") if name in homes else home
-            made[same] = _other_model(config, key, section, student, renderer, vocabulary, stops, where)
+            made[same] = _other_model(
+                config, key, section, student, renderer, vocabulary, stops, bases, where
+            )
         members[name] = made[same]
     if None in members:
         return members[None]
@@ -128,7 +142,40 @@ def make_teacher(
     return RoutedTeacher(routed, homes=homes if offloads else None)
 
 
-def _same_model(section: TeacherSection, home: torch.device) -> tuple[Any, ...]:
+class _Bases:
+    """Loads teachers; adapters of one base share it, where several are on it.
+
+    Args:
+        sections: of all teachers.
+    """
+
+    def __init__(self, sections: Mapping[str | None, TeacherSection]) -> None:
+        of = [
+            self._of(s, teacher_key(n)) for n, s in sections.items() if len(sections) > 1 and s.engine == "hf"
+        ]
+        self._users = Counter(of)
+        self._loaded: dict[tuple[Any, ...], Any] = {}
+
+    @staticmethod
+    def _of(section: TeacherSection, key: str) -> tuple[Any, ...]:
+        where = model_directory(section.model, f"{key}.model")
+        return (*_same_model(section.model_copy(update={"model": where}), None), where)
+
+    def load(self, section: TeacherSection, key: str, device: torch.device) -> nn.Module:
+        """See `load_model`."""
+        base = self._of(section, key)
+        where = str(locate(section.model))
+        adapter = is_adapter(where)
+        if self._users[base] < 2 or (adapter and not stays_beside(where)):
+            return load_model(section, f"{key}.model", device)
+        if (base, device) not in self._loaded:
+            plain = section.model_copy(update={"model": base[-1]})
+            self._loaded[base, device] = load_model(plain, f"{key}.model", device)
+        found: PreTrainedModel = self._loaded[base, device]
+        return load_beside(section, f"{key}.model", found) if adapter else found
+
+
+def _same_model(section: TeacherSection, home: torch.device | None) -> tuple[Any, ...]:
     """What makes two teachers one model: it is loaded once."""
     place = str(Path(locate(section.model)).resolve())
     code = section.trust_remote_code
@@ -143,6 +190,7 @@ def _other_model(
     renderer: Renderer,
     vocabulary: int,
     stops: Stops,
+    bases: _Bases,
     device: torch.device,
 ) -> Teacher:
     if section.engine == "chat":
@@ -158,7 +206,7 @@ def _other_model(
         longest = context_length(unwrapped(student).config)
         k = min(config.method.support_k, vocabulary)
         return ServedTeacher(engine, k=k, context_length=longest)
-    model = load_model(section, f"{key}.model", device)
+    model = bases.load(section, key, device)
     rows = head_of(model).vocabulary
     if rows < vocabulary:
         raise UserError(

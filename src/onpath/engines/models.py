@@ -1,6 +1,7 @@
 """Loading Hugging Face models and tokenizers."""
 
 import contextlib
+import copy
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ from huggingface_hub.utils.tqdm import (
     disable_progress_bars,
     enable_progress_bars,
 )
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -86,26 +88,19 @@ def load_model(section: Student | Teacher, key: str, device: torch.device) -> Pr
         foreign.check_adapter(Path(adapter), key)  # before the base, which is large, is loaded
     if Path(where).is_dir():
         foreign.check_model(Path(where), key)
-    try:
-        with quietly():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                where,
-                dtype=getattr(torch, section.dtype),
-                trust_remote_code=section.trust_remote_code,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                **_quantised(section, key, device),
-            )
-            model, found = loaded
-            if adapter:
-                model = merged(foreign.loaded_adapter(model, adapter, key), f"{key}: {section.model}")
-    except SafetensorError as error:
-        raise UserError(f"{key}: {section.model} is damaged: {first_line(error)}") from None
-    except UserError:
-        raise
-    except foreign.FAILURES as error:
-        raise UserError(f"{key}: cannot load a causal LM from {section.model}: {first_line(error)}") from None
+    with _loading(section, key):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            where,
+            dtype=getattr(torch, section.dtype),
+            trust_remote_code=section.trust_remote_code,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **_quantised(section, key, device),
+        )
+        model, found = loaded
+        if adapter:
+            model = merged(foreign.loaded_adapter(model, adapter, key), f"{key}: {section.model}")
     _check_complete(found, section, key)
     frozen: PreTrainedModel = model.eval().requires_grad_(False)
     nn.Module.to(frozen, device)  # in place; transformers' own `to` is untyped
@@ -115,6 +110,41 @@ def load_model(section: Student | Teacher, key: str, device: torch.device) -> Pr
                 setattr(config, name, value)
     frozen.name_or_path = source  # what a new adapter names as its base, from wherever it is loaded
     return frozen
+
+
+def load_beside(section: Student | Teacher, key: str, base: PreTrainedModel) -> PeftModel:
+    """An adapter on a copy of a base's modules that has the base's very weights: what several adapters of one
+    base take is the base once, and what each adds.
+
+    Raises:
+        UserError: see `load_model`.
+    """
+    where = _existing(section.model, key)
+    foreign.check_adapter(Path(where), key)
+    shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
+    with _loading(section, key):
+        model: PeftModel = foreign.loaded_adapter(copy.deepcopy(base, shared), where, key)
+    return model.eval().requires_grad_(False).to(next(base.parameters()).device)
+
+
+def stays_beside(directory: str) -> bool:
+    """Whether an adapter adds to its base's weights, and puts none in their place."""
+    told = read_json(Path(directory) / "adapter_config.json", keys={})
+    replaces = told.get("modules_to_save") or told.get("trainable_token_indices")
+    return told.get("peft_type") == "LORA" and not replaces and told.get("bias", "none") == "none"
+
+
+@contextlib.contextmanager
+def _loading(section: Student | Teacher, key: str) -> Iterator[None]:
+    try:
+        with quietly():
+            yield
+    except SafetensorError as error:
+        raise UserError(f"{key}: {section.model} is damaged: {first_line(error)}") from None
+    except UserError:
+        raise
+    except foreign.FAILURES as error:
+        raise UserError(f"{key}: cannot load a causal LM from {section.model}: {first_line(error)}") from None
 
 
 def _quantised(section: Student | Teacher, key: str, device: torch.device) -> dict[str, Any]:

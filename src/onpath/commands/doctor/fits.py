@@ -250,7 +250,8 @@ def step_of(parts: Parts, *, response_tokens: int) -> Step:
     config, models, method = parts.config, parts.models, parts.config.method
     others = [] if method.self_taught else [decoder_of(model) for model in models.teacher.models]
     largest = max(others, key=lambda model: model.bytes, default=None)
-    more = sum(model.bytes for model in others) - (largest.bytes if largest else 0)
+    weights = {id(p): p for model in models.teacher.models for p in model.parameters()}  # adapters share some
+    more = sum(p.numel() * p.element_size() for p in weights.values()) - largest.bytes if largest else 0
     copies = float(method.teacher_weights == "ema")
     copies += float(method.teacher_weights == "base" and not config.student.lora_rank)
     return Step(

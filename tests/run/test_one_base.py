@@ -1,0 +1,133 @@
+"""Adapters as teachers: several on one base have its weights once."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from onpath.commands.doctor.fits import step_of
+from onpath.config.build import Config
+from onpath.engines.models import load_model, quietly
+from onpath.run.assemble import assemble
+from onpath.run.log import read_lines
+from onpath.run.sampling import sample
+from onpath.system.errors import UserError
+from onpath.training import train
+from tests.run.test_routed import METHODS
+from tests.system.test_two_processes import COLUMNS, in_ranks
+
+Tiny = Callable[..., Config]
+Options = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def adapters(model_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Three LoRA adapters of the teacher that each do something; one is on the output layer as well."""
+    root, found = tmp_path_factory.mktemp("adapters"), {}
+    for seed, (name, targets) in enumerate(
+        {"math": ["q_proj", "v_proj"], "code": ["up_proj"], "ends": ["q_proj", "lm_head"]}.items()
+    ):
+        torch.manual_seed(seed)
+        with quietly():
+            base = AutoModelForCausalLM.from_pretrained(model_dirs["teacher"])
+            model = get_peft_model(base, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+            found[name] = root / name
+            model.save_pretrained(found[name], save_embedding_layers=False)
+        told = json.loads((found[name] / "adapter_config.json").read_text())
+        told["base_model_name_or_path"] = str(model_dirs["teacher"])
+        (found[name] / "adapter_config.json").write_text(json.dumps(told))
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            (found[name] / file).write_bytes((model_dirs["teacher"] / file).read_bytes())
+    return found
+
+
+@pytest.fixture
+def on_one_base(two: Options, adapters: dict[str, Path]) -> Options:
+    return {
+        **two,
+        **{f"teachers__{n}": {"model": str(adapters[n]), "device": "cpu"} for n in ("math", "code")},
+    }
+
+
+def test_the_base_is_there_once(
+    tiny: Tiny, on_one_base: Options, model_dirs: dict[str, Path], adapters: dict[str, Path]
+) -> None:
+    options = {**on_one_base, "data__teacher_column": None}
+    options["teachers__plain"] = {"model": str(model_dirs["teacher"]), "device": "cpu"}
+    options["teachers__default"] = {"mixture": {"math": 1, "code": 1, "plain": 1}}
+    del options["data__train"]
+    parts = assemble(tiny(**options))
+    models = [parts.models.teacher.of(name).model for name in ("math", "code", "plain")]
+    assert all(model is not None for model in models)
+    own = [{id(p) for p in model.parameters()} for model in models]  # type: ignore[union-attr]
+    assert own[2] < own[0]
+    assert own[2] < own[1]
+    assert own[0] & own[1] == own[2]
+    added = sum(p.numel() for m in models[:2] for n, p in m.named_parameters() if "lora_" in n)  # type: ignore[union-attr]
+    step = step_of(parts, response_tokens=0)
+    assert step.teacher is not None
+    whole = step.teacher.bytes + step.more_teachers
+    assert whole == 4 * (sum(p.numel() for p in models[2].parameters()) + added)  # type: ignore[union-attr]
+
+
+def test_each_scores_as_it_would_merged(
+    tiny: Tiny, on_one_base: Options, adapters: dict[str, Path], model_dirs: dict[str, Path]
+) -> None:
+    options = {**on_one_base, "teachers__code": {"model": str(adapters["ends"]), "device": "cpu"}}
+    parts = assemble(tiny(**options))
+    rollouts = sample(parts, 0)
+    contexts, responses = [r.context for r in rollouts], [r.ids for r in rollouts]
+    scored = {}
+    for name, directory in (("math", adapters["math"]), ("code", adapters["ends"])):
+        section = tiny(teacher__model=str(directory)).teacher
+        alone = parts.generators.over(load_model(section, "teacher.model", torch.device("cpu")))
+        scored[name] = parts.generators.teacher.of(name).score(contexts, responses)
+        for row, expected in zip(scored[name], alone.score(contexts, responses), strict=True):
+            assert row == pytest.approx(expected, abs=1e-4)
+    assert scored["math"] != scored["code"]
+
+
+@pytest.mark.parametrize("method", ["opd", "trd", "topd, spliced", "relay, side by side"])
+def test_methods_learn_from_them(method: str, tiny: Tiny, on_one_base: Options) -> None:
+    run = train(tiny(**{**on_one_base, **METHODS[method]}, optim__steps=2), quiet=True).directory
+    for row in read_lines(run / "metrics.jsonl"):
+        assert row["teachers"]["math"]["reverse_kl_nats"] > 0
+        assert row["teachers"]["code"]["reverse_kl_nats"] > 0
+
+
+def test_their_kept_scores_are_their_own(tiny: Tiny, on_one_base: Options, tmp_path: Path) -> None:
+    kept = dict(on_one_base)
+    for name in ("math", "code"):
+        own = {"cache": str(tmp_path / "kept"), "cache_dtype": "float32"}
+        kept[f"teachers__{name}"] = {**on_one_base[f"teachers__{name}"], **own}
+    runs = [train(tiny(**o, run__name=n), quiet=True).directory for n, o in (("a", on_one_base), ("b", kept))]
+    rows = [[row["loss"] for row in read_lines(run / "metrics.jsonl")] for run in runs]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("shard", ["none", "layer"])
+def test_two_processes_are_one(shard: str, tiny: Tiny, on_one_base: Options, tmp_path: Path) -> None:
+    options = {**on_one_base, "optim__steps": 3, "optim__eps": 1e-4, "rollout__prompts": 5}
+    for name in ("math", "code"):
+        options[f"teachers__{name}"] = {**options[f"teachers__{name}"], "device": "auto"}
+    one = train(tiny(**options, run__name="one"), quiet=True).directory
+    both = in_ranks(tiny(**options, run__name="two", parallel__shard=shard), tmp_path, processes=2)
+    rows = [read_lines(run / "metrics.jsonl") for run in (one, both)]
+    for a, b in zip(*rows, strict=True):
+        assert {k: a[k] for k in COLUMNS} == pytest.approx({k: b[k] for k in COLUMNS}, rel=1e-4, abs=1e-6)
+
+
+def test_one_that_is_damaged_is_said(tiny: Tiny, on_one_base: Options, tmp_path: Path) -> None:
+    spoilt = tmp_path / "spoilt"
+    spoilt.mkdir()
+    for file in Path(on_one_base["teachers__code"]["model"]).iterdir():
+        (spoilt / file.name).write_bytes(file.read_bytes())
+    (spoilt / "adapter_model.safetensors").write_bytes(b"half")
+    options = {**on_one_base, "teachers__code": {"model": str(spoilt), "device": "cpu"}}
+    with pytest.raises(UserError, match=r"teachers\.code\.model: .*damaged"):
+        assemble(tiny(**options))
