@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from onpath import config as configuration
+from onpath.commands.doctor.command import run_doctor
 from onpath.config.build import Config
 from onpath.config.methods.opsd import OPSDOptions
 from onpath.data.batch import collate
@@ -304,3 +305,26 @@ def test_contrast_trains(refresh: str, tiny: Callable[..., Config]) -> None:
     losses = [[row["loss"] for row in read_lines(run / "metrics.jsonl")] for run in runs]
     assert losses[0] != losses[1]
     assert all(math.isfinite(x) for x in losses[1])
+
+
+def test_a_contrast_of_weights_that_move_is_not_kept(tiny: Callable[..., Config]) -> None:
+    options = {"method__divergence": "sampled", "method__entry_clip": None, "method__ppo_clip": 0.2}
+    options |= {"rollout__refresh": {"every": 2}, "method__shown": "contrast"}
+    tiny(method__name="opsd", **options)
+    with pytest.raises(UserError, match=r"set method\.weights: base"):
+        tiny(method__name="opsd", method__weights="ema", **options)
+
+
+def test_the_longer_hint_of_a_contrast_must_fit(tiny: Callable[..., Config]) -> None:
+    options = {"method__template": TEMPLATE, "method__divergence": "sampled", "method__entry_clip": None}
+    method = assemble(tiny(method__name="opsd", method__shown="contrast", **options)).method
+    x = attempt("4<eos>").prompt
+    with pytest.raises(UserError, match="does not fit the model's context"):
+        method.check([x, replace(x, id="long", answer="9" * 600)])
+
+
+def test_the_doctor_has_nothing_to_say_of_given_advantages(tiny: Callable[..., Config]) -> None:
+    options = {"method__template": TEMPLATE, "method__divergence": "sampled", "method__entry_clip": None}
+    report = run_doctor(tiny(method__name="opsd", method__shown="contrast", **options))
+    (found,) = [f for f in report.findings if f.name == "gradient"]
+    assert found.status == "skipped"

@@ -217,6 +217,10 @@ REFUSED: list[tuple[Options, str]] = [
     ({"teachers__both": MIXTURE, **TRD}, r"trd with method\.rewriter"),
     ({"teachers__both": MIXTURE, **TRD, "method__rewriter": "both"}, r"method\.rewriter is 'both'"),
     ({"teachers__both": MIXTURE, "method__writer": "teacher"}, r"the teacher writes"),
+    ({"teachers__both": MIXTURE, "method__name": "truncate", "method__stop_when": "fork"}, r"only scores"),
+    ({"teachers__both": {"mixture": {}}}, r"two teachers or more"),
+    ({"teachers__both": {"mixture": {"math": 1e308, "code": 1e308}}}, r"a weight above 0"),
+    ({"teachers__both": {"mixture": {"math": 1e300, "code": 1e-300}}}, r"a weight above 0"),
 ]  # fmt: skip
 
 
@@ -224,6 +228,11 @@ REFUSED: list[tuple[Options, str]] = [
 def test_what_cannot_be_is_said(options: Options, says: str, tiny: Tiny, two: Options) -> None:
     with pytest.raises(UserError, match=says):
         tiny(**{**two, **options})
+
+
+def test_the_only_teacher_is_no_mixture(tiny: Tiny) -> None:
+    with pytest.raises(UserError, match=r"teacher\.mixture is of several teachers"):
+        tiny(teacher__mixture={"math": 1, "code": 1})
 
 
 def test_one_that_nobody_names_is_said(tiny: Tiny, two: Options) -> None:

@@ -1,6 +1,7 @@
 """Adapters as teachers: several on one base have its weights once."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,17 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from onpath.commands.doctor.fits import step_of
 from onpath.config.build import Config
-from onpath.engines.models import load_model, quietly
+from onpath.engines.models import load_model, quietly, stays_beside
+from onpath.engines.score_cache import weights_digest
 from onpath.run.assemble import assemble
+from onpath.run.contents import digests
 from onpath.run.log import read_lines
+from onpath.run.parts import Parts
 from onpath.run.sampling import sample
 from onpath.system.errors import UserError
 from onpath.training import train
@@ -131,3 +136,69 @@ def test_one_that_is_damaged_is_said(tiny: Tiny, on_one_base: Options, tmp_path:
     options = {**on_one_base, "teachers__code": {"model": str(spoilt), "device": "cpu"}}
     with pytest.raises(UserError, match=r"teachers\.code\.model: .*damaged"):
         assemble(tiny(**options))
+
+
+def changed(adapter: Path, to: Path, **told: Any) -> Path:
+    """A copy with another config."""
+    shutil.copytree(adapter, to)
+    path = to / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | told))
+    return to
+
+
+def mixed(on_one_base: Options) -> Options:
+    """All rows are taught by both."""
+    both = {"mixture": {"math": 1, "code": 1}}
+    options = {**on_one_base, "data__teacher_column": None, "teachers__default": both}
+    del options["data__train"]
+    return options
+
+
+def scores_of(parts: Parts, name: str) -> list[tuple[float, ...]]:
+    return parts.generators.teacher.of(name).score([(1, 5, 6), (1, 7)], [(4, 8), (9,)])
+
+
+OTHER_KINDS: list[dict[str, Any]] = [
+    {"init_lora_weights": "pissa"},
+    {"init_lora_weights": "olora"},
+    {"alora_invocation_tokens": [1, 2]},
+    {"modules_to_save": ["lm_head"]},
+    {"bias": "all"},
+    {"peft_type": "IA3"},
+]
+
+
+def test_what_changes_the_base_is_merged(
+    tiny: Tiny, on_one_base: Options, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    plain = adapters["math"]
+    assert stays_beside(str(plain))
+    for i, told in enumerate(OTHER_KINDS):
+        assert not stays_beside(str(changed(plain, tmp_path / str(i), **told))), told
+    whole = changed(plain, tmp_path / "whole")
+    tensors = load_file(whole / "adapter_model.safetensors")
+    tensors["base_model.model.model.embed_tokens.weight"] = torch.zeros(48, 48)
+    save_file(tensors, whole / "adapter_model.safetensors")
+    assert not stays_beside(str(whole))
+
+    options = mixed(on_one_base)
+    expected = scores_of(assemble(tiny(**options)), "math")
+    pissa = changed(adapters["code"], tmp_path / "pissa", init_lora_weights="pissa")
+    options["teachers__code"] = {"model": str(pissa), "device": "cpu"}
+    for row, was in zip(scores_of(assemble(tiny(**options)), "math"), expected, strict=True):
+        assert row == pytest.approx(was, abs=1e-4)
+
+
+def test_how_strongly_an_adapter_acts_is_part_of_what_it_is(
+    tiny: Tiny, on_one_base: Options, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    louder = changed(adapters["math"], tmp_path / "louder", lora_alpha=64)
+    options = {**mixed(on_one_base), "teachers__code": {"model": str(louder), "device": "cpu"}}
+    parts = assemble(tiny(**options))
+    math, code = (parts.models.teacher.of(name).model for name in ("math", "code"))
+    assert math is not None
+    assert code is not None
+    assert scores_of(parts, "math") != scores_of(parts, "code")
+    assert weights_digest(math, trained=False) != weights_digest(code, trained=False)
+    found = digests(parts)
+    assert found["teachers.math.model"] != found["teachers.code.model"]

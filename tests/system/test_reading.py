@@ -75,6 +75,17 @@ def test_depth_is_a_sentence_and_no_crash(kind: str, tmp_path: Path) -> None:
         reading.read_yaml(path)
 
 
+ODD = ["a:\tb", "a: 1\n  \tb", "a: |#\n  x", "a: !!bool x", "a: !!int ''", "a: !!timestamp x"]
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_what_pyyaml_refuses_is_refused_with_libyaml_too(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "odd.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"odd\.yaml.*not valid YAML"):
+        reading.read_yaml(path)
+
+
 def test_levels_are_never_more_than_counted() -> None:
     """Of random collections, written in flow and in block style."""
     draw = random.Random(0)

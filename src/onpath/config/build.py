@@ -199,7 +199,9 @@ class Config(Section):
     @property
     def mixtures(self) -> dict[str, dict[str, float]]:
         """Of each teacher that is a mixture of others its name, and their weights."""
-        return {name: teacher.mixture for name, teacher in self.teachers.items() if teacher.mixture}
+        return {
+            name: teacher.mixture for name, teacher in self.teachers.items() if teacher.mixture is not None
+        }
 
     @property
     def sharing_ids(self) -> dict[str | None, Teacher]:

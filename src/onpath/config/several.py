@@ -1,5 +1,6 @@
 """What goes together with several teachers. No torch."""
 
+import math
 from typing import Any
 
 from onpath.config.sections import Teacher, check_names
@@ -15,6 +16,8 @@ def check_several(config: Any) -> None:
     """
     column, method = config.data.teacher_column, config.method
     if not config.teachers:
+        if config.teacher.mixture is not None:
+            raise ValueError("teacher.mixture is of several teachers; name them and the mixture in teachers")
         if column is not None:
             raise ValueError(
                 f"data.teacher_column is {column!r}, but there are no teachers to name: set "
@@ -69,7 +72,8 @@ def _check_mixtures(config: Any) -> None:
         if wrong := [one for one in weights if one not in config.taught_by]:
             known = ", ".join(map(str, config.taught_by)) or "there is none"
             raise ValueError(f"{key} names {wrong[0]!r}; it must be one of teachers that is a model: {known}")
-        if len(weights) < 2 or min(weights.values()) <= 0:
+        total = sum(weights.values())
+        if len(weights) < 2 or total == math.inf or not min(weights.values()) / total > 0:
             raise ValueError(f"{key} is {weights}; give two teachers or more a weight above 0 each")
         if served := [one for one in weights if config.teachers[one].engine != "hf"]:
             raise ValueError(

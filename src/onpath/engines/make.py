@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from onpath.config.build import Config, teacher_key
 from onpath.config.sections import Teacher as TeacherSection
 from onpath.data.render import Renderer
+from onpath.engines import sharding
 from onpath.engines.adapters import ends_adapted, is_adapter
 from onpath.engines.base import Engine
 from onpath.engines.chat import ChatEngine
@@ -120,7 +121,9 @@ def make_teacher(
         )
     offloads = config.parallel.teacher == "offload"
     made: dict[tuple[Any, ...], Teacher] = {}
-    bases = _Bases(config.taught_by)
+    # What is sharded layer by layer must be nobody else's, and 8-bit weights keep their scales apart.
+    alone = sharding.asked(config) and config.parallel.teacher == "same"
+    bases = _Bases({} if alone else config.taught_by)
     members: dict[str | None, Teacher] = {}
     homes: dict[str, torch.device] = {}
     for name, section in config.taught_by.items():
@@ -146,14 +149,12 @@ class _Bases:
     """Loads teachers; adapters of one base share it, where several are on it.
 
     Args:
-        sections: of all teachers.
+        sections: of the teachers that may share one.
     """
 
     def __init__(self, sections: Mapping[str | None, TeacherSection]) -> None:
-        of = [
-            self._of(s, teacher_key(n)) for n, s in sections.items() if len(sections) > 1 and s.engine == "hf"
-        ]
-        self._users = Counter(of)
+        mine = {n: s for n, s in sections.items() if s.engine == "hf" and s.quantization is None}
+        self._users = Counter(self._of(s, teacher_key(n)) for n, s in mine.items() if len(mine) > 1)
         self._loaded: dict[tuple[Any, ...], Any] = {}
 
     @staticmethod
@@ -163,10 +164,12 @@ class _Bases:
 
     def load(self, section: TeacherSection, key: str, device: torch.device) -> nn.Module:
         """See `load_model`."""
-        base = self._of(section, key)
         where = str(locate(section.model))
         adapter = is_adapter(where)
-        if self._users[base] < 2 or (adapter and not stays_beside(where)):
+        if not self._users or (adapter and not stays_beside(where)):
+            return load_model(section, f"{key}.model", device)
+        base = self._of(section, key)
+        if self._users[base] < 2:
             return load_model(section, f"{key}.model", device)
         if (base, device) not in self._loaded:
             plain = section.model_copy(update={"model": base[-1]})

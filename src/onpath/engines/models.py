@@ -15,7 +15,7 @@ from huggingface_hub.utils.tqdm import (
     enable_progress_bars,
 )
 from peft import PeftModel
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -43,6 +43,8 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "spiece.model",
 )
+_PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+"""LoRA's ways to start that leave the base as it is."""
 _PLAIN_OUTPUT = {
     "output_router_logits": False, "output_attentions": False, "output_hidden_states": False,
     "return_dict": True,
@@ -128,10 +130,19 @@ def load_beside(section: Student | Teacher, key: str, base: PreTrainedModel) -> 
 
 
 def stays_beside(directory: str) -> bool:
-    """Whether an adapter adds to its base's weights, and puts none in their place."""
+    """Whether an adapter only adds to its base's weights, wherever it is: none is put in their place, changed
+    when it is loaded (PiSSA and its like), or made to act at some tokens only."""
     told = read_json(Path(directory) / "adapter_config.json", keys={})
-    replaces = told.get("modules_to_save") or told.get("trainable_token_indices")
-    return told.get("peft_type") == "LORA" and not replaces and told.get("bias", "none") == "none"
+    other = ("modules_to_save", "trainable_token_indices", "alora_invocation_tokens")
+    if told.get("peft_type") != "LORA" or any(told.get(key) for key in other):
+        return False
+    if told.get("bias", "none") != "none" or told.get("init_lora_weights", True) not in _PLAIN_STARTS:
+        return False
+    try:
+        with safe_open(Path(directory) / "adapter_model.safetensors", framework="pt") as file:
+            return all("lora_" in name for name in file.keys())  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return True  # loading it says what is wrong
 
 
 @contextlib.contextmanager
@@ -151,7 +162,7 @@ def _quantised(section: Student | Teacher, key: str, device: torch.device) -> di
     """What `from_pretrained` takes for quantised weights, which must be made where they stay."""
     if section.quantization is None:
         return {}
-    where = f"{key.partition('.')[0]}.quantization"
+    where = f"{key.removesuffix('.model')}.quantization"
     if is_adapter(section.model):
         raise UserError(
             f"{where}: {section.model} is an adapter, which is merged into its base, and quantised weights "

@@ -27,7 +27,7 @@ from onpath.data.batch import Batch, collate
 from onpath.engines.decoding.branches import Past
 from onpath.engines.head import sharded
 from onpath.engines.replay import address
-from onpath.engines.sharding import digest_weights
+from onpath.engines.sharding import digest_scales, digest_weights
 from onpath.engines.teacher import Teacher
 from onpath.losses import Head, TeacherHidden, TeacherScores, TeacherTopK
 from onpath.records import Trajectory
@@ -279,4 +279,5 @@ def weights_digest(model: nn.Module, *, trained: bool = True) -> str:
     """
     digest = hashlib.blake2b(digest_size=16)
     digest_weights(digest, {n: w for n, w in model.named_parameters() if trained or not w.requires_grad})
+    digest_scales(digest, model)
     return digest.hexdigest()

@@ -16,6 +16,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
@@ -204,6 +205,14 @@ def digest_weights(digest: Any, weights: Mapping[str, Tensor]) -> None:
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         for part in raw(weight):
             digest.update(part)
+
+
+def digest_scales(digest: Any, model: nn.Module) -> None:
+    """Updates it with how strongly frozen adapters act, which is no weight."""
+    for name, layer in model.named_modules():
+        frozen = not any(p.requires_grad for p in layer.parameters())
+        if isinstance(layer, LoraLayer) and frozen:
+            digest.update(f"{name} {sorted(layer.scaling.items())}".encode())
 
 
 def local(tensor: Tensor) -> Tensor:

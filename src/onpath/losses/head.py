@@ -95,7 +95,7 @@ def logits_(head: Head, weight_VH: Tensor, hidden_CH: Tensor, out_CV: Tensor) ->
         for rows in _weight_blocks(weight_VH):
             torch.mm(hidden_CH, weight_VH[rows].to(out_CV.dtype).t(), out=out_CV[:, rows])
     if head.bias is not None:
-        out_CV.add_(head.bias[: head.vocabulary])
+        out_CV.add_(head.bias[: head.vocabulary].to(out_CV.device))
     if head.softcap is not None:
         out_CV.mul_(head.logit_scale / head.softcap).tanh_().mul_(head.softcap / head.temperature)
     elif head.factor != 1.0:

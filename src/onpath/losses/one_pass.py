@@ -179,7 +179,8 @@ def _teacher_logits(
         assert buffer is not None
         logits_CV = heads.logits_(one.head, weight_VH, one.hidden[here], buffer[: here.stop - here.start])
         if len(weights_VH) > 1:
-            rows.log_softmax_(logits_CV).add_(math.log(share))
+            for some_RV in logits_CV.split(len(buffers.scratch[0])):
+                rows.log_softmax_(some_RV).add_(math.log(share))
         found_CV = logits_CV if found_CV is None else torch.logaddexp(found_CV, logits_CV, out=found_CV)
     return found_CV
 
@@ -238,7 +239,7 @@ def _cut_weights(inputs: Inputs) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Weights of the student's head and of the teachers'; on a GPU they may be copies in half precision."""
 
     def cut(head: Head, hidden: Tensor) -> Tensor:
-        weight_VH = head.weight.detach()[: head.vocabulary]
+        weight_VH = head.weight.detach()[: head.vocabulary].to(hidden.device)  # a teacher's may be elsewhere
         wanted = heads.product_dtype(hidden, weight_VH)
         return weight_VH.to(wanted) if weight_VH.is_cuda else weight_VH
 

@@ -71,7 +71,8 @@ class OPSD(Method):
             self.foreign[p.id] = next((q for q in others if q.answer != p.answer), p)
         new, longest = self.tools.sampling.max_new_tokens, self.tools.models.teacher.context_length
         for prompt in prompts:
-            length = len(self.privileged(prompt))
+            contrasted = ("own", "wrong") if self.options.shown == "contrast" else ("",)
+            length = max(len(self.privileged(prompt, shown)) for shown in contrasted)
             if length + new > longest:
                 raise UserError(
                     f"prompt {prompt.id!r} with its {self.options.hint} has {length} tokens; with {new} new "

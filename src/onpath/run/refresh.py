@@ -338,7 +338,7 @@ def _as_row(t: Trajectory, origin: Rollout) -> dict[str, Any]:
 
 def _trajectory(row: Mapping[str, Any], rollouts: Sequence[Rollout]) -> Trajectory:
     def tokens(name: str) -> Any:
-        return None if row[name] is None else tuple(row[name])
+        return None if row.get(name) is None else tuple(row[name])
 
     return Trajectory(
         student_context=tokens("student_context"),

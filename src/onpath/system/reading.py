@@ -2,6 +2,7 @@
 becomes a sentence that names it and the place in it."""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,11 @@ _MOST_NODES, _MOST_LEVELS, _MOST_DIGITS = 100_000, 50, 30
 """Of YAML, aliases counted as often as they are used: a few lines can mean billions."""
 _SURELY_FLAT = 500
 """Levels that libyaml is asked for."""
+_ODD = re.compile(r"[\t\ufeff!]|[|>][-+0-9]*#")
+"""What libyaml reads otherwise than PyYAML's own parser: tabs, marks of byte order, tags, comments at `|`."""
+_YAML_FAILURES = (
+    yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError, LookupError, AttributeError,
+)  # fmt: skip
 _RESOLVERS = {
     first: [(tag, pattern) for tag, pattern in known if tag != "tag:yaml.org,2002:timestamp"]
     for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -124,11 +130,11 @@ def read_yaml(path: Path) -> Any:
 def parse_yaml(text: str, *, where: str) -> Any:
     """See `read_yaml`; `where` names the text in errors."""
     try:
-        if _levels(text) <= _SURELY_FLAT:
+        if _levels(text) <= _SURELY_FLAT and not _ODD.search(text):
             with suppress(yaml.YAMLError):  # what is wrong is said by PyYAML's own parser
                 return _parsed(text, _FastLoader)
         return _parsed(text, _Loader)
-    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
+    except _YAML_FAILURES as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{where}{line}: not valid YAML: {_yaml_reason(error)}") from None

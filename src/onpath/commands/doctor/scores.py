@@ -23,6 +23,7 @@ from onpath.commands.doctor.sample import (
     teacher_scores,
     trainer_stats,
 )
+from onpath.config.build import teacher_key
 from onpath.data.batch import Batch, collate
 from onpath.engines.head import hidden_states
 from onpath.engines.models import load_model
@@ -262,7 +263,8 @@ def teacher_differs(parts: Parts, probe: Probe) -> Finding:
     kl, logp, uniform = _mean(kls), _mean(logps), -math.log(parts.models.vocabulary)
     values = {"reverse_kl_nats": kl, "teacher_logp_nats": logp, "tokens": len(kls)}
     message = f"KL(student ‖ teacher) is {kl:.2g} nats a token on {len(kls):,} tokens"
-    if parts.config.teacher.quantization is not None:
+    section = parts.config.taught_by.get(probe.trajectories[0].teacher)  # a mixture has none
+    if section is not None and section.quantization is not None:
         values["quantised_kl_nats"] = _quantised_kl(parts, probe)
         message += f"; quantising moves the teacher by {values['quantised_kl_nats']:.2g} nats a token"
     if shares:
@@ -288,10 +290,12 @@ def teacher_differs(parts: Parts, probe: Probe) -> Finding:
 
 def _quantised_kl(parts: Parts, probe: Probe) -> float:
     """KL(teacher as it is ‖ teacher quantised), nats a token, along the probe's responses."""
-    section = parts.config.teacher.model_copy(update={"quantization": None})
-    assert parts.models.teacher.model is not None
-    device = next(parts.models.teacher.model.parameters()).device
-    whole = ModelTeacher(load_model(section, "teacher.model", device), vocabulary=parts.models.vocabulary)
+    name = probe.trajectories[0].teacher
+    section = parts.config.taught_by[name].model_copy(update={"quantization": None})
+    model, key = parts.models.teacher.of(name).model, f"{teacher_key(name)}.model"
+    assert model is not None
+    device = next(model.parameters()).device
+    whole = ModelTeacher(load_model(section, key, device), vocabulary=parts.models.vocabulary)
     found: list[float] = []
     for batch in probe.batches(parts):
         found += distance(whole.scores(batch), teacher_scores(parts, batch)).tolist()

@@ -105,6 +105,8 @@ def gradient(parts: Parts, probe: Probe) -> Finding:
     """Another teacher gives another gradient, and the student itself as teacher gives none."""
     if not parts.objective.needs_teacher:
         return skipped("gradient", f"{parts.objective.name} trains without a teacher's scores")
+    if any(t.advantages is not None for t in probe.trajectories):
+        return skipped("gradient", "the method gives each token its advantage")
     batch = next(batches_of(parts, without_guidance(probe.trajectories[:_GRADED])))
     scores = teacher_scores(parts, batch)
     order = torch.arange(len(batch.token_N) - 1, -1, -1, device=parts.models.device)

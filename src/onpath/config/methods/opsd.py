@@ -80,6 +80,11 @@ class OPSDOptions(MethodOptions):
                 "method.shown: contrast is an advantage of the sampled token; set method.divergence: "
                 "sampled, without method.discount"
             )
+        if self.shown == "contrast" and self.weights != "base" and config.refresh is not None:
+            raise ValueError(
+                f"method.shown: contrast is kept with its rollouts, and the teacher's weights are "
+                f"{self.weights}; set method.weights: base, or rollout.refresh: always"
+            )
         if self.hint == "answer" and self.template is None and task and "hint_answer" not in task.templates:
             raise ValueError(
                 f"method.hint: answer is a prompt that the {task.name}'s models were never shown; use hint: "

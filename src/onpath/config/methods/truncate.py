@@ -46,6 +46,10 @@ class TruncateOptions(MethodOptions):
     def on_policy(self) -> bool:
         return not self.off_policy
 
+    @property
+    def teacher_writes(self) -> bool:
+        return self.stop_when == "fork"
+
     def check(self, config: Any) -> None:
         task = task_of(config.data.train)
         if self.stop_when == "checker" and not (task and (task.checks_steps or task.labels_tokens)):
