@@ -166,18 +166,24 @@ def test_rows_may_name_it_beside_its_teachers(tiny: Tiny, two: Options, tmp_path
     assert "both: {'math': 0.5, 'code': 0.5}" in json.dumps(gather_run(run))
 
 
-@pytest.mark.parametrize("shard", ["none", "layer"])
-def test_two_processes_are_one(shard: str, tiny: Tiny, mixed: Options, tmp_path: Path) -> None:
-    options = {**mixed, "optim__steps": 3, "optim__eps": 1e-4, "rollout__prompts": 5}
+def alone_and_by_two(tiny: Tiny, options: Options, tmp_path: Path, *, shard: str) -> list[tuple[Any, Any]]:
+    """The lines of metrics of one process and of two, side by side, which must be the same."""
+    options = {**options, "optim__steps": 3, "optim__eps": 1e-4, "rollout__prompts": 5}
     for name in ("math", "code"):
         options[f"teachers__{name}"] = {**options[f"teachers__{name}"], "device": "auto"}
     one = train(tiny(**options, run__name="one"), quiet=True).directory
     both = in_ranks(tiny(**options, run__name="two", parallel__shard=shard), tmp_path, processes=2)
-    rows = [read_lines(run / "metrics.jsonl") for run in (one, both)]
-    for a, b in zip(*rows, strict=True):
+    pairs = list(zip(*(read_lines(run / "metrics.jsonl") for run in (one, both)), strict=True))
+    for a, b in pairs:
         assert {k: a[k] for k in COLUMNS} == pytest.approx({k: b[k] for k in COLUMNS}, rel=1e-4, abs=1e-6)
-        ones, twos = ({k: v for k, v in r["teachers"]["default"].items() if v is not None} for r in (a, b))
-        assert ones == pytest.approx(twos, rel=1e-4)
+    return pairs
+
+
+@pytest.mark.parametrize("shard", ["none", "layer"])
+def test_two_processes_are_one(shard: str, tiny: Tiny, mixed: Options, tmp_path: Path) -> None:
+    for pair in alone_and_by_two(tiny, mixed, tmp_path, shard=shard):
+        one, two = ({k: v for k, v in r["teachers"]["default"].items() if v is not None} for r in pair)
+        assert one == pytest.approx(two, rel=1e-4)
 
 
 def test_its_teachers_scores_are_kept(tiny: Tiny, mixed: Options, tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ from onpath.run.parts import Parts
 from onpath.run.sampling import sample
 from onpath.system.errors import UserError
 from onpath.training import train
+from tests.run.test_mixture import alone_and_by_two
 from tests.run.test_routed import METHODS
-from tests.system.test_two_processes import COLUMNS, in_ranks
 
 Tiny = Callable[..., Config]
 Options = dict[str, Any]
@@ -117,14 +117,7 @@ def test_their_kept_scores_are_their_own(tiny: Tiny, on_one_base: Options, tmp_p
 
 @pytest.mark.parametrize("shard", ["none", "layer"])
 def test_two_processes_are_one(shard: str, tiny: Tiny, on_one_base: Options, tmp_path: Path) -> None:
-    options = {**on_one_base, "optim__steps": 3, "optim__eps": 1e-4, "rollout__prompts": 5}
-    for name in ("math", "code"):
-        options[f"teachers__{name}"] = {**options[f"teachers__{name}"], "device": "auto"}
-    one = train(tiny(**options, run__name="one"), quiet=True).directory
-    both = in_ranks(tiny(**options, run__name="two", parallel__shard=shard), tmp_path, processes=2)
-    rows = [read_lines(run / "metrics.jsonl") for run in (one, both)]
-    for a, b in zip(*rows, strict=True):
-        assert {k: a[k] for k in COLUMNS} == pytest.approx({k: b[k] for k in COLUMNS}, rel=1e-4, abs=1e-6)
+    assert alone_and_by_two(tiny, on_one_base, tmp_path, shard=shard)
 
 
 def test_one_that_is_damaged_is_said(tiny: Tiny, on_one_base: Options, tmp_path: Path) -> None:
