@@ -77,6 +77,22 @@ def make_model(
     return model.eval()
 
 
+LONG = (
+    "test_runs_are_those_of_one_process",
+    "test_any_number_of_ranks_goes_on_where_any_number_stopped",
+    "test_three_methods_side_by_side_and_the_same_again",
+    "test_gradients_are_those_of_one_process",
+    "test_two_runs_and_a_mistake_in_the_same_processes",
+    "test_killed_and_continued_in_processes",
+)
+"""At the end they would keep one process busy while the others have nothing left to do."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first."""
+    items.sort(key=lambda item: not item.name.startswith(LONG))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)

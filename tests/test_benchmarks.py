@@ -144,7 +144,7 @@ def test_wheels_are_only_what_is_missing(gpu: ModuleType) -> None:
 def test_scale(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny shapes, in processes of their own: they share what one has, and the page has them."""
     scale = importlib.import_module("scale")
-    some = [case for case in scale.cases_of("tiny") if case.world == 2 and case.shard == "layer"]
+    some = [case for case in scale.cases_of("tiny") if case.shard == "layer" and not case.balance]
     monkeypatch.setattr(scale, "cases_of", lambda model: some)
     data = scale.run(["tiny"], steps=2)
     cases = data["models"]["tiny"]
@@ -152,8 +152,5 @@ def test_scale(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     for found in cases.values():
         assert all(found[key]["n"] == 2 and found[key]["median"] > 0 for key in list(found)[:4])
         assert found["memory, MiB"]["planned"] > 0
-    dealt, drawn = (
-        cases[f"2 × layer, {how}"]["slowest ÷ mean, tokens"] for how in ("dealt by length", "as drawn")
-    )
-    assert 1 <= dealt["median"] <= drawn["median"]
+    assert cases["2 × layer, as drawn"]["slowest ÷ mean, tokens"]["median"] >= 1
     assert all(f"| {name} |" in scale.markdown(data) for name in cases)

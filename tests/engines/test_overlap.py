@@ -92,10 +92,7 @@ OVERLAPPED = [
     "in the first step",
     "before the third step's gradient",
     "after a step, before its line",
-    "between parquet and checkpoint",
     "in a checkpoint, after one file",
-    "in a checkpoint, before its rename",
-    "after a checkpoint, before the old ones go",
     "before the last checkpoint",
 ]
 """Places at which a batch is under way, or its weights are being written."""

@@ -34,7 +34,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "opd": {"rollout__prompts": 7, "eval__start": True, "run__trajectories_every": 1},
     "lora": {"student__lora_rank": 4, "method__cosine_every": 1, "optim__micro_batch_tokens": 60},
     "topd": {"method__name": "topd", "method__top_share": 0.5},
-    "topd by step": {"method__name": "topd", "method__top_share": 0.5, "parallel__shard": "step"},
     "opsd ema": {"method__name": "opsd", "method__weights": "ema", "method__ema_decay": 0.5},
     "opsd base": {"method__name": "opsd", "method__weights": "base", "method__reweight": "teacher_entropy"},
     "opsd base of an adapter": {"method__name": "opsd", "method__weights": "base", "student__lora_rank": 4},
@@ -42,7 +41,12 @@ RUNS: dict[str, dict[str, Any]] = {
     "trd": {**TRD, "rollout__prompts": 3},
     "trd offline": {**TRD, "method__offline": True},
     **{name: options_of(ARMS[name]) for name in ARMS if name != "topd"},
-    "topd spliced": {"method__name": "topd", "method__plan": "spliced", "method__top_share": 0.5},
+    "topd spliced": {
+        "method__name": "topd",
+        "method__plan": "spliced",
+        "method__top_share": 0.5,
+        "parallel__shard": "step",
+    },
     "overlap": {"rollout__overlap": True, "parallel__shard": "step"},
     "not dealt": {
         "parallel__balance": False,
