@@ -25,7 +25,7 @@ class MixedTeacher(Teacher):
 
     def __init__(self, members: Sequence[Teacher], weights: Sequence[float]) -> None:
         self.members = tuple(members)
-        self.weights = tuple(w / sum(weights) for w in weights)
+        self.weights = _shares(weights)
         self.context_length = min(t.context_length for t in members)
         self.spare = max(t.spare for t in members)
 
@@ -47,14 +47,14 @@ class MixedEngine(Engine):
 
     Args:
         members: engines of its teachers.
-        weights: as `MixedTeacher` has them.
+        weights: see `MixedTeacher`.
         name: of the teacher that it is.
     """
 
     generates = False
 
     def __init__(self, members: Sequence[Engine], weights: Sequence[float], name: str) -> None:
-        self.members, self.weights, self.name = tuple(members), tuple(weights), name
+        self.members, self.weights, self.name = tuple(members), _shares(weights), name
         self.renderer, self.stop_ids = members[0].renderer, members[0].stop_ids
 
     def continue_from(
@@ -82,6 +82,10 @@ class MixedEngine(Engine):
         ]
 
 
+def _shares(weights: Sequence[float]) -> tuple[float, ...]:
+    return tuple(w / sum(weights) for w in weights)
+
+
 def mixed_teachers(
     mixtures: Mapping[str, Mapping[str, float]], members: Mapping[str, Teacher]
 ) -> dict[str, Teacher]:
@@ -97,6 +101,6 @@ def mixed_engines(
 ) -> dict[str, Engine]:
     """Their engines."""
     return {
-        name: MixedEngine([members[o] for o in w], [v / sum(w.values()) for v in w.values()], name)
-        for name, w in mixtures.items()
+        name: MixedEngine([members[one] for one in weights], tuple(weights.values()), name)
+        for name, weights in mixtures.items()
     }

@@ -32,13 +32,17 @@ class OPSD(Method):
         self.template = options.template or named
         self.foreign: dict[str, Prompt] = {}
         """Each prompt's neighbour in the training pool, with another answer."""
+        self.shown = ("own", "wrong") if options.shown == "contrast" else (options.shown,)
+        """What the teacher is shown, in one context each; the first is the one that is trained on."""
 
     def prepare(self, rollouts: Sequence[Rollout], *, step: int) -> Prepared:
         """See `Method.prepare`."""
-        if self.options.shown == "contrast":
-            trajectories = self.contrasted(rollouts)
-        else:
-            trajectories = [own_response(r, teacher_context=self.teacher_context(r)) for r in rollouts]
+        trajectories, *wrong = [
+            [own_response(r, teacher_context=self.privileged(r.prompt, shown)) for r in rollouts]
+            for shown in self.shown
+        ]
+        if wrong:
+            trajectories = self.contrasted(trajectories, *wrong)
         if not self.options.diagnose_every or step % self.options.diagnose_every:
             return Prepared(trajectories=trajectories)
         right = self.tools.text.right([(r, r.ids) for r in rollouts])
@@ -47,17 +51,14 @@ class OPSD(Method):
         means = token_means(per_token(self.tools.models, trajectories, keep=kept, mass_ids=ids), right)
         return Prepared(trajectories=trajectories, means=means, kept=kept)
 
-    def contrasted(self, rollouts: Sequence[Rollout]) -> list[Trajectory]:
+    def contrasted(self, own: Sequence[Trajectory], wrong: Sequence[Trajectory]) -> list[Trajectory]:
         """With A_t = log p_T(y_t|own hint) − log p_T(y_t|wrong hint) (arXiv 2606.11709: what the hint changes
         less what a wrong one does; the student's own log-probs cancel)."""
-        sides = [
-            [own_response(r, teacher_context=self.privileged(r.prompt, shown)) for r in rollouts]
-            for shown in ("own", "wrong")
-        ]
-        logps = [[row.get("teacher_logp", ()) for row in per_token(self.tools.models, ts)] for ts in sides]
+        read = [per_token(self.tools.models, side) for side in (own, wrong)]
+        logps = [[row.get("teacher_logp", ()) for row in rows] for rows in read]
         return [
-            replace(t, advantages=tuple(a - b for a, b in zip(own, wrong, strict=True)))
-            for t, own, wrong in zip(sides[0], *logps, strict=True)
+            replace(t, advantages=tuple(a - b for a, b in zip(*pair, strict=True)))
+            for t, *pair in zip(own, *logps, strict=True)
         ]
 
     def check(self, prompts: Sequence[Prompt]) -> None:
@@ -71,8 +72,7 @@ class OPSD(Method):
             self.foreign[p.id] = next((q for q in others if q.answer != p.answer), p)
         new, longest = self.tools.sampling.max_new_tokens, self.tools.models.teacher.context_length
         for prompt in prompts:
-            contrasted = ("own", "wrong") if self.options.shown == "contrast" else ("",)
-            length = max(len(self.privileged(prompt, shown)) for shown in contrasted)
+            length = max(len(self.privileged(prompt, shown)) for shown in self.shown)
             if length + new > longest:
                 raise UserError(
                     f"prompt {prompt.id!r} with its {self.options.hint} has {length} tokens; with {new} new "
@@ -80,13 +80,8 @@ class OPSD(Method):
                     "rollout.max_new_tokens"
                 )
 
-    def teacher_context(self, rollout: Rollout) -> tuple[int, ...]:
-        """Ids of the privileged prompt."""
-        return self.privileged(rollout.prompt)
-
-    def privileged(self, prompt: Prompt, shown: str = "") -> tuple[int, ...]:
+    def privileged(self, prompt: Prompt, shown: str) -> tuple[int, ...]:
         """Ids of a prompt that shows the hint, or what a control shows in its place."""
-        shown = shown or self.options.shown
         if shown == "none":
             return self.tools.text.renderer.ids(prompt)
         if shown in ("foreign", "wrong"):

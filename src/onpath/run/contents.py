@@ -10,7 +10,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from onpath.config.build import teacher_key
-from onpath.engines.sharding import digest_scales, digest_weights
+from onpath.engines.score_cache import weights_digest
+from onpath.engines.sharding import digest_weights
 from onpath.records import Prompt
 from onpath.run.parts import Parts
 
@@ -31,7 +32,7 @@ def digests(parts: Parts) -> dict[str, str]:
     found["student.model"] = _of_weights(loaded, parts.text.renderer.tokenizer)
     for name in models.teacher.names if not config.method.self_taught else ():
         if (model := models.teacher.of(name).model) is not None:
-            found[f"{teacher_key(name)}.model"] = _of_weights(dict(model.named_parameters()), scales=model)
+            found[f"{teacher_key(name)}.model"] = weights_digest(model)
     return found
 
 
@@ -47,17 +48,11 @@ def of_prompts(prompts: Sequence[Prompt]) -> str:
 
 
 @torch.no_grad()
-def _of_weights(
-    weights: dict[str, nn.Parameter],
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    scales: nn.Module | None = None,
-) -> str:
+def _of_weights(weights: dict[str, nn.Parameter], tokenizer: PreTrainedTokenizerBase) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for part in _described(tokenizer) if tokenizer is not None else ():
+    for part in _described(tokenizer):
         digest.update(part.encode())
     digest_weights(digest, weights)
-    if scales is not None:
-        digest_scales(digest, scales)
     return digest.hexdigest()
 
 

@@ -4,6 +4,7 @@ Shape suffixes: N response tokens, H hidden.
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +25,6 @@ from onpath.losses import (
     TokenStats,
     token_stats,
 )
-from onpath.losses.interface import in_process
 from onpath.methods import Prepared
 from onpath.records import Rollout, Trajectory
 from onpath.run.parts import Parts
@@ -162,11 +162,13 @@ def divergence(parts: Parts, batch: Batch) -> TokenStats:
 def logp_of(scores: TeacherScores, token_N: Tensor) -> Tensor:
     """Log-prob [N] of given tokens under a teacher's scores; of a token outside a served set, that of all
     outside together (an upper bound)."""
-    if not isinstance(scores, TeacherTopK):
-        some = in_process(scores)[0]
+    if isinstance(scores, TeacherMixture):
+        each = zip(scores.members, scores.weights, strict=True)
+        return torch.stack([logp_of(one, token_N) + math.log(w) for one, w in each]).logsumexp(0)
+    if isinstance(scores, TeacherHidden):
         logp_N = token_stats(
-            student_hidden=some.hidden, student_head=some.head, teacher=scores, sampled_ids=token_N
-        ).teacher_logp
+            student_hidden=scores.hidden, student_head=scores.head, teacher=None, sampled_ids=token_N
+        ).student_logp
         assert logp_N is not None
         return logp_N
     inside_Nk = scores.ids == token_N[:, None]
