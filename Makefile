@@ -1,11 +1,11 @@
-# make demo · test · check · bench · docs · smollm2 · test-families · test-vllm: each makes .venv first, if it is missing or out of date.
+# make demo · test · check · bench · docs · smollm2 · test-families · test-quantised · test-vllm: each makes .venv first, if it is missing or out of date.
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SHELL := /bin/bash
 
-.PHONY: demo test check bench docs smollm2 test-families test-vllm clean
+.PHONY: demo test check bench docs smollm2 test-families test-quantised test-vllm clean
 .DEFAULT_GOAL := demo
 
 # torch first and pinned: asked for loosely, pip takes a CUDA build of several GB.
@@ -24,7 +24,7 @@ demo: $(VENV)/.runtime
 	$(BIN)/onpath demo
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(( $$(nproc) + 1 )) --maxprocesses 4 --dist worksteal
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -54,6 +54,11 @@ docs: $(VENV)/.dev
 # Every causal family that transformers can build; writes docs/models.md.
 test-families: $(VENV)/.dev
 	ONPATH_FAMILIES=1 $(BIN)/python -m pytest tests/families
+
+# Quantised teachers and bases of adapters, by torchao on this processor.
+test-quantised: $(VENV)/.dev
+	$(PIP) -c constraints.txt torchao
+	$(BIN)/python -m pytest tests/engines/test_quantised.py
 
 # vLLM's CPU build wants an older transformers, so it has an environment of its own. It installs torchvision
 # and others made for another torch, and its server looks for a package named vllm.

@@ -80,7 +80,7 @@ def make_model(
 LONG = (
     "test_runs_are_those_of_one_process",
     "test_any_number_of_ranks_goes_on_where_any_number_stopped",
-    "test_three_methods_side_by_side_and_the_same_again",
+    "test_three_methods_side_by_side_from_the_start",
     "test_gradients_are_those_of_one_process",
     "test_two_runs_and_a_mistake_in_the_same_processes",
     "test_killed_and_continued_in_processes",

@@ -109,7 +109,7 @@ def test_a_clean_config_passes_and_nothing_is_written(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["opd", "opsd", "trd", "topd"])
+@pytest.mark.parametrize("method", ["opsd", "trd", "topd"])
 def test_the_gyms_defaults_pass(method: str) -> None:
     config = build(
         {

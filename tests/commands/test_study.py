@@ -3,13 +3,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from itertools import product
 from math import comb
+from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from onpath.commands.study.tables import sentences
 from onpath.run.log import read_lines
 from onpath.system.errors import UserError
 from tests.conftest import CHARACTERS, make_model, make_tokenizer
+from tests.forks import begun
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "gym-study" / "config.yaml"
 
@@ -264,21 +264,29 @@ def check_numbers(directory: Path, data: Mapping[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_killed_and_continued_in_processes(make: Make, capfd: pytest.CaptureFixture[str]) -> None:
+def test_killed_and_continued_in_processes(
+    make: Make, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = make()
     directory = Path(yaml.safe_load(path.read_text())["dir"]) / "tiny"
-    command = [sys.executable, "-m", "onpath", "study", str(path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL
-    ) as first:
-        while first.poll() is None and len(list((directory / "logs").glob("runs-*"))) < 4:
-            time.sleep(0.05)
-        time.sleep(0.2)
-        os.kill(first.pid, signal.SIGKILL)
-        with pytest.raises(UserError, match="a run that a killed one left behind"), locked(directory):
-            pass
-        os.killpg(first.pid, signal.SIGKILL)
+    context = get_context("fork")  # of this process, which has imported everything
+    monkeypatch.setattr(context, "set_forkserver_preload", lambda names: None)
+
+    def of_a_group_of_its_own() -> int:
+        os.setsid()
+        forked.get_context = lambda kind: context  # type: ignore[attr-defined]
+        return main(["study", str(path)])
+
+    first = begun(of_a_group_of_its_own)
+    assert first.pid is not None
+    while first.is_alive() and len(list((directory / "logs").glob("runs-*"))) < 4:
+        time.sleep(0.05)
+    time.sleep(0.2)
+    os.kill(first.pid, signal.SIGKILL)
+    with pytest.raises(UserError, match="a run that a killed one left behind"), locked(directory):
+        pass
+    os.killpg(first.pid, signal.SIGKILL)
+    first.join()
     until = time.monotonic() + 30
     while time.monotonic() < until:  # a killed process may take a moment to end
         with suppress(UserError), locked(directory):

@@ -19,9 +19,9 @@ from typing import Any, cast
 from onpath.config.methods.branch import BranchOptions
 from onpath.engines.forward import Kept, Values, forward
 from onpath.methods.base import Method, Prepared, own_response
-from onpath.methods.mixed import Cost, Mixed, student_goes_on, trained_on
+from onpath.methods.mixed import Cost, Mixed, inserted, student_goes_on, trained_on
 from onpath.methods.places import by_lot
-from onpath.records import Completion, Rollout, Trajectory, Writer
+from onpath.records import Rollout, Trajectory, Writer
 
 _READ = ("reverse_kl", "student_logp", "teacher_logp", "teacher_top_ids")
 
@@ -66,9 +66,7 @@ class Branch(Method):
             at = apart[by_lot(self.tools.sampling.seed, f"{key}/place", len(apart))]
         own = self.options.control == "own_token"
         token, who = (y.ids[at], "student") if own else (likeliest[at], "forced")
-        ends = token in self.tools.generators.student.stop_ids
-        put = Completion(ids=(token,), logprobs=(0.0,), finish_reason="stop" if ends else "length")
-        return Mixed.of(y).cut(at).then(put, cast(Writer, who))
+        return Mixed.of(y).cut(at).then(inserted([token], self.tools), cast(Writer, who))
 
     def right_ones(self, grown: Sequence[Mixed]) -> list[Mixed]:
         """Branches with the right answer; of a rollout that has none, the rollout."""

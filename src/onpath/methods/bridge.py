@@ -20,10 +20,10 @@ from functools import partial
 from onpath.config.methods.bridge import BridgeOptions
 from onpath.engines.forward import Kept, per_token
 from onpath.methods.base import Method, Prepared, own_response
-from onpath.methods.mixed import Cost, Mixed, student_goes_on, trained_on
+from onpath.methods.mixed import Cost, Mixed, inserted, student_goes_on, trained_on
 from onpath.methods.places import by_lot, first_forks
 from onpath.methods.topd.pairs import of_tokens
-from onpath.records import Completion, Rollout
+from onpath.records import Rollout
 
 Ids = tuple[int, ...]
 
@@ -54,14 +54,8 @@ class Bridge(Method):
         made = [Mixed.of(r) for r in rollouts]
         lengths = self.meetings(rollouts, wanted, windows, cost)
         for i, at in wanted.items():
-            bridge = windows[i][: lengths[i]]
-            ends = bool(bridge) and bridge[-1] in self.tools.generators.student.stop_ids
-            put = Completion(
-                ids=bridge, logprobs=(0.0,) * len(bridge), finish_reason="stop" if ends else "length"
-            )
-            if options.control == "own_token":
-                put = Completion(ids=(), logprobs=(), finish_reason="length")
-            made[i] = made[i].cut(at).then(put, "teacher")
+            bridge = () if options.control == "own_token" else windows[i][: lengths[i]]
+            made[i] = made[i].cut(at).then(inserted(bridge, self.tools), "teacher")
         made = student_goes_on(made, self.tools, cost, [f"{when}/{r.key}/bridge" for r in rollouts])
         if options.keep == "better":
             made = self.better(made, right, kept)
@@ -93,9 +87,8 @@ class Bridge(Method):
         cost.student += sum(len(c.ids) for c in ahead)
         theirs = [windows[i][n : n + size] for i, n in tries]
         models = self.tools.models
-        far, _ = of_tokens([c.ids for c in ahead], theirs, models.student, models.device).transport(
-            epsilon=None
-        )
+        pairs = of_tokens([c.ids for c in ahead], theirs, models.student, models.device)
+        far, _ = pairs.transport(epsilon=None)
         for (i, n), distance in reversed(list(zip(tries, far.tolist(), strict=True))):
             lengths[i] = n if distance <= self.options.meet_distance else lengths[i]
         return lengths

@@ -66,6 +66,13 @@ class Cost:
     teacher: int = 0
 
 
+def inserted(ids: Sequence[int], tools: Tools) -> Completion:
+    """Tokens that are put there and that nobody has drawn; a stop token at their end ends the response."""
+    ends = bool(ids) and ids[-1] in tools.generators.student.stop_ids
+    reason: FinishReason = "stop" if ends else "length"
+    return Completion(ids=tuple(ids), logprobs=(0.0,) * len(ids), finish_reason=reason)
+
+
 def student_goes_on(some: Sequence[Mixed], tools: Tools, cost: Cost, keys: Sequence[str]) -> list[Mixed]:
     """Each response that is open, to its end."""
     going = [i for i, m in enumerate(some) if m.open]

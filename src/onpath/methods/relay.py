@@ -11,27 +11,22 @@ from there on both models decode side by side, in windows that the teacher check
 in rounds: the teacher takes over, the student goes on to the end, and the next round looks at what is new (a
 server by prefix continuation). Either is the loop above token by token: a leg's draws are named by where it
 starts.
-Triggers beside ours: `reflection`, Relay-OPD's (the teacher's likeliest token opens a correction and is not
-among the student's K; `hold` long, `paragraphs: 3`, `legs: 2`; its K is not known to us: 20), TOPD's `fork`,
-`first_error` by the task's checker.
+Triggers (triggers.py) beside ours: `reflection`, Relay-OPD's (the teacher's likeliest token opens a
+correction and is not among the student's K; `hold` long, `paragraphs: 3`, `legs: 2`; its K is not known to
+us: 20), TOPD's `fork`, `first_error` by the task's checker.
 Controls: `control: own_token`, `control: random_place`; and `opd`.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from onpath.config.methods.relay import RelayOptions
-from onpath.engines.forward import Kept, Pass, Values, forward
+from onpath.engines.forward import Kept, Pass, forward
 from onpath.methods.base import Method, Prepared, own_response
 from onpath.methods.mixed import Cost, Mixed, relayed_on, student_goes_on, trained_on
-from onpath.methods.places import by_lot, first_forks
+from onpath.methods.places import by_lot
+from onpath.methods.triggers import takeovers
 from onpath.records import Completion, Rollout, Writer
-
-_READ = {
-    "log_ratio": ("student_logp", "teacher_logp"),
-    "reflection": ("student_top_ids", "teacher_top_ids"),
-}
 
 
 class Relay(Method):
@@ -76,7 +71,7 @@ class Relay(Method):
         who: Writer = "student" if options.control == "own_token" else "teacher"
         top_k = options.reflection_k if options.trigger == "reflection" else 0
         for one in forward(self.tools.models, own, keep=kept, past=True, top_k=top_k):
-            at = {i: t for i, t in self.places(some, one).items() if t is not None}
+            at = takeovers(some, one, options, self.tools)
             if options.control == "random_place":
                 at = {i: self.elsewhere(some[i], f"{when}/{some[i].y.key}/relay") for i in at}
             written = self.written([m.z for m in some], list(at.items()), cost, one, when)
@@ -84,33 +79,6 @@ class Relay(Method):
                 mixed = some[i].cut(t).then(completion, who)
                 found[i] = replace(mixed, start=len(mixed.z.ids))
         return found
-
-    def places(self, some: Sequence[Mixed], one: Pass) -> dict[int, int | None]:
-        """Of each response of a pass the first token behind `start` that the trigger does not let pass."""
-        rows = [row for row, _ in one.by_place(("student_logp",))]
-        starts = [some[i].start for i in rows]
-        match self.options.trigger:
-            case "fork":
-                window, distance = self.options.window, self.options.distance
-                zs = [some[i].z for i in rows]
-                forks = first_forks(zs, self.tools, window=window, distance=distance, after=starts)
-                return dict(zip(rows, (f.position for f in forks), strict=True))
-            case "first_error":
-                wrong = self.tools.text.first_wrong_token
-                return {i: wrong(some[i].z, after=start) for i, start in zip(rows, starts, strict=True)}
-            case trigger:
-                values = dict(one.by_place(_READ[trigger]))
-                bad = {i: self.bad(values[i]) for i in rows}
-                return {i: next((t for t in bad[i] if t >= some[i].start), None) for i in rows}
-
-    def bad(self, values: Values) -> list[int]:
-        """Positions at which `log_ratio` or `reflection` fires."""
-        if self.options.trigger == "log_ratio":
-            pairs = zip(values["student_logp"], values["teacher_logp"], strict=True)
-            return [t for t, (ours, theirs) in enumerate(pairs) if ours - theirs > self.options.delta]
-        tops: Any = zip(values["teacher_top_ids"], values["student_top_ids"], strict=True)
-        opens = self.tools.text.correction_ids
-        return [t for t, (theirs, ours) in enumerate(tops) if theirs[0] in opens and theirs[0] not in ours]
 
     def elsewhere(self, mixed: Mixed, key: str) -> int:
         """A place of the student's last leg by lot."""
