@@ -42,8 +42,8 @@ SYSTEM = "Solve step by step."
 RANK, ALPHA = 8, 16
 STUDENT: dict[str, Any] = {"lr": 1e-3, "rounds": ((16, 16), (14, 10))}
 """Updates and examples of each: after the first it was right in 6% of its samples."""
-TEACHER = {"lr": 1.5e-3, "updates": 34, "mixed": 20, "examples": 10}
-ATTEMPTS, HELD_OUT = 192, 48
+TEACHER = {"lr": 1.5e-3, "updates": 80, "mixed": 60, "examples": 12}
+ATTEMPTS, HELD_OUT = 256, 48
 """Of the student's, for the teacher to rewrite; those that it never sees."""
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
 """Context and response."""
