@@ -24,6 +24,7 @@ from onpath.commands.doctor.sample import (
     trainer_stats,
 )
 from onpath.config.build import teacher_key
+from onpath.config.sections import Teacher as TeacherSection
 from onpath.data.batch import Batch, collate
 from onpath.engines.head import hidden_states
 from onpath.engines.models import load_model
@@ -265,7 +266,7 @@ def teacher_differs(parts: Parts, probe: Probe) -> Finding:
     message = f"KL(student ‖ teacher) is {kl:.2g} nats a token on {len(kls):,} tokens"
     section = parts.config.taught_by.get(probe.trajectories[0].teacher)  # a mixture has none
     if section is not None and section.quantization is not None:
-        values["quantised_kl_nats"] = _quantised_kl(parts, probe)
+        values["quantised_kl_nats"] = _quantised_kl(parts, probe, section)
         message += f"; quantising moves the teacher by {values['quantised_kl_nats']:.2g} nats a token"
     if shares:
         values["top_overlap"] = _mean(shares)
@@ -288,14 +289,14 @@ def teacher_differs(parts: Parts, probe: Probe) -> Finding:
     return Finding(name="teacher_differs", status="ok", message=message, values=values)
 
 
-def _quantised_kl(parts: Parts, probe: Probe) -> float:
+def _quantised_kl(parts: Parts, probe: Probe, section: TeacherSection) -> float:
     """KL(teacher as it is ‖ teacher quantised), nats a token, along the probe's responses."""
     name = probe.trajectories[0].teacher
-    section = parts.config.taught_by[name].model_copy(update={"quantization": None})
-    model, key = parts.models.teacher.of(name).model, f"{teacher_key(name)}.model"
+    model = parts.models.teacher.of(name).model
     assert model is not None
-    device = next(model.parameters()).device
-    whole = ModelTeacher(load_model(section, key, device), vocabulary=parts.models.vocabulary)
+    plain = section.model_copy(update={"quantization": None})
+    loaded = load_model(plain, f"{teacher_key(name)}.model", next(model.parameters()).device)
+    whole = ModelTeacher(loaded, vocabulary=parts.models.vocabulary)
     found: list[float] = []
     for batch in probe.batches(parts):
         found += distance(whole.scores(batch), teacher_scores(parts, batch)).tolist()
