@@ -161,7 +161,9 @@ def smaller(path: Path, models: dict[str, Path], out: Path) -> dict[str, Any]:
         if isinstance(arm, dict):
             tree["arms"][name] = {key: value for key, value in arm.items() if key != "budget"}
     changed = {"seeds": [0], "budget": {"updates": 1}, "dir": str(out)}
-    return {**tree, **changed, "evals": {**tree["evals"], "limit": 1}}
+    changed |= {key: {**tree[key], "limit": 1} for key in ("evals", "tune")}
+    changed["tune"]["lrs"] = tree["tune"]["lrs"][:2]
+    return {**tree, **changed}
 
 
 @pytest.mark.filterwarnings("ignore:.*lora.*:UserWarning")
@@ -178,12 +180,13 @@ def test_the_study_runs(
     assert {row["arm"] for row in found.data["rows"]} == set(whole["arms"])
     trained = [row for row in found.data["rows"] if row["kind"] == "train"]
     assert all(row["updated_tokens"] > 0 for row in trained)
-    assert len(in_process) == len(planned)
+    assert len(in_process) == 2 + len(planned)  # two rates of one arm were tried
 
 
 def runs_of(tree: dict[str, Any], path: Path) -> dict[str, Config]:
     study = study_of(copy.deepcopy(tree), path)
-    return {job.name: job.config for job in plan.runs(study, dict.fromkeys(study.trained, 1), {})}
+    steps, rates = dict.fromkeys(study.trained, 1), dict.fromkeys(study.trained, 1e-3)
+    return {job.name: job.config for job in plan.runs(study, steps, rates)}
 
 
 def test_the_figures_are_counted_by_hand(tmp_path: Path) -> None:
