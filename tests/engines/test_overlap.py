@@ -195,3 +195,11 @@ def test_impossible_pairs(options: dict[str, Any], says: str, tiny: Tiny) -> Non
     with pytest.raises(UserError, match=f"rollout.overlap.*{says}"):
         tiny(rollout__overlap=True, **options)
     tiny(rollout__overlap=True, method__divergence="sampled", method__ppo_clip=0.2)
+
+
+def test_a_run_made_longer_draws_with_the_weights_of_one_that_was_long(tiny: Tiny) -> None:
+    options = OPTIONS | {"optim__schedule": "constant", "optim__warmup": 0.0, "optim__lr": 1e-2}
+    whole = train(tiny(**options | {"optim__steps": 5}, run__name="whole"), quiet=True).directory
+    for steps in (3, 5):
+        longer = train(tiny(**options | {"optim__steps": steps}, run__name="longer"), quiet=True).directory
+    assert rows(longer)[-2:] == rows(whole)[-2:]

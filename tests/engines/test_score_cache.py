@@ -12,7 +12,7 @@ import onpath
 from onpath.commands.cli import main
 from onpath.config.build import Config
 from onpath.data.batch import collate
-from onpath.engines.score_cache import CachedTeacher, ScoreStore, prune, usage, weights_digest
+from onpath.engines.score_cache import CachedTeacher, ScoreStore, prune, scoring_digest, usage, weights_digest
 from onpath.engines.teacher import ModelTeacher
 from onpath.losses import TeacherHidden
 from onpath.records import Trajectory
@@ -323,3 +323,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for wrong in ("none",), (".", "--keep-gb", "-1"), (".", "--keep-gb", "nan"):
         assert main(["cache", str(tmp_path / wrong[0]), *wrong[1:]]) == 2
         assert capsys.readouterr().err.startswith("onpath: ")
+
+
+def test_the_same_weights_with_another_config_are_another_teacher() -> None:
+    model, same, other = (make_model(1) for _ in range(3))
+    other.config.rope_parameters = {**other.config.rope_parameters, "rope_theta": 5e5}
+    same.config._name_or_path = "elsewhere"
+    assert weights_digest(model) == weights_digest(other)
+    assert scoring_digest(model) == scoring_digest(same) != scoring_digest(other)

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ import torch
 from onpath.config.build import Config
 from onpath.data.batch import collate
 from onpath.data.render import Renderer
+from onpath.engines.base import Engine
 from onpath.engines.hf import HFEngine
 from onpath.engines.models import load_model
 from onpath.engines.teacher import ModelTeacher
 from onpath.engines.worlds import LostEngine, LostTeacher, SpoilingEngine, lost_behind, world_of
-from onpath.records import Prompt, Sampling, Trajectory
+from onpath.records import Completion, Prompt, Sampling, Trajectory
 from onpath.run import assemble
 from onpath.run.log import read_lines
 from onpath.system.errors import UserError
@@ -53,7 +55,7 @@ def engines(model_dirs: dict[str, Path], tokenizer) -> dict[str, HFEngine]:  # t
 
 def test_a_spoiled_rollout_goes_on_from_what_was_put_into_it(engines: dict[str, HFEngine]) -> None:
     plain = engines["student"].generate(PROMPTS, SAMPLING, n=2)
-    engine = SpoilingEngine(engines["student"], Sevens(), seed=0)
+    engine = SpoilingEngine(engines["student"], Sevens(), seed=0, longest=512)
     made = engine.generate(PROMPTS, SAMPLING, n=2)
     assert made == engine.generate(PROMPTS, SAMPLING, n=2)
     (seven,) = engine.renderer.text_ids("7")
@@ -153,3 +155,23 @@ def test_a_run_in_a_world_goes_on_bit_for_bit(
     spoiled = run()[1]
     assert spoiled[0]["student_tokens_generated"] == whole[0]["student_tokens_generated"]
     assert spoiled[0]["loss"] != whole[0]["loss"]
+
+
+class Limited(Engine):
+    """Takes 11 tokens in all."""
+
+    renderer = None  # type: ignore[assignment]
+
+    def continue_from(self, prefixes: Any, sampling: Sampling, *, keys: Any = None) -> list[Completion]:
+        assert max(map(len, prefixes)) + sampling.max_new_tokens <= 11
+        assert len(keys) == len(prefixes)
+        n = sampling.max_new_tokens
+        return [Completion(ids=(p[0],) * n, logprobs=(0.0,) * n, finish_reason="length") for p in prefixes]
+
+
+def test_each_spoiled_rollout_has_the_room_that_its_prompt_leaves() -> None:
+    engine = SpoilingEngine(Limited(), Sevens(), seed=0, longest=11)
+    prefixes, rooms = [(0,) * 9, (1,) * 5, (2,) * 4, (3,) * 8], [2, 6, 7, 2]
+    found = engine._to_the_end(prefixes, rooms, SAMPLING, keys=list("abcd"))
+    assert [c.ids[0] for c in found] == [0, 1, 2, 3]
+    assert all(len(c.ids) >= room for c, room in zip(found, rooms, strict=True))

@@ -18,7 +18,7 @@ from onpath.data.batch import collate
 from onpath.engines.forward import per_token
 from onpath.engines.teacher import SelfTeacher
 from onpath.methods import Prepared, make_method
-from onpath.methods.opsd import misled
+from onpath.methods.opsd import misled, neighbours
 from onpath.records import Trajectory
 from onpath.run.assemble import assemble
 from onpath.run.log import read_lines
@@ -236,6 +236,18 @@ def test_a_wrong_hint_is_wrong_in_its_last_answer() -> None:
         == "12 and 12 is so 12. 7"
     )
     assert misled(x, replace(x, solution="other"), wrong=False).solution == "other"
+    y = replace(x, solution="It is 2. That took 12 words, 2.5 s.", answer="2")
+    assert misled(y, replace(x, answer="7"), wrong=True).solution == "It is 7. That took 12 words, 2.5 s."
+
+
+def test_a_neighbour_is_the_next_with_another_answer() -> None:
+    """As looking for it one by one finds it."""
+    for answers in ("aabba", "abc", "aaaa", "a", "abaab"):
+        pool = [replace(attempt("4<eos>").prompt, id=str(i), answer=a) for i, a in enumerate(answers)]
+        found = {p.id: other.id for p, other in neighbours(pool)}
+        for i, p in enumerate(pool):
+            ahead = [*pool[i + 1 :], *pool[:i]]
+            assert found[p.id] == next((q for q in ahead if q.answer != p.answer), p).id
 
 
 def test_a_wrong_answer_alone_is_a_foreign_one(tiny: Callable[..., Config]) -> None:

@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from onpath.config.build import Config
+from onpath.data.batch import collate
 from onpath.records import Trajectory
 from onpath.run.assemble import assemble
+from onpath.run.importance import Importance, log_ratios
 from onpath.run.log import read_lines
+from onpath.run.sampling import prepare, sample
 from onpath.system.errors import UserError
 from onpath.training import train
 from tests.engines.test_hf import reference_logps
@@ -82,3 +85,39 @@ def test_without_staleness_nothing_changes(kind: str, tiny: Tiny, tmp_path: Path
 def test_one_correction_is_enough(tiny: Tiny) -> None:
     with pytest.raises(UserError, match=r"method\.importance: token and method\.ppo_clip both weigh"):
         tiny(method__divergence="sampled", method__ppo_clip=0.2, method__importance="token")
+
+
+WRITTEN_BY_OTHERS = {
+    "relay": {"method__delta": 0.5},
+    "branch": {"method__failed_only": False},
+    "bridge": {"method__distance": 0.0, "method__failed_only": False, "method__keep": "all"},
+    "topd": {"method__plan": "spliced", "method__decide": "threshold", "method__threshold": 0.0},
+}
+
+
+@pytest.mark.parametrize("method", WRITTEN_BY_OTHERS)
+def test_what_others_put_into_a_rollout_weighs_one(method: str, tiny: Tiny) -> None:
+    """Nobody drew it from the student; of the student's tokens the weights have not moved."""
+    options = {**WRITTEN_BY_OTHERS[method], "method__window": 6} if method in ("bridge", "topd") else {}
+    options = options or WRITTEN_BY_OTHERS[method]
+    parts = assemble(tiny(method__name=method, method__importance="token", data__eval={}, **options))
+    made = prepare(parts, sample(parts, 0), 0).trajectories
+    assert any(who != "student" for t in made for who in t.written_by)
+    batch = collate([t for t in made if t.response])
+    with torch.no_grad():
+        hidden = parts.models.student_states(batch)
+    weights = Importance(kind="token", cap=2.0).weights(batch, hidden, parts.models)
+    assert torch.allclose(weights, torch.ones_like(weights), atol=1e-4)
+    log_N = log_ratios(batch, torch.zeros(len(weights)))
+    others = [who != "student" for t in batch.trajectories for who in t.written_by]
+    assert log_N.isnan().tolist() == others
+
+
+@pytest.mark.parametrize("kind", ["token", "sequence"])
+def test_a_small_cap_leaves_what_others_wrote_alone(kind: str, tiny: Tiny) -> None:
+    parts = assemble(tiny())
+    batch = collate(drawn([[0.0] * 4, None], parts))
+    with torch.no_grad():
+        hidden = parts.models.student_states(batch)
+    weights = Importance(kind=kind, cap=0.5).weights(batch, hidden, parts.models)
+    assert weights.tolist() == [0.5] * 4 + [1.0] * 4

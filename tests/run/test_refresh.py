@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from onpath.run.assemble import assemble
 from onpath.run.log import flatten, read_lines
 from onpath.run.optimizer import make_optimizer
 from onpath.run.refresh import _as_row, _trajectory, overlap
+from onpath.run.sampling import prepare, sample
 from onpath.system.errors import UserError
 from onpath.training import one_step, train
 from tests.forks import TIMEOUT, done_by_two
@@ -316,3 +318,46 @@ def test_on_the_command_line(tiny: Tiny, tmp_path: Path) -> None:
     shutil.rmtree(run)
     assert main(["train", str(file), "--quiet", "--rollout.refresh", "never"]) == 0
     assert [r["staleness"] for r in read_lines(run / "metrics.jsonl")] == [0, 1, 2]
+
+
+def test_another_config_takes_no_rollouts_of_a_run_that_never_began(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ended while its first phase was being made."""
+    options = {**FAST, "optim__steps": 2, "rollout__refresh": "never"}
+    with monkeypatch.context() as patch:
+        stop_at(patch, "onpath.training", "prepare", call=1, after=False)
+        with pytest.raises(Stopped):
+            train(tiny(**options, run__name="first"), quiet=True)
+    shorter = {**options, "rollout__max_new_tokens": 5}
+    found, expected = (rows_of(tiny(**shorter, run__name=name)) for name in ("first", "fresh"))
+    assert found[0]["mean_length"] == expected[0]["mean_length"] <= 5
+    assert found[0]["loss"] == expected[0]["loss"]
+
+
+def test_a_step_that_was_half_written_is_made_again(tiny: Tiny) -> None:
+    """Its prompts count with the line of what was measured, which is written last."""
+    whole = tiny(**FAST, optim__steps=2, rollout__refresh="never", run__name="whole")
+    rows = rows_of(whole)
+    cut = tiny(**FAST, optim__steps=2, rollout__refresh="never", run__name="cut")
+    phase, there = (Path(c.run.dir) / c.run.name / "rollouts" / "phase_000000" for c in (cut, whole))
+    phase.mkdir(parents=True)
+    lines = (there / "process-0.jsonl").read_bytes().splitlines(keepends=True)
+    (phase / "process-0.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:20])
+    (phase.parent.parent / "config.yaml").write_text(cut.to_yaml())
+    for a, b in zip(rows, rows_of(cut), strict=True):
+        names = ("loss", "student_tokens_generated", "tokens", "mean_length")
+        assert [a[k] for k in names] == [b[k] for k in names]
+
+
+def test_a_prompt_twice_in_a_step_is_drawn_twice_by_all(tiny: Tiny) -> None:
+    """The step goes over the end of an epoch."""
+    parts = assemble(tiny(**FAST, method__writer="teacher", data__limit=10, rollout__prompts=8, rollout__n=2))
+    rollouts = sample(parts, 1)
+    twice = [p for p, n in Counter(r.prompt.id for r in rollouts).items() if n > 2]
+    assert twice
+    made = {t.origin.place: t.response for t in prepare(parts, rollouts, 1).trajectories if t.origin}
+    for prompt in twice:
+        mine = [r for r in rollouts if r.prompt.id == prompt]
+        assert [r.sample for r in mine] == [0, 1, 2, 3]
+        assert len({r.ids for r in mine}) == len({made[r.place] for r in mine}) == 4

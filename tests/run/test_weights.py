@@ -1,14 +1,17 @@
 """Which tokens count: the share drawn by lot."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from onpath.config.build import Config
-from onpath.records import Trajectory
+from onpath.config.sections import Reward as RewardSection
+from onpath.records import Guidance, Trajectory
 from onpath.run.assemble import assemble
 from onpath.run.optimizer import make_optimizer
-from onpath.run.weights import thinned
+from onpath.run.sampling import prepare, sample
+from onpath.run.weights import shaped, thinned, written_before
 from onpath.system.draws import noise
 from onpath.system.errors import UserError
 from onpath.training import one_step
@@ -59,3 +62,49 @@ def test_it_multiplies_and_differs_from_step_to_step() -> None:
 def test_a_share_is_one(share: float, tiny: Tiny) -> None:
     with pytest.raises(UserError, match=r"random_share"):
         tiny(method__random_share=share)
+
+
+def test_guidance_goes_with_the_tokens_that_leave() -> None:
+    targets = tuple({i: 1.0} for i in range(30))
+    t = Trajectory(
+        student_context=(1,),
+        teacher_context=(1,),
+        response=tuple(range(50)),
+        guidance=(Guidance(start=10, targets=targets), Guidance(start=45, targets=targets[:5])),
+    )
+    left = thinned(t, 0.4, seed=0, when="step 0")
+    guided = {g.start + i: target for g in left.guidance for i, target in enumerate(g.targets)}
+    stay = {i for i, counted in enumerate(left.in_count) if counted}
+    assert set(guided) == stay & {*range(10, 40), *range(45, 50)}
+    assert all(target == {at - 10 if at < 40 else at - 45: 1.0} for at, target in guided.items())
+
+
+def test_first_tokens_are_those_of_the_whole_response(tiny: Tiny) -> None:
+    """A further branch has what stands before it in its context."""
+    options = {"method__name": "branch", "method__branches": 2, "method__failed_only": False}
+    parts = assemble(tiny(**options, method__first_tokens=4, data__eval={}))
+    made = parts.method.prepare(sample(parts, 0), step=0)
+    assert any(written_before(t) > 0 for t in made.trajectories)
+    for t in shaped(parts, made).trajectories:
+        assert written_before(t) + len(t.response) <= max(4, written_before(t))
+
+
+def test_weights_of_a_reward_are_scaled_over_what_another_one_leaves(tiny: Tiny) -> None:
+    """In either order."""
+    sections = {"w": {"name": "w.py:w", "weights_tokens": True}, "keep": {"name": "k.py:k", "at_least": 0.5}}
+    found = []
+    for order in (["w", "keep"], ["keep", "w"]):
+        parts = assemble(tiny(data__eval={}))
+        rewards = {name: RewardSection.model_validate(sections[name]) for name in order}
+        parts = replace(parts, config=parts.config.model_copy(update={"rewards": rewards}))
+        rollouts = sample(parts, 0)
+        values = {
+            "w": [float(1 + 9 * (i % 2)) for i in range(len(rollouts))],
+            "keep": [float(i % 2 == 0 or i == 1) for i in range(len(rollouts))],
+        }
+        kept = [t for t in shaped(parts, prepare(parts, rollouts, 0), values).trajectories if t.edit.kept]
+        weights = [w for t in kept for w in t.token_weights]
+        assert sum(weights) / len(weights) == pytest.approx(1)
+        found.append(weights)
+    assert found[0] == pytest.approx(found[1])
+    assert len(set(found[0])) == 2

@@ -30,6 +30,8 @@ class Engine:
     """Whether it can write; False: it only scores (a mixture of teachers)."""
     stop_ids: frozenset[int] = frozenset()
     """Ids that end what it generates."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end it, at the token that completes one."""
     server: Server | None = None
     """The server that it asks, if there is one."""
 

@@ -32,7 +32,7 @@ from onpath.engines.models import (
 )
 from onpath.engines.replay import Replay
 from onpath.engines.routed import RoutedEngine, RoutedTeacher
-from onpath.engines.score_cache import CachedTeacher, ScoreStore, weights_digest
+from onpath.engines.score_cache import CachedTeacher, ScoreStore, scoring_digest
 from onpath.engines.served import ServedTeacher
 from onpath.engines.stops import Stops
 from onpath.engines.teacher import ModelTeacher, SelfTeacher, SilentTeacher, Teacher
@@ -240,7 +240,7 @@ def _with_cache(config: Config, section: TeacherSection, teacher: Teacher) -> Te
     store = ScoreStore(place(section.cache, key="teacher.cache"), most=section.cache_gb * 1e9)
     weights = f"{section.model}, {config.method.support_k} likeliest"
     if teacher.model is not None:
-        weights = weights_digest(teacher.model, trained=False)
+        weights = scoring_digest(teacher.model)
     return CachedTeacher(teacher, store, weights=weights, dtype=getattr(torch, section.cache_dtype))
 
 
@@ -252,11 +252,12 @@ def check_teacher(config: Config, teacher: Teacher, longest: int) -> None:
     """
     for name in teacher.names:
         one = teacher.of(name)
-        needed = longest + config.rollout.max_new_tokens + one.spare
+        window = max(0, config.method.longest_window[0] - 1)
+        needed = longest + config.rollout.max_new_tokens + window + one.spare
         if needed > one.context_length and not config.method.self_taught:
             raise UserError(
                 f"{teacher_key(name)}.model: its context of {one.context_length} tokens is too short for "
-                f"prompts of up to {longest} and {config.rollout.max_new_tokens} new ones; lower "
+                f"prompts of up to {longest} and {config.rollout.max_new_tokens + window} new ones; lower "
                 "rollout.max_new_tokens or drop long prompts"
             )
 

@@ -55,8 +55,8 @@ class Overlap:
     def __call__(self, step: int, draw: Draw) -> list[Rollout]:
         """Rollouts of `step`. Call it when the step begins, before its weights move."""
         rollouts = self._drawn(step, draw)
+        self._follow(version=step)  # also in the last step: the run may be made longer
         if step + 1 < self.steps:
-            self._follow(version=step)
             self._next = step + 1, self._thread.submit(draw, step + 1)
         return rollouts
 

@@ -11,6 +11,7 @@ the files used longest ago go when it becomes too large.
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -25,7 +26,7 @@ from transformers import DynamicCache
 
 from onpath.data.batch import Batch, collate
 from onpath.engines.decoding.branches import Past
-from onpath.engines.head import sharded
+from onpath.engines.head import sharded, unwrapped
 from onpath.engines.replay import address
 from onpath.engines.sharding import digest_scales, digest_weights
 from onpath.engines.teacher import Teacher
@@ -36,6 +37,8 @@ from onpath.system.errors import UserError
 from onpath.system.files import written
 from onpath.system.streams import say
 
+_NAMES = ("_name_or_path", "transformers_version", "dtype", "use_cache")
+"""Entries of a model's config that say nothing about its scores (a weight's dtype is digested with it)."""
 _LARGEST_HALF = 65_504.0
 Entry = dict[str, Tensor]
 """Name → tensor of one response: `hidden`, or `ids`, `logp` and `sampled`."""
@@ -268,6 +271,14 @@ class CachedTeacher(Teacher):
         assert self.model is not None
         assert self.head is not None
         return TeacherHidden(hidden=whole["hidden"].to(next(self.model.parameters()).dtype), head=self.head)
+
+
+def scoring_digest(model: nn.Module) -> str:
+    """Digest of what decides a teacher's scores: its weights, without those that train on top of them, and
+    its config, by which the same weights say something else (RoPE, soft caps)."""
+    config = {k: v for k, v in unwrapped(model).config.to_dict().items() if k not in _NAMES}
+    told = f"{weights_digest(model, trained=False)} {json.dumps(config, sort_keys=True, default=str)}"
+    return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
 
 
 @torch.no_grad()

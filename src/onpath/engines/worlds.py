@@ -40,10 +40,15 @@ def lost_behind(world: World | None, seed: int, renderer: Renderer) -> After:
 
 class SpoilingEngine(Engine):
     """Generates as another engine does, and puts a token of the world's into some rollouts, from which the
-    student goes on. Of that token the rollout has the student's own log-prob."""
+    student goes on. Of that token the rollout has the student's own log-prob.
 
-    def __init__(self, engine: Engine, world: World, *, seed: int) -> None:
+    Args:
+        longest: most tokens, prompt and response, that the engine takes.
+    """
+
+    def __init__(self, engine: Engine, world: World, *, seed: int, longest: int) -> None:
         self.engine, self.world, self.seed, self.renderer = engine, world, seed, engine.renderer
+        self.longest = longest
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, n: int = 1, keys: Sequence[str] | None = None
@@ -60,10 +65,11 @@ class SpoilingEngine(Engine):
             return rollouts
         begun = [(place, (*rollouts[place].ids[:at], token)) for place, at, token in hits]
         scored = self.engine.score([rollouts[p].context for p, _ in begun], [ids for _, ids in begun])
-        room = sampling.max_new_tokens - min(len(ids) for _, ids in begun)
-        done = self.engine.continue_from(
-            [rollouts[p].context + ids for p, ids in begun],
-            replace(sampling, max_new_tokens=max(1, room)),
+        prefixes = [rollouts[p].context + ids for p, ids in begun]
+        done = self._to_the_end(
+            prefixes,
+            [max(1, sampling.max_new_tokens - len(ids)) for _, ids in begun],
+            sampling,
             keys=[f"{names[p]}/spoiled" for p, _ in begun],
         )
         for (place, ids), logps, rest in zip(begun, scored, done, strict=True):
@@ -76,6 +82,26 @@ class SpoilingEngine(Engine):
                 finish_reason=rest.finish_reason if len(rest.ids) <= left else "length",
             )
         return rollouts
+
+    def _to_the_end(
+        self,
+        prefixes: Sequence[tuple[int, ...]],
+        rooms: Sequence[int],
+        sampling: Sampling,
+        keys: Sequence[str],
+    ) -> list[Completion]:
+        """Each prefix gone on from. A batch has one limit, and what fits one prefix may not fit a longer one:
+        that each fits with its own room is known."""
+        todo, done = sorted(range(len(prefixes)), key=lambda i: -rooms[i]), dict[int, Completion]()
+        while todo:
+            most = rooms[todo[0]]
+            now = [i for i in todo if i == todo[0] or len(prefixes[i]) + most <= self.longest]
+            asked, limit = [prefixes[i] for i in now], replace(sampling, max_new_tokens=most)
+            done |= zip(
+                now, self.engine.continue_from(asked, limit, keys=[keys[i] for i in now]), strict=True
+            )
+            todo = [i for i in todo if i not in done]
+        return [done[i] for i in range(len(prefixes))]
 
     def _spoiled(self, rollout: Rollout) -> tuple[int, str] | None:
         tokens = self.renderer.tokens(rollout.ids)

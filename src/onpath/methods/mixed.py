@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from onpath.engines.decoding.side_by_side import Finished, Start
 from onpath.engines.forward import Kept
+from onpath.engines.stops import string_end
 from onpath.methods.base import Prepared, Tools, own_response
 from onpath.methods.diagnose import mean
 from onpath.records import Completion, Edit, FinishReason, Rollout, Writer, Writers, all_by
@@ -73,13 +74,24 @@ def inserted(ids: Sequence[int], tools: Tools) -> Completion:
     return Completion(ids=tuple(ids), logprobs=(0.0,) * len(ids), finish_reason=reason)
 
 
+def stopped(mixed: Mixed, tools: Tools) -> Mixed:
+    """Up to the token that completes a stop string, whoever wrote its parts."""
+    z, strings = mixed.z, tools.generators.student.stop_strings
+    end = string_end(z.ids, strings, tools.text.renderer.text)
+    if end is None or (end == len(z.ids) and z.finish_reason == "stop"):
+        return mixed
+    z = replace(z, ids=z.ids[:end], logprobs=z.logprobs[:end], finish_reason="stop")
+    return replace(mixed, z=z, writers=mixed.writers[:end])
+
+
 def student_goes_on(some: Sequence[Mixed], tools: Tools, cost: Cost, keys: Sequence[str]) -> list[Mixed]:
     """Each response that is open, to its end."""
+    some = [stopped(m, tools) for m in some]
     going = [i for i, m in enumerate(some) if m.open]
     done, generated = tools.student_continues([some[i].z for i in going], [keys[i] for i in going])
     cost.student += generated
     ends = dict(zip(going, done, strict=True))
-    return [m.then(ends[i], "student") if i in ends else m for i, m in enumerate(some)]
+    return [stopped(m.then(ends[i], "student"), tools) if i in ends else m for i, m in enumerate(some)]
 
 
 def relayed_on(

@@ -9,7 +9,8 @@ and `ema` follow the student. Deviations: none in the loss; the teacher's prompt
 gym).
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from onpath.config.methods.opsd import OPSDOptions
@@ -67,9 +68,8 @@ class OPSD(Method):
         Raises:
             UserError: naming the first that does not.
         """
-        for i, p in enumerate(prompts):
-            others = (prompts[(i + n) % len(prompts)] for n in range(1, len(prompts)))
-            self.foreign[p.id] = next((q for q in others if q.answer != p.answer), p)
+        if set(self.shown) - {"own", "none"}:
+            self.foreign = {p.id: other for p, other in neighbours(prompts)}
         new, longest = self.tools.sampling.max_new_tokens, self.tools.models.teacher.context_length
         for prompt in prompts:
             length = max(len(self.privileged(prompt, shown)) for shown in self.shown)
@@ -89,13 +89,26 @@ class OPSD(Method):
         return self.tools.text.privileged_context(prompt, self.template, self.options.hint)
 
 
+def neighbours(prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, Prompt]]:
+    """Each prompt, from the last to the first, and the next one, around the end, that has another answer;
+    itself, where all have one."""
+    differs: Prompt | None = None  # the first behind here whose answer is not that of the next one
+    after: Prompt | None = None
+    for p in (*reversed(prompts), *reversed(prompts)):
+        if after is not None and after.answer != p.answer:
+            differs = after
+        yield p, p if differs is None else differs
+        after = p
+
+
 def misled(prompt: Prompt, foreign: Prompt, *, wrong: bool) -> Prompt:
     """A problem with another one's solution and answer; wrong: with its own solution, in which the other's
     answer stands where its own did last."""
     if not wrong:
         return replace(prompt, solution=foreign.solution, answer=foreign.answer)
     solution, own = needed(prompt, "solution", "shown: wrong"), needed(prompt, "answer", "shown: wrong")
-    before, found, after = solution.rpartition(own)
-    if not found or foreign.answer in (None, own):
+    whole = list(re.finditer(rf"(?<![\w.]){re.escape(own)}(?!\.?\w)", solution))  # not the 2 of 12
+    if not whole or foreign.answer in (None, own):
         return replace(prompt, solution=f"{solution} {foreign.answer}")
-    return replace(prompt, solution=f"{before}{foreign.answer}{after}")
+    start, end = whole[-1].span()
+    return replace(prompt, solution=f"{solution[:start]}{foreign.answer}{solution[end:]}")

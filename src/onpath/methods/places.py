@@ -54,7 +54,7 @@ def first_forks(
             FirstFork(
                 position=None if first is None else first.position,
                 teacher_window=() if first is None else first.teacher,
-                teacher_tokens=sum(len(f.teacher) for f in mine),
+                teacher_tokens=sum(f.generated[1] for f in mine),
             )
         )
     return firsts

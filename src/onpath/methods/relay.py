@@ -71,7 +71,7 @@ class Relay(Method):
         who: Writer = "student" if options.control == "own_token" else "teacher"
         top_k = options.reflection_k if options.trigger == "reflection" else 0
         for one in forward(self.tools.models, own, keep=kept, past=True, top_k=top_k):
-            at = takeovers(some, one, options, self.tools)
+            at = takeovers(some, one, options, self.tools, cost)
             if options.control == "random_place":
                 at = {i: self.elsewhere(some[i], f"{when}/{some[i].y.key}/relay") for i in at}
             written = self.written([m.z for m in some], list(at.items()), cost, one, when)

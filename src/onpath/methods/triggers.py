@@ -8,7 +8,7 @@ from typing import Any
 from onpath.config.methods.relay import RelayOptions
 from onpath.engines.forward import Pass, Values
 from onpath.methods.base import Tools
-from onpath.methods.mixed import Mixed
+from onpath.methods.mixed import Cost, Mixed
 from onpath.methods.places import first_forks
 from onpath.records import Rollout
 
@@ -31,12 +31,14 @@ class Read:
         return next((t for t, fired in enumerate(fires) if fired and t >= self.start), None)
 
 
-def log_ratio(responses: Sequence[Read], options: RelayOptions, tools: Tools) -> list[int | None]:
+def log_ratio(responses: Sequence[Read], options: RelayOptions, tools: Tools, cost: Cost) -> list[int | None]:
     """log p_S − log p_T of the token exceeds `delta`."""
     return [r.first(ours - theirs > options.delta for ours, theirs in r.pairs("logp")) for r in responses]
 
 
-def reflection(responses: Sequence[Read], options: RelayOptions, tools: Tools) -> list[int | None]:
+def reflection(
+    responses: Sequence[Read], options: RelayOptions, tools: Tools, cost: Cost
+) -> list[int | None]:
     """The teacher's likeliest token opens a correction and is not among the student's likeliest."""
     opens = tools.text.correction_ids
     return [
@@ -45,28 +47,33 @@ def reflection(responses: Sequence[Read], options: RelayOptions, tools: Tools) -
     ]
 
 
-def fork(responses: Sequence[Read], options: RelayOptions, tools: Tools) -> list[int | None]:
+def fork(responses: Sequence[Read], options: RelayOptions, tools: Tools, cost: Cost) -> list[int | None]:
     """The near futures part (TOPD)."""
     after = [r.start for r in responses]
     found = first_forks(
         [r.z for r in responses], tools, window=options.window, distance=options.distance, after=after
     )
+    cost.teacher += sum(f.teacher_tokens for f in found)
     return [f.position for f in found]
 
 
-def first_error(responses: Sequence[Read], options: RelayOptions, tools: Tools) -> list[int | None]:
+def first_error(
+    responses: Sequence[Read], options: RelayOptions, tools: Tools, cost: Cost
+) -> list[int | None]:
     """The task's checker finds the token wrong."""
     return [tools.text.first_wrong_token(r.z, after=r.start) for r in responses]
 
 
-Trigger = Callable[[Sequence[Read], RelayOptions, Tools], list[int | None]]
+Trigger = Callable[[Sequence[Read], RelayOptions, Tools, Cost], list[int | None]]
 TRIGGERS: Mapping[str, Trigger] = {f.__name__: f for f in (log_ratio, reflection, fork, first_error)}
 _COLUMNS = ("student_logp", "teacher_logp", "student_top_ids", "teacher_top_ids")
 
 
-def takeovers(some: Sequence[Mixed], one: Pass, options: RelayOptions, tools: Tools) -> dict[int, int]:
+def takeovers(
+    some: Sequence[Mixed], one: Pass, options: RelayOptions, tools: Tools, cost: Cost
+) -> dict[int, int]:
     """Index of a response of the pass → where its trigger fires; without those in which it does not."""
     rows = dict(one.by_place(_COLUMNS))
     read = [Read(z=some[i].z, start=some[i].start, values=values) for i, values in rows.items()]
-    found = TRIGGERS[options.trigger](read, options, tools)
+    found = TRIGGERS[options.trigger](read, options, tools, cost)
     return {i: t for i, t in zip(rows, found, strict=True) if t is not None}

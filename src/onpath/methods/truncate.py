@@ -48,7 +48,7 @@ class Truncate(Method):
         for r, t, mine in zip(rollouts, own, weights, strict=True):
             if self.options.control == "random_place" and len(mine) < len(r.ids):
                 lot = by_lot(self.tools.sampling.seed, f"step {step}/{r.key}/truncate", len(r.ids))
-                mine = (*mine, *[1.0] * len(r.ids))[: 1 + lot]
+                mine = (*mine, *mine[-1:] * len(r.ids))[: 1 + lot]
             edit = Edit(kind="truncate" if len(mine) < len(r.ids) else "none", detail={"whole": len(r.ids)})
             kept.truncated(t, len(mine))
             short = replace(t.truncated(len(mine)), edit=edit)

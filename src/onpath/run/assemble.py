@@ -120,7 +120,7 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
     overlap = make_overlap(config, student, frozen, generators.student, own)
     sampler = generators.student if overlap is None else overlap.engine
     if world is not None and world.spoils:
-        sampler = SpoilingEngine(sampler, world, seed=config.run.seed)
+        sampler = SpoilingEngine(sampler, world, seed=config.run.seed, longest=models.student_context_length)
     text = make_text(config, renderer)
     sampling = config.rollout.sampling(seed=config.run.seed)
     tools = Tools(models=models, generators=generators, text=text, sampling=sampling)

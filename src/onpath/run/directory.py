@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -38,6 +39,7 @@ from onpath.run.log import (
 from onpath.run.meter import Meter
 from onpath.run.optimizer import rate
 from onpath.run.parts import Parts
+from onpath.run.refresh import DIRECTORY as ROLLOUTS
 from onpath.run.trained import BEST
 from onpath.system import distributed
 from onpath.system.errors import UserError
@@ -443,6 +445,7 @@ def _claim(directory: Path, config: Config, *, with_changes: bool) -> tuple[Chan
         if path.exists() and path.read_text(encoding="utf-8", errors="replace") != config.to_yaml():
             for name in _OF_A_START:
                 (directory / name).unlink(missing_ok=True)
+            shutil.rmtree(directory / ROLLOUTS, ignore_errors=True)  # of a first phase that was being made
         write_text(path, config.to_yaml())
         return ()
     refused = [change for change in found if not change.allowed]

@@ -4,7 +4,8 @@
     sequence   w_t = min(Π_s π(y_s | y_<s) / μ(y_s | y_<s), cap)       for every t of the response
 
 π is the student as it trains, μ what the tokens were drawn from; no gradient goes through w, and the count
-of tokens stays (truncated importance sampling; with μ = π nothing changes). A divergence over the whole
+of tokens stays (truncated importance sampling; with μ = π nothing changes). Tokens that others wrote or put
+there weigh 1, and are in no product. A divergence over the whole
 vocabulary needs no ratio for the token itself: what is stale is the prefix that it stands on. The mean ratio
 is logged always: of rollouts that are not stale it is the mismatch of sampler and trainer.
 """
@@ -42,11 +43,13 @@ class Importance:
             student_hidden=hidden_NH, student_head=models.head, teacher=None, sampled_ids=batch.token_N
         )
         assert stats.student_logp is not None
-        log_N = log_ratios(batch, stats.student_logp).nan_to_num()  # what others wrote weighs 1
+        log_N = log_ratios(batch, stats.student_logp)
+        others_N = log_N.isnan()
         if self.kind == "sequence":
-            sums = log_N.new_zeros(len(batch.trajectories)).index_add_(0, batch.row_N, log_N)
+            sums = log_N.new_zeros(len(batch.trajectories)).index_add_(0, batch.row_N, log_N.nan_to_num())
             log_N = sums[batch.row_N]
-        return batch.weight_N * log_N.clamp(max=_LARGEST).exp().clamp(max=self.cap)
+        ratio_N = log_N.clamp(max=_LARGEST).exp().clamp(max=self.cap)
+        return batch.weight_N * ratio_N.masked_fill(others_N, 1.0)
 
     def measured(self, batch: Batch, student_logp_N: Tensor) -> tuple[float, float, float]:
         """Sum of the ratios of counted tokens, how many are above the cap, and how many there are."""
@@ -56,9 +59,11 @@ class Importance:
 
 
 def log_ratios(batch: Batch, student_logp_N: Tensor) -> Tensor:
-    """log π − log μ [N], nats; NaN for tokens of which nobody knows what they were drawn from."""
+    """log π − log μ [N], nats; NaN for tokens that the student did not draw, or nobody knows from what."""
     drawn: list[float] = []
     for t in batch.trajectories:
         known = t.behaviour_logprobs is not None and len(t.behaviour_logprobs) == len(t.response)
-        drawn += t.behaviour_logprobs if known and t.behaviour_logprobs else [math.nan] * len(t.response)
+        logps = t.behaviour_logprobs if known and t.behaviour_logprobs else (math.nan,) * len(t.response)
+        pairs = zip(logps, t.written_by, strict=True)
+        drawn += [logp if who == "student" else math.nan for logp, who in pairs]
     return student_logp_N.detach() - torch.tensor(drawn, device=student_logp_N.device)

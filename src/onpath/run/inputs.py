@@ -149,9 +149,12 @@ def check_prompts(
     Returns:
         The most tokens of a prompt.
     """
+    most_new, (window, option) = config.rollout.max_new_tokens, config.method.longest_window
+    begun_inside = most_new + window - 1, f"rollout.max_new_tokens or {option}"
     new, lower = max(
-        (config.rollout.max_new_tokens, "rollout.max_new_tokens"),
+        (most_new, "rollout.max_new_tokens"),
         config.method.longest_generated,
+        begun_inside,
         key=lambda limit: limit[0],
     )
     asked = [(prompt, new, lower, config.data.train) for prompt in prompts.pool]

@@ -70,13 +70,18 @@ class Phase:
         return None
 
     def read(self) -> None:
-        """Finds the lines of all processes; the first one of a prompt stands."""
+        """Finds the lines of all processes; the first one of a prompt stands. A step's prompts count once the
+        line of what was measured with them is there: it is written last."""
         self.places, self.measured = {}, {}
         for path in sorted(self.directory.glob("process-*.jsonl")):
+            prompts: dict[str, tuple[Path, int]] = {}
             for at, row in _lines(path):
                 if isinstance(row.get("prompt"), str):
-                    self.places.setdefault(row["prompt"], (path, at))
+                    prompts[row["prompt"]] = path, at
                 elif isinstance(row.get("step"), int):
+                    for prompt, place in prompts.items():
+                        self.places.setdefault(prompt, place)
+                    prompts = {}
                     self.measured.setdefault(row["step"], []).append(row)
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:

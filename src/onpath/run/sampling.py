@@ -1,5 +1,6 @@
 """The rollouts of a step: the same whatever the number of processes, however they are dealt to them."""
 
+from collections import Counter
 from dataclasses import replace
 
 from onpath.data.load import prompts_of_step
@@ -17,9 +18,16 @@ def sample(parts: Parts, step: int) -> list[Rollout]:
     def draw(step: int) -> list[Rollout]:
         size, n = parts.config.rollout.prompts, parts.config.rollout.n
         prompts = prompts_of_step(parts.prompts.pool, size=size, seed=parts.config.run.seed, step=step)
+        # A step over the end of an epoch may hold a prompt twice: its samples are numbered through.
+        seen = Counter[str]()
+        before = [seen.update([p.id]) or seen[p.id] - 1 for p in prompts]
         mine = distributed.share(list(enumerate(prompts)))
         keys = [f"step {step}/{place}" for place, _ in mine]
-        return parts.sampler.generate([p for _, p in mine], parts.sampling, n=n, keys=keys)
+        rollouts = parts.sampler.generate([p for _, p in mine], parts.sampling, n=n, keys=keys)
+        if not any(before):
+            return rollouts
+        firsts = [n * before[place] for place, _ in mine for _ in range(n)]
+        return [replace(r, sample=first + r.sample) for first, r in zip(firsts, rollouts, strict=True)]
 
     if parts.refreshed is not None:
         rollouts = parts.refreshed.rollouts(step)

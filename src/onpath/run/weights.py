@@ -1,12 +1,13 @@
 """Which response tokens count, and how much: truncation, rewards and token weights of any method's
 trajectories."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 
 from onpath.engines.forward import forward
 from onpath.methods.base import Prepared
-from onpath.records import Trajectory
+from onpath.records import Guidance, Trajectory
 from onpath.run.parts import Parts
 from onpath.system import distributed
 from onpath.system.draws import noise
@@ -29,13 +30,14 @@ def shaped(
         rewards: label → one value per rollout of the step (of this process).
     """
     options = parts.config.method
-    trajectories = rewarded(parts, prepared.trajectories, rewards or {})
+    trajectories = filtered(parts, prepared.trajectories, rewards or {})
     kept = [t for t in trajectories if t.edit.kept]
     if options.first_tokens is not None:
-        kept = [t.truncated(options.first_tokens) for t in kept]
+        kept = [t.truncated(max(0, options.first_tokens - written_before(t))) for t in kept]
     if options.random_share < 1:
         seed = parts.config.run.seed
         kept = [thinned(t, options.random_share, seed=seed, when=f"step {step}") for t in kept]
+    kept = rewarded(parts, kept, rewards or {})
     if options.reweight != "none":
         kept = reweighted(parts, kept)
     trained = iter(kept)
@@ -46,30 +48,62 @@ def shaped(
 
 
 def thinned(trajectory: Trajectory, share: float, *, seed: int, when: str) -> Trajectory:
-    """With weight 0 for all but a share of the tokens, by lot: they leave the loss and its count."""
+    """With weight 0 for all but a share of the tokens, by lot: they leave the loss, its guidance and its
+    count."""
     who = "" if trajectory.origin is None else trajectory.origin.key
-    stays = noise(seed, f"{when}/{who}/share", len(trajectory.response)) < share
+    stays = (noise(seed, f"{when}/{who}/share", len(trajectory.response)) < share).tolist()
     weights = tuple(w if s else 0.0 for w, s in zip(trajectory.token_weights, stays, strict=True))
-    counted = tuple(bool(c and s) for c, s in zip(trajectory.in_count, stays, strict=True))
-    return replace(trajectory, weights=weights, counted=counted)
+    counted = tuple(c and s for c, s in zip(trajectory.in_count, stays, strict=True))
+    guidance = tuple(part for g in trajectory.guidance for part in _staying(g, stays))
+    return replace(trajectory, weights=weights, counted=counted, guidance=guidance)
+
+
+def _staying(guidance: Guidance, stays: Sequence[bool]) -> Iterator[Guidance]:
+    """Guidance of the tokens that stay, in pieces."""
+    placed = enumerate(guidance.targets, start=guidance.start)
+    for kept, run in groupby(placed, key=lambda pair: stays[pair[0]]):
+        if kept:
+            piece = list(run)
+            yield Guidance(start=piece[0][0], targets=tuple(target for _, target in piece))
+
+
+def written_before(trajectory: Trajectory) -> int:
+    """Tokens of its rollout's response that a trajectory has in its context (a second branch)."""
+    asked = () if trajectory.origin is None else trajectory.origin.context
+    context = trajectory.student_context
+    return len(context) - len(asked) if asked and context[: len(asked)] == asked else 0
+
+
+def filtered(
+    parts: Parts, trajectories: Sequence[Trajectory], rewards: Mapping[str, Sequence[float]]
+) -> list[Trajectory]:
+    """Trajectories of rollouts below a reward's `at_least` dropped."""
+    found = list(trajectories)
+    for label, section in parts.config.rewards.items():
+        if section.at_least is not None:
+            values = _of_rollouts(found, rewards[label])
+            low = [v is not None and v < section.at_least for v in values]
+            found = [_dropped(t, f"reward {label}") if out else t for t, out in zip(found, low, strict=True)]
+    return found
 
 
 def rewarded(
-    parts: Parts, trajectories: Sequence[Trajectory], rewards: Mapping[str, Sequence[float]]
+    parts: Parts, kept: Sequence[Trajectory], rewards: Mapping[str, Sequence[float]]
 ) -> list[Trajectory]:
-    """Trajectories of rollouts below a reward's `at_least` dropped; weights by `weights_tokens`."""
-    found = list(trajectories)
+    """Weights by the rewards with `weights_tokens`, scaled over what is left of the step."""
+    found = list(kept)
     for label, section in parts.config.rewards.items():
-        of = [None if t.origin is None else rewards[label][t.origin.place] for t in found]
-        if section.at_least is not None:
-            low = [v is not None and v < section.at_least for v in of]
-            found = [_dropped(t, f"reward {label}") if out else t for t, out in zip(found, low, strict=True)]
         if section.weights_tokens:
+            of = _of_rollouts(found, rewards[label])
             if any(v is not None and v < 0 for v in of):
                 raise UserError(f"rewards.{label}.weights_tokens: its values must be at least 0")
             values = [[1.0 if v is None else v] * len(t.response) for t, v in zip(found, of, strict=True)]
             found = weighted(parts, found, values)
     return found
+
+
+def _of_rollouts(trajectories: Sequence[Trajectory], values: Sequence[float]) -> list[float | None]:
+    return [None if t.origin is None else values[t.origin.place] for t in trajectories]
 
 
 def _dropped(trajectory: Trajectory, reason: str) -> Trajectory:

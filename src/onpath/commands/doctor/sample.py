@@ -86,7 +86,7 @@ def make_probe(parts: Parts) -> Probe:
     kept: list[Trajectory] = []
     try:
         prepared = parts.method.prepare(rollouts, step=0)
-        prepared = shaped(parts, prepared)
+        prepared = shaped(parts, prepared, parts.text.reward_values(rollouts))
         kept = [t for t in prepared.trajectories if t.edit.kept and t.response]
     except UserError as error:
         refused = str(error)

@@ -6,7 +6,7 @@ A question is a property with a default; a method's options answer otherwise whe
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from onpath.config.section import NEUTRAL, OneOf, Section
 from onpath.losses.objective import KINDS, Objective
@@ -70,6 +70,15 @@ class MethodOptions(Section):
 
     cosine_every: Annotated[int, NEUTRAL] = Field(0, ge=0)
     """Measure the cosine of consecutive steps' gradients every so many steps (keeps one copy); 0 never."""
+
+    @model_validator(mode="after")
+    def _own_tokens(self) -> "MethodOptions":
+        if self.divergence == "sampled" and self.others_write:
+            raise ValueError(
+                f"divergence sampled takes every token for the student's own, and {self.name} trains on some "
+                "that others wrote; use reverse_kl"
+            )
+        return self
 
     def objective(self) -> Objective:
         """The loss that these options describe.
@@ -142,6 +151,11 @@ class MethodOptions(Section):
         return True
 
     @property
+    def others_write(self) -> bool:
+        """Whether tokens are trained on that the student did not draw."""
+        return not self.trains_on_rollouts
+
+    @property
     def supervises_end(self) -> bool:
         """Whether the stop token is trained on."""
         return True
@@ -175,6 +189,11 @@ class MethodOptions(Section):
     def longest_generated(self) -> tuple[int, str]:
         """Most new tokens that the method asks for beside rollout.max_new_tokens, and the option that says
         so."""
+        return 0, "rollout.max_new_tokens"
+
+    @property
+    def longest_window(self) -> tuple[int, str]:
+        """Most tokens that are generated behind a place inside a response, and the option that says so."""
         return 0, "rollout.max_new_tokens"
 
     @property

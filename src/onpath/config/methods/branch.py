@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from onpath.config.methods.base import MethodOptions
 
@@ -29,11 +29,6 @@ class BranchOptions(MethodOptions):
     def needs(self) -> tuple[str, ...]:
         return ("answer",) if self.keep == "right" else ()
 
-    @model_validator(mode="after")
-    def _possible(self) -> "BranchOptions":
-        if self.divergence == "sampled":
-            raise ValueError(
-                "divergence sampled takes every token for the student's own, and branch forces one of the "
-                "teacher's; use reverse_kl"
-            )
-        return self
+    @property
+    def others_write(self) -> bool:
+        return True

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from onpath.config.methods.base import MethodOptions
 
@@ -35,14 +35,9 @@ class BridgeOptions(MethodOptions):
         return True
 
     @property
-    def longest_generated(self) -> tuple[int, str]:
-        return self.window, "method.window"
+    def others_write(self) -> bool:
+        return True
 
-    @model_validator(mode="after")
-    def _possible(self) -> "BridgeOptions":
-        if self.divergence == "sampled":
-            raise ValueError(
-                "divergence sampled takes every token for the student's own, and bridge puts the teacher's "
-                "among them; use reverse_kl"
-            )
-        return self
+    @property
+    def longest_window(self) -> tuple[int, str]:
+        return self.window, "method.window"

@@ -47,16 +47,16 @@ class RelayOptions(MethodOptions):
         return self.words
 
     @property
-    def longest_generated(self) -> tuple[int, str]:
-        return 1 + self.hold, "method.hold"
+    def others_write(self) -> bool:
+        return True
+
+    @property
+    def longest_window(self) -> tuple[int, str]:
+        windows = [(1 + self.hold, "method.hold"), (self.window, "method.window")]
+        return max(windows[: 2 if self.trigger == "fork" else 1])
 
     @model_validator(mode="after")
     def _possible(self) -> "RelayOptions":
-        if self.divergence == "sampled":
-            raise ValueError(
-                "divergence sampled takes every token for the student's own, and relay puts the teacher's "
-                "among them; use reverse_kl"
-            )
         if self.paragraphs and not self.hold:
             raise ValueError("paragraphs needs room to be written: set hold to the most tokens they may take")
         return self

@@ -98,6 +98,14 @@ class TOPDOptions(MethodOptions):
         return True
 
     @property
+    def others_write(self) -> bool:
+        return self.plan == "spliced"
+
+    @property
+    def longest_window(self) -> tuple[int, str]:
+        return self.window, "method.window"
+
+    @property
     def keeps_past(self) -> bool:
         return self.reuse_cache
 

@@ -50,6 +50,10 @@ class TruncateOptions(MethodOptions):
     def teacher_writes(self) -> bool:
         return self.stop_when == "fork"
 
+    @property
+    def longest_window(self) -> tuple[int, str]:
+        return (self.window if self.stop_when == "fork" else 0), "method.window"
+
     def check(self, config: Any) -> None:
         task = task_of(config.data.train)
         if self.stop_when == "checker" and not (task and (task.checks_steps or task.labels_tokens)):

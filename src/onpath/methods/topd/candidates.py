@@ -46,6 +46,8 @@ class Fork:
     teacher: tuple[int, ...] = ()
     ended: bool = False
     """Whether the teacher's window ends its response."""
+    generated: tuple[int, int] = (0, 0)
+    """Tokens that student and teacher generated for the windows, what was cut off included."""
     distance: float = float("nan")
     """D, exact transport distance of the two windows."""
     decision: Decision = "surface"

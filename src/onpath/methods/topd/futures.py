@@ -39,11 +39,13 @@ def with_windows(
     )
     theirs = teacher_futures(found, rollouts, tools, sampling, [f"{k}/teacher" for k in keys], scored)
     ours = [rollouts[f.row].ids[f.position :] for f in found]
+    spent = [0] * len(found)
     if options.student_window == "regenerate":
         drawn = replace(sampling, temperature=tools.sampling.temperature)
         prefixes = [rollouts[f.row].prefix(f.position) for f in found]
         fresh = tools.generators.student.continue_from(prefixes, drawn, keys=[f"{k}/student" for k in keys])
         ours = [c.ids for c in fresh]
+        spent = [len(c.ids) for c in fresh]
     ends = [horizon(rollouts[f.row], f.position, options.window) for f in found]
     return [
         replace(
@@ -51,8 +53,9 @@ def with_windows(
             student=tuple(mine[:end]),
             teacher=c.ids[:end],
             ended=c.finish_reason == "stop" and len(c.ids) <= end,
+            generated=(n, len(c.ids)),
         )
-        for f, mine, c, end in zip(found, ours, theirs, ends, strict=True)
+        for f, mine, c, end, n in zip(found, ours, theirs, ends, spent, strict=True)
     ]
 
 

@@ -33,7 +33,7 @@ def controlled(
         case "positional":
             return np.eye(*plan_KJ.shape) / len(plan_KJ)
         case "shuffled":
-            key = f"step {step}/shuffle/{fork.row}/{fork.position}/{fork.draw!r}"
+            key = f"step {step}/shuffle/{fork.position}/{fork.draw!r}"
             lots = noise(seed, key, plan_KJ.shape[1])
             return plan_KJ[:, np.argsort(lots, kind="stable")]
         case _:
@@ -173,7 +173,8 @@ def counted(found: Sequence[Fork], marked: Sequence[Trajectory]) -> dict[str, Ma
             "forks": len(real),
             "suppressed_tokens": sum(f.weight < 1 for f in found),
             "guided_tokens": sum(len(g.targets) for t in marked for g in t.guidance),
-            "teacher_tokens_generated": sum(len(f.teacher) for f in found),
+            "student_tokens_generated": sum(f.generated[0] for f in found),
+            "teacher_tokens_generated": sum(f.generated[1] for f in found),
         },
         "means": {
             "fork_share": (float(len(real)), float(len(candidates))),
