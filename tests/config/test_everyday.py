@@ -50,6 +50,11 @@ def test_a_template_may_look_like_yaml(first: bool) -> None:
     assert load(None, given if first else given[::-1]).method.template == text  # type: ignore[attr-defined]
 
 
+def test_a_rule_is_a_word_or_a_mapping() -> None:
+    assert load(None, [("rollout.refresh", "never")]).rollout.refresh == "never"
+    assert load(None, [("rollout.refresh", "{every: 2}")]).refresh.every == 2  # type: ignore[union-attr]
+
+
 def test_what_is_not_text_is_still_yaml() -> None:
     config = load(
         None,
@@ -82,7 +87,9 @@ def test_what_is_not_text_is_still_yaml() -> None:
         ("optim.learning_rate", "optim.lr"),
         ("optim.per_device_train_batch_size", "rollout.prompts"),
         ("run.push_to_hub", "hf upload"),
-        ("student.load_in_4bit", "student.lora_rank"),
+        ("student.load_in_4bit", "student.quantization"),
+        ("optim.fsdp", "parallel.shard"),
+        ("student.chat_template", "data.chat_template"),
         ("optim.num_train_epochs", "optim.steps"),
         ("optim.beta", "method.beta"),
         ("method.lmbda", "student's own"),

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from onpath.system.errors import UserError
 from onpath.system.files import make_directory, remove_leftovers, write_text, written
@@ -134,3 +136,15 @@ def test_only_leftovers_are_removed(tmp_path: Path) -> None:
         write_text(tmp_path / name, "x")
     remove_leftovers(tmp_path)
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == sorted(kept)
+
+
+def test_weights_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    """safetensors alone makes files for their owner."""
+    before = os.umask(0o022)
+    try:
+        with written(tmp_path / "model") as temporary:
+            temporary.mkdir()
+            save_file({"w": torch.zeros(2)}, temporary / "model.safetensors")
+        assert (tmp_path / "model" / "model.safetensors").stat().st_mode & 0o777 == 0o644
+    finally:
+        os.umask(before)

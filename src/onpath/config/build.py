@@ -484,8 +484,12 @@ def _read(text: str, annotation: Any) -> Any:
     except UserError:
         return text
     if str in kinds and type(value) not in kinds:
-        return text
+        return value if isinstance(value, dict) and any(map(_is_section, kinds)) else text
     return None if text == "None" else value
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)
 
 
 def _kinds(annotation: Any) -> set[Any]:

@@ -8,17 +8,19 @@ teacher_model_name_or_path teacher_model teacher_path: teacher.model
 torch_dtype precision: student.dtype, or optim.bf16
 use_peft lora_r r rank: student.lora_rank
 target_modules lora_target_modules: student.lora_targets
-load_in_4bit load_in_8bit use_qlora quantization_config: not built; student.lora_rank with student.dtype
-  and teacher.dtype bfloat16 saves memory
-deepspeed fsdp fsdp_config tensor_parallel_size zero_stage: not built (docs/hardware.md);
-  student.lora_rank and student.gradient_checkpointing save memory
+load_in_4bit load_in_8bit use_qlora quantization_config: teacher.quantization, or student.quantization with
+  student.lora_rank
+fsdp fsdp_config zero_stage deepspeed: parallel.shard, layer or step
+tensor_parallel_size: parallel.shard, layer or step; to sample from a model that one GPU does not hold,
+  serve it (rollout.url)
 dataset_name dataset train_file train_files prompt_data: data.train
 eval_dataset val_files validation_file: data.eval
 dataset_text_field prompt_key input_key label_key column_mapping: data.columns
 max_train_samples max_samples train_max_samples: data.limit
 max_eval_samples val_max_samples: data.eval_limit
 system_prompt system_message: data.system
-apply_chat_template chat_template: data.template
+apply_chat_template: data.template
+chat_template: data.chat_template
 learning_rate actor_learning_rate peak_lr: optim.lr
 lr_scheduler_type lr_scheduler scheduler: optim.schedule
 warmup_ratio warmup_steps lr_warmup_steps lr_warmup_ratio: optim.warmup, a share

@@ -54,7 +54,8 @@ class Renderer:
     ) -> None:
         if template == "chat" and not tokenizer.chat_template:
             raise UserError(
-                "data.template is chat, but the student's tokenizer has no chat template; use plain"
+                "data.template is chat, but the student's tokenizer has no chat template; name one as "
+                "data.chat_template, or use plain"
             )
         self.tokenizer = tokenizer
         self.chat = template == "chat" or (template == "auto" and bool(tokenizer.chat_template))
@@ -116,7 +117,7 @@ class Renderer:
         if prompt.messages is not None:
             raise UserError(
                 f"prompt {prompt.id!r} is a list of messages, but the prompts are rendered as plain text; "
-                "set data.template to chat and use a tokenizer with a chat template"
+                "take a tokenizer with a chat template, or name one as data.chat_template"
             )
         return self._plain(prompt.question)
 

@@ -68,6 +68,17 @@ def _recomputed(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
+def precision_warning(config: Config) -> str | None:
+    """Where small updates are rounded away."""
+    student = config.student
+    if student.dtype == "float32" or student.lora_rank:
+        return None
+    return (
+        f"student.dtype: {student.dtype} without student.lora_rank: updates smaller than a weight's last "
+        "digit are lost, most of them at small rates; use float32 with optim.bf16: true"
+    )
+
+
 def shared_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, list[str]]:
     """Number of ids that student and teachers share, and what looks odd about a pair."""
     ids = tokenizer.get_vocab()

@@ -37,7 +37,9 @@ def make_grader(name: str) -> Grader:
     if code.is_own(name):
         return OwnGrader(code.load(name, key="eval.grader"), name=name)
     if name not in GRADERS:
-        raise UserError(f"eval.grader is {name!r}; it must be one of {', '.join(GRADERS)}")
+        raise UserError(
+            f"eval.grader is {name!r}; it must be auto, one of {', '.join(GRADERS)}, or file.py:function"
+        )
     return GRADERS[name]()
 
 

@@ -55,11 +55,15 @@ def run(argv: Sequence[str] | None = None) -> int:
 def _tasks(*, task: str, split: str, n: int, seed: int, out: Path | None) -> None:
     if n < 1:
         raise UserError(f"--n must be at least 1, not {n}")
-    text = "".join(json.dumps(row) + "\n" for row in _ROWS[task](split, n, seed))
+    try:
+        text = "".join(json.dumps(row) + "\n" for row in _ROWS[task](split, n, seed))
+    except ValueError as error:  # a split of the other task
+        raise UserError(f"--split: {error}") from None
     if out is None:
         sys.stdout.write(text)
     else:
         write_text(out, text)
+        print(f"{n} problems: {out}")
 
 
 def _train(*, out: Path, models: str, seed: int, quick: bool) -> None:

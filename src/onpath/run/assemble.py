@@ -27,7 +27,7 @@ from onpath.engines.models import pick_device
 from onpath.engines.overlap import frozen_copy, make_overlap
 from onpath.engines.self_check import Agreement, check_model
 from onpath.engines.stops import stops_of
-from onpath.engines.student import shared_vocabulary, trainable
+from onpath.engines.student import precision_warning, shared_vocabulary, trainable
 from onpath.engines.teacher import ModelTeacher
 from onpath.engines.worlds import LostEngine, LostTeacher, SpoilingEngine, lost_behind, world_of
 from onpath.grade.graders import grader_for
@@ -78,7 +78,13 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
     if config.method.ends == "one":
         objective = replace(objective, ends=tuple(sorted(i for i in stops.ids if i < vocabulary)))
     warnings += filter(
-        None, [clock_warning(renderer), stops.warning(renderer.tokens), *config.method.warnings]
+        None,
+        [
+            clock_warning(renderer),
+            precision_warning(config),
+            stops.warning(renderer.tokens),
+            *config.method.warnings,
+        ],
     )
     if stops.ids != stops.student:
         base.generation_config.eos_token_id = sorted(stops.ids)  # so that the saved model ends alike

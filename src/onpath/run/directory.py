@@ -414,6 +414,8 @@ def open_run(config: Config, parts: Parts, *, with_changes: bool = False) -> Run
     return run
 
 
+_NAMED = 5
+"""Keys that a refusal names."""
 _OF_A_START = ("config.yaml", "environment.json", "refine.json")
 """Files of a run that was refused before its first step; another config writes its own."""
 
@@ -450,11 +452,11 @@ def _claim(directory: Path, config: Config, *, with_changes: bool) -> tuple[Chan
         return ()
     refused = [change for change in found if not change.allowed]
     if refused and not with_changes:
-        first = refused[0]
+        told = [f"{c.key}: {c.before!r} there, {c.after!r} here" for c in refused[:_NAMED]]
+        more = f", and {len(refused) - _NAMED} more" if len(refused) > _NAMED else ""
         raise UserError(
-            f"{directory} belongs to a run with another config (keys that differ: {len(refused)}, first "
-            f"{first.key}: {first.before!r} there, {first.after!r} here); choose another run.name or remove "
-            "it (or go on all the same with --resume-with-changes)"
+            f"{directory} belongs to a run with another config ({'; '.join(told)}{more}); choose another "
+            "run.name or remove it (or go on all the same with --resume-with-changes)"
         )
     _lengthened(directory, found)
     return tuple(found)

@@ -65,6 +65,7 @@ def written(
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove(temporary)  # of a killed process that had this number
         yield temporary
+        _readable(temporary)
         if sync:
             _sync(temporary)
         before = path.with_name(f".{path.name}{_BEFORE}") if temporary.is_dir() and path.is_dir() else None
@@ -80,6 +81,16 @@ def written(
     finally:
         with suppress(OSError):
             _remove(temporary)
+
+
+def _readable(path: Path) -> None:
+    """For whom the umask lets read them: safetensors makes files for their owner alone, and servers of other
+    users read weights too."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in (path, *path.rglob("*")) if path.is_dir() else (path,):
+        if file.is_file() and file.stat().st_mode & 0o077 == 0:
+            file.chmod(0o666 & ~mask)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -262,6 +263,8 @@ def study_of(data: dict[str, Any], path: Path) -> StudyConfig:
     Raises:
         UserError: see `load_study`.
     """
+    if "arms" not in data and data.keys() & Config.model_fields.keys():
+        raise UserError(f"{path} has no arms: it is the config of one run; use onpath train {path}")
     base = data.get("base")
     if isinstance(base, str):
         data["base"] = configuration.load(path.parent / base)
@@ -299,12 +302,26 @@ def _read(path: Path) -> dict[str, Any]:
     return data
 
 
+_FIELDS = {
+    "": StudyConfig.model_fields,
+    "budget": Budget.model_fields,
+    "evals": Evals.model_fields,
+    "tune": Tune.model_fields,
+    "parallel": Parallel.model_fields,
+}
+
+
 def _sentence(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     key = ".".join(str(part) for part in first["loc"])
     match first["type"]:
         case "extra_forbidden":
-            return f"unknown key {key}; a study has {', '.join(StudyConfig.model_fields)}"
+            *inside, last = map(str, first["loc"])
+            section = ".".join(inside)
+            known = _FIELDS.get(section, {})
+            close = get_close_matches(last, known, n=1, cutoff=0.7)
+            guess = f"did you mean {close[0]}? " if close else ""
+            return f"unknown key {key}; {guess}{section or 'a study'} has {', '.join(known)}"
         case "value_error":
             return f"{key + ': ' if key else ''}{first['ctx']['error']}"
         case _:
