@@ -233,14 +233,14 @@ def test_a_recorded_fork_is_json_and_keeps_large_entries() -> None:
 
 def test_counts_are_sums() -> None:
     found = [
-        fork(0, distance=0.5, decision="fork", teacher=(1, 2)),
-        fork(1, distance=0.0, decision="surface", teacher=(1,), weight=0.5),
-        fork(2, distance=9.0, decision="reference", teacher=(3,)),
+        fork(0, distance=0.5, decision="fork", generated=(0, 2)),
+        fork(1, distance=0.0, decision="surface", generated=(3, 1), weight=0.5),
+        fork(2, distance=9.0, decision="reference", generated=(0, 1)),
     ]
     counted = guide.counted(found, [])
     assert counted["totals"] == {
         "fork_candidates": 2, "forks": 1, "suppressed_tokens": 1, "guided_tokens": 0,
-        "teacher_tokens_generated": 4,
+        "student_tokens_generated": 3, "teacher_tokens_generated": 4,
     }  # fmt: skip
     assert counted["means"]["fork_share"] == (1, 2)
     assert counted["means"]["candidate_distance"] == (0.5, 2)

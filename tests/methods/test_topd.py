@@ -645,7 +645,9 @@ def test_forks_are_stored_and_metrics_logged(tiny: Tiny) -> None:
     assert sum(f["decision"] == "fork" for f in found) == row["forks"]
     assert row["fork_share"] == pytest.approx(row["forks"] / row["fork_candidates"])
     assert row["candidate_distance"] == pytest.approx(np.mean([f["distance"] for f in found]))
-    assert sum(len(f["teacher_window"]) for f in found) == row["teacher_tokens_generated"]
+    assert 0 < sum(len(f["teacher_window"]) for f in found) <= row["teacher_tokens_generated"], (
+        "before the cut"
+    )
     assert row["guidance_grad_ratio"] > 0
     assert row["guidance"] > 0
     assert set(row["topd_seconds"]) == {"read", "windows", "transport", "targets"}
