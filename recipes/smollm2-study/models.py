@@ -1,8 +1,10 @@
 """Student and teacher of the study, of SmolLM2-135M-Instruct, by one run that goes on where it was stopped.
 
     python recipes/smollm2/prepare.py --perturb 0            build/smollm2/model: the base
+    python recipes/smollm2-study/models.py merge             build/smollm2-study/{student,teacher}
     python recipes/smollm2-study/models.py train             build/smollm2-study/adapters/, with checkpoints
-    python recipes/smollm2-study/models.py merge             build/smollm2-study/{student,teacher}, of these
+
+`merge` takes the adapters that lie beside this file, or those that `train` has made anew.
 
 The student is the base after a short SFT on its own wording. The teacher goes on from it with another wording
 and then also learns to rewrite the student's real attempts. Both are LoRA adapters. More updates than before,
@@ -267,7 +269,8 @@ def merge() -> None:
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     for name in ("student", "teacher"):
         base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
-        merged: PreTrainedModel = PeftModel.from_pretrained(base, ADAPTERS / name).merge_and_unload()
+        made = next(d for d in (ADAPTERS / name, HERE / "adapters" / name) if d.is_dir())
+        merged: PreTrainedModel = PeftModel.from_pretrained(base, made).merge_and_unload()
         merged.save_pretrained(MERGED / name)
         tokenizer.save_pretrained(MERGED / name)
         print(MERGED / name)

@@ -117,6 +117,8 @@ def evaluate_model(
     passes = asked.k if k is None else k
     _check(sampling, n=samples, k=passes, batch_tokens=batch_tokens)
     split, source = _problems(first, data)
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit must be at least 1, not {limit}")
     if limit is None and data is None:
         limit = first.config.data.eval_limit
     with code.allowed(allow_code):

@@ -249,6 +249,8 @@ def _existing(name: str, key: str) -> str:
         raise UserError(f"{key} is empty; name a directory or a model of the hub")
     looks_local, path = where.startswith((".", "/", "~")) or where.count("/") > 1, place(where, key=key)
     looks_local |= "/" in where and any(path.parent.glob("*/metrics.jsonl"))  # beside runs, as a run would
+    if path.is_file():
+        raise UserError(f"{key}: {name} is a file; name the directory of a model")
     if looks_local and not path.is_dir():
         raise UserError(f"{key}: there is no directory {name}")
     return str(path) if path.is_dir() else where
