@@ -198,7 +198,7 @@ def test_graders_differ_where_they_should() -> None:
 
 
 def test_names() -> None:
-    with pytest.raises(UserError, match=r"eval.grader is 'maths'; it must be one of gym, math, exact"):
+    with pytest.raises(UserError, match=r"eval.grader is 'maths'; it must be auto, one of gym, math, exact"):
         make_grader("maths")
     assert grader_for("auto", ["gym:train", "gym:test"]).name == "gym"
     assert grader_for("auto", ["gym:train", "a.jsonl"]).name == "math"

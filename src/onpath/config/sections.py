@@ -430,11 +430,6 @@ class Run(Section):
     threads: Annotated[int, ROUNDING] = Field(0, ge=0, le=4096)
     """torch's CPU threads per process; 0 leaves torch's choice."""
 
-    @field_validator("trackers", mode="before")
-    @classmethod
-    def _several(cls, given: Any) -> Any:
-        return [given] if isinstance(given, str) else given
-
     @field_validator("name")
     @classmethod
     def _one_directory(cls, value: str) -> str:
