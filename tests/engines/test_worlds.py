@@ -12,7 +12,7 @@ import torch
 from onpath.config.build import Config
 from onpath.data.batch import collate
 from onpath.data.render import Renderer
-from onpath.engines.base import Engine
+from onpath.engines.base import Engine, gone_on
 from onpath.engines.hf import HFEngine
 from onpath.engines.models import load_model
 from onpath.engines.teacher import ModelTeacher
@@ -170,8 +170,7 @@ class Limited(Engine):
 
 
 def test_each_spoiled_rollout_has_the_room_that_its_prompt_leaves() -> None:
-    engine = SpoilingEngine(Limited(), Sevens(), seed=0, longest=11)
     prefixes, rooms = [(0,) * 9, (1,) * 5, (2,) * 4, (3,) * 8], [2, 6, 7, 2]
-    found = engine._to_the_end(prefixes, rooms, SAMPLING, keys=list("abcd"))
+    found = gone_on(Limited(), prefixes, rooms, SAMPLING, keys=list("abcd"), longest=11)
     assert [c.ids[0] for c in found] == [0, 1, 2, 3]
     assert all(len(c.ids) >= room for c, room in zip(found, rooms, strict=True))

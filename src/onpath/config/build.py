@@ -197,6 +197,15 @@ class Config(Section):
         return dict(models.items()) if self.teachers else {None: self.teacher}
 
     @property
+    def longest_response(self) -> tuple[int, str]:
+        """Most tokens behind a prompt, a window that begins before a response's last token included; and the
+        options that say so."""
+        most, (window, option) = self.rollout.max_new_tokens, self.method.longest_window
+        if window < 2:
+            return most, "rollout.max_new_tokens"
+        return most + window - 1, f"rollout.max_new_tokens or {option}"
+
+    @property
     def mixtures(self) -> dict[str, dict[str, float]]:
         """Of each teacher that is a mixture of others its name, and their weights."""
         return {
@@ -559,8 +568,13 @@ def _section_type(section: str) -> type[BaseModel]:
 
 def nearest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     """What a mistyped word may have meant, or all that is known."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+    return closest(word, known, cutoff=0.5) or f"known here: {', '.join(known)}"
+
+
+def closest(word: str, known: Sequence[str] | Mapping[str, Any], *, cutoff: float) -> str:
+    """What a mistyped word may have meant; empty: nothing is as like it as that."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
+    return f"did you mean {close[0]}?" if close else ""
 
 
 def _short(value: Any) -> str:

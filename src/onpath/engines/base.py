@@ -1,7 +1,7 @@
 """What every engine can do, and the questions that it answers about itself."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -112,6 +112,35 @@ class Generators:
     """In the teacher's name: rewrites, windows, samples."""
     over: Callable[[nn.Module], Engine]
     """An engine in this process over a model of the student's kind."""
+
+
+def gone_on(
+    engine: Engine,
+    prefixes: Sequence[Sequence[int]],
+    rooms: Sequence[int],
+    sampling: Sampling,
+    *,
+    keys: Sequence[str],
+    longest: int,
+) -> list[Completion]:
+    """`continue_from` with a limit for each prefix; with one of 0 nothing is generated.
+
+    Args:
+        rooms: most new tokens of each: what fits its prefix.
+        longest: most tokens, prefix and new ones, that the engine takes.
+    """
+    done = {i: Completion(ids=(), logprobs=(), finish_reason="length") for i in range(len(prefixes))}
+    todo = sorted((i for i, room in enumerate(rooms) if room > 0), key=lambda i: -rooms[i])
+    while todo:
+        # A batch has one limit, which is too much for a row whose prefix only just fits.
+        size = rooms[todo[0]]
+        now = [i for i in todo if i == todo[0] or len(prefixes[i]) + size <= longest]
+        found = engine.continue_from(
+            [prefixes[i] for i in now], replace(sampling, max_new_tokens=size), keys=[keys[i] for i in now]
+        )
+        done |= {i: c.truncated(rooms[i]) for i, c in zip(now, found, strict=True)}
+        todo = [i for i in todo if i not in now]
+    return [done[i] for i in range(len(prefixes))]
 
 
 def sampled(

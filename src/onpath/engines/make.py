@@ -250,14 +250,14 @@ def check_teacher(config: Config, teacher: Teacher, longest: int) -> None:
     Args:
         longest: tokens of the longest prompt.
     """
+    new, _ = config.longest_response
     for name in teacher.names:
         one = teacher.of(name)
-        window = max(0, config.method.longest_window[0] - 1)
-        needed = longest + config.rollout.max_new_tokens + window + one.spare
+        needed = longest + new + one.spare
         if needed > one.context_length and not config.method.self_taught:
             raise UserError(
                 f"{teacher_key(name)}.model: its context of {one.context_length} tokens is too short for "
-                f"prompts of up to {longest} and {config.rollout.max_new_tokens + window} new ones; lower "
+                f"prompts of up to {longest} and {new} new ones; lower "
                 "rollout.max_new_tokens or drop long prompts"
             )
 

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from onpath.data.batch import Batch
 from onpath.data.render import Renderer
 from onpath.data.tasks import World, task_of
-from onpath.engines.base import Engine
+from onpath.engines.base import Engine, gone_on
 from onpath.engines.decoding.drafts import Drafts
 from onpath.engines.teacher import ModelTeacher, Teacher
 from onpath.losses import Head, TeacherHidden
@@ -65,12 +65,13 @@ class SpoilingEngine(Engine):
             return rollouts
         begun = [(place, (*rollouts[place].ids[:at], token)) for place, at, token in hits]
         scored = self.engine.score([rollouts[p].context for p, _ in begun], [ids for _, ids in begun])
-        prefixes = [rollouts[p].context + ids for p, ids in begun]
-        done = self._to_the_end(
-            prefixes,
-            [max(1, sampling.max_new_tokens - len(ids)) for _, ids in begun],
+        done = gone_on(
+            self.engine,
+            [rollouts[p].context + ids for p, ids in begun],
+            [sampling.max_new_tokens - len(ids) for _, ids in begun],
             sampling,
             keys=[f"{names[p]}/spoiled" for p, _ in begun],
+            longest=self.longest,
         )
         for (place, ids), logps, rest in zip(begun, scored, done, strict=True):
             old = rollouts[place]
@@ -82,26 +83,6 @@ class SpoilingEngine(Engine):
                 finish_reason=rest.finish_reason if len(rest.ids) <= left else "length",
             )
         return rollouts
-
-    def _to_the_end(
-        self,
-        prefixes: Sequence[tuple[int, ...]],
-        rooms: Sequence[int],
-        sampling: Sampling,
-        keys: Sequence[str],
-    ) -> list[Completion]:
-        """Each prefix gone on from. A batch has one limit, and what fits one prefix may not fit a longer one:
-        that each fits with its own room is known."""
-        todo, done = sorted(range(len(prefixes)), key=lambda i: -rooms[i]), dict[int, Completion]()
-        while todo:
-            most = rooms[todo[0]]
-            now = [i for i in todo if i == todo[0] or len(prefixes[i]) + most <= self.longest]
-            asked, limit = [prefixes[i] for i in now], replace(sampling, max_new_tokens=most)
-            done |= zip(
-                now, self.engine.continue_from(asked, limit, keys=[keys[i] for i in now]), strict=True
-            )
-            todo = [i for i in todo if i not in done]
-        return [done[i] for i in range(len(prefixes))]
 
     def _spoiled(self, rollout: Rollout) -> tuple[int, str] | None:
         tokens = self.renderer.tokens(rollout.ids)

@@ -4,7 +4,7 @@ A method of your own is a class like those beside this file, in a file anywhere:
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from onpath.config.methods import MethodOptions
 from onpath.data.render import Renderer, fill, with_question
 from onpath.data.tasks import Task
-from onpath.engines.base import Engine, Generators
+from onpath.engines.base import Engine, Generators, gone_on
 from onpath.engines.decoding.drafts import Drafts
 from onpath.engines.forward import Kept, Models, Pass
 from onpath.engines.routed import by_teacher
@@ -181,21 +181,10 @@ class Tools:
     ) -> tuple[list[Completion], int]:
         left = [sampling.max_new_tokens - len(r.ids) for r in rollouts]
         room = left if at_most is None else [min(at_most, n) for n in left]
-        done = {i: Completion(ids=(), logprobs=(), finish_reason="length") for i in range(len(rollouts))}
-        todo = sorted((i for i, n in enumerate(room) if n > 0), key=lambda i: -room[i])
-        while todo:
-            # A batch has one limit, which is too much for a row whose prompt only just fits.
-            size, widths = room[todo[0]], {i: len(rollouts[i].context) + len(rollouts[i].ids) for i in todo}
-            now = [i for i in todo if i == todo[0] or widths[i] + size <= longest]
-            found = engine.continue_from(
-                [rollouts[i].prefix(len(rollouts[i].ids)) for i in now],
-                replace(sampling, max_new_tokens=size),
-                keys=[keys[i] for i in now],
-            )
-            done |= {i: c.truncated(room[i]) for i, c in zip(now, found, strict=True)}
-            todo = [i for i in todo if i not in now]
+        prefixes = [r.prefix(len(r.ids)) for r in rollouts]
+        done = gone_on(engine, prefixes, room, sampling, keys=keys, longest=longest)
         # What a row was given beyond its own room depends on the rows beside it, and is not counted.
-        return [done[i] for i in range(len(rollouts))], sum(len(c.ids) for c in done.values())
+        return done, sum(len(c.ids) for c in done)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -149,14 +149,7 @@ def check_prompts(
     Returns:
         The most tokens of a prompt.
     """
-    most_new, (window, option) = config.rollout.max_new_tokens, config.method.longest_window
-    begun_inside = most_new + window - 1, f"rollout.max_new_tokens or {option}"
-    new, lower = max(
-        (most_new, "rollout.max_new_tokens"),
-        config.method.longest_generated,
-        begun_inside,
-        key=lambda limit: limit[0],
-    )
+    new, lower = max(config.longest_response, config.method.longest_generated, key=lambda limit: limit[0])
     asked = [(prompt, new, lower, config.data.train) for prompt in prompts.pool]
     for split, problems in prompts.evals.items():
         source = config.data.eval[split]

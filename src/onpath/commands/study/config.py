@@ -2,14 +2,13 @@
 
 import re
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from onpath import config as configuration
-from onpath.config.build import Config
+from onpath.config.build import Config, closest
 from onpath.config.section import Section
 from onpath.data.tasks import split_name
 from onpath.system import code
@@ -319,9 +318,9 @@ def _sentence(error: ValidationError) -> str:
             *inside, last = map(str, first["loc"])
             section = ".".join(inside)
             known = _FIELDS.get(section, {})
-            close = get_close_matches(last, known, n=1, cutoff=0.7)
-            guess = f"did you mean {close[0]}? " if close else ""
-            return f"unknown key {key}; {guess}{section or 'a study'} has {', '.join(known)}"
+            guess = closest(last, known, cutoff=0.7)
+            told = f"{section or 'a study'} has {', '.join(known)}"
+            return f"unknown key {key}; {guess}{' ' if guess else ''}{told}"
         case "value_error":
             return f"{key + ': ' if key else ''}{first['ctx']['error']}"
         case _:
