@@ -1,6 +1,6 @@
 """relay: token by token as a plain loop over both models would write it; triggers, controls, cost."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from onpath import config as configuration
-from onpath.data.batch import collate
+from onpath.data.batch import Batch, collate
 from onpath.engines.decoding.draw import draw
 from onpath.engines.decoding.side_by_side import Start, side_by_side
-from onpath.engines.forward import Kept
+from onpath.engines.forward import Kept, Models
 from onpath.engines.hf import HFEngine
+from onpath.engines.teacher import ModelTeacher
 from onpath.methods import make_method
 from onpath.methods.base import Prepared
 from onpath.records import Rollout, Sampling, token_count
@@ -22,9 +23,9 @@ from onpath.run.loss import student_states, teacher_states
 from onpath.run.parts import Parts
 from onpath.system.draws import noise
 from onpath.system.errors import UserError
-from onpath.training import sample
+from onpath.training import one_step, sample
 from tests.methods.family import Tiny, logp_after, logps_along, parts_of, prepared
-from tests.stepping import flat, step_on
+from tests.stepping import Recorder, flat, step_on
 
 Written = tuple[tuple[int, ...], tuple[str, ...]]
 
@@ -252,3 +253,45 @@ def test_no_response_outgrows_the_students_context(tiny: Tiny) -> None:
 def test_impossible_options_are_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         configuration.build({"method": {"name": "relay", **changes}})
+
+
+@pytest.mark.parametrize("delta", [4.25, 4.75])
+def test_what_is_known_is_not_read_again(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, delta: float) -> None:
+    """Responses that needed nothing take the states of the pass that read them, whatever became of the
+    others; the gradient is that of batches which know nothing."""
+    parts = parts_of(tiny, name="relay", delta=delta)
+    read: dict[str, list[tuple[int, ...]]] = {"teacher": [], "student": []}
+
+    def told(who: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(self: object, batch: Batch, *rest: Any) -> Any:
+            read[who] += [t.response for t in batch.trajectories]
+            return function(self, batch, *rest)
+
+        return wrapped
+
+    def step(*, forgets: bool) -> tuple[Prepared, torch.Tensor]:
+        done: list[Prepared] = []
+
+        def prepare(rollouts: Sequence[Rollout], *, step: int) -> Prepared:
+            found = type(parts.method).prepare(parts.method, rollouts, step=step)
+            done.append(replace(found, kept=Kept()) if forgets else found)
+            for names in read.values():
+                names.clear()
+            return done[-1]
+
+        monkeypatch.setattr(parts.method, "prepare", prepare)
+        recorder = Recorder(parts.models.student)
+        one_step(parts, recorder, 0)  # type: ignore[arg-type]
+        return done[0], flat(recorder.gradients)
+
+    monkeypatch.setattr(ModelTeacher, "scores", told("teacher", ModelTeacher.scores))
+    monkeypatch.setattr(Models, "student_states", told("student", Models.student_states))
+    done, found = step(forgets=False)
+    changed = [t.response for t in done.trajectories if t.edit.kind != "none"]
+    assert 0 < len(changed) < len(done.trajectories)
+    assert sorted(read["teacher"]) == sorted(changed)
+    # The student's graph serves where more than two thirds of it are left (6 of 8 rollouts, not 4).
+    assert len(read["student"]) == {4.25: len(done.trajectories), 4.75: len(changed)}[delta]
+    _, plain = step(forgets=True)
+    assert len(read["teacher"]) == len(done.trajectories)
+    torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-7)

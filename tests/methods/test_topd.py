@@ -16,7 +16,7 @@ from onpath import config as configuration
 from onpath.config.build import Config
 from onpath.config.methods.topd import TOPDOptions
 from onpath.data.batch import collate, micro_batches
-from onpath.engines.forward import Kept, forward, student_key
+from onpath.engines.forward import Graph, Kept, forward, student_key
 from onpath.losses import Head, Objective, TeacherHidden, fused_objective
 from onpath.methods import make_method
 from onpath.methods.base import Prepared, own_response
@@ -364,7 +364,7 @@ def test_kept_states_give_each_graph_once() -> None:
     split = [
         {k: v for k, v in rows.items() if last is (k == student_key(trajectory(5)))} for last in (False, True)
     ]
-    kept = Kept(student=list(split))
+    kept = Kept(student=[Graph(rows=part, tokens=len(part)) for part in split])
     assert kept.student_hidden(collate([trajectory(3), trajectory(9)])) is None
     found = kept.student_hidden(collate([trajectory(4)]))
     assert found is not None

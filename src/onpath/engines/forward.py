@@ -29,6 +29,9 @@ Key = tuple[str | None, tuple[int, ...], tuple[int, ...]]
 on nothing else."""
 Values = dict[str, list[float]]
 """Statistic → one value per response token."""
+_WORTH = (
+    2 / 3
+)  # share of a graph's tokens: the way back costs two passes forward, and is made for all of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +75,22 @@ class Models:
         return batch.at_student(hidden_BSH)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """The student's hidden states of one pass, which is walked back once."""
+
+    rows: dict[Key, Tensor]
+    tokens: int
+    """That the way back runs over."""
+
+
 @dataclass(kw_only=True)
 class Kept:
     """Hidden states of one step, handed to the loss."""
 
     teacher: dict[Key, Tensor] = field(default_factory=dict)
-    student: list[dict[Key, Tensor]] = field(default_factory=list)
-    """One entry per graph; it goes with the first batch that uses it: a graph is walked back once."""
+    student: list[Graph] = field(default_factory=list)
+    """Each goes with the first batch that uses it."""
 
     def has_scored(self, trajectories: Iterable[Trajectory]) -> bool:
         """Whether the teacher's states of all of them are here."""
@@ -91,10 +103,26 @@ class Kept:
     def student_hidden(self, batch: Batch) -> Tensor | None:
         """[N, H] with the graphs of the pass, or None if they were not kept, or are used up."""
         keys = [student_key(t) for t in batch.trajectories]
-        used = [graph for graph in self.student if any(key in graph for key in keys)]
-        found = _gathered({key: row for graph in used for key, row in graph.items()}, keys)
+        used = [graph for graph in self.student if any(key in graph.rows for key in keys)]
+        found = _gathered({key: row for graph in used for key, row in graph.rows.items()}, keys)
         if found is not None:
             self.student = [graph for graph in self.student if not any(graph is u for u in used)]
+        return found
+
+    def batches(self, trajectories: Sequence[Trajectory], *, max_tokens: int) -> list[list[Trajectory]]:
+        """Micro-batches such that what is known is used: those of a graph together, then others that the
+        teacher has scored, then what is new. A graph of which little is left would be walked back for that
+        little, and is dropped."""
+        left, found = [t for t in trajectories if t.response], list[list[Trajectory]]()
+        for graph in list(self.student):
+            mine, others = _parted(left, [student_key(t) in graph.rows for t in left])
+            if mine and sum(len(t.response) for t in mine) >= _WORTH * graph.tokens:
+                found += micro_batches(mine, max_tokens=max_tokens)
+                left = others
+            else:
+                self.student = [g for g in self.student if g is not graph]
+        for some in _parted(left, [teacher_key(t) in self.teacher for t in left]):
+            found += micro_batches(some, max_tokens=max_tokens)
         return found
 
     def forget(self, teacher: str | None) -> None:
@@ -106,11 +134,11 @@ class Kept:
         short = whole.truncated(length)
         for key, shorter, known in (
             (teacher_key(whole), teacher_key(short), [self.teacher]),
-            (student_key(whole), student_key(short), self.student),
+            (student_key(whole), student_key(short), [graph.rows for graph in self.student]),
         ):
-            for graph in known:
-                if key in graph:
-                    graph[shorter] = graph[key][:length]
+            for rows in known:
+                if key in rows:
+                    rows[shorter] = rows[key][:length]
 
 
 def teacher_key(trajectory: Trajectory) -> Key:
@@ -121,6 +149,11 @@ def teacher_key(trajectory: Trajectory) -> Key:
 def student_key(trajectory: Trajectory) -> Key:
     """Of the student's."""
     return None, trajectory.student_context, trajectory.response
+
+
+def _parted(some: Sequence[Trajectory], marks: Sequence[bool]) -> tuple[list[Trajectory], list[Trajectory]]:
+    marked = list(zip(some, marks, strict=True))
+    return [t for t, mark in marked if mark], [t for t, mark in marked if not mark]
 
 
 def _gathered(known: dict[Key, Tensor], keys: Sequence[Key]) -> Tensor | None:
@@ -210,7 +243,8 @@ def forward(
             if keep is not None and isinstance(scores, TeacherHidden):
                 keep.teacher |= _by_key(scores.hidden, batch, teacher_key)
             if keep is not None and graph:
-                keep.student.append(_by_key(student_NH, batch, student_key))
+                rows = _by_key(student_NH, batch, student_key)
+                keep.student.append(Graph(rows=rows, tokens=len(student_NH)))
             stats.append(_stats(models, batch, student_NH, scores, request))
         yield Pass(batches=tuple(group), stats=tuple(stats), past=memory)
 

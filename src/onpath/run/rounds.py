@@ -40,11 +40,10 @@ def rounds(parts: Parts, prepared: Prepared, trained: list[Trajectory]) -> list[
     Args:
         trained: trajectories of this process; none where no process has any.
     """
-    models = parts.models
-    micros = list(micro_batches(trained, max_tokens=parts.config.optim.micro_batch_tokens))
+    models, most = parts.models, parts.config.optim.micro_batch_tokens
     if not sharded(models.student):
-        return micros
-    found = []
+        return prepared.kept.batches(trained, max_tokens=most)
+    micros, found = list(micro_batches(trained, max_tokens=most)), []
     for name in sorted(models.teacher.names, key=lambda name: name or ""):  # as micro_batches has them
         mine = [micro for micro in micros if micro[0].teacher == name]
         count = distributed.most(len(mine))
