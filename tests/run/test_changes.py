@@ -393,16 +393,22 @@ def test_a_finished_run_says_so(tiny: Tiny, tmp_path: Path, capsys: pytest.Captu
         assert said.out.startswith("model: ")
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize(
+    ("name", "code", "sentence"),
+    [("SIGTERM", 0, "SIGTERM"), ("SIGHUP", 0, "SIGHUP"), ("SIGINT", 130, "interrupted")],
+)
 def test_asked_to_stop_it_saves_the_step_that_runs(
     name: str,
+    code: int,
+    sentence: str,
     tiny: Tiny,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     number = getattr(signal, name)
-    signal.signal(number, signal.SIG_DFL)  # under nohup it is ignored, and stays so
+    if name != "SIGINT":
+        signal.signal(number, signal.SIG_DFL)  # under nohup it is ignored, and stays so
     before = signal.getsignal(number)
     config = tiny(optim__steps=4, data__eval={})
     file = tmp_path / "config.yaml"
@@ -416,9 +422,12 @@ def test_asked_to_stop_it_saves_the_step_that_runs(
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "one_step", hit)
-        assert main(["train", str(file), "--quiet"]) == 0
-    said = capsys.readouterr()
-    assert said.err == f"onpath: {name}: step 2 of 4 is saved; the same command goes on\n"
+        assert main(["train", str(file), "--quiet"]) == code
+    said = capfd.readouterr()
+    told = [line for line in said.err.splitlines() if line.startswith("onpath: ")]
+    assert told[-1] == f"onpath: {sentence}: step 2 of 4 is saved; the same command goes on"
+    at_once = "onpath: stopping after this step, which will be saved; Ctrl-C again stops at once"
+    assert told[:-1] == ([at_once] if name == "SIGINT" else [])
     assert said.out == ""
     directory = Path(config.run.dir) / config.run.name
     assert [p.name for p in (directory / "checkpoints").iterdir()] == ["step_2"]
@@ -435,6 +444,32 @@ def test_a_second_signal_kills_as_ever() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert asked.name == "SIGTERM"
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    with stop_requests() as asked:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)  # torchrun sends it after a Ctrl-C: the step is still finished
+        assert asked.name == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_python_code_is_interrupted_as_ever(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the step, and with what is saved; somebody's own handler is left alone."""
+    config, real, own = tiny(optim__steps=3, data__eval={}), training.one_step, list[int]()
+
+    def hit(*given: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*given)
+
+    monkeypatch.setattr(training, "one_step", hit)
+    with pytest.raises(KeyboardInterrupt, match="step 1 of 3 is saved"):
+        train(config, quiet=True)
+    before = signal.signal(signal.SIGINT, lambda number, frame: own.append(number))
+    try:
+        train(config, quiet=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert own == [signal.SIGINT] * 2
 
 
 def test_nohup_stays_nohup() -> None:

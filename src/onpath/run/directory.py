@@ -45,7 +45,7 @@ from onpath.system import distributed
 from onpath.system.errors import UserError
 from onpath.system.files import lock, remove_leftovers, write_text, written
 from onpath.system.reading import read_yaml
-from onpath.system.signals import Requests, Stopped
+from onpath.system.signals import Interrupted, Requests, Stopped
 from onpath.system.streams import say
 
 _PATIENCE = 10.0
@@ -248,13 +248,14 @@ class Run:
         """Ends the process, which was asked to; `step` steps are done and saved.
 
         Raises:
-            Stopped: always.
+            Stopped: by a signal to end.
+            Interrupted: by Ctrl-C.
         """
-        where = f"step {step} of {self.parts.config.optim.steps} is saved"
-        why = (
-            asked.name if distributed.world() == 1 else "asked to stop"
-        )  # the same sentence on all processes
-        raise Stopped(f"{why}: {where}; the same command goes on")
+        where = f"step {step} of {self.parts.config.optim.steps} is saved; the same command goes on"
+        if asked.name == "SIGINT":
+            raise Interrupted(f"interrupted: {where}")
+        why = asked.name if distributed.world() == 1 else "asked to stop"  # the same on all processes
+        raise Stopped(f"{why}: {where}")
 
     def announce(self, display: Display, done: int) -> None:
         """What people should know before the first step."""

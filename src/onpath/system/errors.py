@@ -10,7 +10,7 @@ from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
-from onpath.system.signals import Stopped
+from onpath.system.signals import Interrupted, Stopped
 from onpath.system.streams import say, silence
 from onpath.system.text import one_line
 
@@ -39,6 +39,9 @@ def guarded(run: Callable[[], int | None]) -> int:
     except Stopped as ended:
         say_once(f"onpath: {ended.sentence}")
         return 0
+    except Interrupted as ended:
+        say_once(f"onpath: {ended.sentence}")
+        return 130
     except KeyboardInterrupt:
         say("onpath: interrupted; start the same command again to go on")
         return 130

@@ -1,5 +1,7 @@
-"""SIGTERM (a batch system's time is up) and SIGHUP (the terminal is gone): asked to stop, not stopped."""
+"""SIGTERM (a batch system's time is up), SIGHUP (the terminal is gone), SIGINT (Ctrl-C): asked to stop, not
+stopped."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -16,6 +18,14 @@ class Stopped(SystemExit):
         self.sentence = sentence
 
 
+class Interrupted(KeyboardInterrupt):
+    """Likewise by Ctrl-C: exit code 130, and to Python code an interrupt like any other."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(sentence)
+        self.sentence = sentence
+
+
 class Requests:
     """Whether somebody has asked this process to stop."""
 
@@ -29,26 +39,32 @@ class Requests:
 
 @contextmanager
 def stop_requests() -> Iterator[Requests]:
-    """Notes the first SIGTERM or SIGHUP instead of dying of it; the second one kills as ever. A signal that
-    is ignored (nohup) stays so. Outside the main thread nothing changes: signals arrive there.
+    """Notes the first SIGTERM, SIGHUP or SIGINT instead of dying of it; another one of the same kind does
+    what it always does. A signal that is ignored (nohup), or that somebody handles, stays so. Outside the
+    main thread nothing changes: signals arrive there.
     """
     asked, before = Requests(), dict[int, Any]()
 
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
     def note(number: int, frame: FrameType | None) -> None:
-        asked.name = signal.Signals(number).name
-        restore()
+        signal.signal(number, before.pop(number))
+        asked.name = asked.name or signal.Signals(number).name
+        if number == signal.SIGINT:
+            _say("onpath: stopping after this step, which will be saved; Ctrl-C again stops at once")
 
     if threading.current_thread() is threading.main_thread():
-        for name in ("SIGTERM", "SIGHUP"):
+        for name in ("SIGTERM", "SIGHUP", "SIGINT"):
             with suppress(AttributeError):  # Windows knows no SIGHUP
                 number = getattr(signal, name)
-                if signal.getsignal(number) == signal.SIG_DFL:
+                if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                     before[number] = signal.signal(number, note)
     try:
         yield asked
     finally:
-        restore()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say(sentence: str) -> None:
+    """On stderr, also where the signal came in the middle of another sentence."""
+    with suppress(OSError):
+        os.write(2, f"\n{sentence}\n".encode())
