@@ -310,7 +310,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     teacher = cached(tmp_path)
     for i in range(3):
         teacher.scores(collate([trajectory((i + 3, 2)), trajectory((i + 9, 8, 2))]))
-    (tmp_path / "x.safetensors").write_bytes(b"hello")
+    (tmp_path / f"{'0' * 24}.safetensors").write_bytes(b"hello")
     assert main(["cache", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "scores of 6 responses, 15 tokens, in 4 files" in said
@@ -323,6 +323,23 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for wrong in ("none",), (".", "--keep-gb", "-1"), (".", "--keep-gb", "nan"):
         assert main(["cache", str(tmp_path / wrong[0]), *wrong[1:]]) == 2
         assert capsys.readouterr().err.startswith("onpath: ")
+
+
+def test_files_of_others_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The directory of a model, named by mistake, keeps its weights."""
+    model = tmp_path / "model.safetensors"
+    make_model(1).save_pretrained(tmp_path)
+    before = model.read_bytes()
+    for options in [], ["--keep-gb", "0"]:
+        assert main(["cache", str(tmp_path), *options]) == 2
+        assert "no scores are kept there, but other files" in capsys.readouterr().err
+    teacher = cached(tmp_path, most=1.0)  # no two files fit
+    for i in range(3):
+        teacher.scores(collate([trajectory((i + 3, 2))]))
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    assert main(["cache", str(tmp_path), "--keep-gb", "0"]) == 0
+    assert list(tmp_path.glob("*.safetensors")) == [model]
+    assert model.read_bytes() == before
 
 
 def test_the_same_weights_with_another_config_are_another_teacher() -> None:

@@ -16,13 +16,16 @@ def kept_scores(directory: str | Path, *, keep_gb: float | None = None) -> Usage
             nothing.
 
     Raises:
-        UserError: there is no such directory, or `keep_gb` is below 0.
+        UserError: there is no such directory, it holds other things and no scores, or `keep_gb` is below 0.
     """
     path = place(directory)
     if not path.is_dir():
         raise UserError(f"{path}: no such directory; it is what teacher.cache names")
+    found = usage(path)
+    if not found.files and any(path.iterdir()):
+        raise UserError(f"{path}: no scores are kept there, but other files; name what teacher.cache names")
     if keep_gb is None:
-        return usage(path)
+        return found
     if not keep_gb >= 0:
         raise UserError(f"--keep-gb is {keep_gb:g}; it must be 0 or more")
     removed = prune(path, most=keep_gb * 1e9, damaged=True)

@@ -13,6 +13,7 @@ the files used longest ago go when it becomes too large.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ from onpath.system.streams import say
 _NAMES = ("_name_or_path", "transformers_version", "dtype", "use_cache")
 """Entries of a model's config that say nothing about its scores (a weight's dtype is digested with it)."""
 _LARGEST_HALF = 65_504.0
+_NAME = re.compile(r"[0-9a-f]{24}")  # of a store's files
 Entry = dict[str, Tensor]
 """Name → tensor of one response: `hidden`, or `ids`, `logp` and `sampled`."""
 
@@ -75,7 +77,7 @@ class ScoreStore:
 
     def refresh(self) -> None:
         """Finds what other processes have kept."""
-        for path in sorted(self.directory.glob("*.safetensors")):
+        for path in sorted(_files(self.directory)):
             if path not in self._seen:
                 self._seen.add(path)
                 self._places = {**_places(path, _names(path) or ()), **self._places}
@@ -125,9 +127,14 @@ def _places(path: Path, names: Iterable[str]) -> dict[str, tuple[Path, list[str]
     return found
 
 
+def _files(directory: Path) -> list[Path]:
+    """Those of a store: the directory may hold others, a model's weights for one."""
+    return [p for p in directory.glob("*.safetensors") if _NAME.fullmatch(p.stem)]
+
+
 def usage(directory: Path) -> Usage:
     """What is kept there."""
-    files = sorted(directory.glob("*.safetensors"))
+    files = sorted(_files(directory))
     entries, tokens, damaged = 0, 0, 0
     for path in files:
         names = _names(path)
@@ -149,7 +156,7 @@ def prune(directory: Path, *, most: float, spare: Path | None = None, damaged: b
         How many files were removed.
     """
     found = []
-    for path in directory.glob("*.safetensors"):
+    for path in _files(directory):
         with suppress(OSError):  # another process was faster
             about = path.stat()
             used = 0 if damaged and _names(path) is None else about.st_mtime_ns
