@@ -117,6 +117,8 @@ def test_names_from_elsewhere_are_answered_with_ours(key: str, ours: str) -> Non
     ("words", "ours"),
     [
         (["--learning_rate", "1e-5"], "--learning_rate: here it is optim.lr"),
+        (["--lr", "1e-5"], "--lr: an option of a config has its section before it, as --optim.lr"),
+        (["--max-new-tokens=9"], "as --rollout.max_new_tokens or --eval.max_new_tokens"),
         (["--per-device-train-batch-size", "8"], "here it is rollout.prompts"),
         (["--training.learning_rate", "1e-5"], "here it is optim.lr"),
         (["--push_to_hub"], "--push_to_hub: it is not done; hf upload"),

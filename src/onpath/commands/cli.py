@@ -28,11 +28,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return guarded(lambda: gym.main(arguments[1:]))
     overrides: list[tuple[str, str]] = []
-    if arguments[:1] and arguments[0] in TAKES_OVERRIDES:
+    of_config = arguments[:1] and arguments[0] in TAKES_OVERRIDES
+    if of_config:
         arguments, overrides = split_overrides(arguments)
     if "--allow-code" in arguments:
         code.allow()
-    options = make_parser(partial(_own_options, arguments, overrides)).parse_args(arguments)
+    parser = make_parser(partial(_own_options, arguments, overrides))
+    parser.of_config = bool(of_config)
+    options = parser.parse_args(arguments)
     return guarded(lambda: options.run(options, overrides))
 
 
@@ -60,6 +63,8 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, *, more: Callable[[], str] | None = None, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False)
         self.more = more
+        self.of_config = False
+        """Whether the command takes a config's options."""
 
     def format_help(self) -> str:
         """The epilog is made now."""
@@ -77,8 +82,22 @@ class _Parser(argparse.ArgumentParser):
         if found := re.match(r"unrecognized arguments: (.*)", message):
             from onpath.config.elsewhere import first_answer
 
-            message = first_answer(w for w in found[1].split() if w.startswith("--")) or message
+            words = [w for w in found[1].split() if w.startswith("--")]
+            section = _section_of(words) if self.of_config else None
+            message = section or first_answer(words) or message
         self.exit(2, f"onpath: {message} (`{self.prog} --help` shows what there is)\n")
+
+
+def _section_of(words: Sequence[str]) -> str | None:
+    """Where the first option of a config that was given without its section belongs."""
+    from onpath.config import all_keys
+
+    for word in words:
+        name = word.removeprefix("--").partition("=")[0].replace("-", "_")
+        ours = [f"--{key}" for key in all_keys() if key.rpartition(".")[2] == name]
+        if ours:
+            return f"{word}: an option of a config has its section before it, as {' or '.join(ours)}"
+    return None
 
 
 def _add_allow_code(command: argparse.ArgumentParser) -> None:
@@ -89,7 +108,7 @@ def _add_allow_code(command: argparse.ArgumentParser) -> None:
     )
 
 
-def make_parser(own: Callable[[], Any] = lambda: None) -> argparse.ArgumentParser:
+def make_parser(own: Callable[[], Any] = lambda: None) -> _Parser:
     """All subcommands with their options.
 
     Args:

@@ -130,7 +130,7 @@ def evaluate_model(
             columns=first.config.data.columns,
             all_columns=False,
         ).prompts
-        chosen = grader_for(grader or asked.grader, [source])
+        chosen = grader_for(grader or asked.grader, {source: prompts})
     subjects = [first, *([] if against is None else [_subject(str(against), dtype, device, "against")])]
     if out is not None:
         make_directory(Path(out))
@@ -188,7 +188,10 @@ def _problems(subject: _Subject, data: str | Path | None) -> tuple[str, str]:
         source = str(data)
         return (source, own[source]) if source in own else (split_name(source), source)
     if subject.of_run is None:
-        raise UserError(f"{subject.name} is no run with evaluation sets of its own; name one with --data")
+        there = (
+            "no run with evaluation sets of its own" if Path(subject.name).exists() else "no directory here"
+        )
+        raise UserError(f"{subject.name} is {there}; name a set with --data, as for a model of a hub")
     if len(own) != 1:
         named = f"name one of {', '.join(own)}" if own else "name a file"
         raise UserError(f"{subject.name} has {len(own)} evaluation sets; {named} with --data")

@@ -441,6 +441,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(data, dict):
         raise UserError(f"{path}: must be a mapping of sections ({', '.join(Config.model_fields)})")
+    if "arms" in data:
+        raise UserError(f"{path} is a study's, with arms, and no run's config: onpath study {path}")
     return data
 
 
@@ -522,7 +524,7 @@ def _sentence(error: ValidationError, data: Mapping[str, Any]) -> str:
     match first["type"]:
         case "extra_forbidden":
             beside = _keys_beside(loc, data)
-            ours = [k for k in _all_keys() if k.rpartition(".")[2] == loc[-1]]
+            ours = [k for k in all_keys() if k.rpartition(".")[2] == loc[-1]]
             found = f"here it is {' or '.join(ours)}" if ours else elsewhere.answer(key)
             return f"unknown key {key}; {found or nearest(loc[-1], beside)}"
         case "union_tag_invalid":
@@ -554,7 +556,8 @@ def _keys_beside(loc: Sequence[str], data: Mapping[str, Any]) -> Sequence[str]:
             return list(_section_type(loc[0]).model_fields)
 
 
-def _all_keys() -> list[str]:
+def all_keys() -> list[str]:
+    """The dotted names of all options but a method's and those under labels."""
     sections = {n: _section_type(n) for n in Config.model_fields if n not in ("method", *LABELLED)}
     return [f"{name}.{key}" for name, fields in sections.items() for key in fields.model_fields]
 
@@ -568,7 +571,7 @@ def _section_type(section: str) -> type[BaseModel]:
 
 def nearest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     """What a mistyped word may have meant, or all that is known."""
-    return closest(word, known, cutoff=0.5) or f"known here: {', '.join(known)}"
+    return closest(word, known, cutoff=0.6) or f"known here: {', '.join(known)}"
 
 
 def closest(word: str, known: Sequence[str] | Mapping[str, Any], *, cutoff: float) -> str:
