@@ -34,6 +34,8 @@ class Prompt:
     """Chat prompt: `{"role": …, "content": …}` each, the last one from the user."""
     answer: str | None = None
     """What the grader compares with; None where there is nothing to grade."""
+    tests: bool = False
+    """Whether that is tests of a program (for `eval.grader: code`)."""
     solution: str | None = None
     """Reference solution: privileged information that only a teacher may see."""
     teacher: str | None = None

@@ -131,7 +131,7 @@ def test_rows(
     for row in pack_rows(source, 1):
         assert row["source"]
         assert row["licence"]
-    with grader_for("auto", [source]) as grader:
+    with grader_for("auto", {source: prompts}) as grader:
         assert grader.name == ("code" if "humaneval" in source else "math")
     if solution and grader.name == "code":
         assert grader.grade(solution, first.answer or "").correct
@@ -176,10 +176,10 @@ def test_a_missing_or_damaged_package_is_one_sentence(
 
 
 def test_graders_of_several_packs(packages: Path) -> None:
-    with grader_for("auto", ["pack:aime25", "pack:champ", "sums.jsonl"]) as grader:
+    with grader_for("auto", dict.fromkeys(["pack:aime25", "pack:champ", "sums.jsonl"], ())) as grader:
         assert grader.name == "math"
     with pytest.raises(UserError, match="cannot be math for pack:aime25, code for pack:humaneval at a time"):
-        grader_for("auto", ["pack:aime25", "pack:humaneval"])
+        grader_for("auto", dict.fromkeys(["pack:aime25", "pack:humaneval"], ()))
 
 
 def test_a_config_takes_a_pack_and_names_its_split(tiny: Callable[..., Config]) -> None:
@@ -200,6 +200,6 @@ def test_the_real_package(source: str, count: int) -> None:
     assert len(prompts) == count
     assert all(p.answer for p in prompts)
     assert source == "aime25" or all(p.solution for p in prompts)
-    with grader_for("auto", [f"pack:{source}"]) as grader:
+    with grader_for("auto", {f"pack:{source}": prompts}) as grader:
         some = prompts[:: max(1, count // 6)]
         assert source == "aime25" or all(grader.grade(p.solution or "", p.answer or "").correct for p in some)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from onpath.grade.base import Grader, Verdict
 from onpath.grade.exact import ExactGrader
 from onpath.grade.graders import grader_for, make_grader
 from onpath.grade.math import MathGrader, grade
+from onpath.records import Prompt
 from onpath.system.errors import UserError
 
 BOUND_SECONDS = 10.0
@@ -200,9 +201,27 @@ def test_graders_differ_where_they_should() -> None:
 def test_names() -> None:
     with pytest.raises(UserError, match=r"eval.grader is 'maths'; it must be auto, one of gym, math, exact"):
         make_grader("maths")
-    assert grader_for("auto", ["gym:train", "gym:test"]).name == "gym"
-    assert grader_for("auto", ["gym:train", "a.jsonl"]).name == "math"
-    assert grader_for("exact", ["gym:train"]).name == "exact"
+    assert grader_for("exact", {"gym:train": ()}).name == "exact"
+
+
+def test_auto() -> None:
+    """What the sources are, and whether their rows bring tests."""
+
+    def chosen(**rows: Sequence[Prompt]) -> str:
+        with grader_for("auto", {source.replace("_", ":"): some for source, some in rows.items()}) as grader:
+            return grader.name
+
+    sums, silent = (Prompt(id="0", text="7 + 5?", answer="12"),), (Prompt(id="1", text="Write."),)
+    programs = (Prompt(id="2", text="Add.", answer="assert add(1, 2) == 3", tests=True),)
+    assert chosen(gym_train=(), gym_test=()) == "gym"
+    assert chosen(gym_train=sums, a=sums) == "math"
+    assert chosen(a=silent) == "math"
+    assert chosen(a=programs, b=(*silent, *programs)) == "code"
+    for mixed in {"a": sums, "b": programs}, {"b": (*programs, *sums)}:
+        with pytest.raises(
+            UserError, match=r"auto, which cannot be .*code for b.* at a time; name one grader"
+        ):
+            chosen(**mixed)
 
 
 class _Counting(Grader):

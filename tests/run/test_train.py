@@ -606,3 +606,14 @@ def test_the_first_step_says_what_both_models_have_in_common(
     assert first == pytest.approx(sum(shares) / len(shares), abs=1e-6)
     assert 0 < first < 1
     assert capsys.readouterr().err.count(f"{first:.0%} are the same at the start") == 1
+
+
+def test_problems_that_are_trained_on_are_said(
+    tiny: Callable[..., Config], data_file: Path, tmp_path: Path
+) -> None:
+    """Of a set that is cut to five all are; of other problems none."""
+    said = "5 of 5 evaluation problems are also training prompts: accuracy on them is no test"
+    assert said in assemble(tiny()).warnings
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "nobody asked this", "answer": "1"}\n')
+    assert not any("training prompts" in w for w in assemble(tiny(data__eval={"test": str(other)})).warnings)

@@ -333,7 +333,8 @@ class Parallel(Section):
 
 class Eval(Section):
     grader: Annotated[str, OneOf(("auto", "gym", "math", "exact", "code"), "function")] = "auto"
-    """auto: the task's own checker for the gym's data, else math (math-verify in a process of its own).
+    """auto: the task's own checker for the gym's data, code where rows bring tests, else math (math-verify in
+    a process of its own).
     exact: the last line, stripped. code: the answer's program against tests, confined (docs/code.md). Or a
     function of yours, file.py:grade, of (text, answer) → bool."""
     every: Annotated[int, NEUTRAL] = Field(0, ge=0)

@@ -339,6 +339,7 @@ def _prompt(row: Mapping[str, Any], *, default_id: str, teachers: Sequence[str])
         text=text,
         messages=messages,
         answer=_tests(row["tests"]) if row.get("tests") else _answer(_reference(row)),
+        tests=bool(row.get("tests")),
         solution=_solution(row.get("privileged_context") if hint is None else hint),
         teacher=_teacher(row.get("teacher"), teachers) if teachers else None,
     )

@@ -1,6 +1,6 @@
 """Graders by name."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 from onpath.data.packs import pack_of
 from onpath.data.tasks import task_of
@@ -10,6 +10,7 @@ from onpath.grade.exact import ExactGrader
 from onpath.grade.math import MathGrader
 from onpath.grade.own import OwnGrader
 from onpath.grade.task import TaskGrader
+from onpath.records import Prompt
 from onpath.system import code
 from onpath.system.errors import UserError
 
@@ -43,20 +44,27 @@ def make_grader(name: str) -> Grader:
     return GRADERS[name]()
 
 
-def grader_for(name: str, sources: Sequence[str]) -> Grader:
+def grader_for(name: str, prompts: Mapping[str, Iterable[Prompt]]) -> Grader:
     """`make_grader` with `auto`: a task's own checker where every source is that task's, what the packs say,
-    else math.
+    code where rows bring tests, else math.
+
+    Args:
+        prompts: by where they come from.
 
     Raises:
-        UserError: `auto` with packs that need different graders.
+        UserError: `auto` with packs, or rows, that need different graders.
     """
     if name != "auto":
         return make_grader(name)
-    tasks = [task_of(source) for source in sources]
+    tasks = [task_of(source) for source in prompts]
     first = tasks[0] if tasks else None
     if first is not None and all(task is not None and task.name == first.name for task in tasks):
         return TaskGrader(first)
-    needed = {pack.grader if (pack := pack_of(source)) else "math": source for source in sources}
+    needed: dict[str, str] = {}
+    for source, some in prompts.items():
+        pack, bring_tests = pack_of(source), {p.tests for p in some if p.answer is not None}
+        names = {pack.grader} if pack else {"code" if tests else "math" for tests in bring_tests}
+        needed |= dict.fromkeys(names, source)
     if len(needed) > 1:
         told = ", ".join(f"{grader} for {source}" for grader, source in needed.items())
         raise UserError(f"eval.grader is auto, which cannot be {told} at a time; name one grader")

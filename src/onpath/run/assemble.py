@@ -36,7 +36,15 @@ from onpath.methods import make_method
 from onpath.methods.base import Text, Tools
 from onpath.run.gradient_cosine import GradientCosine
 from onpath.run.guidance_ratio import GuidanceRatio
-from onpath.run.inputs import CLOCK_FILE, check_prompts, load_data, make_renderer
+from onpath.run.inputs import (
+    CLOCK_FILE,
+    Prompts,
+    by_source,
+    check_prompts,
+    load_data,
+    make_renderer,
+    trained_on,
+)
 from onpath.run.parts import Parts
 from onpath.run.refresh import Refreshed
 from onpath.run.trained import find, load_its_tokenizer, load_start
@@ -83,6 +91,7 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
             clock_warning(renderer),
             precision_warning(config),
             stops.warning(renderer.tokens),
+            leak_warning(prompts),
             *config.method.warnings,
         ],
     )
@@ -127,7 +136,7 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
     sampler = generators.student if overlap is None else overlap.engine
     if world is not None and world.spoils:
         sampler = SpoilingEngine(sampler, world, seed=config.run.seed, longest=models.student_context_length)
-    text = make_text(config, renderer)
+    text = make_text(config, renderer, prompts)
     sampling = config.rollout.sampling(seed=config.run.seed)
     tools = Tools(models=models, generators=generators, text=text, sampling=sampling)
     method = make_method(config.method, tools)
@@ -165,6 +174,16 @@ def clock_warning(renderer: Renderer) -> str | None:
     )
 
 
+def leak_warning(prompts: Prompts) -> str | None:
+    """Where evaluations measure what was trained on."""
+    leaked, problems = trained_on(prompts.pool, prompts.evals)
+    if not leaked:
+        return None
+    return (
+        f"{leaked} of {problems} evaluation problems are also training prompts: accuracy on them is no test"
+    )
+
+
 def check_models(config: Config, models: Models, own: HFEngine, *, generates: bool) -> dict[str, Agreement]:
     """The start-up check of each model in this process.
 
@@ -188,12 +207,12 @@ def check_models(config: Config, models: Models, own: HFEngine, *, generates: bo
     return found
 
 
-def make_text(config: Config, renderer: Renderer) -> Text:
+def make_text(config: Config, renderer: Renderer, prompts: Prompts) -> Text:
     """Prompts, verdicts, rewards, and what the task knows."""
     data = config.data
     return Text(
         renderer=renderer,
-        grader=grader_for(config.eval.grader, [data.train, *data.eval.values()]),
+        grader=grader_for(config.eval.grader, by_source(data, prompts.pool, prompts.evals)),
         templates=templates_of(data.train),
         task=task_of(data.train),
         correction_ids=correction_ids(config.method.correction_words, data.train, renderer.tokenizer),

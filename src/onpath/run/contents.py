@@ -41,8 +41,9 @@ def of_prompts(prompts: Sequence[Prompt]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for prompt in prompts:
         known = asdict(prompt)
-        if prompt.teacher is None:  # as it was digested when there was no such field
-            del known["teacher"]
+        for name in ("teacher", "tests"):  # as it was digested when there were no such fields
+            if not known[name]:
+                del known[name]
         digest.update(json.dumps(known, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()
 

@@ -1,6 +1,6 @@
 """The prompts of a run, read and checked before a model trains."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from onpath.config.build import Config
+from onpath.config.sections import Data
 from onpath.data.load import LoadedPrompts, load_prompts, prompts_of_step
 from onpath.data.render import Renderer
 from onpath.engines.head import head_of
@@ -22,6 +23,8 @@ from onpath.system.reading import read_text
 CLOCK_FILE = "clock.txt"
 """In a run's directory, where its chat template prints the clock."""
 _LONGEST_TEMPLATE = 2**20
+Evals = Mapping[str, tuple[Prompt, ...]]
+"""Split → problems, each with an answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +32,7 @@ class Prompts:
     """What a run trains on and is evaluated on."""
 
     pool: tuple[Prompt, ...]
-    evals: Mapping[str, tuple[Prompt, ...]]
-    """Split → problems, each with an answer."""
+    evals: Evals
     skipped: int = 0
     """Bad rows left out (data.skip_bad)."""
 
@@ -53,6 +55,21 @@ def load_data(config: Config) -> Prompts:
                 f"{lacking[0]!r}"
             )
     return Prompts(pool=pool.prompts, evals=load_evals(config), skipped=pool.skipped)
+
+
+def by_source(data: Data, pool: Sequence[Prompt], evals: Evals) -> dict[str, list[Prompt]]:
+    """All prompts, by where they come from."""
+    found = {data.train: [*pool]}
+    for name, source in data.eval.items():
+        found.setdefault(source, []).extend(evals[name])
+    return found
+
+
+def trained_on(pool: Sequence[Prompt], evals: Evals) -> tuple[int, int]:
+    """How many evaluation problems are training prompts too, and how many there are."""
+    trained = {p.question.strip() for p in pool}
+    problems = [p for prompts in evals.values() for p in prompts]
+    return sum(p.question.strip() in trained for p in problems), len(problems)
 
 
 def load_pool(config: Config) -> LoadedPrompts:

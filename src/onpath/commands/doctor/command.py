@@ -26,7 +26,7 @@ from onpath.engines.models import context_length, load_tokenizer, locate
 from onpath.engines.self_check import Disagreement
 from onpath.grade.graders import grader_for
 from onpath.run.assemble import assemble
-from onpath.run.inputs import make_renderer
+from onpath.run.inputs import by_source, make_renderer
 from onpath.run.parts import Parts
 from onpath.run.trained import find, load_its_tokenizer
 from onpath.system import code
@@ -188,7 +188,7 @@ def _of_data(config: Config, refused: str | None) -> Iterator[Finding]:
     pool = loaded.prompts
     everything = [*pool, *(p for prompts in evals.values() for p in prompts)]
     yield before.columns(config, pool)
-    with grader_for(config.eval.grader, [config.data.train, *config.data.eval.values()]) as grader:
+    with grader_for(config.eval.grader, by_source(config.data, pool, evals)) as grader:
         yield guarded("answers", lambda: before.answers(grader, everything))
         yield guarded("solutions", lambda: before.solutions(grader, everything))
     try:

@@ -8,7 +8,7 @@ from onpath.config.build import Config
 from onpath.data.load import LoadedPrompts, prompts_of_step
 from onpath.grade.base import Grader
 from onpath.records import Prompt
-from onpath.run.inputs import load_evals, load_pool
+from onpath.run.inputs import load_evals, load_pool, trained_on
 
 MOST_ANSWERS, MOST_SOLUTIONS = 10_000, 200
 """Reference answers and solutions that are graded: an answer against its own box takes a millisecond."""
@@ -47,15 +47,16 @@ def read_evals(config: Config, pool: Sequence[Prompt]) -> tuple[dict[str, tuple[
         UserError: unreadable, or without answers.
     """
     evals = load_evals(config)
-    trained = {p.question.strip() for p in pool}
-    problems = [p for prompts in evals.values() for p in prompts]
-    leaked = sum(p.question.strip() in trained for p in problems)
-    values = {"problems": len(problems), "trained_on": leaked}
+    leaked, problems = trained_on(pool, evals)
+    values = {"problems": problems, "trained_on": leaked}
+    if not problems:
+        message = "no evaluation sets (data.eval), so no accuracy will be measured on unseen problems"
+        return evals, Finding(name="evals", status="skipped", message=message, values=values)
     if leaked:
-        message = f"{leaked} of {len(problems)} evaluation problems are also training prompts"
+        message = f"{leaked} of {problems} evaluation problems are also training prompts"
         advice = "take them out of one side, or do not call the result a test score"
         return evals, Finding(name="evals", status="warning", message=message, advice=advice, values=values)
-    message = f"{len(problems):,} evaluation problems, none of them trained on"
+    message = f"{problems:,} evaluation problems, none of them trained on"
     return evals, Finding(name="evals", status="ok", message=message, values=values)
 
 
