@@ -16,6 +16,8 @@ Controls: `control: own_token`, `control: random_place`; and `opd`.
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from math import inf
+from statistics import fmean
 
 from onpath.config.methods.bridge import BridgeOptions
 from onpath.engines.forward import Kept, per_token
@@ -75,7 +77,7 @@ class Bridge(Method):
         self, rollouts: Sequence[Rollout], places: dict[int, int], windows: dict[int, Ids], cost: Cost
     ) -> dict[int, int]:
         """Tokens of each bridge: up to where the student's near future is the teacher's again."""
-        size, every = self.options.meet_window, self.options.every
+        models, size, every = self.tools.models, self.options.meet_window, self.options.every
         tries = [(i, n) for i, w in windows.items() for n in range(every, len(w) - size + 1, every)]
         lengths = {i: len(w) for i, w in windows.items()}
         if not tries or self.options.control == "own_token":
@@ -86,7 +88,6 @@ class Bridge(Method):
         ahead = self.tools.generators.student.continue_from(prefixes, sampling, keys=keys)
         cost.student += sum(len(c.ids) for c in ahead)
         theirs = [windows[i][n : n + size] for i, n in tries]
-        models = self.tools.models
         pairs = of_tokens([c.ids for c in ahead], theirs, models.student, models.device)
         far, _ = pairs.transport(epsilon=None)
         for (i, n), distance in reversed(list(zip(tries, far.tolist(), strict=True))):
@@ -101,13 +102,8 @@ class Bridge(Method):
         values = per_token(self.tools.models, both, keep=kept)
         found = list(made)
         for n, (i, ok) in enumerate(zip(new, verdicts, strict=True)):
-            scores = [
-                (verdict is True, _mean(values[2 * n + side].get("teacher_logp", [])[made[i].places[0] :]))
-                for side, verdict in enumerate((ok, right[i]))
-            ]
-            found[i] = made[i] if scores[0] > scores[1] else Mixed.of(made[i].y)
+            at = made[i].places[0]
+            after, before = (v.get("teacher_logp", [])[at:] or [-inf] for v in values[2 * n : 2 * n + 2])
+            if (ok is True, fmean(after)) <= (right[i] is True, fmean(before)):
+                found[i] = Mixed.of(made[i].y)
         return found
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else float("-inf")
