@@ -99,7 +99,7 @@ def run(
     data_file: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """Trained to step 4 with a system prompt; checkpoints of steps 2 and 4."""
+    """Trained to step 4 with a system prompt and stops of its own; checkpoints of steps 2 and 4."""
     config = build(
         {
             "student": {"model": str(model_dirs["student"]), "device": "cpu", "lora_rank": request.param},
@@ -110,7 +110,7 @@ def run(
                 "eval_limit": 9,
                 "system": "3+5=8; ",
             },
-            "rollout": {"prompts": 8, "max_new_tokens": 12},
+            "rollout": {"prompts": 8, "max_new_tokens": 12, "stop": ["3", "8"], "stop_ids": [2, 9]},
             "optim": {"steps": 4, "lr": 2e-2},
             "eval": {"grader": "exact", "n": 3, "k": 2, "every": 2, "start": False, "seed": 7},
             "run": {"name": "r", "dir": str(tmp_path_factory.mktemp("runs")), "save_every": 2},

@@ -75,6 +75,24 @@ def test_any_checkpoint_has_the_logits_of_the_runs_own_model(
     assert torch.allclose(found["step_4"], found[run.name], atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [FULL, LORA], ids=["full", "lora"])
+def test_what_is_exported_ends_and_renders_as_the_run_does(
+    options: dict[str, Any], tiny: Tiny, tmp_path: Path
+) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}{{ m['content'] }}={% endfor %}")
+    config = tiny(
+        optim__steps=2, run__save_every=1, data__eval={}, rollout__stop_ids=[20],
+        data__chat_template=str(template), **options,
+    )  # fmt: skip
+    run = train(config, quiet=True).directory
+    for source in run / "checkpoints" / "step_1", run:
+        out = onpath.export_model(source, tmp_path / f"out-{source.name}")
+        model = AutoModelForCausalLM.from_pretrained(out)
+        assert model.generation_config.eos_token_id == [2, 20]
+        assert AutoTokenizer.from_pretrained(out).chat_template == template.read_text()
+
+
 def test_an_adapter_by_itself(tiny: Tiny, model_dirs: dict[str, Path], tmp_path: Path) -> None:
     config, run = run_of(tiny, **LORA)
     for step, source in ((2, run / "checkpoints" / "step_2"), (4, run)):

@@ -242,9 +242,14 @@ def test_a_damaged_line(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_never_cannot_do_is_said(tiny: Tiny) -> None:
     """A longer run comes to prompts that the starting weights were not asked for."""
     options = {**FAST, "run__save_every": 1, "optim__schedule": "constant"}
-    train(tiny(**options, rollout__refresh="never", optim__steps=1), quiet=True)
-    with pytest.raises(UserError, match=r"weights that wrote them, those of step 0, are gone"):
+    done = train(tiny(**options, rollout__refresh="never", optim__steps=1), quiet=True)
+    with pytest.raises(UserError, match=r"step 2 comes to prompt '.*', and the weights .* gone; leave"):
         train(tiny(**options, rollout__refresh="never", optim__steps=3), quiet=True)
+    again = train(tiny(**options, rollout__refresh="never", optim__steps=1), quiet=True)
+    assert again.model == done.model, "finished, as it was"
+    whole: Any = {**options, "rollout__refresh": "never", "data__limit": 8, "run__name": "whole pool"}
+    train(tiny(**whole, optim__steps=1), quiet=True)
+    assert len(rows_of(tiny(**whole, optim__steps=3))) == 3, "all prompts were asked"
     rule: Any = {"overlap_below": 0.01}
     train(tiny(**options, rollout__refresh=rule, optim__steps=1, run__name="by overlap"), quiet=True)
     rows = rows_of(tiny(**options, rollout__refresh=rule, optim__steps=3, run__name="by overlap"))

@@ -52,8 +52,11 @@ class Text:
         return [None if v is None else v.correct for v in self.verdicts(pairs)]
 
     def reward_values(self, rollouts: Sequence[Rollout]) -> dict[str, list[float]]:
-        """Label → one value per rollout, of each reward of the config."""
-        return values_of(self.rewards, rollouts, [self.renderer.text(r.ids) for r in rollouts])
+        """Label → one value per rollout, of each reward of the config, and `reward`, their weighted sum."""
+        found = values_of(self.rewards, rollouts, [self.renderer.text(r.ids) for r in rollouts])
+        if found and "reward" not in found:
+            found["reward"] = totals(self.rewards, found, len(rollouts))
+        return found
 
     def reward(self, rollouts: Sequence[Rollout]) -> list[float]:
         """The weighted sum of the config's rewards for each rollout: what a method may filter or weigh by."""

@@ -40,6 +40,7 @@ from onpath.run.meter import Meter
 from onpath.run.optimizer import rate
 from onpath.run.parts import Parts
 from onpath.run.refresh import DIRECTORY as ROLLOUTS
+from onpath.run.refresh import Refreshed
 from onpath.run.trained import BEST
 from onpath.system import distributed
 from onpath.system.errors import UserError
@@ -424,7 +425,7 @@ _OF_A_START = ("config.yaml", "environment.json", "refine.json")
 def _prepare(directory: Path, config: Config, parts: Parts, *, with_changes: bool) -> tuple[Change, ...]:
     """Makes the directory this config's, and writes what a start leaves there."""
     try:
-        found = _claim(directory, config, with_changes=with_changes)
+        found = _claim(directory, config, parts.refreshed, with_changes=with_changes)
     except OSError as error:
         raise UserError(f"run.dir: cannot write to {directory}: {error.strerror or error}") from None
     remove_leftovers(directory)
@@ -438,7 +439,9 @@ def _prepare(directory: Path, config: Config, parts: Parts, *, with_changes: boo
     return found
 
 
-def _claim(directory: Path, config: Config, *, with_changes: bool) -> tuple[Change, ...]:
+def _claim(
+    directory: Path, config: Config, refreshed: Refreshed | None, *, with_changes: bool
+) -> tuple[Change, ...]:
     """What has changed since the run there was begun."""
     path = directory / "config.yaml"
     found = (
@@ -459,6 +462,9 @@ def _claim(directory: Path, config: Config, *, with_changes: bool) -> tuple[Chan
             f"{directory} belongs to a run with another config ({'; '.join(told)}{more}); choose another "
             "run.name or remove it (or go on all the same with --resume-with-changes)"
         )
+    for change in found:
+        if change.key == "optim.steps" and refreshed is not None:
+            refreshed.check_longer(change.before)
     _lengthened(directory, found)
     return tuple(found)
 

@@ -126,12 +126,7 @@ def make_renderer(config: Config, tokenizer: PreTrainedTokenizerBase) -> Rendere
         UserError: data.chat_template cannot be read, or there is no template to use.
     """
     thinking = config.data.enable_thinking
-    if config.data.chat_template is not None:
-        path = place(config.data.chat_template, key="data.chat_template")
-        try:
-            tokenizer.chat_template = read_text(path, most=_LONGEST_TEMPLATE)
-        except UserError as error:
-            raise UserError(f"data.chat_template: {error}") from None
+    with_template(config, tokenizer)
     moment = distributed.gather([_moment(config).isoformat()])[0]  # ranks start at different ones
     return Renderer(
         tokenizer,
@@ -140,6 +135,20 @@ def make_renderer(config: Config, tokenizer: PreTrainedTokenizerBase) -> Rendere
         template_options=None if thinking is None else {"enable_thinking": thinking},
         clock=datetime.fromisoformat(moment),
     )
+
+
+def with_template(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Gives the tokenizer the chat template of the config, if that names one.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if config.data.chat_template is not None:
+        path = place(config.data.chat_template, key="data.chat_template")
+        try:
+            tokenizer.chat_template = read_text(path, most=_LONGEST_TEMPLATE)
+        except UserError as error:
+            raise UserError(f"data.chat_template: {error}") from None
 
 
 def _moment(config: Config) -> datetime:

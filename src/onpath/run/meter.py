@@ -164,7 +164,7 @@ class Meter:
             "student_tokens_generated": int(all_of["generated"]),
             "tokens_written_by": {who: int(all_of[f"written by {who}"]) for who in WRITERS},
             "grad_norm": self.grad_norm,
-            **{k: int(all_of[k]) for k in totals},
+            **{k: int(all_of[k]) if all_of[k].is_integer() else all_of[k] for k in totals},
         }
         for k in means:
             count = all_of[f"count of {k}"]

@@ -176,6 +176,23 @@ class Refreshed:
         """None: each step has its own rollouts."""
         return None if config.refresh is None else cls(config, config.refresh, pool, **tools)
 
+    def check_longer(self, steps: int) -> None:
+        """A run that was to have so many steps may have more of them.
+
+        Raises:
+            UserError: `never`, and they come to prompts that the starting weights were not asked.
+        """
+        if self.rule != NEVER:
+            return
+        known = {p.id for step in range(steps) for p in self._prompts(step)}
+        for step in range(steps, self.config.optim.steps):
+            if new := next((p.id for p in self._prompts(step) if p.id not in known), None):
+                raise UserError(
+                    f"rollout.refresh is never: there are rollouts of what {steps} steps train on, step "
+                    f"{step + 1} comes to prompt {new!r}, and the weights that wrote them are gone; leave "
+                    f"optim.steps at {steps}, or choose another run.name"
+                )
+
     def rollouts(self, step: int) -> list[Rollout]:
         """Those of a step (of this process). If a phase begins with it, all of the phase are made first."""
         phase, self.overlap = self.phase or Phase.running(self.root, step), None

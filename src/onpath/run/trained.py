@@ -11,11 +11,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from onpath import config as configuration
 from onpath.config import Config, Student
+from onpath.engines.head import unwrapped
 from onpath.engines.models import load_model, load_tokenizer
 from onpath.engines.student import trainable
 from onpath.run import checkpoint
 from onpath.system.errors import UserError
 from onpath.system.files import place
+from onpath.system.reading import check_keys, json_lines
 
 BEST = "best"
 """Directory of a run's best model (run.keep_best)."""
@@ -33,6 +35,21 @@ class Trained:
     def is_checkpoint(self) -> bool:
         """Whether transformers cannot load it by itself."""
         return self.weights.parent.name == "checkpoints"
+
+    def stops(self) -> tuple[frozenset[int], tuple[str, ...]]:
+        """Tokens and strings at which the run's responses end, as it has recorded them; none of a run that
+        has not.
+
+        Raises:
+            UserError: the record is damaged.
+        """
+        path = self.run / "environment.jsonl"  # a line for each start
+        rows = [row for _, _, row in json_lines(path)] if path.is_file() else []
+        starts = [row["stops"] for row in rows if isinstance(row, dict) and "stops" in row]
+        if not starts:
+            return frozenset(), ()
+        check_keys(starts[-1], {"ids": list, "strings": list}, where=f"{path}: stops")
+        return frozenset(starts[-1]["ids"]), tuple(starts[-1]["strings"])
 
     def config(self, *sections: str) -> Config:
         """The run's student, and the sections asked for; the others, which may ask for what is gone, do not
@@ -94,11 +111,16 @@ def load_trained(found: Trained, section: Student | None = None, *, adapter: boo
     own = own.model_copy(update={"quantization": None})  # the adapter is merged into the base as it is
     device = torch.device("cpu")
     if not found.is_checkpoint:
-        return load_model(own.model_copy(update={"model": str(found.weights)}), "source", device)
-    config = config.model_copy(update={"student": own})
-    model: Any = trainable(config, load_model(own, "student.model", device))
-    checkpoint.load_weights(found.weights, model)
-    return model.merge_and_unload() if isinstance(model, PeftModel) and not adapter else model
+        model: Any = load_model(own.model_copy(update={"model": str(found.weights)}), "source", device)
+    else:
+        config = config.model_copy(update={"student": own})
+        model = trainable(config, load_model(own, "student.model", device))
+        checkpoint.load_weights(found.weights, model)
+        model = model.merge_and_unload() if isinstance(model, PeftModel) and not adapter else model
+    ids, _ = found.stops()
+    if len(ids) > 1:  # only a whole final model names them itself
+        unwrapped(model).generation_config.eos_token_id = sorted(ids)
+    return model
 
 
 def load_start(section: Student, found: Trained | None, key: str, device: torch.device) -> PreTrainedModel:

@@ -38,6 +38,8 @@ _ALONG_TRAJECTORIES = (
     training.gradient, training.guidance,
 )  # fmt: skip
 _NEED_SCORES = ("teacher_itself", "alignment", "teacher_differs")
+_NEED_DATA = ("evals", "columns", "answers", "solutions", "tokens", "specials", "template", "context")
+"""Checks that look at prompts."""
 _NEED_MODELS = (
     "passes", "server_tokens", "trajectories", "accuracy", "engine_logprobs", "on_policy",
     *(f.__name__ for f in _ALONG_TRAJECTORIES), "refine", "engine_follows", "speed", "memory", "fits", "disk",
@@ -120,7 +122,10 @@ def load_leniently(
     except UserError as error:
         if "rollout.temperature must be 1" not in str(error):
             raise
-        accepted = configuration.load(path, [*overrides, ("method.off_policy", "true")])
+        try:
+            accepted = configuration.load(path, [*overrides, ("method.off_policy", "true")])
+        except UserError:  # a method that cannot take them at all
+            raise error from None
         return accepted, str(error)
 
 
@@ -184,6 +189,7 @@ def _of_data(config: Config, refused: str | None) -> Iterator[Finding]:
         yield finding
     except UserError as error:
         yield Finding(name="data", status="fail", message=str(error))
+        yield from (skipped(name, "the data cannot be read") for name in _NEED_DATA)
         return
     pool = loaded.prompts
     everything = [*pool, *(p for prompts in evals.values() for p in prompts)]
@@ -278,9 +284,13 @@ def _passes(parts: Parts) -> Finding:
 
 
 def _undecorated(config: Config) -> Config:
-    """Without what would write into the run's directory (rollout.refresh) or sample in the background."""
+    """Without what would write into the run's directory (rollout.refresh) or a store (teacher.cache), or
+    sample in the background."""
     rollout = config.rollout.model_copy(update={"overlap": False, "refresh": "always"})
-    return config.model_copy(update={"method": config.method.without_traces(), "rollout": rollout})
+    plain: dict[str, Any] = {"method": config.method.without_traces(), "rollout": rollout}
+    plain["teacher"] = config.teacher.model_copy(update={"cache": None})
+    plain["teachers"] = {k: t.model_copy(update={"cache": None}) for k, t in config.teachers.items()}
+    return config.model_copy(update=plain)
 
 
 def _renderer_of(config: Config, tokenizer: Any) -> Any:

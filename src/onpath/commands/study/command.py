@@ -90,6 +90,10 @@ def carry_out(study: StudyConfig, *, command: str, quiet: bool = False) -> Study
         progress.total += len(asked)
         run(list(asked.values()))
         pairs = [(job, asked.get(job.name, job)) for job in made]
+        if failed and not any(job.finished and other.finished for job, other in pairs):
+            StudyResult(
+                directory=study.directory, data={}, failed=failed
+            ).check()  # there is nothing to write
         data = results(study, pairs, failed, command=command)
         data |= {"tuning": tuning, "pilots": {arm: asdict(use) for arm, use in measured.items()}}
         write_text(study.directory / "study.json", json.dumps(data, indent=1, ensure_ascii=False) + "\n")
