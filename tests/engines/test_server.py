@@ -326,7 +326,7 @@ def test_one_bad_answer_is_asked_for_again(teacher: FakeVLLM, no_waiting: None) 
     )
 
 
-@pytest.mark.parametrize("status", [429, 500, 503])
+@pytest.mark.parametrize("status", [429, 500, 503, 529])
 def test_a_busy_server_is_waited_for(status: int, teacher: FakeVLLM, no_waiting: None) -> None:
     count = iter(range(100))
     teacher.spoil = lambda answer: status if next(count) < 3 else answer

@@ -198,6 +198,14 @@ def test_graders_differ_where_they_should() -> None:
     }
 
 
+@pytest.mark.parametrize("name", ["exact", "math", "gym"])
+def test_what_follows_the_thinking_is_read(name: str) -> None:
+    texts = ["<think> ans 03", "<think> ans 03 </think> ans 04", "<think> ans 04 </think> ans 03"]
+    with make_grader(name) as grader:
+        answer = "ans 03" if name == "exact" else "03"
+        assert [v.correct for v in grader.grade_many([(t, answer) for t in texts])] == [False, False, True]
+
+
 def test_names() -> None:
     with pytest.raises(UserError, match=r"eval.grader is 'maths'; it must be auto, one of gym, math, exact"):
         make_grader("maths")

@@ -3,6 +3,7 @@
 
 import pytest
 
+from onpath import config as configuration
 from onpath import gym
 from onpath.data.tasks import other_split, part_of, task_of
 from onpath.gym.check import ARITHMETIC, NOT_READY, OTHER, error_kind, label_tokens
@@ -10,6 +11,7 @@ from onpath.gym.demos import Beliefs
 from onpath.gym.tasks import Problem, parse_problem, split_of
 from onpath.gym.vocab import NAMES
 from onpath.gym.worlds import Worlds
+from onpath.run.inputs import load_evals
 from onpath.system.errors import UserError
 
 PROMPT = "a: 35 + 47; b: a * 3; c: 62 - a; d: b + c; d?"
@@ -161,6 +163,9 @@ def test_settings_in_the_wrong_place() -> None:
         task.rows("train", 1)
     with pytest.raises(ValueError, match="surface is the student's"):
         task.model("teacher")
+    config = configuration.build({"data": {"eval": {"hard": "gym:hard?late=1&spoil=0.8"}}})
+    with pytest.raises(UserError, match=r"data\.eval\.hard: .* act on training rollouts .* leave them out"):
+        load_evals(config)
 
 
 def test_late_problems_hold_as_many_late_steps_as_before() -> None:

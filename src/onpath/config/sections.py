@@ -89,7 +89,8 @@ class Served(Section):
 class Teacher(Served):
     engine: Literal["hf", "vllm", "chat"] = "hf"
     """hf: a model in this process. vllm: a server at teacher.url, which scores, rewrites and generates
-    windows; it sends the method.support_k likeliest tokens: method.support must be teacher_topk. chat: any
+    windows; it sends the method.support_k likeliest tokens: method.support must be teacher_topk, or the
+    divergence one that needs no distribution (sampled; cross_entropy). chat: any
     OpenAI-compatible chat endpoint at teacher.url, of any vocabulary, which only generates: trd, or opd with
     method.writer: teacher, and method.divergence: cross_entropy."""
     model: Annotated[str, PLACE] = "gym:teacher"
@@ -150,8 +151,8 @@ class Data(Section):
     skip_bad: Annotated[bool, NEUTRAL] = False
     """Skip unreadable rows, print and store how many; otherwise the first one stops the run."""
     template: Literal["auto", "chat", "plain"] = "auto"
-    """auto: the tokenizer's chat template if it has one; plain: the text itself after BOS, if the tokenizer
-    has one."""
+    """auto: the tokenizer's chat template if it has one; plain: the text itself as the tokenizer encodes it,
+    with BOS where it adds one."""
     chat_template: str | None = None
     """File of a Jinja chat template, used in place of the tokenizer's and saved with the model: for base
     models, which have none."""
@@ -333,10 +334,10 @@ class Parallel(Section):
 
 class Eval(Section):
     grader: Annotated[str, OneOf(("auto", "gym", "math", "exact", "code"), "function")] = "auto"
-    """auto: the task's own checker for the gym's data, code where rows bring tests, else math (math-verify in
-    a process of its own).
-    exact: the last line, stripped. code: the answer's program against tests, confined (docs/code.md). Or a
-    function of yours, file.py:grade, of (text, answer) → bool."""
+    """auto: the task's own checker for the gym's data, a pack's grader, code where rows bring tests, else
+    math (math-verify in a process of its own). exact: the last line, stripped. code: the answer's program
+    against tests, confined (docs/code.md). Or a function of yours, file.py:grade, of (text, answer) → bool.
+    """
     every: Annotated[int, NEUTRAL] = Field(0, ge=0)
     """Evaluate every so many steps; 0 only at the start and the end."""
     start: Annotated[bool, NEUTRAL] = True

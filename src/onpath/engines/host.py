@@ -20,7 +20,7 @@ _EXCERPT = 2**16  # bytes of an error that are looked at
 _SMALLEST_LIMIT = 4 * 2**20  # bytes of an answer that nothing was asked of
 _BYTES_PER_ENTRY = 1024  # one token of a served distribution, with its text and rank, and room to spare
 _KEYS = ("ONPATH_API_KEY", "OPENAI_API_KEY")
-_DOWN = {500, 502, 503, 504}
+_DOWN = {*range(500, 600)} - {501, 505}  # proxies have numbers of their own (520-529: no machine behind them)
 _ASKED_TOO_MUCH = {408, 425, 429}
 _CONNECT = 20.0  # seconds; a machine that is off would take the whole time of a request
 

@@ -13,6 +13,7 @@ from onpath.data.load import LoadedPrompts, load_prompts, prompts_of_step
 from onpath.data.render import Renderer
 from onpath.engines.head import head_of
 from onpath.engines.models import context_length
+from onpath.engines.worlds import world_of
 from onpath.evaluate.scores import check
 from onpath.records import Prompt
 from onpath.system import distributed
@@ -103,6 +104,12 @@ def load_evals(config: Config) -> dict[str, tuple[Prompt, ...]]:
         UserError: unreadable, or without answers.
     """
     data = config.data
+    for name, source in data.eval.items():
+        if world_of(source) is not None:
+            raise UserError(
+                f"data.eval.{name}: {source}: spoil and lost act on training rollouts and on their teacher, "
+                "and on no evaluation; leave them out"
+            )
     evals = {
         name: load_prompts(
             source,

@@ -12,7 +12,8 @@ Row = Mapping[str, Any]
 HOW = (
     "avg@n is the share of all samples that are right, pass@k the unbiased estimate for k of them. Intervals "
     "are 95%. With two or more seeds they cover problems and seeds (crossed random effects: two-way analysis "
-    "of variance, t with Satterthwaite's degrees of freedom); with one seed, problems only (bootstrap). "
+    "of variance, t, from four seeds on with Satterthwaite's degrees of freedom); with one seed, problems "
+    "only (bootstrap). "
     "Differences are paired: the same problems, the same seeds. *higher* and *lower* hold at 5% after Holm's "
     "correction over the arms of a table; all else is inside the noise, whatever the order of the means."
 )

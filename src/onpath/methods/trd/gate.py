@@ -46,6 +46,11 @@ class Refinement:
 
     @property
     def sentence(self) -> str:
+        if not self.wrong and not self.right:
+            return (
+                f"whether {self.attempts} rewrites are right cannot be told, since no prompt has an answer; "
+                f"{self.empty} were empty, {self.foreign} in a foreign script"
+            )
         return (
             f"of {self.wrong} wrong attempts {self.repaired} were repaired (the student's own second try: "
             f"{self.retried}), of {self.right} right ones {self.harmed} were spoilt; {self.empty} rewrites "
