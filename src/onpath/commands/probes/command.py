@@ -1,6 +1,6 @@
 """`onpath inspect --probe NAME`: measurements that a finished run, or a config, is asked for afterwards."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,17 +69,35 @@ def run_named(
 
 
 def shown(path: Path) -> Iterator[str]:
-    """Lines for people: a line per entry of the summary beside `path`, and where the rest is."""
+    """Lines for people: a line per entry of the summary beside `path`, what lies inside it further to the
+    right, and where the rest is."""
     summary = read_json(path.with_suffix(".json"), keys={})
-    yield from (f"{name.replace('_', ' ')}: {_said(value)}" for name, value in summary.items())
+    yield from _lines(summary, indent="")
     yield f"{path}, summary {path.with_suffix('.json').name}, picture {path.with_suffix('.png').name}"
 
 
+def _lines(entries: Mapping[str, Any], *, indent: str) -> Iterator[str]:
+    """
+    >>> found = {"distance": {"high": {"n": 32, "mean": 0.0345547}, "none": None}, "n": 1}
+    >>> print(*_lines(found, indent=""), sep="\\n")
+    distance:
+      high: n 32, mean 0.0346
+      none: –
+    n: 1
+    """
+    for name, value in entries.items():
+        said = name.replace("_", " ")
+        if isinstance(value, dict) and any(isinstance(inner, dict) for inner in value.values()):
+            yield f"{indent}{said}:"
+            yield from _lines(value, indent=indent + "  ")
+        elif isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
+            yield f"{indent}{said}:"
+            yield from (f"{indent}  {_said(inner)}" for inner in value)
+        else:
+            yield f"{indent}{said}: {_said(value)}"
+
+
 def _said(value: Any) -> str:
-    """
-    >>> _said({"high": {"n": 32, "mean": 0.0345547}, "none": None})
-    'high (n 32, mean 0.0346), none –'
-    """
     match value:
         case None:
             return "–"
@@ -88,9 +106,6 @@ def _said(value: Any) -> str:
         case list():
             return " ".join(map(_said, value))
         case dict():
-            inner = [(str(k).replace("_", " "), v) for k, v in value.items()]
-            return ", ".join(
-                f"{k} ({_said(v)})" if isinstance(v, dict) else f"{k} {_said(v)}" for k, v in inner
-            )
+            return ", ".join(f"{str(k).replace('_', ' ')} {_said(v)}" for k, v in value.items())
         case _:
             return str(value)
