@@ -103,18 +103,7 @@ class Config(Section):
             self.method.objective()
         except ValueError as error:
             raise ValueError(f"method: {error}") from None
-        if self.eval.k > self.eval.n:
-            raise ValueError(
-                f"eval.k is {self.eval.k}, but eval.n gives only {self.eval.n} samples per problem; raise "
-                f"eval.n or lower eval.k"
-            )
-        best, splits = self.run.keep_best, ", ".join(self.data.eval) or "there are none"
-        if best is not None and best not in self.data.eval:
-            raise ValueError(f"run.keep_best is {best!r}; it must be a set of data.eval: {splits}")
-        if self.run.stop_after and not (best and self.eval.every):
-            raise ValueError(
-                "run.stop_after compares evaluations: set run.keep_best to one of data.eval, and eval.every"
-            )
+        self._evaluable()
         if self.method.on_policy and not self.rollout.sampling(seed=0).untruncated:
             raise ValueError(
                 f"method.name {self.method.name} assumes untruncated samples of the student: "
@@ -131,29 +120,53 @@ class Config(Section):
         for name, teacher in self.taught_by.items():
             self._reachable(teacher, teacher_key(name))
         self._shardable()
-        method = self.method
-        if self.rollout.overlap and method.divergence == "sampled" and method.ppo_clip is None:
+        self._overlappable()
+        self._refreshable()
+        self._quantisable()
+        if self.method.importance != "none" and self.method.ppo_clip is not None:
+            raise ValueError(
+                f"method.importance: {self.method.importance} and method.ppo_clip both weigh tokens by the "
+                "ratio of the two policies; take one of them out"
+            )
+        self.method.check(self)
+        self._of_one_language()
+        self._cachable(loses=self._loses())
+        return self
+
+    def _evaluable(self) -> None:
+        if self.eval.k > self.eval.n:
+            raise ValueError(
+                f"eval.k is {self.eval.k}, but eval.n gives only {self.eval.n} samples per problem; raise "
+                f"eval.n or lower eval.k"
+            )
+        best, splits = self.run.keep_best, ", ".join(self.data.eval) or "there are none"
+        if best is not None and best not in self.data.eval:
+            raise ValueError(f"run.keep_best is {best!r}; it must be a set of data.eval: {splits}")
+        if self.run.stop_after and not (best and self.eval.every):
+            raise ValueError(
+                "run.stop_after compares evaluations: set run.keep_best to one of data.eval, and eval.every"
+            )
+
+    def _overlappable(self) -> None:
+        if not self.rollout.overlap:
+            return
+        if self.method.divergence == "sampled" and self.method.ppo_clip is None:
             raise ValueError(
                 "rollout.overlap: method.divergence sampled takes rollouts for samples of the weights that "
                 "train; set method.ppo_clip, which corrects for older ones, or rollout.overlap: false"
             )
-        self._refreshable()
-        self._quantisable()
-        if method.importance != "none" and method.ppo_clip is not None:
-            raise ValueError(
-                f"method.importance: {method.importance} and method.ppo_clip both weigh tokens by the "
-                "ratio of the two policies; take one of them out"
-            )
-        if self.rollout.overlap and self.rollout.max_staleness < 1:
+        if self.rollout.max_staleness < 1:
             raise ValueError(
                 "rollout.overlap makes rollouts one step old; set rollout.max_staleness: 1, not 0"
             )
-        if self.rollout.overlap and self.rollout.vllm.get("enable_sleep_mode"):
+        if self.rollout.vllm.get("enable_sleep_mode"):
             raise ValueError(
                 "rollout.overlap has vLLM sample while the student trains, so it cannot sleep; drop "
                 "enable_sleep_mode from rollout.vllm, or rollout.overlap"
             )
-        method.check(self)
+
+    def _of_one_language(self) -> None:
+        """A task's models go with its data."""
         task = task_of(self.data.train)
         models: dict[str, Student | Teacher] = {"student": self.student} | {
             teacher_key(n): t for n, t in self.taught_by.items()
@@ -165,8 +178,12 @@ class Config(Section):
                     f"{key}.model is {section.model}, which does not know the language of data.train, "
                     f"{self.data.train}: use {task.name}:{'student' if key == 'student' else 'teacher'}"
                 )
+
+    def _loses(self) -> bool:
+        """Whether the teacher is lost behind errors, which not every one can be."""
+        task = task_of(self.data.train)
         loses = task is not None and task.world is not None and task.world.loses
-        if loses and (method.self_taught or self.teachers or self.teacher.engine != "hf"):
+        if loses and (self.method.self_taught or self.teachers or self.teacher.engine != "hf"):
             raise ValueError(
                 f"data.train: {self.data.train}: lost is about a teacher model in this process; leave lost "
                 "out, or take a method and a teacher.engine with one"
@@ -176,8 +193,7 @@ class Config(Section):
                 f"data.train: {self.data.train}: lost needs whole models; set parallel.shard: none, or leave "
                 "lost out"
             )
-        self._cachable(loses=loses)
-        return self
+        return loses
 
     @property
     def evaluations(self) -> dict[str, Evaluation]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from torch import nn
 
 from onpath.config.build import Config, teacher_key
 from onpath.data.render import Renderer
@@ -26,7 +27,7 @@ from onpath.engines.make import (
 from onpath.engines.models import pick_device
 from onpath.engines.overlap import frozen_copy, make_overlap
 from onpath.engines.self_check import Agreement, check_model
-from onpath.engines.stops import stops_of
+from onpath.engines.stops import Stops, stops_of
 from onpath.engines.student import precision_warning, shared_vocabulary, trainable
 from onpath.engines.teacher import ModelTeacher
 from onpath.engines.worlds import LostEngine, LostTeacher, SpoilingEngine, lost_behind, world_of
@@ -85,16 +86,7 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
     stops = stops_of(config, base, tokenizer, vocabulary)
     if config.method.ends == "one":
         objective = replace(objective, ends=tuple(sorted(i for i in stops.ids if i < vocabulary)))
-    warnings += filter(
-        None,
-        [
-            clock_warning(renderer),
-            precision_warning(config),
-            stops.warning(renderer.tokens),
-            leak_warning(prompts),
-            *config.method.warnings,
-        ],
-    )
+    warnings += warnings_of(config, prompts, renderer, stops)
     if stops.ids != stops.student:
         base.generation_config.eos_token_id = sorted(stops.ids)  # so that the saved model ends alike
     teacher = make_teacher(config, student, renderer, vocabulary, stops, host)
@@ -115,16 +107,7 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
         dropout=config.student.dropout,
         keeps_graphs=not shards or config.parallel.shard == "step",
     )
-    own = HFEngine(
-        student,
-        renderer,
-        stop_ids=stops.ids,
-        stop_strings=stops.strings,
-        batch_tokens=config.rollout.batch_tokens,
-        bf16=config.optim.bf16,
-        vocabulary=vocabulary,
-        shares_weights=True,
-    )
+    own = own_engine(config, student, renderer, stops, vocabulary)
     writer = teacher_engine(config, teacher, own, make_replay(config))
     generators = Generators(
         student=engine or student_engine(config, student, own),
@@ -162,6 +145,34 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
         warnings=tuple(warnings),
         agreements=agreements,
     )
+
+
+def own_engine(
+    config: Config, student: nn.Module, renderer: Renderer, stops: Stops, vocabulary: int
+) -> HFEngine:
+    """The engine over the very tensors that train."""
+    return HFEngine(
+        student,
+        renderer,
+        stop_ids=stops.ids,
+        stop_strings=stops.strings,
+        batch_tokens=config.rollout.batch_tokens,
+        bf16=config.optim.bf16,
+        vocabulary=vocabulary,
+        shares_weights=True,
+    )
+
+
+def warnings_of(config: Config, prompts: Prompts, renderer: Renderer, stops: Stops) -> list[str]:
+    """What to know before the first step."""
+    found = [
+        clock_warning(renderer),
+        precision_warning(config),
+        stops.warning(renderer.tokens),
+        leak_warning(prompts),
+        *config.method.warnings,
+    ]
+    return [warning for warning in found if warning]
 
 
 def clock_warning(renderer: Renderer) -> str | None:
