@@ -69,3 +69,15 @@ def test_tasks_of_the_maze(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_unknown_model_is_named() -> None:
     with pytest.raises(ValueError, match="not 'judge'"):
         gym.model_dir("judge")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "words", [["train"], ["train", "--out", "x", "--models", "y"], ["tasks", "--n", "a"], []]
+)
+def test_a_wrong_command_line_is_a_sentence(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        gym.main(words)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert said.startswith("onpath: ")
+    assert said.count("\n") == 1
