@@ -171,7 +171,8 @@ class Run:
         """Goes on after `done` steps with what has changed, and records it.
 
         Args:
-            inputs: what the checkpoint was made with; only options that are named on both sides are compared.
+            inputs: what the checkpoint was made with; empty: it does not say. An option that one side alone
+                names is another.
 
         Raises:
             UserError: data or models are others, or more steps are done than asked for.
