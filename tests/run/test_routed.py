@@ -175,6 +175,19 @@ def test_another_may_rewrite_than_scores(tiny: Tiny, two: Options, subjects: Pat
         assert (found["math"][key, "code"] == ids) is (teacher == "math"), "who rewrote"
 
 
+def test_what_was_read_before_and_what_is_new_come_teacher_by_teacher(tiny: Tiny, two: Options) -> None:
+    config = tiny(
+        **two, method__name="relay", method__delta=4.75, rollout__max_new_tokens=20, rollout__prompts=16
+    )
+    parts = assemble(config)
+    done = parts.method.prepare(sample(parts, 0), step=0)
+    kinds = {(t.teacher, t.edit.kind) for t in done.trajectories}
+    assert len(kinds) == 4, "of both teachers some are changed and some are not"
+    found = [rows[0].teacher for rows in done.kept.batches(done.trajectories, max_tokens=60)]
+    assert found == sorted(found)
+    assert len(found) > 4
+
+
 def test_an_offloaded_teacher_comes_once_a_step(tiny: Tiny, two: Options) -> None:
     config = tiny(**two, parallel__teacher="offload", optim__micro_batch_tokens=60)
     parts = assemble(config)

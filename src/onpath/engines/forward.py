@@ -123,7 +123,7 @@ class Kept:
                 self.student = [g for g in self.student if g is not graph]
         for some in _parted(left, [teacher_key(t) in self.teacher for t in left]):
             found += micro_batches(some, max_tokens=max_tokens)
-        return found
+        return sorted(found, key=lambda rows: rows[0].teacher or "")  # each comes to its device once
 
     def forget(self, teacher: str | None) -> None:
         """What this teacher has scored."""
