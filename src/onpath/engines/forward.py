@@ -29,9 +29,8 @@ Key = tuple[str | None, tuple[int, ...], tuple[int, ...]]
 on nothing else."""
 Values = dict[str, list[float]]
 """Statistic → one value per response token."""
-_WORTH = (
-    2 / 3
-)  # share of a graph's tokens: the way back costs two passes forward, and is made for all of them
+# Of a graph's tokens so many must be left: the way back costs two passes forward, and is made for all of them.
+_WORTH = 2 / 3
 
 
 @dataclass(frozen=True, kw_only=True)
