@@ -29,7 +29,7 @@ Key = tuple[str | None, tuple[int, ...], tuple[int, ...]]
 on nothing else."""
 Values = dict[str, list[float]]
 """Statistic → one value per response token."""
-# Of a graph's tokens so many must be left: the way back costs two passes forward, and is made for all of them.
+# Of a graph, this share of its tokens must be left: the way back costs two passes, and runs over all of them.
 _WORTH = 2 / 3
 
 
