@@ -192,7 +192,7 @@ def test_a_checkpoint_is_trained_from(run: Path, model_dirs: dict[str, Path], tm
 
 
 def test_without_data_there_must_be_one_evaluation_set(run: Path, model_dirs: dict[str, Path]) -> None:
-    with pytest.raises(UserError, match="is no run with evaluation sets of its own; name a set with --data"):
+    with pytest.raises(UserError, match="is no run with evaluation sets of its own; name one with --data"):
         onpath.evaluate_model(model_dirs["student"])
     copy = run.with_name("copy")
     shutil.copytree(run, copy)

@@ -188,10 +188,10 @@ def _problems(subject: _Subject, data: str | Path | None) -> tuple[str, str]:
         source = str(data)
         return (source, own[source]) if source in own else (split_name(source), source)
     if subject.of_run is None:
-        there = (
-            "no run with evaluation sets of its own" if Path(subject.name).exists() else "no directory here"
+        here = "" if Path(subject.name).exists() else " (and no directory here)"
+        raise UserError(
+            f"{subject.name} is no run with evaluation sets of its own{here}; name one with --data"
         )
-        raise UserError(f"{subject.name} is {there}; name a set with --data, as for a model of a hub")
     if len(own) != 1:
         named = f"name one of {', '.join(own)}" if own else "name a file"
         raise UserError(f"{subject.name} has {len(own)} evaluation sets; {named} with --data")
