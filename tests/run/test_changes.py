@@ -5,7 +5,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -393,6 +393,20 @@ def test_a_finished_run_says_so(tiny: Tiny, tmp_path: Path, capsys: pytest.Captu
         assert said.out.startswith("model: ")
 
 
+@pytest.fixture
+def as_in_a_terminal() -> Iterator[None]:
+    """A shell's background job, and nohup, ignore some signals, which stay so."""
+    usual: dict[int, Any] = {
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+        signal.SIGINT: signal.default_int_handler,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize(
     ("name", "code", "sentence"),
     [("SIGTERM", 0, "SIGTERM"), ("SIGHUP", 0, "SIGHUP"), ("SIGINT", 130, "interrupted")],
@@ -405,10 +419,9 @@ def test_asked_to_stop_it_saves_the_step_that_runs(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
+    as_in_a_terminal: None,
 ) -> None:
     number = getattr(signal, name)
-    if name != "SIGINT":
-        signal.signal(number, signal.SIG_DFL)  # under nohup it is ignored, and stays so
     before = signal.getsignal(number)
     config = tiny(optim__steps=4, data__eval={})
     file = tmp_path / "config.yaml"
@@ -438,7 +451,7 @@ def test_asked_to_stop_it_saves_the_step_that_runs(
     assert all(torch.equal(v, weights(directory)[k]) for k, v in weights(whole.directory).items())
 
 
-def test_a_second_signal_kills_as_ever() -> None:
+def test_a_second_signal_kills_as_ever(as_in_a_terminal: None) -> None:
     with stop_requests() as asked:
         assert not asked
         os.kill(os.getpid(), signal.SIGTERM)
@@ -453,7 +466,9 @@ def test_a_second_signal_kills_as_ever() -> None:
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
-def test_python_code_is_interrupted_as_ever(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_code_is_interrupted_as_ever(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, as_in_a_terminal: None
+) -> None:
     """After the step, and with what is saved; somebody's own handler is left alone."""
     config, real, own = tiny(optim__steps=3, data__eval={}), training.one_step, list[int]()
 

@@ -265,7 +265,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if subprocess.run(command, capture_output=True).returncode:
         pytest.skip("mount is not permitted")
     yield path
-    subprocess.run(["umount", str(path)], check=True)
+    subprocess.run(["umount", "--lazy", str(path)], check=True)  # what still holds a file there lets go later
 
 
 def test_a_disk_that_really_fills_up(
