@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 from onpath.system import __version__, code
+from onpath.system.arguments import Parser
 from onpath.system.errors import guarded
 from onpath.system.streams import say
 
@@ -28,13 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return guarded(lambda: gym.main(arguments[1:]))
     overrides: list[tuple[str, str]] = []
-    of_config = arguments[:1] and arguments[0] in TAKES_OVERRIDES
+    of_config = bool(arguments) and arguments[0] in TAKES_OVERRIDES
     if of_config:
         arguments, overrides = split_overrides(arguments)
     if "--allow-code" in arguments:
         code.allow()
     parser = make_parser(partial(_own_options, arguments, overrides))
-    parser.of_config = bool(of_config)
+    parser.of_config = of_config
     options = parser.parse_args(arguments)
     return guarded(lambda: options.run(options, overrides))
 
@@ -53,7 +54,7 @@ def _own_options(arguments: Sequence[str], overrides: Sequence[tuple[str, str]])
     return None if chosen in METHODS.values() else chosen
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(Parser):
     """Says in one sentence what is wrong with a command line, and guesses no abbreviations.
 
     Args:
@@ -85,18 +86,18 @@ class _Parser(argparse.ArgumentParser):
             words = [w for w in found[1].split() if w.startswith("--")]
             section = _section_of(words) if self.of_config else None
             message = section or first_answer(words) or message
-        self.exit(2, f"onpath: {message} (`{self.prog} --help` shows what there is)\n")
+        super().error(message)
 
 
 def _section_of(words: Sequence[str]) -> str | None:
     """Where the first option of a config that was given without its section belongs."""
-    from onpath.config import all_keys
+    from onpath.config import options_called
 
     for word in words:
-        name = word.removeprefix("--").partition("=")[0].replace("-", "_")
-        ours = [f"--{key}" for key in all_keys() if key.rpartition(".")[2] == name]
+        ours = options_called(word.removeprefix("--").partition("=")[0].replace("-", "_"))
         if ours:
-            return f"{word}: an option of a config has its section before it, as {' or '.join(ours)}"
+            told = " or ".join(f"--{key}" for key in ours)
+            return f"{word}: an option of a config has its section before it, as {told}"
     return None
 
 

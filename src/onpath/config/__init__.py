@@ -1,6 +1,6 @@
 """The configuration: one YAML section per stage, checked before anything is loaded. No torch."""
 
-from onpath.config.build import Config, all_keys, build, load, nearest, resolved, with_own
+from onpath.config.build import Config, build, load, nearest, options_called, resolved, with_own
 from onpath.config.describe import describe, json_schema
 from onpath.config.methods import METHODS
 from onpath.config.sections import Data, Eval, Optim, RolloutSection, Run, Student, Teacher
@@ -8,5 +8,6 @@ from onpath.system.reading import read_yaml
 
 __all__ = [
     "METHODS", "Config", "Data", "Eval", "Optim", "RolloutSection", "Run", "Student", "Teacher",
-    "all_keys", "build", "describe", "json_schema", "load", "nearest", "read_yaml", "resolved", "with_own",
+    "build", "describe", "json_schema", "load", "nearest", "options_called", "read_yaml", "resolved",
+    "with_own",
 ]  # fmt: skip

@@ -540,7 +540,7 @@ def _sentence(error: ValidationError, data: Mapping[str, Any]) -> str:
     match first["type"]:
         case "extra_forbidden":
             beside = _keys_beside(loc, data)
-            ours = [k for k in all_keys() if k.rpartition(".")[2] == loc[-1]]
+            ours = options_called(loc[-1])
             found = f"here it is {' or '.join(ours)}" if ours else elsewhere.answer(key)
             return f"unknown key {key}; {found or nearest(loc[-1], beside)}"
         case "union_tag_invalid":
@@ -572,10 +572,10 @@ def _keys_beside(loc: Sequence[str], data: Mapping[str, Any]) -> Sequence[str]:
             return list(_section_type(loc[0]).model_fields)
 
 
-def all_keys() -> list[str]:
-    """The dotted names of all options but a method's and those under labels."""
-    sections = {n: _section_type(n) for n in Config.model_fields if n not in ("method", *LABELLED)}
-    return [f"{name}.{key}" for name, fields in sections.items() for key in fields.model_fields]
+def options_called(key: str) -> list[str]:
+    """The dotted names of the options with this last part; not a method's, nor those under labels."""
+    sections = [n for n in Config.model_fields if n not in ("method", *LABELLED)]
+    return [f"{name}.{key}" for name in sections if key in _section_type(name).model_fields]
 
 
 def _section_type(section: str) -> type[BaseModel]:

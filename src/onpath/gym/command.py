@@ -5,28 +5,20 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from onpath.gym.maze.tasks import rows as maze_rows
 from onpath.gym.models import Role, model_dir
 from onpath.gym.tasks import SIZES, rows
+from onpath.system.arguments import Parser
 from onpath.system.errors import UserError
 from onpath.system.files import write_text
 
 _ROWS = {"gym": rows, "maze": maze_rows}
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says in one sentence what is wrong with a command line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exit code 2."""
-        self.exit(2, f"onpath: {message} (`{self.prog} --help` shows what there is)\n")
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line of `onpath gym`."""
-    top = _Parser(prog="onpath gym", description=__doc__)
+    top = Parser(prog="onpath gym", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
     tasks = commands.add_parser("tasks", help="write problems as JSON lines: id, prompt, answer, solution")
     tasks.add_argument("--task", choices=sorted(_ROWS), default="gym", help="whose (default: gym)")
