@@ -171,7 +171,7 @@ def test_a_missing_or_damaged_package_is_one_sentence(
     with pytest.raises(UserError, match=f"the package {pack.package} is not as expected"):
         load_prompts(f"pack:{name}")
     monkeypatch.setattr("onpath.data.packs.find_spec", lambda module: None)
-    with pytest.raises(UserError, match=rf"pack:{name} needs the package {pack.package}.*extra packs"):
+    with pytest.raises(UserError, match=rf"pack:{name} needs the package {pack.package}.*'\.\[packs\]'"):
         load_prompts(f"pack:{name}")
 
 

@@ -214,7 +214,7 @@ def pack_rows(source: str, limit: int | None) -> Iterator[Mapping[str, Any]]:
     spec = find_spec(pack.module)
     if spec is None or spec.origin is None:
         raise UserError(
-            f"{source} needs the package {pack.package}, which is not installed: onpath's extra packs"
+            f"{source} needs the package {pack.package}, which is not installed: pip install -e '.[packs]'"
         )
     try:
         for row in pack.rows(Path(spec.origin).parent, variant, limit):

@@ -169,8 +169,8 @@ def warnings_of(config: Config, prompts: Prompts, renderer: Renderer, stops: Sto
         clock_warning(renderer),
         precision_warning(config),
         stops.warning(renderer.tokens),
-        leak_warning(prompts),
         *config.method.warnings,
+        leak_warning(prompts),
     ]
     return [warning for warning in found if warning]
 
