@@ -108,6 +108,19 @@ def _status(key: str) -> float:
     raise RuntimeError(f"/proc/self/status has no {key}")
 
 
+def gym_settings(directory: Path, *, train: str, prompts: int, micro_batch_tokens: int) -> dict[str, Any]:
+    """The config of steps on the gym that hardly move the weights, with no evaluation."""
+    return {
+        "student": {"device": "cpu"},
+        "teacher": {"device": "cpu"},
+        "data": {"train": train, "eval": {}},
+        "rollout": {"prompts": prompts},
+        "optim": {"steps": 1000, "lr": 1e-7, "schedule": "constant", "warmup": 0.0,
+                  "micro_batch_tokens": micro_batch_tokens},
+        "run": {"dir": str(directory / "runs"), "name": "step"},
+    }  # fmt: skip
+
+
 def write(name: str, data: Mapping[str, Any], markdown: str) -> None:
     """`results/<name>.json` and `.md`."""
     RESULTS.mkdir(parents=True, exist_ok=True)

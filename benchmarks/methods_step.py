@@ -23,7 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from common import Spread, environment, environment_line, write
+from common import Spread, environment, environment_line, gym_settings, write
 
 WARM_UP = 2
 STAGES = ("sample", "correct", "score", "train")
@@ -39,19 +39,6 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def settings(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """The gym, with its answers: some methods leave right rollouts alone."""
-    return {
-        "student": {"device": "cpu"},
-        "teacher": {"device": "cpu"},
-        "data": {"train": "gym:train", "eval": {}},
-        "rollout": {"prompts": options.prompts},
-        "optim": {"steps": 1000, "lr": 1e-7, "schedule": "constant", "warmup": 0.0,
-                  "micro_batch_tokens": options.micro_batch_tokens},
-        "run": {"dir": str(directory / "runs"), "name": "step"},
-    }  # fmt: skip
-
-
 def measure(directory: Path, options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Rounds by updates made before; of each the CPU seconds of every method."""
     from onpath import config
@@ -60,7 +47,12 @@ def measure(directory: Path, options: argparse.Namespace) -> dict[str, list[dict
     from onpath.run.optimizer import make_optimizer
     from onpath.training import one_step
 
-    base = settings(directory, options)
+    base = gym_settings(  # with answers: some methods leave right rollouts alone
+        directory,
+        train="gym:train",
+        prompts=options.prompts,
+        micro_batch_tokens=options.micro_batch_tokens,
+    )
     plain = assemble(config.build(base))
     sides = {}
     for name in options.methods:
@@ -83,9 +75,7 @@ def measure(directory: Path, options: argparse.Namespace) -> dict[str, list[dict
                 begun = time.process_time()
                 meter = one_step(sides[name], still, updates + turn)
                 cpu, prepared = time.process_time() - begun, meter.step.prepared
-                changed_rows = sum(
-                    t.edit.kind not in ("none", "teacher_sample") for t in prepared.trajectories
-                )
+                changed_rows = sum(t.edit.kind != "none" for t in prepared.trajectories)
                 row[name] = {
                     "cpu": cpu,
                     **meter.watch.seconds,

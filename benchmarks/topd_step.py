@@ -24,7 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from common import Spread, environment, environment_line, write
+from common import Spread, environment, environment_line, gym_settings, write
 
 STAGES = ("sample", "correct", "score", "train")
 PARTS = ("read", "windows", "transport", "targets")
@@ -38,15 +38,12 @@ def settings(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
     rows = [{"id": r["id"], "prompt": r["prompt"]} for r in gym.rows("train", options.prompts)]
     data = directory / "prompts.jsonl"
     data.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return {
-        "student": {"device": "cpu"},
-        "teacher": {"device": "cpu"},
-        "data": {"train": str(data), "eval": {}},
-        "rollout": {"prompts": options.prompts},
-        "optim": {"steps": 1000, "lr": 1e-7, "schedule": "constant", "warmup": 0.0,
-                  "micro_batch_tokens": options.micro_batch_tokens},
-        "run": {"dir": str(directory / "runs"), "name": "step"},
-    }  # fmt: skip
+    return gym_settings(
+        directory,
+        train=str(data),
+        prompts=options.prompts,
+        micro_batch_tokens=options.micro_batch_tokens,
+    )
 
 
 def measure(directory: Path, options: argparse.Namespace, window: int) -> list[dict[str, Any]]:
