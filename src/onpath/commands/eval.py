@@ -244,7 +244,7 @@ class _Questions:
         tokenizer = load_its_tokenizer(section, subject.of_run, key)
         model = load_start(section, subject.of_run, key, pick_device(section.device, "device"))
         renderer, stops = make_renderer(config, tokenizer), stop_ids(model, tokenizer, key)
-        _, strings = (frozenset(), ()) if subject.of_run is None else subject.of_run.stops()
+        strings = () if subject.of_run is None else subject.of_run.stops()[1]
         for prompt in self.prompts:
             renderer.check(prompt)
         ids = min(max(tokenizer.get_vocab().values()) + 1, head_of(model).vocabulary)

@@ -113,13 +113,13 @@ class Kept:
         teacher has scored, then what is new. A graph of which little is left would be walked back for that
         little, and is dropped."""
         left, found = [t for t in trajectories if t.response], list[list[Trajectory]]()
-        for graph in list(self.student):
+        graphs, self.student = self.student, []
+        for graph in graphs:
             mine, others = _parted(left, [student_key(t) in graph.rows for t in left])
             if mine and sum(len(t.response) for t in mine) >= _WORTH * graph.tokens:
+                self.student.append(graph)
                 found += micro_batches(mine, max_tokens=max_tokens)
                 left = others
-            else:
-                self.student = [g for g in self.student if g is not graph]
         for some in _parted(left, [teacher_key(t) in self.teacher for t in left]):
             found += micro_batches(some, max_tokens=max_tokens)
         return sorted(found, key=lambda rows: rows[0].teacher or "")  # each comes to its device once

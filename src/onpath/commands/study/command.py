@@ -90,10 +90,9 @@ def carry_out(study: StudyConfig, *, command: str, quiet: bool = False) -> Study
         progress.total += len(asked)
         run(list(asked.values()))
         pairs = [(job, asked.get(job.name, job)) for job in made]
-        if failed and not any(job.finished and other.finished for job, other in pairs):
-            StudyResult(
-                directory=study.directory, data={}, failed=failed
-            ).check()  # there is nothing to write
+        if not any(job.finished and other.finished for job, other in pairs):
+            # There is nothing to write: the first failure says why.
+            StudyResult(directory=study.directory, data={}, failed=failed).check()
         data = results(study, pairs, failed, command=command)
         data |= {"tuning": tuning, "pilots": {arm: asdict(use) for arm, use in measured.items()}}
         write_text(study.directory / "study.json", json.dumps(data, indent=1, ensure_ascii=False) + "\n")
