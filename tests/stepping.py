@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onpath.engines.base import Engine
 from onpath.methods import Prepared
 from onpath.records import Rollout, Trajectory
 from onpath.run.meter import Meter
@@ -34,7 +35,7 @@ class Given:
         return {}
 
 
-class Silent:
+class Silent(Engine):
     """A sampler that writes nothing: the trajectories are there already."""
 
     def generate(self, *_: Any, **__: Any) -> list[Rollout]:

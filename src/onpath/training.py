@@ -190,6 +190,7 @@ def accumulate(parts: Parts, meter: Meter, step: int) -> None:
     models.student.train(models.dropout)
     parts.guidance_ratio.begin(step, guided=shared.guided)
     micros = rounds(parts, shared.prepared, kept)
+    models.teacher.expect(t for micro in micros for t in micro)
     for i, micro in enumerate(micros):
         batch = collate(micro, device=models.device)
         sum_when_needed(parts, last=i + 1 == len(micros))

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from onpath.config.build import Config
+from onpath.engines.base import Engine
 from onpath.engines.head import unwrapped
 from onpath.engines.server import ServerEngine
 from onpath.records import Rollout
@@ -39,7 +40,7 @@ def student(model_dirs: dict[str, Path]) -> Iterator[FakeVLLM]:
     fake.stop()
 
 
-class Drawn:
+class Drawn(Engine):
     """A sampler that hands out what is there already."""
 
     def __init__(self, rollouts: list[Rollout]) -> None:

@@ -263,6 +263,9 @@ def test_a_restart_within_a_batch_spoils_nothing(count: int, tiny: Tiny, student
     fake.spoil = strike
     check_logprobs(parts, rollouts_of(parts))
     assert struck
+    if count > 1 and not engine.resyncs:  # the other one may have taken all that was left
+        time.sleep(0.03)
+        check_logprobs(parts, rollouts_of(parts))
     assert engine.resyncs == 1
 
 

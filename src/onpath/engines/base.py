@@ -28,6 +28,8 @@ class Engine:
     """Whether it goes on from token ids and scores them; False: it answers messages only."""
     generates: bool = True
     """Whether it can write; False: it only scores (a mixture of teachers)."""
+    shows_early: bool = False
+    """Whether its `generate` takes `finished`, and shows it each rollout while others are written."""
     stop_ids: frozenset[int] = frozenset()
     """Ids that end what it generates."""
     stop_strings: tuple[str, ...] = ()
@@ -151,25 +153,32 @@ def sampled(
     *,
     n: int,
     keys: Sequence[str] | None,
+    finished: Callable[[Rollout], None] | None = None,
 ) -> list[Rollout]:
-    """`Engine.generate` by the engine's own `continue_from`."""
+    """`Engine.generate` by the engine's own `continue_from`.
+
+    Args:
+        finished: see `ServerEngine.generate`.
+    """
     keys = [p.id for p in prompts] if keys is None else keys
     contexts = [renderer.ids(p) for p in prompts]
     jobs = [(p, i, ids) for p, ids in zip(prompts, contexts, strict=True) for i in range(n)]
-    done = engine.continue_from(
-        [j[2] for j in jobs], sampling, keys=[f"{key}/{i}" for key in keys for i in range(n)]
-    )
-    return [
-        Rollout(
-            prompt=p,
-            sample=i,
+
+    def rollout(place: int, c: Completion) -> Rollout:
+        prompt, sample, context = jobs[place]
+        return Rollout(
+            prompt=prompt,
+            sample=sample,
             place=place,
-            context=ids,
+            context=context,
             ids=c.ids,
             logprobs=c.logprobs,
             finish_reason=c.finish_reason,
             policy_version=engine.policy_version,
             sampling=sampling,
         )
-        for place, ((p, i, ids), c) in enumerate(zip(jobs, done, strict=True))
-    ]
+
+    early = {} if finished is None else {"finished": lambda place, c: finished(rollout(place, c))}
+    names = [f"{key}/{i}" for key in keys for i in range(n)]
+    done = engine.continue_from([j[2] for j in jobs], sampling, keys=names, **early)
+    return [rollout(place, c) for place, c in enumerate(done)]

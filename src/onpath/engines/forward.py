@@ -225,7 +225,8 @@ def forward(
     mass = torch.tensor(mass_ids, device=models.device) if mass_ids else None
     request = StatsRequest(mass_ids=mass, top_k=max(top_k, int(past)))
     placed = [replace(t, place=i) for i, t in enumerate(trajectories)]
-    micros = micro_batches(placed, max_tokens=models.max_tokens)
+    micros = list(micro_batches(placed, max_tokens=models.max_tokens))
+    models.teacher.expect(t for micro in micros for t in micro)
     batches = [collate(m, device=models.device) for m in micros]
     groups, together = _grouped(batches, models.max_tokens), sum(map(_size, batches)) <= models.max_tokens
     # Graphs of several groups would all live until the loss: only a step that fits into one pass keeps them.

@@ -6,7 +6,7 @@ comes to its device in place of another when it is asked for.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -19,7 +19,7 @@ from onpath.engines.decoding.branches import Past
 from onpath.engines.decoding.drafts import Drafts
 from onpath.engines.teacher import Teacher
 from onpath.losses import TeacherScores
-from onpath.records import Completion, Prompt, Sampling
+from onpath.records import Completion, Prompt, Sampling, Trajectory
 from onpath.system.errors import UserError
 
 T = TypeVar("T")
@@ -73,6 +73,17 @@ class RoutedTeacher(Teacher):
     def scores(self, batch: Batch, cache: DynamicCache | None = None) -> TeacherScores | None:
         """See `Teacher.scores`."""
         return self.of(batch.teacher).scores(batch, cache)
+
+    def expect(self, trajectories: Iterable[Trajectory]) -> None:
+        """See `Teacher.expect`; none moves for it."""
+        several = list(trajectories)
+        for name, member in self.members.items():
+            member.expect([t for t in several if t.teacher == name])
+
+    def close(self) -> None:
+        """See `Teacher.close`."""
+        for member in dict.fromkeys(self.members.values()):
+            member.close()
 
     def measured(self) -> Mapping[str, float]:
         """See `Teacher.measured`: of all."""

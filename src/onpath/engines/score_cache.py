@@ -82,6 +82,10 @@ class ScoreStore:
                 self._seen.add(path)
                 self._places = {**_places(path, _names(path) or ()), **self._places}
 
+    def __contains__(self, key: str) -> bool:
+        """Whether there is an entry, as far as is known without reading it."""
+        return key in self._places
+
     def get(self, key: str) -> Entry | None:
         """An entry, or None: it is not there, or not whole."""
         if key not in self._places:
@@ -239,6 +243,14 @@ class CachedTeacher(Teacher):
         read = sum(len(batch.trajectories[i].response) for i in asked)
         self._read, self._found = self._read + read, self._found + len(batch.token_N) - read
         return self._scores([entry for entry in found if entry is not None], batch.token_N.device)
+
+    def expect(self, trajectories: Iterable[Trajectory]) -> None:
+        """See `Teacher.expect`: what is kept is not asked for."""
+        self.teacher.expect([t for t in trajectories if self._key(t) not in self.store])
+
+    def close(self) -> None:
+        """See `Teacher.close`."""
+        self.teacher.close()
 
     def measured(self) -> Mapping[str, float]:
         """See `Teacher.measured`."""

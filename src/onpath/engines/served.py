@@ -1,6 +1,9 @@
 """A teacher behind a wire: its likeliest tokens at each response position, as the losses take them."""
 
+import threading
 from collections import OrderedDict
+from collections.abc import Iterable
+from concurrent.futures import Future
 
 import torch
 from transformers import DynamicCache
@@ -8,7 +11,9 @@ from transformers import DynamicCache
 from onpath.data.batch import Batch
 from onpath.engines.server import ServedScores, ServerEngine
 from onpath.engines.teacher import Teacher
+from onpath.engines.wire import Questions
 from onpath.losses import TeacherTopK
+from onpath.records import Trajectory
 
 Key = tuple[tuple[int, ...], tuple[int, ...]]
 _KEPT = 8192  # responses whose scores are kept: a method and the loss of the same step ask for the same ones
@@ -29,10 +34,33 @@ class ServedTeacher(Teacher):
         self.engine, self.k = engine, k
         self.context_length = engine.server.context_length or context_length
         self._known: OrderedDict[Key, ServedScores] = OrderedDict()
+        self._coming: dict[Key, Future[ServedScores]] = {}
+        self._asking = threading.Lock()
+        self._questions: Questions | None = None
+
+    def expect(self, trajectories: Iterable[Trajectory]) -> None:
+        """See `Teacher.expect`: the server is asked now."""
+        with self._asking:
+            wanted = dict.fromkeys(_key(t) for t in trajectories)
+            new = [key for key in wanted if key not in self._known and key not in self._coming]
+            if new:
+                self._questions = self._questions or Questions(self.engine.server)
+                contexts, responses = zip(*new, strict=True)
+                asked = self.engine.begin_scores(self._questions, contexts, responses, k=self.k)
+                self._coming.update(zip(new, asked, strict=True))
+
+    def close(self) -> None:
+        """See `Teacher.close`."""
+        with self._asking:
+            questions, self._questions = self._questions, None
+            self._coming.clear()
+        if questions is not None:
+            questions.close()
 
     def scores(self, batch: Batch, cache: DynamicCache | None = None) -> TeacherTopK:
         """See `Teacher.scores`: rows of k entries, −inf where a position has fewer."""
-        rows = self._ask([(t.teacher_context, t.response) for t in batch.trajectories])
+        self.expect(batch.trajectories)
+        rows = self._answers([_key(t) for t in batch.trajectories])
         device = batch.token_N.device
         pads = [
             (ids, logps, self.k - len(ids))
@@ -50,14 +78,24 @@ class ServedTeacher(Teacher):
             sampled_logp=torch.tensor([p for s in rows for p in s.sampled], device=device),
         )
 
-    def _ask(self, keys: list[Key]) -> list[ServedScores]:
-        missing = [key for key in dict.fromkeys(keys) if key not in self._known]
-        found = self.engine.score_top([c for c, _ in missing], [r for _, r in missing], k=self.k)
-        self._known.update(zip(missing, found, strict=True))
+    def _answers(self, keys: list[Key]) -> list[ServedScores]:
+        """To what the server was asked."""
+        for key in keys:
+            if key not in self._known:
+                try:
+                    self._known[key] = self._coming[key].result()
+                except BaseException:
+                    self.close()  # the next one who asks is not given the failure of this one
+                    raise
+                del self._coming[key]
         answers = [self._known[key] for key in keys]
         while len(self._known) > _KEPT:
             self._known.popitem(last=False)
         return answers
+
+
+def _key(trajectory: Trajectory) -> Key:
+    return trajectory.teacher_context, trajectory.response
 
 
 def _unused(ids: tuple[int, ...], count: int) -> list[int]:

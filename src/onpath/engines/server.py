@@ -6,7 +6,9 @@ if the server was started with `--logprobs-mode processed_logprobs`, or at tempe
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -14,13 +16,13 @@ from typing import Any, TypeGuard
 from torch import nn
 
 from onpath.data.render import Renderer
-from onpath.engines.base import Engine
+from onpath.engines.base import Engine, sampled
 from onpath.engines.host import Host, Nonsense
 from onpath.engines.stops import string_end
 from onpath.engines.vllm import checked_completion, request_seed
 from onpath.engines.weights import Arrival, largest_gap, probe_ids, probe_logprobs, save_weights
-from onpath.engines.wire import Server
-from onpath.records import Completion, Sampling
+from onpath.engines.wire import Questions, Server
+from onpath.records import Completion, Prompt, Rollout, Sampling
 from onpath.system import distributed
 from onpath.system.errors import UserError
 
@@ -55,6 +57,7 @@ class ServerEngine(Engine):
     """
 
     server: Server
+    shows_early = True
 
     def __init__(
         self,
@@ -80,10 +83,34 @@ class ServerEngine(Engine):
         self.resyncs = 0
         """How often a server had lost the trained weights, by a restart, and was given them again."""
 
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        n: int = 1,
+        keys: Sequence[str] | None = None,
+        finished: Callable[[Rollout], None] | None = None,
+    ) -> list[Rollout]:
+        """See `Engine.generate`.
+
+        Args:
+            finished: is shown each rollout as soon as it is there, by any thread, while others are written.
+        """
+        return sampled(self, self.renderer, prompts, sampling, n=n, keys=keys, finished=finished)
+
     def continue_from(
-        self, prefixes: Sequence[Sequence[int]], sampling: Sampling, *, keys: Sequence[str] | None = None
+        self,
+        prefixes: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        keys: Sequence[str] | None = None,
+        finished: Callable[[int, Completion], None] | None = None,
     ) -> list[Completion]:
         """See `Engine.continue_from`.
+
+        Args:
+            finished: is shown each completion, with its prefix's number, see `generate`.
 
         Raises:
             UserError: the server stays away, talks nonsense, or does not take the student's weights.
@@ -114,7 +141,7 @@ class ServerEngine(Engine):
                 raise Nonsense("a completion without token ids and log-probs (is it a vLLM server?)")
             try:
                 end = string_end(ids, self.stop_strings, self.renderer.text)
-                return checked_completion(
+                done = checked_completion(
                     tuple(ids),
                     tuple(logprobs),
                     sampling,
@@ -125,6 +152,9 @@ class ServerEngine(Engine):
                 )
             except UserError as error:
                 raise Nonsense(str(error)) from None
+            if finished is not None:
+                finished(at, done)
+            return done
 
         if bodies:
             self._by_current_weights()
@@ -140,6 +170,18 @@ class ServerEngine(Engine):
         self, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, k: int
     ) -> list[ServedScores]:
         """The k likeliest tokens at each position of the responses, and the responses' own."""
+        with closing(Questions(self.server)) as questions:
+            return [f.result() for f in self.begin_scores(questions, contexts, responses, k=k)]
+
+    def begin_scores(
+        self,
+        questions: Questions,
+        contexts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        *,
+        k: int,
+    ) -> list[Future[ServedScores]]:
+        """`score_top`, without waiting for the answers."""
         rows = [[*c, *r] for c, r in zip(contexts, responses, strict=True)]
         wanted = [i for i, r in enumerate(responses) if len(r)]
 
@@ -147,9 +189,10 @@ class ServerEngine(Engine):
             i = wanted[at]
             return _understood_scores(choice, rows[i], len(contexts[i]), k, self.vocabulary)
 
-        answers = self.server.complete([_scoring(rows[i], k) for i in wanted], understand)
+        answers = self.server.begin(questions, [_scoring(rows[i], k) for i in wanted], understand)
         found = dict(zip(wanted, answers, strict=True))
-        nothing = ServedScores(ids=(), logprobs=(), sampled=())
+        nothing: Future[ServedScores] = Future()
+        nothing.set_result(ServedScores(ids=(), logprobs=(), sampled=()))
         return [found.get(i, nothing) for i in range(len(rows))]
 
     def sync_weights(self, version: int) -> None:

@@ -6,7 +6,7 @@ No [T, V] is kept anywhere: the losses read hidden states and head in chunks. On
 import contextlib
 import copy
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -20,6 +20,7 @@ from onpath.engines.head import evaluating, head_of, hidden_states, unwrapped
 from onpath.engines.models import context_length
 from onpath.engines.sharding import give_back
 from onpath.losses import Head, TeacherHidden, TeacherScores
+from onpath.records import Trajectory
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -58,6 +59,13 @@ class Teacher:
         """What predicts each response token in the teacher's context, [N, …], on the batch's device; None: it
         gives no scores. An empty `cache` receives the keys and values."""
         raise NotImplementedError
+
+    def expect(self, trajectories: Iterable[Trajectory]) -> None:
+        """Says what will be scored soon, in this order: a teacher on a server begins with it. Any thread may
+        call it, again too."""
+
+    def close(self) -> None:
+        """What was expected and has not been scored is not wanted any more."""
 
     def past(self, batches: Sequence[Batch]) -> Past | None:
         """Empty KV caches for a scoring pass over some batches, from which can be generated afterwards; None:

@@ -7,12 +7,13 @@ log-probs that are not numbers) is asked for twice more and then stops the run: 
 and the same command goes on.
 """
 
+import itertools
 import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -89,24 +90,8 @@ class Line:
             understand: takes a request's number and its answer; raises `Nonsense`.
             at: None: any server.
         """
-        stop, many, count = threading.Event(), len(self.hosts), len(bodies)
-
-        def one(i: int) -> T:
-            def send(host: Host) -> T:
-                return _understood(partial(understand, i), host.exchange("POST", path, bodies[i]))
-
-            return self._sent(send, stop, home=i * many // count, at=at)
-
-        # The parts side by side: those who take requests from this list take them for all servers.
-        order = sorted(range(count), key=lambda i: i * many % count)
-        with ThreadPoolExecutor(max_workers=self.section.concurrency * many) as pool:
-            futures = {i: pool.submit(one, i) for i in order}
-            try:
-                return [futures[i].result() for i in range(count)]
-            except BaseException:
-                stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        with closing(Questions(self, at=at)) as questions:
+            return [f.result() for f in questions.ask(path, bodies, understand)]
 
     def each(self, what: Callable[[Host], T], *, among: Sequence[Host] | None = None) -> dict[Host, T]:
         """Of every server that is there, side by side; one of them is waited for."""
@@ -258,6 +243,45 @@ class Line:
             )
 
 
+class Questions:
+    """Requests to a line that are on their way together; their answers are waited for when they are needed.
+
+    Args:
+        at: the only server that can answer; None: any.
+    """
+
+    def __init__(self, line: Line, *, at: Host | None = None) -> None:
+        self._line, self._at, self._stop, self._times = line, at, threading.Event(), itertools.count()
+        self._pool = ThreadPoolExecutor(max_workers=line.section.concurrency * len(line.hosts))
+
+    def ask(
+        self, path: str, bodies: Sequence[Mapping[str, Any]], understand: Callable[[int, Any], T]
+    ) -> list[Future[T]]:
+        """Sends requests, which are cut into as many parts as there are servers; the answers to be, in their
+        order.
+
+        Args:
+            understand: see `Line.ask`.
+        """
+        many, count, first = len(self._line.hosts), len(bodies), next(self._times)
+
+        def one(i: int) -> T:
+            def send(host: Host) -> T:
+                return _understood(partial(understand, i), host.exchange("POST", path, bodies[i]))
+
+            return self._line._sent(send, self._stop, home=first + i * many // count, at=self._at)
+
+        # The parts side by side: those who take requests from this list take them for all servers.
+        order = sorted(range(count), key=lambda i: i * many % count)
+        futures = {i: self._pool.submit(one, i) for i in order}
+        return [futures[i] for i in range(count)]
+
+    def close(self) -> None:
+        """Nobody waits any more: what is not sent yet is not sent, and nothing is tried again."""
+        self._stop.set()
+        self._pool.shutdown(cancel_futures=True)
+
+
 def _understood(parse: Callable[[Any], T], answer: Any) -> T:
     """Whatever an answer holds, it is understood or nonsense."""
     try:
@@ -310,8 +334,18 @@ class Server(Line):
         Args:
             understand: takes a request's number and its only choice; raises `Nonsense`.
         """
+        with closing(Questions(self)) as questions:
+            return [f.result() for f in self.begin(questions, bodies, understand)]
+
+    def begin(
+        self,
+        questions: Questions,
+        bodies: Sequence[Mapping[str, Any]],
+        understand: Callable[[int, Any], T],
+    ) -> list[Future[T]]:
+        """Sends completion requests; see `complete`."""
         named = [{"model": self.model, **body} for body in bodies]
-        return self.ask("/v1/completions", named, lambda i, answer: understand(i, self._choice(answer)))
+        return questions.ask("/v1/completions", named, lambda i, answer: understand(i, self._choice(answer)))
 
     def completed(self, host: Host, body: Mapping[str, Any], understand: Callable[[int, Any], T]) -> T:
         """One server's answer to one request, asked for once; for `Line.each` and `Line.renew`."""

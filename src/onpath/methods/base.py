@@ -244,6 +244,11 @@ class Method:
         """Edits or annotates the rollouts of one optimiser step (of this process). Draws depend on `step`."""
         raise NotImplementedError
 
+    def scored_first(self, rollout: Rollout) -> Trajectory | None:
+        """What the teacher will be asked to score of a rollout, where that is known as soon as it is written:
+        a teacher on a server begins while others are. None: it depends on more."""
+        return None
+
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Looks at the training prompts before anything is generated.
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from onpath.config.methods.opd import OPDOptions
 from onpath.methods.base import Method, Prepared, check_generated, own_response
-from onpath.records import Completion, Edit, Rollout, all_by
+from onpath.records import Completion, Edit, Rollout, Trajectory, all_by
 
 
 class OPD(Method):
@@ -28,6 +28,11 @@ class OPD(Method):
         if self.options.writer == "student":
             return Prepared(trajectories=[own_response(r) for r in rollouts])
         return self._written_by_teacher(rollouts, step)
+
+    def scored_first(self, rollout: Rollout) -> Trajectory | None:
+        """See `Method.scored_first`."""
+        mine = self.options.writer == "student"
+        return own_response(rollout, length=self.options.first_tokens) if mine else None
 
     def _written_by_teacher(self, rollouts: Sequence[Rollout], step: int) -> Prepared:
         keys = [f"step {step}/{r.key}/teacher" for r in rollouts]

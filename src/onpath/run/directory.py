@@ -132,8 +132,7 @@ class Run:
         if self.saving is not None:  # the run ends before its time: what is finished must not be lost
             with suppress(Exception):
                 self.saving.wait(patience=_PATIENCE)
-        if self.parts.overlap:
-            self.parts.overlap.close()
+        self.parts.close()
         for tracker in self.trackers:
             tracker.close()
         if self.held is not None:

@@ -61,6 +61,12 @@ class Parts:
         """While a step samples, scores and trains: the student is whole with parallel.shard: step."""
         return sharding.whole(self.models.student if self.config.parallel.shard == "step" else None)
 
+    def close(self) -> None:
+        """Waits for what is being drawn; what a teacher was asked for and nobody needs is given up."""
+        if self.overlap is not None:
+            self.overlap.close()
+        self.models.teacher.close()
+
     @property
     def tools(self) -> Tools:
         """What the method works with."""

@@ -1,6 +1,7 @@
 """The rollouts of a step: the same whatever the number of processes, however they are dealt to them."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 from onpath.data.load import prompts_of_step
@@ -23,7 +24,9 @@ def sample(parts: Parts, step: int) -> list[Rollout]:
         before = [seen.update([p.id]) or seen[p.id] - 1 for p in prompts]
         mine = distributed.share(list(enumerate(prompts)))
         keys = [f"step {step}/{place}" for place, _ in mine]
-        rollouts = parts.sampler.generate([p for _, p in mine], parts.sampling, n=n, keys=keys)
+        rollouts = parts.sampler.generate(
+            [p for _, p in mine], parts.sampling, n=n, keys=keys, **scored_early(parts)
+        )
         if not any(before):
             return rollouts
         firsts = [n * before[place] for place, _ in mine for _ in range(n)]
@@ -37,6 +40,22 @@ def sample(parts: Parts, step: int) -> list[Rollout]:
         rollouts = distributed.dealt(rollouts, lambda r: len(r.context) + len(r.ids))
     rollouts = [replace(r, place=place) for place, r in enumerate(rollouts)]
     return fresh(parts.config, rollouts, step)
+
+
+def scored_early(parts: Parts) -> dict[str, Callable[[Rollout], None]]:
+    """What the sampler is told, if anything: that the teacher may score a rollout while others are written.
+    Not where a rollout may yet be left out, or go to another process."""
+    config = parts.config
+    moves = config.parallel.balance and distributed.world() > 1
+    left_out = any(r.at_least is not None for r in config.rewards.values())
+    if moves or left_out or not parts.sampler.shows_early:
+        return {}
+
+    def finished(rollout: Rollout) -> None:
+        if (trajectory := parts.method.scored_first(rollout)) is not None:
+            parts.models.teacher.expect([trajectory])
+
+    return {"finished": finished}
 
 
 def prepare(parts: Parts, rollouts: list[Rollout], step: int) -> Prepared:

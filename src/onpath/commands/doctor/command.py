@@ -172,7 +172,7 @@ def diagnose(config: Config, *, refused: str | None = None) -> Iterator[Finding]
         yield Finding(name="models", status="fail", message=f"the run cannot start: {said}")
         yield from (skipped(name, "the run cannot start") for name in _NEED_MODELS)
         return
-    with closing(parts.text.grader):
+    with closing(parts.text.grader), closing(parts):
         yield _models(parts)
         yield _passes(parts)
         yield tokens.served_tokens(parts)

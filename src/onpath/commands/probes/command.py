@@ -1,6 +1,7 @@
 """`onpath inspect --probe NAME`: measurements that a finished run, or a config, is asked for afterwards."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +58,16 @@ def run_named(
             "teacher.engine: chat answers messages only, and every probe asks what the teacher would go on "
             "with; use hf or vllm"
         )
-    match name:
-        case "divergence":
-            return divergence.run_probe(parts, rollouts=rollouts, out=out)
-        case "local-correction":
-            return local_correction.run_probe(parts, prefixes=rollouts, out=out)
-        case _:
-            return prefix_failure.run_probe(
-                parts, rollouts=rollouts, continuations=continuations, every=every, out=out
-            )
+    with closing(parts):
+        match name:
+            case "divergence":
+                return divergence.run_probe(parts, rollouts=rollouts, out=out)
+            case "local-correction":
+                return local_correction.run_probe(parts, prefixes=rollouts, out=out)
+            case _:
+                return prefix_failure.run_probe(
+                    parts, rollouts=rollouts, continuations=continuations, every=every, out=out
+                )
 
 
 def shown(path: Path) -> Iterator[str]:

@@ -87,6 +87,10 @@ class TOPD(Method):
             },
         )
 
+    def scored_first(self, rollout: Rollout) -> Trajectory:
+        """See `Method.scored_first`."""
+        return own_response(rollout, length=self.options.first_tokens)
+
     def forks(
         self, rollouts: Sequence[Rollout], trained: Sequence[Trajectory], kept: Kept, step: int
     ) -> list[Fork]:

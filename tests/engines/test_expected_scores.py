@@ -1,0 +1,189 @@
+"""A teacher on a server is asked ahead: for a whole step, and for rollouts while others are written."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onpath.config.build import Config
+from onpath.engines.served import ServedTeacher
+from onpath.records import Trajectory
+from onpath.run.assemble import assemble
+from onpath.run.log import read_lines
+from onpath.run.meter import Stopwatch
+from onpath.run.parts import Parts
+from onpath.system.code import allowed
+from onpath.system.errors import UserError
+from onpath.training import accumulate, corrected, sample, train
+from tests.engines.fake_vllm import FakeVLLM
+from tests.engines.test_server import TOPK, fake_of
+
+Tiny = Callable[..., Config]
+METHODS: dict[str, dict[str, Any]] = {
+    "opd": {},
+    "opd, first tokens": {"method__first_tokens": 5},
+    "topd": {"method__name": "topd", "method__window": 4},
+    "topd, first tokens": {"method__name": "topd", "method__window": 4, "method__first_tokens": 5},
+}
+
+
+@pytest.fixture
+def teacher(model_dirs: dict[str, Path]) -> Iterator[FakeVLLM]:
+    fake = fake_of(model_dirs["teacher"])
+    yield fake
+    fake.stop()
+
+
+@pytest.fixture
+def student(model_dirs: dict[str, Path]) -> Iterator[FakeVLLM]:
+    fake = fake_of(model_dirs["student"])
+    yield fake
+    fake.stop()
+
+
+def both(tiny: Tiny, student: FakeVLLM, teacher: FakeVLLM, **more: Any) -> Config:
+    where = {
+        "teacher__engine": "vllm", "teacher__url": teacher.url, "teacher__patience": 20.0,
+        "rollout__engine": "vllm", "rollout__url": student.url,
+    }  # fmt: skip
+    return tiny(**{**where, **TOPK, **more})
+
+
+def scored(teacher: FakeVLLM) -> list[tuple[int, ...]]:
+    return [tuple(r["prompt"]) for r in teacher.requests if "prompt_logprobs" in r]
+
+
+def soon(true: Callable[[], bool], seconds: float = 20.0) -> bool:
+    end = time.monotonic() + seconds
+    while not true() and time.monotonic() < end:
+        time.sleep(0.005)
+    return true()
+
+
+def one_by_one(config: Config) -> Config:
+    """Micro-batches of one trajectory."""
+    return config.model_copy(update={"optim": config.optim.model_copy(update={"micro_batch_tokens": 1})})
+
+
+def stopped_in_training(monkeypatch: pytest.MonkeyPatch, what: Callable[[], None]) -> None:
+    """The first micro-batch that trains does something else first."""
+    from onpath import training
+
+    def first(*args: Any) -> Any:
+        monkeypatch.undo()
+        what()
+        return training.loss_of(*args)
+
+    monkeypatch.setattr("onpath.training.loss_of", first)
+
+
+def test_a_step_is_asked_for_at_once(tiny: Tiny, teacher: FakeVLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    where = {"teacher__engine": "vllm", "teacher__url": teacher.url, "rollout__prompts": 6}
+    config = one_by_one(tiny(**where, **TOPK, optim__steps=1))
+    asked: list[bool] = []
+    stopped_in_training(monkeypatch, lambda: asked.append(soon(lambda: len(scored(teacher)) == 6)))
+    train(config, quiet=True)
+    assert asked == [True], "the others are on their way while the first one trains"
+    assert len(set(scored(teacher))) == len(scored(teacher)) == 6
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_teacher_scores_while_others_are_written(
+    name: str, tiny: Tiny, student: FakeVLLM, teacher: FakeVLLM
+) -> None:
+    parts = assemble(both(tiny, student, teacher, **METHODS[name]))
+    parts.generators.student.sync_weights(0)
+    written, early = iter(range(1000)), list[bool]()
+
+    def slow_third(answer: Any) -> Any:
+        if "prompt_logprobs" not in answer["choices"][0] and next(written) == 2:
+            early.append(soon(lambda: len(scored(teacher)) == 2))
+        return answer
+
+    student.spoil = slow_third
+    meter = corrected(parts, 0, Stopwatch())
+    assert early == [True]
+    accumulate(parts, meter, 0)
+    kept = [t for t in meter.step.prepared.trajectories if t.edit.kept]
+    assert sorted(scored(teacher)) == sorted({t.teacher_context + t.response for t in kept}), "each once"
+    parts.close()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_was_asked_ahead_changes_nothing(
+    name: str, tiny: Tiny, student: FakeVLLM, teacher: FakeVLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**METHODS[name], "optim__steps": 2}
+    ahead = train(both(tiny, student, teacher, **options, run__name="ahead"), quiet=True)
+    student.stop()
+    student.start(fresh=True)
+    monkeypatch.setattr("onpath.run.sampling.scored_early", lambda parts: {})
+    after = train(both(tiny, student, teacher, **options, run__name="after"), quiet=True)
+    rows = [read_lines(r.directory / "metrics.jsonl") for r in (ahead, after)]
+    assert [r["loss"] for r in rows[0]] == [r["loss"] for r in rows[1]]
+
+
+def test_what_may_be_left_out_is_not_asked_for(
+    tiny: Tiny, student: FakeVLLM, teacher: FakeVLLM, tmp_path: Path
+) -> None:
+    (tmp_path / "own.py").write_text("def long(text):\n    return float(len(text) > 4)\n")
+    reward = {"name": f"{tmp_path / 'own.py'}:long", "at_least": 1.0}
+    with allowed():
+        parts = assemble(both(tiny, student, teacher, rewards__long=reward))
+        parts.generators.student.sync_weights(0)
+        sample(parts, 0)
+    assert not scored(teacher)
+
+
+def pending(parts: Parts, teacher: FakeVLLM) -> ServedTeacher:
+    """A teacher that was asked, and does not answer."""
+    served = parts.models.teacher
+    assert isinstance(served, ServedTeacher)
+    teacher.spoil = lambda _: 503
+    served.expect(
+        [Trajectory(student_context=(1, 5), teacher_context=(1, 5), response=(7, i)) for i in range(40)]
+    )
+    assert soon(lambda: len(scored(teacher)) > 1)
+    return served
+
+
+def test_nobody_waits_for_what_is_not_wanted_any_more(tiny: Tiny, teacher: FakeVLLM) -> None:
+    where = {"teacher__engine": "vllm", "teacher__url": teacher.url, "teacher__patience": 600.0}
+    parts = assemble(tiny(**where, **TOPK))
+    pending(parts, teacher)
+    begun, before = time.monotonic(), threading.active_count()
+    parts.close()
+    assert time.monotonic() - begun < 10
+    assert threading.active_count() < before, "and it leaves no threads"
+
+
+def test_a_run_that_fails_in_training_ends_at_once(
+    tiny: Tiny, teacher: FakeVLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = {"teacher__engine": "vllm", "teacher__url": teacher.url, "teacher__patience": 600.0}
+    config = one_by_one(tiny(**where, **TOPK))
+
+    def fail() -> None:
+        teacher.spoil = lambda _: 503
+        raise UserError("something else is wrong")
+
+    stopped_in_training(monkeypatch, fail)
+    begun = time.monotonic()
+    with pytest.raises(UserError, match="something else is wrong"):
+        train(config, quiet=True)
+    assert time.monotonic() - begun < 30
+
+
+def test_a_failure_is_not_kept(tiny: Tiny, teacher: FakeVLLM) -> None:
+    where = {"teacher__engine": "vllm", "teacher__url": teacher.url, "teacher__patience": 0.3}
+    parts = assemble(tiny(**where, **TOPK, method__name="topd", method__window=4))
+    rollouts = parts.generators.student.generate(parts.prompts.pool[:4], parts.sampling)
+    teacher.spoil = lambda _: 503
+    with pytest.raises(UserError, match="no answer from"):
+        parts.method.prepare(rollouts, step=0)
+    teacher.spoil = lambda answer: answer
+    assert parts.method.prepare(rollouts, step=0).trajectories
+    parts.close()
