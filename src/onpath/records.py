@@ -169,6 +169,10 @@ class Guidance:
     """For each position: token id → mass, above 0. The mass of a row need not be 1: several windows may meet
     there."""
 
+    def scaled(self, factor: float) -> "Guidance":
+        """With each mass times a factor above 0: so is the gradient, Σ KL's constant aside."""
+        return replace(self, targets=tuple({k: p * factor for k, p in t.items()} for t in self.targets))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Edit:
@@ -220,6 +224,8 @@ class Trajectory:
     """Its index among the trajectories that are read or trained on together; set there."""
     counted: tuple[bool, ...] | None = None
     """Whether each response token is in the loss's count; None: those whose weight is not 0."""
+    begins: int = 0
+    """Tokens of the response that stand in both contexts already (a second branch)."""
 
     def __post_init__(self) -> None:
         if not self.student_context or not self.teacher_context:

@@ -33,6 +33,7 @@ from onpath.run.log import Display
 from onpath.run.loss import Step, guidance_loss, loss_of, teacher_states
 from onpath.run.meter import Meter, Stopwatch
 from onpath.run.optimizer import make_optimizer
+from onpath.run.origins import judge, with_origins
 from onpath.run.parts import Parts
 from onpath.run.per_teacher import PerTeacher
 from onpath.run.rounds import is_filler, rounds, sum_when_needed
@@ -40,6 +41,7 @@ from onpath.run.sampling import prepare, sample
 from onpath.run.trajectories import store_step, top_tokens
 from onpath.run.weights import shaped
 from onpath.system import distributed
+from onpath.system.draws import seed_torch
 from onpath.system.errors import UserError
 from onpath.system.signals import stop_requests
 
@@ -157,10 +159,10 @@ def corrected(parts: Parts, step: int, watch: Stopwatch) -> Meter:
         with watch("sample"):
             rollouts = sample(parts, step)
         with watch("grade"):
-            verdicts = parts.text.verdicts([(r, r.ids) for r in rollouts])
-            rewards = parts.text.reward_values(rollouts)
+            judged = judge(parts.text, rollouts)
         with watch("correct"):
-            prepared = shaped(parts, prepare(parts, rollouts, step), rewards, step=step)
+            made, of_origins = with_origins(parts.text, prepare(parts, rollouts, step), rollouts, judged)
+            prepared = shaped(parts, made, of_origins.rewards, step=step)
     kept = [t for t in prepared.trajectories if t.edit.kept]
     mine = [token_count(kept), float(any(t.guidance for t in kept))]
     denominator, guided = distributed.total(mine, parts.models.device)
@@ -176,8 +178,8 @@ def corrected(parts: Parts, step: int, watch: Stopwatch) -> Meter:
         watch=watch,
         rollouts=rollouts,
         step=shared,
-        verdicts=verdicts,
-        rewards=rewards,
+        judged=judged,
+        of_origins=of_origins,
         drawn=None if parts.refreshed is None else parts.refreshed.generated(step),
         per_teacher=PerTeacher(names=parts.models.teacher.names),
     )
@@ -188,6 +190,8 @@ def accumulate(parts: Parts, meter: Meter, step: int) -> None:
     models, shared, watch = parts.models, meter.step, meter.watch
     kept = [t for t in shared.prepared.trajectories if t.edit.kept] if shared.denominator else []
     models.student.train(models.dropout)
+    if models.dropout:
+        seed_torch(parts.config.run.seed, f"step {step}/dropout/{distributed.rank()}")
     parts.guidance_ratio.begin(step, guided=shared.guided)
     micros = rounds(parts, shared.prepared, kept)
     models.teacher.expect(t for micro in micros for t in micro)

@@ -152,6 +152,19 @@ CASES: dict[str, tuple[Break, str]] = {
     ),
     "k above n": (lambda c: c.set("eval.k", 9), r"eval\.k is 9, but eval\.n gives only 2"),
     "tempered rollouts": (lambda c: c.set("rollout.temperature", 0.7), r"assumes untruncated samples"),
+    **{
+        f"the sampled estimator on tempered rollouts, {name}": (
+            lambda c, name=name: (
+                c.set("method.name", name),
+                c.set("method.divergence", "sampled"),
+                c.set("method.off_policy", True),
+                c.set("method.entry_clip", None),
+                c.set("rollout.temperature", 0.7),
+            )[0],
+            r"assumes untruncated samples",
+        )
+        for name in ("opd", "opsd", "topd", "truncate")
+    },
     "bare top-k advantage": (
         lambda c: (c.set("method.divergence", "sampled"), c.set("method.support", "teacher_topk"))[0],
         r"zero expected gradient",

@@ -115,3 +115,17 @@ def test_a_forced_stop_ends_the_response(tiny: Tiny) -> None:
 def test_the_sampled_gradient_is_refused() -> None:
     with pytest.raises(UserError, match="use reverse_kl"):
         configuration.build({"method": {"name": "branch", "divergence": "sampled"}})
+
+
+@pytest.mark.parametrize("control", ["none", "own_token"])
+def test_what_the_student_drew_has_what_it_was_drawn_with(control: str, tiny: Tiny) -> None:
+    """On every branch: so that importance weighs them all, and by 1 where nothing is stale."""
+    parts = parts_of(tiny, name="branch", branches=3, failed_only=False, control=control, importance="token")
+    made = parts.method.prepare(sample(parts, 0), step=0).trajectories
+    assert any(t.begins for t in made)
+    for t in made:
+        assert t.behaviour_logprobs is not None
+        assert len(t.behaviour_logprobs) == len(t.response)
+        own = logps_along(parts.models.student, t).gather(-1, torch.tensor(t.response)[:, None])[:, 0]
+        for drawn, now, who in zip(t.behaviour_logprobs, own.tolist(), t.written_by, strict=True):
+            assert who == "forced" or drawn == pytest.approx(now, abs=1e-4)

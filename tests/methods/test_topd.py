@@ -20,7 +20,7 @@ from onpath.engines.forward import Graph, Kept, forward, student_key
 from onpath.losses import Head, Objective, TeacherHidden, fused_objective
 from onpath.methods import make_method
 from onpath.methods.base import Prepared, own_response
-from onpath.methods.topd import guide
+from onpath.methods.topd import guide, pairs
 from onpath.methods.topd.candidates import Fork
 from onpath.methods.topd.futures import teacher_futures
 from onpath.methods.topd.method import TOPD
@@ -257,6 +257,37 @@ def test_what_is_drawn_is_drawn_by_seed_and_step(change: Any, topd: Callable[...
     )
     assert first == again
     assert first != later
+
+
+def test_guidance_is_as_long_as_the_rollouts_window(topd: Callable[..., Parts]) -> None:
+    """Whatever the fresh sample's length, which only the distance sees."""
+    parts = topd(student_window="regenerate", window=8, top_share=1.0, threshold=0.0)
+    rollouts = sample(parts, 0)
+    made = parts.method.prepare(rollouts, step=0).trajectories
+    shorter = 0
+    for r, t in zip(rollouts, made, strict=True):
+        guided = {g.start + i for g in t.guidance for i in range(len(g.targets))}
+        expected: set[int] = set()
+        for fork in t.edit.detail.get("forks", []):
+            if fork["decision"] == "fork":
+                own = r.ids[fork["position"] :][:8]
+                shorter += len(fork["student_window"]) < len(own)
+                expected |= set(range(fork["position"], fork["position"] + len(own)))
+        assert guided == expected
+    assert shorter, "a fresh sample ends earlier"
+
+
+def test_distances_are_taken_without_dropout(
+    topd: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = topd(embedding="student_layer")
+    seen = []
+    real = pairs.decoder_of
+    monkeypatch.setattr(pairs, "decoder_of", lambda model: seen.append(model.training) or real(model))
+    parts.models.student.train()
+    parts.method.prepare(sample(parts, 0), step=0)
+    assert seen
+    assert not any(seen)
 
 
 def test_neither_cache_nor_batches_matter(topd: Callable[..., Parts]) -> None:

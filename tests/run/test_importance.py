@@ -121,3 +121,14 @@ def test_a_small_cap_leaves_what_others_wrote_alone(kind: str, tiny: Tiny) -> No
         hidden = parts.models.student_states(batch)
     weights = Importance(kind=kind, cap=0.5).weights(batch, hidden, parts.models)
     assert weights.tolist() == [0.5] * 4 + [1.0] * 4
+
+
+def test_ends_that_are_one_leave_the_measured_ratio_alone(tiny: Tiny) -> None:
+    """What was drawn is one of them, and what is known is the log-prob of all."""
+    for ends in ("apart", "one"):
+        parts = assemble(tiny(method__ends=ends, rollout__stop_ids=[5, 7, 9, 11]))
+        assert len(parts.stops.ids) > 1
+        made = prepare(parts, sample(parts, 0), 0)
+        assert any(t.response[-1] in parts.stops.ids for t in made.trajectories)
+        meter, _ = step_on(parts, made.trajectories)
+        assert meter.row(parts.models.device)["importance_ratio"] == pytest.approx(1, abs=1e-5)

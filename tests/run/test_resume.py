@@ -27,6 +27,7 @@ from onpath.run.log import JsonLines, read_lines
 from onpath.run.optimizer import make_optimizer
 from onpath.system.errors import UserError
 from onpath.training import train
+from tests.families.plain import pair
 
 Tiny = Callable[..., Config]
 OPTIONS: dict[str, Any] = {
@@ -365,3 +366,22 @@ def test_tensorboard_has_every_step(tiny: Tiny) -> None:
     assert [e.value for e in events.Scalars("loss")] == pytest.approx([r["loss"] for r in rows])
     assert [e.step for e in events.Scalars("eval/test/avg_at_k")] == [3]
     assert json.loads((result.directory / "environment.json").read_text())
+
+
+def test_dropout_is_a_function_of_seed_and_step(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    """Two runs of one config are one, and one that was stopped goes on as if it had not been."""
+    models = pair(tmp_path, "gpt2")
+    options = {**models, "student__dropout": True, "optim__steps": 4, "run__save_every": 2, "data__eval": {}}
+    whole = train(tiny(**options, run__name="whole"), quiet=True).directory
+    torch.manual_seed(1)
+    random.seed(1)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, "onpath.training", "one_step", call=4, after=False)
+        with pytest.raises(Stopped):
+            train(tiny(**options, run__name="parts"), quiet=True)
+    torch.manual_seed(2)
+    parts = train(tiny(**options, run__name="parts"), quiet=True).directory
+    losses = [[row["loss"] for row in read_lines(run / "metrics.jsonl")] for run in (whole, parts)]
+    assert losses[0] == losses[1]
+    still = train(tiny(**{**options, "student__dropout": False}, run__name="still"), quiet=True).directory
+    assert losses[0][0] != read_lines(still / "metrics.jsonl")[0]["loss"], "there is dropout"

@@ -7,11 +7,12 @@ import pytest
 
 from onpath.config.build import Config
 from onpath.config.sections import Reward as RewardSection
+from onpath.methods.base import Prepared
 from onpath.records import Guidance, Trajectory
 from onpath.run.assemble import assemble
 from onpath.run.optimizer import make_optimizer
 from onpath.run.sampling import prepare, sample
-from onpath.run.weights import shaped, thinned, written_before
+from onpath.run.weights import shaped, thinned
 from onpath.system.draws import noise
 from onpath.system.errors import UserError
 from onpath.training import one_step
@@ -84,9 +85,50 @@ def test_first_tokens_are_those_of_the_whole_response(tiny: Tiny) -> None:
     options = {"method__name": "branch", "method__branches": 2, "method__failed_only": False}
     parts = assemble(tiny(**options, method__first_tokens=4, data__eval={}))
     made = parts.method.prepare(sample(parts, 0), step=0)
-    assert any(written_before(t) > 0 for t in made.trajectories)
+    assert any(t.begins > 0 for t in made.trajectories)
     for t in shaped(parts, made).trajectories:
-        assert written_before(t) + len(t.response) <= max(4, written_before(t))
+        assert t.begins + len(t.response) <= max(4, t.begins)
+
+
+def test_a_line_break_in_the_context_is_no_token_of_the_response(tiny: Tiny) -> None:
+    """TRD's plain contexts end with one."""
+    options = {"method__name": "trd", "method__paper_compat": True, "method__gate": False}
+    parts = assemble(tiny(**options, method__template="{problem}{attempt}", data__template="plain"))
+    parts = replace(parts, config=tiny(**options, method__first_tokens=3, data__template="plain"))
+    made = prepare(parts, sample(parts, 0), 0)
+    long = [t for t in made.trajectories if t.edit.kept and len(t.response) > 3]
+    assert long
+    assert {len(t.response) for t in shaped(parts, replace(made, trajectories=long)).trajectories} == {3}
+
+
+def test_a_rewards_weight_reaches_the_guidance(tiny: Tiny) -> None:
+    section = RewardSection.model_validate({"name": "w.py:w", "weights_tokens": True})
+    for plan in ("transport", "teacher_window_ce"):
+        options = {"method__name": "topd", "method__window": 4, "method__top_share": 0.5}
+        parts = assemble(tiny(**options, method__plan=plan, data__eval={}))
+        parts = replace(parts, config=parts.config.model_copy(update={"rewards": {"w": section}}))
+        rollouts = sample(parts, 0)
+        made = prepare(parts, rollouts, 0)
+        values = [float(i % 3) for i in range(len(rollouts))]
+        checked = set()
+        for before, t in zip(made.trajectories, shaped(parts, made, {"w": values}).trajectories, strict=True):
+            mass, old = (
+                sum(p for g in x.guidance for y in g.targets for p in y.values()) for x in (t, before)
+            )
+            weights = {round(w, 6) for w in t.token_weights}
+            value = values[t.origin.place] if t.origin else 0.0
+            if old:
+                checked.add(value)
+                assert mass / old == pytest.approx(value * mass_of_one(made, values), rel=1e-5)
+                assert plan == "teacher_window_ce" or weights <= {round(mass / old, 6), 0.0}
+        assert len(checked) == 3
+
+
+def mass_of_one(made: Prepared, values: list[float]) -> float:
+    """What scales the values to mean 1 over the tokens."""
+    kept = [t for t in made.trajectories if t.edit.kept and t.origin is not None]
+    tokens = sum(sum(t.token_weights) for t in kept)
+    return tokens / sum(values[t.origin.place] * sum(t.token_weights) for t in kept if t.origin)
 
 
 def test_weights_of_a_reward_are_scaled_over_what_another_one_leaves(tiny: Tiny) -> None:

@@ -642,7 +642,7 @@ def with_own(
     if grader is not None:
         tree["eval"] = {**(tree.get("eval") or {}), "grader": code.register(code.name_of(grader), grader)}
     if rewards:
-        own = {label: {"name": code.register(code.name_of(f), f)} for label, f in rewards.items()}
+        own = {label: {"name": name} for label, name in code.register_all(rewards).items()}
         tree["rewards"] = {**(labelled(tree.get("rewards") or {})), **own}
     with code.allowed(allow_code):
         return build(tree, source=str(config) if isinstance(config, str | Path) else "config")

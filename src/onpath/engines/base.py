@@ -181,4 +181,4 @@ def sampled(
     early = {} if finished is None else {"finished": lambda place, c: finished(rollout(place, c))}
     names = [f"{key}/{i}" for key in keys for i in range(n)]
     done = engine.continue_from([j[2] for j in jobs], sampling, keys=names, **early)
-    return [rollout(place, c) for place, c in enumerate(done)]
+    return [rollout(place, c) for place, c in zip(range(len(jobs)), done, strict=True)]

@@ -84,7 +84,8 @@ def measure(block: Block, request: StatsRequest) -> Stats:
     elif block.served is not None:
         stats |= topk.measure_served(block.served, student_logp=s_RV, student_p=p_RV, top_k=request.top_k)
     if "teacher_top_ids" in stats and request.top_k:
-        stats["overlap"] = topk.overlap(stats["student_top_ids"], stats["teacher_top_ids"])
+        theirs = stats["teacher_top_ids"]  # a server may have said fewer
+        stats["overlap"] = topk.overlap(stats["student_top_ids"][:, : theirs.shape[-1]], theirs)
     return stats
 
 

@@ -237,8 +237,16 @@ class Method:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if "Options" in vars(cls):
-            cls.Options.method_class = cls
+        inherited = "Options" not in vars(cls)
+        if inherited or (cls.Options.method_class and cls.Options.model_fields["name"].annotation is not str):
+            # A method is found by its options' class, which must not be another one's, nor ask for its name.
+            own = {
+                "__module__": cls.__module__,
+                "__doc__": cls.Options.__doc__,
+                "__annotations__": {"name": str},
+            }
+            cls.Options = type("Options", (cls.Options,), {**own, "name": ""})
+        cls.Options.method_class = cls
 
     def prepare(self, rollouts: Sequence[Rollout], *, step: int) -> Prepared:
         """Edits or annotates the rollouts of one optimiser step (of this process). Draws depend on `step`."""

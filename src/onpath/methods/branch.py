@@ -66,7 +66,8 @@ class Branch(Method):
             at = apart[by_lot(self.tools.sampling.seed, f"{key}/place", len(apart))]
         own = self.options.control == "own_token"
         token, who = (y.ids[at], "student") if own else (likeliest[at], "forced")
-        return Mixed.of(y).cut(at).then(inserted([token], self.tools), cast(Writer, who))
+        put = replace(inserted([token], self.tools), logprobs=(y.logprobs[at] if own else 0.0,))
+        return Mixed.of(y).cut(at).then(put, cast(Writer, who))
 
     def right_ones(self, grown: Sequence[Mixed]) -> list[Mixed]:
         """Branches with the right answer; of a rollout that has none, the rollout."""
@@ -89,7 +90,7 @@ def shared_prefixes(made: Sequence[Trajectory]) -> list[Trajectory]:
             prefix, writers = t.student_context + t.response[:at], t.written_by[at:]
             t = replace(
                 t, student_context=prefix, teacher_context=prefix, response=t.response[at:], writers=writers,
-                behaviour_logprobs=None,
+                behaviour_logprobs=t.behaviour_logprobs and t.behaviour_logprobs[at:], begins=at,
             )  # fmt: skip
         found.append(t)
     return found

@@ -11,6 +11,7 @@ is logged always: of rollouts that are not stale it is the mismatch of sampler a
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,9 +52,19 @@ class Importance:
         ratio_N = log_N.clamp(max=_LARGEST).exp().clamp(max=self.cap)
         return batch.weight_N * ratio_N.masked_fill(others_N, 1.0)
 
-    def measured(self, batch: Batch, student_logp_N: Tensor) -> tuple[float, float, float]:
-        """Sum of the ratios of counted tokens, how many are above the cap, and how many there are."""
+    def measured(
+        self, batch: Batch, student_logp_N: Tensor, *, ends: Sequence[int] = ()
+    ) -> tuple[float, float, float]:
+        """Sum of the ratios of counted tokens, how many are above the cap, and how many there are.
+
+        Args:
+            ends: ids whose log-prob is that of all of them together: what was drawn is one of them, so that
+                they are left out.
+        """
         log_N = log_ratios(batch, student_logp_N)
+        if ends:
+            merged_N = torch.isin(batch.token_N, torch.tensor(ends, device=batch.token_N.device))
+            log_N = log_N.masked_fill(merged_N, math.nan)
         ratio = log_N[batch.counted_N & ~log_N.isnan()].clamp(max=_LARGEST).exp().double()
         return float(ratio.sum()), float((ratio > self.cap).sum()), float(len(ratio))
 

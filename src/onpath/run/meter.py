@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from onpath.data.batch import Batch
-from onpath.grade.base import Verdict
 from onpath.losses import LossResult
 from onpath.records import WRITERS, Rollout
 from onpath.run.loss import Step
+from onpath.run.origins import Judged
 from onpath.run.per_teacher import PerTeacher
 from onpath.system import distributed
 
@@ -30,6 +30,7 @@ _NATS = {
 }
 
 
+_TOTAL, _COUNT = "total of ", "count of "
 _RATIOS = ("ratio", "ratio above the cap", "tokens of ratio")
 
 
@@ -59,10 +60,10 @@ class Meter:
     watch: Stopwatch
     rollouts: Sequence[Rollout]
     step: Step
-    verdicts: Sequence[Verdict | None] = ()
-    """One per rollout; None: there is no answer to compare with."""
-    rewards: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    """Label → one value per rollout; `reward` is their weighted sum."""
+    judged: Judged
+    """Of the rollouts."""
+    of_origins: Judged
+    """Of the rollouts and of what else trajectories come from."""
     drawn: int | None = None
     """Tokens of rollouts that this process generated in this step; None: those of `rollouts`."""
     scored: Mapping[str, float] = field(default_factory=dict)
@@ -96,7 +97,8 @@ class Meter:
             for place, values in zip(places, batch.by_row(value_N), strict=True):
                 self.per_token[place][name] = values
         if result.stats.student_logp is not None:
-            found = self.step.importance.measured(batch, result.stats.student_logp)
+            logp_N, ends = result.stats.student_logp, self.step.objective.ends
+            found = self.step.importance.measured(batch, logp_N, ends=ends)
             for name, value in zip(_RATIOS, found, strict=True):
                 self.sums[name] += value
         if result.stats.overlap is not None:
@@ -118,7 +120,7 @@ class Meter:
 
     def row(self, device: torch.device) -> dict[str, Any]:
         """The step's metrics over all processes."""
-        verdicts = [v.correct for v in self.verdicts if v is not None]
+        verdicts = [v.correct for v in self.judged.verdicts if v is not None]
         lengths = [len(r.ids) for r in self.rollouts]
         totals = {**self.step.prepared.totals, **self.scored}
         # What the method had the student generate beside the rollouts.
@@ -130,7 +132,8 @@ class Meter:
             for who, counts in zip(t.written_by, t.in_count, strict=True)
             if counts
         )
-        means = {**self.step.prepared.means, **{k: (sum(v), float(len(v))) for k, v in self.rewards.items()}}
+        rewards = {k: (sum(v), float(len(v))) for k, v in self.judged.rewards.items()}
+        means = {**self.step.prepared.means, **rewards}
         mine = {
             **{k: self.sums[k] for k in ("loss", "counted", *_NATS, *_RATIOS)},
             **{k: self.sums[k] for k in (f"tokens of {name}" for name in _NATS)},
@@ -141,12 +144,15 @@ class Meter:
             "right": sum(verdicts),
             "graded": len(verdicts),
             "finished": sum(r.finish_reason == "stop" for r in self.rollouts),
-            **totals,
+            **{f"{_TOTAL}{k}": v for k, v in totals.items()},
             **{f"written by {who}": written[who] for who in WRITERS},
             **{f"sum of {k}": total for k, (total, _) in means.items()},
-            **{f"count of {k}": count for k, (_, count) in means.items()},
+            **{f"{_COUNT}{k}": count for k, (_, count) in means.items()},
         }
-        all_of = dict(zip(mine, distributed.total(mine.values(), device), strict=True))
+        all_of = distributed.total_by_name(mine, device)
+        # Those of all processes: a method may report what it has met.
+        totals = {k.removeprefix(_TOTAL): v for k, v in all_of.items() if k.startswith(_TOTAL)}
+        counts = {k.removeprefix(_COUNT): v for k, v in all_of.items() if k.startswith(_COUNT)}
         rollouts = max(all_of["rollouts"], 1.0)
         row: dict[str, Any] = {"loss": all_of["loss"], "tokens": int(all_of["counted"])}
         for name, label in _NATS.items():  # None: no token, or a teacher that does not say
@@ -164,15 +170,14 @@ class Meter:
             "student_tokens_generated": int(all_of["generated"]),
             "tokens_written_by": {who: int(all_of[f"written by {who}"]) for who in WRITERS},
             "grad_norm": self.grad_norm,
-            **{k: int(all_of[k]) if all_of[k].is_integer() else all_of[k] for k in totals},
+            **{k: int(v) if v.is_integer() else v for k, v in totals.items()},
         }
-        for k in means:
-            count = all_of[f"count of {k}"]
+        for k, count in counts.items():
             row[k] = all_of[f"sum of {k}"] / count if count else None
         if self.gradient_cosine is not None:
             row["gradient_cosine"] = self.gradient_cosine
         row |= self.measured(device)
-        row |= self.per_teacher.row(self.rollouts, self.verdicts, device)
+        row |= self.per_teacher.row(self.rollouts, self.judged.verdicts, device)
         return (
             row
             | dict(self.step.prepared.metrics)

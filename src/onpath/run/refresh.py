@@ -345,6 +345,7 @@ def _as_row(t: Trajectory, origin: Rollout) -> dict[str, Any]:
         "counted": t.counted,
         "behaviour_logprobs": t.behaviour_logprobs,
         "advantages": t.advantages,
+        "begins": t.begins,
         "writers": None if t.writers is None else [WRITERS.index(w) for w in t.writers],
         "guidance": [
             {
@@ -370,6 +371,7 @@ def _trajectory(row: Mapping[str, Any], rollouts: Sequence[Rollout]) -> Trajecto
         counted=tokens("counted"),
         behaviour_logprobs=tokens("behaviour_logprobs"),
         advantages=tokens("advantages"),
+        begins=row.get("begins", 0),
         writers=None if row["writers"] is None else tuple(WRITERS[w] for w in row["writers"]),
         guidance=tuple(
             Guidance(

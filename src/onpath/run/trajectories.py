@@ -30,7 +30,8 @@ def store_step(parts: Parts, directory: Path, meter: Meter, step: int) -> None:
         return
     rows = []
     for place, t in enumerate(meter.step.prepared.trajectories):
-        verdict = None if t.origin is None else meter.verdicts[t.origin.place]
+        known = meter.of_origins
+        verdict = None if t.origin is None else known.verdicts[t.origin.place]
         rows.append(
             trajectory_row(
                 t,
@@ -39,7 +40,7 @@ def store_step(parts: Parts, directory: Path, meter: Meter, step: int) -> None:
                 correct=None if verdict is None else verdict.correct,
                 values=meter.per_token.get(place, {}),
                 top=meter.top.get(place),
-                rewards={} if t.origin is None else {k: v[t.origin.place] for k, v in meter.rewards.items()},
+                rewards={} if t.origin is None else {k: v[t.origin.place] for k, v in known.rewards.items()},
             )
         )
     rows = distributed.gather(rows)
@@ -47,7 +48,8 @@ def store_step(parts: Parts, directory: Path, meter: Meter, step: int) -> None:
         size, seed = parts.config.rollout.prompts, parts.config.run.seed
         asked = prompts_of_step(parts.prompts.pool, size=size, seed=seed, step=step - 1)
         order = {prompt.id: i for i, prompt in enumerate(asked)}
-        rows.sort(key=lambda row: (order[row["prompt_id"]], row["sample"]))
+        last = len(order)  # of another step's prompts, or of none
+        rows.sort(key=lambda row: (order.get(row["prompt_id"], last), row["sample"] or 0))
     if distributed.rank() == 0:
         write_parquet(directory / "trajectories" / f"step_{step:06d}.parquet", rows)
 

@@ -33,7 +33,7 @@ def shaped(
     trajectories = filtered(parts, prepared.trajectories, rewards or {})
     kept = [t for t in trajectories if t.edit.kept]
     if options.first_tokens is not None:
-        kept = [t.truncated(max(0, options.first_tokens - written_before(t))) for t in kept]
+        kept = [t.truncated(max(0, options.first_tokens - t.begins)) for t in kept]
     if options.random_share < 1:
         seed = parts.config.run.seed
         kept = [thinned(t, options.random_share, seed=seed, when=f"step {step}") for t in kept]
@@ -67,13 +67,6 @@ def _staying(guidance: Guidance, stays: Sequence[bool]) -> Iterator[Guidance]:
             yield Guidance(start=piece[0][0], targets=tuple(target for _, target in piece))
 
 
-def written_before(trajectory: Trajectory) -> int:
-    """Tokens of its rollout's response that a trajectory has in its context (a second branch)."""
-    asked = () if trajectory.origin is None else trajectory.origin.context
-    context = trajectory.student_context
-    return len(context) - len(asked) if asked and context[: len(asked)] == asked else 0
-
-
 def filtered(
     parts: Parts, trajectories: Sequence[Trajectory], rewards: Mapping[str, Sequence[float]]
 ) -> list[Trajectory]:
@@ -97,9 +90,17 @@ def rewarded(
             of = _of_rollouts(found, rewards[label])
             if any(v is not None and v < 0 for v in of):
                 raise UserError(f"rewards.{label}.weights_tokens: its values must be at least 0")
-            values = [[1.0 if v is None else v] * len(t.response) for t, v in zip(found, of, strict=True)]
-            found = weighted(parts, found, values)
+            factors = [1.0 if v is None else v for v in of]
+            values = [[f] * len(t.response) for t, f in zip(found, factors, strict=True)]
+            scale = _scale(parts, found, values)
+            found = [_weighed(t, f * scale) for t, f in zip(found, factors, strict=True)]
     return found
+
+
+def _weighed(trajectory: Trajectory, factor: float) -> Trajectory:
+    """All tokens by one factor, in the loss and in its guidance."""
+    guidance = tuple(g.scaled(factor) for g in trajectory.guidance if factor)
+    return replace(trajectory.reweighted([factor] * len(trajectory.response)), guidance=guidance)
 
 
 def _of_rollouts(trajectories: Sequence[Trajectory], values: Sequence[float]) -> list[float | None]:
@@ -125,16 +126,19 @@ def weighted(
     parts: Parts, trajectories: Sequence[Trajectory], values: Sequence[Sequence[float]]
 ) -> list[Trajectory]:
     """Weights times values, scaled to mean 1 over the tokens of all processes that are trained on."""
-    raw = [
-        [w * v for w, v in zip(t.token_weights, row, strict=True)]
-        for t, row in zip(trajectories, values, strict=True)
-    ]
-    kept = [t.edit.kept for t in trajectories]
-    count = sum(sum(t.token_weights) for t in trajectories if t.edit.kept)
-    mine = [sum(sum(row) for row, k in zip(raw, kept, strict=True) if k), count]
-    weight, tokens = distributed.total(mine, parts.models.device)
-    scale = tokens / weight if weight > 0 else 0.0
+    scale = _scale(parts, trajectories, values)
     return [
         t.reweighted([v * scale for v in row]) if row else t
         for t, row in zip(trajectories, values, strict=True)
     ]
+
+
+def _scale(parts: Parts, trajectories: Sequence[Trajectory], values: Sequence[Sequence[float]]) -> float:
+    """What the values are to be multiplied with for that."""
+    kept = [(t, row) for t, row in zip(trajectories, values, strict=True) if t.edit.kept]
+    mine = [
+        sum(w * v for t, row in kept for w, v in zip(t.token_weights, row, strict=True)),
+        sum(sum(t.token_weights) for t, _ in kept),
+    ]
+    weight, tokens = distributed.total(mine, parts.models.device)
+    return tokens / weight if weight > 0 else 0.0

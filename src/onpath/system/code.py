@@ -96,6 +96,17 @@ def register(name: str, value: Any) -> str:
     return name
 
 
+def register_all(values: Mapping[str, Any]) -> dict[str, str]:
+    """`register` for several objects, each under a name of its own: two lambdas have one `__name__`."""
+    found: dict[str, tuple[str, Any]] = {}
+    for label, value in values.items():
+        name, taken = name_of(value), {name: other for name, other in found.values() if other is not value}
+        while name in taken:
+            name += "_"
+        found[label] = register(name, value), value
+    return {label: name for label, (name, _) in found.items()}
+
+
 def name_of(value: Any) -> str:
     """What a config calls an object that a Python call passed: `file.py:Name`, or `module:Name`."""
     name = str(getattr(value, "__name__", type(value).__name__))

@@ -8,7 +8,7 @@ is that of one process whatever the number of ranks.
 import heapq
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -246,6 +246,16 @@ def total(values: Iterable[float], device: torch.device | None = None) -> list[f
     if world() > 1:
         dist.all_reduce(sums)
     return [float(v) for v in sums]
+
+
+def total_by_name(values: Mapping[str, float], device: torch.device) -> dict[str, float]:
+    """Each value summed over all ranks, 0 where a rank has none of its name; the first rank's names first."""
+    names = list(values)
+    if world() > 1:
+        parts: list[list[str]] = [[] for _ in range(world())]
+        dist.all_gather_object(parts, names)
+        names = list(dict.fromkeys(name for part in parts for name in part))
+    return dict(zip(names, total([values.get(name, 0.0) for name in names], device), strict=True))
 
 
 def sum_gradients(model: nn.Module) -> None:

@@ -27,6 +27,7 @@ from onpath.losses import (
 )
 from onpath.methods import Prepared
 from onpath.records import Rollout, Trajectory
+from onpath.run.origins import judge, with_origins
 from onpath.run.parts import Parts
 from onpath.run.trajectories import TOP_TOKENS
 from onpath.run.weights import shaped
@@ -86,7 +87,8 @@ def make_probe(parts: Parts) -> Probe:
     kept: list[Trajectory] = []
     try:
         prepared = parts.method.prepare(rollouts, step=0)
-        prepared = shaped(parts, prepared, parts.text.reward_values(rollouts))
+        prepared, judged = with_origins(parts.text, prepared, rollouts, judge(parts.text, rollouts))
+        prepared = shaped(parts, prepared, judged.rewards)
         kept = [t for t in prepared.trajectories if t.edit.kept and t.response]
     except UserError as error:
         refused = str(error)

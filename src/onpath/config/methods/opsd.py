@@ -43,7 +43,7 @@ class OPSDOptions(MethodOptions):
 
     @property
     def on_policy(self) -> bool:
-        return not self.off_policy
+        return not self.off_policy or self.divergence == "sampled"
 
     @property
     def runs_models(self) -> bool:

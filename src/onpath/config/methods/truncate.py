@@ -44,7 +44,7 @@ class TruncateOptions(MethodOptions):
 
     @property
     def on_policy(self) -> bool:
-        return not self.off_policy
+        return not self.off_policy or self.divergence == "sampled"
 
     @property
     def teacher_writes(self) -> bool:

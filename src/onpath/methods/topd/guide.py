@@ -51,7 +51,7 @@ def guidance_of(
     """
     found: dict[tuple[int, int], list[dict[int, float]]] = {}
     for fork, plan in zip(forks, plans, strict=True):
-        end = max(0, min(len(fork.student), lengths[fork.row] - fork.position))
+        end = max(0, min(len(plan), lengths[fork.row] - fork.position))  # not those of a fresh sample
         for i, target in _targets(plan[:end], fork.teacher, literal=options.mass == "literal").items():
             found.setdefault((fork.row, fork.position + i), []).append(target)
     average = options.overlap == "average"
@@ -280,6 +280,7 @@ def spliced(
             writers=all_by("teacher", len(window)),
             behaviour_logprobs=(0.0,) * len(window),
             origin=rollouts[f.row],
+            begins=f.position,
             edit=Edit(kind="teacher_window", detail={"position": f.position}),
         )
         if options.plan == "teacher_window_ce":

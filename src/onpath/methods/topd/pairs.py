@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from onpath.config.methods.topd import TOPDOptions
-from onpath.engines.head import adapted_weight, decoder_of, unwrapped
+from onpath.engines.head import adapted_weight, decoder_of, evaluating, unwrapped
 from onpath.methods.base import Tools
 from onpath.methods.topd.candidates import Fork
 from onpath.records import Rollout
@@ -107,7 +107,8 @@ def _in_context(
     vectors: list[Tensor] = []
     for prefix, window in rows:
         ids_1T = torch.tensor([[*prefix, *window]], device=models.device)
-        states = decoder_of(models.student)(input_ids=ids_1T, output_hidden_states=True)
+        with evaluating(models.student), models.autocast():
+            states = decoder_of(models.student)(input_ids=ids_1T, output_hidden_states=True)
         vectors.append(states.hidden_states[layer][0, len(prefix) :])
     starts = torch.tensor([len(v) for v in vectors], device=models.device).cumsum(0)
     spans = [torch.arange(end - len(v), end) for v, end in zip(vectors, starts.tolist(), strict=True)]
