@@ -132,6 +132,8 @@ def test_kinds_of_first_errors() -> None:
 def test_names_with_settings() -> None:
     assert part_of("gym:hard?late=1&lost=0.5") == "hard"
     assert other_split("gym:train?late=1", "test") == "gym:test?late=1"
+    world = configuration.build({"data": {"train": "gym:train?late=1&spoil=0.8&lost=1"}})
+    assert world.data.eval == {"test": "gym:test?late=1"}
     world = task_of("gym:train?late=0.5&spoil=0.8")
     assert world is not None
     assert world.world == Worlds(late=0.5, spoil=0.8)

@@ -17,6 +17,9 @@ from onpath.system.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_OF_TRAINING = ("spoil", "lost")
+"""Settings that act on training rollouts and on their teacher."""
+
 
 class World(Protocol):
     """What a task does to rollouts and teacher, beside giving rows. Both answers are pure functions of their
@@ -197,14 +200,15 @@ def part_of(source: str) -> str:
 
 
 def other_split(source: str, split: str) -> str:
-    """Another split of the same task with the same settings.
+    """Another split of the same task with the same settings, but for those that act on training alone.
 
-    >>> other_split("gym:train?late=1", "test")
-    'gym:test?late=1'
+    >>> other_split("gym:train?late=1&spoil=0.8&lost=1", "test"), other_split("gym:train?spoil=1", "test")
+    ('gym:test?late=1', 'gym:test')
     """
     name, _, rest = source.partition(":")
-    _, asked, query = rest.partition("?")
-    return f"{name}:{split}{asked}{query}"
+    settings = [s for s in rest.partition("?")[2].split("&") if s.partition("=")[0] not in _OF_TRAINING]
+    query = "&".join(settings)
+    return f"{name}:{split}?{query}" if query else f"{name}:{split}"
 
 
 def split_name(source: str) -> str:
