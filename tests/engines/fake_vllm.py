@@ -17,6 +17,7 @@ from onpath.engines.hf import HFEngine
 from onpath.records import Prompt, Sampling
 
 Answer = dict[str, Any]
+_LOADING = threading.Lock()  # transformers patches torch while it loads, and there may be several servers
 
 
 class FakeVLLM:
@@ -107,7 +108,7 @@ class FakeVLLM:
         if path == "/collective_rpc":
             assert body["method"] == "reload_weights"
             if self.takes_weights:
-                take(self.engine.model, Path(body["kwargs"]["weights_path"]))
+                take(self.engine.model, Path(body["kwargs"]["weights_path"]), Path(self.name))
             with self._pushed:
                 self._pushes += 1
                 self._pushed.notify_all()
@@ -170,6 +171,17 @@ def _alike(one: Answer, other: Answer) -> bool:
     return {**one, "prompt": 0, "seed": 0} == {**other, "prompt": 0, "seed": 0}
 
 
-def take(model: nn.Module, directory: Path) -> None:
-    """Loads a weights directory as a server would: whole, or not at all."""
-    unwrapped(model).load_state_dict(load_file(directory / "model.safetensors"), strict=True)
+def take(model: nn.Module, directory: Path, started_from: Path) -> None:
+    """Loads a weights directory as a server would: a checkpoint, whole, or not at all. The file of a server's
+    start says what its names are; of a tied output layer it may hold one."""
+    own = unwrapped(model)
+    given, known = ({*load_file(d / "model.safetensors")} for d in (directory, started_from))
+    tied = own.get_output_embeddings().weight is own.get_input_embeddings().weight
+    more = {*own.all_tied_weights_keys} if tied else set()
+    assert known <= given <= known | more, f"not this checkpoint's: {sorted(given ^ known)[:4]}"
+    with _LOADING:
+        again, found = type(own).from_pretrained(
+            directory, config=own.config, dtype=own.dtype, output_loading_info=True
+        )
+    assert not any(found.values()), found
+    own.load_state_dict(again.state_dict(), strict=True)

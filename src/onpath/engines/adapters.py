@@ -97,10 +97,11 @@ def merged(model: PeftModel, key: str) -> PreTrainedModel:
 
 @torch.no_grad()
 def merged_weights(model: nn.Module, *, adapted: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) as the model's own checkpoint has them, the model left as it is: with LoRA's deltas
-    added, or without. Of a sharded model each is gathered in turn, and all processes take part.
+    """(name, tensor) as the model without adapters has them, itself left as it is: with LoRA's deltas added,
+    or without. Of a sharded model each is gathered in turn, and all processes take part.
 
-    A tied output layer is given under both its names: vLLM on a CPU keeps a packed copy of it.
+    Tensors and names are those in memory, which a file's may not be (`weights.checkpoint_weights`). What is
+    tied is given under each of its names.
     """
     for name, tensor, owners in _weights(model):
         for owner in owners if adapted else ():
@@ -108,7 +109,7 @@ def merged_weights(model: nn.Module, *, adapted: bool = True) -> Iterator[tuple[
         yield name, full(tensor)
 
 
-def described(model: nn.Module) -> dict[str, Tensor]:
+def empty_weights(model: nn.Module) -> dict[str, Tensor]:
     """Names, shapes and dtypes of `merged_weights`, in its order; the tensors hold nothing."""
     return {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t, _ in _weights(model)}
 

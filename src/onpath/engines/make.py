@@ -36,6 +36,7 @@ from onpath.engines.score_cache import CachedTeacher, ScoreStore, scoring_digest
 from onpath.engines.served import ServedTeacher
 from onpath.engines.stops import Stops
 from onpath.engines.teacher import ModelTeacher, SelfTeacher, SilentTeacher, Teacher
+from onpath.engines.weights import check_checkpoint, save_weights
 from onpath.engines.wire import Line
 from onpath.system import distributed
 from onpath.system.errors import UserError
@@ -55,6 +56,7 @@ def student_engine(config: Config, student: nn.Module, own: HFEngine) -> Engine:
     section, half = config.rollout, config.optim.bf16 or config.student.dtype != "float32"
     if section.engine == "hf":
         return own
+    check_checkpoint(student, "student.model")
     assert own.vocabulary is not None
     if section.url is not None:
         from onpath.engines.server import ServerEngine
@@ -89,8 +91,6 @@ def student_engine(config: Config, student: nn.Module, own: HFEngine) -> Engine:
 
 def _directory(config: Config, student: nn.Module, own: HFEngine) -> str:
     """Weights that vLLM can start from: the student's directory, or a copy (of an adapter's model, say)."""
-    from onpath.engines.weights import save_weights
-
     given = Path(locate(config.student.model))
     whole = (given / "config.json").is_file() and list(given.glob("*.safetensors")) and not is_adapter(given)
     # An adapter on head or embeddings unties them: vLLM would tie them again, as the given config may say.

@@ -17,10 +17,9 @@ import torch
 from torch import nn
 
 from onpath.data.render import Renderer
-from onpath.engines.adapters import merged_weights
 from onpath.engines.base import Engine
 from onpath.engines.stops import string_end
-from onpath.engines.weights import Arrival, largest_gap, probe_ids, probe_logprobs
+from onpath.engines.weights import Arrival, checkpoint_weights, largest_gap, probe_ids, probe_logprobs
 from onpath.records import Completion, Sampling
 from onpath.system import distributed
 from onpath.system.errors import UserError
@@ -107,7 +106,8 @@ class VLLMEngine(Engine):
         """
         self._wake()
         # One after the other: a whole copy of a sharded model would not fit beside vLLM's own.
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": merged_weights(self.model)})
+        weights = checkpoint_weights(self.model)
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         self._llm.reset_prefix_cache()
         flaw = self._arrival.flaw(self.model, probe_ids(self.vocabulary), {"its": self._answers()})
         if flaw is not None:
