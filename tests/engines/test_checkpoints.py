@@ -15,15 +15,15 @@ from transformers.core_model_loading import Chunk, ConversionOps, WeightConverte
 from transformers.pytorch_utils import Conv1D
 
 from onpath.config.build import Config
-from onpath.engines.head import unwrapped
+from onpath.engines.head import sharded, unwrapped
 from onpath.engines.weights import check_checkpoint, checkpoint_weights, save_weights
 from onpath.run.assemble import assemble
 from onpath.system.errors import UserError
 from onpath.training import train
 from tests.conftest import make_model, make_tokenizer
-from tests.engines.fake_vllm import FakeVLLM
 from tests.engines.test_server import fake_of
 from tests.families.build import build
+from tests.forks import TIMEOUT, done_by_two
 
 Tiny = Callable[..., Config]
 
@@ -159,28 +159,39 @@ def test_an_engine_that_would_be_given_wrong_names_is_refused_when_it_is_made(
 
 
 @pytest.fixture
-def experts(tmp_path: Path) -> FakeVLLM:
+def experts(tmp_path: Path) -> dict[str, str]:
+    """Options of a student and a teacher with experts."""
     for seed, name in enumerate(("student", "teacher")):
         build("qwen3_moe", seed, vocab_size=48).save_pretrained(tmp_path / name)
         make_tokenizer().save_pretrained(tmp_path / name)
-    return fake_of(tmp_path / "student")
+    return {f"{name}__model": str(tmp_path / name) for name in ("student", "teacher")}
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_experts_arrive_at_a_server(experts: FakeVLLM, tiny: Tiny, tmp_path: Path) -> None:
-    config = tiny(
-        student__model=str(tmp_path / "student"),
-        teacher__model=str(tmp_path / "teacher"),
-        rollout__engine="vllm",
-        rollout__url=experts.url,
-        optim__steps=2,
-        optim__lr=1e-3,
-    )
-    before = AutoModelForCausalLM.from_pretrained(tmp_path / "student").state_dict()
-    result = train(config, quiet=True)
-    experts.stop()
+def test_experts_arrive_at_a_server(experts: dict[str, str], tiny: Tiny) -> None:
+    fake = fake_of(Path(experts["student__model"]))
+    before = {n: t.clone() for n, t in unwrapped(fake.engine.model).state_dict().items()}
+    options = {"rollout__engine": "vllm", "rollout__url": fake.url, "optim__steps": 2, "optim__lr": 1e-3}
+    result = train(tiny(**experts, **options), quiet=True)
+    fake.stop()
     trained = AutoModelForCausalLM.from_pretrained(result.model).state_dict()
-    held = unwrapped(experts.engine.model).state_dict()
+    held = unwrapped(fake.engine.model).state_dict()
     name = "model.layers.0.mlp.experts.gate_up_proj"
     assert float((trained[name] - before[name]).abs().max()) > 1e-4
     assert all(torch.equal(t, held[n]) for n, t in trained.items())
+
+
+def saves_sharded(config: Config, out: Path) -> None:
+    student = assemble(config).models.student
+    assert sharded(student)
+    save_weights(student, out)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_experts_in_shards_are_given_whole(experts: dict[str, str], tiny: Tiny, tmp_path: Path) -> None:
+    options = {"parallel__shard": "layer", "parallel__timeout": TIMEOUT, "teacher__device": "auto"}
+    config = tiny(**experts, **options)
+    done_by_two(lambda _: saves_sharded(config, tmp_path / "pushed"), tmp_path)
+    expected, found = (load_file(tmp_path / d / "model.safetensors") for d in ("student", "pushed"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(t, found[n]) for n, t in expected.items())
