@@ -204,6 +204,21 @@ def test_objects_instead_of_names(tiny: Tiny, outside: Path) -> None:
     assert yaml.safe_load((plain.directory / "config.yaml").read_text())["method"]["share"] == 0.5
 
 
+def test_a_run_with_a_grader_of_its_own_is_evaluated(
+    tiny: Tiny, outside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another process: with the run's grader if that may run, and with another one even if it is gone."""
+    run = onpath.train(tiny(run__name="graded"), grader=mine("lastword").grade, quiet=True).directory
+    monkeypatch.setattr(code, "_loaded", {})
+    with pytest.raises(UserError, match="nothing may run it yet"):
+        onpath.evaluate_model(run)
+    found = onpath.evaluate_model(run, allow_code=True, against=run / "model", limit=2).results
+    assert found[str(run)].grader.endswith("lastword.py:grade")
+    monkeypatch.setattr(code, "_loaded", {})
+    Path("lastword.py").unlink()
+    assert onpath.evaluate_model(run, grader="exact", against=run).results[str(run)].grader == "exact"
+
+
 def test_a_divergence_trains(tiny: Tiny, outside: Path) -> None:
     """Its loss is the function's own mean over the same tokens."""
     from onpath.run.assemble import assemble

@@ -95,13 +95,16 @@ def evaluate_model(
         batch_tokens: tokens in one generation batch.
         dtype: of the weights: float32, bfloat16 or float16; None: a run's own, or float32.
         device: auto, or as torch names it.
-        allow_code: run the Python files that `grader` and `data` name.
+        allow_code: run the Python files that `grader`, `data` and a run's config name. A run's own grader is
+            not looked up where `grader` is given.
         out: directory for eval.json and the graded samples.
 
     Raises:
         UserError: something that the caller can fix, in one sentence.
     """
-    first = _subject(str(model), dtype, device, "model")
+    with code.allowed(allow_code):
+        first = _subject(str(model), dtype, device, "model", graded=grader is None)
+        others = [] if against is None else [_subject(str(against), dtype, device, "against", graded=False)]
     asked = first.config.eval
     given: dict[str, Any] = {
         "temperature": temperature,
@@ -131,7 +134,6 @@ def evaluate_model(
             all_columns=False,
         ).prompts
         chosen = grader_for(grader or asked.grader, {source: prompts})
-    subjects = [first, *([] if against is None else [_subject(str(against), dtype, device, "against")])]
     if out is not None:
         make_directory(Path(out))
         (Path(out) / "eval.json").unlink(missing_ok=True)  # it comes last: where it is, the samples are
@@ -147,7 +149,7 @@ def evaluate_model(
             source=source,
             batch_tokens=batch_tokens,
         )
-        for index, subject in enumerate(subjects):
+        for index, subject in enumerate([first, *others]):
             results[subject.name], rows = questions.to(subject)
             if out is not None:
                 write_parquet(Path(out) / f"samples_{index}.parquet", rows)
@@ -170,9 +172,10 @@ class _Subject:
     of_run: Trained | None
 
 
-def _subject(name: str, dtype: str | None, device: str, key: str) -> _Subject:
+def _subject(name: str, dtype: str | None, device: str, key: str, *, graded: bool) -> _Subject:
+    """`graded`: by the grader of its own config."""
     found = find(name)
-    config = Config() if found is None else found.config("data", "eval", "optim")
+    config = Config() if found is None else found.config("data", "eval", "optim", graded=graded)
     if found is None:  # what the defaults say of data is about the gym
         config = config.model_copy(update={"data": Data(train=name, eval={})})
     own = "float32" if found is None else config.student.dtype

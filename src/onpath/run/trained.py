@@ -51,9 +51,12 @@ class Trained:
         check_keys(starts[-1], {"ids": list, "strings": list}, where=f"{path}: stops")
         return frozenset(starts[-1]["ids"]), tuple(starts[-1]["strings"])
 
-    def config(self, *sections: str) -> Config:
+    def config(self, *sections: str, graded: bool = True) -> Config:
         """The run's student, and the sections asked for; the others, which may ask for what is gone, do not
         matter.
+
+        Args:
+            graded: False: the run's grader is not asked, so it may be gone too (a notebook's function).
 
         Raises:
             UserError: the run's config is damaged.
@@ -64,6 +67,8 @@ class Trained:
             raise UserError(f"{path}: damaged, so its base model is not known")
         student = {**(tree.get("student") or {}), "gradient_checkpointing": False}
         asked = {name: tree[name] for name in sections if name in tree}
+        if not graded and isinstance(asked.get("eval"), dict):
+            asked["eval"] = {k: v for k, v in asked["eval"].items() if k != "grader"}
         return configuration.build({**asked, "student": student}, source=str(path))
 
 
