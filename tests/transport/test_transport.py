@@ -57,6 +57,16 @@ def test_both_ways_to_an_exact_unequal_plan_agree(monkeypatch):
     assert_marginals(paths[1], 6, 10)
 
 
+@pytest.mark.parametrize("epsilon", [None, 0.5])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+def test_whole_numbers_have_the_plan_of_the_same_fractions(dtype, epsilon):
+    cost = (9 * random_cost(2, 4, 6, seed=5)).to(dtype)
+    plan = optimal_transport(cost, epsilon=epsilon)
+    assert plan.dtype == torch.float32
+    torch.testing.assert_close(plan.sum((1, 2)), torch.ones(2))
+    torch.testing.assert_close(plan, optimal_transport(cost.float(), epsilon=epsilon))
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     n=st.integers(1, 9),

@@ -16,7 +16,7 @@ from collections import defaultdict
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -34,7 +34,7 @@ _SINGLE = 64.0  # range of cost/ε up to which float32 potentials can reach the 
 
 
 def optimal_transport(
-    cost: Float[Tensor, "*batch K J"],
+    cost: Real[Tensor, "*batch K J"],
     *,
     epsilon: float | None = None,
     tolerance: float = _TOLERANCE,
@@ -44,15 +44,16 @@ def optimal_transport(
     """The plan γ with uniform marginals, of mass 1 per window.
 
     Args:
-        cost: finite. Any leading dimensions; each [K, J] is a problem of its own.
+        cost: finite. Any leading dimensions; each [K, J] is a problem of its own. Whole numbers (edit
+            distances) are computed in torch's default dtype.
         epsilon: None is exact; above 0 adds −ε·H(γ), which spreads the plan. In the unit of the cost.
         tolerance: with epsilon, how far the rows' sums may be off, summed over rows (the mass is 1).
         row_lengths, column_lengths: numbers of real rows and columns, at least 1; the rest is padding, gets
             no mass, and its cost is not read. None: all.
 
     Returns:
-        γ in the cost's dtype and on its device. Columns sum to 1/J exactly; rows to 1/K exactly, or within
-        `tolerance` in total with `epsilon`.
+        γ in the dtype of what is computed, and on the cost's device. Columns sum to 1/J exactly; rows to 1/K
+        exactly, or within `tolerance` in total with `epsilon`.
 
     Raises:
         ValueError: an epsilon that is not above 0, or a cost that is not finite.
@@ -63,6 +64,8 @@ def optimal_transport(
     if epsilon is not None and not epsilon > 0:
         raise ValueError(f"epsilon must be above 0, or None for the exact plan, not {epsilon}")
     *batch, rows, columns = cost.shape
+    if not cost.is_floating_point():  # the plan has the cost's dtype, and its masses are fractions
+        cost = cost.to(torch.get_default_dtype())
     cost_WKJ = cost.detach().reshape(-1, rows, columns)
     windows = cost_WKJ.shape[0]
     n_W = _lengths(row_lengths, windows, rows, cost.device)
