@@ -16,6 +16,8 @@ import yaml
 import onpath
 from onpath.commands.cli import main
 from onpath.config import Config, build, load
+from onpath.config.sections import OF_A_STEP, OF_A_TRAJECTORY
+from onpath.methods import Method, MethodOptions, Prepared, own_response
 from onpath.system import code
 from onpath.system.errors import UserError
 
@@ -368,3 +370,70 @@ def test_a_reward_that_fails_is_named(body: str, expected: str, tiny: Tiny, outs
     path = config_of(tiny, "brevity.yaml", outside)
     with pytest.raises(UserError, match=expected):
         onpath.train(load(path, allow_code=True), quiet=True)
+
+
+class Counting(Method):
+    """Says of each step what a test has it say."""
+
+    class Options(MethodOptions):
+        """None."""
+
+    said: dict[str, Any]
+
+    def prepare(self, rollouts: Any, *, step: int) -> Prepared:
+        return Prepared(trajectories=[own_response(r) for r in rollouts], **self.said)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({"metrics": {"step": 99}}, r"Prepared.metrics has step, and a step's line has one already"),
+        ({"means": {"accuracy": (1.0, 2)}}, r"Prepared.means has accuracy"),
+        ({"totals": {"tokens": 7.0}}, r"Prepared.totals has tokens"),
+        ({"metrics": {"brevity": 1.0}}, r"Prepared.metrics has brevity, and the rewards have one"),
+        ({"means": {"reward": (1.0, 2)}}, r"Prepared.means has reward, and the rewards have one"),
+        ({"metrics": {"a": 1.0}, "totals": {"a": 1.0}}, r"totals has a, and Prepared.metrics has one"),
+    ],
+)
+def test_a_method_cannot_overwrite_what_a_step_says(
+    said: dict[str, Any], expected: str, tiny: Tiny, outside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Counting, "said", said, raising=False)
+    with pytest.raises(UserError, match=expected) as caught:
+        onpath.train(tiny(), method=Counting, rewards={"brevity": mine("brevity").brevity}, quiet=True)
+    assert "Counting" in str(caught.value)
+
+
+def test_a_method_may_say_what_it_had_generated(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    totals = {"student_tokens_generated": 5.0, "teacher_tokens_generated": 7.0}
+    monkeypatch.setattr(Counting, "said", {"totals": totals, "metrics": {"own": 1.5}}, raising=False)
+    row = rows_of(onpath.train(tiny(), method=Counting, quiet=True).directory)[0]
+    assert row["student_tokens_generated"] == row["tokens"] + 5
+    assert (row["teacher_tokens_generated"], row["own"]) == (7, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("label", "where"), [("loss", "metrics"), ("step", "metrics"), ("correct", "trajectories")]
+)
+def test_a_reward_cannot_be_called_what_is_written_already(
+    label: str, where: str, tiny: Tiny, outside: Path
+) -> None:
+    tree = yaml.safe_load(tiny().to_yaml())
+    with pytest.raises(UserError, match=rf"rewards.{label}: {where}\S* has a {label} of its own"):
+        build({**tree, "rewards": {label: {"name": "brevity.py:brevity"}}})
+
+
+def test_the_names_that_are_taken_are_those_that_are_written(tiny: Tiny, outside: Path) -> None:
+    config = tiny(
+        run__name="names",
+        run__trajectories_every=1,
+        method__cosine_every=1,
+        teacher__cache=str(outside / "cache"),
+    )
+    run = onpath.train(config, quiet=True).directory
+    written = {name for row in rows_of(run) for name in row}
+    assert OF_A_STEP - written == {"teachers", "guidance", "guidance_grad_ratio"}, "of other methods"
+    assert written <= OF_A_STEP
+    columns = set(pq.read_schema(run / "trajectories" / "step_000001.parquet").names)
+    assert OF_A_TRAJECTORY - columns == {"teacher"}, "of several teachers"
+    assert columns <= OF_A_TRAJECTORY

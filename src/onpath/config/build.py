@@ -28,6 +28,7 @@ from onpath.config.sections import (
     Run,
     Student,
     Teacher,
+    check_labels,
     labelled,
 )
 from onpath.config.several import check_several
@@ -116,6 +117,7 @@ class Config(Section):
                 "student.dtype float16 cannot train: small updates round to nothing and gradients overflow; "
                 "use float32 with optim.bf16, or LoRA (student.lora_rank)"
             )
+        check_labels(self.rewards)
         check_several(self)
         for name, teacher in self.taught_by.items():
             self._reachable(teacher, teacher_key(name))

@@ -376,6 +376,25 @@ class Eval(Section):
         return replace(self.sampling(), temperature=temperature)
 
 
+OF_A_STEP = frozenset((
+    "step", "loss", "tokens", "reverse_kl_nats", "forward_kl_nats", "student_entropy_nats",
+    "teacher_entropy_nats", "importance_ratio", "importance_capped", "top_overlap", "accuracy",
+    "mean_length", "finished", "student_tokens_generated", "tokens_written_by", "grad_norm",
+    "gradient_cosine", "guidance", "guidance_grad_ratio", "teachers", "seconds", "lr", "policy_version",
+    "staleness", "teacher_tokens_scored", "teacher_tokens_from_cache",
+))  # fmt: skip
+"""What a line of metrics.jsonl may say of its own."""
+OF_A_TRAJECTORY = frozenset((
+    "step", "prompt_id", "sample", "prompt", "answer", "solution", "teacher", "correct",
+    "student_context", "teacher_context", "response", "response_text", "tokens", "weights", "writers",
+    "origin_response", "origin_text", "origin_tokens", "origin_logprobs", "finish_reason",
+    "policy_version", "edit", "kept", "reason", "detail", "reverse_kl", "forward_kl", "student_entropy",
+    "teacher_entropy", "student_logp", "teacher_logp", "student_top_tokens", "student_top_logp",
+    "teacher_top_tokens", "teacher_top_logp",
+))  # fmt: skip
+"""What a row of trajectories/ may hold of its own."""
+
+
 class Reward(Section):
     """A function of your own that scores rollouts (docs/extending.md); its mean is logged."""
 
@@ -402,6 +421,20 @@ def labelled(rewards: Any) -> Any:
     if not isinstance(given, list) or not all(isinstance(r, Mapping) and "name" in r for r in given):
         return rewards
     return {str(r["name"]).rpartition(":")[2]: r for r in given}
+
+
+def check_labels(rewards: Mapping[str, Reward]) -> None:
+    """Raises:
+    ValueError: a reward's label would stand in the place of something else, where values are written.
+    """
+    for label in rewards:
+        taken = {"metrics.jsonl": OF_A_STEP | {"rollout_overlap"}, "trajectories/": OF_A_TRAJECTORY}
+        where = next((file for file, names in taken.items() if label in names), None)
+        if where is not None:
+            raise ValueError(
+                f"rewards.{label}: {where} has a {label} of its own; give the reward another label, as in "
+                f"rewards: {{my_{label}: {{name: file.py:function}}}}"
+            )
 
 
 class Run(Section):

@@ -1,15 +1,17 @@
 """The rollouts of a step: the same whatever the number of processes, however they are dealt to them."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
+from onpath.config.sections import OF_A_STEP
 from onpath.data.load import prompts_of_step
 from onpath.engines.overlap import fresh
 from onpath.methods.base import Prepared
 from onpath.records import Rollout
 from onpath.run.parts import Parts
 from onpath.system import distributed
+from onpath.system.errors import UserError
 
 
 def sample(parts: Parts, step: int) -> list[Rollout]:
@@ -61,5 +63,27 @@ def scored_early(parts: Parts) -> dict[str, Callable[[Rollout], None]]:
 def prepare(parts: Parts, rollouts: list[Rollout], step: int) -> Prepared:
     """What the method makes of them, or made of them when they were sampled (rollout.refresh)."""
     if parts.refreshed is not None:
-        return parts.refreshed.prepared(rollouts, step)
-    return parts.method.prepare(rollouts, step=step)
+        made = parts.refreshed.prepared(rollouts, step)
+    else:
+        made = parts.method.prepare(rollouts, step=step)
+    check_names(made, parts.config.rewards, of=parts.config.method.name)
+    return made
+
+
+def check_names(prepared: Prepared, rewards: Collection[str], *, of: str) -> None:
+    """Of the numbers of a method none may stand in the place of another one in the step's line.
+
+    Raises:
+        UserError: one would.
+    """
+    totals = prepared.totals.keys() - {"student_tokens_generated"}  # which is added to the rollouts' own
+    labels = {*rewards, "reward"} if rewards else set()
+    taken = dict.fromkeys(OF_A_STEP, "a step's line has") | dict.fromkeys(labels, "the rewards have")
+    for part, names in (("metrics", prepared.metrics), ("means", prepared.means), ("totals", totals)):
+        for name in names:
+            if name in taken:
+                raise UserError(
+                    f"method.name {of}: Prepared.{part} has {name}, and {taken[name]} one already; give it "
+                    "another name"
+                )
+        taken |= dict.fromkeys(names, f"Prepared.{part} has")
