@@ -312,13 +312,71 @@ def test_an_engine_of_ones_own(tiny: Tiny) -> None:
             super().sync_weights(version)
             self.synced.append(version)
 
-    from onpath.run.assemble import assemble
-
     engine, config = Echo(), tiny(run__name="echo", eval__start=False)
-    engine.renderer = assemble(config).text.renderer
     done = onpath.train(config, engine=engine, quiet=True)
     assert {row["mean_length"] for row in rows_of(done.directory)} == {2.0}
     assert engine.synced == list(range(config.optim.steps + 1))
+
+
+def test_the_pages_engine_is_told_how_the_run_renders_and_ends(tiny: Tiny, outside: Path) -> None:
+    engine = mine("unigram").Unigram()
+    config = tiny(run__name="unigram", run__trajectories_every=1, rollout__stop_ids=[7], rollout__stop=["9"])
+    done = onpath.train(config, engine=engine, quiet=True)
+    assert 7 in engine.stop_ids
+    assert engine.stop_strings == ("9",)
+    (nine,) = engine.renderer.text_ids("9")
+    stored = pq.read_table(done.directory / "trajectories" / "step_000001.parquet").to_pylist()
+    ends = [*engine.stop_ids, nine]
+    assert {row["finish_reason"] for row in stored} == {"stop", "length"}
+    for row in stored:
+        assert not set(row["response"][:-1]) & set(ends)
+        assert (row["response"][-1] in ends) == (row["finish_reason"] == "stop")
+
+
+@pytest.mark.parametrize(
+    ("ids", "logprobs", "expected"),
+    [
+        ((5,) * 600, (-1.0,) * 600, "a completion of 600 tokens does not end where it was told to"),
+        ((5, 2, 5, 2), (-1.0,) * 4, "a completion of 4 tokens does not end where it was told to"),
+        ((5,), (-1.0,), "ended after 1 tokens without a stop token"),
+        ((5, 2), (float("nan"), -1.0), "log-probs that are missing, not finite or above 0"),
+        ((5, 6, 2), (-1.0,), "log-probs that are missing"),
+        ((5, 4000, 2), (-1.0,) * 3, "wrote token id 4000, but the vocabulary has"),
+        ((5, -3, 2), (-1.0,) * 3, "wrote token id -3, but the vocabulary has"),
+        ((5, None), (-1.0,) * 2, "ids and log-probs must be numbers"),
+        (None, (), "gave 1 completions where"),
+    ],
+)
+def test_an_engine_that_answers_nonsense_is_named(ids: Any, logprobs: Any, expected: str, tiny: Tiny) -> None:
+    from onpath.engines.base import Engine
+    from onpath.records import Completion
+
+    class Nonsense(Engine):
+        def continue_from(self, prefixes: Any, sampling: Any, *, keys: Any = None) -> list[Completion]:
+            one = Completion(ids=ids or (2,), logprobs=logprobs, finish_reason="stop")
+            return [one for _ in prefixes][: None if ids else 1]
+
+    with pytest.raises(UserError, match=f"engine Nonsense: {expected}|engine Nonsense: .*{expected}"):
+        onpath.train(tiny(eval__start=False, rollout__stop=["9"]), engine=Nonsense(), quiet=True)
+
+
+def test_an_engine_may_answer_with_lists_or_whole_rollouts(tiny: Tiny) -> None:
+    from onpath.engines.base import Engine, sampled
+    from onpath.records import Completion
+
+    class Lists(Engine):
+        def continue_from(self, prefixes: Any, sampling: Any, *, keys: Any = None) -> list[Completion]:
+            made: Any = {"ids": [5, 2], "logprobs": [-1.0, -0.5]}
+            return [Completion(**made, finish_reason="stop") for _ in prefixes]
+
+    class Whole(Lists):
+        def generate(self, prompts: Any, sampling: Any, *, n: int = 1, keys: Any = None) -> Any:
+            return sampled(self, self.renderer, prompts, sampling, n=n, keys=keys)
+
+    for engine in (Lists(), Whole()):
+        config = tiny(run__name=type(engine).__name__, eval__start=False, run__trajectories_every=1)
+        done = onpath.train(config, engine=engine, quiet=True)
+        assert {row["mean_length"] for row in rows_of(done.directory)} == {2.0}
 
 
 WRONG = {

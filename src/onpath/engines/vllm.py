@@ -192,8 +192,8 @@ def checked_completion(
     """
     ids, logprobs = ids[:string_end], logprobs[:string_end]
     stopped = bool(ids) and (ids[-1] in stop_ids or string_end is not None)
-    if any(not 0 <= t < vocabulary for t in ids):
-        raise UserError(f"{who}: wrote token id {max(ids)}, but the vocabulary has {vocabulary}")
+    if outside := [t for t in ids if not 0 <= t < vocabulary]:
+        raise UserError(f"{who}: wrote token id {outside[0]}, but the vocabulary has {vocabulary}")
     if not 0 < len(ids) <= sampling.max_new_tokens or any(t in stop_ids for t in ids[:-1]):
         raise UserError(f"{who}: a completion of {len(ids)} tokens does not end where it was told to")
     if not stopped and len(ids) < sampling.max_new_tokens:

@@ -26,6 +26,7 @@ from onpath.engines.make import (
 )
 from onpath.engines.models import pick_device
 from onpath.engines.overlap import frozen_copy, make_overlap
+from onpath.engines.own import OwnEngine
 from onpath.engines.self_check import Agreement, check_model
 from onpath.engines.stops import Stops, stops_of
 from onpath.engines.student import precision_warning, shared_vocabulary, trainable
@@ -57,7 +58,8 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
     """Loads and checks everything that a run needs.
 
     Args:
-        engine: generates the rollouts and evaluations in place of the one that the config names.
+        engine: generates the rollouts and evaluations in place of the one that the config names; it is told
+            the run's renderer and stops.
 
     Raises:
         UserError: in one sentence, whatever the user can fix.
@@ -110,7 +112,9 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
     own = own_engine(config, student, renderer, stops, vocabulary)
     writer = teacher_engine(config, teacher, own, make_replay(config))
     generators = Generators(
-        student=engine or student_engine(config, student, own),
+        student=student_engine(config, student, own)
+        if engine is None
+        else OwnEngine(engine, renderer, stops, vocabulary=vocabulary),
         teacher=writer if untouched is None else LostEngine(writer, own.over(untouched), after),
         over=own.over,
     )

@@ -1,0 +1,124 @@
+"""An engine of the user's own (`onpath.train(config, engine=…)`): told how the run renders prompts and where
+responses end, and looked at: its completions must be such as the student could have drawn.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+
+from onpath.data.render import Renderer
+from onpath.engines.base import Engine, sampled
+from onpath.engines.decoding.branches import Past, Place
+from onpath.engines.decoding.drafts import Drafts
+from onpath.engines.decoding.side_by_side import Finished, Start
+from onpath.engines.stops import Stops, string_end
+from onpath.engines.vllm import checked_completion
+from onpath.records import Completion, Prompt, Rollout, Sampling
+from onpath.system.errors import UserError
+
+
+class OwnEngine(Engine):
+    """Asks the engine, and checks what it answers. `renderer`, `stop_ids` and `stop_strings` of the engine
+    are set to those of the run.
+
+    Args:
+        vocabulary: ids that student and teacher share.
+    """
+
+    def __init__(self, engine: Engine, renderer: Renderer, stops: Stops, *, vocabulary: int) -> None:
+        self.engine, self.vocabulary = engine, vocabulary
+        self.name = f"engine {type(engine).__name__}"
+        # A copy: with rollout.overlap it renders in a thread of its own.
+        self.renderer = engine.renderer = copy.deepcopy(renderer)
+        self.stop_ids = engine.stop_ids = stops.ids
+        self.stop_strings = engine.stop_strings = stops.strings
+        self.policy_version, self.server = engine.policy_version, engine.server
+        self.shares_weights, self.takes_prefixes = engine.shares_weights, engine.takes_prefixes
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, n: int = 1, keys: Sequence[str] | None = None
+    ) -> list[Rollout]:
+        """See `Engine.generate`; by the engine's own, if it has one."""
+        if type(self.engine).generate is Engine.generate:
+            return sampled(self, self.renderer, prompts, sampling, n=n, keys=keys)
+        rollouts = self.engine.generate(prompts, sampling, n=n, keys=keys)
+        done = self._all(rollouts, len(prompts) * n, sampling)
+        return [replace(r, **vars(c)) for r, c in zip(rollouts, done, strict=True)]
+
+    def continue_from(
+        self, prefixes: Sequence[Sequence[int]], sampling: Sampling, *, keys: Sequence[str] | None = None
+    ) -> list[Completion]:
+        """See `Engine.continue_from`."""
+        done = self.engine.continue_from(prefixes, sampling, keys=keys)
+        return self._all(done, len(prefixes), sampling)
+
+    def answer(
+        self,
+        prompts: Sequence[Prompt],
+        prefixes: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        keys: Sequence[str],
+        drafts: Sequence[Drafts] | None = None,
+    ) -> list[Completion]:
+        """See `Engine.answer`."""
+        done = self.engine.answer(prompts, prefixes, sampling, keys=keys, drafts=drafts)
+        return self._all(done, len(prefixes), sampling)
+
+    def can_draw_from(self, past: Past | None) -> bool:
+        """See `Engine.can_draw_from`."""
+        return self.engine.can_draw_from(past)
+
+    def draw_from(
+        self,
+        past: Past,
+        places: Sequence[Place],
+        sampling: Sampling,
+        *,
+        keys: Sequence[str],
+        drafts: Sequence[Drafts] | None = None,
+    ) -> list[Completion]:
+        """See `Engine.draw_from`."""
+        done = self.engine.draw_from(past, places, sampling, keys=keys, drafts=drafts)
+        return self._all(done, len(places), sampling)
+
+    def relay(
+        self, teacher: Engine, starts: Sequence[Start], sampling: Sampling, *, delta: float
+    ) -> list[Finished] | None:
+        """See `Engine.relay`."""
+        return self.engine.relay(teacher, starts, sampling, delta=delta)
+
+    def score(
+        self, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> list[tuple[float, ...]]:
+        """See `Engine.score`."""
+        return self.engine.score(contexts, responses)
+
+    def sync_weights(self, version: int) -> None:
+        """See `Engine.sync_weights`."""
+        self.engine.sync_weights(version)
+        self.policy_version = self.engine.policy_version
+
+    def _all(
+        self, done: Sequence[Completion] | Sequence[Rollout], asked: int, sampling: Sampling
+    ) -> list[Completion]:
+        if len(done) != asked:
+            raise UserError(f"{self.name}: gave {len(done)} completions where {asked} were asked for")
+        return [self._checked(c, sampling) for c in done]
+
+    def _checked(self, done: Completion | Rollout, sampling: Sampling) -> Completion:
+        """With plain numbers, whatever kind of sequences the engine made."""
+        try:
+            ids, logprobs = tuple(map(int, done.ids)), tuple(map(float, done.logprobs))
+        except (TypeError, ValueError):
+            raise UserError(f"{self.name}: a completion's ids and log-probs must be numbers") from None
+        inside = all(0 <= t < self.vocabulary for t in ids)
+        return checked_completion(
+            ids,
+            logprobs,
+            sampling,
+            self.stop_ids,
+            self.vocabulary,
+            self.name,
+            string_end=string_end(ids, self.stop_strings, self.renderer.text) if inside else None,
+        )
