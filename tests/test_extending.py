@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -399,6 +400,28 @@ def test_what_cannot_be_loaded_is_said(
     assert re.search(expected, said), said
     assert "\n" not in said
     assert "Traceback" not in said
+
+
+def test_a_grader_may_answer_with_numpys_truth() -> None:
+    import numpy as np
+
+    from onpath.grade.own import OwnGrader
+
+    judged = OwnGrader(lambda text, answer: np.array([1.0])[0] == np.float64(answer), name="near")  # type: ignore
+    assert [v.correct for v in judged.grade_many([("", "1"), ("", "2")])] == [True, False]
+
+
+def test_a_reward_may_have_parameters_that_need_nothing(tiny: Tiny) -> None:
+    def scaled(text: str, scale: float = 2.0) -> float:
+        return scale * len(text)
+
+    def open_ended(*more: Any, text: str, **rest: Any) -> float:
+        return float(len(text) + len(more) + len(rest))
+
+    rewards = {"twice": scaled, "thrice": partial(scaled, scale=3.0), "once": open_ended}
+    row = rows_of(onpath.train(tiny(run__name="defaults"), rewards=rewards, quiet=True).directory)[0]
+    assert row["once"] > 0
+    assert (row["twice"], row["thrice"]) == pytest.approx((2 * row["once"], 3 * row["once"]))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import numpy as np
+
 from onpath.grade.base import Grader, Verdict
 from onpath.grade.exact import last_line
 from onpath.system.errors import UserError
@@ -27,6 +29,6 @@ class OwnGrader(Grader):
             raise UserError(
                 f"eval.grader: {self.name} fails for the answer {answer[:60]!r}: {reason}"
             ) from error
-        if not isinstance(said, bool | int) or said not in (0, 1):
+        if not isinstance(said, bool | int | np.bool_) or said not in (0, 1):
             raise UserError(f"eval.grader: {self.name} must give True or False, not {said!r}")
         return Verdict(correct=bool(said), extracted=last_line(text))

@@ -23,7 +23,7 @@ class Reward:
     """One function and its part in the total.
 
     Raises:
-        UserError: it asks for something else than `ARGUMENTS`.
+        UserError: it needs something else than `ARGUMENTS`.
     """
 
     label: str
@@ -33,8 +33,8 @@ class Reward:
     def __post_init__(self) -> None:
         if not callable(self.function):
             raise UserError(f"rewards.{self.label}: must be a function, not {type(self.function).__name__}")
-        asked = [p.name for p in inspect.signature(self.function).parameters.values()]
-        if foreign := [name for name in asked if name not in ARGUMENTS]:
+        unfilled = [p.name for p in _parameters(self.function) if p.default is p.empty]
+        if foreign := [name for name in unfilled if name not in ARGUMENTS]:
             raise UserError(
                 f"rewards.{self.label}: its parameter {foreign[0]} is none of {', '.join(ARGUMENTS)}"
             )
@@ -51,7 +51,7 @@ class Reward:
             "prompt": rollout.prompt,
             "rollout": rollout,
         }
-        asked = {name: known[name] for name in inspect.signature(self.function).parameters}
+        asked = {p.name: known[p.name] for p in _parameters(self.function) if p.name in known}
         try:
             value = float(self.function(**asked))
         except Exception as error:
@@ -64,6 +64,12 @@ class Reward:
                 f"rewards.{self.label} is {value} for prompt {rollout.prompt.id!r}; it must be finite"
             )
         return value
+
+
+def _parameters(function: Callable[..., float]) -> list[inspect.Parameter]:
+    """Those that it is given by name, or has a value for; *args and **kwargs need none."""
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p for p in inspect.signature(function).parameters.values() if p.kind not in several]
 
 
 def values_of(
