@@ -339,7 +339,6 @@ def test_the_pages_engine_is_told_how_the_run_renders_and_ends(tiny: Tiny, outsi
     [
         ((5,) * 600, (-1.0,) * 600, "a completion of 600 tokens does not end where it was told to"),
         ((5, 2, 5, 2), (-1.0,) * 4, "a completion of 4 tokens does not end where it was told to"),
-        ((5,), (-1.0,), "ended after 1 tokens without a stop token"),
         ((5, 2), (float("nan"), -1.0), "log-probs that are missing, not finite or above 0"),
         ((5, 6, 2), (-1.0,), "log-probs that are missing"),
         ((5, 4000, 2), (-1.0,) * 3, "wrote token id 4000, but the vocabulary has"),
@@ -374,7 +373,12 @@ def test_an_engine_may_answer_with_lists_or_whole_rollouts(tiny: Tiny) -> None:
         def generate(self, prompts: Any, sampling: Any, *, n: int = 1, keys: Any = None) -> Any:
             return sampled(self, self.renderer, prompts, sampling, n=n, keys=keys)
 
-    for engine in (Lists(), Whole()):
+    class Early(Lists):
+        def continue_from(self, prefixes: Any, sampling: Any, *, keys: Any = None) -> list[Completion]:
+            """Ends where it likes."""
+            return [Completion(ids=(5, 6), logprobs=(-1.0, -0.5), finish_reason="stop") for _ in prefixes]
+
+    for engine in (Lists(), Whole(), Early()):
         config = tiny(run__name=type(engine).__name__, eval__start=False, run__trajectories_every=1)
         done = onpath.train(config, engine=engine, quiet=True)
         assert {row["mean_length"] for row in rows_of(done.directory)} == {2.0}

@@ -16,6 +16,7 @@ from onpath.records import Completion, Rollout, Sampling
 from onpath.run.assemble import assemble
 from onpath.run.log import read_lines
 from onpath.system.code import allowed
+from onpath.system.errors import UserError
 from onpath.training import sample, train
 from tests.system.test_two_processes import in_ranks
 
@@ -144,7 +145,5 @@ class Dropping(Engine):
 
 
 def test_an_engine_that_loses_an_answer_does_not_train(tiny: Tiny) -> None:
-    engine = Dropping()
-    engine.renderer = assemble(tiny()).text.renderer
-    with pytest.raises(ValueError, match=r"shorter|longer"):
-        sample(assemble(tiny(), engine=engine), 0)
+    with pytest.raises(UserError, match=r"engine Dropping: gave 7 completions where 8"):
+        sample(assemble(tiny(), engine=Dropping()), 0)

@@ -113,7 +113,7 @@ class OwnEngine(Engine):
         except (TypeError, ValueError):
             raise UserError(f"{self.name}: a completion's ids and log-probs must be numbers") from None
         inside = all(0 <= t < self.vocabulary for t in ids)
-        return checked_completion(
+        found = checked_completion(
             ids,
             logprobs,
             sampling,
@@ -121,4 +121,7 @@ class OwnEngine(Engine):
             self.vocabulary,
             self.name,
             string_end=string_end(ids, self.stop_strings, self.renderer.text) if inside else None,
+            may_end=True,
         )
+        short = len(found.ids) < sampling.max_new_tokens
+        return replace(found, finish_reason=done.finish_reason) if short else found

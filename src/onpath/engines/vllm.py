@@ -181,10 +181,12 @@ def checked_completion(
     who: str,
     *,
     string_end: int | None = None,
+    may_end: bool = False,
 ) -> Completion:
     """A completion from elsewhere, if it can be one.
 
     Args:
+        may_end: anywhere, for a reason of its own.
         string_end: tokens up to the one that completes a stop string, if there is one.
 
     Raises:
@@ -196,7 +198,7 @@ def checked_completion(
         raise UserError(f"{who}: wrote token id {outside[0]}, but the vocabulary has {vocabulary}")
     if not 0 < len(ids) <= sampling.max_new_tokens or any(t in stop_ids for t in ids[:-1]):
         raise UserError(f"{who}: a completion of {len(ids)} tokens does not end where it was told to")
-    if not stopped and len(ids) < sampling.max_new_tokens:
+    if not stopped and len(ids) < sampling.max_new_tokens and not may_end:
         raise UserError(f"{who}: a completion ended after {len(ids)} tokens without a stop token")
     if sampling.temperature == 0:
         logprobs = (0.0,) * len(ids)  # the distribution drawn from has one entry
