@@ -77,6 +77,7 @@ def half_the_weights(case: Case) -> None:
 def other_config_there(case: Case) -> None:
     case.run.mkdir(parents=True)
     (case.run / "config.yaml").write_text("optim: {lr: 0.5}\n")
+    (case.run / "environment.jsonl").touch()
     (case.run / "eval.jsonl").write_text('{"step": 0}\n')
 
 
@@ -122,6 +123,7 @@ def broken_config_there(text: str) -> Break:
     def write(case: Case) -> None:
         case.run.mkdir(parents=True)
         (case.run / "config.yaml").write_text(text)
+        (case.run / "environment.jsonl").touch()
         (case.run / "eval.jsonl").write_text('{"step": 0}\n')
 
     return write

@@ -350,6 +350,7 @@ def test_a_step_that_was_half_written_is_made_again(tiny: Tiny) -> None:
     lines = (there / "process-0.jsonl").read_bytes().splitlines(keepends=True)
     (phase / "process-0.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:20])
     (phase.parent.parent / "config.yaml").write_text(cut.to_yaml())
+    (phase.parent.parent / "environment.jsonl").touch()
     for a, b in zip(rows, rows_of(cut), strict=True):
         names = ("loss", "student_tokens_generated", "tokens", "mean_length")
         assert [a[k] for k in names] == [b[k] for k in names]

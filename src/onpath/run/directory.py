@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -40,7 +39,7 @@ from onpath.run.meter import Meter
 from onpath.run.optimizer import rate
 from onpath.run.parts import Parts
 from onpath.run.refresh import DIRECTORY as ROLLOUTS
-from onpath.run.refresh import Refreshed
+from onpath.run.refresh import Refreshed, forget_phases
 from onpath.run.trained import BEST
 from onpath.system import distributed
 from onpath.system.errors import UserError
@@ -375,7 +374,8 @@ def open_run(config: Config, parts: Parts, *, with_changes: bool = False) -> Run
         with_changes: go on with it even if options have changed that may not, or what they name.
 
     Raises:
-        UserError: it belongs to another config (the first differing key is named), or cannot be written.
+        UserError: it belongs to another config (the first differing key is named), holds files that no run
+            wrote, or cannot be written.
     """
     directory = Path(config.run.dir) / config.run.name
     check_trackers(config.run.trackers)
@@ -420,23 +420,47 @@ _NAMED = 5
 """Keys that a refusal names."""
 _OF_A_START = ("config.yaml", "environment.json", "refine.json")
 """Files of a run that was refused before its first step; another config writes its own."""
+_STARTS = "environment.jsonl"
+"""A line for each start: a directory that has it is a run's."""
+_ASIDE = ("cache", "probes")
+"""What `onpath inspect --probe` of a config leaves where its run will be."""
+_LAUNCHERS = (".log", ".out", ".err")
+"""Names of files that a shell or a batch system writes a run's output to end so."""
 
 
 def _prepare(directory: Path, config: Config, parts: Parts, *, with_changes: bool) -> tuple[Change, ...]:
     """Makes the directory this config's, and writes what a start leaves there."""
     try:
+        if (foreign := _foreign(directory, config)) is not None:
+            raise UserError(
+                f"{directory} holds {foreign}, which no run of onpath wrote; choose another run.name or "
+                "run.dir"
+            )
         found = _claim(directory, config, parts.refreshed, with_changes=with_changes)
     except OSError as error:
         raise UserError(f"run.dir: cannot write to {directory}: {error.strerror or error}") from None
-    remove_leftovers(directory)
+    if (directory / _STARTS).is_file():
+        remove_leftovers(directory)
     if (clock := parts.text.renderer.clock) is not None:
         write_text(directory / CLOCK_FILE, clock.isoformat() + "\n")
     about = environment(parts)
     if not (directory / "environment.json").exists():
         write_text(directory / "environment.json", json.dumps(about, indent=1) + "\n")
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    JsonLines(directory / "environment.jsonl").write({"started": started, **about})
+    JsonLines(directory / _STARTS).write({"started": started, **about})
     return found
+
+
+def _foreign(directory: Path, config: Config) -> str | None:
+    """The first file or directory that lay there before any run; None: nothing is in the way."""
+    if (directory / _STARTS).is_file():
+        return None
+    own = [*_ASIDE]
+    path = directory / "config.yaml"
+    if path.is_file() and path.read_text(encoding="utf-8", errors="replace") == config.to_yaml():
+        own += ["config.yaml", "environment.json", CLOCK_FILE]  # of a run that was killed while it started
+    others = (p for p in sorted(directory.iterdir()) if p.name not in own and not p.name.startswith("."))
+    return next((p.name for p in others if not (p.suffix in _LAUNCHERS and p.is_file())), None)
 
 
 def _claim(
@@ -451,7 +475,7 @@ def _claim(
         if path.exists() and path.read_text(encoding="utf-8", errors="replace") != config.to_yaml():
             for name in _OF_A_START:
                 (directory / name).unlink(missing_ok=True)
-            shutil.rmtree(directory / ROLLOUTS, ignore_errors=True)  # of a first phase that was being made
+            forget_phases(directory / ROLLOUTS, 0)  # a first one was being made
         write_text(path, config.to_yaml())
         return ()
     refused = [change for change in found if not change.allowed]

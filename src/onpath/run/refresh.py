@@ -290,6 +290,19 @@ class Refreshed:
         phase.complete()
 
 
+def forget_phases(root: Path, step: int) -> bool:
+    """Removes phases that begin with `step` or later; nothing else that lies there.
+
+    Returns:
+        Whether there were any.
+    """
+    found = [p for p in root.glob("phase_*") if p.is_dir() and p.name.removeprefix("phase_").isdigit()]
+    gone = [path for path in found if int(path.name.removeprefix("phase_")) >= step]
+    for path in gone:
+        shutil.rmtree(path, ignore_errors=True)
+    return bool(gone)
+
+
 def overlap(rollouts: Sequence[Rollout], engine: Engine) -> float:
     """Mass that the engine's next-token distributions have in common with those that the rollouts were drawn
     from, a mean over their tokens: Σ_v min(π(v), μ(v)) = E_{y ~ μ} min(1, π(y) / μ(y)) = 1 − total variation.

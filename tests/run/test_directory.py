@@ -1,0 +1,61 @@
+"""A run's directory: whose it is, what a start may do there, and what becomes of a finished run."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from onpath.config import Config
+from onpath.system.errors import UserError
+from onpath.training import train
+
+Tiny = Callable[..., Config]
+QUICK = {"data__eval": {}, "run__trajectories_every": 0}
+
+
+def files(directory: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.yaml",
+        "rollouts/notes.txt",
+        "environment.json",
+        "refine.json",
+        "eval.jsonl",
+        "model/config.json",
+    ],
+)
+def test_what_no_run_wrote_is_left_as_it_is(name: str, tiny: Tiny) -> None:
+    """Also what a run would have written itself, had it been there before."""
+    config = tiny(**QUICK)
+    directory = Path(config.run.dir) / config.run.name
+    (directory / name).parent.mkdir(parents=True)
+    (directory / name).write_text("# mine\noptim: {lr: 3.0e-4}\n")
+    before = files(directory)
+    for with_changes in (False, True):
+        with pytest.raises(UserError, match=rf"holds {name.split('/')[0]}, which no run of onpath wrote"):
+            train(config, resume_with_changes=with_changes, quiet=True)
+        assert files(directory) == before
+
+
+def test_a_launchers_log_and_what_probes_left_are_not_in_the_way(tiny: Tiny) -> None:
+    config = tiny(**QUICK, optim__steps=1)
+    directory = Path(config.run.dir) / config.run.name
+    for name in ("slurm-17.out", "probes/divergence.jsonl", "cache/process-0.jsonl", ".DS_Store"):
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text("{}\n")
+    before = files(directory)
+    assert train(config, quiet=True).steps == 1
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_start_that_was_killed_at_once_is_no_obstacle(tiny: Tiny) -> None:
+    """Its config is there, and its other files are not yet."""
+    config = tiny(**QUICK, optim__steps=1)
+    directory = Path(config.run.dir) / config.run.name
+    directory.mkdir(parents=True)
+    (directory / "config.yaml").write_text(config.to_yaml())
+    assert train(config, quiet=True).steps == 1
