@@ -1,5 +1,6 @@
 """A run's directory: whose it is, what a start may do there, and what becomes of a finished run."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,3 +60,30 @@ def test_a_start_that_was_killed_at_once_is_no_obstacle(tiny: Tiny) -> None:
     directory.mkdir(parents=True)
     (directory / "config.yaml").write_text(config.to_yaml())
     assert train(config, quiet=True).steps == 1
+
+
+def test_what_is_refused_renames_nothing(tiny: Tiny, tmp_path: Path) -> None:
+    """Neither other data, nor fewer steps than are done; and a model that was set aside before is no
+    obstacle."""
+    rows = tmp_path / "rows.jsonl"
+    text = "".join(f'{{"prompt": "{i}+1=?", "answer": "{i + 1}"}}\n' for i in range(9))
+    rows.write_text(text)
+    options = {**QUICK, "data__train": str(rows), "optim__schedule": "constant"}
+    two, four = (tiny(**options, optim__steps=steps) for steps in (2, 4))
+    directory = train(two, quiet=True).directory
+    before = files(directory / "model")
+
+    rows.write_text(text.replace("0+1", "9+1"))
+    with pytest.raises(UserError, match=r"another content of data\.train"):
+        train(four, quiet=True)
+    assert files(directory / "model") == before
+    rows.write_text(text)
+    with pytest.raises(UserError, match="has done 2 steps already"):
+        train(tiny(**options, optim__steps=1), resume_with_changes=True, quiet=True)
+    assert files(directory / "model") == before
+    assert not train(two, quiet=True).trained
+
+    shutil.copytree(directory / "model", directory / "model_step_2")
+    assert train(four, quiet=True).steps == 4
+    kept = {path.name: data for path, data in files(directory / "model_step_2").items()}
+    assert kept == {path.name: data for path, data in before.items()}

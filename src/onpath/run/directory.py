@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -87,6 +88,8 @@ class Run:
     """avg@n of the weights in best/."""
     since_best: int = 0
     """Evaluations after it."""
+    reopened: bool = False
+    """Whether it was finished, and is to go on."""
     held: int | None = None
     """The lock on the directory."""
     saving: checkpoint.Saving | None = None
@@ -95,7 +98,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the final model is there: it is written last."""
-        return checkpoint.holds_model(self.directory / "model")
+        return checkpoint.holds_model(self.directory / "model") and not self.reopened
 
     @property
     def last_step(self) -> int:
@@ -152,6 +155,7 @@ class Run:
         )
         done = loaded.step if loaded else 0
         distributed.first_decides(lambda: self._accept(done, loaded.inputs if loaded else {}))
+        self.reopened = False
         if loaded:
             self.notes.append(f"going on from {loaded.path} (step {done})")
             self.notes += [
@@ -187,6 +191,8 @@ class Run:
                 f"{_named(config, others[0])} has now; bring it back or choose another run.name (or go on "
                 "all the same with --resume-with-changes)"
             )
+        if self.reopened:  # nothing is refused from here on
+            _set_aside(self.directory, self.last_step)
         found = [vars(change) for change in self.changes]
         found += [
             {"key": k, "before": inputs.get(k), "after": self.inputs.get(k), "rule": "asked"} for k in others
@@ -403,6 +409,7 @@ def open_run(config: Config, parts: Parts, *, with_changes: bool = False) -> Run
         with_changes=with_changes,
         held=held[0] if held else None,
     )
+    run.reopened = any(change.key == "optim.steps" for change in changed) and run.finished
     finished = distributed.first_decides(lambda: run.finished)
     if not finished and (distributed.rank() == 0 or sharded(parts.models.student)):
         run.inputs = digests(parts)
@@ -489,12 +496,16 @@ def _claim(
     for change in found:
         if change.key == "optim.steps" and refreshed is not None:
             refreshed.check_longer(change.before)
-    _lengthened(directory, found)
+    _check_checkpoint(directory, found)
     return tuple(found)
 
 
-def _lengthened(directory: Path, found: Sequence[Change]) -> None:
-    """A finished run that is to be longer is not finished; its model stays, under the name of its step."""
+def _check_checkpoint(directory: Path, found: Sequence[Change]) -> None:
+    """A finished run that is to be longer needs one.
+
+    Raises:
+        UserError: none is left.
+    """
     steps = [change.before for change in found if change.key == "optim.steps"]
     if not steps or not checkpoint.holds_model(directory / "model"):
         return
@@ -503,9 +514,22 @@ def _lengthened(directory: Path, found: Sequence[Change]) -> None:
             f"{directory}: finished after {steps[0]} steps, and no checkpoint is left to go on from; choose "
             "another run.name, with its model as student.model"
         )
-    for name in ("merged", "model"):
-        if (directory / name).is_dir():
-            (directory / name).rename(directory / f"{name}_step_{steps[0]}")
+
+
+def _set_aside(directory: Path, step: int) -> None:
+    """The model of a finished run that goes on stays, under the name of its step.
+
+    Raises:
+        UserError: it cannot be renamed.
+    """
+    try:
+        for name in ("merged", "model"):
+            if (directory / name).is_dir():
+                target = directory / f"{name}_step_{step}"
+                shutil.rmtree(target, ignore_errors=True)  # of the same step, from an earlier time
+                (directory / name).rename(target)
+    except OSError as error:
+        raise UserError(f"run.dir: cannot write to {directory}: {error.strerror or error}") from None
 
 
 def _begun(directory: Path) -> bool:
