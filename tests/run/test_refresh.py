@@ -340,6 +340,39 @@ def test_another_config_takes_no_rollouts_of_a_run_that_never_began(
     assert found[0]["loss"] == expected[0]["loss"]
 
 
+@pytest.mark.parametrize(
+    ("changed", "stays"),
+    [
+        ({"run__save_every": 7}, True),
+        ({"rollout__batch_tokens": 1000}, True),
+        ({"optim__steps": 3}, True),
+        ({"rollout__max_new_tokens": 5}, False),
+    ],
+    ids=["neutral", "rounding", "longer", "asked"],
+)
+def test_a_first_phase_stays_if_it_depends_on_no_option_that_changed(
+    changed: dict[str, Any],
+    stays: bool,
+    tiny: Tiny,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The run was killed before its first step; a longer one makes what lacks."""
+    options = {**FAST, "optim__steps": 2, "rollout__refresh": "never"}
+    with monkeypatch.context() as patch:
+        stop_at(patch, "onpath.training", "accumulate", call=1, after=False)
+        with pytest.raises(Stopped):
+            train(tiny(**options), quiet=True)
+    path = Path(tiny().run.dir) / "tiny" / "rollouts" / "phase_000000" / "process-0.jsonl"
+    before = path.read_bytes()
+    run = train(tiny(**{**options, **changed})).directory
+    assert path.read_bytes().startswith(before) == stays
+    assert ("rollout.max_new_tokens changed" in capsys.readouterr().err) == (not stays)
+    rows = read_lines(run / "metrics.jsonl")
+    assert [row["staleness"] for row in rows] == [*range(len(rows))]
+    assert len(rows) == changed.get("optim__steps", 2)
+
+
 def test_a_step_that_was_half_written_is_made_again(tiny: Tiny) -> None:
     """Its prompts count with the line of what was measured, which is written last."""
     whole = tiny(**FAST, optim__steps=2, rollout__refresh="never", run__name="whole")

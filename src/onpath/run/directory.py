@@ -387,7 +387,7 @@ def open_run(config: Config, parts: Parts, *, with_changes: bool = False) -> Run
     check_trackers(config.run.trackers)
     held: list[int] = []
 
-    def prepared() -> tuple[Change, ...]:
+    def prepared() -> tuple[tuple[Change, ...], str]:
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -399,7 +399,7 @@ def open_run(config: Config, parts: Parts, *, with_changes: bool = False) -> Run
             os.close(held[0])
             raise
 
-    changed = distributed.first_decides(prepared)
+    changed, note = distributed.first_decides(prepared)
     run = Run(
         directory=directory,
         parts=parts,
@@ -409,6 +409,7 @@ def open_run(config: Config, parts: Parts, *, with_changes: bool = False) -> Run
         with_changes=with_changes,
         held=held[0] if held else None,
     )
+    run.note(note)
     run.reopened = any(change.key == "optim.steps" for change in changed) and run.finished
     finished = distributed.first_decides(lambda: run.finished)
     if not finished and (distributed.rank() == 0 or sharded(parts.models.student)):
@@ -425,7 +426,7 @@ def open_run(config: Config, parts: Parts, *, with_changes: bool = False) -> Run
 
 _NAMED = 5
 """Keys that a refusal names."""
-_OF_A_START = ("config.yaml", "environment.json", "refine.json")
+_OF_A_START = ("environment.json", "refine.json")
 """Files of a run that was refused before its first step; another config writes its own."""
 _STARTS = "environment.jsonl"
 """A line for each start: a directory that has it is a run's."""
@@ -435,15 +436,26 @@ _LAUNCHERS = (".log", ".out", ".err")
 """Names of files that a shell or a batch system writes a run's output to end so."""
 
 
-def _prepare(directory: Path, config: Config, parts: Parts, *, with_changes: bool) -> tuple[Change, ...]:
-    """Makes the directory this config's, and writes what a start leaves there."""
+def _prepare(
+    directory: Path, config: Config, parts: Parts, *, with_changes: bool
+) -> tuple[tuple[Change, ...], str]:
+    """Makes the directory this config's, and writes what a start leaves there.
+
+    Returns:
+        What has changed since the run there was begun, and what to say of one that had not begun.
+    """
     try:
         if (foreign := _foreign(directory, config)) is not None:
             raise UserError(
                 f"{directory} holds {foreign}, which no run of onpath wrote; choose another run.name or "
                 "run.dir"
             )
-        found = _claim(directory, config, parts.refreshed, with_changes=with_changes)
+        found: tuple[Change, ...] = ()
+        note = ""
+        if (directory / "config.yaml").exists() and _begun(directory):
+            found = _claim(directory, config, parts.refreshed, with_changes=with_changes)
+        else:
+            note = _begin(directory, config)
     except OSError as error:
         raise UserError(f"run.dir: cannot write to {directory}: {error.strerror or error}") from None
     if (directory / _STARTS).is_file():
@@ -455,7 +467,7 @@ def _prepare(directory: Path, config: Config, parts: Parts, *, with_changes: boo
         write_text(directory / "environment.json", json.dumps(about, indent=1) + "\n")
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     JsonLines(directory / _STARTS).write({"started": started, **about})
-    return found
+    return found, note
 
 
 def _foreign(directory: Path, config: Config) -> str | None:
@@ -474,17 +486,7 @@ def _claim(
     directory: Path, config: Config, refreshed: Refreshed | None, *, with_changes: bool
 ) -> tuple[Change, ...]:
     """What has changed since the run there was begun."""
-    path = directory / "config.yaml"
-    found = (
-        changes(configuration.resolved(_read(path)), config) if path.exists() and _begun(directory) else None
-    )
-    if found is None:
-        if path.exists() and path.read_text(encoding="utf-8", errors="replace") != config.to_yaml():
-            for name in _OF_A_START:
-                (directory / name).unlink(missing_ok=True)
-            forget_phases(directory / ROLLOUTS, 0)  # a first one was being made
-        write_text(path, config.to_yaml())
-        return ()
+    found = changes(configuration.resolved(_read(directory / "config.yaml")), config)
     refused = [change for change in found if not change.allowed]
     if refused and not with_changes:
         told = [f"{c.key}: {c.before!r} there, {c.after!r} here" for c in refused[:_NAMED]]
@@ -498,6 +500,26 @@ def _claim(
             refreshed.check_longer(change.before)
     _check_checkpoint(directory, found)
     return tuple(found)
+
+
+def _begin(directory: Path, config: Config) -> str:
+    """A run that was refused before its first step has not begun: the config writes its own files. Of a first
+    phase that was being made what there is stays, unless an option has changed on which it may depend.
+
+    Returns:
+        What to say of it.
+    """
+    path, changed, note = directory / "config.yaml", ["config.yaml"], ""
+    with suppress(UserError):  # without it, or damaged: nothing says what the phase is of
+        found = changes(configuration.resolved(_read(path)), config)
+        changed = [change.key for change in found if not change.allowed]
+    if changed and forget_phases(directory / ROLLOUTS, 0):
+        note = f"rollouts of the run that had not begun are made anew: {', '.join(changed[:_NAMED])} changed"
+    if path.exists() and path.read_text(encoding="utf-8", errors="replace") != config.to_yaml():
+        for name in _OF_A_START:
+            (directory / name).unlink(missing_ok=True)
+    write_text(path, config.to_yaml())
+    return note
 
 
 def _check_checkpoint(directory: Path, found: Sequence[Change]) -> None:
