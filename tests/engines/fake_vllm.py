@@ -40,6 +40,8 @@ class FakeVLLM:
         self._pushes = 0
         self._pushed = threading.Condition()
         self._original = {k: v.clone() for k, v in unwrapped(engine.model).state_dict().items()}
+        self.adapters: dict[str, tuple[str, Answer]] = {}
+        """Name → path and, with the adapter merged, the model's weights."""
         self._lock = threading.Lock()
         self._queue: dict[int, Answer] = {}
         """Requests that are on their way to the lock: who has it generates for all of them."""
@@ -55,6 +57,7 @@ class FakeVLLM:
         """`fresh`: as after a restart, with the weights that it was started with."""
         if fresh:
             unwrapped(self.engine.model).load_state_dict(self._original)
+            self.adapters.clear()
         self._server = ThreadingHTTPServer(("127.0.0.1", self._port), self._handler())
         self._server.daemon_threads = True
         self._port = self._server.server_address[1]
@@ -72,7 +75,8 @@ class FakeVLLM:
                 pass
 
             def do_GET(self) -> None:
-                self._send({"data": [{"id": fake.name, "root": fake.name, "max_model_len": 512}]})
+                more = [{"id": n, "root": p, "parent": fake.name} for n, (p, _) in fake.adapters.items()]
+                self._send({"data": [{"id": fake.name, "root": fake.name, "max_model_len": 512}, *more]})
 
             def do_POST(self) -> None:
                 size = int(self.headers.get("Content-Length") or 0)
@@ -87,9 +91,10 @@ class FakeVLLM:
                     answer = fake.answer(self.path, body)
                 self._send(answer)
 
-            def _send(self, answer: Answer | int) -> None:
+            def _send(self, answer: Answer | int | str) -> None:
                 status = answer if isinstance(answer, int) else 200
                 data = json.dumps({"error": {"message": "told to"}} if isinstance(answer, int) else answer)
+                data = answer if isinstance(answer, str) else data
                 self.send_response(status)
                 self.end_headers()
                 self.wfile.write(data.encode())
@@ -101,7 +106,7 @@ class FakeVLLM:
             seen = self._pushes
             self._pushed.wait_for(lambda: self._pushes > seen, timeout=0.3)
 
-    def answer(self, path: str, body: Answer) -> Answer | int:
+    def answer(self, path: str, body: Answer) -> Answer | int | str:
         if path == "/reset_prefix_cache":
             self.resets += 1
             return {}
@@ -113,6 +118,13 @@ class FakeVLLM:
                 self._pushes += 1
                 self._pushed.notify_all()
             return {"results": [None]}
+        if path == "/v1/load_lora_adapter":
+            if not self.takes_weights or body["lora_name"] in self.adapters:
+                return 400
+            self.adapters[body["lora_name"]] = body["lora_path"], self._adapted(body["lora_path"])
+            return f"Success: LoRA adapter '{body['lora_name']}' added successfully."
+        if path == "/v1/unload_lora_adapter":
+            return "Success" if self.adapters.pop(body["lora_name"], None) else 404
         if path == "/tokenize":
             asked = self.engine.renderer.tokenizer(body["prompt"], add_special_tokens=False)
             return self.spoil({"tokens": asked["input_ids"]})
@@ -120,11 +132,26 @@ class FakeVLLM:
             self.requests.append(body)
             return self.spoil({"model": f"{self.name}-of-today", "choices": [self._message(body)]})
         assert path == "/v1/completions"
-        assert body["model"] == self.name
+        if body["model"] != self.name and body["model"] not in self.adapters:
+            return 404
+        if self.adapters:
+            weights = self.adapters.get(body["model"], (None, self._original))[1]
+            unwrapped(self.engine.model).load_state_dict(weights)
         self.requests.append(body)
         scoring = "prompt_logprobs" in body
         choice = self._scores(body) if scoring else self._completion(body)
-        return self.spoil({"model": self.name, "choices": [{"index": 0, **choice}]})
+        return self.spoil({"model": body["model"], "choices": [{"index": 0, **choice}]})
+
+    def _adapted(self, path: str) -> Answer:
+        """The base's weights with a directory's adapter added."""
+        described = json.loads((Path(path) / "adapter_config.json").read_text())
+        found, merged = load_file(Path(path) / "adapter_model.safetensors"), dict(self._original)
+        for name, down in found.items():
+            if name.endswith("lora_A.weight"):
+                target = name.removeprefix("base_model.model.").replace("lora_A.", "")
+                delta = found[name.replace("lora_A", "lora_B")] @ down
+                merged[target] = merged[target] + described["lora_alpha"] / described["r"] * delta
+        return merged
 
     def _completion(self, body: Answer) -> Answer:
         if id(body) not in self._ready:

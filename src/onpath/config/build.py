@@ -338,6 +338,11 @@ class Config(Section):
         method = self.method
         if self.rollout.url is not None and self.rollout.engine != "vllm":
             raise ValueError("rollout.url is that of a vLLM server: set rollout.engine: vllm")
+        if self.rollout.push == "adapter" and (self.rollout.url is None or not self.student.lora_rank):
+            raise ValueError(
+                "rollout.push: adapter gives a server the student's adapter: set rollout.url and "
+                "student.lora_rank, or leave it at weights"
+            )
         if teacher.engine == "hf":
             if teacher.url is not None:
                 raise ValueError(

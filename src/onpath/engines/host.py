@@ -79,8 +79,14 @@ class Host:
         """Whether it was looked at since somebody asked for that; `failures` then; and how often it was found
         without what it had been given, and given it again."""
 
-    def exchange(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+    def exchange(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, *, wanted: bool = True
+    ) -> Any:
         """One request and its answer: whole within `timeout`, no longer than what was asked for can be.
+
+        Args:
+            wanted: whether the answer says more than that all is well; if not it may be any text, and is not
+                given.
 
         Raises:
             httpx.TransportError, Busy: there is none.
@@ -106,7 +112,7 @@ class Host:
                 f"{self.key}.url: {self.url} refuses a request with status {response.status_code}: "
                 f"{self._without_secrets(_excerpt(bytes(data))) or 'without a word'}"
             )
-        return _body(bytes(data))
+        return _body(bytes(data)) if wanted else None
 
     def failed(self, error: Exception, *, before: int, first: float, longest: float) -> bool:
         """It went down, unless a request sent at the same time has said so already. Gives whether it had been

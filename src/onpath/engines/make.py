@@ -59,17 +59,26 @@ def student_engine(config: Config, student: nn.Module, own: HFEngine) -> Engine:
     check_checkpoint(student, "student.model")
     assert own.vocabulary is not None
     if section.url is not None:
+        from onpath.engines.handover import AdapterAlone, WholeWeights
         from onpath.engines.server import ServerEngine
         from onpath.engines.wire import Server
 
+        base, directory = locate(config.student.model), Path(config.run.dir) / config.run.name / "weights"
+        alone = section.push == "adapter"
+        if alone and is_adapter(base):
+            raise UserError(
+                f"rollout.push: adapter goes beside a base that a server has, and student.model {base} is an "
+                "adapter itself; leave rollout.push at weights"
+            )
+        server = Server(section, "rollout", [config.student.model, str(base)])
         return ServerEngine(
-            Server(section, "rollout", [config.student.model, str(locate(config.student.model))]),
+            server,
             renderer,
             stop_ids=own.stop_ids,
             stop_strings=own.stop_strings,
             vocabulary=own.vocabulary,
             student=student,
-            weights=Path(config.run.dir) / config.run.name / "weights",
+            handover=AdapterAlone(student, directory, server) if alone else WholeWeights(student, directory),
             tolerance=_HALF if half else _EXACT,
             half=half,
         )

@@ -1,5 +1,5 @@
-"""One `vllm serve` or several, here or elsewhere: generates, continues, scores; takes new weights from a
-directory.
+"""One `vllm serve` or several, here or elsewhere: generates, continues, scores; takes new weights
+(`handover.py`).
 
 Token ids go over the wire in both directions, never text. Log-probs are those of the distribution drawn from
 if the server was started with `--logprobs-mode processed_logprobs`, or at temperature 1 without truncation.
@@ -10,17 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeGuard
 
 from torch import nn
 
 from onpath.data.render import Renderer
 from onpath.engines.base import Engine, sampled
+from onpath.engines.handover import Handover
 from onpath.engines.host import Host, Nonsense
 from onpath.engines.stops import string_end
 from onpath.engines.vllm import checked_completion, request_seed
-from onpath.engines.weights import Arrival, largest_gap, probe_ids, probe_logprobs, save_weights
+from onpath.engines.weights import Arrival, largest_gap, probe_ids, probe_logprobs
 from onpath.engines.wire import Questions, Server
 from onpath.records import Completion, Prompt, Rollout, Sampling
 from onpath.system import distributed
@@ -51,7 +51,7 @@ class ServerEngine(Engine):
     Args:
         server: the model's servers.
         student: the model that trains, whose weights the servers take over; None: a teacher stands still.
-        weights: directory that the servers can read, for the student's weights.
+        handover: how they get them.
         tolerance: largest gap, in nats, that rounding may explain.
         half: whether the servers hold the student's weights in half precision.
     """
@@ -68,13 +68,13 @@ class ServerEngine(Engine):
         stop_strings: Sequence[str] = (),
         vocabulary: int,
         student: nn.Module | None = None,
-        weights: Path | None = None,
+        handover: Handover | None = None,
         tolerance: float = 1e-3,
         half: bool = False,
     ) -> None:
         self.server, self.renderer, self.stop_ids = server, renderer, stop_ids
         self.stop_strings = tuple(stop_strings)
-        self.vocabulary, self.student, self.weights = vocabulary, student, weights
+        self.vocabulary, self.student, self.handover = vocabulary, student, handover
         self.tolerance, self.policy_version = tolerance, 0
         self._arrival = Arrival[Host](tolerance=tolerance, half=half)
         self._held: dict[Host, Sequence[float]] = {}
@@ -202,13 +202,14 @@ class ServerEngine(Engine):
         Raises:
             UserError: a server cannot, or its log-probs are not the student's afterwards; or all are away.
         """
-        if self.student is not None:
-            self._held = self._push()
-            flaw = self._arrival.flaw(self.student, probe_ids(self.vocabulary), self._held)
+        if self.student is not None and self.handover is not None:
+            self._held = self._push(self.handover)
+            ids, pushed = probe_ids(self.vocabulary), self.handover.tensors()
+            flaw = self._arrival.flaw(self.student, ids, self._held, pushed)
             if flaw is not None:
                 raise UserError(
                     f"rollout.url: after step {version} the server's log-probs {flaw[1]}: {flaw[0].url} did "
-                    f"not take the weights in {self.weights}"
+                    f"not take the weights in {self.handover.where}"
                 )
         self.policy_version = version
 
@@ -227,38 +228,33 @@ class ServerEngine(Engine):
 
         return self.server.completed(host, _scoring(ids, 1), understand)
 
-    def _push(self) -> dict[Host, Sequence[float]]:
+    def _push(self, handover: Handover) -> dict[Host, Sequence[float]]:
         """Answers of the servers that took the student's weights."""
-        assert self.student is not None
-        assert self.weights is not None
-        save_weights(self.student, self.weights)
+        handover.write()
         hosts = self.server.hosts
         # Whoever came back in between has other weights: who took them is the first process's word.
-        took = distributed.first_decides(lambda: [hosts.index(h) for h in self.server.each(self._take)])
+        took = distributed.first_decides(lambda: [hosts.index(h) for h in self.server.each(handover.give)])
         return self.server.each(self._answers, among=[hosts[i] for i in took])
-
-    def _take(self, host: Host) -> None:
-        assert self.weights is not None
-        where = {"weights_path": str(self.weights.resolve())}
-        host.exchange("POST", "/collective_rpc", {"method": "reload_weights", "kwargs": where})
-        host.exchange("POST", "/reset_prefix_cache")
 
     def _renewed(self, host: Host, was_down: bool) -> bool:
         """Whether a server answered otherwise than right after the last push (it was started anew, say), and
         was given again what it was given last. Not the student's weights: they may be training."""
-        if not self._held:  # nothing was given yet, and whoever only scores has nothing to lose
+        if (
+            not self._held or self.handover is None
+        ):  # nothing was given yet, and a teacher has nothing to lose
             return False
-        held, answers = self._held.get(host), self._answers(host)
+        held = self._held.get(host)
         # One that was down has to prove more: old weights of a few small steps ago are nearly the new ones.
         allowed = 0.0 if was_down else _DRIFT * self.tolerance
-        if held is not None and largest_gap(answers, held) <= allowed:
+        there = held is not None and not self.handover.lacks(host)
+        if held is not None and there and largest_gap(self._answers(host), held) <= allowed:
             return False
-        self._take(host)
+        self.handover.give(host)
         answers = self._answers(host)
         if not largest_gap(answers, held or next(iter(tuple(self._held.values())))) <= self.tolerance:
             raise UserError(
                 f"rollout.url: {host.url} was restarted and does not answer as before with the weights in "
-                f"{self.weights}; start the same command again"
+                f"{self.handover.where}; start the same command again"
             )
         self._held[host] = answers
         self.resyncs += 1

@@ -109,7 +109,8 @@ class VLLMEngine(Engine):
         weights = checkpoint_weights(self.model)
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         self._llm.reset_prefix_cache()
-        flaw = self._arrival.flaw(self.model, probe_ids(self.vocabulary), {"its": self._answers()})
+        ids, pushed = probe_ids(self.vocabulary), (tensor for _, tensor in merged_weights(self.model))
+        flaw = self._arrival.flaw(self.model, ids, {"its": self._answers()}, pushed)
         if flaw is not None:
             raise UserError(
                 f"rollout.engine vllm: after step {version} its log-probs {flaw[1]}: the weights did not "

@@ -206,14 +206,19 @@ class Arrival(Generic[K]):
         self._before: tuple[list[float], dict[K, list[float]], list[int]] | None = None
 
     def flaw(
-        self, model: nn.Module, ids: tuple[int, ...], theirs: Mapping[K, Sequence[float]]
+        self,
+        model: nn.Module,
+        ids: tuple[int, ...],
+        theirs: Mapping[K, Sequence[float]],
+        pushed: Iterable[Tensor],
     ) -> tuple[K, str] | None:
         """The first copy whose log-probs of ids[1:] after a push are wrong, and how.
 
         Args:
             theirs: of each copy.
+            pushed: the weights that it was given.
         """
-        ours, sums = probe_logprobs(model, ids), rounded_sums(model, self.dtype)
+        ours, sums = probe_logprobs(model, ids), rounded_sums(pushed, self.dtype)
         before = self._before
         moved = before is not None and sums != before[2] and largest_gap(ours, before[0]) > _UNMOVED
         for copy, answers in theirs.items():
@@ -229,10 +234,10 @@ class Arrival(Generic[K]):
 
 
 @torch.no_grad()
-def rounded_sums(model: nn.Module, dtype: torch.dtype) -> list[int]:
+def rounded_sums(weights: Iterable[Tensor], dtype: torch.dtype) -> list[int]:
     """Of each weight matrix, the sum of its bit patterns in a dtype: other weights, other sums."""
     bits = torch.int16 if dtype.itemsize == 2 else torch.int32
-    sums = [t.to(dtype).contiguous().view(bits).sum() for _, t in merged_weights(model)]
+    sums = [t.to(dtype).contiguous().view(bits).sum() for t in weights]
     return [int(v) for v in torch.stack(sums).cpu()]
 
 

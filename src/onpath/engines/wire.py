@@ -307,6 +307,8 @@ class Server(Line):
         super().__init__(section, key)
         found = [self._model(host, names) for host in self.hosts]
         self.model: str = found[0]["id"]
+        self.adapter: str | None = None
+        """The name of an adapter on the model, which is asked in its place."""
         lengths = [m["max_model_len"] for m in found if m.get("max_model_len") is not None]
         self.context_length: int | None = min(lengths, default=None)
         if other := next((m["id"] for m in found if m["id"] != self.model), None):
@@ -328,6 +330,15 @@ class Server(Line):
             )
         return found
 
+    @property
+    def asked(self) -> str:
+        """The name that requests carry."""
+        return self.adapter or self.model
+
+    def models_at(self, host: Host) -> list[str]:
+        """What a server serves by now, adapters too."""
+        return [m["id"] for m in _understood(_models, host.exchange("GET", "/v1/models"))]
+
     def complete(self, bodies: Sequence[Mapping[str, Any]], understand: Callable[[int, Any], T]) -> list[T]:
         """Answers to completion requests, in their order.
 
@@ -344,18 +355,18 @@ class Server(Line):
         understand: Callable[[int, Any], T],
     ) -> list[Future[T]]:
         """Sends completion requests; see `complete`."""
-        named = [{"model": self.model, **body} for body in bodies]
+        named = [{"model": self.asked, **body} for body in bodies]
         return questions.ask("/v1/completions", named, lambda i, answer: understand(i, self._choice(answer)))
 
     def completed(self, host: Host, body: Mapping[str, Any], understand: Callable[[int, Any], T]) -> T:
         """One server's answer to one request, asked for once; for `Line.each` and `Line.renew`."""
-        answer = host.exchange("POST", "/v1/completions", {"model": self.model, **body})
+        answer = host.exchange("POST", "/v1/completions", {"model": self.asked, **body})
         return _understood(lambda answer: understand(0, self._choice(answer)), answer)
 
     def _choice(self, answer: Any) -> dict[str, Any]:
-        if isinstance(answer, dict) and answer.get("model") != self.model:
+        if isinstance(answer, dict) and answer.get("model") != self.asked:
             raise Nonsense(
-                f"an answer of the model {one_line(repr(answer.get('model')))}, not {self.model!r}"
+                f"an answer of the model {one_line(repr(answer.get('model')))}, not {self.asked!r}"
             )
         return only_choice(answer)
 

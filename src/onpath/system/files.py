@@ -163,6 +163,20 @@ def remove_leftovers(directory: Path) -> None:
             raise unwritable(path, error) from None
 
 
+def remove_all_but(path: Path) -> None:
+    """Removes what lies beside a file or directory.
+
+    Raises:
+        UserError: it cannot be removed.
+    """
+    for other in path.parent.iterdir():
+        if other != path:
+            try:
+                _remove(other)
+            except OSError as error:
+                raise unwritable(other, error) from None
+
+
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
