@@ -49,11 +49,11 @@ def gym(tmp_path: Path, name: str, **sections: dict[str, Any]) -> Any:
 class Served:
     """A `vllm serve` process that can be killed and started again at the same port."""
 
-    def __init__(self, model: str, log: Path) -> None:
+    def __init__(self, model: str, log: Path, more: str = "") -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.model, self.log = str(locate(model)), log
+        self.model, self.log, self.more = str(locate(model)), log, more
         self.url = f"http://127.0.0.1:{self.port}"
         self.start()
 
@@ -61,11 +61,12 @@ class Served:
         environment = {
             **os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1", "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         }  # fmt: skip
         command = [str(Path(sys.executable).parent / "vllm"), "serve", self.model, "--port", str(self.port)]
         options = (
             "--enforce-eager --dtype float32 --max-model-len 512 --max-logprobs 64 "
-            "--no-enable-chunked-prefill --logprobs-mode processed_logprobs"
+            f"--no-enable-chunked-prefill --logprobs-mode processed_logprobs {self.more}"
         )
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
@@ -172,6 +173,36 @@ def test_a_server_as_engine(tmp_path: Path, student: Served) -> None:
     assert isinstance(parts.generators.student, ServerEngine)
     parts.generators.student.sync_weights(0)
     check_engine(parts)
+
+
+def test_a_server_is_given_the_adapter_alone(tmp_path: Path) -> None:
+    """Its log-probs are those of the student, also after it was killed; a run is trained with it."""
+    server = Served("gym:student", tmp_path / "log.txt", "--enable-lora --max-lora-rank 8").wait()
+    where = {"engine": "vllm", "url": server.url, "push": "adapter", "patience": 300.0}
+    try:
+        parts = assemble(gym(tmp_path, "lora", rollout=where, student={"lora_rank": 4}))
+        engine, own = parts.generators.student, parts.generators.over(parts.models.student)
+        assert isinstance(engine, ServerEngine)
+        engine.sync_weights(0)
+        with torch.no_grad():
+            for name, p in parts.models.student.named_parameters():
+                if "lora_B" in name:
+                    p.normal_(std=0.3)
+        assert engine.gap() > 1e-2, "stale weights are seen"
+        engine.sync_weights(1)
+        assert gap_of(engine, own, parts.prompts.pool[:8]) < 1e-3
+        server.kill()
+        server.start()
+        assert gap_of(engine, own, parts.prompts.pool[:8]) < 1e-3
+        assert engine.resyncs == 1
+        names = engine.server.models_at(engine.server.hosts[0])
+        assert len(names) == 2, "the base and the adapter"
+        result = train(gym(tmp_path, "run", rollout=where, student={"lora_rank": 4}), quiet=True)
+        rows = read_lines(result.directory / "metrics.jsonl")
+        assert [r["staleness"] for r in rows] == [0, 0, 0]
+        assert all(abs(r["importance_ratio"] - 1) < 1e-3 for r in rows)
+    finally:
+        server.kill()
 
 
 @pytest.mark.parametrize("method", ["opd", "trd", "topd"])
