@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from onpath.data.render import Renderer
+from onpath.engines.adapters import merged_weights
 from onpath.engines.base import Engine
 from onpath.engines.stops import string_end
 from onpath.engines.weights import Arrival, checkpoint_weights, largest_gap, probe_ids, probe_logprobs
