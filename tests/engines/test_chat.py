@@ -208,6 +208,19 @@ def test_empty_samples_are_not_learnt(tiny: Tiny, endpoint: FakeVLLM) -> None:
         parts.method.prepare(sample(parts, 0), step=0)
 
 
+def test_what_a_filter_has_cut_is_not_learnt(tiny: Tiny, endpoint: FakeVLLM) -> None:
+    def spoil(answer: Any) -> Any:
+        cut = len(endpoint.requests) % 2 == 0
+        reason = "content_filter" if cut else "length"
+        return {**answer, "choices": [{"message": {"content": "1+1"}, "finish_reason": reason}]}
+
+    endpoint.spoil = spoil
+    sft = {"method__writer": "teacher", "method__divergence": "cross_entropy"}
+    parts = assemble(black_box(tiny, endpoint, **sft))
+    made = parts.method.prepare(sample(parts, 0), step=0).trajectories
+    assert {(t.edit.kept, len(t.response)) for t in made} == {(True, 3), (False, 0)}
+
+
 def test_the_stop_token_is_the_one_that_closes_an_answer() -> None:
     tokenizer = make_tokenizer([*CHARACTERS, "<turn>"])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})

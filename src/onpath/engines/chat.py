@@ -139,4 +139,6 @@ def _understood(_: int, answer: Any) -> tuple[str, bool]:
         (text or "").encode()
     except UnicodeEncodeError:
         raise Nonsense("a message with half a character") from None
+    if choice.get("finish_reason") == "content_filter":  # half a sentence, or a refusal, is no answer
+        return "", False
     return text or "", choice.get("finish_reason") == "stop"  # null: all of its tokens went into thinking
