@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -522,3 +523,55 @@ def test_the_names_that_are_taken_are_those_that_are_written(tiny: Tiny, outside
     columns = set(pq.read_schema(run / "trajectories" / "step_000001.parquet").names)
     assert OF_A_TRAJECTORY - columns == {"teacher"}, "of several teachers"
     assert columns <= OF_A_TRAJECTORY
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("return student_logp.no", "hellinger fails: AttributeError"),
+        ("return student_logp.sum()", r"hellinger gave shape \[\] for log-probs of shape"),
+        ("return (student_logp * float('nan')).sum(-1)", "hellinger is not finite where all log-probs are"),
+        ("return 0 * student_logp.sum(-1).detach()", "hellinger has no gradient to student_logp"),
+    ],
+)
+def test_a_divergence_that_is_wrong_is_one_sentence(
+    body: str, expected: str, tiny: Tiny, outside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (outside / "hellinger.py").write_text(f"def hellinger(teacher_logp, student_logp):\n    {body}\n")
+    path = config_of(tiny, "hellinger.yaml", outside, eval__start=False)
+    assert main(["train", str(path), "--quiet", "--allow-code"]) == 2
+    assert re.search(expected, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", ["weights", "advantages"])
+def test_weights_of_a_method_that_are_no_numbers_are_said(part: str, value: float, tiny: Tiny) -> None:
+    class Weighing(Method):
+        class Options(MethodOptions):
+            """None."""
+
+        def prepare(self, rollouts: Any, *, step: int) -> Prepared:
+            given = [{part: (*[1.0] * (len(r.ids) - 1), value)} for r in rollouts]
+            made = [replace(own_response(r), **g) for r, g in zip(rollouts, given, strict=True)]
+            return Prepared(trajectories=made)
+
+    with pytest.raises(
+        UserError, match=rf"Weighing: trajectory 0 has {part} that are not finite \({value}\)"
+    ):
+        onpath.train(tiny(eval__start=False), method=Weighing, quiet=True)
+
+
+def test_paths_are_text(tiny: Tiny, outside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a mapping from Python, and as the default of an option."""
+    plain = tiny()
+    tree = plain.model_dump(mode="json")
+    tree["student"]["model"] = Path(tree["student"]["model"])
+    tree["data"]["eval"] = {name: Path(source) for name, source in tree["data"]["eval"].items()}
+    assert build(tree) == plain
+    text = EXAMPLES["longer.py"].replace(
+        "share: float = 0.5", "share: float = 0.5\n        at: Path = Path('a/b')"
+    )
+    (outside / "longer.py").write_text(f"from pathlib import Path\n{text}")
+    path = config_of(tiny, "longer.yaml", outside)
+    assert main(["config", str(path), "--allow-code", "--options"]) == 0
+    assert '"a/b"' in capsys.readouterr().out

@@ -6,7 +6,7 @@ or an impossible pair raises `UserError` with one sentence.
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -434,9 +434,11 @@ def build(data: Mapping[str, Any], *, source: str = "config", overridden: Iterab
     """A `Config` from plain data; `UserError` says in one sentence what is wrong with it.
 
     Args:
+        data: sections; a `Path` in them is its text.
         source: what the sentence names.
         overridden: dotted keys that did not come from there, but from the command line.
     """
+    data = _without_paths(data)
     try:
         config = Config.model_validate(data)
         code.load_all(config.model_dump(mode="json"))  # refused, or wrong, before anything is done
@@ -446,6 +448,15 @@ def build(data: Mapping[str, Any], *, source: str = "config", overridden: Iterab
         ours = any(key == dotted or key.startswith(f"{dotted}.") for dotted in overridden)
         where = one_line(_COMMAND_LINE if ours else source, 300)
         raise UserError(f"{where}: {one_line(_sentence(error, data), 900)}") from None
+
+
+def _without_paths(value: Any) -> Any:
+    """A tree with text for each `Path`: options that name a place are text, so that YAML holds them."""
+    if isinstance(value, Mapping):
+        return {key: _without_paths(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_paths(inner) for inner in value]
+    return str(value) if isinstance(value, PurePath) else value
 
 
 def resolved(tree: dict[str, Any]) -> dict[str, Any]:

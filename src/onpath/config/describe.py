@@ -6,6 +6,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from onpath.config.build import Config, _section_type
 from onpath.config.methods import METHODS, MethodOptions
@@ -55,10 +56,15 @@ def _describe_fields(prefix: str, model: type[BaseModel]) -> Iterator[Option]:
         if key == "name" and prefix.startswith("method"):
             continue
         kind = next((_names(m) for m in info.metadata if isinstance(m, OneOf)), _type_name(info.annotation))
-        default = "none" if info.is_required() else json.dumps(info.get_default(call_default_factory=True))
+        default = "none" if info.is_required() else _shown(info)
         may_change = any(isinstance(m, OnResume) and m.how != "place" for m in info.metadata)
         on_resume = " A resumed run may change it." if may_change else ""
         yield f"{prefix}.{key}", kind, default, (info.description or "") + on_resume
+
+
+def _shown(info: FieldInfo) -> str:
+    """The default as JSON has it; what JSON has no word for (a path) as text."""
+    return json.dumps(info.get_default(call_default_factory=True), default=str)
 
 
 def _names(one: OneOf) -> str:

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from onpath import divergence
 from onpath.losses.objective import Objective, takes_names
+from onpath.system.errors import UserError
 
 
 def divergence_of(objective: Objective, teacher_logp_Rk: Tensor, student_logp_Rk: Tensor) -> Tensor:
     """The value [R] of the function that the objective names or is.
 
     Raises:
-        ValueError: a function of the user's own gave another shape, or a value that no divergence has.
+        UserError: a function of the user's own gave another shape, or a value that no divergence has.
     """
     if callable(objective.kind):
         return _own(objective.kind, objective.name, teacher_logp_Rk, student_logp_Rk)
@@ -36,7 +37,7 @@ def slopes(objective: Objective, value_R: Tensor, leaves: Sequence[Tensor]) -> l
     """∂Σvalue/∂leaf for each leaf ([R] or [R, k]); zeros for one that the value does not depend on.
 
     Raises:
-        ValueError: a function of the user's own has no gradient, or none that is finite where its value is.
+        UserError: a function of the user's own has no gradient, or none that is finite where its value is.
     """
     found: Sequence[Tensor | None] = [None] * len(leaves)
     if value_R.requires_grad:
@@ -52,11 +53,16 @@ def _own(function: Callable[..., Any], name: str, teacher_logp_Rk: Tensor, stude
     neither_Rk = teacher_logp_Rk.isneginf() & student_logp_Rk.isneginf()
     floor = math.log(torch.finfo(student_logp_Rk.dtype).tiny)
     teacher_Rk, student_Rk = (x.masked_fill(neither_Rk, floor) for x in (teacher_logp_Rk, student_logp_Rk))
-    value_R = (
-        function(teacher_logp=teacher_Rk, student_logp=student_Rk)
-        if takes_names(function)
-        else function(teacher_Rk, student_Rk)
-    )
+    try:
+        value_R = (
+            function(teacher_logp=teacher_Rk, student_logp=student_Rk)
+            if takes_names(function)
+            else function(teacher_Rk, student_Rk)
+        )
+    except torch.OutOfMemoryError:  # of which the run says more
+        raise
+    except Exception as error:
+        raise UserError(f"{name} fails: {type(error).__name__}: {error}") from error
     _check_value(name, value_R, teacher_Rk, student_Rk)
     checked: Tensor = value_R
     return checked
@@ -66,13 +72,13 @@ def _check_value(name: str, value_R: object, teacher_Rk: Tensor, student_Rk: Ten
     wanted = student_Rk.shape[:-1]
     if not isinstance(value_R, Tensor) or value_R.shape != wanted:
         given = f"shape {[*value_R.shape]}" if isinstance(value_R, Tensor) else type(value_R).__name__
-        raise ValueError(
+        raise UserError(
             f"{name} gave {given} for log-probs of shape {[*student_Rk.shape]}: a divergence sums over the "
             f"last axis and nothing else, so a tensor of shape {[*wanted]} would be right"
         )
     finite_R = (teacher_Rk.isfinite() & student_Rk.isfinite()).all(-1)
     if not bool((value_R.isfinite() | ~finite_R).all()):
-        raise ValueError(
+        raise UserError(
             f"{name} is not finite where all log-probs are: work with log-probs, since probabilities and "
             "their quotients underflow"
         )
@@ -80,7 +86,7 @@ def _check_value(name: str, value_R: object, teacher_Rk: Tensor, student_Rk: Ten
     # of logits that are no numbers are not the function's fault: the token may have weight 0.
     numbers_R = ((teacher_Rk < torch.inf) & (student_Rk < torch.inf)).all(-1)
     if not bool(((value_R > -torch.inf) | ~numbers_R).all()):
-        raise ValueError(
+        raise UserError(
             f"{name} gives no number where one side excludes an outcome (log-prob −inf): mask before any "
             "arithmetic, so that 0·log 0 is 0; +inf is right if the divergence has no bound"
         )
@@ -89,13 +95,13 @@ def _check_value(name: str, value_R: object, teacher_Rk: Tensor, student_Rk: Ten
 def _check_slopes(name: str, value_R: Tensor, found: Sequence[Tensor | None]) -> None:
     given = [g for g in found if g is not None]
     if not given:
-        raise ValueError(
+        raise UserError(
             f"{name} has no gradient to student_logp: make its value by torch operations, without detach, "
             "no_grad, item or numpy"
         )
     finite_R = torch.stack([g.reshape(len(value_R), -1).isfinite().all(-1) for g in given]).all(0)
     if not bool((finite_R | ~value_R.isfinite()).all()):
-        raise ValueError(
+        raise UserError(
             f"{name} has a gradient that is not finite where its value is: keep away from points without a "
             "slope, such as the root of 0 where both sides agree"
         )

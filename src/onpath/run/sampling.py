@@ -1,5 +1,6 @@
 """The rollouts of a step: the same whatever the number of processes, however they are dealt to them."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -67,6 +68,7 @@ def prepare(parts: Parts, rollouts: list[Rollout], step: int) -> Prepared:
     else:
         made = parts.method.prepare(rollouts, step=step)
     check_names(made, parts.config.rewards, of=parts.config.method.name)
+    check_weights(made, of=parts.config.method.name)
     return made
 
 
@@ -87,3 +89,18 @@ def check_names(prepared: Prepared, rewards: Collection[str], *, of: str) -> Non
                     "another name"
                 )
         taken |= dict.fromkeys(names, f"Prepared.{part} has")
+
+
+def check_weights(prepared: Prepared, *, of: str) -> None:
+    """Of the numbers per token that a method gives none may be NaN or infinite.
+
+    Raises:
+        UserError: one is.
+    """
+    for place, t in enumerate(prepared.trajectories):
+        for part, given in (("weights", t.weights), ("advantages", t.advantages)):
+            wrong = [x for x in given or () if not math.isfinite(x)]
+            if wrong and t.edit.kept:
+                raise UserError(
+                    f"method.name {of}: trajectory {place} has {part} that are not finite ({wrong[0]})"
+                )
