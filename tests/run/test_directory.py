@@ -87,3 +87,13 @@ def test_what_is_refused_renames_nothing(tiny: Tiny, tmp_path: Path) -> None:
     assert train(four, quiet=True).steps == 4
     kept = {path.name: data for path, data in files(directory / "model_step_2").items()}
     assert kept == {path.name: data for path, data in before.items()}
+
+
+@pytest.mark.parametrize("left", [0, -9])
+def test_a_final_model_that_was_cut_off_is_written_again(left: int, tiny: Tiny) -> None:
+    config = tiny(**QUICK, optim__steps=1)
+    weights = train(config, quiet=True).model / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:left])
+    train(config, quiet=True)
+    assert weights.read_bytes() == whole

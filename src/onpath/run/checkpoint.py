@@ -315,9 +315,18 @@ class _Stored:
 
 
 def holds_model(path: Path) -> bool:
-    """Whether a directory is a saved model: a config and weights are in it."""
-    configs = ("config.json", "adapter_config.json")
-    return any((path / name).is_file() for name in configs) and any(path.glob("*.safetensors"))
+    """Whether a directory is a saved model: a config and weights are in it, and none of them is cut off."""
+    configs, weights = ("config.json", "adapter_config.json"), [*path.glob("*.safetensors")]
+    return any((path / name).is_file() for name in configs) and bool(weights) and all(map(_opens, weights))
+
+
+def _opens(path: Path) -> bool:
+    """Whether a file of weights has its header and is as long as that says."""
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def is_sound(path: Path) -> bool:
