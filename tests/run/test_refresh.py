@@ -68,7 +68,9 @@ def test_phases_are_those_of_copies(tiny: Tiny) -> None:
     run = train(tiny(**FAST, optim__steps=5, rollout__refresh={"every": 2}), quiet=True).directory
     lines = read_lines(run / "metrics.jsonl")
     assert [r["staleness"] for r in lines] == [0, 1, 0, 1, 0]
-    assert [p.name for p in sorted((run / "rollouts").iterdir())] == [f"phase_00000{i}" for i in (0, 2, 4)]
+    assert [p.name for p in sorted((run / "rollouts").glob("phase_*"))] == [
+        f"phase_00000{i}" for i in (0, 2, 4)
+    ]
 
     parts = assemble(tiny(**FAST, optim__steps=5))
     optimizer, schedule = make_optimizer(parts.config, parts.models.student)
@@ -156,7 +158,7 @@ def test_refreshed_when_the_student_has_moved(below: float, phases: list[int], t
     options = {**FAST, "optim__steps": 4, "optim__warmup": 0.0, "optim__schedule": "constant"}
     run = train(tiny(**options, rollout__refresh={"overlap_below": below}), quiet=True).directory
     lines = read_lines(run / "metrics.jsonl")
-    assert [int(p.name[-6:]) for p in sorted((run / "rollouts").iterdir())] == phases
+    assert [int(p.name[-6:]) for p in sorted((run / "rollouts").glob("phase_*"))] == phases
     measured = [r.get("rollout_overlap") for r in lines]
     assert measured[0] is None, "nothing to compare with"
     assert all(m is not None and 0 < m < 1 for m in measured[1:])
@@ -371,6 +373,62 @@ def test_a_first_phase_stays_if_it_depends_on_no_option_that_changed(
     rows = read_lines(run / "metrics.jsonl")
     assert [row["staleness"] for row in rows] == [*range(len(rows))]
     assert len(rows) == changed.get("optim__steps", 2)
+
+
+@pytest.mark.parametrize("save_every", [0, 1])
+def test_kept_rollouts_are_of_the_data_that_they_were_made_of(
+    save_every: int, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first checkpoint too; whoever goes on all the same has them made anew."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"prompt": "{i}+6=?", "answer": "{i + 6}"}}\n' for i in range(8)))
+    options = {**FAST, "data__train": str(rows), "optim__steps": 2, "run__save_every": save_every}
+    config = tiny(**options, rollout__refresh={"every": 1})
+    with monkeypatch.context() as patch:
+        stop_at(patch, "onpath.training", "accumulate", call=2, after=False)
+        with pytest.raises(Stopped):
+            train(config, quiet=True)
+    run = Path(config.run.dir) / config.run.name
+    before = contents(run / "rollouts")
+    rows.write_text(rows.read_text().replace("+6=?", "+9=?"))
+    with pytest.raises(UserError, match=r"another content of data\.train than .* has now; bring it back"):
+        train(config, quiet=True)
+    assert contents(run / "rollouts") == before
+    train(config, resume_with_changes=True, quiet=True)
+    of = {p.id: p for p in assemble(config).prompts.pool}
+    renderer = assemble(config).text.renderer
+    for step in range(save_every, 2):
+        lines = (run / "rollouts" / f"phase_00000{step}" / "process-0.jsonl").read_text().splitlines()
+        made = [row for row in map(json.loads, lines) if "prompt" in row]
+        assert made
+        assert all(tuple(row["context"]) == renderer.ids(of[row["prompt"]]) for row in made)
+    train(config, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "flag"), [({"optim__steps": 9}, False), ({"optim__lr": 0.04}, True)], ids=["longer", "asked"]
+)
+def test_phases_of_weights_that_are_no_more_are_made_anew(
+    changed: dict[str, Any], flag: bool, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint is of step 2, and a phase of step 4 was there. What begins a phase is on-policy."""
+    options = {**FAST, "optim__steps": 6, "optim__warmup": 0.0, "run__save_every": 2}
+    options |= {"rollout__refresh": {"every": 2}, "run__keep": 9}
+    config = tiny(**options)
+    with monkeypatch.context() as patch:
+        stop_at(patch, "onpath.training", "accumulate", call=6, after=False)
+        with pytest.raises(Stopped):
+            train(config, quiet=True)
+    run = Path(config.run.dir) / config.run.name
+    shutil.rmtree(run / "checkpoints" / "step_4")
+    there = {p.name: (p / "process-0.jsonl").read_bytes() for p in (run / "rollouts").glob("phase_*")}
+    assert [*sorted(there)] == ["phase_000000", "phase_000002", "phase_000004"]
+    train(tiny(**{**options, **changed}), resume_with_changes=flag, quiet=True)
+    now = {name: (run / "rollouts" / name / "process-0.jsonl").read_bytes() for name in there}
+    assert [now[name] == there[name] for name in sorted(there)][::2] == [True, False]
+    for row in read_lines(run / "metrics.jsonl"):
+        if row["staleness"] == 0:
+            assert row["importance_ratio"] == pytest.approx(1.0, abs=1e-5)
 
 
 def test_a_step_that_was_half_written_is_made_again(tiny: Tiny) -> None:

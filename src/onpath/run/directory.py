@@ -184,14 +184,20 @@ class Run:
             raise UserError(
                 f"{self.directory} has done {done} steps already; set optim.steps to more than that"
             )
-        others = sorted(k for k in {*inputs, *self.inputs} if inputs and inputs.get(k) != self.inputs.get(k))
+        refreshed = self.parts.refreshed
+        kept = {} if refreshed is None else refreshed.made_of()
+        inputs = inputs or kept  # before the first checkpoint there may be rollouts already
+        others = _others(inputs, self.inputs)
         if others and not self.with_changes:
             raise UserError(
                 f"{self.directory} was begun with another content of {' and '.join(others)} than "
                 f"{_named(config, others[0])} has now; bring it back or choose another run.name (or go on "
                 "all the same with --resume-with-changes)"
             )
-        if self.reopened:  # nothing is refused from here on
+        # Nothing is refused from here on.
+        if refreshed is not None:
+            self._keep_phases(refreshed, done, moved=bool(_others(kept or inputs, self.inputs)))
+        if self.reopened:
             _set_aside(self.directory, self.last_step)
         found = [vars(change) for change in self.changes]
         found += [
@@ -204,6 +210,21 @@ class Run:
             write_text(self.directory / "config.yaml", config.to_yaml())
         self.notes += [_note(change, config, done) for change in self.changes]
         self.notes += [f"{key} is other than before step {done}, as you allow" for key in others]
+
+    def _keep_phases(self, refreshed: Refreshed, done: int, *, moved: bool) -> None:
+        """Those that the run as it is now would have made, from the same weights and inputs; what it is made
+        of now is recorded for the next ones.
+
+        Args:
+            done: steps of the checkpoint; a phase that began before it goes on, as its rule says.
+            moved: other data or models than the kept phases were made of.
+        """
+        rules = {change.rule for change in self.changes}
+        # A longer run has other weights only after the checkpoint; what begins there is of its very weights.
+        first = done if moved or "asked" in rules else done + 1 if "longer" in rules else None
+        if first is not None and forget_phases(refreshed.root, first):
+            self.notes.append(f"rollouts from step {first + 1} on are made anew: those kept are of before")
+        refreshed.record(self.inputs)
 
     def _best_so_far(self) -> tuple[float | None, int]:
         """avg@n of the best evaluation whose weights are kept, and how many came after it."""
@@ -572,6 +593,11 @@ def _note(change: Change, config: Config, done: int) -> str:
         f"{text}; optim.schedule {config.optim.schedule} is stretched over all of them: the learning rate "
         f"goes from {config.optim.lr * rate(last, shorter):.3g} to {config.optim.lr * rate(done, config):.3g}"
     )
+
+
+def _others(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Options whose content is another; none where nobody knows what it was."""
+    return sorted(k for k in {*before, *now} if before and before.get(k) != now.get(k))
 
 
 def _named(config: Config, key: str) -> str:

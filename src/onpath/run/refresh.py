@@ -36,6 +36,7 @@ from onpath.system.reading import parse_json, read_json
 DIRECTORY = "rollouts"
 """Of a run's phases."""
 _COMPLETE = "complete.json"
+_INPUTS = "inputs.json"
 _COMPARED = 32
 """Rollouts of a process that are scored to see how far the student has moved."""
 _TOGETHER = 8
@@ -192,6 +193,26 @@ class Refreshed:
                     f"{step + 1} comes to prompt {new!r}, and the weights that wrote them are gone; leave "
                     f"optim.steps at {steps}, or choose another run.name"
                 )
+
+    def made_of(self) -> Mapping[str, str]:
+        """Digests of what the phases there were made of, by option; none where there are no phases, or they
+        do not say.
+
+        Raises:
+            UserError: the record is damaged.
+        """
+        path = self.root / _INPUTS
+        known = path.is_file() and any(self.root.glob("phase_*"))
+        found: dict[str, str] = read_json(path, keys={}) if known else {}
+        return found
+
+    def record(self, inputs: Mapping[str, str]) -> None:
+        """What the phases to come are made of.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        write_text(self.root / _INPUTS, json.dumps(dict(inputs), indent=1) + "\n")
 
     def rollouts(self, step: int) -> list[Rollout]:
         """Those of a step (of this process). If a phase begins with it, all of the phase are made first."""
