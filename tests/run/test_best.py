@@ -1,6 +1,7 @@
 """The best weights, early stopping, and the card beside them."""
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -98,6 +99,51 @@ def test_watching_from_the_middle_on_changes_no_weight(tiny: Tiny, monkeypatch: 
     assert same(watched.directory / "best", watched.directory / "checkpoints" / "step_3")
     rules = {line["key"]: line["rule"] for line in read_lines(watched.directory / "changes.jsonl")}
     assert rules == {"run.keep_best": "neutral", "run.stop_after": "neutral"}
+
+
+def test_a_stalled_run_says_so_and_can_go_on(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """More steps alone are no remedy, and leave its model where it is."""
+    scored(monkeypatch, [0.1, 0.5, 0.2, 0.2, 0.2, 0.9, 0.9, 0.9])
+    stopped = {**WATCHED, "run__stop_after": 1}
+    directory = train(tiny(**stopped), quiet=True).directory
+    for steps in (6, 7):
+        assert not train(tiny(**{**stopped, "optim__steps": steps})).trained
+        said = capsys.readouterr().err
+        assert f"was finished before, at step 2 of {steps}, where run.stop_after ended it: nothing" in said
+        assert "with run.stop_after: 0 it goes on" in said
+        assert not [*directory.glob("model_step_*")]
+    result = train(tiny(**{**stopped, "run__stop_after": 0}), quiet=True)
+    assert (result.steps, result.trained) == (6, True)
+    assert same(directory / "model_step_2", directory / "checkpoints" / "step_2")
+    whole = train(tiny(**{**stopped, "run__stop_after": 0}, run__name="whole"), quiet=True)
+    assert same(result.model, whole.model)
+
+
+def test_what_was_best_on_another_set_is_not_the_best(
+    tiny: Tiny, data_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor are weights of a step that comes again with other options."""
+    scored(monkeypatch, [0.1, 0.9, 0.4, 0.3, 0.2, 0.2, 0.2])
+    options = {**WATCHED, "data__eval": {"test": str(data_file), "other": str(data_file)}}
+
+    def told(directory: Path) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((directory / "best" / "best.json").read_text())
+        return found
+
+    run = stop_before(2, monkeypatch, tiny(**options))
+    assert told(run) == {"split": "test", "step": 1, "avg_at_k": 0.9}
+    other = {**options, "run__keep_best": "other"}
+    stop_before(4, monkeypatch, tiny(**other))
+    assert told(run) == {"split": "other", "step": 3, "avg_at_k": 0.3}
+    assert same(run / "best", run / "checkpoints" / "step_3")
+    for step in (3, 4):
+        shutil.rmtree(run / "checkpoints" / f"step_{step}")
+    scored(monkeypatch, [0.1, 0.9, 0.1, 0.2, 0.1, 0.1, 0.1])
+    result = train(tiny(**{**other, "optim__lr": 1e-2}), resume_with_changes=True, quiet=True)
+    assert told(result.directory) == {"split": "other", "step": 3, "avg_at_k": 0.2}
+    assert same(run / "best", run / "checkpoints" / "step_3")
 
 
 @pytest.mark.parametrize(

@@ -45,12 +45,18 @@ from onpath.run.trained import BEST
 from onpath.system import distributed
 from onpath.system.errors import UserError
 from onpath.system.files import lock, remove_leftovers, write_text, written
-from onpath.system.reading import read_yaml
+from onpath.system.reading import read_json, read_yaml
 from onpath.system.signals import Interrupted, Requests, Stopped
 from onpath.system.streams import say
 
 _PATIENCE = 10.0
 """Seconds that a run which ends before its time waits for the other processes' parts of a checkpoint."""
+
+
+_OF_AN_END = {"optim.steps", "run.stop_after", "run.keep_best"}
+"""Options that say where a run ends."""
+_BEST_OF = "best.json"
+"""In best/: split, step and avg@n of the evaluation for which it is kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +94,8 @@ class Run:
     """avg@n of the weights in best/."""
     since_best: int = 0
     """Evaluations after it."""
+    departs: bool = False
+    """Whether it comes to other weights after its checkpoint than it did before."""
     reopened: bool = False
     """Whether it was finished, and is to go on."""
     held: int | None = None
@@ -106,10 +114,33 @@ class Run:
         rows = read_lines(self.metrics.path)
         return int(rows[-1]["step"]) if rows else self.parts.config.optim.steps
 
+    def reopens(self) -> bool:
+        """Whether a run that was finished is to go on: it has more steps, or no longer stalls.
+
+        Raises:
+            UserError: no checkpoint is left.
+        """
+        keys, last = {change.key for change in self.changes}, self.last_step
+        if not keys & _OF_AN_END or not self.finished or last == self.parts.config.optim.steps:
+            return False
+        self.best, self.since_best = self._best_so_far()
+        if self.stalled:
+            return False
+        if not checkpoint.list_steps(self.directory / "checkpoints"):
+            raise UserError(
+                f"{self.directory}: finished after {last} steps, and no checkpoint is left to go on from; "
+                "choose another run.name, with its model as student.model"
+            )
+        return True
+
     def say_finished(self, *, quiet: bool) -> None:
         """What an earlier process has finished is not trained again."""
-        if not quiet and distributed.rank() == 0:
-            say(f"{self.directory} was finished before: nothing is trained")
+        if quiet or distributed.rank() > 0:
+            return
+        steps, last = self.parts.config.optim.steps, self.last_step
+        ended = f"at step {last} of {steps}, where run.stop_after ended it" if last < steps else ""
+        advice = "; with run.stop_after: 0 it goes on" if ended else ""
+        say(f"{self.directory} was finished before{', ' if ended else ''}{ended}: nothing is trained{advice}")
 
     def result(self, *, trained: bool) -> RunResult:
         """What there is now."""
@@ -195,6 +226,7 @@ class Run:
                 "all the same with --resume-with-changes)"
             )
         # Nothing is refused from here on.
+        self.departs = bool(others) or any(change.rule in ("asked", "longer") for change in self.changes)
         if refreshed is not None:
             self._keep_phases(refreshed, done, moved=bool(_others(kept or inputs, self.inputs)))
         if self.reopened:
@@ -227,12 +259,22 @@ class Run:
         refreshed.record(self.inputs)
 
     def _best_so_far(self) -> tuple[float | None, int]:
-        """avg@n of the best evaluation whose weights are kept, and how many came after it."""
+        """avg@n of the evaluation whose weights are kept, and how many came after it; None: they were best on
+        another set, or come no more."""
         split, best, since = self.parts.config.run.keep_best, None, 0
-        for row in read_lines(self.evals.path) if checkpoint.holds_model(self.directory / BEST) else ():
-            if row["split"] == split:
-                better = best is None or row["avg_at_k"] > best
-                best, since = (row["avg_at_k"], 0) if better else (best, since + 1)
+        if not checkpoint.holds_model(self.directory / BEST):
+            return None, 0
+        rows = [row for row in read_lines(self.evals.path) if row["split"] == split]
+        path = self.directory / BEST / _BEST_OF
+        if path.is_file():  # else an earlier version wrote them
+            kept = read_json(path, keys={"split": str, "step": int})
+            is_past = kept["step"] <= max((row["step"] for row in rows), default=-1)
+            if kept["split"] != split or (self.departs and not is_past):
+                return None, 0
+            rows = [row for row in rows if row["step"] >= kept["step"] or not is_past]
+        for row in rows:
+            better = best is None or row["avg_at_k"] > best
+            best, since = (row["avg_at_k"], 0) if better else (best, since + 1)
         return best, since
 
     @property
@@ -260,7 +302,8 @@ class Run:
         for result in found:
             if self.best is None or result.avg_at_k > self.best:
                 self.best, self.since_best = result.avg_at_k, 0
-                self._save(self.directory / BEST, merged=False, step=result.step)
+                told = {"split": result.split, "step": result.step, "avg_at_k": result.avg_at_k}
+                self._save(self.directory / BEST, merged=False, step=result.step, told=told)
                 distributed.barrier()
             else:
                 self.since_best += 1
@@ -371,8 +414,12 @@ class Run:
                 "trained and no model is written; the column `reason` of trajectories/ says why"
             )
 
-    def _save(self, target: Path, *, merged: bool, step: int) -> None:
-        """The first process writes; of a sharded model all send it their rows."""
+    def _save(self, target: Path, *, merged: bool, step: int, told: Mapping[str, Any] | None = None) -> None:
+        """The first process writes; of a sharded model all send it their rows.
+
+        Args:
+            told: of the evaluation for which best/ is kept.
+        """
         model = self.parts.models.student
 
         def weights(directory: Path | None) -> None:
@@ -392,6 +439,8 @@ class Run:
                 adapter=bool(self.parts.config.student.lora_rank) and not merged,
             )
             (temporary / "README.md").write_text(card, encoding="utf-8")
+            if told is not None:
+                (temporary / _BEST_OF).write_text(json.dumps(told) + "\n")
 
 
 def open_run(config: Config, parts: Parts, *, with_changes: bool = False) -> Run:
@@ -431,7 +480,11 @@ def open_run(config: Config, parts: Parts, *, with_changes: bool = False) -> Run
         held=held[0] if held else None,
     )
     run.note(note)
-    run.reopened = any(change.key == "optim.steps" for change in changed) and run.finished
+    try:
+        run.reopened = distributed.first_decides(run.reopens)
+    except UserError:
+        run.close()
+        raise
     finished = distributed.first_decides(lambda: run.finished)
     if not finished and (distributed.rank() == 0 or sharded(parts.models.student)):
         run.inputs = digests(parts)
@@ -519,7 +572,6 @@ def _claim(
     for change in found:
         if change.key == "optim.steps" and refreshed is not None:
             refreshed.check_longer(change.before)
-    _check_checkpoint(directory, found)
     return tuple(found)
 
 
@@ -541,22 +593,6 @@ def _begin(directory: Path, config: Config) -> str:
             (directory / name).unlink(missing_ok=True)
     write_text(path, config.to_yaml())
     return note
-
-
-def _check_checkpoint(directory: Path, found: Sequence[Change]) -> None:
-    """A finished run that is to be longer needs one.
-
-    Raises:
-        UserError: none is left.
-    """
-    steps = [change.before for change in found if change.key == "optim.steps"]
-    if not steps or not checkpoint.holds_model(directory / "model"):
-        return
-    if not checkpoint.list_steps(directory / "checkpoints"):
-        raise UserError(
-            f"{directory}: finished after {steps[0]} steps, and no checkpoint is left to go on from; choose "
-            "another run.name, with its model as student.model"
-        )
 
 
 def _set_aside(directory: Path, step: int) -> None:
