@@ -360,6 +360,56 @@ def test_one_seed_one_budget_and_tuning(make: Make, in_process: list[Job], study
     assert result(directory) == data
 
 
+def best_of_test(study_files: Path, **run: Any) -> dict[str, Any]:
+    """A base whose runs keep the best weights on the set test, which is evaluated after each step."""
+    return {
+        "student": {"model": str(study_files / "student"), "device": "cpu"},
+        "teacher": {"model": str(study_files / "teacher"), "device": "cpu"},
+        "data": {
+            "train": str(study_files / "train.jsonl"),
+            "eval": {"test": str(study_files / "test.jsonl")},
+        },
+        "rollout": {"prompts": 4, "max_new_tokens": 6},
+        "optim": {"steps": 4, "lr": 1e-7},
+        "eval": {"grader": "exact", "max_new_tokens": 1, "every": 1},
+        "run": {"save_every": 0, "trajectories_every": 0, "keep_best": "test", **run},
+    }
+
+
+def test_runs_that_stop_early_have_the_numbers_of_their_last_step(
+    make: Make, in_process: list[Job], study_files: Path
+) -> None:
+    evals = {"splits": [str(study_files / "test.jsonl")], "n": 2, "k": 2, "limit": 4, "every": 1}
+    path = make(base=best_of_test(study_files, stop_after=1), arms={"opd": {}}, seeds=1, evals=evals)
+    directory = run_study(path, quiet=True).directory
+    (row,) = result(directory)["rows"]
+    (shown,) = result(directory)["arms"]
+    lines = read_lines(directory / "runs" / "opd-seed0" / "eval.jsonl")
+    assert row["steps"] == shown["steps"] == lines[-1]["step"] == 2  # the second is no better than the first
+    assert row["evals"]["test"]["avg_at_k"] == lines[-1]["avg_at_k"]
+    assert any(
+        "opd-seed0 was stopped by run.stop_after at step 2 of 4" in n for n in result(directory)["notes"]
+    )
+    run_study(path, quiet=True)
+    assert len(in_process) == 1  # it is finished
+
+
+def test_pilots_and_tuning_of_runs_that_keep_their_best(
+    make: Make, in_process: list[Job], study_files: Path
+) -> None:
+    path = make(
+        base=best_of_test(study_files, stop_after=4),
+        arms={"opd": {}},
+        seeds=1,
+        budget={"updated_tokens": 60, "pilot_steps": 2},
+        tune={"lrs": [0.02, 0.002], "split": str(study_files / "held.jsonl"), "limit": 4},
+        evals={"splits": [str(study_files / "test.jsonl")], "n": 2, "k": 2, "limit": 4, "every": 1},
+    )
+    run_study(path, quiet=True)
+    kept = {j.stage: (j.config.run.keep_best, j.config.run.stop_after) for j in in_process}
+    assert kept == {"pilots": (None, 0), "tuning": (None, 0), "runs": ("test", 4)}
+
+
 def test_a_failed_run_leaves_the_others_results(
     make: Make, in_process: list[Job], capsys: pytest.CaptureFixture[str]
 ) -> None:

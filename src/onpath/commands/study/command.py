@@ -26,7 +26,7 @@ from onpath.commands.study.budget import per_step, steps_of
 from onpath.commands.study.config import StudyConfig, load_study
 from onpath.commands.study.jobs import Progress, locked, run_jobs, slots_for
 from onpath.commands.study.plan import Job
-from onpath.commands.study.results import gather, notes_of, tuned
+from onpath.commands.study.results import gather, notes_of, stopped, tuned
 from onpath.commands.study.tables import markdown
 from onpath.system.errors import UserError
 from onpath.system.files import remove_leftovers, write_text
@@ -125,7 +125,7 @@ def results(
             },
         },
         "environment": read_json(first.job.directory / "environment.json"),
-        "notes": notes_of(study, data, failed),
+        "notes": notes_of(study, data, failed) + stopped(jobs),
         **data,
     }
 

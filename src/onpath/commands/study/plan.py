@@ -16,6 +16,7 @@ from onpath.commands.study.config import StudyConfig, merged
 from onpath.config.build import Config
 from onpath.data.tasks import task_of
 from onpath.run.checkpoint import holds_model
+from onpath.run.log import read_lines
 from onpath.system.errors import UserError
 
 _BARE = {"start": False, "every": 0, "also_at": []}
@@ -48,8 +49,17 @@ class Job:
 
     @property
     def last_step(self) -> int:
-        """The step of the final evaluation."""
-        return self.config.optim.steps if self.trains else 0
+        """The step of the final evaluation: of a finished run that run.stop_after ended, its own last one."""
+        if not self.trains:
+            return 0
+        ended = self.config.run.stop_after and self.finished
+        done = read_lines(self.directory / "metrics.jsonl") if ended else []
+        return done[-1]["step"] if done else self.config.optim.steps
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether run.stop_after ended it before all its steps."""
+        return self.trains and self.last_step < self.config.optim.steps
 
     @property
     def finished(self) -> bool:
@@ -213,7 +223,9 @@ def stages(study: StudyConfig) -> list[list[Job]]:
 
 
 def _light(changes: dict[str, Any]) -> dict[str, Any]:
-    return {**changes, "run": {"save_every": 0, "trajectories_every": 0, "trackers": []}}
+    """With no best weights and no early stop either: both look at sets that these runs do not evaluate."""
+    run = {"save_every": 0, "trajectories_every": 0, "trackers": [], "keep_best": None, "stop_after": 0}
+    return {**changes, "run": run}
 
 
 def _job(

@@ -170,7 +170,7 @@ def _arm(
         "kind": study.arms[name].kind,
         "runs": len(mine),
         "seeds": [f.job.seed for f in mine if f.job.seed is not None],
-        "steps": mine[0].job.last_step,
+        "steps": max(f.job.last_step for f in mine),
         "lr": mine[0].job.config.optim.lr if mine[0].job.trains else None,
         "evals": evals,
         **{
@@ -255,6 +255,16 @@ def _tried(job: Job) -> dict[str, Any]:
         "avg_at_k": last["avg_at_k"] if last else None,
         "ci95": last["ci95"] if last else None,
     }
+
+
+def stopped(jobs: Sequence[tuple[Job, Job]]) -> list[str]:
+    """Runs that ended before their budget did, as sentences."""
+    return [
+        f"{job.name} was stopped by run.stop_after at step {job.last_step:,} of {job.config.optim.steps:,}: "
+        "its numbers are those of that step"
+        for job, _ in jobs
+        if job.stopped_early
+    ]
 
 
 def notes_of(study: StudyConfig, data: Mapping[str, Any], failed: Mapping[str, str]) -> list[str]:
