@@ -162,6 +162,8 @@ def test_what_is_said_is_stronger_than_the_run(run: Path, capsys: pytest.Capture
     found = json.loads(capsys.readouterr().out)["models"][str(run)]
     assert (found["problems"], found["n"], found["k"], found["split"]) == (3, 1, 1, "sums")
     assert found["mean_length"] <= 2
+    assert main(["eval", str(run), "--data", "sums", "--n", "1", "--k", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["models"][str(run)]["problems"] == 9  # its data.eval_limit
     assert main(["eval", str(run), "--against", str(run / "checkpoints" / "step_2")]) == 0
     assert "first − second" in capsys.readouterr().out
 

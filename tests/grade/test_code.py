@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 
 from onpath.commands.doctor import inputs as doctor
+from onpath.commands.eval import evaluate_model
 from onpath.config.build import Config
 from onpath.data.load import load_prompts
 from onpath.grade import sandbox
-from onpath.grade.code import CodeGrader, CodeTests, program_of
+from onpath.grade.code import CodeGrader, CodeTests, program_of, refuses
 from onpath.grade.graders import make_grader
 from onpath.grade.sandbox import Limits
 from onpath.records import Prompt
+from onpath.run.inputs import load_data
 from onpath.system.errors import UserError
 from onpath.training import train
 
@@ -201,6 +203,69 @@ def test_rows_bring_tests_in_the_forms_of_common_data_sets(tmp_path: Path, grade
         load_prompts(str(path))
     path.write_text('{"prompt": "x", "test_list": ["assert f(1)"]}')
     assert load_prompts(str(path), columns={"tests": "test_list"}).prompts[0].answer == "assert f(1)"
+
+
+UNUSABLE = "assert add(1, 2 == 3"
+
+
+def rows_of_programs(path: Path, *, bad: int, good: int = 4) -> str:
+    tests = ["assert f(1) == 1"] * good + [UNUSABLE] * bad
+    rows = [{"prompt": f"f of {i}", "tests": test} for i, test in enumerate(tests)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_a_row_whose_tests_cannot_be_used_is_a_bad_row(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    """Said with file and line before the first step, or left out and counted, of every set."""
+    train_file = rows_of_programs(tmp_path / "train.jsonl", bad=1)
+    test_file = rows_of_programs(tmp_path / "test.jsonl", bad=2, good=3)
+    options: dict[str, Any] = {
+        "data__train": train_file,
+        "data__eval": {"test": test_file},
+        "rollout__prompts": 2,
+        "eval__grader": "auto",
+    }
+    with pytest.raises(UserError, match=r"train.jsonl, line 5: eval.grader: code cannot use .*SyntaxError"):
+        load_data(tiny(**options))
+    clean = rows_of_programs(tmp_path / "clean.jsonl", bad=0)
+    with pytest.raises(UserError, match=r"test.jsonl, line 4: eval.grader: code cannot use the tests"):
+        load_data(tiny(**options | {"data__train": clean}))
+    left = load_data(tiny(**options, data__skip_bad=True))
+    assert (len(left.pool), left.skipped, left.skipped_evals) == (4, 1, {"test": 2})
+    assert len(load_data(tiny(**options | {"eval__grader": "exact"})).pool) == 5
+
+
+@pytest.mark.parametrize("tests", ['{"inputs": []}', '{"test": 5}', "f(", "12", "x = '\0'"])
+def test_what_is_no_test_is_known_without_a_program(tests: str) -> None:
+    assert refuses("code")(Prompt(id="0", text="?", answer=tests))
+    assert not refuses("exact")(Prompt(id="0", text="?", answer=tests))
+
+
+@pytest.mark.parametrize("tests", [PAIRS, CALLS, METHOD, COMPLETION, "assert f('\\d') == 1", CHECK])
+def test_what_is_a_test_is_let_through(tests: str) -> None:
+    assert refuses("auto")(Prompt(id="0", text="?", answer=tests, tests=True)) is None
+
+
+def test_problems_that_are_left_out_of_an_evaluation_are_told(
+    tiny: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = rows_of_programs(tmp_path / "test.jsonl", bad=2, good=3)
+    clean = rows_of_programs(tmp_path / "clean.jsonl", bad=0)
+    config = tiny(
+        data__train=clean,
+        data__eval={"test": file},
+        data__skip_bad=True,
+        eval__grader="auto",
+        rollout__prompts=2,
+        optim__steps=1,
+    )
+    run = train(config)
+    assert "2 bad rows of data.eval.test are left out" in capsys.readouterr().err
+    kept = json.loads((run.directory / "environment.json").read_text())
+    assert kept["skipped_eval_rows"] == {"test": 2}
+    found = evaluate_model(run.directory, n=1, k=1, max_new_tokens=2)
+    assert found.skipped == found.to_json()["skipped_rows"] == 2
+    assert doctor.read_evals(config, ())[1].status == "warning"
 
 
 def test_the_doctor_tries_solutions_in_place_of_answers(grader: CodeGrader) -> None:

@@ -18,6 +18,7 @@ from onpath.engines.hf import HFEngine
 from onpath.engines.models import pick_device, stop_ids
 from onpath.evaluate.scores import EvalResult, PairedDifference, compare, evaluate
 from onpath.grade.base import Grader
+from onpath.grade.code import refuses
 from onpath.grade.graders import grader_for
 from onpath.records import Prompt, Rollout, Sampling
 from onpath.run.evaluation import error_kind_of
@@ -42,10 +43,14 @@ class Evaluated:
     """Model → its numbers; the first is the model that was asked for."""
     difference: PairedDifference | None
     """The model minus the one that it was compared with."""
+    skipped: int = 0
+    """Bad rows of the data that were left out (data.skip_bad)."""
 
     def to_json(self) -> dict[str, Any]:
         """eval.json."""
         report: dict[str, Any] = {"models": {name: r.to_json() for name, r in self.results.items()}}
+        if self.skipped:
+            report["skipped_rows"] = self.skipped
         if self.difference is not None:
             report["paired_difference"] = {
                 "avg_at_k": self.difference.difference,
@@ -122,17 +127,19 @@ def evaluate_model(
     split, source = _problems(first, data)
     if limit is not None and limit < 1:
         raise UserError(f"--limit must be at least 1, not {limit}")
-    if limit is None and data is None:
+    if limit is None and (data is None or str(data) in first.config.data.eval):  # as the run asks
         limit = first.config.data.eval_limit
     with code.allowed(allow_code):
-        prompts = load_prompts(
+        loaded = load_prompts(
             source,
             limit=limit,
             skip_bad=first.config.data.skip_bad,
             split_default="test",
             columns=first.config.data.columns,
             all_columns=False,
-        ).prompts
+            refuses=refuses(grader or asked.grader),
+        )
+        prompts = loaded.prompts
         chosen = grader_for(grader or asked.grader, {source: prompts})
     if out is not None:
         make_directory(Path(out))
@@ -154,7 +161,7 @@ def evaluate_model(
             if out is not None:
                 write_parquet(Path(out) / f"samples_{index}.parquet", rows)
     difference = None if against is None else compare(results[str(model)], results[str(against)])
-    found = Evaluated(results=results, difference=difference)
+    found = Evaluated(results=results, difference=difference, skipped=loaded.skipped)
     if out is not None:
         write_text(Path(out) / "eval.json", json.dumps(found.to_json(), indent=1) + "\n")
     return found
@@ -298,6 +305,8 @@ def print_evaluated(console: Console, found: Evaluated) -> None:
             f"{row.finished:.1%}",
         )
     console.print(table)
+    if found.skipped:
+        console.print(f"{found.skipped:,} bad rows were left out (data.skip_bad)", highlight=False)
     for name, row in found.results.items():
         if row.first_errors:
             kinds = ", ".join(f"{kind} {share:.1%}" for kind, share in row.first_errors.items())

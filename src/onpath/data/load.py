@@ -11,7 +11,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -86,6 +86,7 @@ def load_prompts(
     columns: Mapping[Any, str] | None = None,
     all_columns: bool = True,
     teachers: Sequence[str] = (),
+    refuses: Callable[[Prompt], str | None] | None = None,
 ) -> LoadedPrompts:
     """Reads the prompts of a source.
 
@@ -102,6 +103,7 @@ def load_prompts(
         all_columns: whether each of them must be there; else our own names will do where one is not.
         teachers: names, of which each row must have one; the one called `default` has the rows that name
             none. Without them no row has a teacher.
+        refuses: why a prompt is a bad row after all; None: it is none.
 
     Raises:
         UserError: unreadable or empty source, missing column, or a bad row (with file, line and reason).
@@ -117,6 +119,8 @@ def load_prompts(
         try:
             found = _renamed(row.value, theirs, seen)
             prompt = _prompt(found, default_id=str(number), teachers=teachers)
+            if refuses is not None and (why := refuses(prompt)):
+                raise _BadRow(why)
             if prompt.id in places:
                 raise _BadRow(f"id {prompt.id!r} is also that of {places[prompt.id]}; ids must be unique")
         except _BadRow as reason:

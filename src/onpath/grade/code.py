@@ -1,8 +1,11 @@
 """`code`: the answer's program, against tests, in a process of its own that can do no harm (docs/code.md)."""
 
+import ast
+import builtins
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +14,7 @@ from onpath.data.thinking import answer_part
 from onpath.grade import sandbox
 from onpath.grade.base import Grader, Verdict
 from onpath.grade.sandbox import Limits, Outcome
+from onpath.records import Prompt
 from onpath.system.errors import UserError
 from onpath.system.reading import parse_json
 from onpath.system.text import one_line
@@ -76,6 +80,43 @@ class CodeTests:
             raise _unusable(answer, "with 'fn_name', a name, each of the inputs must be a list of arguments")
         calls = list(zip(inputs, outputs, strict=True))
         return cls(function={"calls": calls, "entry_point": name}, entry_point=name)
+
+
+def refuses(grader: str) -> Callable[[Prompt], str | None]:
+    """Why a prompt's tests cannot be used, where `eval.grader` will try programs with them: known when the
+    row is read, and not when its first program is graded."""
+
+    def of(prompt: Prompt) -> str | None:
+        if prompt.answer is None or not (grader == "code" or (grader == "auto" and prompt.tests)):
+            return None
+        try:
+            check_python(CodeTests.of(prompt.answer), prompt.answer)
+        except UserError as error:
+            return str(error)
+        return None
+
+    return of
+
+
+def check_python(tests: CodeTests, answer: str) -> None:
+    """Whether Python tests compile, and ask for something.
+
+    Raises:
+        UserError: they do not.
+    """
+    source = tests.function.get("tests")
+    if source is None:
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an invalid escape, say: it runs all the same
+            tree = ast.parse(source)
+            compile(source, "<tests>", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise _unusable(answer, f"{type(error).__name__}: {error}") from None
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    if not tests.entry_point and not names - set(dir(builtins)):
+        raise _unusable(answer, "they call nothing of the program's")
 
 
 def _lines(value: Any) -> str:

@@ -174,6 +174,10 @@ def warnings_of(config: Config, prompts: Prompts, renderer: Renderer, stops: Sto
         precision_warning(config),
         stops.warning(renderer.tokens),
         *config.method.warnings,
+        *(
+            f"{count} bad rows of data.eval.{name} are left out: its accuracies are over the others"
+            for name, count in prompts.skipped_evals.items()
+        ),
         leak_warning(prompts),
     ]
     return [warning for warning in found if warning]

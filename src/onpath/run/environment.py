@@ -31,6 +31,7 @@ def environment(parts: Parts) -> dict[str, Any]:
         "seeds": {"run": parts.config.run.seed, "eval": parts.config.eval.seed},
         "stops": parts.stops.to_json(),
         "skipped_rows": parts.prompts.skipped,
+        "skipped_eval_rows": dict(parts.prompts.skipped_evals),
         "grader": parts.text.grader.name,
     }
 

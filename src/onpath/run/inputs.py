@@ -1,7 +1,7 @@
 """The prompts of a run, read and checked before a model trains."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from onpath.engines.head import head_of
 from onpath.engines.models import context_length
 from onpath.engines.worlds import world_of
 from onpath.evaluate.scores import check
+from onpath.grade.code import refuses
 from onpath.records import Prompt
 from onpath.system import distributed
 from onpath.system.errors import UserError
@@ -36,6 +37,8 @@ class Prompts:
     evals: Evals
     skipped: int = 0
     """Bad rows left out (data.skip_bad)."""
+    skipped_evals: Mapping[str, int] = field(default_factory=dict)
+    """Likewise, by evaluation set; those with none are not in it."""
 
 
 def load_data(config: Config) -> Prompts:
@@ -55,7 +58,13 @@ def load_data(config: Config) -> Prompts:
                 f"prompt, but {len(lacking)} of {len(pool.prompts)} have none, the first with id "
                 f"{lacking[0]!r}"
             )
-    return Prompts(pool=pool.prompts, evals=load_evals(config), skipped=pool.skipped)
+    evals = load_evals(config)
+    return Prompts(
+        pool=pool.prompts,
+        evals={name: loaded.prompts for name, loaded in evals.items()},
+        skipped=pool.skipped,
+        skipped_evals={name: loaded.skipped for name, loaded in evals.items() if loaded.skipped},
+    )
 
 
 def by_source(data: Data, pool: Sequence[Prompt], evals: Evals) -> dict[str, list[Prompt]]:
@@ -86,6 +95,7 @@ def load_pool(config: Config) -> LoadedPrompts:
         skip_bad=data.skip_bad,
         columns=data.train_columns,
         teachers=tuple(config.teachers),
+        refuses=refuses(config.eval.grader),
     )
     used = {*config.method.asks_teachers, *(prompt.teacher for prompt in pool.prompts)}
     used |= {one for name, weights in config.mixtures.items() if name in used for one in weights}
@@ -97,7 +107,7 @@ def load_pool(config: Config) -> LoadedPrompts:
     return pool
 
 
-def load_evals(config: Config) -> dict[str, tuple[Prompt, ...]]:
+def load_evals(config: Config) -> dict[str, LoadedPrompts]:
     """The evaluation sets.
 
     Raises:
@@ -118,11 +128,12 @@ def load_evals(config: Config) -> dict[str, tuple[Prompt, ...]]:
             split_default="test",
             columns=data.columns,
             all_columns=False,
-        ).prompts
+            refuses=refuses(config.eval.grader),
+        )
         for name, source in data.eval.items()
     }
-    for name, prompts in evals.items():
-        check(prompts, n=config.eval.n, k=config.eval.k, split=name)
+    for name, loaded in evals.items():
+        check(loaded.prompts, n=config.eval.n, k=config.eval.k, split=name)
     return evals
 
 

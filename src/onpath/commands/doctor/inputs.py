@@ -46,7 +46,8 @@ def read_evals(config: Config, pool: Sequence[Prompt]) -> tuple[dict[str, tuple[
     Raises:
         UserError: unreadable, or without answers.
     """
-    evals = load_evals(config)
+    loaded = load_evals(config)
+    evals = {name: one.prompts for name, one in loaded.items()}
     leaked, problems = trained_on(pool, evals)
     values = {"problems": problems, "trained_on": leaked}
     if not problems:
@@ -55,6 +56,12 @@ def read_evals(config: Config, pool: Sequence[Prompt]) -> tuple[dict[str, tuple[
     if leaked:
         message = f"{leaked} of {problems} evaluation problems are also training prompts"
         advice = "take them out of one side, or do not call the result a test score"
+        return evals, Finding(name="evals", status="warning", message=message, advice=advice, values=values)
+    if bad := {name: one for name, one in loaded.items() if one.skipped}:
+        first = next(iter(bad.values()))
+        told = ", ".join(f"{one.skipped} of {name}" for name, one in bad.items())
+        message = f"{problems:,} evaluation problems; bad rows left out: {told}"
+        advice = f"mend them; the first is {first.reasons[0]}"
         return evals, Finding(name="evals", status="warning", message=message, advice=advice, values=values)
     message = f"{problems:,} evaluation problems, none of them trained on"
     return evals, Finding(name="evals", status="ok", message=message, values=values)
