@@ -12,8 +12,10 @@ from onpath.commands import demo_world
 from onpath.commands.cli import main
 from onpath.commands.demo import BEFORE, demo_study, forked, most_telling, repaired, table
 from onpath.commands.study.command import StudyConfig
+from onpath.commands.study.jobs import locked
 from onpath.commands.study.plan import Job, arm_config
 from onpath.run.trajectories import write_parquet
+from onpath.system.errors import UserError
 from tests.commands.report_data import WORDS
 
 ARMS = (BEFORE, "opd", "trd", "topd")
@@ -33,6 +35,22 @@ def smaller(study: StudyConfig) -> StudyConfig:
     return StudyConfig.model_validate(tree | {"arms": arms})
 
 
+def test_it_replaces_neither_another_study_nor_a_demo_at_work(tmp_path: Path) -> None:
+    study = demo_study(quick=True, directory=str(tmp_path))
+    kept = study.directory / "runs" / "kept.txt"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("mine")
+    (study.directory / "study.yaml").write_text("arms: {opd: {}}")
+    with pytest.raises(UserError, match="is not an earlier demo's"):
+        module.clear(study)
+    (study.directory / "study.yaml").write_text(study.model_dump_json())
+    with locked(study.directory), pytest.raises(UserError, match="is at work here"):
+        module.clear(study)
+    assert kept.read_text() == "mine"
+    module.clear(study)
+    assert [path.name for path in study.directory.iterdir()] == [".lock"]
+
+
 @pytest.mark.slow
 def test_three_methods_side_by_side_from_the_start(
     tmp_path: Path, in_process: list[Job], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -42,7 +60,8 @@ def test_three_methods_side_by_side_from_the_start(
         monkeypatch.setattr(module, name, lambda whole=whole, **options: smaller(whole(**options)))
     earlier = tmp_path / "demo" / "runs" / "opd-seed0"
     earlier.mkdir(parents=True)
-    (tmp_path / "demo" / "study.yaml").write_text("")
+    before = module.demo_study(quick=True, directory=str(tmp_path))
+    (tmp_path / "demo" / "study.yaml").write_text(before.model_dump_json())
     (earlier / "earlier.jsonl").write_text("of an earlier demo")
     assert main(["demo", "--quick", "--dir", str(tmp_path)]) == 0
     assert not list(tmp_path.rglob("earlier.jsonl"))

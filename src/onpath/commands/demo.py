@@ -22,12 +22,14 @@ from onpath.commands.inspect import show_row
 from onpath.commands.report.command import write_report
 from onpath.commands.report.text import cell, known_tokens
 from onpath.commands.study.command import StudyConfig, carry_out
+from onpath.commands.study.jobs import LOCK, locked
 from onpath.commands.study.tables import Sheet, measured, print_sheet, sentences
 from onpath.commands.terminal import coloured, legend
 from onpath.run.log import read_lines
 from onpath.run.trajectories import Row, read_rows, trajectory_files
 from onpath.system.errors import UserError
 from onpath.system.files import written
+from onpath.system.reading import read_yaml
 
 NAME = "demo"
 BEFORE = "before"
@@ -67,11 +69,7 @@ def demo(*, quick: bool = False, directory: str | Path = "runs") -> Demo:
     """
     begun = time.monotonic()
     study = demo_study(quick=quick, directory=str(directory))
-    if study.directory.exists() and not (study.directory / "study.yaml").is_file():
-        raise UserError(
-            f"{study.directory} is not an earlier demo's: move it away, or choose another directory"
-        )
-    shutil.rmtree(study.directory, ignore_errors=True)  # a demo starts anew each time
+    clear(study)
     command = "onpath demo --quick" if quick else "onpath demo"
     found = carry_out(study, command=command)
     found.check()
@@ -87,6 +85,34 @@ def demo(*, quick: bool = False, directory: str | Path = "runs") -> Demo:
         page=write_report(study.directory),
         seconds=time.monotonic() - begun,
     )
+
+
+def clear(study: StudyConfig) -> None:
+    """Removes what an earlier demo left: a demo starts anew each time.
+
+    Raises:
+        UserError: what is there is no demo's, or a demo is at work in it.
+    """
+    if not study.directory.exists():
+        return
+    if not _is_demo(study.directory):
+        raise UserError(
+            f"{study.directory} is not an earlier demo's: move it away, or choose another directory"
+        )
+    with locked(study.directory):
+        for path in study.directory.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != LOCK:  # whose file must stay the one that others wait for
+                path.unlink(missing_ok=True)
+
+
+def _is_demo(directory: Path) -> bool:
+    """Whether its study has the demo's arms: somebody's own study may be called demo."""
+    path = directory / "study.yaml"
+    found = read_yaml(path) if path.is_file() else None
+    arms = found.get("arms") if isinstance(found, dict) else None
+    return isinstance(arms, dict) and arms.keys() == ARMS.keys() and found.get("base_arm") == BEFORE
 
 
 def print_demo(console: Console, made: Demo) -> None:

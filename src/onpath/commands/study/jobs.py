@@ -25,6 +25,8 @@ from onpath.run.log import read_lines
 from onpath.system.errors import UserError
 from onpath.system.files import write_text
 
+LOCK = ".lock"
+"""In a study's directory."""
 _POLL = 0.1
 _REFRESH = 2.0
 
@@ -73,7 +75,7 @@ def locked(directory: Path) -> Iterator[int]:
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise UserError(f"dir: cannot write to {directory}: {error.strerror}") from None
     try:
