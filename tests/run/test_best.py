@@ -162,7 +162,15 @@ def test_what_cannot_be_compared_is_said(options: dict[str, Any], says: str, tin
 
 @pytest.mark.parametrize("rank", [0, 2], ids=["full", "lora"])
 def test_a_card_says_what_was_done_and_names_no_local_path(rank: int, tiny: Tiny, tmp_path: Path) -> None:
-    config = tiny(student__lora_rank=rank, student__lora_merge=bool(rank), eval__start=True)
+    template = tmp_path / "mine.jinja"
+    template.write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    config = tiny(
+        student__lora_rank=rank,
+        student__lora_merge=bool(rank),
+        eval__start=True,
+        teacher__cache=str(tmp_path / "scores"),
+        data__chat_template=str(template),
+    )
     result = train(config, quiet=True)
     for directory in (result.model, *([result.directory / "merged"] if rank else [])):
         text = (directory / "README.md").read_text()
@@ -177,3 +185,4 @@ def test_a_card_says_what_was_done_and_names_no_local_path(rank: int, tiny: Tiny
         assert f"lr: {config.optim.lr}" in body
         for private in (str(tmp_path), "/tmp", config.student.model, config.data.train, str(Path.cwd())):
             assert private not in text
+        assert "chat_template: mine.jinja" in body

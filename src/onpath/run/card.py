@@ -10,7 +10,15 @@ from onpath.system import code
 from onpath.system.text import yaml_text
 
 _PLACES = ("student.model", "teacher.model", "data.train", "eval.grader", "method.name", "method.divergence")
-_OURS_ALONE = ("student.device", "teacher.device", "teacher.url", "rollout.url", "run.name", "run.dir")
+_OURS_ALONE = (
+    "student.device",
+    "teacher.device",
+    "teacher.url",
+    "teacher.cache",
+    "rollout.url",
+    "run.name",
+    "run.dir",
+)
 """Options that say where it ran, not what was done."""
 
 
@@ -112,10 +120,12 @@ def _public_tree(config: Config) -> dict[str, Any]:
         tree[section].pop(key, None)
     for section in tree["teachers"].values():
         section["model"] = public(section["model"])
-        del section["device"], section["url"]
+        del section["device"], section["url"], section["cache"]
     for dotted in _PLACES:
         section, key = dotted.split(".")
         tree[section][key] = public(tree[section][key])
+    if (template := tree["data"]["chat_template"]) is not None:
+        tree["data"]["chat_template"] = Path(template).name
     tree["data"]["eval"] = {split: public(source) for split, source in tree["data"]["eval"].items()}
     tree["run"]["trackers"] = [public(name) for name in tree["run"]["trackers"]]
     tree["rollout"]["vllm"] = _without_paths(tree["rollout"]["vllm"])
