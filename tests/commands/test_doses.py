@@ -58,6 +58,14 @@ def loaded(path: Path) -> Doses:
     return found
 
 
+def test_bytes_in_a_study_of_levels_are_a_sentence(make: Make, tmp_path: Path) -> None:
+    path = make()
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("name:")]
+    path.write_text("\n".join([*lines, "seeds: !!binary aGVsbG8="]))
+    with pytest.raises(UserError, match="seeds"):
+        load_doses(path)
+
+
 def test_each_level_is_a_study_with_the_level_in_it(make: Make, tmp_path: Path) -> None:
     doses = loaded(make(arms={"opd": {}, "half": {"method": {"divergence": "jensen_shannon", "beta": 0.5}}}))
     assert list(doses.studies) == [0.001, 0.01]

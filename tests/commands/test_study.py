@@ -538,6 +538,9 @@ def verdicts(run: Path) -> dict[str, list[bool]]:
         ({"base": 3}, "base must be a mapping"),
         ({"base": {"optim": {"lr": -1}}}, "base: optim.lr is -1"),
         ({"base": "nowhere.yaml"}, "no such config file"),
+        ({"arms": {"opd": {"optim": 5}}, "budget": {"updates": 3}}, "arm opd: optim is 5"),
+        ({"arms": {"opd": {"optim": ["steps"]}}, "budget": {"updates": 3}}, "arm opd: optim is ['steps']"),
+        ({"evals": {"splits": ["gym:hard", "gym:hard?late=1"]}}, "gym:hard and gym:hard?late=1 would both"),
     ],
 )  # fmt: skip
 def test_refused_in_one_sentence(

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3ForCausalLM
 
 from onpath.commands.cli import main
-from onpath.config.build import Config, load
+from onpath.config.build import Config, build, load
 from onpath.records import Sampling
 from onpath.run.assemble import assemble
 from onpath.system.errors import UserError
@@ -355,6 +355,21 @@ def test_a_mistyped_command_line_is_one_sentence(
 def test_a_run_may_be_called_what_yaml_takes_for_a_truth_value(name: str) -> None:
     assert load(None, [("run.name", name)]).run.name == name
     assert load(None, [("eval.start", "off")]).eval.start is False
+
+
+@pytest.mark.parametrize(
+    ("sets", "also_at", "name"),
+    [
+        ({"test": "gym:test", "test_T0.6": "gym:hard"}, [0.6], "test_T0.6"),
+        ({"test_greedy": "gym:hard", "test": "gym:test"}, [0.0], "test_greedy"),
+        ({"test": "gym:test"}, [0.123456789, 0.1234567891], "test_T0.123457"),
+    ],
+)
+def test_two_evaluations_of_one_name_are_refused(
+    sets: dict[str, str], also_at: list[float], name: str
+) -> None:
+    with pytest.raises(UserError, match=f"two evaluations would be called {name}"):
+        build({"data": {"eval": sets}, "eval": {"also_at": also_at}})
 
 
 def test_no_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

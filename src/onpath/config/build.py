@@ -6,6 +6,7 @@ or an impossible pair raises `UserError` with one sentence.
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePath
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
@@ -141,12 +142,20 @@ class Config(Section):
                 f"eval.k is {self.eval.k}, but eval.n gives only {self.eval.n} samples per problem; raise "
                 f"eval.n or lower eval.k"
             )
+        also_at = self.eval.also_at
         best, splits = self.run.keep_best, ", ".join(self.data.eval) or "there are none"
         if best is not None and best not in self.data.eval:
             raise ValueError(f"run.keep_best is {best!r}; it must be a set of data.eval: {splits}")
         if self.run.stop_after and not (best and self.eval.every):
             raise ValueError(
                 "run.stop_after compares evaluations: set run.keep_best to one of data.eval, and eval.every"
+            )
+
+        names = [name for split in self.data.eval for name in (split, *map(partial(_also, split), also_at))]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(
+                f"two evaluations would be called {twice}, of data.eval and eval.also_at: name the set "
+                "otherwise, or leave a temperature out"
             )
 
     def _overlappable(self) -> None:
@@ -204,8 +213,8 @@ class Config(Section):
         for split in self.data.eval:
             found[split] = Evaluation(split, section.sampling(), section.n, section.k)
             for t in section.also_at:
-                n, name = (section.n, f"{split}_T{t:g}") if t else (1, f"{split}_greedy")
-                found[name] = Evaluation(split, section.at(t), n, min(section.k, n))
+                n = section.n if t else 1
+                found[_also(split, t)] = Evaluation(split, section.at(t), n, min(section.k, n))
         return found
 
     @property
@@ -394,6 +403,11 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         return yaml_text(self.model_dump(mode="json"))
+
+
+def _also(split: str, temperature: float) -> str:
+    """The name of a set that is also sampled at another temperature."""
+    return f"{split}_T{temperature:g}" if temperature else f"{split}_greedy"
 
 
 def teacher_key(name: str | None) -> str:

@@ -108,7 +108,16 @@ class Evals(Section):
     def _named(cls, value: Any) -> Any:
         if not isinstance(value, list):
             return value
-        return {split_name(str(s)): s for s in value}
+        named: dict[str, Any] = {}
+        for source in value:
+            name = split_name(str(source))
+            if name in named:
+                raise ValueError(
+                    f"{named[name]} and {source} would both be called {name}: give names, as in "
+                    f"{{{name}: {named[name]}, other: {source}}}"
+                )
+            named[name] = source
+        return named
 
 
 class Tune(Section):
@@ -212,7 +221,8 @@ class StudyConfig(Section):
             )
 
     def _check_arm(self, name: str) -> None:
-        arm, optim = self.arms[name], self.arms[name].overrides.get("optim") or {}
+        arm, given = self.arms[name], self.arms[name].overrides.get("optim")
+        optim = given if isinstance(given, Mapping) else {}  # what is none, the config's own check refuses
         if self.budget_of(name) and "steps" in optim:
             raise ValueError(f"arm {name} sets optim.steps, which the budget decides")
         if self.tune and "lr" in optim:

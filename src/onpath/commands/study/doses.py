@@ -68,7 +68,7 @@ def load_doses(path: str | Path) -> Doses | None:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in ("x", *first["loc"]))
         raise UserError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}") from None
-    if MARK not in json.dumps(tree):
+    if MARK not in json.dumps(tree, default=str):
         raise UserError(f"{path}: x is {axis.name}, but nothing says {MARK}: put it where the level belongs")
     directory = Path(tree.pop("dir", "studies")) / name
     studies = {
