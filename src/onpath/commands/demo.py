@@ -111,8 +111,9 @@ def _is_demo(directory: Path) -> bool:
     """Whether its study has the demo's arms: somebody's own study may be called demo."""
     path = directory / "study.yaml"
     found = read_yaml(path) if path.is_file() else None
-    arms = found.get("arms") if isinstance(found, dict) else None
-    return isinstance(arms, dict) and arms.keys() == ARMS.keys() and found.get("base_arm") == BEFORE
+    if not isinstance(found, dict) or not isinstance(found.get("arms"), dict):
+        return False
+    return found["arms"].keys() == ARMS.keys() and found.get("base_arm") == BEFORE
 
 
 def print_demo(console: Console, made: Demo) -> None:
