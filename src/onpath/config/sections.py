@@ -213,7 +213,7 @@ class RolloutSection(Served):
     after each step, in this process, or at rollout.url."""
     vllm: dict[str, Any] = Field({})
     """Arguments of vllm.LLM for an engine in this process, such as {gpu_memory_utilization: 0.4}."""
-    push: Annotated[Literal["weights", "adapter"], ROUNDING] = "weights"
+    push: Literal["weights", "adapter"] = "weights"
     """What a server at rollout.url is given after each step: all weights, adapters merged; or, with
     student.lora_rank, the adapter alone, which it must be allowed to load (docs/engines.md)."""
     prompts: int = Field(64, ge=1)
