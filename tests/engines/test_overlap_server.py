@@ -120,8 +120,8 @@ def test_a_restarted_server_gets_the_weights_of_the_last_push(tiny: Tiny, studen
     held = student.engine.model.state_dict()
     assert all(torch.equal(held[n], p) for n, p in pushed.items())
 
-    assert engine.weights is not None
-    kept = load_file(engine.weights / "model.safetensors")
+    assert engine.handover is not None
+    kept = load_file(engine.handover.where / "model.safetensors")
     assert all(torch.equal(kept[n], p) for n, p in pushed.items() if n in kept)
     student.takes_weights = False
     restarted(student)

@@ -316,8 +316,13 @@ class _Stored:
 
 def holds_model(path: Path) -> bool:
     """Whether a directory is a saved model: a config and weights are in it, and none of them is cut off."""
-    configs, weights = ("config.json", "adapter_config.json"), [*path.glob("*.safetensors")]
-    return any((path / name).is_file() for name in configs) and bool(weights) and all(map(_opens, weights))
+    return has_model(path) and all(map(_opens, path.glob("*.safetensors")))
+
+
+def has_model(path: Path) -> bool:
+    """Whether a directory has the files of a saved model, whole or not."""
+    configs = ("config.json", "adapter_config.json")
+    return any((path / name).is_file() for name in configs) and any(path.glob("*.safetensors"))
 
 
 def _opens(path: Path) -> bool:

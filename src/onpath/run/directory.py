@@ -503,7 +503,9 @@ _NAMED = 5
 _OF_A_START = ("environment.json", "refine.json")
 """Files of a run that was refused before its first step; another config writes its own."""
 _STARTS = "environment.jsonl"
-"""A line for each start: a directory that has it is a run's."""
+"""A line for each start."""
+_OF_RUNS = (_STARTS, "metrics.jsonl")
+"""A directory that has one is a run's."""
 _ASIDE = ("cache", "probes")
 """What `onpath inspect --probe` of a config leaves where its run will be."""
 _LAUNCHERS = (".log", ".out", ".err")
@@ -532,7 +534,7 @@ def _prepare(
             note = _begin(directory, config)
     except OSError as error:
         raise UserError(f"run.dir: cannot write to {directory}: {error.strerror or error}") from None
-    if (directory / _STARTS).is_file():
+    if any((directory / name).is_file() for name in _OF_RUNS):
         remove_leftovers(directory)
     if (clock := parts.text.renderer.clock) is not None:
         write_text(directory / CLOCK_FILE, clock.isoformat() + "\n")
@@ -546,12 +548,12 @@ def _prepare(
 
 def _foreign(directory: Path, config: Config) -> str | None:
     """The first file or directory that lay there before any run; None: nothing is in the way."""
-    if (directory / _STARTS).is_file():
+    if any((directory / name).is_file() for name in _OF_RUNS):
         return None
-    own = [*_ASIDE]
+    own = [*_ASIDE, CLOCK_FILE]  # a moment may be given
     path = directory / "config.yaml"
     if path.is_file() and path.read_text(encoding="utf-8", errors="replace") == config.to_yaml():
-        own += ["config.yaml", "environment.json", CLOCK_FILE]  # of a run that was killed while it started
+        own += ["config.yaml", "environment.json"]  # of a run that was killed while it started
     others = (p for p in sorted(directory.iterdir()) if p.name not in own and not p.name.startswith("."))
     return next((p.name for p in others if not (p.suffix in _LAUNCHERS and p.is_file())), None)
 

@@ -10,7 +10,7 @@ from onpath.commands.report.charts import Chart
 from onpath.commands.report.pack import pack_all
 from onpath.commands.report.text import known_tokens
 from onpath.data.tasks import task_of
-from onpath.run.checkpoint import holds_model
+from onpath.run.checkpoint import has_model
 from onpath.run.log import holes, read_lines
 from onpath.run.trajectories import Row, Stored, sample
 from onpath.system import reading
@@ -194,7 +194,7 @@ def notes(
     """What a reader must know before believing the page."""
     found = []
     steps = at(config, "optim.steps")
-    if not holds_model(directory / "model"):
+    if not has_model(directory / "model"):
         found.append(f"This run has not finished: {len(metrics):,} of {steps or '?'} steps are logged.")
     spoilt = holes(metrics)
     if spoilt:
@@ -223,7 +223,7 @@ def missing_steps(directory: Path, config: dict[str, Any], logged: int, stored: 
     every, steps = at(config, "run.trajectories_every"), at(config, "optim.steps")
     if not every:
         return []
-    end = logged if holds_model(directory / "model") else logged - 1
+    end = logged if has_model(directory / "model") else logged - 1
     due = [step for step in range(1, end + 1) if step in (1, steps) or step % every == 0]
     return sorted({*due} - {*stored.steps})
 
