@@ -393,3 +393,17 @@ def test_small_screens_can_read_the_page() -> None:
     what = re.findall(r"^\.list \.what \{(.*)\}", css, flags=re.M)[0]
     assert "nowrap" not in what
     assert re.search(r"@media \(max-height: 7\d\dpx\) \{ \.panel \{ position: static; \} \}", css)
+
+
+def test_a_greedy_set_is_in_no_curve_of_several_samples() -> None:
+    """It has one sample a problem: its pass@1 is no pass@4."""
+    from onpath.commands.report.run import learning
+
+    row = {"avg_at_k": 0.5, "ci95": [0.4, 0.6], "pass_at_k": 0.7, "pass_at_k_ci95": [0.6, 0.8]}
+    evals = [{**row, "step": s, "split": n, "k": k} for s in (1, 2) for n, k in (("greedy", 1), ("test", 4))]
+    metrics = [{"step": step, "accuracy": 0.5} for step in (1, 2)]
+    drawn = {
+        chart["title"]: [s["name"] for s in chart["series"]] for chart in learning(metrics, evals) if chart
+    }
+    assert drawn["pass@4"] == ["test"]
+    assert {"greedy", "test"} <= set(drawn["Accuracy"])

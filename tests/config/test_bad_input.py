@@ -141,6 +141,10 @@ CASES: dict[str, tuple[Break, str]] = {
     "not a mapping": (lambda c: setattr(c, "text", "- 1\n"), r"must be a mapping of sections"),
     "wrong section": (lambda c: c.data.update(optimizer={}), r"unknown key optimizer; did you mean optim\?"),
     "wrong key": (lambda c: c.set("optim.learning_rate", 1), r"unknown key optim\.learning_rate"),
+    "a dotted key in a file": (
+        lambda c: c.data.update({"optim.steps": 3}),
+        r"unknown key optim\.steps: in a file it is written optim: \{steps: …\}",
+    ),
     "misspelt key": (lambda c: c.overrides.extend(["--rollout.promts", "3"]), r"did you mean prompts\?"),
     "wrong type": (lambda c: c.set("optim.steps", "many"), r"optim\.steps is 'many'"),
     "out of range": (lambda c: c.set("optim.lr", -1), r"optim\.lr is -1: input should be greater than 0"),

@@ -76,6 +76,14 @@ def test_no_space_is_one_sentence(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
+def test_what_no_space_cures_is_said_otherwise(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        UserError, match=r"cannot write: .*; choose another place, or make this one writable$"
+    ):
+        write_text(tmp_path / "file" / "a.txt", "x")
+
+
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "taken").mkdir()

@@ -573,6 +573,9 @@ def _sentence(error: ValidationError, data: Mapping[str, Any]) -> str:
         case "extra_forbidden":
             beside = _keys_beside(loc, data)
             ours = options_called(loc[-1])
+            if key in ours:  # {"optim.steps": 3} at the top of a file
+                section, _, option = key.partition(".")
+                return f"unknown key {key}: in a file it is written {section}: {{{option}: …}}"
             found = f"here it is {' or '.join(ours)}" if ours else elsewhere.answer(key)
             return f"unknown key {key}; {found or nearest(loc[-1], beside)}"
         case "union_tag_invalid":

@@ -1,5 +1,6 @@
 """Files and directories that are there whole or not at all: written beside their place, then renamed."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -14,7 +15,7 @@ _MARK = ".tmp-"
 _BEFORE = ".before"
 """Ends the name of a directory that makes room for its successor: a process killed right then leaves it."""
 
-
+_NOT_OURS = (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS)
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095
 """Bytes; of all common file systems."""
 
@@ -142,6 +143,8 @@ def unwritable(path: Path, error: Exception, *, what: str = "") -> UserError:
     """The sentence for a disk that is full or not ours to write on."""
     reason = str(getattr(error, "strerror", None) or error).split("\n")[0]
     deed = f"cannot write {what}" if what else "cannot write"
+    if getattr(error, "errno", None) in _NOT_OURS:
+        return UserError(f"{path}: {deed}: {reason}; choose another place, or make this one writable")
     return UserError(f"{path}: {deed}: {reason}; free some space and start the same command again")
 
 

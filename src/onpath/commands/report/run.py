@@ -232,13 +232,13 @@ def learning(metrics: Sequence[Row], evals: Sequence[Row]) -> list[Chart | None]
     """Accuracy, divergence, entropy, gradients, length, seconds."""
     steps = [row["step"] for row in metrics]
     accuracy = [charts.series("rollouts, as trained", steps, [row.get("accuracy") for row in metrics])]
-    passes = []
+    passes, k = [], max((row["k"] for row in evals), default=1)
     for split in dict.fromkeys(row["split"] for row in evals):
         mine = [row for row in evals if row["split"] == split]
-        passes.append(evaluation(split, mine, "pass_at_k", "pass_at_k_ci95"))
+        if mine[0]["k"] == k:  # a greedy set has one sample
+            passes.append(evaluation(split, mine, "pass_at_k", "pass_at_k_ci95"))
         accuracy.append(evaluation(split, mine, "avg_at_k", "ci95"))
     stages = dict.fromkeys(stage for row in metrics for stage in row.get("seconds", {}))
-    k = evals[0]["k"] if evals else 1
     return [
         charts.lines("Accuracy", accuracy, unit="%", help="Share of right answers."),
         charts.lines(f"pass@{k}", passes, unit="%", help=f"At least one of {k} samples is right."),

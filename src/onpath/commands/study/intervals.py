@@ -84,7 +84,8 @@ def difference(differences_SP: NDArray[np.float64]) -> Estimate:
     if problems == 1:
         return Estimate(mean=mean, ci95=(-1.0, 1.0), over=over, p_value=1.0)
     half = _half_width(differences_SP, 0.05)
-    return Estimate(mean=mean, ci95=(mean - half, mean + half), over=over, p_value=p_value(differences_SP))
+    ends = max(-1.0, mean - half), min(1.0, mean + half)
+    return Estimate(mean=mean, ci95=ends, over=over, p_value=p_value(differences_SP))
 
 
 def p_value(differences_SP: NDArray[np.float64]) -> float:
