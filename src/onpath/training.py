@@ -41,7 +41,7 @@ from onpath.run.sampling import prepare, sample
 from onpath.run.trajectories import store_step, top_tokens
 from onpath.run.weights import shaped
 from onpath.system import distributed
-from onpath.system.draws import seed_torch
+from onpath.system.draws import request_seed
 from onpath.system.errors import UserError
 from onpath.system.signals import stop_requests
 
@@ -191,7 +191,8 @@ def accumulate(parts: Parts, meter: Meter, step: int) -> None:
     kept = [t for t in shared.prepared.trajectories if t.edit.kept] if shared.denominator else []
     models.student.train(models.dropout)
     if models.dropout:
-        seed_torch(parts.config.run.seed, f"step {step}/dropout/{distributed.rank()}")
+        key = f"step {step}/dropout/{distributed.rank()}"
+        torch.manual_seed(request_seed(parts.config.run.seed, key))  # of every device
     parts.guidance_ratio.begin(step, guided=shared.guided)
     micros = rounds(parts, shared.prepared, kept)
     models.teacher.expect(t for micro in micros for t in micro)

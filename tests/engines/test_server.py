@@ -21,12 +21,12 @@ from onpath.data.render import Renderer
 from onpath.engines.adapters import merged_weights
 from onpath.engines.hf import HFEngine
 from onpath.engines.server import ServerEngine
-from onpath.engines.vllm import request_seed
 from onpath.engines.weights import probe_ids, probe_logprobs, save_weights
 from onpath.engines.wire import Server
 from onpath.records import Sampling
 from onpath.run.assemble import assemble
 from onpath.run.log import read_lines
+from onpath.system.draws import request_seed
 from onpath.system.errors import UserError
 from onpath.training import sample, train
 from tests.conftest import make_model

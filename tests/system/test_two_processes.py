@@ -7,8 +7,8 @@ import pytest
 from safetensors.torch import load_file
 
 from onpath.config.build import Config
-from onpath.engines.vllm import request_seed
 from onpath.run.log import read_lines
+from onpath.system.draws import request_seed
 from onpath.training import train
 from tests.engines.test_server import fake_of, restarted
 from tests.forks import forked

@@ -4,7 +4,6 @@ in which a repaired trajectory wins (`demo_world.py`).
 Studies of one seed (`onpath.study`), their tables, trajectories, a picture and a page (`onpath.report`).
 """
 
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from onpath.commands.terminal import coloured, legend
 from onpath.run.log import read_lines
 from onpath.run.trajectories import Row, read_rows, trajectory_files
 from onpath.system.errors import UserError
-from onpath.system.files import written
+from onpath.system.files import remove_all_but, written
 from onpath.system.reading import read_yaml
 
 NAME = "demo"
@@ -100,11 +99,7 @@ def clear(study: StudyConfig) -> None:
             f"{study.directory} is not an earlier demo's: move it away, or choose another directory"
         )
     with locked(study.directory):
-        for path in study.directory.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            elif path.name != LOCK:  # whose file must stay the one that others wait for
-                path.unlink(missing_ok=True)
+        remove_all_but(study.directory / LOCK)  # the file that others wait for
 
 
 def _is_demo(directory: Path) -> bool:

@@ -427,11 +427,13 @@ def labelled(rewards: Any) -> Any:
 
 
 def check_labels(rewards: Mapping[str, Reward]) -> None:
-    """Raises:
-    ValueError: a reward's label would stand in the place of something else, where values are written.
+    """Looks at what rewards are called.
+
+    Raises:
+        ValueError: a label would stand in the place of something else, where values are written.
     """
+    taken = {"metrics.jsonl": OF_A_STEP | {"rollout_overlap"}, "trajectories/": OF_A_TRAJECTORY}
     for label in rewards:
-        taken = {"metrics.jsonl": OF_A_STEP | {"rollout_overlap"}, "trajectories/": OF_A_TRAJECTORY}
         where = next((file for file, names in taken.items() if label in names), None)
         if where is not None:
             raise ValueError(

@@ -15,9 +15,9 @@ from onpath.engines.decoding.drafts import Drafts
 from onpath.engines.host import Nonsense
 from onpath.engines.replay import Replay, address
 from onpath.engines.stops import string_end
-from onpath.engines.vllm import request_seed
 from onpath.engines.wire import Line, only_choice
 from onpath.records import Completion, Prompt, Sampling
+from onpath.system.draws import request_seed
 from onpath.system.errors import UserError
 
 _PATH = "/v1/chat/completions"

@@ -8,7 +8,6 @@ if the server was started with `--logprobs-mode processed_logprobs`, or at tempe
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -19,11 +18,12 @@ from onpath.engines.base import Engine, sampled
 from onpath.engines.handover import Handover
 from onpath.engines.host import Host, Nonsense
 from onpath.engines.stops import string_end
-from onpath.engines.vllm import checked_completion, request_seed
+from onpath.engines.vllm import checked_completion
 from onpath.engines.weights import Arrival, largest_gap, probe_ids, probe_logprobs
 from onpath.engines.wire import Questions, Server
 from onpath.records import Completion, Prompt, Rollout, Sampling
 from onpath.system import distributed
+from onpath.system.draws import request_seed
 from onpath.system.errors import UserError
 
 _ROUNDING = 1e-3  # by which a probability may exceed 1
@@ -170,8 +170,7 @@ class ServerEngine(Engine):
         self, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, k: int
     ) -> list[ServedScores]:
         """The k likeliest tokens at each position of the responses, and the responses' own."""
-        with closing(Questions(self.server)) as questions:
-            return [f.result() for f in self.begin_scores(questions, contexts, responses, k=k)]
+        return self.server.answers(lambda asked: self.begin_scores(asked, contexts, responses, k=k))
 
     def begin_scores(
         self,
@@ -239,9 +238,7 @@ class ServerEngine(Engine):
     def _renewed(self, host: Host, was_down: bool) -> bool:
         """Whether a server answered otherwise than right after the last push (it was started anew, say), and
         was given again what it was given last. Not the student's weights: they may be training."""
-        if (
-            not self._held or self.handover is None
-        ):  # nothing was given yet, and a teacher has nothing to lose
+        if not self._held or self.handover is None:  # nothing was given yet; a teacher has nothing to lose
             return False
         held = self._held.get(host)
         # One that was down has to prove more: old weights of a few small steps ago are nearly the new ones.

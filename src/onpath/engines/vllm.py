@@ -5,7 +5,6 @@ processes each has its own, on its own GPU, and none waits for another while it 
 GPU cannot hold is a server's (`rollout.url`).
 """
 
-import hashlib
 import math
 import os
 import sys
@@ -23,6 +22,7 @@ from onpath.engines.stops import string_end
 from onpath.engines.weights import Arrival, checkpoint_weights, largest_gap, probe_ids, probe_logprobs
 from onpath.records import Completion, Sampling
 from onpath.system import distributed
+from onpath.system.draws import request_seed
 from onpath.system.errors import UserError
 
 _NEVER = -1000.0  # vLLM's servers write -9999 for -inf
@@ -213,12 +213,6 @@ def checked_completion(
         logprobs=tuple(min(p, 0.0) for p in logprobs),
         finish_reason="stop" if stopped else "length",
     )
-
-
-def request_seed(seed: int, key: str) -> int:
-    """Of one request: a pure function of seed and key, in 63 bits."""
-    digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def _start(directory: str, dtype: str, context_length: int, options: Mapping[str, Any]) -> Any:

@@ -70,7 +70,8 @@ def described(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_checkpoint(model: nn.Module, key: str) -> None:
-    """
+    """Whether other engines can be given a model's weights.
+
     Raises:
         UserError: the weights cannot be given under a checkpoint's names; `key` names the model.
     """

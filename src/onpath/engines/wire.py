@@ -90,8 +90,12 @@ class Line:
             understand: takes a request's number and its answer; raises `Nonsense`.
             at: None: any server.
         """
+        return self.answers(lambda questions: questions.ask(path, bodies, understand), at=at)
+
+    def answers(self, ask: Callable[["Questions"], list[Future[T]]], *, at: Host | None = None) -> list[T]:
+        """Of what is asked together, all waited for; with the first failure the others are given up."""
         with closing(Questions(self, at=at)) as questions:
-            return [f.result() for f in questions.ask(path, bodies, understand)]
+            return [future.result() for future in ask(questions)]
 
     def each(self, what: Callable[[Host], T], *, among: Sequence[Host] | None = None) -> dict[Host, T]:
         """Of every server that is there, side by side; one of them is waited for."""
@@ -345,8 +349,7 @@ class Server(Line):
         Args:
             understand: takes a request's number and its only choice; raises `Nonsense`.
         """
-        with closing(Questions(self)) as questions:
-            return [f.result() for f in self.begin(questions, bodies, understand)]
+        return self.answers(lambda questions: self.begin(questions, bodies, understand))
 
     def begin(
         self,

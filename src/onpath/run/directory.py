@@ -138,9 +138,11 @@ class Run:
         if quiet or distributed.rank() > 0:
             return
         steps, last = self.parts.config.optim.steps, self.last_step
-        ended = f"at step {last} of {steps}, where run.stop_after ended it" if last < steps else ""
-        advice = "; with run.stop_after: 0 it goes on" if ended else ""
-        say(f"{self.directory} was finished before{', ' if ended else ''}{ended}: nothing is trained{advice}")
+        where, advice = "", ""
+        if last < steps:
+            where = f", at step {last} of {steps}, where run.stop_after ended it"
+            advice = "; with run.stop_after: 0 it goes on"
+        say(f"{self.directory} was finished before{where}: nothing is trained{advice}")
 
     def result(self, *, trained: bool) -> RunResult:
         """What there is now."""
@@ -534,7 +536,7 @@ def _prepare(
             note = _begin(directory, config)
     except OSError as error:
         raise UserError(f"run.dir: cannot write to {directory}: {error.strerror or error}") from None
-    if any((directory / name).is_file() for name in _OF_RUNS):
+    if _is_a_runs(directory):
         remove_leftovers(directory)
     if (clock := parts.text.renderer.clock) is not None:
         write_text(directory / CLOCK_FILE, clock.isoformat() + "\n")
@@ -546,9 +548,13 @@ def _prepare(
     return found, note
 
 
+def _is_a_runs(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in _OF_RUNS)
+
+
 def _foreign(directory: Path, config: Config) -> str | None:
     """The first file or directory that lay there before any run; None: nothing is in the way."""
-    if any((directory / name).is_file() for name in _OF_RUNS):
+    if _is_a_runs(directory):
         return None
     own = [*_ASIDE, CLOCK_FILE]  # a moment may be given
     path = directory / "config.yaml"

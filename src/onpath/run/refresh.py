@@ -218,11 +218,10 @@ class Refreshed:
         """Those of a step (of this process). If a phase begins with it, all of the phase are made first."""
         phase, self.overlap = self.phase or Phase.running(self.root, step), None
         asked, steps = self._prompts(step), self.config.optim.steps
-        # One that an earlier process has begun with this step may have to be longer than it was then.
-        begins = phase is None or (step == phase.first and phase is not self.phase)
         if (
             phase is None
-            or begins
+            # One that an earlier process has begun with this step may have to be longer than it was then.
+            or (step == phase.first and phase is not self.phase)
             or self._is_over(phase, asked, step)
             or self._has_moved(phase, asked, step)
         ):

@@ -249,12 +249,8 @@ def total(values: Iterable[float], device: torch.device | None = None) -> list[f
 
 
 def total_by_name(values: Mapping[str, float], device: torch.device) -> dict[str, float]:
-    """Each value summed over all ranks, 0 where a rank has none of its name; the first rank's names first."""
-    names = list(values)
-    if world() > 1:
-        parts: list[list[str]] = [[] for _ in range(world())]
-        dist.all_gather_object(parts, names)
-        names = list(dict.fromkeys(name for part in parts for name in part))
+    """Each value summed over all ranks, 0 where a rank has none of its name."""
+    names = list(dict.fromkeys(gather(list(values))))
     return dict(zip(names, total([values.get(name, 0.0) for name in names], device), strict=True))
 
 

@@ -3,7 +3,6 @@
 import hashlib
 
 import numpy as np
-import torch
 
 
 def noise(seed: int, key: str, length: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
@@ -12,7 +11,7 @@ def noise(seed: int, key: str, length: int) -> np.ndarray[tuple[int], np.dtype[n
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little"))).random(length)
 
 
-def seed_torch(seed: int, key: str) -> None:
-    """Makes torch's own draws from here on, on every device, a function of seed and key: those of dropout."""
+def request_seed(seed: int, key: str) -> int:
+    """For a generator that is not ours, of one request: a pure function of seed and key, in 63 bits."""
     digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+    return int.from_bytes(digest, "little") >> 1
