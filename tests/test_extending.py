@@ -20,6 +20,7 @@ from onpath.commands.cli import main
 from onpath.config import Config, build, load
 from onpath.config.sections import OF_A_STEP, OF_A_TRAJECTORY
 from onpath.methods import Method, MethodOptions, Prepared, own_response
+from onpath.run.contents import differing
 from onpath.system import code
 from onpath.system.errors import UserError
 
@@ -32,9 +33,19 @@ Tiny = Callable[..., Config]
 def _nothing_is_allowed_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test is a process of its own: nothing may run, and nothing was loaded."""
     monkeypatch.setattr(code, "_process_wide", False)
+    nothing_was_loaded(monkeypatch)
+
+
+def nothing_was_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in another process."""
     monkeypatch.setattr(code, "_loaded", {})
     for name in [name for name in sys.modules if name.startswith("onpath_own_")]:
         monkeypatch.delitem(sys.modules, name)
+
+
+def with_another_source(text: str) -> str:
+    """An example whose functions do the same by other words."""
+    return re.sub(r"^( +)return ", r"\1assert True\n\1return ", text, flags=re.M)
 
 
 @pytest.fixture
@@ -164,7 +175,9 @@ def test_a_method_with_two_writers(tiny: Tiny, outside: Path, capsys: pytest.Cap
     assert "written by teacher 0" in capsys.readouterr().out
 
 
-def test_a_method_in_a_study(tiny: Tiny, outside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_method_in_a_study(
+    tiny: Tiny, outside: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In processes of their own, as `onpath study` starts them."""
     base = yaml.safe_load(tiny(eval__start=False).to_yaml())
     del base["rewards"]
@@ -182,6 +195,11 @@ def test_a_method_in_a_study(tiny: Tiny, outside: Path, capsys: pytest.CaptureFi
     found = json.loads((outside / "studies" / "strangers" / "study.json").read_text())
     assert {arm["arm"] for arm in found["arms"]} == {"opd", "longer"}
     assert main(["report", str(outside / "studies" / "strangers")]) == 0
+    capsys.readouterr()
+    Path("longer.py").write_text(with_another_source(Path("longer.py").read_text()))
+    nothing_was_loaded(monkeypatch)
+    assert main(["study", "study.yaml", "--allow-code", "--quiet"]) == 2
+    assert "longer.py:Longer has changed since the study in" in capsys.readouterr().err
 
 
 def test_objects_instead_of_names(tiny: Tiny, outside: Path) -> None:
@@ -575,3 +593,50 @@ def test_paths_are_text(tiny: Tiny, outside: Path, capsys: pytest.CaptureFixture
     path = config_of(tiny, "longer.yaml", outside)
     assert main(["config", str(path), "--allow-code", "--options"]) == 0
     assert '"a/b"' in capsys.readouterr().out
+
+
+CODE = {
+    "longer": "method.name",
+    "hellinger": "method.divergence",
+    "lastword": "eval.grader",
+    "brevity": "rewards.brevity.name",
+}
+
+
+@pytest.mark.parametrize("example", CODE)
+def test_a_run_does_not_go_on_with_other_code_unasked(
+    example: str,
+    tiny: Tiny,
+    outside: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = config_of(tiny, f"{example}.yaml", outside, optim__steps=2, run__save_every=1)
+    command = ["train", str(path), "--quiet", "--allow-code"]
+    python, run = outside / f"{example}.py", Path(load(path, allow_code=True).run.dir) / example
+
+    def as_another_process(text: str) -> int:
+        python.write_text(text)
+        nothing_was_loaded(monkeypatch)
+        shutil.rmtree(run / "model", ignore_errors=True)  # as if it had been killed before its end
+        return main(command)
+
+    text = python.read_text()
+    assert as_another_process(text) == 0
+    assert as_another_process(f"{text}\n\n# A remark.\nUNUSED = 1\n") == 0, "nothing that it uses"
+    capsys.readouterr()
+    changed = with_another_source(text)
+    assert as_another_process(changed) == 2
+    key = CODE[example]
+    assert f"begun with another content of {key} than" in capsys.readouterr().err
+    command.append("--resume-with-changes")
+    assert as_another_process(changed) == 0
+    (line,) = [json.loads(row) for row in (run / "changes.jsonl").read_text().splitlines()]
+    assert (line["key"], line["rule"]) == (key, "asked")
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_digest_of_code() -> None:
+    now = {"data.train": "1", "eval.grader": "2"}
+    assert differing({"data.train": "1"}, now) == []
+    assert differing({"data.train": "1", "eval.grader": "3"}, now) == ["eval.grader"]
+    assert differing({"eval.grader": "2"}, now) == ["data.train"]

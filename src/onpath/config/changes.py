@@ -11,6 +11,7 @@ from typing import Any, Literal
 from onpath.config.build import Config, teacher_key
 from onpath.config.section import OnResume, Section
 from onpath.data.tasks import task_of
+from onpath.system import code
 
 Rule = Literal["neutral", "rounding", "longer", "asked"]
 
@@ -56,6 +57,17 @@ def changes(before: Mapping[str, Any], after: Config) -> list[Change]:
         rule: Rule = "asked" if how is None or shrinks else how
         found.append(Change(key=key, before=was, after=is_now, rule=rule))
     return found
+
+
+def own_code(config: Config) -> dict[str, str]:
+    """Option → the own code that it names, if that decides numbers: a tracker does not."""
+    named: dict[str, Any] = {
+        "method.name": config.method.name,
+        "method.divergence": getattr(config.method, "divergence", None),
+        "eval.grader": config.eval.grader,
+        **{f"rewards.{label}.name": reward.name for label, reward in config.rewards.items()},
+    }
+    return {key: name for key, name in named.items() if code.is_own(name)}
 
 
 def _sections(tree: Mapping[str, Any]) -> dict[str, Any]:

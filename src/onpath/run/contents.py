@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 
 import torch
@@ -10,10 +10,15 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from onpath.config.build import teacher_key
+from onpath.config.changes import own_code
 from onpath.engines.score_cache import weights_digest
 from onpath.engines.sharding import digest_weights
 from onpath.records import Prompt
 from onpath.run.parts import Parts
+from onpath.system import code
+
+_OF_CODE = ("method", "eval", "rewards")
+"""Sections whose options name own code."""
 
 
 def digests(parts: Parts) -> dict[str, str]:
@@ -33,7 +38,19 @@ def digests(parts: Parts) -> dict[str, str]:
     for name in models.teacher.names if not config.method.self_taught else ():
         if (model := models.teacher.of(name).model) is not None:
             found[f"{teacher_key(name)}.model"] = weights_digest(model)
-    return found
+    known = {key: code.digest(name) for key, name in own_code(config).items()}
+    return found | {key: digest for key, digest in known.items() if digest is not None}
+
+
+def differing(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Options whose content is another; none where nobody knows what it was.
+
+    Args:
+        before: digests; those of own code may lack, as earlier versions kept none.
+    """
+    both = {*before} & {*now}
+    named = {key for key in {*before, *now} if key.partition(".")[0] not in _OF_CODE or key in both}
+    return sorted(key for key in named if before and before.get(key) != now.get(key))
 
 
 def of_prompts(prompts: Sequence[Prompt]) -> str:

@@ -24,7 +24,7 @@ from onpath.engines.sharding import give_back
 from onpath.evaluate.scores import EvalResult
 from onpath.run import checkpoint
 from onpath.run.card import model_card
-from onpath.run.contents import digests
+from onpath.run.contents import differing, digests
 from onpath.run.environment import environment
 from onpath.run.inputs import CLOCK_FILE
 from onpath.run.log import (
@@ -220,7 +220,7 @@ class Run:
         refreshed = self.parts.refreshed
         kept = {} if refreshed is None else refreshed.made_of()
         inputs = inputs or kept  # before the first checkpoint there may be rollouts already
-        others = _others(inputs, self.inputs)
+        others = differing(inputs, self.inputs)
         if others and not self.with_changes:
             raise UserError(
                 f"{self.directory} was begun with another content of {' and '.join(others)} than "
@@ -230,7 +230,7 @@ class Run:
         # Nothing is refused from here on.
         self.departs = bool(others) or any(change.rule in ("asked", "longer") for change in self.changes)
         if refreshed is not None:
-            self._keep_phases(refreshed, done, moved=bool(_others(kept or inputs, self.inputs)))
+            self._keep_phases(refreshed, done, moved=bool(differing(kept or inputs, self.inputs)))
         if self.reopened:
             _set_aside(self.directory, self.last_step)
         found = [vars(change) for change in self.changes]
@@ -637,11 +637,6 @@ def _note(change: Change, config: Config, done: int) -> str:
         f"{text}; optim.schedule {config.optim.schedule} is stretched over all of them: the learning rate "
         f"goes from {config.optim.lr * rate(last, shorter):.3g} to {config.optim.lr * rate(done, config):.3g}"
     )
-
-
-def _others(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Options whose content is another; none where nobody knows what it was."""
-    return sorted(k for k in {*before, *now} if before and before.get(k) != now.get(k))
 
 
 def _named(config: Config, key: str) -> str:

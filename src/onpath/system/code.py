@@ -5,15 +5,18 @@ after `allow()` (the command line's `--allow-code`), within `allowed()` (the Pyt
 or if this process has loaded it already.
 """
 
+import ast
 import hashlib
 import importlib.util
 import inspect
 import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -144,6 +147,55 @@ def load(name: str, *, key: str) -> Any:
             f"{key}: {found['file']} has no {found['name']}; it defines {', '.join(known) or 'nothing'}"
         )
     return _loaded.setdefault(name, getattr(module, found["name"]))
+
+
+def digest(name: str) -> str | None:
+    """Digest of what a loaded object does, as far as its file says: its own source, and that of what it names
+    of the same file; numbers and text likewise. What it imports is not looked at.
+
+    Returns:
+        None: it has no source, as what was typed at a prompt.
+    """
+    pieces: dict[str, str] = {}
+    try:
+        _collect(_loaded[name], pieces)
+    except (OSError, TypeError, SyntaxError):
+        return None
+    told = "\0".join(pieces[label] for label in sorted(pieces))
+    return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
+
+
+def _collect(value: Any, pieces: dict[str, str]) -> None:
+    """Adds the source of an object, and of what it names in its module."""
+    if isinstance(value, partial):
+        value = value.func
+    made = value if isinstance(value, type) or inspect.isroutine(value) else type(value)
+    if made.__qualname__ in pieces:
+        return
+    source = textwrap.dedent(inspect.getsource(made))
+    pieces[made.__qualname__] = source
+    module = vars(sys.modules.get(made.__module__, object))
+    for named in _names(source):
+        other = module.get(named)
+        if _is_constant(other):
+            pieces[f"{named} ="] = repr(other)
+        elif getattr(other, "__module__", None) == made.__module__:
+            _collect(other, pieces)
+
+
+def _is_constant(value: Any) -> bool:
+    """Numbers and text, also in tuples: what nothing fills while a process runs, as it does a list."""
+    return isinstance(value, int | float | str) or (
+        isinstance(value, tuple) and all(map(_is_constant, value))
+    )
+
+
+def _names(source: str) -> set[str]:
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:  # a lambda within a call: its line is no statement
+        return set(re.findall(r"[A-Za-z_]\w*", source))
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
 
 
 def _module(path: Path, key: str) -> ModuleType:

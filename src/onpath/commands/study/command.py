@@ -131,8 +131,8 @@ def results(
 
 
 def _claim(study: StudyConfig) -> None:
-    """Writes the resolved study, and refuses to go on where a data file has changed since it began."""
-    path, now = study.directory / "sources.json", plan.data_digests(study)
+    """Writes the resolved study, and refuses to go on where a data file or own code is not as it began."""
+    path, now = study.directory / "sources.json", plan.digests(study)
     before = read_json(path, keys={}) if path.is_file() else {}
     for source, digest in now.items():
         if before.get(source, digest) != digest:

@@ -14,9 +14,11 @@ from typing import Any
 from onpath import config as configuration
 from onpath.commands.study.config import StudyConfig, merged
 from onpath.config.build import Config
+from onpath.config.changes import own_code
 from onpath.data.tasks import task_of
 from onpath.run.checkpoint import holds_model
 from onpath.run.log import read_lines
+from onpath.system import code
 from onpath.system.errors import UserError
 
 _BARE = {"start": False, "every": 0, "also_at": []}
@@ -282,13 +284,17 @@ def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[tu
                 yield f"{section}.{key}", mine.get(key), other.get(key)
 
 
-def data_digests(study: StudyConfig) -> dict[str, str]:
-    """Source → SHA-256 of each data file, so that a study is not continued on a file that has changed."""
+def digests(study: StudyConfig) -> dict[str, str]:
+    """Source → digest of each data file, and name → digest of each arm's own code, so that a study is not
+    continued on what has changed."""
     base = arm_config(study, study.base_arm)
     sources = [base.data.train, *base.data.eval.values(), *([study.tune.split] if study.tune else [])]
     files = {source: Path(source).expanduser() for source in sources}
-    return {
+    found = {
         source: hashlib.sha256(path.read_bytes()).hexdigest()
         for source, path in files.items()
         if path.is_file()
     }
+    own = {name for arm in study.arms for name in own_code(arm_config(study, arm)).values()}
+    known = {name: code.digest(name) for name in sorted(own)}
+    return found | {name: digest for name, digest in known.items() if digest is not None}
