@@ -21,7 +21,7 @@ from onpath.engines.decoding.drafts import Drafts
 from onpath.engines.head import evaluating, head_of, hidden_states, unwrapped
 from onpath.engines.models import context_length
 from onpath.engines.teacher import Teacher
-from onpath.losses import Head, StatsRequest, TeacherHidden, TeacherScores, TokenStats, token_stats
+from onpath.losses import Head, Objective, StatsRequest, TeacherHidden, TeacherScores, TokenStats, token_stats
 from onpath.records import Trajectory
 
 Key = tuple[str | None, tuple[int, ...], tuple[int, ...]]
@@ -51,6 +51,8 @@ class Models:
 
     keeps_graphs: bool = True
     """Whether the student's weights stay in their place from `prepare` to the loss."""
+    ends: tuple[int, ...] = ()
+    """Ids that are one outcome to every statistic, as they are to the loss (`Objective.ends`)."""
 
     @property
     def student_context_length(self) -> int:
@@ -296,11 +298,13 @@ def _stats(
     models: Models, batch: Batch, student_NH: Tensor, scores: TeacherScores | None, request: StatsRequest
 ) -> TokenStats:
     head = models.head
+    one_end = Objective(kind="reverse_kl", ends=models.ends) if models.ends and scores is not None else None
     with models.autocast():  # as the loss
         return token_stats(
             student_hidden=student_NH,
             student_head=head,
             teacher=scores,
+            objective=one_end,
             sampled_ids=batch.token_N,
             stats=request,
         )

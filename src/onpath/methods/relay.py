@@ -61,6 +61,8 @@ class Relay(Method):
         options = self.options
         if options.trigger != "log_ratio" or options.hold or options.control != "none":
             return None
+        if self.tools.models.ends:  # the windows compare tokens
+            return None
         keys = [f"{when}/{m.y.key}/relay" for m in some]
         return relayed_on(some, self.tools, cost, keys, delta=options.delta, most=most)
 

@@ -108,6 +108,7 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
         bf16=config.optim.bf16,
         dropout=config.student.dropout,
         keeps_graphs=not shards or config.parallel.shard == "step",
+        ends=objective.ends,
     )
     own = own_engine(config, student, renderer, stops, vocabulary)
     writer = teacher_engine(config, teacher, own, make_replay(config))
