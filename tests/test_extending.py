@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 
 import onpath
@@ -561,22 +562,33 @@ def test_a_divergence_that_is_wrong_is_one_sentence(
     assert re.search(expected, capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("part", ["weights", "advantages"])
-def test_weights_of_a_method_that_are_no_numbers_are_said(part: str, value: float, tiny: Tiny) -> None:
-    class Weighing(Method):
+@pytest.mark.parametrize(
+    ("part", "value", "expected"),
+    [
+        ("weights", float("nan"), r"weights that are not finite \(nan\)"),
+        ("advantages", float("inf"), r"advantages that are not finite \(inf\)"),
+        ("weights", torch.tensor(1.0), "weights that are no plain numbers but Tensor"),
+        ("advantages", 1.0, "advantages, which method.divergence: sampled alone reads"),
+        ("response", 48, "a response with ids that are not within the 48 of both models"),
+        ("response", -1, "a response with ids that are not within the 48 of both models"),
+    ],
+)
+def test_what_a_method_gives_for_tokens_is_looked_at(
+    part: str, value: Any, expected: str, tiny: Tiny
+) -> None:
+    class Giving(Method):
         class Options(MethodOptions):
             """None."""
 
         def prepare(self, rollouts: Any, *, step: int) -> Prepared:
-            given = [{part: (*[1.0] * (len(r.ids) - 1), value)} for r in rollouts]
-            made = [replace(own_response(r), **g) for r, g in zip(rollouts, given, strict=True)]
-            return Prepared(trajectories=made)
+            rows = [own_response(r) for r in rollouts]
+            before = {"response": 5}.get(part, 1.0)
+            return Prepared(
+                trajectories=[replace(t, **{part: (*[before] * (len(t.response) - 1), value)}) for t in rows]
+            )
 
-    with pytest.raises(
-        UserError, match=rf"Weighing: trajectory 0 has {part} that are not finite \({value}\)"
-    ):
-        onpath.train(tiny(eval__start=False), method=Weighing, quiet=True)
+    with pytest.raises(UserError, match=f"Giving: trajectory 0 has {expected}"):
+        onpath.train(tiny(eval__start=False), method=Giving, quiet=True)
 
 
 def test_paths_are_text(tiny: Tiny, outside: Path, capsys: pytest.CaptureFixture[str]) -> None:

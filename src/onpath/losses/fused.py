@@ -147,6 +147,8 @@ def _check(inputs: engine.Inputs, objective: Objective) -> None:
         raise ValueError(f"{objective.name} needs a teacher")
     if not objective.is_divergence and inputs.sampled_ids is None:
         raise ValueError(f"{objective.name} needs sampled_ids, the response's tokens")
+    if inputs.advantage is not None and objective.kind != "sampled":
+        raise ValueError(f"advantage is of kind sampled; {objective.name} would not read it")
     if objective.ppo_clip is not None and inputs.behaviour_logp is None:
         raise ValueError(
             "ppo_clip compares with the policy that drew the tokens: without behaviour_logp it never clips"

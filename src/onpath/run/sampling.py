@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from numbers import Real
 
 from onpath.config.sections import OF_A_STEP
 from onpath.data.load import prompts_of_step
@@ -68,7 +69,12 @@ def prepare(parts: Parts, rollouts: list[Rollout], step: int) -> Prepared:
     else:
         made = parts.method.prepare(rollouts, step=step)
     check_names(made, parts.config.rewards, of=parts.config.method.name)
-    check_weights(made, of=parts.config.method.name)
+    check_tokens(
+        made,
+        of=parts.config.method.name,
+        vocabulary=parts.models.vocabulary,
+        sampled=parts.objective.kind == "sampled",
+    )
     return made
 
 
@@ -91,16 +97,30 @@ def check_names(prepared: Prepared, rewards: Collection[str], *, of: str) -> Non
         taken |= dict.fromkeys(names, f"Prepared.{part} has")
 
 
-def check_weights(prepared: Prepared, *, of: str) -> None:
-    """Of the numbers per token that a method gives none may be NaN or infinite.
+def check_tokens(prepared: Prepared, *, of: str, vocabulary: int, sampled: bool) -> None:
+    """What a method gives for each token: ids that both models know, numbers that are numbers, and no
+    advantages that nothing reads.
+
+    Args:
+        vocabulary: number of ids that the models share.
+        sampled: whether the divergence is that of the sampled token.
 
     Raises:
-        UserError: one is.
+        UserError: one is not so.
     """
     for place, t in enumerate(prepared.trajectories):
+        if not t.edit.kept:
+            continue
+        where = f"method.name {of}: trajectory {place} has"
         for part, given in (("weights", t.weights), ("advantages", t.advantages)):
-            wrong = [x for x in given or () if not math.isfinite(x)]
-            if wrong and t.edit.kept:
-                raise UserError(
-                    f"method.name {of}: trajectory {place} has {part} that are not finite ({wrong[0]})"
-                )
+            for x in given or ():
+                if not isinstance(x, Real):
+                    raise UserError(f"{where} {part} that are no plain numbers but {type(x).__name__}")
+                if not math.isfinite(x):
+                    raise UserError(f"{where} {part} that are not finite ({x})")
+        if t.advantages is not None and not sampled:
+            raise UserError(f"{where} advantages, which method.divergence: sampled alone reads")
+        if t.response and not 0 <= min(t.response) <= max(t.response) < vocabulary:
+            raise UserError(
+                f"{where} a response with ids that are not within the {vocabulary} of both models"
+            )
