@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from onpath import training
 from onpath.commands.cli import main
 from onpath.config.build import Config
 from onpath.config.sections import RolloutSection
@@ -382,6 +385,29 @@ def test_a_server_that_restarts_in_the_middle_of_a_run_changes_nothing(
         thread.join()
     calm, rough = (read_lines(r.directory / "metrics.jsonl") for r in (expected, found))
     assert [r["loss"] for r in rough] == [r["loss"] for r in calm]
+
+
+def test_asked_to_stop_it_does_not_wait_for_a_server_that_is_away(
+    tiny: Tiny, teacher: FakeVLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = served(tiny, teacher, optim__steps=4, run__save_every=1, teacher__patience=300.0)
+    real = training.one_step
+
+    def hit(parts: Any, optimizer: Any, step: int) -> Any:
+        if step == 2:
+            teacher.stop()
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return real(parts, optimizer, step)
+
+    begun = time.monotonic()
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "one_step", hit)
+        with pytest.raises(UserError, match=r"SIGTERM while .* gave no answer"):
+            train(config, quiet=True)
+    assert time.monotonic() - begun < 60
+    teacher.start()
+    result = train(config, quiet=True)
+    assert [r["step"] for r in read_lines(result.directory / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
 def test_a_run_whose_teacher_died_goes_on_where_it_was(tiny: Tiny, teacher: FakeVLLM) -> None:

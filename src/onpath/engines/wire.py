@@ -22,10 +22,12 @@ import httpx
 from onpath.config.sections import Served
 from onpath.engines.host import Busy, Down, Host, Nonsense
 from onpath.system.errors import UserError, say_once
+from onpath.system.signals import asked_to_stop
 from onpath.system.text import one_line
 
 T = TypeVar("T")
 _FIRST_WAIT, _LONGEST_WAIT = 0.2, 15.0
+_LOOK = 0.2  # seconds between two looks at whether to wait on
 _TRIES_OF_NONSENSE = 3
 _UNREADABLE = (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError, RecursionError)
 
@@ -177,9 +179,19 @@ class Line:
                     )
                 tries += not host.well
                 alone = host.well or not any(h.well for h in self.hosts)
+                if (
+                    alone and not host.well and (signal := asked_to_stop())
+                ):  # the step cannot be ended without an answer
+                    raise UserError(
+                        f"{self.key}.url: {signal} while {host.url} gave no answer ({host.said(error)}): the "
+                        "step is not saved, and the same command goes on from the last checkpoint"
+                    )
             self.waits += 1
             if alone:
-                stop.wait(wait)
+                end = time.monotonic() + wait
+                while (left := end - time.monotonic()) > 0 and not asked_to_stop():
+                    if stop.wait(min(left, _LOOK)):
+                        break
                 wait = min(2 * wait, _LONGEST_WAIT)
         raise UserError(f"{self.key}.url: stopped asking {self.url}")
 

@@ -37,6 +37,15 @@ class Requests:
         return bool(self.name)
 
 
+_noted: list[Requests] = []
+
+
+def asked_to_stop() -> str:
+    """The signal by which this process was asked to stop while something notes it; empty: none came. From any
+    thread."""
+    return next((asked.name for asked in _noted if asked), "")
+
+
 @contextmanager
 def stop_requests() -> Iterator[Requests]:
     """Notes the first SIGTERM, SIGHUP or SIGINT instead of dying of it; another one of the same kind does
@@ -57,9 +66,11 @@ def stop_requests() -> Iterator[Requests]:
                 number = getattr(signal, name)
                 if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                     before[number] = signal.signal(number, note)
+    _noted.append(asked)
     try:
         yield asked
     finally:
+        _noted.remove(asked)
         for number, handler in before.items():
             signal.signal(number, handler)
 
