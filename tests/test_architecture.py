@@ -167,3 +167,16 @@ def test_the_core_asks_nobody_who_he_is() -> None:
                 if family(name, known) & ASKED and known[name][0] != entry(module):
                     asked.append(f"{module}: {name}")
     assert asked == []
+
+
+def test_the_story_is_short_and_no_function_is_long() -> None:
+    """What a reader can hold: the story in 200 lines, a function in 100, most of them far shorter."""
+    assert len((HOUSE / "training.py").read_text(encoding="utf-8").splitlines()) <= 200
+    lengths = {
+        f"{path.relative_to(HOUSE)}:{node.name}": node.end_lineno - node.lineno + 1
+        for path in HOUSE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None
+    }
+    assert {name: lines for name, lines in lengths.items() if lines > 100} == {}
+    assert sorted(lengths.values())[len(lengths) // 2] <= 15

@@ -10,7 +10,6 @@ Every random draw is a pure function of (seed, step), so a run that is killed an
 exactly.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from functools import partial
@@ -32,7 +31,7 @@ from onpath.run.importance import Importance
 from onpath.run.log import Display
 from onpath.run.loss import Step, guidance_loss, loss_of, teacher_states
 from onpath.run.meter import Meter, Stopwatch
-from onpath.run.optimizer import make_optimizer
+from onpath.run.optimizer import finite, make_optimizer
 from onpath.run.origins import judge, with_origins
 from onpath.run.parts import Parts
 from onpath.run.per_teacher import PerTeacher
@@ -41,8 +40,6 @@ from onpath.run.sampling import prepare, sample
 from onpath.run.trajectories import store_step, top_tokens
 from onpath.run.weights import shaped
 from onpath.system import distributed
-from onpath.system.draws import request_seed
-from onpath.system.errors import UserError
 from onpath.system.signals import stop_requests
 
 
@@ -133,12 +130,7 @@ def one_step(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> Meter
         meter.guidance_ratio = parts.guidance_ratio()
         trained = [p for p in models.student.parameters() if p.requires_grad]
         norm = torch.nn.utils.clip_grad_norm_(trained, config.optim.max_grad_norm)
-        meter.grad_norm = float(sharding.full(norm))
-        if not math.isfinite(meter.grad_norm):
-            raise UserError(
-                f"step {step + 1}: the gradient is not finite; go on from the last checkpoint with another "
-                "run.name and a lower optim.lr, or float32 instead of bf16"
-            )
+        meter.grad_norm = finite(sharding.full(norm), step)
         if meter.step.denominator:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -189,10 +181,7 @@ def accumulate(parts: Parts, meter: Meter, step: int) -> None:
     """Score and train: the gradient of the whole step, one micro-batch after another."""
     models, shared, watch = parts.models, meter.step, meter.watch
     kept = [t for t in shared.prepared.trajectories if t.edit.kept] if shared.denominator else []
-    models.student.train(models.dropout)
-    if models.dropout:
-        key = f"step {step}/dropout/{distributed.rank()}"
-        torch.manual_seed(request_seed(parts.config.run.seed, key))  # of every device
+    models.begin_training(seed=parts.config.run.seed, step=step)
     parts.guidance_ratio.begin(step, guided=shared.guided)
     micros = rounds(parts, shared.prepared, kept)
     models.teacher.expect(t for micro in micros for t in micro)

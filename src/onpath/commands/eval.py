@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from onpath.config import Config, Data, Student
-from onpath.data.load import load_prompts
+from onpath.data.load import LoadedPrompts, load_prompts
 from onpath.data.tasks import split_name
 from onpath.engines.head import head_of
 from onpath.engines.hf import HFEngine
@@ -130,24 +130,15 @@ def evaluate_model(
     if limit is None and (data is None or str(data) in first.config.data.eval):  # as the run asks
         limit = first.config.data.eval_limit
     with code.allowed(allow_code):
-        loaded = load_prompts(
-            source,
-            limit=limit,
-            skip_bad=first.config.data.skip_bad,
-            split_default="test",
-            columns=first.config.data.columns,
-            all_columns=False,
-            refuses=refuses(grader or asked.grader),
-        )
-        prompts = loaded.prompts
-        chosen = grader_for(grader or asked.grader, {source: prompts})
+        loaded = _loaded(first.config.data, source, limit=limit, grader=grader or asked.grader)
+        chosen = grader_for(grader or asked.grader, {source: loaded.prompts})
     if out is not None:
         make_directory(Path(out))
         (Path(out) / "eval.json").unlink(missing_ok=True)  # it comes last: where it is, the samples are
     results = {}
     with chosen as judge:
         questions = _Questions(
-            prompts=prompts,
+            prompts=loaded.prompts,
             grader=judge,
             sampling=sampling,
             n=samples,
@@ -165,6 +156,18 @@ def evaluate_model(
     if out is not None:
         write_text(Path(out) / "eval.json", json.dumps(found.to_json(), indent=1) + "\n")
     return found
+
+
+def _loaded(data: Data, source: str, *, limit: int | None, grader: str) -> LoadedPrompts:
+    return load_prompts(
+        source,
+        limit=limit,
+        skip_bad=data.skip_bad,
+        split_default="test",
+        columns=data.columns,
+        all_columns=False,
+        refuses=refuses(grader),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

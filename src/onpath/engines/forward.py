@@ -23,6 +23,8 @@ from onpath.engines.models import context_length
 from onpath.engines.teacher import Teacher
 from onpath.losses import Head, Objective, StatsRequest, TeacherHidden, TeacherScores, TokenStats, token_stats
 from onpath.records import Trajectory
+from onpath.system import distributed
+from onpath.system.draws import request_seed
 
 Key = tuple[str | None, tuple[int, ...], tuple[int, ...]]
 """Which of several teachers (None: the only one, or the student), context and response: hidden states depend
@@ -67,6 +69,14 @@ class Models:
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """bfloat16 forward passes if optim.bf16 asks for them."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def begin_training(self, *, seed: int, step: int) -> None:
+        """Into the mode of the pass that trains. Masks of dropout are drawn from (seed, step, process)."""
+        self.student.train(self.dropout)
+        if self.dropout:
+            torch.manual_seed(
+                request_seed(seed, f"step {step}/dropout/{distributed.rank()}")
+            )  # of all devices
 
     def student_states(self, batch: Batch) -> Tensor:
         """The student's hidden states [N, H] that predict each response token, with their graph if gradients

@@ -1,12 +1,13 @@
-"""AdamW and the learning rate's schedule."""
+"""AdamW, the learning rate's schedule, and the gradient's last check."""
 
 import math
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from onpath.config.build import Config
+from onpath.system.errors import UserError
 
 
 def make_optimizer(config: Config, student: nn.Module) -> tuple[torch.optim.AdamW, Callable[[int], None]]:
@@ -39,3 +40,18 @@ def rate(step: int, config: Config) -> float:
         optim.schedule
     ]
     return optim.min_lr_ratio + (1 - optim.min_lr_ratio) * shape
+
+
+def finite(norm: Tensor, step: int) -> float:
+    """The gradient's norm in step `step` (from 0).
+
+    Raises:
+        UserError: it is NaN or infinite.
+    """
+    value = float(norm)
+    if not math.isfinite(value):
+        raise UserError(
+            f"step {step + 1}: the gradient is not finite; go on from the last checkpoint with another "
+            "run.name and a lower optim.lr, or float32 instead of bf16"
+        )
+    return value
