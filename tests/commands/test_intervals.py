@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from onpath.commands.study.intervals import difference, estimate
+from onpath.commands.study.intervals import difference, estimate, p_value
+from onpath.commands.study.results import _judge
 
 
 @pytest.mark.parametrize("runs", [2, 3, 5])
@@ -16,3 +17,36 @@ def test_no_interval_leaves_what_is_possible(runs: int) -> None:
     assert runs > 2 or (low, high) == (-1, 1)
     low, high = estimate(scores).ci95
     assert 0 <= low < high <= 1
+
+
+@pytest.mark.parametrize(("runs", "problems", "n"), [(2, 20, 1), (2, 50, 1), (2, 20, 4), (3, 20, 1)])
+def test_equal_means_by_chance_are_no_finding(runs: int, problems: int, n: int) -> None:
+    """Counts are coarse: two seeds often have one mean. Under the null, as often as p says, and no oftener."""
+    lots, found = np.random.default_rng(problems), []
+    for _ in range(2000):
+        right = lots.random(problems) * np.ones((2, runs, 1))
+        ours, theirs = lots.binomial(n, right) / n
+        found.append(difference(ours - theirs))
+    assert min(f.ci95[1] - f.ci95[0] for f in found) > 0.02
+    low = np.array([f.p_value for f in found])
+    assert np.mean(low < 0.05) <= 0.055
+    assert np.mean(low < 0.05 / 20) <= 0.006
+
+
+@pytest.mark.parametrize("runs", [2, 3, 4, 5])
+def test_seeds_and_problems_without_a_part_leave_the_rest(runs: int) -> None:
+    """Each seed is ahead on one problem, and each problem has one such seed."""
+    found = difference(np.eye(runs))
+    assert found.ci95[0] < found.mean < found.ci95[1]
+    assert 0 < p_value(np.eye(runs)) <= 1
+
+
+def test_an_interval_that_covers_0_is_no_verdict() -> None:
+    """All differences are equal: the signs tell, and problems that were not asked may yet be others."""
+    rows = []
+    for value in (1 / 8, 1.0):
+        found = difference(np.full((2, 20), value))
+        rows.append({"mean": found.mean, "ci95": found.ci95, "p_value": found.p_value})
+    _judge(rows)
+    assert all(row["p_holm"] < 0.05 for row in rows)
+    assert [row["verdict"] for row in rows] == ["inside the noise", "higher"]

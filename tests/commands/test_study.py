@@ -66,7 +66,8 @@ def by_two_seeds(x: np.ndarray) -> float:
     rest = x - x.mean(axis=1, keepdims=True) - x.mean(axis=0, keepdims=True) + x.mean()
     c = (rest**2).sum() / ((rows - 1) * (columns - 1))
     t_rows, t_columns = stats.t(rows - 1).ppf(0.975), stats.t(columns - 1).ppf(0.975)
-    return float(((t_rows**2 * a + t_columns**2 * max(0, b - c)) / (rows * columns)) ** 0.5)
+    square = max(t_rows**2 * a + t_columns**2 * max(0, b - c), t_columns**2 * max(b, c))
+    return float((square / (rows * columns)) ** 0.5)
 
 
 def simulated(rng: np.random.Generator, runs: int, problems: int, *sigmas: float) -> np.ndarray:

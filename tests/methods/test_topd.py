@@ -260,9 +260,10 @@ def test_what_is_drawn_is_drawn_by_seed_and_step(change: Any, topd: Callable[...
 
 
 def test_guidance_is_as_long_as_the_rollouts_window(topd: Callable[..., Parts]) -> None:
-    """Whatever the fresh sample's length, which only the distance sees."""
+    """Whatever the fresh sample's length, which only the distance sees; and what is stored beside a plan are
+    the tokens that its rows are."""
     parts = topd(student_window="regenerate", window=8, top_share=1.0, threshold=0.0)
-    rollouts = sample(parts, 0)
+    rollouts, tokens = sample(parts, 0), parts.text.renderer.tokens
     made = parts.method.prepare(rollouts, step=0).trajectories
     shorter = 0
     for r, t in zip(rollouts, made, strict=True):
@@ -271,7 +272,9 @@ def test_guidance_is_as_long_as_the_rollouts_window(topd: Callable[..., Parts]) 
         for fork in t.edit.detail.get("forks", []):
             if fork["decision"] == "fork":
                 own = r.ids[fork["position"] :][:8]
-                shorter += len(fork["student_window"]) < len(own)
+                shorter += len(fork.get("regenerated_text", "".join(tokens(own)))) < len("".join(tokens(own)))
+                assert fork["student_window"] == list(own)
+                assert all(fork["student_tokens"][int(i)] == tokens(own)[int(i)] for i, _, _ in fork["plan"])
                 expected |= set(range(fork["position"], fork["position"] + len(own)))
         assert guided == expected
     assert shorter, "a fresh sample ends earlier"

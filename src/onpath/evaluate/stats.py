@@ -86,16 +86,29 @@ def difference_interval(
 ) -> tuple[float, float]:
     """95% interval of a mean paired difference: percentile bootstrap over problems.
 
-    One problem says nothing of others: (−1, 1), the range of a difference of scores. Equal differences of
-    several problems give that value twice: read it with the p-value and the number of problems.
+    One problem says nothing of others: (−1, 1), the range of a difference of scores. Where all of several are
+    equal (nobody is right, say) resampling shows nothing, and a zero-width interval would claim certainty:
+    see `equal_differences_interval`.
 
     Args:
         differences: [P], each within [−1, 1].
+
+    >>> [round(x, 3) for x in difference_interval([0.0] * 4)]
+    [-0.49, 0.49]
     """
     differences_P = _vector(differences)
     if len(differences_P) == 1:
         return -1.0, 1.0
+    if np.ptp(differences_P) == 0:
+        return equal_differences_interval(float(differences_P[0]), problems=len(differences_P))
     return _percentiles(differences_P, seed, resamples)
+
+
+def equal_differences_interval(difference: float, *, problems: int) -> tuple[float, float]:
+    """Where every problem has the same difference: Wilson's limit of a share that was never seen in so many
+    problems bounds how many others may differ, by up to ±1."""
+    unseen = wilson_interval(0.0, trials=problems)[1]
+    return difference - unseen * (1 + difference), difference + unseen * (1 - difference)
 
 
 def sign_flip_p_value(differences: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES) -> float:

@@ -11,10 +11,12 @@ crossed random effects (Clark 1973, quasi-F). With two or three seeds MS_S alone
 that Satterthwaite's number, itself an estimate, is too high too often: such intervals cover 88% and 92%
 instead of 95. There each part has its own t,
 
-    half² = (t²(S−1)·MS_S + t²(P−1)·max(0, MS_P − MS_E)) / (S·P)
+    half² = (t²(S−1)·MS_S + t²(P−1)·max(0, MS_P − MS_E)) / (S·P),
+            at least t²(P−1)·max(MS_P, MS_E) / (S·P), as if the seeds had no part
 
 which covers at least 95% whatever the share of the seeds in the variance, and is wide where they have none:
-two seeds do not tell. A bootstrap that resamples five seeds is too narrow: it takes the normal's 1.96, shrunk
+two seeds do not tell. The floor is for seeds whose means are equal by chance: with few problems two are in one
+study of twenty, and a width of zero is no finding. A bootstrap that resamples five seeds is too narrow: it takes the normal's 1.96, shrunk
 by √(4/5), where t with four degrees asks for 2.78.
 """
 
@@ -25,12 +27,20 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtr, stdtrit
 
-from onpath.evaluate.stats import bootstrap_interval, difference_interval, sign_flip_p_value, wilson_interval
+from onpath.evaluate.stats import (
+    bootstrap_interval,
+    difference_interval,
+    equal_differences_interval,
+    sign_flip_p_value,
+    wilson_interval,
+)
 
 PROBLEMS_ONLY = "problems only"
 BOTH = "problems and seeds"
 _ENOUGH_SEEDS = 4
 """From which on Satterthwaite's degrees of freedom can be trusted."""
+_NOTHING = 1e-9
+"""Mean squares are sums of rounded numbers: what is less than so much of another one is 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,17 +72,12 @@ def estimate(scores_SP: NDArray[np.float64]) -> Estimate:
 
 
 def difference(differences_SP: NDArray[np.float64]) -> Estimate:
-    """Of a mean paired difference (same seed, same problem), each within [−1, 1].
-
-    Where all are equal (nobody is right, say) a spread of zero would claim certainty: Wilson's limit of a
-    share that was never seen in P problems bounds how many others may differ, by up to ±1.
-    """
+    """Of a mean paired difference (same seed, same problem), each within [−1, 1]."""
     runs, problems = differences_SP.shape
     mean = float(differences_SP.mean())
     over = PROBLEMS_ONLY if runs == 1 else BOTH
     if problems > 1 and np.ptp(differences_SP) == 0:
-        unseen = wilson_interval(0.0, trials=problems)[1]
-        ends = (mean - unseen * (1 + mean), mean + unseen * (1 - mean))
+        ends = equal_differences_interval(mean, problems=problems)
         return Estimate(mean=mean, ci95=ends, over=over, p_value=p_value(differences_SP))
     if runs == 1:
         return Estimate(
@@ -119,7 +124,8 @@ def _half_width_of_few_seeds(
 ) -> float:
     by_seed, by_problem, by_both = mean_squares
     seeds, others = (float(stdtrit(n - 1, level / 2)) ** 2 for n in (runs, problems))
-    return float(((seeds * by_seed + others * max(0.0, by_problem - by_both)) / (runs * problems)) ** 0.5)
+    both = seeds * by_seed + others * max(0.0, by_problem - by_both)
+    return float((max(both, others * max(by_problem, by_both)) / (runs * problems)) ** 0.5)
 
 
 def _level_reaching(values_SP: NDArray[np.float64], distance: float) -> float:
@@ -138,16 +144,16 @@ def crossed_variance(values_SP: NDArray[np.float64]) -> tuple[float, float]:
     """Variance of the grand mean and its degrees of freedom; S ≥ 2 and P ≥ 2.
 
     Where seeds (or problems) happen to differ by less than their interaction explains, their part would be
-    negative: then it is left out, and the other's stands alone.
+    negative: then it is left out, and the other's stands alone. Where neither differ, the interaction is all.
     """
     runs, problems = values_SP.shape
     by_seed, by_problem, by_both = _mean_squares(values_SP)
     if by_seed < by_both or by_problem < by_both:
         larger, freedom = max((by_seed, runs - 1), (by_problem, problems - 1))
+        if larger < _NOTHING * by_both:
+            larger, freedom = by_both, (runs - 1) * (problems - 1)
         return larger / (runs * problems), freedom
     total = by_seed + by_problem - by_both
-    if total == 0:
-        return 0.0, 1.0
     spread = (
         by_seed**2 / (runs - 1) + by_problem**2 / (problems - 1) + by_both**2 / ((runs - 1) * (problems - 1))
     )

@@ -205,11 +205,14 @@ def _json(value: Estimate) -> dict[str, Any]:
 
 
 def _judge(differences: Sequence[dict[str, Any] | None]) -> None:
-    """Adds p_holm and a verdict: many arms are compared with one, and one in twenty would win by chance."""
+    """Adds p_holm and a verdict: many arms are compared with one, and one in twenty would win by chance. An
+    interval that covers 0 is inside the noise too."""
     given = [d for d in differences if d is not None]
     for row, adjusted in zip(given, holm([d["p_value"] for d in given]), strict=True):
+        low, high = row["ci95"]
+        told = adjusted < LEVEL and not low <= 0 <= high
         row["p_holm"] = adjusted
-        row["verdict"] = "inside the noise" if adjusted >= LEVEL else "higher" if row["mean"] > 0 else "lower"
+        row["verdict"] = ("higher" if row["mean"] > 0 else "lower") if told else "inside the noise"
 
 
 def _leaders(study: StudyConfig, by_arm: Mapping[str, Scores]) -> dict[str, Any] | None:

@@ -117,7 +117,9 @@ def annotated(
     marked = []
     for row, t in enumerate(trained):
         mine = by_row.get(row, [])
-        details = [described(f, plan_at.get((row, f.position)), tokens, options.record_above) for f in mine]
+        details = [
+            described(f, plan_at.get((row, f.position)), t.origin, tokens, options.record_above) for f in mine
+        ]
         factors = [1.0] * len(t.response)
         for f in mine:
             factors[f.position] *= f.weight
@@ -132,16 +134,28 @@ def annotated(
 
 
 def described(
-    fork: Fork, plan_KJ: NDArray[np.float64] | None, tokens: Tokens, record_above: float
+    fork: Fork,
+    plan_KJ: NDArray[np.float64] | None,
+    rollout: Rollout | None,
+    tokens: Tokens,
+    record_above: float,
 ) -> dict[str, Any]:
-    """A fork as JSON-ready values; `plan` has [i, j, share of row i's mass] above a threshold."""
+    """A fork as JSON-ready values; `plan` has [i, j, share of row i's mass] above a threshold.
+
+    Where there is a plan, its rows are the rollout's own tokens: these are the student's window then, and what
+    it generated anew (`regenerate`), which the distance is of, stands beside them.
+    """
+    own = fork.student
+    if plan_KJ is not None and rollout is not None:
+        own = rollout.ids[fork.position :][: len(plan_KJ)]
     entries: list[list[float]] = []
     if plan_KJ is not None:
         mass_K1 = plan_KJ.sum(axis=1, keepdims=True)
         share_KJ = np.divide(plan_KJ, mass_K1, out=np.zeros_like(plan_KJ), where=mass_K1 > 0)
         above = np.argwhere((share_KJ >= record_above) & (share_KJ > 0)).tolist()
         entries = [[i, j, round(float(share_KJ[i, j]), 4)] for i, j in above]
-    mine, theirs = tokens(fork.student), tokens(fork.teacher)
+    mine, theirs = tokens(own), tokens(fork.teacher)
+    anew = {} if own == fork.student else {"regenerated_text": "".join(tokens(fork.student))}
     return {
         "position": fork.position,
         "decision": fork.decision,
@@ -149,13 +163,14 @@ def described(
         "sampled_gap": fork.gap,
         "distance": fork.distance,
         "weight": fork.weight,
-        "student_window": list(fork.student),
+        "student_window": list(own),
         "teacher_window": list(fork.teacher),
         "student_tokens": mine,
         "teacher_tokens": theirs,
         "student_text": "".join(mine),
         "teacher_text": "".join(theirs),
         "plan": entries,
+        **anew,
     }
 
 
