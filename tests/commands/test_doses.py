@@ -1,5 +1,6 @@
 """A study per level of a strength: its YAML, its runs, its table, its page and picture."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,9 @@ import yaml
 from onpath.commands.cli import main
 from onpath.commands.report.command import write_report
 from onpath.commands.report.doses import PICTURE, arms_of, draw_doses, points, responses
+from onpath.commands.study import doses as doses_module
 from onpath.commands.study import plan
-from onpath.commands.study.command import load_study
+from onpath.commands.study.command import NothingFinished, load_study
 from onpath.commands.study.doses import Doses, dose_sheets, load_doses
 from onpath.commands.study.plan import Job
 from onpath.commands.study.run import run_study
@@ -125,6 +127,63 @@ def test_runs_resume_and_are_shown(
     assert "Paired difference from opd" in page.read_text()
     assert (found.directory / PICTURE).read_bytes()[:4] == b"\x89PNG"
     assert draw_doses(found.directory, "test") == found.directory / PICTURE
+
+
+def test_a_level_that_fails_does_not_stop_the_others(
+    make: Make, in_process: list[Job], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, real, broken = make(), doses_module.carry_out, ["rate-0.001"]
+
+    def carry_out(study: Any, **options: Any) -> Any:
+        if study.name in broken:
+            raise NothingFinished("4 of the study's runs failed, first opd-seed0: no memory")
+        return real(study, **options)
+
+    monkeypatch.setattr(doses_module, "carry_out", carry_out)
+    assert main(["study", str(path), "--quiet"]) == 2
+    said = capsys.readouterr()
+    assert "first rate 0.001: 4 of the study's runs failed, first opd-seed0: no memory" in said.err
+    assert "opd, rate 0.01" in said.out
+    broken.append("rate-0.01")
+    with pytest.raises(NothingFinished, match=r"2 of the study's runs failed, first rate 0\.001"):
+        run_study(path, quiet=True)
+
+
+def test_pages_of_sets_that_came_later_of_one_arm_and_of_odd_names(make: Make, in_process: list[Job]) -> None:
+    found = run_study(make(), quiet=True)
+    path = found.directory / "doses.json"
+    data = json.loads(path.read_text())
+
+    def shown(change: Callable[[dict[str, Any]], None]) -> None:
+        other = copy.deepcopy(data)
+        change(other)
+        path.write_text(json.dumps(other))
+        assert dose_sheets(other)
+        assert write_report(found.directory).is_file()
+        assert (found.directory / PICTURE).read_bytes()[:4] == b"\x89PNG"
+
+    def later(other: dict[str, Any], name: str = "easy") -> None:
+        new = other["levels"][0]
+        new["study"]["splits"].append(name)
+        for of in (new["study"][key] for key in ("problems", "samples")):
+            of[name] = of["test"]
+        for arm in new["arms"]:
+            arm["evals"][name] = arm["evals"]["test"]
+
+    def alone(other: dict[str, Any]) -> None:
+        for level in other["levels"]:
+            level["arms"] = level["arms"][:1]
+
+    def renamed(other: dict[str, Any]) -> None:
+        for level in other["levels"]:
+            level["study"]["splits"] = ["AIME_Test"]
+            for of in (level["study"][key] for key in ("problems", "samples")):
+                of["AIME_Test"] = of.pop("test")
+            for arm in level["arms"]:
+                arm["evals"]["AIME_Test"] = arm["evals"].pop("test")
+
+    for change in (later, alone, renamed):
+        shown(change)
 
 
 MAP = Path(__file__).parents[2] / "recipes" / "when-it-pays"

@@ -21,7 +21,7 @@ def test_no_interval_leaves_what_is_possible(runs: int) -> None:
 
 @pytest.mark.parametrize(("runs", "problems", "n"), [(2, 20, 1), (2, 50, 1), (2, 20, 4), (3, 20, 1)])
 def test_equal_means_by_chance_are_no_finding(runs: int, problems: int, n: int) -> None:
-    """Counts are coarse: two seeds often have one mean. Under the null, as often as p says, and no oftener."""
+    """Counts are coarse: two seeds often have one mean. Under the null p is low as often as it says."""
     lots, found = np.random.default_rng(problems), []
     for _ in range(2000):
         right = lots.random(problems) * np.ones((2, runs, 1))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import struct
 from base64 import b64decode
 from pathlib import Path
@@ -17,7 +18,7 @@ from onpath.commands.report.pack import Vocabulary, halves, integers, pack_all, 
 from onpath.commands.report.run import gather_run
 from onpath.commands.report.signal import pearson, scatter
 from onpath.commands.report.text import diff, sides
-from onpath.run.trajectories import read_rows, sample
+from onpath.run.trajectories import read_rows, sample, write_parquet
 from onpath.system.errors import UserError
 from tests.commands.report_data import CELLS, HOSTILE, make_run, make_study, safe, trajectory_rows
 
@@ -349,6 +350,41 @@ def test_a_missing_parquet_is_said(tmp_path: Path) -> None:
     assert note.startswith("Trajectories of 3 stored steps are missing")
     (run / "model" / "config.json").unlink()  # still running: the last file may be on its way
     assert gather_run(run)["notes"][1].startswith("Trajectories of 2 stored steps are missing")
+
+
+def test_a_rule_that_changed_holds_from_there_on(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["run"]["trajectories_every"] = 2
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert gather_run(run)["notes"]
+    change = {"step": 11, "key": "run.trajectories_every", "before": 6, "after": 2, "rule": "neutral"}
+    (run / "changes.jsonl").write_text(json.dumps(change) + "\n")
+    assert gather_run(run)["notes"] == []
+
+
+def test_a_step_without_trajectories_has_none(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "step_000001.parquet", [])
+    assert list(read_rows(tmp_path / "step_000001.parquet")) == []
+
+
+def test_passes_are_of_what_the_study_asks_now(tmp_path: Path) -> None:
+    directory = make_study(tmp_path / "study")
+    data = json.loads((directory / "study.json").read_text())
+    row = data["rows"][0]
+    (directory / "evaluations").mkdir()
+    shutil.copytree(directory / row["run"], directory / "evaluations" / "again")
+    details = max((directory / "evaluations" / "again" / "evals").glob("test_step_*.jsonl"))
+    lines = [json.loads(line) for line in details.read_text().splitlines()]
+    right = [{**line, "correct": [True] * len(line["correct"])} for line in lines]
+    details.write_text("".join(json.dumps(line) + "\n" for line in right))
+    row["evaluation"] = "evaluations/again"
+    data["rows"] = [row]
+    (directory / "study.json").write_text(json.dumps(data))
+    page = data_of(write_report(directory))
+    curves = {chart["title"]: chart for chart in page["sections"][2]["charts"]}
+    assert curves["pass@k, test"]["series"][0]["y"] == [1, 1]
+    assert any("were asked while they trained" in note for note in page["notes"])
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from scipy import stats
 from onpath.commands.cli import main
 from onpath.commands.study import command as study
 from onpath.commands.study import fork_server as forked
-from onpath.commands.study import plan
+from onpath.commands.study import plan, results
 from onpath.commands.study.budget import Used, missed, steps_of
 from onpath.commands.study.intervals import crossed_variance, difference, estimate, holm, p_value
 from onpath.commands.study.jobs import Progress, Slots, locked, run_jobs
@@ -31,6 +31,7 @@ from onpath.commands.study.run import run_study
 from onpath.commands.study.tables import sentences
 from onpath.run.log import read_lines
 from onpath.system.errors import UserError
+from onpath.training import train
 from tests.conftest import CHARACTERS, make_model, make_tokenizer
 from tests.forks import begun
 
@@ -533,6 +534,8 @@ def verdicts(run: Path) -> dict[str, list[bool]]:
         ({"tune": {"lrs": [1, 2], "split": "gym:hard"}, "evals": {"splits": ["gym:hard"]}}, "compared on"),
         ({"arms": {"opd": {}, "b": {"tuned_like": "opd"}}}, "tuned_like is opd, which is no arm"),
         ({"seeds": [1, 1]}, "holds one twice"),
+        ({"tune": {"lrs": [1e-3, 1.0000001e-3]}}, "holds 0.001 twice"),
+        ({"arms": {"opd": {}, "opd-seed0": "untouched"}}, "would have the directory of a run of arm opd"),
         ({"seed": 1}, "unknown key seed; did you mean seeds? a study has name"),
         ({"budget": {"steps": 2}}, "unknown key budget.steps; budget has updates, "),
         ({"parallel": {"processes": 0}}, "at least 1"),
@@ -652,6 +655,77 @@ def test_every_arm_of_the_recipe_is_valid_and_another() -> None:
     bodies = {name: c.model_dump_json() + str(config.budget_of(name)) for name, c in resolved.items()}
     assert len(set(bodies.values())) == len(bodies)
     assert {c.method.name for c in resolved.values()} == {"opd", "opsd", "trd", "topd"}
+
+
+def test_what_the_highest_mean_is_said_to_be() -> None:
+    """By the pairs that there are, not the seeds that were asked for; and of whom it is not."""
+    leader = {"highest": "b", "mean": 0.9, "not_told_apart": [], "pairs": 1, "without": []}
+    data = {"study": {"seeds": [0, 1]}, "leaders": {"test": leader}}
+    assert sentences(data)[0].endswith("no winner: one seed does not say what another would have given.")
+    data["leaders"] = {"test": leader | {"pairs": 2, "without": ["teacher"]}}
+    assert sentences(data) == [
+        "test: the highest mean but for teacher is b's, 90.0%; ahead of every other arm but for teacher."
+    ]
+
+
+def test_a_rate_that_comes_back_comes_too_late(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its run had failed when the arm's own runs began; they keep the rate that they have."""
+    config = study.load_study(make(arms={"opd": {}, "b": {}}, tune={"lrs": [1e-3, 2e-3, 4e-3]}))
+    jobs = plan.tuning(config, {"opd": 1, "b": 1})
+    score: dict[float, float | None] = {1e-3: 0.3, 2e-3: 0.1 + 0.2, 4e-3: None}
+    monkeypatch.setattr(
+        results, "_tried", lambda job: {"lr": job.config.optim.lr, "avg_at_k": score[job.config.optim.lr]}
+    )
+    table, rates = results.tuned(config, jobs, {})
+    assert rates == {"opd": 1e-3, "b": 1e-3}, "of equal ones the lower, whatever the last bit says"
+    assert [row["at_edge"] for row in table] == [True, True]
+    assert "opd, 0.001, was chosen without 0.004" in results.tuning_notes(table)[0]
+    score[4e-3] = 0.9
+    again, rates = results.tuned(config, jobs, {"opd": {"lr": 1e-3, "without": [4e-3]}})
+    assert rates == {"opd": 1e-3, "b": 4e-3}
+    assert [row["without"] for row in again] == [[4e-3], []]
+
+
+def test_a_study_goes_on_when_a_rate_comes_back(
+    make: Make, study_files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tune = {"lrs": [0.02, 0.002], "split": str(study_files / "held.jsonl"), "limit": 4}
+    path = make(arms={"opd": {}}, seeds=1, tune=tune)
+    broken = [True]
+
+    def run(jobs: list[Job], *rest: Any, **more: Any) -> dict[str, str]:
+        failed = {}
+        for job in jobs:
+            if broken[0] and job.name == "opd-lr0.02":
+                failed[job.name] = "no memory"
+            elif not job.finished:
+                train(job.config, quiet=True)
+        return failed
+
+    monkeypatch.setattr("onpath.commands.study.command.run_jobs", run)
+    config = study.load_study(path)
+    first = study.carry_out(config, command="", quiet=True)
+    assert first.data["tuning"][0]["chosen"] == 0.002
+    assert any("was chosen without 0.02" in note for note in first.data["notes"])
+    broken[0] = False
+    second = study.carry_out(config, command="", quiet=True)
+    assert second.data["tuning"][0]["chosen"] == 0.002
+    assert second.data["tuning"][0]["grid"][1]["avg_at_k"] is not None
+    assert second.data["rows"] == first.data["rows"]
+
+
+@pytest.mark.parametrize("wanted", [0.0, 0.5])
+def test_a_budget_of_next_to_nothing_can_be_told(wanted: float, make: Make) -> None:
+    config = study.load_study(
+        make(arms={"opd": {"budget": {"wall_seconds": "b"}}, "b": {}}, budget={"updates": 1})
+    )
+    use = dict.fromkeys(("updated_tokens", "tokens_generated_student", "tokens_generated_teacher"), 1.0)
+    both = {"opd": Used(**use, wall_seconds=0.8), "b": Used(**use, wall_seconds=wanted)}
+    (note,) = missed(config, both)
+    percent = ", +60%" if wanted else ""
+    assert note == f"opd used 0.8 wall_seconds{percent} of its budget {wanted:.3g}"
+    with pytest.raises(UserError, match="arm opd: its steps use no wall_seconds"):
+        steps_of(config, {**both, "opd": Used(**use, wall_seconds=0.0)})
 
 
 def test_no_winner_from_one_seed() -> None:

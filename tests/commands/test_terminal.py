@@ -86,6 +86,15 @@ def test_a_terminal_of_sixteen_colours_is_known() -> None:
     assert plain["standard"] != plain["256"] == plain["truecolor"]
 
 
+def test_brackets_in_names_are_no_markup() -> None:
+    stream = io.StringIO()
+    console, name = console_for(stream), "runs/a[bold] [/x] data[val].jsonl"
+    table = Table(name, title=name)
+    table.add_row(name)
+    console.print(name, table)
+    assert stream.getvalue().count(name) == 4
+
+
 @pytest.mark.parametrize("markup", [True, False])
 def test_no_text_is_obeyed(markup: bool) -> None:
     """In a line, in a cell, in what a display says."""

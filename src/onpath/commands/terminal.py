@@ -27,8 +27,11 @@ _ENDLESS = 10_000
 
 
 class Shown(Console):
-    """Whatever text it is given, a terminal shows it and does not obey it: names, answers and ids of others
-    are in most lines."""
+    """Whatever text it is given, a terminal shows it and does not obey it, nor does it read [it] as markup:
+    names, answers and ids of others are in most lines."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
         """See `rich.console.Console.render_str`: every string passes here, cells of tables too."""

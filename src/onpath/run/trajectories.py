@@ -276,6 +276,8 @@ def read_rows(
         UserError: damaged, or not what a run stores.
     """
     file, start = _opened(path), 0
+    if not file.metadata.num_rows:  # a step without trajectories has no columns either
+        return
     columns = [c for c in file.schema_arrow.names if contexts or c not in _UNUSED]
     needed = {"step", "tokens", "response", "edit", "detail"}
     if contexts:

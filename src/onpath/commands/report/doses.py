@@ -1,5 +1,6 @@
 """Dose against response on the page, and as one picture: what each arm is worth by a strength."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ PICTURE = "doses.png"
 # Told apart by all kinds of eyes; an arm keeps its colour in every picture of a study.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#666666")
 _MARKERS = "osD^vP*X"
+_ANOTHER_TEMPERATURE = re.compile(r"_(T[0-9.]+|greedy)$")
+"""What a set is called that is asked at another temperature too (eval.also_at)."""
 _EXPLAINED = (
     "Means over seeds and problems; bands and bars: 95% intervals. Differences are paired: the same "
     "problems, the same seeds, at the same level. An interval that covers 0 is inside the noise."
@@ -33,11 +36,11 @@ def gather_doses(directory: Path) -> dict[str, Any]:
         raise UserError(f"{directory / 'doses.json'}: not a study by levels: it lacks {min(missing)}")
     levels = data["levels"]
     about = levels[0]["study"]
-    splits = about["splits"]
+    splits = list(dict.fromkeys(split for level in levels for split in level["study"]["splits"]))
     per_level = [
         section(
             f"{data['x']} {level['x']:g}",
-            [c for s in splits for c in comparison({**level, "rows": []}, s)],
+            [c for s in level["study"]["splits"] for c in comparison({**level, "rows": []}, s)],
             f"All arms at this level. Curves and trajectories: onpath report of {level['directory']}.",
         )
         for level in levels
@@ -80,7 +83,8 @@ def points(data: Row, split: str, arm: str, key: str | None) -> list[tuple[float
     """Level and estimate (mean, low, high) of an arm; `key` difference: from the base arm."""
     found = []
     for level in data["levels"]:
-        held = next((a["evals"][split]["avg_at_k"] for a in level["arms"] if a["arm"] == arm), None)
+        evals: Row = next((a["evals"] for a in level["arms"] if a["arm"] == arm), {})
+        held = evals[split]["avg_at_k"] if split in evals else None  # a set may have come later
         value = held if held is None or key is None else held[key]
         if value is not None:
             found.append((level["x"], estimate(value)))
@@ -98,7 +102,8 @@ def _series(data: Row, split: str, arm: str, key: str | None) -> Series | None:
 
 
 def draw_doses(directory: Path, split: str | None = None) -> Path:
-    """`doses.png`: the paired difference from the base arm by level, a line per arm.
+    """`doses.png`: the paired difference from the base arm by level, a line per arm; where there is none, the
+    accuracies themselves.
 
     Args:
         split: the evaluation set; None: the last of those that were asked for by name.
@@ -108,20 +113,22 @@ def draw_doses(directory: Path, split: str | None = None) -> Path:
 
     data = read_json(directory / "doses.json")
     about = data["levels"][0]["study"]
-    named = [s for s in about["splits"] if not s.endswith("_greedy") and "_T" not in s]
+    named = [s for s in about["splits"] if not _ANOTHER_TEMPERATURE.search(s)] or about["splits"]
     split = split or named[-1]
     base, levels = about["base_arm"], [level["x"] for level in data["levels"]]
-    shown = [name for name in arms_of(data) if points(data, split, name, "difference")]
+    key = "difference" if any(points(data, split, name, "difference") for name in arms_of(data)) else None
+    shown = [name for name in arms_of(data) if points(data, split, name, key)]
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    axis.axhline(0, color="0.4", linewidth=1)
+    if key:
+        axis.axhline(0, color="0.4", linewidth=1)
     # Arms stand a little beside each other, so that no interval hides another.
     width = levels[-1] - levels[0] or 1.0
-    step = min(0.012, 0.1 / len(shown)) * width
+    step = min(0.012, 0.1 / max(1, len(shown))) * width
     ends: list[tuple[float, str, str]] = []
     for place, name in enumerate(shown):
-        found = points(data, split, name, "difference")
+        found = points(data, split, name, key)
         colour = _COLOURS[place % len(_COLOURS)]
         marker = _MARKERS[(place + place // len(_COLOURS)) % len(_MARKERS)]
         x = [level + step * (place - (len(shown) - 1) / 2) for level, _ in found]
@@ -133,12 +140,14 @@ def draw_doses(directory: Path, split: str | None = None) -> Path:
         )  # fmt: skip
         ends.append((y[-1], name, colour))
     axis.set_xticks(levels, [_level(data, level, base, split) for level in levels])
-    axis.set(xlabel=f"{data['x']} (below: {base} itself)", ylabel=f"points above {base}")
+    axis.set(
+        xlabel=f"{data['x']} (below: {base} itself)", ylabel=f"points above {base}" if key else "accuracy, %"
+    )
     seeds = sorted({len(level["study"]["seeds"]) for level in data["levels"]})
     many = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}"
     axis.set_title(
         f"{split}, avg@{about['samples'][split]}: {many} seed{'s' * (seeds[-1] != 1)}, "
-        f"{about['problems'][split]:,} problems; bars: 95%, paired",
+        f"{about['problems'][split]:,} problems; bars: 95%{', paired' if key else ''}",
         fontsize=10,
         loc="left",
     )

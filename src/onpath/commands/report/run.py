@@ -224,8 +224,12 @@ def missing_steps(directory: Path, config: dict[str, Any], logged: int, stored: 
     if not every:
         return []
     end = logged if has_model(directory / "model") else logged - 1
-    due = [step for step in range(1, end + 1) if step in (1, steps) or step % every == 0]
-    return sorted({*due} - {*stored.steps})
+    rule = dict.fromkeys(range(1, end + 1), every)
+    changed = [r for r in read_lines(directory / "changes.jsonl") if r.get("key") == "run.trajectories_every"]
+    for row in reversed(changed):  # each says what held up to its step
+        rule |= dict.fromkeys(range(1, min(row["step"], end) + 1), row["before"])
+    due = {step for step, often in rule.items() if often and (step in (1, steps) or step % often == 0)}
+    return sorted(due - {*stored.steps})
 
 
 def learning(metrics: Sequence[Row], evals: Sequence[Row]) -> list[Chart | None]:

@@ -53,6 +53,8 @@ class ArmRun:
     directory: Path
     metrics: list[Row]
     evals: list[Row]
+    evaluation: Path
+    """The directory whose evaluations count: the run's, or one of its model on other questions."""
 
 
 def gather_study(directory: Path) -> dict[str, Any]:
@@ -73,6 +75,11 @@ def gather_study(directory: Path) -> dict[str, Any]:
     if len(runs) < len(data["rows"]):
         notes.append(
             f"{len(data['rows']) - len(runs)} of {len(data['rows'])} runs are no longer beside study.json."
+        )
+    if any(run.evaluation != run.directory for run in runs):
+        notes.append(
+            "Accuracies by step are of what the runs were asked while they trained; all else is of what the "
+            "study asks now."
         )
     splits = about["splits"]
     return {
@@ -103,7 +110,8 @@ def read_run(directory: Path, row: Row) -> ArmRun:
     """A run of the study, by its row in study.json."""
     run = directory / row["run"]
     metrics, evals = read_lines(run / "metrics.jsonl"), read_lines(run / "eval.jsonl")
-    return ArmRun(arm=row["arm"], directory=run, metrics=metrics, evals=evals)
+    evaluation = directory / str(row.get("evaluation", row["run"]))
+    return ArmRun(arm=row["arm"], directory=run, metrics=metrics, evals=evals, evaluation=evaluation)
 
 
 def facts(about: Row, environment: Row, arms: Sequence[Row]) -> list[list[str]]:
@@ -310,8 +318,8 @@ def evaluations(run: ArmRun, split: str) -> dict[int, float | None]:
 
 def passed(run: ArmRun, split: str) -> dict[int, float | None]:
     """k → pass@k of one run at its last evaluation; empty where the details are gone."""
-    steps = [row["step"] for row in run.evals if row["split"] == split]
-    path = run.directory / "evals" / f"{split}_step_{steps[-1]:06d}.jsonl" if steps else None
+    steps = [row["step"] for row in read_lines(run.evaluation / "eval.jsonl") if row["split"] == split]
+    path = run.evaluation / "evals" / f"{split}_step_{steps[-1]:06d}.jsonl" if steps else None
     if path is None or not path.is_file():
         return {}
     counts = [(len(p.correct), sum(p.correct)) for p in read_details(path).problems.values()]

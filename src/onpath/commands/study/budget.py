@@ -14,6 +14,7 @@ from typing import Any
 from onpath.commands.study.config import Budget, StudyConfig
 from onpath.commands.study.plan import Job, arm_config
 from onpath.run.log import read_lines
+from onpath.system.errors import UserError
 
 OFF_BY = 0.1
 
@@ -71,8 +72,18 @@ def steps_of(study: StudyConfig, rates: Mapping[str, Used]) -> dict[str, int]:
                 if amount not in rates or amount not in steps:
                     continue
                 amount = steps[amount] * rates[amount].of(budget.measure)
-            steps[arm] = max(1, round(amount / rates[arm].of(budget.measure)))
+            each = rates[arm].of(budget.measure)
+            if not each:
+                raise UserError(
+                    f"arm {arm}: its steps use no {budget.measure}, so no number of them meets its budget; "
+                    "give it one in updates"
+                )
+            steps[arm] = max(1, round(amount / each))
     return steps
+
+
+def _amount_text(amount: float) -> str:
+    return f"{amount:,.0f}" if amount >= 100 else f"{amount:,.3g}"
 
 
 def _amount(budget: Budget | None) -> float | str | None:
@@ -91,10 +102,11 @@ def missed(study: StudyConfig, use: Mapping[str, Used]) -> list[str]:
             if wanted not in use:
                 continue
             wanted = use[wanted].of(budget.measure)
-        off = taken.of(budget.measure) / wanted - 1
-        if abs(off) > OFF_BY:
+        used_up = taken.of(budget.measure)
+        if abs(used_up - wanted) > OFF_BY * wanted:
+            off = f", {used_up / wanted - 1:+.0%}" if wanted else ""
             notes.append(
-                f"{arm} used {taken.of(budget.measure):,.0f} {budget.measure}, {off:+.0%} of its budget "
-                f"{wanted:,.0f}"
+                f"{arm} used {_amount_text(used_up)} {budget.measure}{off} of its budget "
+                f"{_amount_text(wanted)}"
             )
     return notes

@@ -26,7 +26,7 @@ from onpath.commands.study.budget import per_step, steps_of
 from onpath.commands.study.config import StudyConfig, load_study
 from onpath.commands.study.jobs import Progress, locked, run_jobs, slots_for
 from onpath.commands.study.plan import Job
-from onpath.commands.study.results import gather, notes_of, stopped, tuned
+from onpath.commands.study.results import gather, notes_of, stopped, tuned, tuning_notes
 from onpath.commands.study.tables import markdown
 from onpath.system.errors import UserError
 from onpath.system.files import remove_leftovers, write_text
@@ -47,11 +47,24 @@ class StudyResult:
     failed: Mapping[str, str]
     """Run → sentence of those that failed; the results are those of the others."""
 
+    def why(self) -> str:
+        """How many failed, and the first one's sentence."""
+        name, why = next(iter(self.failed.items()))
+        return f"{len(self.failed)} of the study's runs failed, first {name}: {why}"
+
     def check(self) -> None:
         """Raises UserError with the first of the failed runs' sentences."""
         if self.failed:
-            name, why = next(iter(self.failed.items()))
-            raise UserError(f"{len(self.failed)} of the study's runs failed, first {name}: {why}")
+            raise UserError(self.why())
+
+
+class NothingFinished(UserError):
+    """No run of a study has finished: there are no results to write."""
+
+
+_CHOSEN = "tuning.json"
+"""In a study's directory: the rates that its runs began with, and what they were chosen without."""
+_CHOICE = {"lr": "chosen", "without": "without"}
 
 
 def carry_out(study: StudyConfig, *, command: str, quiet: bool = False) -> StudyResult:
@@ -83,7 +96,12 @@ def carry_out(study: StudyConfig, *, command: str, quiet: bool = False) -> Study
 
         measured = {job.arm: per_step(job) for job in run(plan.pilots(study)) if job.finished}
         steps = steps_of(study, measured)
-        tuning, rates = tuned(study, run(plan.tuning(study, steps)))
+        chosen = study.directory / _CHOSEN
+        before = read_json(chosen, keys={}) if chosen.is_file() else {}
+        tuning, rates = tuned(study, run(plan.tuning(study, steps)), before)
+        if tuning:
+            now = {row["arm"]: {key: row[name] for key, name in _CHOICE.items()} for row in tuning}
+            write_text(chosen, json.dumps(now, indent=1) + "\n")
         planned = plan.runs(study, steps, rates)
         made = run([again.as_made(job) for job in planned])
         asked = again.evaluations(study.directory, planned, made)
@@ -92,8 +110,9 @@ def carry_out(study: StudyConfig, *, command: str, quiet: bool = False) -> Study
         pairs = [(job, asked.get(job.name, job)) for job in made]
         if not any(job.finished and other.finished for job, other in pairs):
             # There is nothing to write: the first failure says why.
-            StudyResult(directory=study.directory, data={}, failed=failed).check()
+            raise NothingFinished(StudyResult(directory=study.directory, data={}, failed=failed).why())
         data = results(study, pairs, failed, command=command)
+        data["notes"] += tuning_notes(tuning)
         data |= {"tuning": tuning, "pilots": {arm: asdict(use) for arm, use in measured.items()}}
         write_text(study.directory / "study.json", json.dumps(data, indent=1, ensure_ascii=False) + "\n")
         write_text(study.directory / "study.md", markdown(data))

@@ -134,6 +134,15 @@ class Tune(Section):
     seed: int = 1000
     """Of the tuning runs; none of the study's seeds."""
 
+    @field_validator("lrs")
+    @classmethod
+    def _apart(cls, value: list[float]) -> list[float]:
+        names = [f"{rate:g}" for rate in value]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"holds {twice} twice; rates differ within six digits")
+        return value
+
 
 class Parallel(Section):
     processes: int | Literal["auto"] = "auto"
@@ -207,6 +216,11 @@ class StudyConfig(Section):
             self._check_tuning(self.tune)
         for name in self.arms:
             self._check_arm(name)
+        of_seeds = {f"{arm}-seed{seed}": arm for arm in self.trained for seed in self.seeds}
+        if shared := next((name for name in self.arms if name in of_seeds), None):
+            raise ValueError(
+                f"arm {shared} would have the directory of a run of arm {of_seeds[shared]}; call it otherwise"
+            )
         return self
 
     def _check_tuning(self, tune: Tune) -> None:
@@ -215,7 +229,7 @@ class StudyConfig(Section):
                 f"tune.seed {tune.seed} is one of the seeds: what is tuned must not be compared on it"
             )
         compared = (self.evals.splits or self.base.data.eval).values()
-        if tune.split in (*compared, self.base.data.train):
+        if _same_place(tune.split) in map(_same_place, (*compared, self.base.data.train)):
             raise ValueError(
                 f"tune.split {tune.split} is also trained on or compared on; tune on a split of its own"
             )
@@ -244,6 +258,12 @@ class StudyConfig(Section):
                 )
         if self.budget and isinstance(self.budget.amount, str):
             raise ValueError(f"budget.{self.budget.measure} must be a number, not {self.budget.amount!r}")
+
+
+def _same_place(source: str) -> str:
+    """A source, a file by where it lies."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source
 
 
 def load_study(path: str | Path) -> StudyConfig:

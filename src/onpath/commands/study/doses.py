@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError, field_validator
 
-from onpath.commands.study.command import StudyResult, carry_out
+from onpath.commands.study.command import NothingFinished, StudyResult, carry_out
 from onpath.commands.study.config import StudyConfig, read_study, study_of
 from onpath.commands.study.tables import Sheet, measured
 from onpath.config.section import Section
@@ -73,7 +73,8 @@ def load_doses(path: str | Path) -> Doses | None:
     directory = Path(tree.pop("dir", "studies")) / name
     studies = {
         level: study_of(
-            {**_with_level(tree, level), "dir": str(directory), "name": f"{axis.name}-{level:g}"}, path
+            {**_with_level(tree, level), "dir": str(directory), "name": f"{axis.name}-{level_text(level)}"},
+            path,
         )
         for level in axis.levels
     }
@@ -88,7 +89,16 @@ def _with_level(tree: Any, level: float) -> Any:
         return [_with_level(value, level) for value in tree]
     if not isinstance(tree, str):
         return tree
-    return level if tree == MARK else tree.replace(MARK, f"{level:g}")
+    return level if tree == MARK else tree.replace(MARK, level_text(level))
+
+
+def level_text(level: float) -> str:
+    """A level as one writes it, and no other number.
+
+    >>> level_text(0.5), level_text(1.0), level_text(1_000_000.0), level_text(0.12345678)
+    ('0.5', '1', '1000000', '0.12345678')
+    """
+    return f"{level:.0f}" if level == int(level) and abs(level) < 1e15 else repr(level)
 
 
 def carry_out_doses(doses: Doses, *, command: str, quiet: bool = False) -> StudyResult:
@@ -97,11 +107,18 @@ def carry_out_doses(doses: Doses, *, command: str, quiet: bool = False) -> Study
     failed: dict[str, str] = {}
     data: dict[str, Any] = {}
     for level, study in doses.studies.items():
-        found = carry_out(study, command=command, quiet=quiet)
+        try:
+            found = carry_out(study, command=command, quiet=quiet)
+        except NothingFinished as error:  # the other levels may yet
+            failed[f"{doses.axis.name} {level:g}"] = str(error)
+            continue
         failed |= {f"{doses.axis.name} {level:g}, {name}": why for name, why in found.failed.items()}
         data = gather_doses(doses, command=command)
         write_text(doses.directory / "doses.json", json.dumps(data, indent=1, ensure_ascii=False) + "\n")
-    return StudyResult(directory=doses.directory, data=data, failed=failed)
+    result = StudyResult(directory=doses.directory, data=data, failed=failed)
+    if not data:
+        raise NothingFinished(result.why())
+    return result
 
 
 def gather_doses(doses: Doses, *, command: str) -> dict[str, Any]:
@@ -124,7 +141,7 @@ def dose_sheets(data: Mapping[str, Any]) -> list[Sheet]:
 
 
 def _sheet(data: Mapping[str, Any], split: str) -> Sheet:
-    levels = data["levels"]
+    levels = [level for level in data["levels"] if split in level["study"]["splits"]]
     about = levels[0]["study"]
     arms = dict.fromkeys(arm["arm"] for level in levels for arm in level["arms"])
     rows = []

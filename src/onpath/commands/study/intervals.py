@@ -15,9 +15,9 @@ instead of 95. There each part has its own t,
             at least t²(P−1)·max(MS_P, MS_E) / (S·P), as if the seeds had no part
 
 which covers at least 95% whatever the share of the seeds in the variance, and is wide where they have none:
-two seeds do not tell. The floor is for seeds whose means are equal by chance: with few problems two are in one
-study of twenty, and a width of zero is no finding. A bootstrap that resamples five seeds is too narrow: it takes the normal's 1.96, shrunk
-by √(4/5), where t with four degrees asks for 2.78.
+two seeds do not tell. The floor is for seeds whose means are equal by chance, as two are in one study of
+twenty with few problems: a width of zero is no finding. A bootstrap that resamples five seeds is too narrow:
+it takes the normal's 1.96, shrunk by √(4/5), where t with four degrees asks for 2.78.
 """
 
 from collections.abc import Sequence

@@ -178,7 +178,7 @@ def pilots(study: StudyConfig) -> list[Job]:
         budget = study.budget_of(arm)
         steps = budget.pilot_steps if budget else 10
         changes = {"optim": {"steps": steps}, "data": {"eval": {}}, "eval": _BARE}
-        jobs.append(_job(study, arm, study.seeds[0], "pilots", arm, _light(changes)))
+        jobs.append(_job(study, arm, min(study.seeds), "pilots", arm, _light(changes)))
     return jobs
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,15 @@ _SHOWN = (
     *("avg_at_k", "ci95", "pass_at_k", "pass_at_k_ci95", "mean_length", "finished", "n", "k", "problems"),
     "first_errors",
 )
+
+
+class Choice(TypedDict):
+    """What tuning chose for an arm."""
+
+    lr: float
+    without: list[float]
+    """Rates of the grid whose runs had failed."""
+
 
 Scores = dict[int | None, NDArray[np.float64]]
 """Seed → scores_P; None: the same model for every seed."""
@@ -229,25 +238,54 @@ def _leaders(study: StudyConfig, by_arm: Mapping[str, Scores]) -> dict[str, Any]
     known = {pair: gap for pair, gap in gaps.items() if gap is not None}
     adjusted = dict(zip(known, holm([p_value(gap) for gap in known.values()]), strict=True))
     near = [a for a in names if a != top and adjusted.get((a, top), adjusted.get((top, a), 1.0)) >= LEVEL]
-    return {"measure": "avg_at_k", "highest": top, "mean": means[top], "not_told_apart": near}
+    return {
+        "measure": "avg_at_k",
+        "highest": top,
+        "mean": means[top],
+        "not_told_apart": near,
+        "pairs": min((len(gap) for pair, gap in known.items() if top in pair), default=0),
+        "without": [a for a in by_arm if a not in names],
+    }
 
 
-def tuned(study: StudyConfig, jobs: Sequence[Job]) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """The tuning table, and arm → chosen rate: the highest average, of equal ones the lowest rate."""
+def tuned(
+    study: StudyConfig, jobs: Sequence[Job], before: Mapping[str, Choice]
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The tuning table, and arm → chosen rate: the highest average, of equal ones the lowest rate.
+
+    Args:
+        before: what was chosen when runs of an arm began: a rate whose own run failed then, and did not now,
+            comes too late.
+    """
     table: list[dict[str, Any]] = []
     rates: dict[str, float] = {}
     for arm in dict.fromkeys(job.arm for job in jobs):
         grid = [_tried(job) for job in sorted(jobs, key=lambda j: j.config.optim.lr) if job.arm == arm]
         done = [g for g in grid if g["avg_at_k"] is not None]
-        if done:
-            rates[arm] = max(done, key=lambda g: g["avg_at_k"])["lr"]
+        if done:  # equal counts are no equal sums of floats
+            rates[arm] = max(done, key=lambda g: round(g["avg_at_k"], 9))["lr"]
+        kept = before.get(arm)
+        if kept is not None and rates.get(arm) in kept["without"]:
+            rates[arm] = kept["lr"]
         chosen = rates.get(arm)
-        at_edge = chosen is not None and chosen in (grid[0]["lr"], grid[-1]["lr"])
-        table.append({"arm": arm, "grid": grid, "chosen": chosen, "at_edge": at_edge})
+        at_edge = chosen is not None and chosen in (done[0]["lr"], done[-1]["lr"])
+        failed = [g["lr"] for g in grid if g["avg_at_k"] is None]
+        without = kept["without"] if kept is not None and chosen == kept["lr"] else failed
+        table.append({"arm": arm, "grid": grid, "chosen": chosen, "at_edge": at_edge, "without": without})
     for name, spec in study.arms.items():
         if spec.tuned_like in rates:
             rates[name] = rates[spec.tuned_like]
     return table, rates
+
+
+def tuning_notes(table: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Rates that were chosen without one of the grid, as sentences."""
+    return [
+        f"the learning rate of {row['arm']}, {row['chosen']:g}, was chosen without "
+        f"{', '.join(f'{lr:g}' for lr in row['without'])}: their runs had failed by then"
+        for row in table
+        if row["without"] and row["chosen"] is not None
+    ]
 
 
 def _tried(job: Job) -> dict[str, Any]:
@@ -257,6 +295,7 @@ def _tried(job: Job) -> dict[str, Any]:
         "lr": job.config.optim.lr,
         "avg_at_k": last["avg_at_k"] if last else None,
         "ci95": last["ci95"] if last else None,
+        "problems": last["problems"] if last else None,
     }
 
 

@@ -124,8 +124,10 @@ def _costs(data: Row) -> Sheet:
 def _tuning(data: Row) -> Sheet:
     rates = sorted({tried["lr"] for arm in data["tuning"] for tried in arm["grid"]})
     tune = data["study"]["tune"]
+    counts = [tried.get("problems") for arm in data["tuning"] for tried in arm["grid"]]
+    problems = next((count for count in counts if count), tune["limit"])
     return Sheet(
-        title=f"learning rates: avg@{tune['n']} on {tune['limit']:,} problems of {tune['split']}",
+        title=f"learning rates: avg@{tune['n']} on {problems:,} problems of {tune['split']}",
         columns=("arm", *(f"{rate:g}" for rate in rates), "chosen"),
         rows=tuple(
             (
@@ -150,13 +152,14 @@ def sentences(data: Row) -> list[str]:
         if row is None:
             continue
         top, near = row["highest"], row["not_told_apart"]
-        if len(data["study"]["seeds"]) < 2:
+        if row.get("pairs", len(data["study"]["seeds"])) < 2:
             rest = "no winner: one seed does not say what another would have given"
         elif near:
             rest = f"no winner: not told apart from it: {', '.join(near)}"
         else:
             rest = "ahead of every other arm"
-        said.append(f"{split}: the highest mean is {top}'s, {row['mean']:.1%}; {rest}.")
+        aside = f" but for {', '.join(row['without'])}" if row.get("without") else ""
+        said.append(f"{split}: the highest mean{aside} is {top}'s, {row['mean']:.1%}; {rest}{aside}.")
     return said
 
 

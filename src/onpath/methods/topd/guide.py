@@ -142,8 +142,8 @@ def described(
 ) -> dict[str, Any]:
     """A fork as JSON-ready values; `plan` has [i, j, share of row i's mass] above a threshold.
 
-    Where there is a plan, its rows are the rollout's own tokens: these are the student's window then, and what
-    it generated anew (`regenerate`), which the distance is of, stands beside them.
+    Where there is a plan, its rows are the rollout's own tokens: these are the student's window then, and
+    what it generated anew (`regenerate`), which the distance is of, stands beside them.
     """
     own = fork.student
     if plan_KJ is not None and rollout is not None:

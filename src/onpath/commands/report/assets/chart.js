@@ -41,14 +41,23 @@ function extent(values, zero) {
   return [zero && low === 0 ? 0 : low - room, zero && high === 0 ? 0 : high + room];
 }
 
+function percents(ticks) {
+  // As many digits as tell neighbours apart.
+  const gap = Math.min(...ticks.slice(1).map((t, i) => 100 * Math.abs(t - ticks[i])));
+  const digits = Number.isFinite(gap) && gap > 0 ? Math.max(0, Math.ceil(-Math.log10(gap) - 1e-9)) : 0;
+  const exact = ticks.every((t) => Math.abs(100 * t - Number((100 * t).toFixed(digits))) < 1e-6);
+  return ticks.map((t) => `${(100 * t).toFixed(exact ? digits : digits + 1)}%`);
+}
+
 function axes(x, y, spec, across, up, unit) {
   const bottom = FRAME.top + FRAME.innerHeight;
   const group = svg("g", { class: "axes" });
-  for (const t of up) {
+  const shares = unit === "%" ? percents(up) : null;
+  for (const [i, t] of up.entries()) {
     const at = y(t);
     group.append(
       svg("line", { x1: FRAME.left, x2: FRAME.width - FRAME.right, y1: at, y2: at }),
-      svg("text", { x: FRAME.left - 6, y: at + 3.5, "text-anchor": "end" }, unit === "%" ? `${Math.round(100 * t)}%` : number(t)),
+      svg("text", { x: FRAME.left - 6, y: at + 3.5, "text-anchor": "end" }, shares ? shares[i] : number(t)),
     );
   }
   for (const t of across) group.append(svg("text", { x: x(t), y: bottom + 14, "text-anchor": "middle" }, number(t)));

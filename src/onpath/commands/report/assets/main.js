@@ -1,7 +1,7 @@
 // The page, top to bottom.
 
 function slug(title) {
-  return title.toLowerCase().replace(/[^a-z]+/g, "-");
+  return title.toLowerCase().replace(/[^a-z0-9.]+/g, "-");
 }
 
 function themeButton() {
