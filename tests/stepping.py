@@ -23,6 +23,7 @@ class Given:
 
     trajectories: list[Trajectory]
     guidance_weight: float = 1.0
+    compares_samples: bool = False
     measured: list[Mapping[str, float]] = field(default_factory=list)
 
     def prepare(self, rollouts: Sequence[Rollout], *, step: int) -> Prepared:

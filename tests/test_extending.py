@@ -591,6 +591,84 @@ def test_what_a_method_gives_for_tokens_is_looked_at(
         onpath.train(tiny(eval__start=False), method=Giving, quiet=True)
 
 
+class Keeping(Method):
+    """Keeps a tensor in one of four ways of which none can be restored, and in the one that can."""
+
+    class Options(MethodOptions):
+        how: str = "in place"
+        """Which."""
+
+    def __init__(self, options: Any, tools: Any) -> None:
+        super().__init__(options, tools)
+        self.seen, self.count = torch.zeros(1), 0
+
+    def prepare(self, rollouts: Any, *, step: int) -> Prepared:
+        self.count += 1
+        self.seen += 1
+        if self.options.how == "grown":
+            self.seen = torch.cat([self.seen, self.seen[-1:]])
+        return Prepared(
+            trajectories=[own_response(r) for r in rollouts], metrics={"seen": self.seen.tolist()}
+        )
+
+    def state(self) -> Any:
+        found = {"fresh": torch.tensor([self.count]), "plain": self.count}.get(self.options.how, self.seen)
+        return {} if self.options.how == "late" and not self.count else {"seen": found}
+
+
+@pytest.mark.parametrize(
+    ("how", "steps", "expected"),
+    [
+        ("grown", 1, r"state\(\)\['seen'\] was \(1,\) of torch.float32 and then \(2,\) of torch.float32"),
+        ("late", 1, r"state\(\) had nothing at the start, and seen later"),
+        ("fresh", 0, r"state\(\)\['seen'\] is another tensor each time"),
+        ("plain", 0, r"state\(\)\['seen'\] is int and no tensor"),
+    ],
+)
+def test_what_a_method_keeps_can_be_restored(how: str, steps: int, expected: str, tiny: Tiny) -> None:
+    config = tiny(eval__start=False, optim__steps=3, run__save_every=0)
+    with pytest.raises(UserError, match=f"Keeping: {expected}.*; make each tensor once, in __init__"):
+        onpath.train(config, method=Keeping.Options(how=how), quiet=True)
+    lines = Path(config.run.dir) / config.run.name / "metrics.jsonl"
+    assert len(lines.read_text().splitlines() if lines.exists() else []) <= steps
+
+
+def test_what_is_kept_in_place_is_restored(tiny: Tiny) -> None:
+    options = {"eval__start": False, "run__save_every": 1, "optim__schedule": "constant"}
+    run = onpath.train(tiny(**options, optim__steps=2), method=Keeping, quiet=True).directory
+    onpath.train(tiny(**options, optim__steps=3), method=Keeping, quiet=True)
+    assert [row["seen"] for row in rows_of(run)] == [[1.0], [2.0], [3.0]]
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_the_sampled_estimator_takes_no_word_of_others(weight: float, tiny: Tiny) -> None:
+    """What a method has others write is known when it has."""
+
+    class Foreign(Method):
+        class Options(MethodOptions):
+            """None."""
+
+        def prepare(self, rollouts: Any, *, step: int) -> Prepared:
+            rows = [own_response(r) for r in rollouts]
+            return Prepared(
+                trajectories=[
+                    replace(
+                        t,
+                        writers=("teacher", *["student"] * (len(t.response) - 1)),
+                        weights=(weight, *[1.0] * (len(t.response) - 1)),
+                    )
+                    for t in rows
+                ]
+            )
+
+    config, options = tiny(eval__start=False, optim__steps=1), Foreign.Options(divergence="sampled")
+    if not weight:
+        assert onpath.train(config, method=options, quiet=True).steps == 1
+        return
+    with pytest.raises(UserError, match="Foreign: trajectory 0 has tokens that others wrote, and method"):
+        onpath.train(config, method=options, quiet=True)
+
+
 def test_paths_are_text(tiny: Tiny, outside: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In a mapping from Python, and as the default of an option."""
     plain = tiny()

@@ -127,3 +127,15 @@ def test_bad_directories(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main(["inspect", str(run)]) == 2
     assert "step_000012.parquet: damaged" in capsys.readouterr().err
     assert main(["inspect", str(run), "--step", "1", "--limit", "1"]) == 0  # the other files are whole
+
+
+def test_tokens_that_are_not_trained_on_are_told_apart(run: Path) -> None:
+    row = {**trajectory_rows(run)[0], "kept": True, "tokens": ["a", "b", "c"], "response": [1, 2, 3]}
+    row |= {"reverse_kl": [5.0, 5.0, 5.0], "weights": [0.0, 1.0, 0.0], "writers": ["student"] * 3}
+    stream = io.StringIO()
+    console = Console(file=stream, width=200, color_system=None)
+    show_row(console, row, "reverse_kl", {})
+    assert "a⟦b 5.0⟧c" in stream.getvalue()
+    assert "  not trained on: 0 ‘a’, 2 ‘c’" in stream.getvalue()
+    show_row(console, row, "weights", {})
+    assert "a⟦b 1.0⟧c" in stream.getvalue()

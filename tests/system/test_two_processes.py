@@ -1,12 +1,18 @@
 """Two gloo processes give what one process gives."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from onpath.config.build import Config
+from onpath.config.build import Config, with_own
+from onpath.methods import Edit, Method, MethodOptions, Prepared, own_response
+from onpath.methods.base import Tools
+from onpath.records import Rollout
 from onpath.run.log import read_lines
 from onpath.system.draws import request_seed
 from onpath.training import train
@@ -30,6 +36,76 @@ def test_two_processes_are_one(prompts: int, tiny: Callable[..., Config], tmp_pa
     one = train(tiny(**options, run__name="one"), quiet=True).directory
     two = in_ranks(tiny(**options, run__name="two"), tmp_path, processes=2)
     assert_same(one, two)
+
+
+class LongestOfPrompt(Method):
+    """Of the samples of a prompt the longest is trained on."""
+
+    compares_samples = True
+
+    class Options(MethodOptions):
+        """None."""
+
+    def prepare(self, rollouts: Sequence[Rollout], *, step: int) -> Prepared:
+        kept: dict[str, Rollout] = {}
+        for r in rollouts:
+            best = kept.setdefault(r.prompt.id, r)
+            kept[r.prompt.id] = r if len(r.ids) > len(best.ids) else best
+        chosen = {r.key for r in kept.values()}
+        out = Edit(kind="none", kept=False, reason="shorter")
+        made = [own_response(r) for r in rollouts]
+        return Prepared(
+            trajectories=[
+                t if r.key in chosen else replace(t, edit=out) for t, r in zip(made, rollouts, strict=True)
+            ],
+            totals={"chosen": len(kept)},
+        )
+
+
+@pytest.mark.slow
+def test_samples_that_are_compared_stay_together(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    options = {"rollout__prompts": 5, "rollout__n": 3, "optim__steps": 3}
+    configs = [with_own(tiny(**options, run__name=name), method=LongestOfPrompt) for name in ("one", "two")]
+    one = train(configs[0], quiet=True).directory
+    two = in_ranks(configs[1], tmp_path, processes=2)
+    assert_same(one, two)
+    assert [row["chosen"] for row in read_lines(two / "metrics.jsonl")] == [5] * 3
+
+
+class Remembering(Method):
+    """Counts the tokens that it has seen: of its own process, or of all."""
+
+    class Options(MethodOptions):
+        everybodys: bool = True
+        """Whether of all."""
+
+    def __init__(self, options: Any, tools: Tools) -> None:
+        super().__init__(options, tools)
+        self.seen = torch.zeros(())
+
+    def prepare(self, rollouts: Sequence[Rollout], *, step: int) -> Prepared:
+        mine = [len(r.ids) for r in rollouts]
+        self.seen += sum(self.tools.gather(mine) if self.options.everybodys else mine)
+        return Prepared(trajectories=[own_response(r) for r in rollouts], metrics={"seen": float(self.seen)})
+
+    def state(self) -> Mapping[str, torch.Tensor]:
+        return {"seen": self.seen}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("everybodys", [True, False])
+def test_what_a_method_keeps_is_the_same_everywhere(
+    everybodys: bool, tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    config = tiny(rollout__prompts=5, optim__steps=2, run__save_every=1, data__eval={})
+    config = with_own(config, method=Remembering.Options(everybodys=everybodys))
+    ended = forked(lambda _: train(config, quiet=True), tmp_path, world=2)
+    if everybodys:
+        assert [code for code, _, _ in ended] == [0, 0], ended
+        rows = read_lines(Path(config.run.dir) / config.run.name / "metrics.jsonl")
+        assert rows[1]["seen"] > rows[0]["seen"] == rows[0]["tokens"]
+    else:
+        assert all("its state() differs from process to process" in err for _, _, err in ended), ended
 
 
 @pytest.mark.slow

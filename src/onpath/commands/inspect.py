@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from onpath.commands.report.text import cell, known_tokens, sides, was_changed
-from onpath.commands.terminal import coloured, few_colours, forks, legend, rewritten, written
+from onpath.commands.terminal import coloured, few_colours, forks, left_out, legend, rewritten, written
 from onpath.run.trajectories import Row, quantities, read_rows, step_of, trajectory_files
 from onpath.system.errors import UserError
 from onpath.system.files import place
@@ -67,7 +67,7 @@ def run_inspect(
         UserError: no such run, step, column or prompt, or a damaged file.
     """
     stored = stored_rows(place(directory), step)
-    names = sorted({name for row in stored for name in quantities(row)})
+    names = sorted({name for row in stored for name in quantities(row)} | {"weights"})
     if names and colour not in (None, *names):
         raise UserError(f"colour {colour}: no such per-token column; there are {', '.join(names)}")
     rows = select(stored, only=only, prompt_id=prompt_id, sort=sort, limit=limit)
@@ -140,8 +140,12 @@ def show_row(console: Console, row: Row, quantity: str, known: Mapping[int, str]
     if values is None:  # recorded only: not scored
         say(console, [Text(row["response_text"])])
     else:
-        say(console, [coloured(row["tokens"], values, colour=colour, few=few_colours(console))])
+        weights = row.get("weights") if quantity != "weights" else None
+        few = few_colours(console)
+        say(console, [coloured(row["tokens"], values, weights=weights, colour=colour, few=few)])
     say(console, written(row["tokens"], row.get("writers") or (), colour=colour))
+    if row["kept"]:
+        say(console, left_out(row["tokens"], row.get("weights") or (), colour=colour))
     if was_changed(row):
         say(console, rewritten(*sides(row, known), colour=colour))
     say(console, forks(row["detail"].get("forks") or (), colour=colour))

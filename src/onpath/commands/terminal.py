@@ -4,7 +4,7 @@ colour.
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from rich.console import Console
 from rich.style import Style
@@ -13,6 +13,7 @@ from rich.text import Text
 from onpath.commands.report.text import diff
 from onpath.system.text import named_controls, visible
 
+T = TypeVar("T")
 _LOW, _HIGH = 0.1, 4.0
 """Nats: below _LOW a token stays plain, from _HIGH on it has the full colour."""
 _RAMP = ((255, 243, 214), (254, 217, 142), (254, 153, 41), (217, 95, 14), (153, 52, 4))
@@ -50,14 +51,21 @@ def few_colours(console: Console) -> bool:
 
 
 def coloured(
-    tokens: Sequence[str], values: Sequence[float], *, colour: bool = True, few: bool = False
+    tokens: Sequence[str],
+    values: Sequence[float],
+    *,
+    weights: Sequence[float] | None = None,
+    colour: bool = True,
+    few: bool = False,
 ) -> Text:
     """Tokens with a background by value (nats), of 16 colours if there are `few`; without colour
-    ⟦token value⟧ from 1 nat on."""
+    ⟦token value⟧ from 1 nat on. Those of weight 0 are not trained on, and have neither."""
     text = Text()
-    for token, value in zip(tokens, values, strict=True):
+    for token, value, weight in zip(tokens, values, weights or [1.0] * len(tokens), strict=True):
         shown = visible(token)
-        if not colour:
+        if not weight:
+            text.append(shown, style="dim" if colour else "")
+        elif not colour:
             text.append(f"⟦{shown.strip()} {value:.1f}⟧" if value >= 1.0 else shown)
         elif value < _LOW:
             text.append(shown)
@@ -87,14 +95,25 @@ def legend(console: Console, quantity: str) -> Text:
 
 def written(tokens: Sequence[str], writers: Sequence[str], *, colour: bool = True) -> Iterator[Text]:
     """What the student did not write, and where: `teacher 4-5 ‘so 7’`."""
-    runs, at = [], 0
-    for who, run in groupby(writers):
-        start, at = at, at + len(list(run))
-        if who != "student":
-            places = f"{start}" if at == start + 1 else f"{start}-{at - 1}"
-            runs.append(f"{who} {places} ‘{visible(''.join(tokens[start:at]))}’")
+    runs = [f"{who} {where}" for who, where in _runs(tokens, writers) if who != "student"]
     if runs:
         yield Text(f"  written by {', '.join(runs)}", style="dim" if colour else "")
+
+
+def left_out(tokens: Sequence[str], weights: Sequence[float], *, colour: bool = True) -> Iterator[Text]:
+    """Where the weight is 0: `not trained on: 0-2 ‘so 7’`."""
+    runs = [where for counts, where in _runs(tokens, [bool(w) for w in weights]) if not counts]
+    if runs:
+        yield Text(f"  not trained on: {', '.join(runs)}", style="dim" if colour else "")
+
+
+def _runs(tokens: Sequence[str], marks: Sequence[T]) -> Iterator[tuple[T, str]]:
+    """Tokens of one mark that stand together: the mark, and `4-5 ‘so 7’`."""
+    at = 0
+    for mark, run in groupby(marks):
+        start, at = at, at + len(list(run))
+        places = f"{start}" if at == start + 1 else f"{start}-{at - 1}"
+        yield mark, f"{places} ‘{visible(''.join(tokens[start:at]))}’"
 
 
 def rewritten(y: Sequence[str], z: Sequence[str], *, colour: bool = True) -> Iterator[Text]:

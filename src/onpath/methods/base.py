@@ -6,7 +6,7 @@ A method of your own is a class like those beside this file, in a file anywhere:
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
@@ -22,6 +22,8 @@ from onpath.grade.rewards import Reward, totals, values_of
 from onpath.records import Completion, Prompt, Rollout, Sampling, Trajectory
 from onpath.system import distributed
 from onpath.system.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +103,11 @@ class Tools:
     text: Text
     sampling: Sampling
     """Of the student's rollouts."""
+
+    def gather(self, items: Sequence[T]) -> list[T]:
+        """What each process gives, of all of them and on each of them, in one order: every process must call,
+        as often as the others. With one process the items themselves."""
+        return distributed.gather(items)
 
     def in_teachers_name(
         self,
@@ -231,6 +238,9 @@ class Method:
     """
 
     Options: ClassVar[type[MethodOptions]] = MethodOptions
+    compares_samples: ClassVar[bool] = False
+    """Whether `prepare` compares the samples of one prompt (rollout.n above 1): then they go to one process
+    together, where rollouts are dealt to several."""
 
     def __init__(self, options: Any, tools: Tools) -> None:
         self.options, self.tools = options, tools
@@ -249,7 +259,11 @@ class Method:
         cls.Options.method_class = cls
 
     def prepare(self, rollouts: Sequence[Rollout], *, step: int) -> Prepared:
-        """Edits or annotates the rollouts of one optimiser step (of this process). Draws depend on `step`."""
+        """Edits or annotates the rollouts of one optimiser step. Draws depend on `step`.
+
+        Args:
+            rollouts: this process's part of them (see `compares_samples` and `Tools.gather`).
+        """
         raise NotImplementedError
 
     def scored_first(self, rollout: Rollout) -> Trajectory | None:
@@ -287,7 +301,8 @@ class Method:
         """Called after each optimiser step, with what it measured (`Meter.measured`)."""
 
     def state(self) -> Mapping[str, Tensor]:
-        """Tensors that a resumed run needs, restored in place."""
+        """Tensors that a resumed run needs, restored in place. All processes hold the same (`Tools.gather`):
+        a checkpoint has one, for any number of processes."""
         return {}
 
 

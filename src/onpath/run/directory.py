@@ -37,6 +37,7 @@ from onpath.run.log import (
     read_lines,
 )
 from onpath.run.meter import Meter
+from onpath.run.method_state import MethodState
 from onpath.run.optimizer import rate
 from onpath.run.parts import Parts
 from onpath.run.refresh import DIRECTORY as ROLLOUTS
@@ -102,6 +103,9 @@ class Run:
     """The lock on the directory."""
     saving: checkpoint.Saving | None = None
     """The checkpoint that is being written."""
+
+    def __post_init__(self) -> None:
+        self.method_state = MethodState(self.parts.method, of=self.parts.config.method.name)
 
     @property
     def finished(self) -> bool:
@@ -348,6 +352,7 @@ class Run:
         row = {"step": step, **meter.row(self.parts.models.device), "lr": lr, "policy_version": step}
         versions = [r.policy_version for r in meter.rollouts]
         row["staleness"] = step - 1 - min(versions) if versions else None
+        self.method_state.check()
         if distributed.rank() == 0:
             self.metrics.write(row)
             for tracker in self.trackers:
@@ -361,6 +366,7 @@ class Run:
             UserError: it cannot be written.
         """
         self.settle()
+        self.method_state.check_alike()
         root, student = self.directory / "checkpoints", self.parts.models.student
         if distributed.rank() == 0 or sharded(student):
             self.saving = checkpoint.save(

@@ -41,7 +41,8 @@ def sample(parts: Parts, step: int) -> list[Rollout]:
     else:
         rollouts = draw(step) if parts.overlap is None else parts.overlap(step, draw)
     if parts.config.parallel.balance:
-        rollouts = distributed.dealt(rollouts, lambda r: len(r.context) + len(r.ids))
+        together = (lambda r: r.prompt.id) if parts.method.compares_samples else None
+        rollouts = distributed.dealt(rollouts, lambda r: len(r.context) + len(r.ids), together=together)
     rollouts = [replace(r, place=place) for place, r in enumerate(rollouts)]
     return fresh(parts.config, rollouts, step)
 
@@ -118,6 +119,12 @@ def check_tokens(prepared: Prepared, *, of: str, vocabulary: int, sampled: bool)
                     raise UserError(f"{where} {part} that are no plain numbers but {type(x).__name__}")
                 if not math.isfinite(x):
                     raise UserError(f"{where} {part} that are not finite ({x})")
+        drawn = zip(t.written_by, t.token_weights, strict=True)
+        if sampled and t.advantages is None and any(who != "student" and w for who, w in drawn):
+            raise UserError(
+                f"{where} tokens that others wrote, and method.divergence: sampled takes every one for the "
+                "student's own; give those weight 0, or use reverse_kl"
+            )
         if t.advantages is not None and not sampled:
             raise UserError(f"{where} advantages, which method.divergence: sampled alone reads")
         if t.response and not 0 <= min(t.response) <= max(t.response) < vocabulary:

@@ -208,17 +208,27 @@ def first_decides(decide: Callable[[], T]) -> T:
     return found
 
 
-def dealt(items: Sequence[T], length: Callable[[T], int]) -> list[T]:
+def dealt(
+    items: Sequence[T], length: Callable[[T], int], *, together: Callable[[T], object] | None = None
+) -> list[T]:
     """All ranks' items dealt anew, the longest first, each to the rank that has least so far: an exchange
-    waits for the slowest. A rank's own stay in the order of `gather`."""
+    waits for the slowest. A rank's own stay in the order of `gather`.
+
+    Args:
+        together: items of which this is equal go to one rank.
+    """
     if world() == 1:
         return list(items)
     everyone = gather(items)
+    groups: dict[object, list[int]] = {}
+    for i, item in enumerate(everyone):
+        groups.setdefault(i if together is None else together(item), []).append(i)
+    sizes = [(sum(length(everyone[i]) for i in group), group) for group in groups.values()]
     loads, mine = [(0, r) for r in range(world())], []
-    for i in sorted(range(len(everyone)), key=lambda i: (-length(everyone[i]), i)):
+    for size, group in sorted(sizes, key=lambda pair: (-pair[0], pair[1])):
         load, least = heapq.heappop(loads)
-        heapq.heappush(loads, (load + length(everyone[i]), least))
-        mine += [i] if least == rank() else []
+        heapq.heappush(loads, (load + size, least))
+        mine += group if least == rank() else []
     return [everyone[i] for i in sorted(mine)]
 
 

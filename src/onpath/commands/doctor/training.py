@@ -47,7 +47,8 @@ def eos(parts: Parts, probe: Probe) -> Finding:
     masses = _end_masses(parts, ended)
     stripped = sum(not r.ids or r.ids[-1] not in stops for r in ended)
     present = [t for t in probe.trajectories if t.response[-1] in stops]
-    masked = sum(_final_weight(parts, t) == 0 for t in present)
+    # A stop that others drew is nothing that the student must learn where it is not trained on their words.
+    masked = sum(_final_weight(parts, t) == 0 and t.written_by[-1] == "student" for t in present)
     closing = _turn_end(parts.text.renderer, stops)
     values = {
         "stop_ids": sorted(stops),
