@@ -562,7 +562,7 @@ def test_a_run_that_keeps_nothing_says_so(tiny: Callable[..., Config], tmp_path:
         tree = {**tiny(run__save_every=1).model_dump(mode="json"), "rewards": low}
         config = configuration.build(tree)
         for _ in range(2):
-            with pytest.raises(UserError, match="in none of 3 steps was a trajectory kept"):
+            with pytest.raises(UserError, match="in none of 3 steps was a token trained on"):
                 train(config, quiet=True)
     assert not (Path(config.run.dir) / config.run.name / "model").exists()
 

@@ -155,7 +155,9 @@ def facts(row: Row) -> list[str]:
     """What stands above the tokens."""
     verdict = cell(row).replace("_to_", " → ") if was_changed(row) else VERDICTS[row["correct"]]
     edit = f"edit {row['edit']} {row['reason']}".rstrip()
-    return [f"step {row['step']}", str(row["prompt_id"]), verdict, str(row["finish_reason"]), edit]
+    told = row["detail"].items() if row["edit"] == "none" else ()
+    known = [f"{key} {value}" for key, value in told if isinstance(value, str | int | float)]
+    return [f"step {row['step']}", str(row["prompt_id"]), verdict, str(row["finish_reason"]), edit, *known]
 
 
 def say(console: Console, lines: Iterable[Text]) -> None:

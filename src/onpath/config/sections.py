@@ -248,6 +248,16 @@ class RolloutSection(Served):
     batch_tokens: Annotated[int, ROUNDING] = Field(32_768, ge=1)
     """Tokens (sequences × longest length) that one generation batch may hold."""
 
+    @field_validator("refresh", mode="before")
+    @classmethod
+    def _a_word_or_a_rule(cls, value: Any) -> Any:
+        if value not in ("always", "never") and not isinstance(value, Mapping | Refresh):
+            raise ValueError(
+                f"refresh is {value!r}; it must be always, never, or a rule: {{every: 2}}, "
+                "{overlap_below: 0.8}, or both"
+            )
+        return value
+
     @field_validator("refresh")
     @classmethod
     def _by_a_rule(cls, value: Any) -> Any:

@@ -418,8 +418,8 @@ class Run:
         rows = read_lines(self.metrics.path)
         if rows and not any(row["tokens"] for row in rows):
             raise UserError(
-                f"{self.directory}: in none of {len(rows):,} steps was a trajectory kept, so nothing was "
-                "trained and no model is written; the column `reason` of trajectories/ says why"
+                f"{self.directory}: in none of {len(rows):,} steps was a token trained on, so no model is "
+                "written; the columns kept, reason and weights of trajectories/ say why"
             )
 
     def _save(self, target: Path, *, merged: bool, step: int, told: Mapping[str, Any] | None = None) -> None:

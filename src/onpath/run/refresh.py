@@ -350,8 +350,9 @@ def _rows(rollouts: Sequence[Rollout], prepared: Prepared, step: int) -> list[di
     """Lines of one step's rollouts and trajectories: what `Phase.of` reads, and what was measured.
 
     Raises:
-        UserError: a trajectory does not say which rollout it came from.
+        UserError: a trajectory does not say which rollout it came from, or it is none of these.
     """
+    drawn = {(r.prompt.id, r.sample): r.ids for r in rollouts}
     found: dict[str, dict[str, Any]] = {}
     for r in rollouts:
         row = found.setdefault(r.prompt.id, {"prompt": r.prompt.id, "rollouts": [], "trajectories": []})
@@ -362,6 +363,11 @@ def _rows(rollouts: Sequence[Rollout], prepared: Prepared, step: int) -> list[di
             raise UserError(
                 "rollout.refresh keeps trajectories with the rollouts that they come from, and this method "
                 "makes some without Trajectory.origin; set it there, or rollout.refresh: always"
+            )
+        if drawn.get((t.origin.prompt.id, t.origin.sample)) != t.origin.ids:
+            raise UserError(
+                "rollout.refresh keeps trajectories with the rollouts that they come from, and this method "
+                f"makes one of another time's (of prompt {t.origin.prompt.id!r}); set rollout.refresh: always"
             )
         found[t.origin.prompt.id]["trajectories"].append(_as_row(t, t.origin))
     measured = {
