@@ -33,16 +33,17 @@ RULES = {
     "money": "$, €, £, `dollars`, `USD` are units that may stand in front.",
     "multipliers": "5 \\text{ million} = 5,000,000; so with dozen, hundred, thousand, billion.",
     "bases": "A subscript is the base: both must name the same one. Digits without one are taken as meant.",
-    "choices": "A single capital letter matches that choice, with or without its text: `C: forty`, `(C)`.",
+    "choices": "A single capital letter matches that choice, with or without its text: `C: forty`, `(C)`. "
+    "Two choices are none.",
     "words": "Words are compared as words, case and white space aside, never as products of letters.",
     "times": "Hours, minutes and a.m. or p.m. must be the same.",
     "dates": "Day, month and year must be the same; a date is not a subtraction.",
     "numbers": "Fractions, decimals, roots and mixed numbers of one value are equal.",
     "algebra": "Expressions are equal if they always are; 2t is not 2.",
-    "equations": "x = 5 answers 5, and 5 answers x = 5.",
+    "equations": "x = 5 answers 5, and 5 answers x = 5; 3x = 6 does not answer 6.",
     "sets": "Sets and lists are equal in any order.",
-    "intervals": "Ends and their kinds must be the same; x > 3 is (3, \\infty).",
-    "points": "Points, tuples and matrices are equal entry by entry, in order.",
+    "intervals": "Ends and their kinds must be the same; x > 3 is (3, \\infty). > 5 is not 5.",
+    "points": "Points, tuples and matrices are equal entry by entry, in order; (2, 1) is not {1, 2}.",
 }
 """Name → what the rule says, in the order of the page."""
 
@@ -60,6 +61,10 @@ _SUFFIX = re.compile(
 _SHORT = 80
 """Characters of a line that may be an answer as a whole."""
 _STATED = re.compile(r"(?:####|\banswer\s*(?:is|:|=)\s*:?|\banswer\s*\*\*\s*:?)", re.I)
+_BOUND = re.compile(
+    r"(?:not|(?:greater|less|more|fewer|larger|smaller) than|at (?:least|most)|above|below)\b", re.I
+)
+"""What is said so is no value."""
 _SENTENCE_END = re.compile(r"\n|(?<!\d)\.(?:\s|$)|\.\s+(?=[A-Z])|\.$")
 
 
@@ -142,6 +147,8 @@ def stated(text: str) -> list[Found]:
     if announced:
         tail = text[announced[-1].end() :].strip().lstrip("*: ")
         tail = _SENTENCE_END.split(tail, maxsplit=1)[0].strip().strip("*")
+        if _BOUND.match(tail):
+            return [Found("", True)]
         if 0 < len(tail) <= _SHORT:
             found.append(Found(tail, True))
     if not found and len(text.strip()) <= _SHORT and "\n" not in text.strip():
@@ -219,12 +226,17 @@ _MATHS_WORDS = frozenset((
     "log", "exp", "sqrt", "infty", "infinity", "inf", "frac", "times", "cdot", "and", "det", "min",
     "max", "gcd", "lcm", "mod", "pmod", "deg", "alpha", "beta", "gamma", "theta", "lambda",
 ))
+_NO_UNITS = (_MATHS_WORDS - {"min", "deg", "sec"}) | frozenset((
+    "or", "if", "when", "for", "pi", "half", "halves", "third", "thirds", "quarter", "quarters", "fourth",
+    "fourths", "fifth", "fifths", "sixth", "sixths", "eighth", "eighths", "tenth", "tenths",
+))
 _MONTHS = (
     "january", "february", "march", "april", "may", "june", "july", "august", "september", "october",
     "november", "december",
 )
 # fmt: on
 
+_ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[a-zA-Z]))")
 _CHARACTER = re.compile("|".join(map(re.escape, _CHARACTERS)))
 _COMMAND = [(re.compile(pattern), to) for pattern, to in _COMMANDS.items()]
 _SPACES = re.compile(r"(?:\\[,;:> ]|~|\\quad|\\qquad|\\thinspace|\s)+")
@@ -239,6 +251,7 @@ def clean(text: str) -> str:
     >>> clean("$1{,}234$"), clean("\\\\left[0,\\\\, 1\\\\right)"), clean("90°")
     ('1234', '[0, 1)', '90^\\\\circ')
     """
+    text = _ROOT.sub(lambda m: rf"\sqrt{{{m.group(1) or m.group(2)}}}", text)
     text = _CHARACTER.sub(lambda m: _CHARACTERS[m.group()], text)
     text = _undelimited(text)
     for pattern, to in _COMMAND:
@@ -273,7 +286,7 @@ def _ungrouped(text: str) -> str:
     )
     if bare:
         return _GROUPED.sub(lambda m: m.group(1) + re.sub(r"\D", "", m.group(2)), text)
-    spaced = re.compile(r"(?<![\d.,])(\d{1,3})((?: \d{3})+)(?![\d,.]|\s\d)")
+    spaced = re.compile(r"(?<![\d.,])(\d{1,3})((?: \d{3})+)(?![\d,.]|\s\d|\s*/)")
     return spaced.sub(lambda m: m.group(1) + m.group(2).replace(" ", ""), text)
 
 
@@ -304,6 +317,7 @@ _BARE_UNIT = re.compile(
     r"^(" + _NUMBER + r"(?:\s*/\s*\d+)?)\s*([a-zA-Z¢€$£¥₹][a-zA-Z¢ ./]*?)\s*(?:\^\s*\{?(\d)\}?)?$"
 )
 _LATEX_BARE_UNIT = re.compile(r"^(.*[\d})])\s+([a-zA-Z]{2,}(?: [a-zA-Z]+)*)\s*(?:\^\s*\{?(\d)\}?)?$")
+_TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
 _PERCENT = re.compile(r"\s*(?:\\text\{\s*)?(?:percent|per cent|percentage|pct|%)\s*\}?$")
 
 
@@ -319,6 +333,8 @@ def written(text: str) -> Written:
     if re.search(r"\d", text) and (percent := _PERCENT.search(text)):
         value = text[: percent.start()]
         return Written(value + r"\%" if re.fullmatch(r"-?\d+", value) else rf"\frac{{{value}}}{{100}}")
+    if _TRIGONOMETRY.search(text):
+        return Written(re.sub(r"(\d+(?:\.\d+)?)\^\\circ", r"(\\frac{\1\\pi}{180})", text))
     if degrees := _DEGREES.search(text):
         kind = degrees.group(1)
         return Written(text[: degrees.start()], f"deg {kind}" if kind else "deg")
@@ -332,31 +348,38 @@ def written(text: str) -> Written:
         and not re.search(r"\\text", value)
         and _is_unit(found.group(1))
     ):
-        return Written(_multiplied(value), unit_of(found.group(1), found.group(2)))
+        return _with_unit(value, found.group(1), found.group(2))
     bare = _BARE_UNIT.match(text) or _LATEX_BARE_UNIT.match(text)
     if bare and _is_unit(bare.group(2)) and _spaced(text, bare) and not is_words(bare.group(1)):
-        return Written(bare.group(1), unit_of(bare.group(2), bare.group(3)))
+        return _with_unit(*bare.groups())
     return Written(text)
+
+
+def _with_unit(value: str, words: str, power: str | None) -> Written:
+    """`5` and `million dollars`: the first word may belong to the number."""
+    first, _, rest = words.strip().partition(" ")
+    if (
+        first.casefold() in _MULTIPLIERS
+        and rest
+        and (many := _multiplied(f"{value} {first}")) != f"{value} {first}"
+    ):
+        return Written(many, unit_of(rest, power))
+    return Written(_multiplied(value), unit_of(words, power))
 
 
 def _spaced(text: str, bare: "re.Match[str]") -> bool:
     """12 m is a length; 12m may be algebra, 12cm is not."""
     word = bare.group(2)
+    if re.search(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", bare.group(1))):  # 4 ac behind b^2 is algebra
+        return known_unit(word) is not None and text[bare.end(1)] == " "
     if len(word) >= 2:
         return word.casefold() in _CANONICAL or text[bare.end(1)] == " "
     return text[bare.end(1)] == " " and word.casefold() in _CANONICAL
 
 
 def _is_unit(words: str) -> bool:
-    split = re.findall(r"[a-zA-Z]+", words)
-    return bool(words.strip()) and not {w.casefold() for w in split} & {
-        "and",
-        "or",
-        "if",
-        "when",
-        "for",
-        "mod",
-    }
+    split = {w.casefold() for w in re.findall(r"[a-zA-Z]+", words)}
+    return bool(words.strip()) and not split & _NO_UNITS
 
 
 def unit_of(words: str, power: str | None = None) -> str:
@@ -402,6 +425,8 @@ def exact(value: str) -> str:
     >>> exact("1e-05"), exact("0.1\\\\overline{6}")
     ('\\\\frac{1}{100000}', '\\\\frac{1}{6}')
     """
+    if found := re.fullmatch(r"(-?\d+)\.0+", value):
+        return found.group(1)
     if found := _SCIENTIFIC.fullmatch(value):
         sign, digits, power = found.groups()
         return _fraction(sign, Fraction(digits) * Fraction(10) ** int(power))
@@ -427,6 +452,7 @@ def _fraction(sign: str, value: Fraction) -> str:
 
 _CHOICE = re.compile(r"\(([A-Z])\)|([A-Z])|([A-Z])[).:]|\\?\[([A-Z])\]")
 _CHOSEN = re.compile(r"\(([A-Z])\).*|([A-Z])(?:\s*[):]|\.\s)\s*.*|([A-Z])\.?", re.S)
+_TWO_CHOICES = re.compile(r"\(?[A-Z][).:]?\s*(?:,|;|/|&|and\b|or\b)\s*(?:and\b|or\b)?\s*\(?[A-Z](?![a-zA-Z])")
 _BASED = re.compile(r"\(?\s*([0-9A-Za-z.]+)\s*\)?\s*_\s*(?:\{\s*([0-9a-z]+)\s*\}|([0-9]))")
 _CLOCK = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}))?\s*(?:([ap])\.?\s?m\.?)?", re.I)
 _HOUR = re.compile(r"(\d{1,2})\s*([ap])\.?\s?m\.?", re.I)
@@ -436,6 +462,8 @@ _WORD = re.compile(r"(?<![\\a-zA-Z])[^\W\d_]{3,}")
 def choice(text: str, *, chosen: bool = False) -> str | None:
     """The letter of a choice; `chosen`: in an answer, where its text may follow."""
     found = (_CHOSEN if chosen else _CHOICE).fullmatch(untexted(text))
+    if found and chosen and _TWO_CHOICES.match(untexted(text)):
+        return None
     return next(g for g in found.groups() if g) if found else None
 
 
@@ -516,7 +544,64 @@ def compared(candidate: str, reference: str) -> bool | None:
         return False
     if is_words(ours.value) or is_words(theirs.value):
         return flat(theirs.value) == flat(ours.value)
-    return None
+    modular = _congruence(theirs.value), _congruence(ours.value)
+    if None not in modular:
+        return modular[0] == modular[1]
+    return False if _apart(theirs.value, ours.value) else None
+
+
+def _apart(candidate: str, reference: str) -> bool:
+    """Whether two texts of maths are not the same for a reason that math-verify does not see."""
+    pair = candidate, reference
+    bounds = [found.group(1) if (found := _RELATION.match(text)) else "" for text in pair]
+    sides = [text.partition("=")[0] if text.count("=") == 1 else "" for text in pair]
+    items = [_items(text) for text in pair]
+    return (
+        bounds[0] != bounds[1]  # > 5 is not 5
+        # 3x = 6 is not 6, whichever side says so; x = 6 is, and so is a + b = 6 where that is asked for
+        or (bool(sides[0]) != bool(sides[1]) and _is_calculation(sides[0] or sides[1]))
+        or (candidate.casefold() == reference.casefold() and exact(candidate) != exact(reference))
+        or (any(map(_PRIMED.search, pair)) and candidate.count("'") != reference.count("'"))
+        or any(map(_is_empty_interval, pair))
+        # (2, 1) is a point, and no set of these two
+        or (
+            candidate[:1] == "(" != reference[:1]
+            and sorted(items[0]) == sorted(items[1])
+            and items[0] != items[1]
+        )
+    )
+
+
+_RELATION = re.compile(r"\s*(<|>|\\le|\\ge|\\ne)(?![a-zA-Z])")
+_PRIMED = re.compile(r"[a-zA-Z)]'")
+_CONGRUENT = re.compile(
+    r"(?:.*\\equiv)?\s*(.*?)\s*(?:\\pmod|\(\s*\\?(?:text\{)?mod\}?|\\bmod|\\mod)\s*\{?\s*(\d+)\}?\s*\)?"
+)
+_HALF_OPEN = re.compile(r"[\[(]\s*(-?\d+(?:\.\d+)?)\s*,\s*(-?\d+(?:\.\d+)?)\s*[\])]")
+
+
+def _is_calculation(side: str) -> bool:
+    """Whether a side of an equation is more than a name: letters with numbers or powers."""
+    names = re.sub(r"_\s*(?:\{[^{}]*\}|\w)|\\text\{[^{}]*\}|[a-zA-Z]\s*\([^()]*\)|\\[a-zA-Z]+", " ", side)
+    return bool(re.search(r"[a-zA-Z]", names)) and bool(re.search(r"[\d^]", names))
+
+
+def _congruence(text: str) -> tuple[str, str] | None:
+    found = _CONGRUENT.fullmatch(text)
+    return (_squeezed(found.group(1)), found.group(2)) if found else None
+
+
+def _is_empty_interval(text: str) -> bool:
+    """[5, 3): all of these are one empty set, and none is anybody's answer."""
+    found = _HALF_OPEN.fullmatch(text)
+    mixed = found is not None and (text[0] == "[") is not (text[-1] == "]")
+    return found is not None and mixed and float(found.group(1)) >= float(found.group(2))
+
+
+def _items(text: str) -> list[str]:
+    return [
+        _squeezed(part.strip()) for part in re.sub(r"^(?:\\\{|[({\[])|(?:\\\}|[)}\]])$", "", text).split(",")
+    ]
 
 
 def _squeezed(text: str) -> str:
