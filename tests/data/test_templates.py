@@ -3,6 +3,7 @@
 import time
 
 import pytest
+from transformers import AddedToken
 
 from onpath.data.render import Renderer
 from onpath.records import Prompt
@@ -43,3 +44,16 @@ def test_what_is_tried_leaves_nothing_behind() -> None:
     assert excess(lambda: bytearray(2**34), seconds=5, memory=2**20) == "takes more than 1 MiB"
     assert excess(lambda: time.sleep(60), seconds=0.1, memory=2**20) == "takes more than 0.1 s"
     assert seen == []
+
+
+def test_the_end_of_an_answer_is_found_whoever_names_it() -> None:
+    """A special token that the tokenizer's lists do not name, as those of many hubs' models are."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|end|>", special=True)])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}<|end|>{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<sol>{% endif %}"
+    ).replace("{{ m['content'] }}", "{% if m['role'] == 'assistant' %}<sol>{% endif %}{{ m['content'] }}")
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    assert end not in tokenizer.all_special_ids
+    assert Renderer(tokenizer).turn_end() == [end]

@@ -1,11 +1,14 @@
 """What the code grader takes for a program, for tests, and for right."""
 
+import datetime
 import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from onpath.commands.doctor import inputs as doctor
@@ -18,6 +21,7 @@ from onpath.grade.graders import make_grader
 from onpath.grade.sandbox import Limits
 from onpath.records import Prompt
 from onpath.run.inputs import load_data
+from onpath.system import code as own_code
 from onpath.system.errors import UserError
 from onpath.training import train
 
@@ -315,3 +319,110 @@ def test_it_has_a_name() -> None:
     with make_grader("code") as grader:
         assert grader.name == "code"
         assert grader.stated("assert f(1)") is None
+
+
+SUM_OF_LINE = "a, b = map(int, input().split())\nprint(a + b)"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        f"{SUM_OF_LINE}\nexit()",
+        f"{SUM_OF_LINE}\nquit()",
+        f"import sys; import heapq, bisect; import fractions\n{SUM_OF_LINE}",
+        f"import sys; from decimal import Decimal\n{SUM_OF_LINE}",
+        f"try: import statistics\nexcept ValueError: pass\n{SUM_OF_LINE}",
+        f"import sys, \\\n  statistics\n{SUM_OF_LINE}",
+        f"from xml.etree import (\n    ElementTree,\n)\n{SUM_OF_LINE}",
+        f"from concurrent.futures import ThreadPoolExecutor\n{SUM_OF_LINE}",
+        f"from unittest import mock\n{SUM_OF_LINE}",
+        f"s = 'a\x0cb\x85c\u2028d'\n{SUM_OF_LINE}",
+    ],
+)
+def test_what_programs_use_is_there(grader: CodeGrader, program: str) -> None:
+    assert grader.grade(fenced(program), json.dumps({"inputs": ["1 2"], "outputs": ["3"]})).correct
+
+
+@pytest.mark.parametrize(
+    ("program", "tests", "right"),
+    [
+        ("import re\ndef f(x):\n    return re.match('a', x)", "assert f('a')\nassert not f('b')", True),
+        ("import re\ndef f(x):\n    return re.match('a', x)", "assert f('b')", False),
+        (
+            "class E:\n    def __bool__(self):\n        return False\ndef f():\n    return E()",
+            "assert f()",
+            False,
+        ),
+        (
+            "def f(x):\n    return x",
+            "import math; import statistics\nassert f(1) == statistics.mean([1])",
+            True,
+        ),
+    ],
+)
+def test_objects_have_their_truth(grader: CodeGrader, program: str, tests: str, right: bool) -> None:
+    assert grader.grade(fenced(program), tests).correct is right
+
+
+@pytest.mark.parametrize(
+    ("code", "usage", "tests"),
+    [
+        ("def add(a, b):\n    return a + b", "print(add(1, 2))", "assert add(1, 2) == 3"),
+        (
+            "class Solution:\n    def add(self, a, b):\n        return a + b",
+            "print(Solution().add(1, 2))",
+            json.dumps({"fn_name": "add", "inputs": [[1, 2]], "outputs": [3]}),
+        ),
+    ],
+)
+def test_a_block_of_usage_is_not_the_program(code: str, usage: str, tests: str, grader: CodeGrader) -> None:
+    assert program_of(fenced(code) + fenced(usage), CodeTests.of(tests)) == code
+    assert grader.grade(fenced(code) + fenced(usage), tests).correct
+
+
+def test_a_block_in_a_list_is_its_program() -> None:
+    text = "1. So:\n   ```python\n   def f(x):\n       return x\n   ```\n2. Done."
+    assert program_of(text, CodeTests()) == "def f(x):\n    return x"
+
+
+def test_tests_of_several_forms_stand_in_one_parquet(tmp_path: Path) -> None:
+    """Which gives each row the keys of all, null where it has none."""
+    rows = [{"inputs": ["1"], "outputs": ["2"]}, {"test": "assert f(1) == 1", "entry_point": "f"}]
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"prompt": ["a", "b"], "tests": rows}), path)
+    first, second = load_prompts(str(path), refuses=refuses("code")).prompts
+    assert CodeTests.of(str(first.answer)).pairs == (("1", "2"),)
+    assert CodeTests.of(str(second.answer)).entry_point == "f"
+
+
+@pytest.mark.parametrize(
+    ("column", "said"),
+    [
+        (
+            {"tests": [{"inputs": [datetime.date(2020, 1, 1)], "outputs": ["2"]}]},
+            "'tests' holds what is no JSON",
+        ),
+        ({"tests": [b"assert f(1)"]}, "'tests' must be text, a list of asserts, or an object, not bytes"),
+    ],
+)
+def test_what_cannot_be_a_test_is_a_bad_row(column: dict[str, Any], said: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"prompt": ["a"], **column}), path)
+    with pytest.raises(UserError, match=said):
+        load_prompts(str(path))
+
+
+def test_rows_of_ones_own_that_fail_are_a_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import numpy\n\ndef rows():\n    return 1 / 0\n\n"
+        "def arrays():\n    return [{'prompt': 'a', 'tests': numpy.ones(2)}]\n\n"
+        "def long():\n    return [{'prompt': 'a', 'answer': 10**5000}]\n"
+    )
+    for name, said in (
+        ("rows", "mine.py:rows fails: ZeroDivisionError"),
+        ("arrays", "'tests' must be text, a list of asserts, or an object, not ndarray"),
+        ("long", "'answer' has over 4,000 digits; write it as text"),
+    ):
+        with own_code.allowed(), pytest.raises(UserError, match=said):
+            load_prompts(f"{path}:{name}")

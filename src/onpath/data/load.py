@@ -205,7 +205,12 @@ def _rows(source: str, limit: int | None, split_default: str, theirs: Mapping[st
 
 def _own_rows(source: str) -> Iterator[_Row]:
     given = code.load(source, key="data")
-    rows = given() if callable(given) else given
+    try:
+        rows = given() if callable(given) else given
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{source} fails: {type(error).__name__}: {error}") from error
     if not isinstance(rows, Iterable) or isinstance(rows, str | Mapping):
         raise UserError(f"{source}: must give rows, mappings with a key 'prompt', not {_kind(rows)}")
     return _numbered(source, rows)
@@ -342,8 +347,8 @@ def _prompt(row: Mapping[str, Any], *, default_id: str, teachers: Sequence[str])
         id=_id(row.get("id"), default_id),
         text=text,
         messages=messages,
-        answer=_tests(row["tests"]) if row.get("tests") else _answer(_reference(row)),
-        tests=bool(row.get("tests")),
+        answer=_tests(row["tests"]) if _is_given(row.get("tests")) else _answer(_reference(row)),
+        tests=_is_given(row.get("tests")),
         solution=_solution(row.get("privileged_context") if hint is None else hint),
         teacher=_teacher(row.get("teacher"), teachers) if teachers else None,
     )
@@ -433,6 +438,15 @@ def _encodable(text: str, column: str) -> str:
     return text
 
 
+_LARGEST = 10**4000
+"""Python writes no longer numbers out."""
+
+
+def _is_given(tests: Any) -> bool:
+    """An array of somebody's own row has no truth."""
+    return bool(tests) if isinstance(tests, str | list | Mapping | None) else True
+
+
 def _answer(value: Any) -> str | None:
     # pandas writes a missing value of a numeric column as NaN
     if value is None or (isinstance(value, float) and math.isnan(value)):
@@ -441,6 +455,8 @@ def _answer(value: Any) -> str | None:
         raise _BadRow(f"'answer' must be text or a number, not {_kind(value)}")
     if isinstance(value, float) and math.isinf(value):
         raise _BadRow("'answer' is an infinite number; write it as text")
+    if isinstance(value, int) and abs(value) >= _LARGEST:
+        raise _BadRow("'answer' has over 4,000 digits; write it as text")
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         value = int(value)  # an integer column with a missing value comes back as floats: 12.0 is 12
     if not str(value).strip():
@@ -456,7 +472,10 @@ def _tests(value: Any) -> str:
     if isinstance(value, list) and all(isinstance(v, str) for v in value):
         value = "\n".join(value)
     if isinstance(value, Mapping):
-        value = json.dumps(value)
+        try:
+            value = json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise _BadRow(f"'tests' holds what is no JSON: {error}") from None
     if not isinstance(value, str):
         raise _BadRow(f"'tests' must be text, a list of asserts, or an object, not {_kind(value)}")
     return _encodable(value, "tests")
@@ -496,7 +515,7 @@ def _id(value: Any, default: str) -> str:
 
 
 def _kind(value: Any) -> str:
-    if value is None or value == "":
+    if value is None or (isinstance(value, str) and not value):
         return "null" if value is None else "empty text"
     names = {
         str: "text",

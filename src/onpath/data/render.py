@@ -198,7 +198,8 @@ class Renderer:
         except UserError:
             return []
         tail = closed[len(opened) :] if closed[: len(opened)] == opened else []
-        return [i for i in tail if i in set(self.tokenizer.all_special_ids)]
+        special = {i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
+        return [i for i in tail if i in special | set(self.tokenizer.all_special_ids)]
 
     def opens_answers(self) -> bool:
         """Whether prompts end in a generation prompt, as far as a template shows it."""

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from onpath.data.thinking import answer_part
@@ -58,7 +59,7 @@ class CodeTests:
             given = parse_json(answer)
         except ValueError as error:
             raise _unusable(answer, str(error)) from None
-        if "inputs" in given or "outputs" in given:
+        if given.get("inputs") is not None or given.get("outputs") is not None:
             return cls._of_pairs(given, answer)
         tests, entry, stub = (given.get(key) or "" for key in ("test", "entry_point", "prompt"))
         if not all(isinstance(value, str) for value in (tests, entry, stub)) or not tests.strip():
@@ -204,9 +205,9 @@ def program_of(text: str, tests: CodeTests) -> str | None:
     blocks = [b for b in _blocks(said) if b.label in ("", *_PYTHON)]
     if not blocks and _FENCE.search(said):
         return None
+    asked = [tests.entry_point] if tests.entry_point else called(tests.function.get("tests") or "")
     found = [
-        (_defines(b.code, tests.entry_point), b.closed, b.label in _PYTHON, place)
-        for place, b in enumerate(blocks)
+        (_defines_one(b.code, asked), b.closed, b.label in _PYTHON, place) for place, b in enumerate(blocks)
     ]
     code = blocks[max(found)[-1]].code if blocks else said.rstrip()
     if not code.strip():
@@ -222,6 +223,33 @@ def program_of(text: str, tests: CodeTests) -> str | None:
 def _definition(name: str) -> str:
     first = re.escape(name.partition(".")[0].removesuffix("()"))
     return rf"^(?:(?:async )?def {first}\b|class {first}\b|{first}[ \t]*=)"
+
+
+@lru_cache(maxsize=1024)
+def called(tests: str) -> tuple[str, ...]:
+    """Names that Python tests take from a program, as far as they can be read.
+
+    >>> called("x = 1\nassert add(x, 2) == max(3, 0)")
+    ('add',)
+    """
+    try:
+        nodes = list(ast.walk(ast.parse(tests)))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return ()
+    used = dict.fromkeys(n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load))
+    own = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)} | set(
+        dir(builtins)
+    )
+    own |= {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    own |= {n.arg for n in nodes if isinstance(n, ast.arg)}
+    own |= {(n.asname or n.name).partition(".")[0] for n in nodes if isinstance(n, ast.alias)}
+    return tuple(name for name in used if name not in own)
+
+
+def _defines_one(code: str, names: Sequence[str]) -> bool:
+    """A method of a class Solution counts too."""
+    method = any(re.search(rf"^[ \t]+def {re.escape(name)}\b", code, re.MULTILINE) for name in names)
+    return any(_defines(code, name) for name in names) or (method and _defines(code, "Solution"))
 
 
 def _defines(code: str, name: str) -> bool:
@@ -245,17 +273,18 @@ class _Block:
 def _blocks(text: str) -> Sequence[_Block]:
     """Fenced blocks, in order; the last one may be open."""
     blocks: list[_Block] = []
-    mark, label, held = "", "", list[str]()
-    for line in text.splitlines():
+    mark, label, held, margin = "", "", list[str](), re.compile("")
+    for line in text.replace("\r\n", "\n").split("\n"):  # a form feed in a program ends no line
         fence = _FENCE.match(line)
         if not mark:
             if fence is not None:
                 mark, label, held = fence[1], fence[2].lower(), []
+                margin = re.compile(rf"[ \t]{{0,{len(line) - len(line.lstrip())}}}")  # of a list's item
         elif fence is not None and line.strip().startswith(mark) and not fence[2]:
             blocks.append(_Block(label=label, code="\n".join(held), closed=True))
             mark = ""
         else:
-            held.append(line)
+            held.append(margin.sub("", line, count=1))
     if mark:
         blocks.append(_Block(label=label, code="\n".join(held), closed=False))
     return blocks

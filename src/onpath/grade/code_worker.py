@@ -33,7 +33,10 @@ UNCONFINED = 97
 """Exit code: this machine cannot confine a process; stderr says why. The program has not run."""
 LONGEST_REPLY = 1 << 26
 """Bytes of one message."""
-_IMPORTS = re.compile(r"^[ \t]*(?:import[ \t]+([\w., \t]+)|from[ \t]+([\w.]+)[ \t]+import\b)", re.MULTILINE)
+_IMPORTS = re.compile(
+    r"(?:^|[;:])[ \t]*(?:import[ \t]+([\w., \t]+)|from[ \t]+([\w.]+)[ \t]+import\b[ \t(]*([\w, \t\n]*))",
+    re.MULTILINE,
+)
 _UNHELPFUL = {"antigravity", "this", "idlelib", "turtle", "turtledemo", "tkinter", "test", "ensurepip"}
 """Modules of the standard library that do something, or need a screen."""
 _LATE = {"strptime": "_strptime"}
@@ -82,18 +85,20 @@ def _beside(name: str) -> Any:
 def load_modules(source: str) -> None:
     """Loads what a source imports from the standard library, while files can still be opened."""
     names = [module for word, module in _LATE.items() if word in source]
-    for plain, whole in _IMPORTS.findall(source):
-        names += [part.split()[0] for part in plain.split(",") if part.strip()] if plain else [whole]
+    for plain, whole, of in _IMPORTS.findall(source.replace("\\\n", " ")):
+        parts = [part.split()[0] for part in (plain or of).split(",") if part.strip()]
+        names += parts if plain else [whole, *(f"{whole}.{part}" for part in parts)]
     for name in dict.fromkeys(names):
-        top = name.partition(".")[0]
+        top, _, last = name.partition(".")[0], *name.rpartition(".")[1:]
         if top in sys.stdlib_module_names and top not in _UNHELPFUL:
-            try:
-                importlib.import_module(name)
-            except Exception:  # the program will see it itself
-                continue
+            with contextlib.suppress(Exception):  # the program will see it itself
+                # What a package loads at first use it loads now: concurrent.futures does so.
+                if last == name or not hasattr(importlib.import_module(name.removesuffix(f".{last}")), last):
+                    importlib.import_module(name)
 
 
 def _as_main(source: str) -> None:
+    builtins.exit = builtins.quit = sys.exit  # type: ignore[assignment]  # as `site` has it, which is not here
     module = types.ModuleType("__main__")
     sys.modules["__main__"], sys.argv = module, ["program"]
     exec(compile(source, "<program>", "exec"), module.__dict__)
@@ -191,6 +196,8 @@ def serve(source: str, peer: Peer) -> None:
             return held(*arguments, **keywords)
         if what == "item":
             return held[arguments[0]]
+        if what == "bool":
+            return bool(held)
         return list(held) if what == "list" else len(held)
 
     while (request := peer.receive()) is not None:
@@ -236,6 +243,9 @@ class Remote:
 
     def __len__(self) -> int:
         return int(self._ask("len", self._number))
+
+    def __bool__(self) -> bool:
+        return self._ask("bool", self._number) is True
 
     def __getitem__(self, key: Any) -> Any:
         return self._ask("item", self._number, arguments=(key,))
