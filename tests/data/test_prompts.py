@@ -161,3 +161,14 @@ def test_tools_are_not_dropped_silently(tmp_path: Path) -> None:
         load_prompts(str(path))
     path.write_text(json.dumps({"prompt": "1?", "tools": None}) + "\n")
     assert len(load_prompts(str(path)).prompts) == 1
+
+
+def test_a_conversation_that_is_named_is_the_prompt(tmp_path: Path) -> None:
+    """Whatever else the row calls a prompt."""
+    path = tmp_path / "rows.jsonl"
+    row = {"prompt": "a system text", "conv": [{"role": "user", "content": "7 + 5?"}]}
+    path.write_text(json.dumps(row) + "\n")
+    (named,) = load_prompts(str(path), columns={"messages": "conv"}).prompts
+    assert named.question == "7 + 5?"
+    (plain,) = load_prompts(str(path)).prompts
+    assert plain.question == "a system text"

@@ -324,6 +324,8 @@ def _renamed(value: Any, theirs: Mapping[str, str], seen: set[str]) -> Mapping[s
         if held is not _ABSENT:
             found[ours] = held
     seen.update(found)
+    if "messages" in found and "prompt" not in found:  # whoever names the conversation means it
+        row = {name: held for name, held in row.items() if name != "prompt"}
     return {**row, **found}
 
 
