@@ -222,7 +222,7 @@ def test_positional_targets_beyond_the_teachers_end_are_no_targets() -> None:
 
 def test_a_recorded_fork_is_json_and_keeps_large_entries() -> None:
     f = fork(2, student=(4, 5), teacher=(7, 8, 7), distance=0.25, decision="fork")
-    found = guide.described(f, PLAN, lambda ids: [f"<{i}>" for i in ids], 0.5)
+    found = guide.described(f, PLAN, None, lambda ids: [f"<{i}>" for i in ids], 0.5)
     assert json.loads(json.dumps(found)) == found
     assert found["plan"] == [[0, 1, 0.6], [1, 2, 0.6]]
     assert found["teacher_text"] == "<7><8><7>"
