@@ -228,7 +228,7 @@ def test_a_recorded_fork_is_json_and_keeps_large_entries() -> None:
     assert found["teacher_text"] == "<7><8><7>"
     assert found["student_window"] == [4, 5]
     assert (found["position"], found["distance"], found["decision"]) == (2, 0.25, "fork")
-    assert guide.described(f, None, lambda ids: [""] * len(ids), 0.5)["plan"] == []
+    assert guide.described(f, None, None, lambda ids: [""] * len(ids), 0.5)["plan"] == []
 
 
 def test_counts_are_sums() -> None:
