@@ -686,32 +686,52 @@ def test_a_rate_that_comes_back_comes_too_late(make: Make, monkeypatch: pytest.M
     assert [row["without"] for row in again] == [[4e-3], []]
 
 
+def failing(broken: set[str]) -> Callable[..., dict[str, str]]:
+    """As `run_jobs`, in this process; runs of these names fail while they are in the set."""
+
+    def run(jobs: list[Job], *rest: Any, **more: Any) -> dict[str, str]:
+        for job in jobs:
+            if job.name not in broken and not job.finished:
+                train(job.config, quiet=True)
+        return {job.name: "no memory" for job in jobs if job.name in broken}
+
+    return run
+
+
 def test_a_study_goes_on_when_a_rate_comes_back(
     make: Make, study_files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tune = {"lrs": [0.02, 0.002], "split": str(study_files / "held.jsonl"), "limit": 4}
-    path = make(arms={"opd": {}}, seeds=1, tune=tune)
-    broken = [True]
-
-    def run(jobs: list[Job], *rest: Any, **more: Any) -> dict[str, str]:
-        failed = {}
-        for job in jobs:
-            if broken[0] and job.name == "opd-lr0.02":
-                failed[job.name] = "no memory"
-            elif not job.finished:
-                train(job.config, quiet=True)
-        return failed
-
-    monkeypatch.setattr("onpath.commands.study.command.run_jobs", run)
-    config = study.load_study(path)
+    config, broken = study.load_study(make(arms={"opd": {}}, seeds=1, tune=tune)), {"opd-lr0.02"}
+    monkeypatch.setattr(study, "run_jobs", failing(broken))
     first = study.carry_out(config, command="", quiet=True)
     assert first.data["tuning"][0]["chosen"] == 0.002
     assert any("was chosen without 0.02" in note for note in first.data["notes"])
-    broken[0] = False
+    broken.clear()
     second = study.carry_out(config, command="", quiet=True)
     assert second.data["tuning"][0]["chosen"] == 0.002
     assert second.data["tuning"][0]["grid"][1]["avg_at_k"] is not None
     assert second.data["rows"] == first.data["rows"]
+
+
+def test_a_study_goes_on_when_all_rates_come_back(
+    make: Make, study_files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing was chosen, so that nothing is kept."""
+    tune = {"lrs": [0.02, 0.002], "split": str(study_files / "held.jsonl"), "limit": 4}
+    config, broken = (
+        study.load_study(make(arms={"opd": {}}, seeds=1, tune=tune)),
+        {"opd-lr0.02", "opd-lr0.002"},
+    )
+    monkeypatch.setattr(study, "run_jobs", failing(broken))
+    said = r"2 of the study's runs failed, first opd-lr0\.02: no memory"
+    with pytest.raises(study.NothingFinished, match=said):
+        study.carry_out(config, command="", quiet=True)
+    broken.clear()
+    data = study.carry_out(config, command="", quiet=True).data
+    assert data["tuning"][0]["chosen"] == data["arms"][0]["lr"] in (0.02, 0.002)
+    assert data["tuning"][0]["without"] == []
+    assert data["notes"] == [note for note in data["notes"] if "chosen without" not in note]
 
 
 @pytest.mark.parametrize("wanted", [0.0, 0.5])

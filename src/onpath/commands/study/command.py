@@ -26,7 +26,7 @@ from onpath.commands.study.budget import per_step, steps_of
 from onpath.commands.study.config import StudyConfig, load_study
 from onpath.commands.study.jobs import Progress, locked, run_jobs, slots_for
 from onpath.commands.study.plan import Job
-from onpath.commands.study.results import gather, notes_of, stopped, tuned, tuning_notes
+from onpath.commands.study.results import Choice, gather, notes_of, stopped, tuned, tuning_notes
 from onpath.commands.study.tables import markdown
 from onpath.system.errors import UserError
 from onpath.system.files import remove_leftovers, write_text
@@ -64,7 +64,6 @@ class NothingFinished(UserError):
 
 _CHOSEN = "tuning.json"
 """In a study's directory: the rates that its runs began with, and what they were chosen without."""
-_CHOICE = {"lr": "chosen", "without": "without"}
 
 
 def carry_out(study: StudyConfig, *, command: str, quiet: bool = False) -> StudyResult:
@@ -100,7 +99,8 @@ def carry_out(study: StudyConfig, *, command: str, quiet: bool = False) -> Study
         before = read_json(chosen, keys={}) if chosen.is_file() else {}
         tuning, rates = tuned(study, run(plan.tuning(study, steps)), before)
         if tuning:
-            now = {row["arm"]: {key: row[name] for key, name in _CHOICE.items()} for row in tuning}
+            rated = [row for row in tuning if row["chosen"] is not None]
+            now = {row["arm"]: Choice(lr=row["chosen"], without=row["without"]) for row in rated}
             write_text(chosen, json.dumps(now, indent=1) + "\n")
         planned = plan.runs(study, steps, rates)
         made = run([again.as_made(job) for job in planned])
