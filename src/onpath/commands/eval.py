@@ -11,18 +11,16 @@ from rich.console import Console
 from rich.table import Table
 
 from onpath.config import Config, Data, Student
-from onpath.data.load import LoadedPrompts, load_prompts
 from onpath.data.tasks import split_name
 from onpath.engines.head import head_of
 from onpath.engines.hf import HFEngine
 from onpath.engines.models import pick_device, stop_ids
 from onpath.evaluate.scores import EvalResult, PairedDifference, compare, evaluate
 from onpath.grade.base import Grader
-from onpath.grade.code import refuses
 from onpath.grade.graders import grader_for
 from onpath.records import Prompt, Rollout, Sampling
 from onpath.run.evaluation import error_kind_of
-from onpath.run.inputs import make_renderer
+from onpath.run.inputs import load_problems, make_renderer
 from onpath.run.trained import Trained, find, load_its_tokenizer, load_start
 from onpath.run.trajectories import sample_row, write_parquet
 from onpath.system import code
@@ -130,7 +128,7 @@ def evaluate_model(
     if limit is None and (data is None or str(data) in first.config.data.eval):  # as the run asks
         limit = first.config.data.eval_limit
     with code.allowed(allow_code):
-        loaded = _loaded(first.config.data, source, limit=limit, grader=grader or asked.grader)
+        loaded = load_problems(first.config.data, source, limit=limit, grader=grader or asked.grader)
         chosen = grader_for(grader or asked.grader, {source: loaded.prompts})
     if out is not None:
         make_directory(Path(out))
@@ -156,18 +154,6 @@ def evaluate_model(
     if out is not None:
         write_text(Path(out) / "eval.json", json.dumps(found.to_json(), indent=1) + "\n")
     return found
-
-
-def _loaded(data: Data, source: str, *, limit: int | None, grader: str) -> LoadedPrompts:
-    return load_prompts(
-        source,
-        limit=limit,
-        skip_bad=data.skip_bad,
-        split_default="test",
-        columns=data.columns,
-        all_columns=False,
-        refuses=refuses(grader),
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -344,13 +344,13 @@ def _prompt(row: Mapping[str, Any], *, default_id: str, teachers: Sequence[str])
     else:
         held = one_line(", ".join(map(repr, row))) or "none"
         raise _BadRow(f"no key 'prompt' (it has {held}); data.columns says what it is called")
-    hint = row.get("solution")
+    hint, has_tests = row.get("solution"), _is_given(row.get("tests"))
     return Prompt(
         id=_id(row.get("id"), default_id),
         text=text,
         messages=messages,
-        answer=_tests(row["tests"]) if _is_given(row.get("tests")) else _answer(_reference(row)),
-        tests=_is_given(row.get("tests")),
+        answer=_tests(row["tests"]) if has_tests else _answer(_reference(row)),
+        tests=has_tests,
         solution=_solution(row.get("privileged_context") if hint is None else hint),
         teacher=_teacher(row.get("teacher"), teachers) if teachers else None,
     )

@@ -199,7 +199,8 @@ class Renderer:
             return []
         tail = closed[len(opened) :] if closed[: len(opened)] == opened else []
         special = {i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
-        return [i for i in tail if i in special | set(self.tokenizer.all_special_ids)]
+        special |= set(self.tokenizer.all_special_ids)
+        return [i for i in tail if i in special]
 
     def opens_answers(self) -> bool:
         """Whether prompts end in a generation prompt, as far as a template shows it."""

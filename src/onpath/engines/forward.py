@@ -74,9 +74,8 @@ class Models:
         """Into the mode of the pass that trains. Masks of dropout are drawn from (seed, step, process)."""
         self.student.train(self.dropout)
         if self.dropout:
-            torch.manual_seed(
-                request_seed(seed, f"step {step}/dropout/{distributed.rank()}")
-            )  # of all devices
+            key = f"step {step}/dropout/{distributed.rank()}"
+            torch.manual_seed(request_seed(seed, key))  # of all devices
 
     def student_states(self, batch: Batch) -> Tensor:
         """The student's hidden states [N, H] that predict each response token, with their graph if gradients

@@ -179,19 +179,15 @@ class Line:
                     )
                 tries += not host.well
                 alone = host.well or not any(h.well for h in self.hosts)
-                if (
-                    alone and not host.well and (signal := asked_to_stop())
-                ):  # the step cannot be ended without an answer
+                # Without an answer the step cannot be ended.
+                if alone and not host.well and (signal := asked_to_stop()):
                     raise UserError(
                         f"{self.key}.url: {signal} while {host.url} gave no answer ({host.said(error)}): the "
                         "step is not saved, and the same command goes on from the last checkpoint"
                     )
             self.waits += 1
             if alone:
-                end = time.monotonic() + wait
-                while (left := end - time.monotonic()) > 0 and not asked_to_stop():
-                    if stop.wait(min(left, _LOOK)):
-                        break
+                _pause(wait, stop)
                 wait = min(2 * wait, _LONGEST_WAIT)
         raise UserError(f"{self.key}.url: stopped asking {self.url}")
 
@@ -257,6 +253,13 @@ class Line:
                 f"warning: {self.key}.url: no answer from {host.url} ({host.reason}); the other servers are "
                 "asked in its place until it is back"
             )
+
+
+def _pause(seconds: float, stop: threading.Event) -> None:
+    """Waits, unless nobody waits for the answer any more, or the process is asked to stop."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0 and not asked_to_stop() and not stop.wait(min(left, _LOOK)):
+        pass
 
 
 class Questions:

@@ -89,11 +89,11 @@ def load_modules(source: str) -> None:
         parts = [part.split()[0] for part in (plain or of).split(",") if part.strip()]
         names += parts if plain else [whole, *(f"{whole}.{part}" for part in parts)]
     for name in dict.fromkeys(names):
-        top, _, last = name.partition(".")[0], *name.rpartition(".")[1:]
+        top, (package, _, last) = name.partition(".")[0], name.rpartition(".")
         if top in sys.stdlib_module_names and top not in _UNHELPFUL:
             with contextlib.suppress(Exception):  # the program will see it itself
                 # What a package loads at first use it loads now: concurrent.futures does so.
-                if last == name or not hasattr(importlib.import_module(name.removesuffix(f".{last}")), last):
+                if not package or not hasattr(importlib.import_module(package), last):
                     importlib.import_module(name)
 
 

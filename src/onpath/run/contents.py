@@ -38,8 +38,7 @@ def digests(parts: Parts) -> dict[str, str]:
     for name in models.teacher.names if not config.method.self_taught else ():
         if (model := models.teacher.of(name).model) is not None:
             found[f"{teacher_key(name)}.model"] = weights_digest(model)
-    known = {key: code.digest(name) for key, name in own_code(config).items()}
-    return found | {key: digest for key, digest in known.items() if digest is not None}
+    return found | code.digests(own_code(config))
 
 
 def differing(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -121,20 +121,29 @@ def load_evals(config: Config) -> dict[str, LoadedPrompts]:
                 "and on no evaluation; leave them out"
             )
     evals = {
-        name: load_prompts(
-            source,
-            limit=data.eval_limit,
-            skip_bad=data.skip_bad,
-            split_default="test",
-            columns=data.columns,
-            all_columns=False,
-            refuses=refuses(config.eval.grader),
-        )
+        name: load_problems(data, source, limit=data.eval_limit, grader=config.eval.grader)
         for name, source in data.eval.items()
     }
     for name, loaded in evals.items():
         check(loaded.prompts, n=config.eval.n, k=config.eval.k, split=name)
     return evals
+
+
+def load_problems(data: Data, source: str, *, limit: int | None, grader: str) -> LoadedPrompts:
+    """What an evaluation asks; the columns of the training data are tried, and need not be there.
+
+    Raises:
+        UserError: unreadable, or the grader cannot use a row's tests.
+    """
+    return load_prompts(
+        source,
+        limit=limit,
+        skip_bad=data.skip_bad,
+        split_default="test",
+        columns=data.columns,
+        all_columns=False,
+        refuses=refuses(grader),
+    )
 
 
 def make_renderer(config: Config, tokenizer: PreTrainedTokenizerBase) -> Renderer:

@@ -165,6 +165,12 @@ def digest(name: str) -> str | None:
     return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
 
 
+def digests(names: Mapping[str, str]) -> dict[str, str]:
+    """Label → digest of the object of that name, of those that have a source."""
+    found = {label: digest(name) for label, name in names.items()}
+    return {label: known for label, known in found.items() if known is not None}
+
+
 def _collect(value: Any, pieces: dict[str, str]) -> None:
     """Adds the source of an object, and of what it names in its module."""
     if isinstance(value, partial):

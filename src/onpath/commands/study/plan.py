@@ -296,5 +296,4 @@ def digests(study: StudyConfig) -> dict[str, str]:
         if path.is_file()
     }
     own = {name for arm in study.arms for name in own_code(arm_config(study, arm)).values()}
-    known = {name: code.digest(name) for name in sorted(own)}
-    return found | {name: digest for name, digest in known.items() if digest is not None}
+    return found | code.digests({name: name for name in sorted(own)})
