@@ -24,12 +24,12 @@ class Given:
     trajectories: list[Trajectory]
     guidance_weight: float = 1.0
     compares_samples: bool = False
-    measured: list[Mapping[str, float]] = field(default_factory=list)
+    measured: list[Mapping[str, Any]] = field(default_factory=list)
 
     def prepare(self, rollouts: Sequence[Rollout], *, step: int) -> Prepared:
         return Prepared(trajectories=self.trajectories, guidance_weight=self.guidance_weight)
 
-    def after_step(self, measured: Mapping[str, float]) -> None:
+    def after_step(self, measured: Mapping[str, Any]) -> None:
         self.measured.append(measured)
 
     def state(self) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow.parquet as pq
 import pytest
@@ -515,6 +515,22 @@ def test_a_method_may_say_what_it_had_generated(tiny: Tiny, monkeypatch: pytest.
     row = rows_of(onpath.train(tiny(), method=Counting, quiet=True).directory)[0]
     assert row["student_tokens_generated"] == row["tokens"] + 5
     assert (row["teacher_tokens_generated"], row["own"]) == (7, 1.5)
+
+
+def test_a_method_is_told_what_a_step_measured(tiny: Tiny) -> None:
+    """As metrics.jsonl has it, so that it can adapt."""
+    told: list[dict[str, Any]] = []
+
+    class Adapting(Counting):
+        said: ClassVar[dict[str, Any]] = {"metrics": {"own": 1.5}}
+
+        def after_step(self, measured: Any) -> None:
+            told.append(dict(measured))
+
+    rows = rows_of(onpath.train(tiny(), method=Adapting, quiet=True).directory)
+    elsewhere = {"step", "seconds", "lr", "policy_version", "staleness"}
+    assert told == [{k: v for k, v in row.items() if k not in elsewhere} for row in rows]
+    assert all(one["own"] == 1.5 and one["loss"] > 0 and one["grad_norm"] > 0 for one in told)
 
 
 @pytest.mark.parametrize(

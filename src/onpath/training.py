@@ -135,7 +135,8 @@ def one_step(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> Meter
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         models.teacher.follow()
-        parts.method.after_step(meter.measured(models.device))
+        meter.metrics = meter.row(models.device)
+        parts.method.after_step(meter.metrics)
     if parts.overlap is not None:
         with watch("sample"):
             parts.overlap.before_sync()

@@ -297,8 +297,9 @@ class Method:
         """What `before_training` would find, without a trace: for `onpath doctor`. None: it asks nothing."""
         return None
 
-    def after_step(self, measured: Mapping[str, float]) -> None:
-        """Called after each optimiser step, with what it measured (`Meter.measured`)."""
+    def after_step(self, measured: Mapping[str, Any]) -> None:
+        """Called after each optimiser step with its metrics over all processes, as metrics.jsonl has them,
+        without seconds, learning rate and versions."""
 
     def state(self) -> Mapping[str, Tensor]:
         """Tensors that a resumed run needs, restored in place. All processes hold the same (`Tools.gather`):

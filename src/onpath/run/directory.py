@@ -349,7 +349,8 @@ class Run:
 
     def log(self, step: int, meter: Meter, *, lr: float) -> dict[str, Any]:
         """The step's line of metrics.jsonl."""
-        row = {"step": step, **meter.row(self.parts.models.device), "lr": lr, "policy_version": step}
+        row = {"step": step, **meter.metrics, "seconds": meter.watch.rounded()}
+        row |= {"lr": lr, "policy_version": step}
         versions = [r.policy_version for r in meter.rollouts]
         row["staleness"] = step - 1 - min(versions) if versions else None
         self.method_state.check()

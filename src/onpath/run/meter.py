@@ -46,6 +46,9 @@ class Stopwatch:
         yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + self._now() - begun
 
+    def rounded(self) -> dict[str, float]:
+        return {stage: round(seconds, 4) for stage, seconds in self.seconds.items()}
+
     @staticmethod
     def _now() -> float:
         if torch.cuda.is_available():
@@ -64,6 +67,8 @@ class Meter:
     """Of the rollouts."""
     of_origins: Judged
     """Of the rollouts and of what else trajectories come from."""
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    """`row`, once the step is done."""
     drawn: int | None = None
     """Tokens of rollouts that this process generated in this step; None: those of `rollouts`."""
     scored: Mapping[str, float] = field(default_factory=dict)
@@ -110,8 +115,8 @@ class Meter:
                 for place, lists in zip(places, batch.by_row(top_Nk), strict=True):
                     self.top[place][name] = lists
 
-    def measured(self, device: torch.device) -> dict[str, float]:
-        """Of guidance, over all processes: its part of the loss, and where due |λ∇L_traj| / |∇L_OPD|."""
+    def _of_guidance(self, device: torch.device) -> dict[str, float]:
+        """Over all processes: its part of the loss, and where due |λ∇L_traj| / |∇L_OPD|."""
         if not self.step.guided:
             return {}
         (guidance,) = distributed.total([self.sums["guidance"]], device)
@@ -119,7 +124,7 @@ class Meter:
         return {"guidance": guidance, **ratio}
 
     def row(self, device: torch.device) -> dict[str, Any]:
-        """The step's metrics over all processes."""
+        """The step's metrics over all processes, but for its seconds."""
         verdicts = [v.correct for v in self.judged.verdicts if v is not None]
         lengths = [len(r.ids) for r in self.rollouts]
         totals = {**self.step.prepared.totals, **self.scored}
@@ -176,10 +181,6 @@ class Meter:
             row[k] = all_of[f"sum of {k}"] / count if count else None
         if self.gradient_cosine is not None:
             row["gradient_cosine"] = self.gradient_cosine
-        row |= self.measured(device)
+        row |= self._of_guidance(device)
         row |= self.per_teacher.row(self.rollouts, self.judged.verdicts, device)
-        return (
-            row
-            | dict(self.step.prepared.metrics)
-            | {"seconds": {k: round(v, 4) for k, v in self.watch.seconds.items()}}
-        )
+        return row | dict(self.step.prepared.metrics)

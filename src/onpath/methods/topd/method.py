@@ -137,7 +137,7 @@ class TOPD(Method):
         """Moves the threshold towards this step's quantile."""
         decide.follow(self.threshold, quantile, decay=self.options.quantile_decay)
 
-    def after_step(self, measured: Mapping[str, float]) -> None:
+    def after_step(self, measured: Mapping[str, Any]) -> None:
         """λ: auto moves so that the last step's ratio of gradients would have been the wanted one."""
         ratio = measured.get("guidance_grad_ratio", 0.0)
         if self.options.guidance_weight == "auto" and ratio > 0:
