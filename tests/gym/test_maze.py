@@ -100,6 +100,8 @@ def test_a_wrong_verdict_can_be_taken_back() -> None:
         ("a: bc. out", OTHER),
         ("a: bc. stuck", OTHER),
         ("a: b. ", OTHER),
+        ("a: bc. go b: #. b no. go c", OTHER),  # gone, but nowhere
+        ("a: bc. go . b: #", OTHER),
         ("zebra", OTHER),
     ],
 )

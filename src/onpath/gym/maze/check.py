@@ -97,14 +97,14 @@ class _Reader:
         return "consequence" if was_lost and kind != "habit" else kind
 
     def _kind(self, token: str) -> Kind:
+        if self.before in GOES and not self.garbled:
+            return self._move(token)
         if token in SEPARATORS:
             return "error" if self.line and not self.garbled else "habit"
         if self.garbled:
             return "consequence"
         if token in HEADS:
             return self._head(token[0])
-        if self.before in GOES:
-            return self._move(token)
         if self.before in ROOMS and token in (*YES, *NO):
             truth = self.maze.opens(self.before)
             return "right" if (token in YES) == truth else "error"
