@@ -36,7 +36,7 @@ RULES = {
     "choices": "A single capital letter matches that choice, with or without its text: `C: forty`, `(C)`. "
     "Two choices are none.",
     "words": "Words are compared as words, case and white space aside, never as products of letters.",
-    "times": "Hours, minutes and a.m. or p.m. must be the same.",
+    "times": "Hours, minutes and a.m. or p.m. must be the same: 1:20 is not 2:40, though 1:2 is 2:4.",
     "dates": "Day, month and year must be the same; a date is not a subtraction.",
     "numbers": "Fractions, decimals, roots and mixed numbers of one value are equal.",
     "algebra": "Expressions are equal if they always are; 2t is not 2.",
@@ -185,7 +185,7 @@ _CHARACTERS = {
     "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "∈": r"\in ", "±": r"\pm ", "°": r"^\circ ",
     "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "λ": r"\lambda ", "μ": r"\mu ", "½": r"\frac{1}{2}",
     "⅓": r"\frac{1}{3}",
-    "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "²": "^{2}", "³": "^{3}", "′": "'",
+    "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "′": "'",
     "\u2009": r"\,", "\u202f": r"\,", "\u00a0": r"\,", "\u2005": r"\,", "\u2006": r"\,", "\u2007": r"\,",
     "\u200b": "", "\u2061": "", "\ufeff": "", "’": "'", "‘": "'", "“": '"', "”": '"', "ℝ": r"\mathbb{R}",
     "％": "%", "，": ", ", "（": "(", "）": ")", "：": ":",
@@ -239,6 +239,9 @@ _MONTHS = (
 _ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[a-zA-Z]))")
 _CHARACTER = re.compile("|".join(map(re.escape, _CHARACTERS)))
 _COMMAND = [(re.compile(pattern), to) for pattern, to in _COMMANDS.items()]
+_RAISED, _LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "₀₁₂₃₄₅₆₇₈₉"
+_PLAIN = str.maketrans(_RAISED + _LOWERED, "0123456789+-()n0123456789")
+_SCRIPTS = re.compile(f"([{_RAISED}]+)|([{_LOWERED}]+)")
 _SPACES = re.compile(r"(?:\\[,;:> ]|~|\\quad|\\qquad|\\thinspace|\s)+")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _GROUPED = re.compile(r"(?<![\d.,])(\d{1,3})((?:(?:,| |\\,)\d{3})+)(?![\d,])(?! \d)")
@@ -252,6 +255,7 @@ def clean(text: str) -> str:
     ('1234', '[0, 1)', '90^\\\\circ')
     """
     text = _ROOT.sub(lambda m: rf"\sqrt{{{m.group(1) or m.group(2)}}}", text)
+    text = _SCRIPTS.sub(lambda m: "^_"[m.lastindex == 2] + f"{{{m.group().translate(_PLAIN)}}}", text)
     text = _CHARACTER.sub(lambda m: _CHARACTERS[m.group()], text)
     text = _undelimited(text)
     for pattern, to in _COMMAND:
@@ -469,6 +473,8 @@ def choice(text: str, *, chosen: bool = False) -> str | None:
 
 def based(text: str) -> tuple[str, int] | None:
     """Digits and base of a number that names its base."""
+    if found := re.fullmatch(r"0x([0-9a-f]+)", text, re.I):
+        return found.group(1).casefold().lstrip("0") or "0", 16
     found = _BASED.fullmatch(untexted(text))
     if not found:
         return None
@@ -615,9 +621,11 @@ def _dates(candidate: str, reference: str) -> bool | None:
 
 
 def _times(candidate: str, reference: str) -> bool | None:
-    """Where neither side says a.m. or p.m. it may be a ratio. A candidate may say more than the reference."""
+    """Where neither side says a.m. or p.m. it may be a ratio, unless both read as a time of the day. A
+    candidate may say more than the reference."""
     theirs, ours = clock(candidate), clock(reference)
-    if not any(time is not None and time[3] for time in (theirs, ours)):
+    may_be_ratio = any(time is None or time[0] > 23 or time[1] > 59 for time in (theirs, ours))
+    if may_be_ratio and not any(time is not None and time[3] for time in (theirs, ours)):
         return None
     if theirs is None or ours is None:
         return False
