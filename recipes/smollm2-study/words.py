@@ -441,11 +441,11 @@ class WordProblems(Task):
         return f"The answer is {answer}."
 
 
-def problems(split: str) -> Iterator[Problem]:
-    """All problems of a split, none twice, none of another split."""
+def problems(split: str, steps: tuple[int, int] | None = None) -> Iterator[Problem]:
+    """All problems of a split, none twice, none of another split; of other lengths if `steps` says so."""
     names = tuple(SPLITS)
     rng, seen = random.Random(f"words/{split}"), set()
-    low, high = LENGTHS.get(split, (2, 2))
+    low, high = steps or LENGTHS.get(split, (2, 2))
     while True:
         problem = make(rng, rng.randint(low, high))
         owner = names[random.Random(problem.text).randrange(len(names))]
