@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from onpath.config.build import Config
+from onpath.data.batch import Batch
+from onpath.engines.ahead import AheadTeacher
+from onpath.engines.make import _reads_ahead
 from onpath.engines.served import ServedTeacher
+from onpath.engines.teacher import ModelTeacher
 from onpath.records import Trajectory
 from onpath.run.assemble import assemble
 from onpath.run.log import read_lines
@@ -124,6 +129,81 @@ def test_what_was_asked_ahead_changes_nothing(
     after = train(both(tiny, student, teacher, **options, run__name="after"), quiet=True)
     rows = [read_lines(r.directory / "metrics.jsonl") for r in (ahead, after)]
     assert [r["loss"] for r in rows[0]] == [r["loss"] for r in rows[1]]
+
+
+def local(tiny: Tiny, student: FakeVLLM, **more: Any) -> Config:
+    """The teacher is in this process, the student's engine is not."""
+    return tiny(rollout__engine="vllm", rollout__url=student.url, **more)
+
+
+def test_a_teacher_in_process_reads_while_others_are_written(
+    tiny: Tiny, student: FakeVLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    hidden = ModelTeacher.hidden
+
+    def counted(teacher: ModelTeacher, batch: Batch, cache: Any = None) -> Tensor:
+        done = hidden(teacher, batch, cache)
+        read.append(len(batch.trajectories))
+        return done
+
+    monkeypatch.setattr(ModelTeacher, "hidden", counted)
+    parts = assemble(local(tiny, student))
+    parts.generators.student.sync_weights(0)
+    written, early = iter(range(1000)), list[bool]()
+
+    def slow_third(answer: Any) -> Any:
+        if "prompt_logprobs" not in answer["choices"][0] and next(written) == 2:
+            early.append(soon(lambda: len(read) == 2))
+        return answer
+
+    student.spoil = slow_third
+    meter = corrected(parts, 0, Stopwatch())
+    assert early == [True]
+    accumulate(parts, meter, 0)
+    assert read == [1] * len(meter.rollouts), "each once, alone"
+    assert meter.scored == {}
+    assert parts.models.teacher.measured() == {"teacher_tokens_scored_early": meter.step.denominator}
+    parts.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("onpath-teacher")]
+
+
+def test_what_was_read_ahead_is_what_a_batch_says(
+    tiny: Tiny, student: FakeVLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead = train(local(tiny, student, optim__steps=3, run__name="ahead"), quiet=True)
+    student.stop()
+    student.start(fresh=True)
+    monkeypatch.setattr("onpath.run.sampling.scored_early", lambda parts: {})
+    after = train(local(tiny, student, optim__steps=3, run__name="after"), quiet=True)
+    rows, plain = (read_lines(r.directory / "metrics.jsonl") for r in (ahead, after))
+    assert [r["loss"] for r in rows] == pytest.approx([r["loss"] for r in plain], rel=1e-4)
+    assert [r["teacher_tokens_scored_early"] for r in rows] == [r["tokens"] for r in rows]
+    assert [r["teacher_tokens_scored_early"] for r in plain] == [0, 0, 0]
+
+
+def test_a_method_that_reads_anyway_is_not_read_ahead_for(tiny: Tiny, student: FakeVLLM) -> None:
+    """TOPD draws windows from the keys and values of its own pass."""
+    parts = assemble(local(tiny, student, method__name="topd", method__window=4))
+    parts.generators.student.sync_weights(0)
+    teacher = parts.models.teacher
+    assert isinstance(teacher, AheadTeacher)
+    accumulate(parts, corrected(parts, 0, Stopwatch()), 0)
+    teacher.follow()
+    corrected(parts, 1, Stopwatch())
+    assert not teacher._rows
+    parts.close()
+
+
+def test_where_nothing_idles_nothing_is_read_ahead(
+    tiny: Tiny, student: FakeVLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _reads_ahead(local(tiny, student))
+    assert not _reads_ahead(tiny())
+    assert not _reads_ahead(local(tiny, student, rollout__overlap=True))
+    assert not _reads_ahead(local(tiny, student, teacher__cache=str(tmp_path / "c")))
+    monkeypatch.setattr("onpath.system.distributed.world", lambda: 2)
+    assert not _reads_ahead(local(tiny, student, parallel__shard="layer"))
 
 
 def test_what_may_be_left_out_is_not_asked_for(

@@ -16,6 +16,7 @@ from onpath.config.sections import Teacher as TeacherSection
 from onpath.data.render import Renderer
 from onpath.engines import sharding
 from onpath.engines.adapters import ends_adapted, is_adapter
+from onpath.engines.ahead import AheadTeacher
 from onpath.engines.base import Engine
 from onpath.engines.chat import ChatEngine
 from onpath.engines.head import head_of, unwrapped
@@ -225,7 +226,14 @@ def _other_model(
             f"{key}.model gives logits for {rows} ids only, but the student for {vocabulary}; resize its "
             "embeddings"
         )
-    return ModelTeacher(model, vocabulary=vocabulary)
+    kind = AheadTeacher if _reads_ahead(config) else ModelTeacher
+    return kind(model, vocabulary=vocabulary)
+
+
+def _reads_ahead(config: Config) -> bool:
+    """Whether the teacher idles while rollouts are written: by servers, and nothing trains meanwhile."""
+    busy = config.rollout.overlap or sharding.asked(config) or set(config.taught_by) != {None}
+    return bool(config.rollout.urls) and not busy and config.teacher.cache is None
 
 
 def with_cache(config: Config, teacher: Teacher) -> Teacher:

@@ -64,6 +64,10 @@ class Teacher:
         """Says what will be scored soon, in this order: a teacher on a server begins with it. Any thread may
         call it, again too."""
 
+    def begin(self, trajectory: Trajectory) -> None:
+        """Says that a rollout is to be scored, while others are still written. Any thread may call it."""
+        self.expect([trajectory])
+
     def close(self) -> None:
         """What was expected and has not been scored is not wanted any more."""
 

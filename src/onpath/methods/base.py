@@ -268,7 +268,7 @@ class Method:
 
     def scored_first(self, rollout: Rollout) -> Trajectory | None:
         """What the teacher will be asked to score of a rollout, where that is known as soon as it is written:
-        a teacher on a server begins while others are. None: it depends on more."""
+        it may begin while others are. None: it depends on more."""
         return None
 
     def check(self, prompts: Sequence[Prompt]) -> None:

@@ -55,7 +55,7 @@ def scored_early(parts: Parts) -> dict[str, Callable[[Rollout], None]]:
 
     def finished(rollout: Rollout) -> None:
         if (trajectory := parts.method.scored_first(rollout)) is not None:
-            parts.models.teacher.expect([trajectory])
+            parts.models.teacher.begin(trajectory)
 
     return {"finished": finished}
 
