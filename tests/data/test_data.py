@@ -14,8 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onpath.config.build import build
 from onpath.data.load import load_prompts, prompts_of_step, shuffled
 from onpath.records import Prompt
+from onpath.system.code import allowed
 from onpath.system.errors import UserError
 
 GOOD = {"prompt": "7 + 5?", "answer": "12"}
@@ -163,7 +165,7 @@ def bad_sources(tmp: Path) -> dict[str, tuple[str, str]]:
         "torn Parquet": (str(tmp / "torn.parquet"), "not a readable Parquet file"),
         "Parquet without prompt": (
             str(tmp / "column.parquet"),
-            "no column 'prompt' (it has question, answer)",
+            "column.parquet: no column 'prompt' (it has question, answer); say",
         ),
         "empty Parquet": (str(tmp / "empty.parquet"), "it has no rows"),
         "Parquet with a null": (str(tmp / "null.parquet"), "null.parquet, row 1: 'prompt' must be text"),
@@ -192,6 +194,26 @@ def test_a_bad_source_is_one_sentence(tmp_path: Path, case: str) -> None:
         load_prompts(source)
     assert reason in str(error.value)
     assert "\n" not in str(error.value)
+    assert ("not a readable" in str(error.value)) == ("not a readable" in reason)
+
+
+def test_a_column_that_was_named_and_is_not_there(tmp_path: Path) -> None:
+    pd.DataFrame({"question": ["a"], "answer": [1]}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: no column 'problm', which data\.columns names; it has"):
+        load_prompts(str(tmp_path / "a.parquet"), columns={"prompt": "problm"})
+    turns = [[{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]]
+    pd.DataFrame({"conversations": turns}).to_parquet(tmp_path / "b.parquet")
+    (prompt,) = load_prompts(str(tmp_path / "b.parquet"), columns={"messages": "conversations"}).prompts
+    assert prompt.messages == ({"role": "user", "content": "Why?"},)
+    assert build({"data": {"columns": {"messages": "conversations"}}}).data.columns
+
+
+def test_own_rows_may_fail_while_they_come(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "def rows():\n    yield {'prompt': 'a'}\n    raise RuntimeError('network')\n"
+    )
+    with allowed(), pytest.raises(UserError, match=r"own\.py:rows fails: RuntimeError: network"):
+        load_prompts(f"{tmp_path / 'own.py'}:rows")
 
 
 def test_parquet_and_saved_datasets_read_like_jsonl(tmp_path: Path, write: Callable[..., str]) -> None:

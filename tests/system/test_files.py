@@ -156,3 +156,9 @@ def test_weights_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
         assert (tmp_path / "model" / "model.safetensors").stat().st_mode & 0o777 == 0o644
     finally:
         os.umask(before)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "/"])
+def test_what_has_no_name_is_not_written(name: str) -> None:
+    with pytest.raises(UserError, match="is a directory; name what is to be written there"):
+        write_text(Path(name), "a")

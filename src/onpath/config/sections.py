@@ -143,7 +143,7 @@ class Data(Section):
     gym's training data, none for a file."""
     eval_limit: int | None = Field(None, ge=1)
     """Use only the first so many problems of each evaluation set."""
-    columns: dict[Literal["prompt", "answer", "tests", "solution", "id"], str] = Field({})
+    columns: dict[Literal["prompt", "messages", "answer", "tests", "solution", "id"], str] = Field({})
     """What your rows call them, such as {prompt: problem, answer: meta.final}; an evaluation set without them
     has ours. The gym's rows are ours."""
     teacher_column: str | None = None

@@ -73,7 +73,8 @@ def _check_mixtures(config: Any) -> None:
             known = ", ".join(map(str, config.taught_by)) or "there is none"
             raise ValueError(f"{key} names {wrong[0]!r}; it must be one of teachers that is a model: {known}")
         total = sum(weights.values())
-        if len(weights) < 2 or total == math.inf or not min(weights.values()) / total > 0:
+        least = min(weights.values(), default=0.0)
+        if len(weights) < 2 or total == math.inf or not (least > 0 and least / total > 0):
             raise ValueError(f"{key} is {weights}; give two teachers or more a weight above 0 each")
         if served := [one for one in weights if config.teachers[one].engine != "hf"]:
             raise ValueError(

@@ -217,8 +217,13 @@ def _own_rows(source: str) -> Iterator[_Row]:
 
 
 def _numbered(source: str, rows: Iterable[Any]) -> Iterator[_Row]:
-    for number, row in enumerate(rows):
-        yield _Row(where=f"{source}, row {number}", value=row)
+    try:
+        for number, row in enumerate(rows):
+            yield _Row(where=f"{source}, row {number}", value=row)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{source} fails: {type(error).__name__}: {error}") from error
 
 
 def _file_rows(path: Path, theirs: Mapping[str, str]) -> Iterator[_Row]:
@@ -252,6 +257,8 @@ def _parquet_rows(path: Path, theirs: Mapping[str, str]) -> Iterator[_Row]:
                 for value in batch.to_pylist():
                     yield _Row(where=f"{path}, row {number}", value=value)
                     number += 1
+    except UserError:
+        raise
     except (pa.ArrowException, *OF_CONTENT) as error:
         raise UserError(f"{path}: not a readable Parquet file: {first_line(error)}") from None
 
@@ -299,8 +306,10 @@ def _dataset_rows(where: str, data: Any, theirs: Mapping[str, str]) -> Iterator[
 
 def _usable_columns(where: str, names: Sequence[str], theirs: Mapping[str, str]) -> list[str]:
     given = {ours: {column, column.partition(".")[0]} for ours, column in theirs.items()}
-    if not {"prompt", "messages", *given.get("prompt", ())} & set(names):
+    if not {"prompt", "messages", *given.get("prompt", ()), *given.get("messages", ())} & set(names):
         held = one_line(", ".join(names)) or "none"
+        if asked := theirs.get("prompt") or theirs.get("messages"):
+            raise UserError(f"{where}: no column {asked!r}, which data.columns names; it has {held}")
         raise UserError(
             f"{where}: no column 'prompt' (it has {held}); say which one has the problem: "
             "data.columns: {prompt: …}"

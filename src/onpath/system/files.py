@@ -60,6 +60,8 @@ def written(
     Raises:
         UserError: it cannot be written.
     """
+    if path.name in ("", ".."):
+        raise UserError(f"{path} is a directory; name what is to be written there")
     temporary = path.with_name(f".{path.name}{_MARK}{os.getpid()}")
     failures: tuple[type[Exception], ...] = (OSError, *also)
     try:

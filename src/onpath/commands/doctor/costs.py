@@ -184,6 +184,9 @@ def disk(parts: Parts) -> Finding:
     message = (
         f"checkpoints and model take up to {need:.2g} GiB; {free:.3g} GiB are free under {config.run.dir}"
     )
+    if not os.access(place, os.W_OK):
+        message, advice = f"{place} cannot be written to", "choose another run.dir"
+        return Finding(name="disk", status="fail", message=message, advice=advice, values=values)
     if need < free:
         return Finding(name="disk", status="ok", message=message, values=values)
     advice = "lower run.keep, or choose another run.dir"
