@@ -118,7 +118,7 @@ def saved(step: int, root: Path) -> None:
         root, step=step, model=model, optimizer=optimizer, extra={"a": torch.ones(2)}, inputs={}
     )
     saving.wait()
-    checkpoint.prune(root, keep=1)
+    checkpoint.prune(root, keep=1, written=checkpoint.list_steps(root)[-1])
 
 
 def lines(root: Path) -> None:

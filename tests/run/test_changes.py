@@ -451,12 +451,17 @@ def test_asked_to_stop_it_saves_the_step_that_runs(
     assert all(torch.equal(v, weights(directory)[k]) for k, v in weights(whole.directory).items())
 
 
-def test_a_second_signal_kills_as_ever(as_in_a_terminal: None) -> None:
+def test_a_second_signal_kills_as_ever(as_in_a_terminal: None, monkeypatch: pytest.MonkeyPatch) -> None:
     with stop_requests() as asked:
         assert not asked
         os.kill(os.getpid(), signal.SIGTERM)
         assert asked.name == "SIGTERM"
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    with monkeypatch.context() as patch, stop_requests() as asked:
+        patch.setenv("TORCHELASTIC_RUN_ID", "none")  # Slurm signals it and its workers, and it hands it on
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert asked.name == "SIGTERM"
     with stop_requests() as asked:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)  # torchrun sends it after a Ctrl-C: the step is still finished

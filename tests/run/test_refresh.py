@@ -275,18 +275,23 @@ def test_trajectories_must_know_their_origin(tiny: Tiny) -> None:
 
 def test_two_processes(tiny: Tiny, tmp_path: Path) -> None:
     """Sums, draws and phases of two are those of one; a prompt that comes again may be another process's."""
-    rules: dict[str, Any] = {"n": {"every": 2}, "x": {"overlap_below": 0.97}}
     options = {**FAST, **METHODS["relay"], "data__limit": 12, "optim__steps": 4, "optim__eps": 1e-4}
-    options |= {"parallel__timeout": TIMEOUT}
+    many = {**FAST, "data__limit": 40, "rollout__prompts": 40, "optim__steps": 2, "optim__eps": 1e-4}
+    rules: dict[str, dict[str, Any]] = {
+        "n": {**options, "rollout__refresh": {"every": 2}},
+        "x": {**options, "rollout__refresh": {"overlap_below": 0.97}},
+        "more than are compared": {**many, "rollout__refresh": {"overlap_below": 0.01}},
+    }
 
     def run(rank: int) -> None:
         for name, rule in rules.items():
-            where = {"run__name": name, "run__dir": str(tmp_path / "two")}
-            train(tiny(**options, **where, rollout__refresh=rule), quiet=True)
+            where = {"run__name": name.replace(" ", "-"), "run__dir": str(tmp_path / "two")}
+            train(tiny(**rule, **where, parallel__timeout=TIMEOUT), quiet=True)
 
     done_by_two(run, tmp_path)
     for name, rule in rules.items():
-        one = rows_of(tiny(**options, rollout__refresh=rule, run__name=name))
+        name = name.replace(" ", "-")
+        one = rows_of(tiny(**rule, run__name=name))
         two = read_lines(tmp_path / "two" / name / "metrics.jsonl")
         for a, b in zip(one, two, strict=True):
             numbers = {k: v for k, v in a.items() if isinstance(v, int | float)}

@@ -355,6 +355,33 @@ def test_trackers_are_closed_even_if_the_run_fails(tiny: Tiny, monkeypatch: pyte
     assert seen == ["tiny", "1: True", "2: True", "closed"]
 
 
+def test_a_tracker_that_fails_ends_no_run(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Down:
+        def __init__(self, directory: Path, name: str, config: Any) -> None:
+            self.asked = 0
+
+        def log(self, values: Any, step: int) -> None:
+            raise RuntimeError("no route to host")
+
+        def close(self) -> None:
+            raise AssertionError("it is left out")
+
+    monkeypatch.setitem(log._TRACKERS, "tensorboard", Down)
+    run = train(tiny(run__trackers=["tensorboard"], data__eval={}), quiet=True)
+    assert len(read_lines(run.directory / "metrics.jsonl")) == 3
+    said = "run.trackers: Down fails (RuntimeError: no route to host) and is left out"
+    assert capfd.readouterr().err.count(said) == 1
+
+
+def test_a_damaged_newer_checkpoint_costs_no_sound_one(tmp_path: Path) -> None:
+    for step in (5, 6, 10):
+        (tmp_path / f"step_{step}").mkdir()
+    checkpoint.prune(tmp_path, keep=1, written=tmp_path / "step_6")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_10", "step_6"]
+
+
 def test_tensorboard_has_every_step(tiny: Tiny) -> None:
     pytest.importorskip("tensorboard")
     result = train(tiny(run__trackers=["tensorboard"]), quiet=True)

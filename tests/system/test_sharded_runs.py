@@ -35,6 +35,12 @@ RUNS: dict[str, dict[str, Any]] = {
     "lora": {"student__lora_rank": 4, "method__cosine_every": 1, "optim__micro_batch_tokens": 60},
     "topd": {"method__name": "topd", "method__top_share": 0.5},
     "opsd ema": {"method__name": "opsd", "method__weights": "ema", "method__ema_decay": 0.5},
+    "opsd ema, whole": {
+        "method__name": "opsd",
+        "method__weights": "ema",
+        "method__ema_decay": 0.5,
+        "parallel__teacher": "copy",
+    },
     "opsd base": {"method__name": "opsd", "method__weights": "base", "method__reweight": "teacher_entropy"},
     "opsd base of an adapter": {"method__name": "opsd", "method__weights": "base", "student__lora_rank": 4},
     "opsd live": {"method__name": "opsd", "method__weights": "live", "method__cosine_every": 1},
@@ -78,6 +84,27 @@ def test_runs_are_those_of_one_process(tiny: Tiny, tmp_path: Path) -> None:
     for name in RUNS:
         one = train(config(name, parallel__shard="none"), quiet=True).directory
         assert_same(one, tmp_path / "two" / one.name)
+
+
+@pytest.mark.slow
+def test_kept_scores_are_read_in_no_step(tiny: Tiny, tmp_path: Path) -> None:
+    """A method that asks the teacher while it prepares has another number of passes on each process."""
+    few = {"rollout__prompts": 3, "optim__micro_batch_tokens": 60, "teacher__cache_dtype": "float32"}
+    runs = {name: {**options_of(ARMS[name]), **few, **OPTIM} for name in ("branch", "truncate")}
+    ports = free_ports(len(runs))
+
+    def run(rank: int) -> None:
+        for port, (name, options) in zip(ports, runs.items(), strict=True):
+            os.environ["MASTER_PORT"] = port
+            where = {"run__dir": str(tmp_path / "two"), "teacher__cache": str(tmp_path / f"kept-{name}")}
+            train(tiny(**{**options, **SHARDED, **where, "run__name": name}), quiet=True)
+
+    done_by_two(run, tmp_path)
+    for name, options in runs.items():
+        one = train(tiny(**{**options, "teacher__device": "auto", "run__name": name}), quiet=True).directory
+        rows = [read_lines(run / "metrics.jsonl") for run in (one, tmp_path / "two" / name)]
+        losses = [[r["loss"] for r in some] for some in rows]
+        assert losses[0] == pytest.approx(losses[1], rel=5e-5), name
 
 
 def assert_same(one: Path, two: Path) -> None:

@@ -14,10 +14,11 @@ from onpath.methods import Edit, Method, MethodOptions, Prepared, own_response
 from onpath.methods.base import Tools
 from onpath.records import Rollout
 from onpath.run.log import read_lines
+from onpath.system import distributed
 from onpath.system.draws import request_seed
 from onpath.training import train
 from tests.engines.test_server import fake_of, restarted
-from tests.forks import forked
+from tests.forks import TIMEOUT, done_by_two, forked
 
 COLUMNS = ("loss", "tokens", "reverse_kl_nats", "student_entropy_nats", "grad_norm", "mean_length", "lr")
 
@@ -36,6 +37,25 @@ def test_two_processes_are_one(prompts: int, tiny: Callable[..., Config], tmp_pa
     one = train(tiny(**options, run__name="one"), quiet=True).directory
     two = in_ranks(tiny(**options, run__name="two"), tmp_path, processes=2)
     assert_same(one, two)
+
+
+@pytest.mark.slow
+def test_processes_agree_on_verdicts_that_are_not_the_same_twice(
+    tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    """One finds a new best, the other would not: both save, and both know what was found."""
+
+    def of_the_first(text: str, answer: str) -> bool:
+        return distributed.rank() == 0
+
+    config = tiny(eval__every=1, run__keep_best="test", run__stop_after=1, parallel__timeout=TIMEOUT)
+
+    def run(rank: int) -> None:
+        train(config, grader=of_the_first, quiet=True)
+
+    done_by_two(run, tmp_path)
+    lines = read_lines(Path(config.run.dir) / config.run.name / "eval.jsonl")
+    assert {0 < line["avg_at_k"] < 1 for line in lines} == {True}
 
 
 class LongestOfPrompt(Method):

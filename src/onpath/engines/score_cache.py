@@ -27,9 +27,9 @@ from transformers import DynamicCache
 
 from onpath.data.batch import Batch, collate
 from onpath.engines.decoding.branches import Past
-from onpath.engines.head import sharded, unwrapped
+from onpath.engines.head import unwrapped
 from onpath.engines.replay import address
-from onpath.engines.sharding import digest_scales, digest_weights
+from onpath.engines.sharding import digest_scales, digest_weights, is_whole
 from onpath.engines.teacher import Teacher
 from onpath.losses import Head, TeacherHidden, TeacherScores, TeacherTopK
 from onpath.records import Trajectory
@@ -230,8 +230,8 @@ class CachedTeacher(Teacher):
         found = [self.store.get(key) for key in keys]
         lacking = [i for i, entry in enumerate(found) if entry is None]
         asked = lacking
-        # A pass of a sharded model is an exchange: all processes make one, or none does.
-        together = self.model is not None and sharded(self.model)
+        # A pass of a sharded model is an exchange, unless it is whole now: all processes make one or none.
+        together = self.model is not None and not is_whole(self.model)
         if cache is not None or (together and distributed.anywhere(bool(lacking), batch.token_N.device)):
             asked = list(range(len(keys)))
         if asked:

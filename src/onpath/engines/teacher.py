@@ -12,13 +12,14 @@ from typing import Literal
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import DynamicCache
 
 from onpath.data.batch import Batch
 from onpath.engines.decoding.branches import Past
 from onpath.engines.head import evaluating, head_of, hidden_states, unwrapped
 from onpath.engines.models import context_length
-from onpath.engines.sharding import give_back
+from onpath.engines.sharding import full, give_back
 from onpath.losses import Head, TeacherHidden, TeacherScores
 from onpath.records import Trajectory
 
@@ -193,7 +194,8 @@ class SelfTeacher(Teacher):
         if self.weights == "ema":
             give_back(self.model, self.student)
             for mine, theirs in zip(self.model.parameters(), self.student.parameters(), strict=True):
-                mine.lerp_(theirs.to(mine.dtype), 1 - self.decay)
+                whole = theirs if isinstance(mine, DTensor) else full(theirs)  # parallel.teacher: copy
+                mine.lerp_(whole.to(mine.dtype), 1 - self.decay)
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run cannot recompute: the average. A base copy is made anew from the starting

@@ -211,6 +211,12 @@ def load(
     load_weights(found.path, model)
     kept = _Stored(found.path, "method")
     if kept.shapes != {k: tuple(v.shape) for k, v in extra.items()}:
+        if all(name.startswith("ahead.") for name in kept.shapes.keys() ^ extra.keys()):
+            was, now = ("off", "on") if kept.shapes.keys() < extra.keys() else ("on", "off")
+            raise UserError(
+                f"{found.path}: rollout.overlap was {was} when this was saved, and is {now}; weights that "
+                "write ahead are part of the state: set it as it was, or use another run.name"
+            )
         raise UserError(f"{found.path}: holds the state of another method; use another run.name or remove it")
     for name, tensor in extra.items():
         kept.into(name, tensor)
@@ -345,9 +351,11 @@ def list_steps(root: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.removeprefix(_PREFIX)))
 
 
-def prune(root: Path, *, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints."""
-    for path in list_steps(root)[:-keep]:
+def prune(root: Path, *, keep: int, written: Path) -> None:
+    """Removes all but the newest `keep` checkpoints up to the one just written: later ones were passed over
+    as damaged, and count for nothing."""
+    steps = list_steps(root)
+    for path in steps[: steps.index(written) + 1][:-keep]:
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -35,6 +35,7 @@ from onpath.run.log import (
     flatten,
     open_trackers,
     read_lines,
+    tell,
 )
 from onpath.run.meter import Meter
 from onpath.run.method_state import MethodState
@@ -356,8 +357,7 @@ class Run:
         self.method_state.check()
         if distributed.rank() == 0:
             self.metrics.write(row)
-            for tracker in self.trackers:
-                tracker.log(flatten({k: v for k, v in row.items() if k != "step"}), step)
+            tell(self.trackers, flatten({k: v for k, v in row.items() if k != "step"}), step)
         return row
 
     def checkpoint(self, step: int, optimizer: torch.optim.Optimizer, *, wait: bool) -> None:
@@ -392,7 +392,8 @@ class Run:
         if saving is not None:
             saving.wait()
             if distributed.rank() == 0:
-                checkpoint.prune(saving.target.parent, keep=self.parts.config.run.keep)
+                keep = self.parts.config.run.keep
+                checkpoint.prune(saving.target.parent, keep=keep, written=saving.target)
 
     def save_model(self) -> Path:
         """Final weights: complete or not at all.

@@ -1,14 +1,15 @@
 """Evaluations of a run: graded samples, a line of eval.jsonl each."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 from onpath.data.render import Renderer
 from onpath.data.tasks import task_of
 from onpath.evaluate.scores import ErrorKind, EvalResult, evaluate, write_details
+from onpath.grade.base import Grader, Verdict
 from onpath.records import Prompt, Rollout, Sampling
 from onpath.run.directory import Run
-from onpath.run.log import Display, flatten
+from onpath.run.log import Display, flatten, tell
 from onpath.run.parts import Parts
 from onpath.run.trajectories import sample_row, write_parquet
 from onpath.system import distributed
@@ -21,6 +22,21 @@ def error_kind_of(source: str, renderer: Renderer) -> ErrorKind | None:
         return None
     # A wrong response without a wrong step has stopped too early: the last kind is for the rest.
     return lambda r: task.error_kind(r.prompt.question, renderer.tokens(r.ids)) or task.error_kinds[-1]
+
+
+class _EachItsShare(Grader):
+    """Each text is graded by one process: a verdict that is not the same twice (a judge, a limit of time)
+    must not tell processes different things, which decide by it whether the run goes on."""
+
+    def __init__(self, grader: Grader) -> None:
+        self.grader, self.name = grader, grader.name
+
+    def grade_many(self, pairs: Iterable[tuple[str, str]]) -> list[Verdict]:
+        """See `Grader.grade_many`."""
+        different = list(dict.fromkeys(asked := list(pairs)))
+        found = distributed.gather(self.grader.grade_many(distributed.share(different)))
+        verdicts = dict(zip(different, found, strict=True))
+        return [verdicts[pair] for pair in asked]
 
 
 def evaluate_all(parts: Parts, run: Run, display: Display, *, step: int) -> list[EvalResult]:
@@ -38,7 +54,7 @@ def evaluate_all(parts: Parts, run: Run, display: Display, *, step: int) -> list
             parts.prompts.evals[asked.split],
             partial(generate, asked.sampling),
             parts.text.renderer.graded,
-            parts.text.grader,
+            _EachItsShare(parts.text.grader),
             n=asked.n,
             k=asked.k,
             step=step,
@@ -54,8 +70,7 @@ def evaluate_all(parts: Parts, run: Run, display: Display, *, step: int) -> list
                 [sample_row(g, parts.text.renderer) for g in graded],
             )
             low, high = result.ci95
-            for tracker in run.trackers:
-                tracker.log(flatten({f"eval/{split}": result.to_json()}), step)
+            tell(run.trackers, flatten({f"eval/{split}": result.to_json()}), step)
             display.say(
                 f"eval {split} at step {step}: avg@{result.n} {result.avg_at_k:.1%} [{low:.1%}, {high:.1%}]  "
                 f"pass@{result.k} {result.pass_at_k:.1%}  unfinished {1 - result.finished:.1%}  "

@@ -17,8 +17,8 @@ from onpath.system import code
 from onpath.system.errors import UserError
 from onpath.system.files import unwritable, write_text
 from onpath.system.reading import json_lines
-from onpath.system.streams import Steady
-from onpath.system.text import named_controls
+from onpath.system.streams import Steady, say
+from onpath.system.text import first_line, named_controls
 
 Metrics = Mapping[str, Any]
 
@@ -199,6 +199,18 @@ def _own_tracker(name: str) -> Callable[[Path, str, Metrics], Tracker]:
         )
     tracker: Callable[[Path, str, Metrics], Tracker] = made
     return tracker
+
+
+def tell(trackers: list[Tracker], values: dict[str, float], step: int) -> None:
+    """Logs to each. One that fails is said once and dropped: a run does not end for it, and JSON lines have
+    it all."""
+    for tracker in list(trackers):
+        try:
+            tracker.log(values, step)
+        except Exception as error:
+            trackers.remove(tracker)
+            kind = type(tracker).__name__
+            say(f"run.trackers: {kind} fails ({type(error).__name__}: {first_line(error)}) and is left out")
 
 
 def flatten(row: Metrics, prefix: str = "") -> dict[str, float]:

@@ -275,9 +275,9 @@ class Refreshed:
         """Whether the student overlaps too little with the weights that wrote the step's rollouts."""
         if self.rule.overlap_below is None or step == phase.first:
             return False
-        some = distributed.share(asked)[:_COMPARED]  # at least so many rollouts
-        mine = [r for p in some for r in phase.of(p, self.sampling)[0]]
-        self.overlap = overlap(mine[:_COMPARED], self.student)
+        some = asked[: -(-_COMPARED // self.config.rollout.n)]  # at least so many rollouts, of all processes
+        mine = [r for p in distributed.share(some) for r in phase.of(p, self.sampling)[0]]
+        self.overlap = overlap(mine, self.student)
         return self.overlap < self.rule.overlap_below
 
     def _line(self, phase: Phase, prompt: Prompt) -> tuple[list[Rollout], list[Trajectory]]:
@@ -298,6 +298,7 @@ class Refreshed:
             shutil.rmtree(phase.directory, ignore_errors=True)
         distributed.barrier()
         phase.read()
+        distributed.barrier()  # nobody writes before everybody has read: all must lack the same
         seen, n = set(phase.places), self.config.rollout.n
         for begin in range(phase.first, phase.last, _TOGETHER):
             lots: list[tuple[int, list[tuple[int, Prompt]]]] = []

@@ -56,7 +56,8 @@ def start(device: torch.device, *, timeout: float = 600.0) -> None:
                 "with the first one's address, of a port that they can reach"
             ) from None
         # A launcher's store outlives a run, and the next run of the same processes must not find its words.
-        _runs.append(f"onpath/{len(_runs)}")
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives a restart
+        _runs.append(f"onpath/{attempt}/{len(_runs)}")
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=PrefixStore(_runs[-1], store),

@@ -49,13 +49,16 @@ def asked_to_stop() -> str:
 @contextmanager
 def stop_requests() -> Iterator[Requests]:
     """Notes the first SIGTERM, SIGHUP or SIGINT instead of dying of it; another one of the same kind does
-    what it always does. A signal that is ignored (nohup), or that somebody handles, stays so. Outside the
-    main thread nothing changes: signals arrive there.
+    what it always does. Not a SIGTERM or SIGHUP under torchrun: a batch system signals a job's processes, of
+    which torchrun is one and hands it on, and it kills by itself what does not end. A signal that is ignored
+    (nohup), or that somebody handles, stays so. Outside the main thread nothing changes: signals arrive
+    there.
     """
     asked, before = Requests(), dict[int, Any]()
 
     def note(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, before.pop(number))
+        if number == signal.SIGINT or "TORCHELASTIC_RUN_ID" not in os.environ:
+            signal.signal(number, before.pop(number))
         asked.name = asked.name or signal.Signals(number).name
         if number == signal.SIGINT:
             _say("onpath: stopping after this step, which will be saved; Ctrl-C again stops at once")
