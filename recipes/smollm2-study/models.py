@@ -46,7 +46,7 @@ RANK, ALPHA = 8, 16
 STUDENT: dict[str, Any] = {"lr": 1e-3, "rounds": ((16, 16), (14, 10))}
 """Updates and examples of each: after the first it was right in 6% of its samples."""
 TEACHER = {"lr": 1.5e-3, "updates": 80, "mixed": 60, "examples": 12}
-FURTHER = {"lr": 1.5e-3, "updates": 300, "examples": 12, "attempts": 384}
+FURTHER = {"lr": 1.5e-3, "updates": 240, "examples": 12, "attempts": 384}
 """Half of each are of two steps, half of three or four; so are the attempts, as many of each."""
 LONGER = (3, 4)
 ATTEMPTS, HELD_OUT = 256, 48
