@@ -12,6 +12,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -205,21 +206,28 @@ def _rows(source: str, limit: int | None, split_default: str, theirs: Mapping[st
 
 def _own_rows(source: str) -> Iterator[_Row]:
     given = code.load(source, key="data")
-    try:
+    with _named(source):
         rows = given() if callable(given) else given
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{source} fails: {type(error).__name__}: {error}") from error
     if not isinstance(rows, Iterable) or isinstance(rows, str | Mapping):
         raise UserError(f"{source}: must give rows, mappings with a key 'prompt', not {_kind(rows)}")
-    return _numbered(source, rows)
+    return _numbered(source, _own(source, rows))
 
 
 def _numbered(source: str, rows: Iterable[Any]) -> Iterator[_Row]:
+    for number, row in enumerate(rows):
+        yield _Row(where=f"{source}, row {number}", value=row)
+
+
+def _own(source: str, rows: Iterable[Any]) -> Iterator[Any]:
+    with _named(source):
+        yield from rows
+
+
+@contextmanager
+def _named(source: str) -> Iterator[None]:
+    """What somebody's own rows raise is their fault, and says so."""
     try:
-        for number, row in enumerate(rows):
-            yield _Row(where=f"{source}, row {number}", value=row)
+        yield
     except UserError:
         raise
     except Exception as error:
