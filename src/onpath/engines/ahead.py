@@ -14,10 +14,8 @@ from transformers import DynamicCache
 
 from onpath.data.batch import Batch, collate
 from onpath.engines.decoding.branches import Past
-from onpath.engines.teacher import ModelTeacher
+from onpath.engines.teacher import ModelTeacher, Read, read_by
 from onpath.records import Trajectory
-
-Key = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class AheadTeacher(ModelTeacher):
@@ -29,21 +27,21 @@ class AheadTeacher(ModelTeacher):
         super().__init__(model, vocabulary=vocabulary)
         self._asking = threading.Lock()
         self._thread: ThreadPoolExecutor | None = None
-        self._rows: dict[Key, Future[Tensor]] = {}
+        self._rows: dict[Read, Future[Tensor]] = {}
         self._pays = True
         self._early = 0
 
     def begin(self, trajectory: Trajectory) -> None:
         """See `Teacher.begin`."""
         with self._asking:
-            key = _key(trajectory)
+            key = read_by(trajectory)
             if self._pays and trajectory.response and key not in self._rows:
                 self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="onpath-teacher")
                 self._rows[key] = self._thread.submit(self._alone, trajectory)
 
     def hidden(self, batch: Batch, cache: DynamicCache | None = None) -> Tensor:
         """See `ModelTeacher.hidden`: what the thread was shown is waited for."""
-        coming = [self._rows.get(_key(t)) for t in batch.trajectories]
+        coming = [self._rows.get(read_by(t)) for t in batch.trajectories]
         found = [one for one in coming if one is not None]
         if cache is not None or len(found) < len(coming):
             return super().hidden(batch, cache)
@@ -75,7 +73,3 @@ class AheadTeacher(ModelTeacher):
     def _alone(self, trajectory: Trajectory) -> Tensor:
         """[n, H] in host memory: those of a whole step may be more than the device has left."""
         return super().hidden(collate([trajectory], device=self.device)).cpu()
-
-
-def _key(trajectory: Trajectory) -> Key:
-    return trajectory.teacher_context, trajectory.response

@@ -10,12 +10,11 @@ from transformers import DynamicCache
 
 from onpath.data.batch import Batch
 from onpath.engines.server import ServedScores, ServerEngine
-from onpath.engines.teacher import Teacher
+from onpath.engines.teacher import Read, Teacher, read_by
 from onpath.engines.wire import Questions
 from onpath.losses import TeacherTopK
 from onpath.records import Trajectory
 
-Key = tuple[tuple[int, ...], tuple[int, ...]]
 _KEPT = 8192  # responses whose scores are kept: a method and the loss of the same step ask for the same ones
 
 
@@ -33,15 +32,15 @@ class ServedTeacher(Teacher):
     def __init__(self, engine: ServerEngine, *, k: int, context_length: int) -> None:
         self.engine, self.k = engine, k
         self.context_length = engine.server.context_length or context_length
-        self._known: OrderedDict[Key, ServedScores] = OrderedDict()
-        self._coming: dict[Key, Future[ServedScores]] = {}
+        self._known: OrderedDict[Read, ServedScores] = OrderedDict()
+        self._coming: dict[Read, Future[ServedScores]] = {}
         self._asking = threading.Lock()
         self._questions: Questions | None = None
 
     def expect(self, trajectories: Iterable[Trajectory]) -> None:
         """See `Teacher.expect`: the server is asked now."""
         with self._asking:
-            wanted = dict.fromkeys(_key(t) for t in trajectories)
+            wanted = dict.fromkeys(read_by(t) for t in trajectories)
             new = [key for key in wanted if key not in self._known and key not in self._coming]
             if new:
                 self._questions = self._questions or Questions(self.engine.server)
@@ -60,7 +59,7 @@ class ServedTeacher(Teacher):
     def scores(self, batch: Batch, cache: DynamicCache | None = None) -> TeacherTopK:
         """See `Teacher.scores`: rows of k entries, −inf where a position has fewer."""
         self.expect(batch.trajectories)
-        rows = self._answers([_key(t) for t in batch.trajectories])
+        rows = self._answers([read_by(t) for t in batch.trajectories])
         device = batch.token_N.device
         pads = [
             (ids, logps, self.k - len(ids))
@@ -78,7 +77,7 @@ class ServedTeacher(Teacher):
             sampled_logp=torch.tensor([p for s in rows for p in s.sampled], device=device),
         )
 
-    def _answers(self, keys: list[Key]) -> list[ServedScores]:
+    def _answers(self, keys: list[Read]) -> list[ServedScores]:
         """To what the server was asked."""
         for key in keys:
             if key not in self._known:
@@ -92,10 +91,6 @@ class ServedTeacher(Teacher):
         while len(self._known) > _KEPT:
             self._known.popitem(last=False)
         return answers
-
-
-def _key(trajectory: Trajectory) -> Key:
-    return trajectory.teacher_context, trajectory.response
 
 
 def _unused(ids: tuple[int, ...], count: int) -> list[int]:

@@ -24,6 +24,13 @@ from onpath.losses import Head, TeacherHidden, TeacherScores
 from onpath.records import Trajectory
 
 _HALF = (torch.bfloat16, torch.float16)
+Read = tuple[tuple[int, ...], tuple[int, ...]]
+"""Context and response."""
+
+
+def read_by(trajectory: Trajectory) -> Read:
+    """All that one teacher's scores of a trajectory depend on."""
+    return trajectory.teacher_context, trajectory.response
 
 
 class Teacher:
