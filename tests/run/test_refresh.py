@@ -24,6 +24,7 @@ from onpath.run.log import flatten, read_lines
 from onpath.run.optimizer import make_optimizer
 from onpath.run.refresh import _as_row, _trajectory, overlap
 from onpath.run.sampling import prepare, sample
+from onpath.run.trajectories import read_trajectories
 from onpath.system.errors import UserError
 from onpath.training import one_step, train
 from tests.forks import TIMEOUT, done_by_two
@@ -408,6 +409,33 @@ def test_kept_rollouts_are_of_the_data_that_they_were_made_of(
         assert made
         assert all(tuple(row["context"]) == renderer.ids(of[row["prompt"]]) for row in made)
     train(config, quiet=True)
+
+
+@pytest.mark.parametrize("rule", ["every", "never"])
+def test_kept_rollouts_are_never_put_under_other_problems(
+    rule: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows without an id are numbered: with other data the same ids are other problems."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"prompt": "{i}+6=?", "answer": "{i + 6}"}}\n' for i in range(8)))
+    refresh: Any = "never" if rule == "never" else {"every": 9}
+    options = {**FAST, "data__train": str(rows), "optim__steps": 3, "run__save_every": 1}
+    config = tiny(**options, rollout__refresh=refresh, run__trajectories_every=1)
+    with monkeypatch.context() as patch:
+        stop_at(patch, "onpath.training", "one_step", call=2, after=False)
+        with pytest.raises(Stopped):
+            train(config, quiet=True)
+    rows.write_text(rows.read_text().replace("+6=?", "+9=?"))
+    if rule == "never":
+        with pytest.raises(UserError, match=r"those of another problem with this id, .*bring the data back"):
+            train(config, resume_with_changes=True, quiet=True)
+        return
+    train(config, resume_with_changes=True, quiet=True)
+    run = Path(config.run.dir) / config.run.name
+    assert [row["staleness"] for row in read_lines(run / "metrics.jsonl")] == [0, 0, 1], "a phase from step 2"
+    told = [row["prompt"] for row in read_trajectories(run) if row["step"] > 1]
+    assert told
+    assert all("+9=?" in prompt for prompt in told)
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,14 @@ optional `id`, and with several teachers the column that `data.teacher_column` s
 ignored, so TRL's prompt-only data sets work unchanged.
 """
 
+import hashlib
 import json
 import math
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,18 @@ def _permutation(n: int, seed: int, epoch: int) -> tuple[int, ...]:
     # A text seed goes through SHA-512, so that neighbouring seeds and epochs give unrelated orders.
     random.Random(f"onpath order {seed} {epoch}").shuffle(order)
     return tuple(order)
+
+
+def digest_prompts(prompts: Sequence[Prompt]) -> str:
+    """Digest of problems, answers and solutions in their order."""
+    made = hashlib.blake2b(digest_size=16)
+    for prompt in prompts:
+        known = asdict(prompt)
+        for name in ("teacher", "tests"):  # as it was digested when there were no such fields
+            if not known[name]:
+                del known[name]
+        made.update(json.dumps(known, sort_keys=True).encode() + b"\n")
+    return made.hexdigest()
 
 
 def prompts_of_step(prompts: Sequence[Prompt], *, size: int, seed: int, step: int) -> list[Prompt]:

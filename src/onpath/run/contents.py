@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
@@ -11,9 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from onpath.config.build import teacher_key
 from onpath.config.changes import own_code
+from onpath.data.load import digest_prompts
 from onpath.engines.score_cache import weights_digest
 from onpath.engines.sharding import digest_weights
-from onpath.records import Prompt
 from onpath.run.parts import Parts
 from onpath.system import code
 
@@ -26,8 +25,8 @@ def digests(parts: Parts) -> dict[str, str]:
     per GB. A server's weights cannot be seen. All processes take part where models are sharded.
     """
     config, models = parts.config, parts.models
-    found = {"data.train": of_prompts(parts.prompts.pool)}
-    found |= {f"data.eval.{split}": of_prompts(prompts) for split, prompts in parts.prompts.evals.items()}
+    found = {"data.train": digest_prompts(parts.prompts.pool)}
+    found |= {f"data.eval.{split}": digest_prompts(prompts) for split, prompts in parts.prompts.evals.items()}
     # An adapter's own weights are drawn, by other numbers on another device; what it adapts was loaded.
     loaded = {
         n: p
@@ -50,18 +49,6 @@ def differing(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     both = {*before} & {*now}
     named = {key for key in {*before, *now} if key.partition(".")[0] not in _OF_CODE or key in both}
     return sorted(key for key in named if before and before.get(key) != now.get(key))
-
-
-def of_prompts(prompts: Sequence[Prompt]) -> str:
-    """Digest of problems, answers and solutions in their order."""
-    digest = hashlib.blake2b(digest_size=16)
-    for prompt in prompts:
-        known = asdict(prompt)
-        for name in ("teacher", "tests"):  # as it was digested when there were no such fields
-            if not known[name]:
-                del known[name]
-        digest.update(json.dumps(known, sort_keys=True).encode() + b"\n")
-    return digest.hexdigest()
 
 
 @torch.no_grad()

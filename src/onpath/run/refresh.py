@@ -24,7 +24,7 @@ from typing import Any
 
 from onpath.config.build import Config
 from onpath.config.sections import NEVER, Refresh
-from onpath.data.load import prompts_of_step
+from onpath.data.load import digest_prompts, prompts_of_step
 from onpath.engines.base import Engine
 from onpath.methods.base import Method, Prepared
 from onpath.records import WRITERS, Edit, Guidance, Prompt, Rollout, Sampling, Trajectory
@@ -54,8 +54,8 @@ class Phase:
     directory: Path
     first: int
     last: int
-    places: dict[str, tuple[Path, int]] = field(default_factory=dict)
-    """Prompt → file and byte where its line begins."""
+    places: dict[tuple[str, str], tuple[Path, int]] = field(default_factory=dict)
+    """Prompt's id and digest → file and byte where its line begins. Ask `place`."""
     measured: dict[int, list[Mapping[str, Any]]] = field(default_factory=dict)
     """Step → what was measured when its prompts were prepared, of each process."""
 
@@ -75,15 +75,20 @@ class Phase:
         line of what was measured with them is there: it is written last."""
         self.places, self.measured = {}, {}
         for path in sorted(self.directory.glob("process-*.jsonl")):
-            prompts: dict[str, tuple[Path, int]] = {}
+            prompts: dict[tuple[str, str], tuple[Path, int]] = {}
             for at, row in _lines(path):
                 if isinstance(row.get("prompt"), str):
-                    prompts[row["prompt"]] = path, at
+                    prompts[row["prompt"], str(row.get("digest", ""))] = path, at
                 elif isinstance(row.get("step"), int):
                     for prompt, place in prompts.items():
                         self.places.setdefault(prompt, place)
                     prompts = {}
                     self.measured.setdefault(row["step"], []).append(row)
+
+    def place(self, prompt: Prompt) -> tuple[Path, int] | None:
+        """Where its rollouts are; None for another problem under its id, which other data have."""
+        known = self.places.get((prompt.id, digest_prompts([prompt])))
+        return known or self.places.get((prompt.id, ""))  # as lines were before they said whose they are
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Lines of this process, on disk when this returns.
@@ -113,9 +118,10 @@ class Phase:
         """A prompt's rollouts, and what is trained on.
 
         Raises:
-            UserError: its line is damaged, and the weights that wrote it are gone.
+            UserError: its line is damaged or of another problem, and the weights that wrote it are gone.
         """
-        path, at = self.places.get(prompt.id, (self.directory, 0))
+        place = self.place(prompt)
+        path, at = place or (self.directory, 0)
         try:
             with path.open("rb") as file:
                 file.seek(at)
@@ -135,9 +141,12 @@ class Phase:
             ]
             return rollouts, [_trajectory(t, rollouts) for t in row["trajectories"]]
         except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError):
+            what, bring = "missing or damaged", "the file"
+            if place is None and any(known == prompt.id for known, _ in self.places):
+                what, bring = "those of another problem with this id", "the data"
             raise UserError(
-                f"{path}: the rollouts of prompt {prompt.id!r} are missing or damaged, and the weights that "
-                f"wrote them, those of step {self.first}, are gone; bring the file back, or remove "
+                f"{path}: the rollouts of prompt {prompt.id!r} are {what}, and the weights that "
+                f"wrote them, those of step {self.first}, are gone; bring {bring} back, or remove "
                 f"{self.directory.parent.parent} and start the run again"
             ) from None
 
@@ -269,7 +278,7 @@ class Refreshed:
         """By count; or a run that was made longer has come to prompts that the phase has not."""
         if self.rule.every is not None and step >= phase.first + self.rule.every:
             return True
-        return self.rule != NEVER and any(p.id not in phase.places for p in asked)
+        return self.rule != NEVER and any(phase.place(p) is None for p in asked)
 
     def _has_moved(self, phase: Phase, asked: Sequence[Prompt], step: int) -> bool:
         """Whether the student overlaps too little with the weights that wrote the step's rollouts."""
@@ -299,13 +308,14 @@ class Refreshed:
         distributed.barrier()
         phase.read()
         distributed.barrier()  # nobody writes before everybody has read: all must lack the same
-        seen, n = set(phase.places), self.config.rollout.n
+        n, seen = self.config.rollout.n, set[str]()
         for begin in range(phase.first, phase.last, _TOGETHER):
             lots: list[tuple[int, list[tuple[int, Prompt]]]] = []
             for step in range(begin, min(begin + _TOGETHER, phase.last)):
                 fresh = []
                 for place, prompt in enumerate(self._prompts(step)):
-                    fresh += [] if prompt.id in seen else [(place, prompt)]
+                    known = prompt.id in seen or phase.place(prompt)
+                    fresh += [] if known else [(place, prompt)]
                     seen.add(prompt.id)
                 lots += [(step, distributed.share(fresh))] if fresh else []
             prompts = [p for _, lot in lots for _, p in lot]
@@ -356,8 +366,8 @@ def _rows(rollouts: Sequence[Rollout], prepared: Prepared, step: int) -> list[di
     drawn = {(r.prompt.id, r.sample): r.ids for r in rollouts}
     found: dict[str, dict[str, Any]] = {}
     for r in rollouts:
-        row = found.setdefault(r.prompt.id, {"prompt": r.prompt.id, "rollouts": [], "trajectories": []})
-        row["context"] = r.context
+        whose = {"prompt": r.prompt.id, "digest": digest_prompts([r.prompt]), "context": r.context}
+        row = found.setdefault(r.prompt.id, {**whose, "rollouts": [], "trajectories": []})
         row["rollouts"].append({"ids": r.ids, "logprobs": r.logprobs, "finish_reason": r.finish_reason})
     for t in prepared.trajectories:
         if t.origin is None:
