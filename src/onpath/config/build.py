@@ -295,6 +295,20 @@ class Config(Section):
             )
 
     @property
+    def idle_options(self) -> dict[str, str]:
+        """Options that are set and have no effect beside the others: key → what it goes with."""
+        sections: dict[str, Section] = {
+            name: value
+            for name in type(self).model_fields
+            if isinstance(value := getattr(self, name), Section)
+        }
+        sections |= {teacher_key(name): teacher for name, teacher in self.taught_by.items()}
+        found = {f"{s}.{o}": f"{s}.{n}" for s, section in sections.items() for o, n in section.idle.items()}
+        if any(t.engine == "vllm" for t in self.taught_by.values()):
+            found.pop("method.support_k", None)  # servers are asked for so many tokens, whatever is compared
+        return found
+
+    @property
     def refresh(self) -> Refresh | None:
         """When rollouts are sampled anew; None: at each step."""
         if self.method.generates_ahead or self.rollout.refresh == "never":

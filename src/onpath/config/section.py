@@ -43,6 +43,18 @@ class Section(BaseModel):
                 raise ValueError(f"{name} is beyond {_LARGEST:g}, the largest number that an option may be")
         return self
 
+    @property
+    def idle(self) -> dict[str, str]:
+        """Options that are set and read by nothing while the others are as they are: name → what they go
+        with."""
+        found = {}
+        for name, info in type(self).model_fields.items():
+            mark = next((m for m in info.metadata if isinstance(m, GoesWith)), None)
+            is_set = getattr(self, name) != info.get_default(call_default_factory=True)
+            if mark and is_set and (needs := mark.unless(getattr(self, mark.option))):
+                found[name] = needs
+        return found
+
 
 _LARGEST = 1e30
 
@@ -77,6 +89,20 @@ NEUTRAL, ROUNDING, LONGER, PLACE = (
     OnResume("longer"),
     OnResume("place"),
 )
+
+
+class GoesWith:
+    """Annotates an option that is read only where another one of its section has one of these values; without
+    any, where it is set at all: `Annotated[int, GoesWith("support", "union")]`."""
+
+    def __init__(self, option: str, *values: Any) -> None:
+        self.option, self.values = option, values
+
+    def unless(self, value: Any) -> str | None:
+        """What the other one would have to be; None: it is."""
+        if value in self.values or (value and not self.values):
+            return None
+        return f"{self.option}: {' or '.join(map(str, self.values))}" if self.values else self.option
 
 
 @dataclass(frozen=True)

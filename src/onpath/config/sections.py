@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from onpath.config.section import LONGER, NEUTRAL, PLACE, ROUNDING, OneOf, Section
+from onpath.config.section import LONGER, NEUTRAL, PLACE, ROUNDING, GoesWith, OneOf, Section
 from onpath.data.tasks import other_split, split_name, task_of
 from onpath.records import Sampling
 from onpath.system import code
@@ -33,11 +33,11 @@ class Student(Section):
     """auto takes the GPU if there is one; else a torch device such as cpu or cuda:0."""
     lora_rank: int = Field(0, ge=0)
     """0 trains all weights; above 0 trains a LoRA adapter of this rank through peft."""
-    lora_alpha: float = Field(128.0, gt=0)
+    lora_alpha: Annotated[float, GoesWith("lora_rank")] = Field(128.0, gt=0)
     """LoRA's scale is lora_alpha / lora_rank."""
-    lora_targets: str | list[str] = "all-linear"
+    lora_targets: Annotated[str | list[str], GoesWith("lora_rank")] = "all-linear"
     """Module names to adapt, or all-linear."""
-    lora_merge: Annotated[bool, NEUTRAL] = False
+    lora_merge: Annotated[bool, NEUTRAL, GoesWith("lora_rank")] = False
     """Save the final model with the adapter merged into the weights, beside the adapter."""
     gradient_checkpointing: Annotated[bool, NEUTRAL] = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
@@ -100,7 +100,7 @@ class Teacher(Served):
     """Of several teachers: names of others and their weights, such as {math: 0.7, code: 0.3}. This one is the
     mixture of their probabilities, token by token; it scores and writes nothing. Nothing else is set then.
     """
-    extra_body: dict[str, Any] = Field({})
+    extra_body: Annotated[dict[str, Any], GoesWith("engine", "chat")] = Field({})
     """chat: further fields of every request, such as {reasoning_effort: low}; null leaves one of ours out."""
     dtype: DType = "float32"
     """Of the frozen weights."""
@@ -110,9 +110,9 @@ class Teacher(Served):
     """Directory in which scores are kept, by a digest of weights, context and response: what comes again is
     not read again. Runs, processes and a study's arms may share it (docs/teachers.md; onpath cache). Null
     keeps none."""
-    cache_dtype: Literal["float16", "float32"] = "float16"
+    cache_dtype: Annotated[Literal["float16", "float32"], GoesWith("cache")] = "float16"
     """Of kept hidden states: 2 or 4 bytes times the teacher's hidden size a token."""
-    cache_gb: Annotated[float, NEUTRAL] = Field(20.0, gt=0)
+    cache_gb: Annotated[float, NEUTRAL, GoesWith("cache")] = Field(20.0, gt=0)
     """Largest size of the directory; the files used longest ago go first."""
     device: str = "auto"
     """auto takes the student's device."""
@@ -211,7 +211,7 @@ class RolloutSection(Served):
     engine: Literal["hf", "vllm"] = "hf"
     """hf: sampling from the model that trains, in process. vllm: from a vLLM that is given the new weights
     after each step, in this process, or at rollout.url."""
-    vllm: dict[str, Any] = Field({})
+    vllm: Annotated[dict[str, Any], GoesWith("engine", "vllm")] = Field({})
     """Arguments of vllm.LLM for an engine in this process, such as {gpu_memory_utilization: 0.4}."""
     push: Literal["weights", "adapter"] = "weights"
     """What a server at rollout.url is given after each step: all weights, adapters merged; or, with
@@ -302,7 +302,7 @@ class Optim(Section):
     """Peak learning rate of AdamW. LoRA on pretrained models wants about 5e-6 to 1e-4."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """After the warm-up; cosine and linear fall to min_lr_ratio."""
-    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    min_lr_ratio: Annotated[float, GoesWith("schedule", "cosine", "linear")] = Field(0.0, ge=0, le=1)
     """Final learning rate as a share of the peak."""
     warmup: float = Field(0.1, ge=0, lt=1)
     """Share of the steps in which the rate rises linearly."""

@@ -175,6 +175,7 @@ def warnings_of(config: Config, prompts: Prompts, renderer: Renderer, stops: Sto
         precision_warning(config),
         stops.warning(renderer.tokens),
         *config.method.warnings,
+        *(f"{key} has no effect here: it goes with {needs}" for key, needs in config.idle_options.items()),
         *(
             f"{count} bad rows of data.eval.{name} are left out: its accuracies are over the others"
             for name, count in prompts.skipped_evals.items()

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from onpath.config.section import NEUTRAL, OneOf, Section
+from onpath.config.section import NEUTRAL, GoesWith, OneOf, Section
 from onpath.losses.objective import KINDS, Objective
 from onpath.system import code
 
@@ -30,7 +30,7 @@ class MethodOptions(Section):
     """reverse_kl is KL(student‖teacher), forward_kl KL(teacher‖student); sampled is the policy gradient on
     the sampled token; cross_entropy and negative_advantage (a control) use no teacher; or a function of your
     own, file.py:name."""
-    beta: float = Field(0.5, gt=0, lt=1)
+    beta: Annotated[float, GoesWith("divergence", "jensen_shannon")] = Field(0.5, gt=0, lt=1)
     """Teacher's weight in the Jensen-Shannon mixture; jensen_shannon only."""
     teacher_temperature: float = Field(1.0, gt=0)
     """τ: the divergence is that from p_T^(1/τ), scaled to mass 1; below 1 a sharpened teacher. With
@@ -38,9 +38,11 @@ class MethodOptions(Section):
     deliberately."""
     support: Literal["full", "teacher_topk", "student_topk", "union"] = "full"
     """Vocabulary entries that the divergence runs over."""
-    support_k: int = Field(32, ge=1)
+    support_k: Annotated[int, GoesWith("support", "teacher_topk", "student_topk", "union")] = Field(32, ge=1)
     """k of a top-k support."""
-    tail: Literal["renormalise", "bucket"] = "bucket"
+    tail: Annotated[
+        Literal["renormalise", "bucket"], GoesWith("support", "teacher_topk", "student_topk", "union")
+    ] = "bucket"
     """What a top-k support does with the mass outside it: drop and renormalise, or one bucket for the rest.
     """
     entry_clip: float | None = Field(None, gt=0)

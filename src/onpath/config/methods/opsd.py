@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from onpath.config.methods.base import Divergence, MethodOptions, TeacherWeights
-from onpath.config.section import ROUNDING
+from onpath.config.section import ROUNDING, GoesWith
 from onpath.data.tasks import task_of
 from onpath.data.templates import check_slots
 
@@ -21,7 +21,7 @@ class OPSDOptions(MethodOptions):
     weights: TeacherWeights = "base"
     """Whose weights the privileged teacher has: the start's (LoRA: adapter off), the student's own, or their
     moving average."""
-    ema_decay: float = Field(0.99, ge=0, lt=1)
+    ema_decay: Annotated[float, GoesWith("weights", "ema")] = Field(0.99, ge=0, lt=1)
     """Decay per optimiser step of the moving average; weights ema only."""
     hint: Literal["solution", "answer"] = "solution"
     """Which column the teacher is shown."""

@@ -1,10 +1,11 @@
 """Options of relay."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from onpath.config.methods.base import MethodOptions
+from onpath.config.section import GoesWith
 from onpath.data.tasks import task_of
 
 
@@ -17,7 +18,7 @@ class RelayOptions(MethodOptions):
     """Where the teacher takes over: at a token with log p_S − log p_T above `delta`; where its likeliest
     token opens a correction and is not among the student's `reflection_k` (Relay-OPD); at TOPD's fork; at the
     first wrong token by the task's checker."""
-    delta: float = 8.0
+    delta: Annotated[float, GoesWith("trigger", "log_ratio")] = 8.0
     """log_ratio: δ, nats."""
     hold: int = Field(0, ge=0)
     """Tokens that the teacher generates beyond the first before the student goes on."""
@@ -26,13 +27,13 @@ class RelayOptions(MethodOptions):
     is off."""
     legs: int | None = Field(None, ge=1)
     """Most takeovers of one rollout (Relay-OPD: 2); null: no limit."""
-    reflection_k: int = Field(20, ge=1)
+    reflection_k: Annotated[int, GoesWith("trigger", "reflection")] = Field(20, ge=1)
     """reflection: size of the student's set of likeliest tokens."""
-    words: tuple[str, ...] | None = None
+    words: Annotated[tuple[str, ...] | None, GoesWith("trigger", "reflection")] = None
     """reflection: words that open a correction; null: the task's, or TRD's list."""
-    window: int = Field(20, ge=1)
+    window: Annotated[int, GoesWith("trigger", "fork")] = Field(20, ge=1)
     """fork: K, tokens of each near-future window."""
-    distance: float = Field(0.3, ge=0)
+    distance: Annotated[float, GoesWith("trigger", "fork")] = Field(0.3, ge=0)
     """fork: smallest transport distance of the two windows."""
     control: Literal["none", "own_token", "random_place"] = "none"
     """own_token: at the same places the student itself draws once more; random_place: where the trigger fires

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from onpath.config.methods.base import MethodOptions
-from onpath.config.section import NEUTRAL, ROUNDING
+from onpath.config.section import NEUTRAL, ROUNDING, GoesWith
 
 
 class TOPDOptions(MethodOptions):
@@ -34,7 +34,7 @@ class TOPDOptions(MethodOptions):
     """Windows start from the keys and values of the teacher's scoring pass; false reads each prefix anew."""
     embedding: Literal["student", "teacher", "student_layer"] = "student"
     """Vectors of the cost: input embeddings of either model, or the student's hidden states in context."""
-    embedding_layer: int = -1
+    embedding_layer: Annotated[int, GoesWith("embedding", "student_layer")] = -1
     """student_layer: which hidden states, counted as transformers does (0 the embeddings, -1 the last)."""
     decide: Literal[
         "quantile",
@@ -47,13 +47,17 @@ class TOPDOptions(MethodOptions):
     """How real forks are told from surface mismatches: D above its quantile drop_share, above threshold, or
     above the upper quartile of D at low-loss positions (the paper). Arms: the sampled log-ratio above its
     quantile drop_share; positions drawn at random; all candidates."""
-    drop_share: float = Field(0.3, ge=0, lt=1)
+    drop_share: Annotated[float, GoesWith("decide", "quantile", "sampled_gap", "random_positions")] = Field(
+        0.3, ge=0, lt=1
+    )
     """quantile, sampled_gap, random_positions: share of candidates that are dropped."""
-    quantile_decay: float = Field(0.5, ge=0, lt=1)
+    quantile_decay: Annotated[
+        float, GoesWith("decide", "quantile", "sampled_gap", "upper_quartile_of_low_loss")
+    ] = Field(0.5, ge=0, lt=1)
     """The quantile is a moving average over steps with this decay; 0 is that of the step alone."""
-    threshold: float = Field(0.3, ge=0)
+    threshold: Annotated[float, GoesWith("decide", "threshold")] = Field(0.3, ge=0)
     """threshold: smallest distance of a fork."""
-    references: int | None = Field(16, ge=1)
+    references: Annotated[int | None, GoesWith("decide", "upper_quartile_of_low_loss")] = Field(16, ge=1)
     """upper_quartile_of_low_loss: windows at low-loss positions in one optimiser step over all processes,
     each in a rollout of its own; null: as many as there are candidates."""
     plan: Literal["transport", "spliced", "shuffled", "positional", "teacher_window_ce"] = "transport"
@@ -63,15 +67,17 @@ class TOPDOptions(MethodOptions):
     the spliced window."""
     splice: Literal["window", "end"] = "window"
     """spliced: the teacher's K tokens, or its continuation to the end."""
-    epsilon: float = Field(0.05, gt=0)
+    epsilon: Annotated[float, GoesWith("plan", "transport", "shuffled")] = Field(0.05, gt=0)
     """Entropic regularisation of the guidance plan (the distance is exact)."""
-    mass: Literal["literal", "row"] = "literal"
+    mass: Annotated[Literal["literal", "row"], GoesWith("plan", "transport", "shuffled", "positional")] = (
+        "literal"
+    )
     """literal: each target keeps its row's mass, 1/K, as the formula says. row scales it to 1: behind an
     error it teaches tokens of another context (docs/methods.md)."""
     guidance_weight: float | Literal["auto"] = 1.0
     """λ. auto holds |λ∇L_traj| / |∇L_OPD|, the norms of the two gradients of the trained weights, at
     auto_ratio."""
-    auto_ratio: float = Field(0.5, gt=0)
+    auto_ratio: Annotated[float, GoesWith("guidance_weight", "auto")] = Field(0.5, gt=0)
     """Target of guidance_weight: auto."""
     ratio_every: int | None = Field(None, ge=0)
     """Measure that ratio every so many steps (one more pass of the student, a copy of the gradient); null: at

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from onpath.config.methods.base import Divergence, MethodOptions, TeacherWeights
-from onpath.config.section import NEUTRAL, ROUNDING
+from onpath.config.section import NEUTRAL, ROUNDING, GoesWith
 from onpath.data.tasks import task_of
 from onpath.data.templates import check_slots
 
@@ -21,9 +21,9 @@ class TRDOptions(MethodOptions):
     """
     rewriter: str | None = None
     """Of several teachers the one that rewrites, whichever scores; null: each prompt's own does both."""
-    weights: TeacherWeights = "base"
+    weights: Annotated[TeacherWeights, GoesWith("teacher", "self")] = "base"
     """Weights of teacher: self, as for opsd."""
-    ema_decay: float = Field(0.99, ge=0, lt=1)
+    ema_decay: Annotated[float, GoesWith("weights", "ema")] = Field(0.99, ge=0, lt=1)
     """Decay per optimiser step of the moving average; weights ema only."""
     reference: bool | None = None
     """Show the reference solution to the rewriter; null: only with teacher: self."""
@@ -59,20 +59,20 @@ class TRDOptions(MethodOptions):
     """Rewrites per attempt; the one the student finds likeliest among the verified is kept."""
     minimal_edit: bool = False
     """Keep the attempt up to its first error and let the rewriter continue from there."""
-    locate: Literal["checker", "teacher_logprob", "fork"] = "checker"
+    locate: Annotated[Literal["checker", "teacher_logprob", "fork"], GoesWith("minimal_edit")] = "checker"
     """How minimal_edit finds the first error: the task's checker of steps (gym), the first steep drop of the
     teacher's log-prob, or the first fork: where TOPD finds that near futures part."""
-    locate_drop: float = Field(4.0, gt=0)
+    locate_drop: Annotated[float, GoesWith("locate", "teacher_logprob")] = Field(4.0, gt=0)
     """teacher_logprob: nats by which a token must be likelier to the student than to the teacher."""
-    locate_window: int = Field(20, ge=1)
+    locate_window: Annotated[int, GoesWith("locate", "fork")] = Field(20, ge=1)
     """fork: K, tokens of each near-future window."""
-    locate_distance: float = Field(0.3, ge=0)
+    locate_distance: Annotated[float, GoesWith("locate", "fork")] = Field(0.3, ge=0)
     """fork: smallest transport distance of the two windows."""
     gate: Annotated[bool, NEUTRAL] = True
     """Before training, rewrite a sample of real rollouts and refuse to go on if that harms them."""
-    gate_prompts: Annotated[int, NEUTRAL] = Field(64, ge=1)
+    gate_prompts: Annotated[int, NEUTRAL, GoesWith("gate")] = Field(64, ge=1)
     """Rollouts that the gate rewrites."""
-    gate_max_harm: Annotated[float, NEUTRAL] = Field(0.1, ge=0, le=1)
+    gate_max_harm: Annotated[float, NEUTRAL, GoesWith("gate")] = Field(0.1, ge=0, le=1)
     """Largest accepted share of right attempts that the rewriter turns wrong."""
     epistemic: tuple[str, ...] | None = None
     """Words whose teacher probability is logged as epistemic mass; null: the gym's onset or TRD's list."""

@@ -1,10 +1,11 @@
 """Options of truncate."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from onpath.config.methods.base import MethodOptions
+from onpath.config.section import GoesWith
 from onpath.data.tasks import task_of
 
 
@@ -16,26 +17,26 @@ class TruncateOptions(MethodOptions):
     """Where training ends: both models' likeliest tokens drift apart (Prune-OPD), the reverse KL stays low
     (KAT), the near futures part (TOPD's fork), the first wrong token by the task's checker, a share of the
     response."""
-    window: int = Field(16, ge=1)
+    window: Annotated[int, GoesWith("stop_when", "overlap", "low_kl", "fork")] = Field(16, ge=1)
     """overlap, low_kl: tokens of a window; fork: K of each near-future window."""
-    overlap_k: int = Field(16, ge=1)
+    overlap_k: Annotated[int, GoesWith("stop_when", "overlap")] = Field(16, ge=1)
     """overlap: size of both sets of likeliest tokens."""
-    overlap_below: float = Field(0.5, ge=0, le=1)
+    overlap_below: Annotated[float, GoesWith("stop_when", "overlap")] = Field(0.5, ge=0, le=1)
     """overlap: mean share in common below which a window has drifted."""
-    decay: float = Field(0.0, ge=0, lt=1)
+    decay: Annotated[float, GoesWith("stop_when", "overlap")] = Field(0.0, ge=0, lt=1)
     """overlap: each drifted window scales the weight of all later tokens by this; 0 ends training there."""
-    least_weight: float = Field(0.1, gt=0, le=1)
+    least_weight: Annotated[float, GoesWith("stop_when", "overlap")] = Field(0.1, gt=0, le=1)
     """overlap: training ends where that weight falls below this."""
-    low_share: float = Field(0.1, gt=0, lt=1)
+    low_share: Annotated[float, GoesWith("stop_when", "low_kl")] = Field(0.1, gt=0, lt=1)
     """low_kl: share of a step's windows that count as low; the threshold is the moving quantile of their mean
     reverse KL."""
-    patience: int = Field(2, ge=1)
+    patience: Annotated[int, GoesWith("stop_when", "low_kl")] = Field(2, ge=1)
     """low_kl: low windows in a row that make a trap; training ends where they begin."""
-    quantile_decay: float = Field(0.5, ge=0, lt=1)
+    quantile_decay: Annotated[float, GoesWith("stop_when", "low_kl")] = Field(0.5, ge=0, lt=1)
     """low_kl: decay per step of the moving quantile; 0 is that of the step alone."""
-    distance: float = Field(0.3, ge=0)
+    distance: Annotated[float, GoesWith("stop_when", "fork")] = Field(0.3, ge=0)
     """fork: smallest transport distance of the two windows."""
-    share: float = Field(0.5, gt=0, le=1)
+    share: Annotated[float, GoesWith("stop_when", "share")] = Field(0.5, gt=0, le=1)
     """share: of each response, from its first token."""
     control: Literal["none", "random_place"] = "none"
     """random_place: rollouts that the rule cuts are cut at a place drawn by lot."""

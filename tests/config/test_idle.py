@@ -1,0 +1,72 @@
+"""Options that are set and have no effect are said, and every mark of one names what there is."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from onpath.config.build import Config, build
+from onpath.config.methods import METHODS
+from onpath.config.section import GoesWith, Section
+from onpath.config.sections import Data, Eval, Optim, Parallel, RolloutSection, Run, Student, Teacher
+from onpath.run.assemble import assemble
+
+SECTIONS: list[type[Section]] = [
+    *METHODS.values(),
+    *(Data, Eval, Optim, Parallel, RolloutSection, Run, Student, Teacher),
+]
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_mark_names_an_option_and_its_values(section: type[Section]) -> None:
+    for info in section.model_fields.values():
+        for mark in info.metadata:
+            if isinstance(mark, GoesWith):
+                assert mark.option in section.model_fields
+                for value in mark.values:
+                    section.__pydantic_validator__.validate_assignment(
+                        section.model_construct(), mark.option, value
+                    )
+
+
+@pytest.mark.parametrize(
+    ("given", "key", "needs"),
+    [
+        ({"method": {"support_k": 8}}, "method.support_k", "method.support: teacher_topk or "),
+        ({"method": {"beta": 0.3}}, "method.beta", "method.divergence: jensen_shannon"),
+        ({"method": {"name": "truncate", "share": 0.2}}, "method.share", "method.stop_when: share"),
+        ({"method": {"name": "trd", "gate": False, "gate_prompts": 8}}, "method.gate_prompts", "method.gate"),
+        ({"student": {"lora_alpha": 8}}, "student.lora_alpha", "student.lora_rank"),
+        ({"teacher": {"cache_gb": 3}}, "teacher.cache_gb", "teacher.cache"),
+        ({"optim": {"schedule": "constant", "min_lr_ratio": 0.1}}, "optim.min_lr_ratio", "optim.schedule: c"),
+    ],
+)
+def test_what_has_no_effect_is_named(given: dict[str, Any], key: str, needs: str) -> None:
+    assert [*build(given).idle_options] == [key]
+    assert build(given).idle_options[key].startswith(needs)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_defaults_are_not_idle(name: str) -> None:
+    assert not build({"method": {"name": name}}).idle_options
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"method": {"support_k": 8, "support": "teacher_topk"}},
+        {"method": {"beta": 0.3, "divergence": "jensen_shannon"}},
+        {
+            "method": {"support_k": 8, "divergence": "sampled"},
+            "teacher": {"engine": "vllm", "url": "http://x"},
+        },
+        {"student": {"lora_alpha": 8, "lora_rank": 2}},
+    ],
+)
+def test_what_has_an_effect_is_not(given: dict[str, Any]) -> None:
+    assert not build(given).idle_options
+
+
+def test_a_run_says_so(tiny: Callable[..., Config]) -> None:
+    said = assemble(tiny(method__beta=0.3)).warnings
+    assert "method.beta has no effect here: it goes with method.divergence: jensen_shannon" in said
