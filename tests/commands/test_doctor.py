@@ -40,7 +40,7 @@ NAMES = [
     "sampling", "data", "evals", "columns", "answers", "solutions", "tokens", "specials", "template",
     "context", "models", "passes", "server_tokens", "trajectories", "accuracy", "engine_logprobs",
     "on_policy", "contexts", "eos", "teacher_itself", "alignment", "teacher_differs", "gradient", "guidance",
-    "refine", "engine_follows", "speed", "memory", "fits", "disk", "restored",
+    "refine", "engine_follows", "speed", "rate", "memory", "fits", "disk", "restored",
 ]  # fmt: skip
 """Scripts read them: a change is a change of the interface."""
 
@@ -106,6 +106,28 @@ def test_a_clean_config_passes_and_nothing_is_written(
     assert found["speed"]["values"]["hours"] > 0
     assert found["memory"]["values"]["room_gib"] > found["memory"]["values"]["peak_gib"] > 0
     assert not Path(config.run.dir).exists()
+
+
+@pytest.mark.parametrize(("lr", "status"), [(1e-5, "ok"), (0.3, "warning")])
+def test_a_rate_that_is_too_high_is_seen(
+    lr: float, status: str, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The warm-up of a long run does not hide it."""
+    config = tiny(optim__lr=lr, optim__steps=1000, optim__warmup=0.5)
+    found = by_name(doctor(config, tmp_path, capsys)[1])["rate"]
+    assert (found["status"], found["values"]["lr"]) == (status, lr)
+    assert (found["values"]["moved_nats"] >= 0.1) == (status == "warning")
+
+
+def test_the_bundled_student_s_rate_is_named_where_it_is_another_s(tiny: Tiny) -> None:
+    tree = tiny().model_dump(mode="json")
+    said = "optim.lr is not given: 0.0005 is the bundled student's"
+    assert not any(said in warning for warning in assemble(build(tree)).warnings)
+    del tree["optim"]["lr"]
+    assert any(said in warning for warning in assemble(build(tree)).warnings)
+    tree["student"]["model"] = tree["teacher"]["model"] = "gym:student"
+    tree["data"]["train"] = "gym:train"
+    assert not any(said in warning for warning in assemble(build(tree)).warnings)
 
 
 @pytest.mark.slow

@@ -173,6 +173,7 @@ def warnings_of(config: Config, prompts: Prompts, renderer: Renderer, stops: Sto
     found = [
         clock_warning(renderer),
         precision_warning(config),
+        rate_warning(config),
         stops.warning(renderer.tokens),
         *config.method.warnings,
         *(f"{key} has no effect here: it goes with {needs}" for key, needs in config.idle_options.items()),
@@ -183,6 +184,16 @@ def warnings_of(config: Config, prompts: Prompts, renderer: Renderer, stops: Sto
         leak_warning(prompts),
     ]
     return [warning for warning in found if warning]
+
+
+def rate_warning(config: Config) -> str | None:
+    """Where the rate is the bundled student's by default."""
+    if "lr" in config.optim.model_fields_set or task_of(config.student.model) is not None:
+        return None
+    return (
+        f"optim.lr is not given: {config.optim.lr:g} is the bundled student's; pretrained models want about "
+        "5e-6 for all weights, 1e-4 for LoRA"
+    )
 
 
 def clock_warning(renderer: Renderer) -> str | None:

@@ -42,8 +42,8 @@ _NEED_DATA = ("evals", "columns", "answers", "solutions", "tokens", "specials", 
 """Checks that look at prompts."""
 _NEED_MODELS = (
     "passes", "server_tokens", "trajectories", "accuracy", "engine_logprobs", "on_policy",
-    *(f.__name__ for f in _ALONG_TRAJECTORIES), "refine", "engine_follows", "speed", "memory", "fits", "disk",
-    "restored",
+    *(f.__name__ for f in _ALONG_TRAJECTORIES), "refine", "engine_follows", "speed", "rate", "memory", "fits",
+    "disk", "restored",
 )  # fmt: skip
 """Checks that cannot run where the models cannot."""
 _OTHER_FAMILY = "docs/models.md lists the families that are right"
@@ -246,9 +246,10 @@ def _of_a_step(parts: Parts, probe: Probe) -> Iterator[Finding]:
         cost = costs.measure(parts, probe)
     except UserError as error:
         yield Finding(name="speed", status="fail", message=f"the first step does not run: {error}")
-        yield from (skipped(name, "the first step does not run") for name in ("memory", "fits"))
+        yield from (skipped(name, "the first step does not run") for name in ("rate", "memory", "fits"))
     else:
         yield costs.speed(parts, cost)
+        yield costs.rate(parts, cost)
         yield costs.memory(parts, cost)
         yield costs.fits(parts, cost)
     yield costs.disk(parts)

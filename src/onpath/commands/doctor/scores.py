@@ -59,7 +59,7 @@ def engine_logprobs(parts: Parts, rollouts: Sequence[Rollout]) -> Finding:
     engine's own scoring.
     """
     trajectories = as_they_are(rollouts)[:_COMPARED]
-    expected = _student_logps(parts, trajectories)
+    expected = student_logps(parts, trajectories)
     scored = parts.generators.student.score(
         [t.student_context for t in trajectories], [t.response for t in trajectories]
     )
@@ -98,10 +98,10 @@ def engine_follows(parts: Parts) -> Finding:
         parts.prompts.pool[:4], replace(parts.sampling, max_new_tokens=16)
     )
     trajectories = as_they_are(rollout)
-    before, after, moved = _student_logps(parts, trajectories), [], 0.0
+    before, after, moved = student_logps(parts, trajectories), [], 0.0
     for seed in range(_STIRS):
         stir(parts, share=_STIR * 2**seed, seed=seed)
-        after = _student_logps(parts, trajectories)
+        after = student_logps(parts, trajectories)
         moved = _mean(_gaps(before, after))
         if moved > _MOVED:
             break
@@ -303,7 +303,7 @@ def _quantised_kl(parts: Parts, probe: Probe, section: TeacherSection) -> float:
     return _mean(found)
 
 
-def _student_logps(parts: Parts, trajectories: Sequence[Trajectory]) -> list[list[float]]:
+def student_logps(parts: Parts, trajectories: Sequence[Trajectory]) -> list[list[float]]:
     found: dict[int, list[float]] = {}
     placed = [replace(t, place=place) for place, t in enumerate(trajectories)]
     for batch, stats in trainer_stats(parts, placed):
