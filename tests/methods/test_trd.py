@@ -513,12 +513,28 @@ def counts(**changes: int) -> Refinement:
         (counts(right=7, harmed=7, wrong=57), ""),
         (counts(empty=20, foreign=13), "33 of 64 rewrites are empty or in a foreign script"),
         (counts(empty=20, foreign=12), ""),
+        (
+            counts(repaired=1, retried=0, unfinished=40),
+            "40 of 64 rewrites are cut off, and they are not told",
+        ),
+        (counts(repaired=1, retried=0, unfinished=32), ""),
+        (counts(unfinished=64), ""),
     ],
 )
 def test_what_the_gate_refuses(found: Refinement, reason: str) -> None:
     said = refusal(found, max_harm=0.1)
     assert reason in said
     assert bool(said) == bool(reason)
+
+
+def test_how_likely_a_lead_is_by_luck() -> None:
+    """Of the attempts that one of both alone got right, by hand: heads in so many throws."""
+    assert counts(repaired=1, retried=0).luck == 0.5
+    assert counts(repaired=5, retried=1).luck == pytest.approx((6 + 1) / 64)
+    assert counts(repaired=6, retried=2, both=1).luck == pytest.approx((6 + 1) / 64)
+    assert counts(repaired=0, retried=0).luck == 1.0
+    assert "own second try: 0; such a lead comes by luck in 50%)" in counts(repaired=1, retried=0).sentence
+    assert "own second try: 5)" in counts().sentence
 
 
 def test_gate_stops_a_run_before_it_trains(tiny: Callable[..., Config]) -> None:

@@ -3,11 +3,13 @@
 A rewriter that was never shown such attempts may copy their errors or spoil right ones, and training on its
 rewrites then destroys the student. So a sample is rewritten first, with two questions asked of it:
 
-    repaired   P(z right | y wrong) must exceed P(another sample of the student right | y wrong): chance
+    repaired   P(z right | y wrong) must exceed P(another sample of the student right | y wrong): chance;
+               where most rewrites are cut off, by more than luck
     harmed     P(z wrong | y right) must not exceed `method.gate_max_harm`
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,8 @@ from onpath.system.reading import read_json
 
 ENOUGH = 8
 """Attempts of a kind below which nothing is refused: too few to tell."""
+_LUCK = 0.05
+"""Probability of a lead under equal odds from which it is called luck."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,15 @@ class Refinement:
     foreign: int
     identical: int
     unfinished: int
+    both: int = 0
+    """Wrong attempts of which both the rewrite and the second try are right."""
+
+    @property
+    def luck(self) -> float:
+        """Probability that a rewriter no better than the second try leads it by as much: one-sided sign test
+        over the attempts that one of them alone got right."""
+        alone, n = self.repaired - self.both, self.repaired + self.retried - 2 * self.both
+        return float(sum(math.comb(n, k) for k in range(alone, n + 1)) / 2**n)
 
     @property
     def sentence(self) -> str:
@@ -51,11 +64,13 @@ class Refinement:
                 f"whether {self.attempts} rewrites are right cannot be told, since no prompt has an answer; "
                 f"{self.empty} were empty, {self.foreign} in a foreign script"
             )
+        by_luck = self.repaired > self.retried and self.luck > _LUCK
+        lead = f"; such a lead comes by luck in {self.luck:.0%}" if by_luck else ""
         return (
             f"of {self.wrong} wrong attempts {self.repaired} were repaired (the student's own second try: "
-            f"{self.retried}), of {self.right} right ones {self.harmed} were spoilt; {self.empty} rewrites "
-            f"were empty, {self.identical} unchanged, {self.foreign} in a foreign script, {self.unfinished} "
-            f"unfinished, of {self.attempts}"
+            f"{self.retried}{lead}), of {self.right} right ones {self.harmed} were spoilt; {self.empty} "
+            f"rewrites were empty, {self.identical} unchanged, {self.foreign} in a foreign script, "
+            f"{self.unfinished} unfinished, of {self.attempts}"
         )
 
 
@@ -90,6 +105,11 @@ def refusal(found: Refinement, *, max_harm: float) -> str:
         return f"{found.empty + found.foreign} of {found.attempts} rewrites are empty or in a foreign script"
     if found.wrong >= ENOUGH and found.repaired <= found.retried:
         return "the rewriter repairs no more wrong attempts than chance would"
+    if found.wrong >= ENOUGH and 2 * found.unfinished > found.attempts and found.luck > _LUCK:
+        return (
+            f"{found.unfinished} of {found.attempts} rewrites are cut off, and they are not told apart from "
+            "chance: raise method.rewrite_max_new_tokens"
+        )
     if found.right >= ENOUGH and found.harmed > max_harm * found.right:
         return f"the rewriter spoils more than {max_harm:.0%} of the right attempts (method.gate_max_harm)"
     return ""
@@ -115,5 +135,6 @@ def refinement(rewriter: Rewriter, tools: Tools, pool: Sequence[Prompt]) -> Refi
         sum(w.cell == "right_to_wrong" for w in rewrites),
         *(sum(e[flaw] for e in edits) for flaw in ("empty", "foreign", "identical")),
         sum(not w.finished for w in rewrites),
+        sum(ok is True and w.cell == "wrong_to_right" for ok, w in zip(again, rewrites, strict=True)),
     ]
     return Refinement(*map(int, distributed.total(counts, tools.models.device)))
