@@ -42,7 +42,7 @@ from onpath.run.inputs import (
     CLOCK_FILE,
     Prompts,
     by_source,
-    check_prompts,
+    fitting,
     load_data,
     make_renderer,
     trained_on,
@@ -79,7 +79,7 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
     renderer = make_renderer(config, tokenizer)
     base = load_start(config.student, start, "student.model", host)
     check_head(base, "student.model")
-    longest = check_prompts(config, renderer, base, prompts)
+    prompts, longest = fitting(config, renderer, base, prompts)
     world = world_of(config.data.train)
     untouched = copy.deepcopy(base) if world is not None and world.loses else None
     student = trainable(config, base)

@@ -191,40 +191,70 @@ def _moment(config: Config) -> datetime:
         ) from None
 
 
-def check_prompts(
+def fitting(
     config: Config,
     renderer: Renderer,
     student: PreTrainedModel,
     prompts: Prompts,
-) -> int:
+) -> tuple[Prompts, int]:
     """Every prompt and its response must fit the model before the first step, not at the thousandth.
 
     Returns:
-        The most tokens of a prompt.
+        The prompts, with data.skip_bad but for those that do not fit; and the most tokens of one.
+
+    Raises:
+        UserError: one does not fit, or too few do; or one cannot be rendered, or not twice alike.
     """
-    new, lower = max(config.longest_response, config.method.longest_generated, key=lambda limit: limit[0])
-    asked = [(prompt, new, lower, config.data.train) for prompt in prompts.pool]
-    for split, problems in prompts.evals.items():
-        source = config.data.eval[split]
-        longest = config.eval.sampling().max_new_tokens
-        asked += [(p, longest, "eval.max_new_tokens", source) for p in problems]
-    if renderer.ids(asked[0][0]) != renderer.ids(asked[0][0]):
+    if renderer.ids(prompts.pool[0]) != renderer.ids(prompts.pool[0]):
         raise UserError("the chat template renders the same prompt differently each time; take its dice out")
-    fits, rows, most = context_length(student.config), head_of(student).vocabulary, 0
-    for prompt, new, lower, source in asked:
-        renderer.check(prompt)
-        ids = renderer.ids(prompt)
-        most = max(most, len(ids))
-        if len(ids) + new > fits:
-            remedy = "drop it" if len(ids) >= fits else f"drop it, or lower {lower}"
-            raise UserError(
-                f"{source}: prompt {prompt.id!r} has {len(ids)} tokens; with {new} new ones it does not fit "
-                f"the student's context of {fits}: {remedy}"
-            )
-        if max(ids) >= rows:
-            raise UserError(
-                f"prompt {prompt.id!r} holds id {max(ids)} ({renderer.tokens([max(ids)])[0]!r}), but "
-                f"student.model knows {rows} ids only: its tokenizer is another model's, or its embeddings "
-                "were not resized"
-            )
-    return most
+    fits, rows = context_length(student.config), head_of(student).vocabulary
+
+    def that_fit(some: Sequence[Prompt], new: int, lower: str, source: str) -> list[tuple[int, Prompt]]:
+        sized = [(_tokens(renderer, prompt, rows), prompt) for prompt in some]
+        if not (long := [(n, prompt) for n, prompt in sized if n + new > fits]):
+            return sized
+        n, prompt = long[0]
+        said = (
+            f"{source}: prompt {prompt.id!r} has {n} tokens; with {new} new ones it does not fit the "
+            f"student's context of {fits}, as {len(long)} of {len(sized)} do not: "
+        )
+        if len(long) == len(sized):
+            raise UserError(said + f"lower {lower}, or take shorter prompts")
+        if not config.data.skip_bad:
+            lowered = "" if n >= fits else f", or lower {lower}"
+            raise UserError(f"{said}drop them, by data.skip_bad: true if you like{lowered}")
+        return [(n, prompt) for n, prompt in sized if n + new <= fits]
+
+    new, lower = max(config.longest_response, config.method.longest_generated, key=lambda limit: limit[0])
+    pool = that_fit(prompts.pool, new, lower, config.data.train)
+    prompts_of_step([p for _, p in pool], size=config.rollout.prompts, seed=0, step=0)  # enough are left
+    asked, lower = config.eval.sampling().max_new_tokens, "eval.max_new_tokens"
+    evals = {
+        split: that_fit(problems, asked, lower, config.data.eval[split])
+        for split, problems in prompts.evals.items()
+    }
+    skipped_evals = {
+        split: count
+        for split, problems in prompts.evals.items()
+        if (count := prompts.skipped_evals.get(split, 0) + len(problems) - len(evals[split]))
+    }
+    left = Prompts(
+        pool=tuple(p for _, p in pool),
+        evals={split: tuple(p for _, p in some) for split, some in evals.items()},
+        skipped=prompts.skipped + len(prompts.pool) - len(pool),
+        skipped_evals=skipped_evals,
+    )
+    return left, max(n for some in (pool, *evals.values()) for n, _ in some)
+
+
+def _tokens(renderer: Renderer, prompt: Prompt, rows: int) -> int:
+    """Of a prompt that can be rendered, in ids that the student knows."""
+    renderer.check(prompt)
+    ids = renderer.ids(prompt)
+    if max(ids) >= rows:
+        raise UserError(
+            f"prompt {prompt.id!r} holds id {max(ids)} ({renderer.tokens([max(ids)])[0]!r}), but "
+            f"student.model knows {rows} ids only: its tokenizer is another model's, or its embeddings "
+            "were not resized"
+        )
+    return len(ids)
