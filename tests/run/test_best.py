@@ -146,6 +146,22 @@ def test_what_was_best_on_another_set_is_not_the_best(
     assert same(run / "best", run / "checkpoints" / "step_3")
 
 
+def test_best_weights_of_before_a_change_are_disowned(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the process that takes the change, for those that come after it: it may end before it evaluates."""
+    scored(monkeypatch, [0.1, 0.3, 0.9, 0.4, 0.0, 0.0, 0.0])
+    options = {**WATCHED, "run__keep": 9}
+    run = stop_before(3, monkeypatch, tiny(**options))
+    for step in (2, 3):
+        shutil.rmtree(run / "checkpoints" / f"step_{step}", ignore_errors=True)
+    changed = tiny(**{**options, "optim__lr": 1e-2})
+    stop_before(1, monkeypatch, changed, flag=True)
+    scored(monkeypatch, [0.1, 0.3, 0.2, 0.25, 0.28, 0.2, 0.2])
+    train(changed, quiet=True)
+    told = json.loads((run / "best" / "best.json").read_text())
+    assert told == {"split": "test", "step": 4, "avg_at_k": 0.28}
+    assert same(run / "best", run / "checkpoints" / f"step_{told['step']}")
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

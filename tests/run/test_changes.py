@@ -78,8 +78,8 @@ class Stopped(BaseException):
     pass
 
 
-def stop_before(step: int, monkeypatch: pytest.MonkeyPatch, config: Config) -> Path:
-    """A run that is killed when `step` steps are done."""
+def stop_before(step: int, monkeypatch: pytest.MonkeyPatch, config: Config, *, flag: bool = False) -> Path:
+    """A run that is killed when `step` steps are done; flag: it goes on with what has changed."""
     real = training.one_step
 
     def until(parts: Any, optimizer: Any, at: int) -> Any:
@@ -90,7 +90,7 @@ def stop_before(step: int, monkeypatch: pytest.MonkeyPatch, config: Config) -> P
     with monkeypatch.context() as patch:
         patch.setattr(training, "one_step", until)
         with pytest.raises(Stopped):
-            train(config, quiet=True)
+            train(config, resume_with_changes=flag, quiet=True)
     return Path(config.run.dir) / config.run.name
 
 

@@ -96,8 +96,6 @@ class Run:
     """avg@n of the weights in best/."""
     since_best: int = 0
     """Evaluations after it."""
-    departs: bool = False
-    """Whether it comes to other weights after its checkpoint than it did before."""
     reopened: bool = False
     """Whether it was finished, and is to go on."""
     held: int | None = None
@@ -233,7 +231,8 @@ class Run:
                 "all the same with --resume-with-changes)"
             )
         # Nothing is refused from here on.
-        self.departs = bool(others) or any(change.rule in ("asked", "longer") for change in self.changes)
+        if others or any(change.rule in ("asked", "longer") for change in self.changes):
+            self._disown_best(done)
         if refreshed is not None:
             self._keep_phases(refreshed, done, moved=bool(differing(kept or inputs, self.inputs)))
         if self.reopened:
@@ -265,6 +264,14 @@ class Run:
             self.notes.append(f"rollouts from step {first + 1} on are made anew: those kept are of before")
         refreshed.record(self.inputs)
 
+    def _disown_best(self, done: int) -> None:
+        """From here on the run comes to other weights than it did: best/ of a later step is not its own,
+        whichever process looks at it next."""
+        path = self.directory / BEST / _BEST_OF
+        kept = read_json(path, keys={"split": str, "step": int}) if path.is_file() else {"step": 0}
+        if kept["step"] > done:
+            write_text(path, json.dumps({**kept, "replaced": f"the run went on otherwise from step {done}"}))
+
     def _best_so_far(self) -> tuple[float | None, int]:
         """avg@n of the evaluation whose weights are kept, and how many came after it; None: they were best on
         another set, or come no more."""
@@ -276,7 +283,7 @@ class Run:
         if path.is_file():  # else an earlier version wrote them
             kept = read_json(path, keys={"split": str, "step": int})
             is_past = kept["step"] <= max((row["step"] for row in rows), default=-1)
-            if kept["split"] != split or (self.departs and not is_past):
+            if kept["split"] != split or kept.get("replaced"):
                 return None, 0
             rows = [row for row in rows if row["step"] >= kept["step"] or not is_past]
         for row in rows:
