@@ -21,7 +21,7 @@ from onpath.config.build import Config
 from onpath.run.log import read_lines
 from onpath.system import distributed
 from onpath.training import train
-from tests.forks import forked
+from tests.forks import TIMEOUT, done_by_two, forked
 from tests.run.test_resume import Stopped, stop_at
 from tests.system.test_two_processes import in_ranks
 
@@ -70,6 +70,21 @@ def test_gradients_are_summed_not_averaged(monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(model[0].weight.grad, torch.full((3, 2), 7.0))
     assert torch.equal(model[1].weight.grad, torch.ones(2, 3, dtype=torch.bfloat16))
     assert model[0].bias.grad is None
+
+
+def test_a_weight_without_a_gradient_keeps_none(tmp_path: Path) -> None:
+    """With one process AdamW passes over it; with several it decayed."""
+
+    def summed(rank: int) -> None:
+        distributed.start(torch.device("cpu"), timeout=TIMEOUT)
+        used, idle = torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False)
+        if rank == 0:
+            used.weight.grad = torch.full((2, 2), 3.0)
+        distributed.sum_gradients(torch.nn.Sequential(used, idle))
+        assert torch.equal(used.weight.grad, torch.full((2, 2), 3.0))
+        assert idle.weight.grad is None
+
+    done_by_two(summed, tmp_path)
 
 
 def numbers(run: Path) -> list[dict[str, float]]:

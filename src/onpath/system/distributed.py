@@ -266,12 +266,14 @@ def total_by_name(values: Mapping[str, float], device: torch.device) -> dict[str
 
 
 def sum_gradients(model: nn.Module) -> None:
-    """Adds up the gradients of all ranks; those of a sharded model are sums already."""
+    """Adds up the gradients of all ranks; those of a sharded model are sums already. Where no rank has any
+    there is none afterwards: AdamW leaves such a weight alone, and would decay it by a gradient of zeros."""
     if world() == 1:
         return
     trained = [p for p in model.parameters() if p.requires_grad]
-    for p in trained:
-        if p.grad is None:  # a rank whose share was empty
+    ranks = total([float(p.grad is not None) for p in trained], trained[0].device)
+    for p, any_rank in zip(trained, ranks, strict=True):
+        if p.grad is None and any_rank:  # a rank whose share was empty
             p.grad = torch.zeros_like(p)
     sum_tensors([p.grad for p in trained if p.grad is not None])
 
