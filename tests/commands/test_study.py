@@ -557,6 +557,24 @@ def test_refused_in_one_sentence(
     assert not in_process
 
 
+def test_a_data_file_that_cannot_be_read(
+    make: Make, in_process: list[Job], study_files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root reads whatever it likes, so the refusal is the test's own."""
+    real, closed = Path.open, str(study_files / "test.jsonl")
+
+    def refuses(self: Path, *arguments: Any, **options: Any) -> Any:
+        if str(self) == closed:
+            raise PermissionError(13, "Permission denied", closed)
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuses)
+    with pytest.raises(UserError, match=r"test\.jsonl: cannot be read: Permission denied$"):
+        plan.digests(study.load_study(make()))
+    assert main(["study", str(make()), "--quiet"]) == 2
+    assert not in_process
+
+
 def test_unreadable_studies(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read: No such file"):
         study.load_study(tmp_path / "none.yaml")

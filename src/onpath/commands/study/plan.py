@@ -20,6 +20,7 @@ from onpath.run.checkpoint import holds_model
 from onpath.run.log import read_lines
 from onpath.system import code
 from onpath.system.errors import UserError
+from onpath.system.files import place
 
 _BARE = {"start": False, "every": 0, "also_at": []}
 TUNING_SPLIT = "tuning"
@@ -289,11 +290,15 @@ def digests(study: StudyConfig) -> dict[str, str]:
     continued on what has changed."""
     base = arm_config(study, study.base_arm)
     sources = [base.data.train, *base.data.eval.values(), *([study.tune.split] if study.tune else [])]
-    files = {source: Path(source).expanduser() for source in sources}
-    found = {
-        source: hashlib.sha256(path.read_bytes()).hexdigest()
-        for source, path in files.items()
-        if path.is_file()
-    }
+    files = {source: place(source) for source in sources}
+    found = {source: _digest(path) for source, path in files.items() if path.is_file()}
     own = {name for arm in study.arms for name in own_code(arm_config(study, arm)).values()}
     return found | code.digests({name: name for name in sorted(own)})
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
