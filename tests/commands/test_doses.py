@@ -129,6 +129,16 @@ def test_runs_resume_and_are_shown(
     assert draw_doses(found.directory, "test") == found.directory / PICTURE
 
 
+def test_the_data_of_all_levels_is_opened_before_the_first_one_runs(
+    make: Make, in_process: list[Job], data_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "at_0.001.jsonl").write_bytes(data_file.read_bytes())
+    splits = {"test": str(tmp_path / "at_{x}.jsonl")}
+    with pytest.raises(UserError, match=r"at_0\.01\.jsonl': no such file"):
+        run_study(make(evals={"splits": splits, "n": 1, "k": 1}), quiet=True)
+    assert not in_process
+
+
 def test_a_level_that_fails_does_not_stop_the_others(
     make: Make, in_process: list[Job], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -545,6 +545,10 @@ def verdicts(run: Path) -> dict[str, list[bool]]:
         ({"arms": {"opd": {"optim": 5}}, "budget": {"updates": 3}}, "arm opd: optim is 5"),
         ({"arms": {"opd": {"optim": ["steps"]}}, "budget": {"updates": 3}}, "arm opd: optim is ['steps']"),
         ({"evals": {"splits": ["gym:hard", "gym:hard?late=1"]}}, "gym:hard and gym:hard?late=1 would both"),
+        ({"evals": {"splits": ["no/file.jsonl"]}}, "'no/file.jsonl': no such file or directory; a source is"),
+        ({"tune": {"lrs": [1, 2], "split": "no/file.parquet"}}, "'no/file.parquet': no such file"),
+        ({"tune": {"lrs": [1, 2], "split": "pack:nothing"}}, "pack:nothing"),
+        ({"base": {"data": {"train": "no/file.jsonl"}}}, "'no/file.jsonl': no such file or directory"),
     ],
 )  # fmt: skip
 def test_refused_in_one_sentence(
@@ -555,6 +559,31 @@ def test_refused_in_one_sentence(
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
     assert not in_process
+    assert not Path(yaml.safe_load(make().read_text())["dir"]).exists(), "nothing is written"
+
+
+def test_data_is_opened_before_anything_runs_and_where_something_is_left(
+    make: Make, in_process: list[Job], study_files: Path, tmp_path: Path
+) -> None:
+    test = tmp_path / "test.jsonl"
+    text = (study_files / "test.jsonl").read_text()
+    changes: dict[str, Any] = {
+        "arms": {"opd": {}},
+        "seeds": 1,
+        "evals": {"splits": {"test": str(test)}, "n": 2, "k": 1, "limit": 4},
+    }
+    test.write_text('{"prompt": "1+1=?"}\n')
+    with pytest.raises(UserError, match="'test': 1 of 1 prompts have no answer"):
+        run_study(make(**changes), quiet=True)
+    test.write_text(text)  # mended: no other data than the study began with, since it did not begin
+    run_study(make(**changes), quiet=True)
+    test.unlink()
+    run_study(make(**changes), quiet=True)
+    assert len(in_process) == 1
+    for late in ({"seeds": 2}, {"evals": {**changes["evals"], "n": 3}}):
+        with pytest.raises(UserError, match="no such file or directory"):
+            run_study(make(**{**changes, **late}), quiet=True)
+    assert len(in_process) == 1
 
 
 def test_a_data_file_that_cannot_be_read(

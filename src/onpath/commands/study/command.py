@@ -66,14 +66,24 @@ _CHOSEN = "tuning.json"
 """In a study's directory: the rates that its runs began with, and what they were chosen without."""
 
 
+def check(study: StudyConfig) -> None:
+    """Refuses what can be known to be wrong before anything runs or is written.
+
+    Raises:
+        UserError: arms that are not alike, a pilot that cannot measure, data that cannot be read.
+    """
+    plan.check_alike(study)
+    plan.check_pilots(study)
+    plan.check_sources(study)
+
+
 def carry_out(study: StudyConfig, *, command: str, quiet: bool = False) -> StudyResult:
     """Runs what is left and writes the results, also where some runs failed: ask `StudyResult.check`.
 
     Args:
         command: what the results say they were made with.
     """
-    plan.check_alike(study)
-    plan.check_pilots(study)
+    check(study)
     with locked(study.directory) as lock, _terminable():
         remove_leftovers(study.directory)
         _claim(study)

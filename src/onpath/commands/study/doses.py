@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError, field_validator
 
-from onpath.commands.study.command import NothingFinished, StudyResult, carry_out
+from onpath.commands.study.command import NothingFinished, StudyResult, carry_out, check
 from onpath.commands.study.config import StudyConfig, read_study, study_of
 from onpath.commands.study.tables import Sheet, measured
 from onpath.config.section import Section
@@ -103,7 +103,13 @@ def level_text(level: float) -> str:
 
 def carry_out_doses(doses: Doses, *, command: str, quiet: bool = False) -> StudyResult:
     """Runs what is left of every level, in order, and gathers all after each: a command that was stopped
-    leaves what is there."""
+    leaves what is there.
+
+    Raises:
+        UserError: a level that cannot run, before any of them does.
+    """
+    for study in doses.studies.values():
+        check(study)
     failed: dict[str, str] = {}
     data: dict[str, Any] = {}
     for level, study in doses.studies.items():

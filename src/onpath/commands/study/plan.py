@@ -15,8 +15,11 @@ from onpath import config as configuration
 from onpath.commands.study.config import StudyConfig, merged
 from onpath.config.build import Config
 from onpath.config.changes import own_code
+from onpath.data.load import load_prompts
 from onpath.data.tasks import task_of
+from onpath.grade.code import refuses
 from onpath.run.checkpoint import holds_model
+from onpath.run.inputs import load_evals
 from onpath.run.log import read_lines
 from onpath.system import code
 from onpath.system.errors import UserError
@@ -258,6 +261,35 @@ def check_existing(jobs: list[Job]) -> None:
                 f"{job.directory} was made with {key} {there!r}, the study now says {ours!r}: give the study "
                 "another name, or remove that directory"
             )
+
+
+def check_sources(study: StudyConfig) -> None:
+    """Opens all data once, as a run does, so that none is missed when half of the runs are done; of a study
+    with nothing left to run it may be gone.
+
+    Raises:
+        UserError: a source cannot be read, or an evaluation set has no answers.
+    """
+    if not any(map(_left, stages(study)[-1])):
+        return
+    config = arm_config(study, study.base_arm)
+    data = config.data
+    load_prompts(
+        data.train,
+        limit=data.limit,
+        skip_bad=data.skip_bad,
+        columns=data.columns,
+        refuses=refuses(config.eval.grader),
+    )
+    load_evals(config)
+    for job in tuning(study, dict.fromkeys(study.trained, 1))[:1]:
+        load_evals(job.config)
+
+
+def _left(job: Job) -> bool:
+    """Whether it has not run, or answered other questions."""
+    asked, ours = questions(job.config), job.config.model_dump(mode="json")
+    return not job.finished or any(key in asked for key, _, _ in differing(ours, made_with(job) or {}))
 
 
 def questions(config: Config) -> dict[str, Any]:
