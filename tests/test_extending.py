@@ -656,6 +656,59 @@ def test_what_prepare_gives_is_looked_at(
     refused(tiny, monkeypatch, lambda _: given, f"(Prepared.)?{expected}")
 
 
+METHOD = """
+from onpath.methods import Method, MethodOptions, Prepared, own_response
+
+class Mine(Method):
+    class Options(MethodOptions):
+        pass
+"""
+GOOD = "    def prepare(self, rollouts, *, step): return Prepared(trajectories=[own_response(rollouts[0])])\n"
+FAULTY: list[tuple[str, str, bool]] = [
+    ("    def prepare(self, rollouts, *, step): return self.wrong(rollouts)\n"
+     "    def wrong(self, rollouts): return rollouts[0].no_such",
+     "prepare fails: AttributeError: 'Rollout' object has no attribute 'no_such'", True),
+    ("    def prepare(self, rollouts, *, step): return own_response(4)",
+     "prepare fails: AttributeError: 'int'", True),
+    (GOOD + "    def after_step(self, measured): measured['no']", "after_step fails: KeyError: 'no'", True),
+    (GOOD + "    def state(self): 1 / 0", "state fails: ZeroDivisionError", True),
+    (GOOD + "    def check(self, prompts): assert not prompts", "check fails: AssertionError$", True),
+    (GOOD + "    def __init__(self, options, tools): options.x", "__init__ fails: AttributeError", True),
+    (GOOD + "    def __init__(self): pass", r"its __init__ must take \(self, options, tools\)", False),
+    ("", r"it has no prepare\(self, rollouts, \*, step\)", False),
+    ("    def prepare(self, rollouts): pass", r"prepare must take \(self, rollouts, \*, step\), as", False),
+    (GOOD + "    def after_step(self): pass", r"after_step must take \(self, measured\), as", False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "expected", "frames"), FAULTY)
+def test_a_method_that_fails_is_named(
+    body: str, expected: str, frames: bool, tiny: Tiny, outside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (outside / "faulty.py").write_text(METHOD + body)
+    tree = yaml.safe_load(tiny(eval__start=False).to_yaml()) | {"method": {"name": "faulty.py:Mine"}}
+    path = outside / "faulty.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    assert main(["train", str(path), "--quiet", "--allow-code"]) == 2
+    *above, last = [line for line in capsys.readouterr().err.splitlines() if "it/s" not in line]
+    assert re.search(f"^onpath: method.name faulty.py:Mine: {expected}", last)
+    assert any("faulty.py" in line for line in above) == frames
+    assert not any("Traceback" in line or "sampling.py" in line for line in above)
+
+
+def test_only_what_a_method_s_own_code_does_is_its_fault() -> None:
+    def fails() -> None:
+        raise RuntimeError(said)
+
+    said = "x"
+    for modules, kind in (({__name__}, UserError), ({"elsewhere"}, RuntimeError)):
+        with pytest.raises(kind), code.blamed("it", modules):
+            fails()
+    for said in ("[gloo] Connection closed by peer", "DefaultCPUAllocator: can't allocate memory"):
+        with pytest.raises(RuntimeError, match=re.escape(said)), code.blamed("it", {__name__}):
+            fails()
+
+
 def test_kept_rollouts_are_those_of_their_trajectories(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """A replay buffer's are of another time."""
     buffer: list[Any] = []

@@ -4,13 +4,18 @@
 `onpath.config.methods.foo`: nothing else names it.
 """
 
+import inspect
+from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
 from onpath.config.methods import MethodOptions
 from onpath.engines.forward import forward, per_token
 from onpath.methods.base import Method, Prepared, Text, Tools, own_response
 from onpath.methods.mixed import Cost, Mixed, student_goes_on, trained_on
 from onpath.records import Edit, Guidance, Rollout, Trajectory
+from onpath.system import code
+from onpath.system.errors import UserError
 
 __all__ = [
     "Cost", "Edit", "Guidance", "Method", "MethodOptions", "Mixed", "Prepared", "Rollout", "Text", "Tools",
@@ -18,9 +23,44 @@ __all__ = [
 ]  # fmt: skip
 
 
+_HOOKS = ("prepare", "scored_first", "check", "before_training", "rehearse", "after_step", "state")
+"""What onpath calls of a method."""
+
+
 def make_method(options: MethodOptions, tools: Tools) -> Method:
-    """The method that the options belong to."""
-    if type(options).method_class is None:
-        import_module(f"{__name__}.{options.name}")
-    method: Method = type(options).method_class(options, tools)
+    """The method that the options belong to. What one of the user's own raises names it.
+
+    Raises:
+        UserError: one of the user's own lacks `prepare`, takes other arguments than it is given, or fails.
+    """
+    if not code.is_own(options.name):
+        if type(options).method_class is None:
+            import_module(f"{__name__}.{options.name}")
+        found: Method = type(options).method_class(options, tools)
+        return found
+    name, owner = f"method.name {options.name}", type(options).method_class
+    if not (isinstance(owner, type) and issubclass(owner, Method)):
+        raise UserError(f"{name}: it is not derived from onpath.methods.Method")
+    _check_takes(f"{name}: its __init__", owner, Method.__init__)
+    modules = {c.__module__ for c in owner.__mro__ if not c.__module__.startswith("onpath.")}
+    with code.blamed(f"{name}: __init__", modules):
+        method = owner(options, tools)
+    if owner.prepare is Method.prepare:
+        raise UserError(f"{name}: it has no prepare(self, rollouts, *, step)")
+    for hook in _HOOKS:
+        own = getattr(method, hook)
+        _check_takes(f"{name}: {hook}", own, getattr(Method, hook))
+        setattr(method, hook, code.blamed(f"{name}: {hook}", modules)(own))
     return method
+
+
+def _check_takes(what: str, own: Callable[..., Any], ours: Callable[..., Any]) -> None:
+    """Whether what is bound can be called as ours is, which is not."""
+    _, *asked = inspect.signature(ours).parameters.values()
+    named = {p.name: p for p in asked if p.kind is p.KEYWORD_ONLY}
+    placed = [p.name for p in asked if p.name not in named]
+    try:
+        inspect.signature(own).bind(*placed, **named)
+    except TypeError:
+        told = ", ".join(["self", *placed, *(["*", *named] if named else [])])
+        raise UserError(f"{what} must take ({told}), as docs/extending.md says") from None

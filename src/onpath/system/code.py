@@ -13,7 +13,7 @@ import re
 import sys
 import textwrap
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -21,7 +21,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from onpath.system.errors import UserError
+from onpath.system.errors import UserError, is_lack_of_memory
+from onpath.system.text import first_line
 
 _SPEC = re.compile(r"(?P<file>.+\.py):(?P<name>[A-Za-z_]\w*)")
 _process_wide = False
@@ -202,6 +203,33 @@ def _names(source: str) -> set[str]:
     except SyntaxError:  # a lambda within a call: its line is no statement
         return set(re.findall(r"[A-Za-z_]\w*", source))
     return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+
+
+@contextmanager
+def blamed(what: str, modules: Collection[str]) -> Iterator[None]:
+    """What own code raises in this block is a UserError that names it, with the frames from its own on. What
+    has no frame of it, a lack of memory and another process's end pass as they are.
+
+    Args:
+        what: failed, for the sentence.
+        modules: that hold the own code.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        from onpath.system.distributed import lost_a_peer  # torch, which a config does without
+
+        trace = error.__traceback__
+        while trace is not None and trace.tb_frame.f_globals.get("__name__") not in modules:
+            trace = trace.tb_next
+        if trace is None or is_lack_of_memory(error) or lost_a_peer(error):
+            raise
+        said = dict.fromkeys([type(error).__name__, first_line(error)])  # one word where it says nothing
+        told = UserError(f"{what} fails: {': '.join(said)}")
+        told.frames = "".join(traceback.format_tb(trace))
+        raise told from error
 
 
 def _module(path: Path, key: str) -> ModuleType:

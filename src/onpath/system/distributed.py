@@ -85,7 +85,7 @@ def one_fate() -> Iterator[None]:
                 board.compare_set(_SAID, "", str(error))
         raise
     except (dist.DistError, RuntimeError) as error:
-        if not _lost_a_peer(error):
+        if not lost_a_peer(error):
             raise
         board = _board()
         said = ""
@@ -115,7 +115,8 @@ def _board() -> Store | None:
         return None
 
 
-def _lost_a_peer(error: Exception) -> bool:
+def lost_a_peer(error: Exception) -> bool:
+    """Whether an exchange failed, because another rank has ended."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 

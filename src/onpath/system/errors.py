@@ -26,6 +26,9 @@ class UserError(ValueError):
     The command line prints the sentence alone and exits with code 2.
     """
 
+    frames = ""
+    """Of a user's own code that failed: where, as tracebacks show it. Stands above the sentence."""
+
 
 def guarded(run: Callable[[], int | None]) -> int:
     """Runs a command; its exit code. What the user can fix is one sentence on stderr."""
@@ -35,7 +38,7 @@ def guarded(run: Callable[[], int | None]) -> int:
         sys.stdout.flush()  # at Python's end a reader that has left would be a failure: exit code 120
         return code
     except UserError as error:
-        return _failed(one_line(str(error), _LONGEST))
+        return _failed(one_line(str(error), _LONGEST), error.frames)
     except Stopped as ended:
         say_once(f"onpath: {ended.sentence}")
         return 0
@@ -49,7 +52,7 @@ def guarded(run: Callable[[], int | None]) -> int:
         silence(sys.stdout)  # the reader (head, less) has left
         return 0
     except Exception as error:
-        if _is_lack_of_memory(error):
+        if is_lack_of_memory(error):
             return _failed(
                 f"out of memory: {one_line(str(error), 300)}; lower optim.micro_batch_tokens or "
                 "rollout.batch_tokens, or use a smaller model; what is finished is on disk"
@@ -58,10 +61,10 @@ def guarded(run: Callable[[], int | None]) -> int:
         return 1
 
 
-def _failed(sentence: str) -> int:
+def _failed(sentence: str, frames: str = "") -> int:
     """Says it, also to torchrun: its report, which stands below a traceback of its own, then ends with the
     sentence, in place of a link to a page on how to get tracebacks."""
-    say_once(f"onpath: {sentence}")
+    say_once(f"{frames}onpath: {sentence}")
     place = os.environ.get(_OF_LAUNCHER)
     if place is not None:
         told = {"message": f"onpath: {sentence}", "extraInfo": {"timestamp": str(int(time.time()))}}
@@ -70,7 +73,7 @@ def _failed(sentence: str) -> int:
     return 2
 
 
-def _is_lack_of_memory(error: Exception) -> bool:
+def is_lack_of_memory(error: Exception) -> bool:
     """torch is not imported for this: it has a class of its own for GPUs, and none for CPUs."""
     said = str(error)
     of_torch = isinstance(error, RuntimeError) and ("can't allocate memory" in said or "CUDA out of" in said)
