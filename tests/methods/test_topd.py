@@ -280,6 +280,16 @@ def test_guidance_is_as_long_as_the_rollouts_window(topd: Callable[..., Parts]) 
     assert shorter, "a fresh sample ends earlier"
 
 
+def test_a_layer_that_the_student_lacks_is_refused_at_the_start(topd: Callable[..., Parts]) -> None:
+    topd(embedding_layer=99)  # nothing reads it
+    for layer in (2, -3):
+        parts = topd(embedding="student_layer", embedding_layer=layer)
+        parts.method.prepare(sample(parts, 0), step=0)
+    for layer in (3, -4, 99):
+        with pytest.raises(UserError, match=f"embedding_layer is {layer}; .* states 0 to 2, or -3 to -1"):
+            topd(embedding="student_layer", embedding_layer=layer)
+
+
 def test_distances_are_taken_without_dropout(
     topd: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,7 +32,7 @@ from onpath.engines.forward import Kept, forward
 from onpath.methods.base import Method, Prepared, Tools, own_response
 from onpath.methods.topd import candidates, decide, futures, guide, pairs
 from onpath.methods.topd.candidates import Fork
-from onpath.records import Rollout, Trajectory
+from onpath.records import Prompt, Rollout, Trajectory
 
 _READ = ("reverse_kl", "student_logp", "teacher_logp", "teacher_top_ids")
 
@@ -53,6 +53,10 @@ class TOPD(Method):
         """Candidates of this process's step that a cap cut off."""
         self.likeliest: dict[int, list[int]] = {}
         """Rollout → the teacher's likeliest token at each position of the response."""
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """See `Method.check`."""
+        pairs.check_layer(self.options, self.tools.models.student)
 
     def prepare(self, rollouts: Sequence[Rollout], *, step: int) -> Prepared:
         """See `Method.prepare`."""

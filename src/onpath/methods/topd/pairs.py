@@ -5,6 +5,7 @@ Shape suffixes: F forks, K student's window, J teacher's window, M window tokens
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,21 @@ def of_tokens(
         teacher_lengths=teacher_lengths,
         table=adapted_weight(unwrapped(owner).get_input_embeddings()).detach().to(device),
     )
+
+
+def check_layer(options: TOPDOptions, student: nn.Module) -> None:
+    """Whether the student has the hidden states that `embedding_layer` names.
+
+    Raises:
+        UserError: it has not.
+    """
+    model: Any = unwrapped(student)
+    last = model.config.get_text_config().num_hidden_layers
+    if options.embedding == "student_layer" and not -last - 1 <= options.embedding_layer <= last:
+        raise UserError(
+            f"method.embedding_layer is {options.embedding_layer}; the student has hidden states "
+            f"0 to {last}, or {-last - 1} to -1"
+        )
 
 
 def _padded(windows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
