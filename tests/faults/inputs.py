@@ -262,6 +262,7 @@ COMMANDS: tuple[tuple[tuple[str, ...], str], ...] = (
 """Words after `onpath`, and words of the answer, as they stand."""
 
 PATHS = (
+    "",
     "x" * 300,
     "x/" * 3000,
     "a\x00b",
@@ -283,6 +284,23 @@ READERS_OF_PATHS: tuple[tuple[str, ...], ...] = (
     ("eval", "./PATH", "--data", "gym:test"),
 )
 """Commands that are given each of them."""
+EMPTY: tuple[tuple[str, ...], ...] = (
+    ("train", "--run.dir", ""),
+    ("train", "--data.train", ""),
+    ("train", "--data.eval.test", ""),
+    ("train", "--teacher.cache", ""),
+    ("train", "--data.chat_template", ""),
+    ("eval", "gym:student", "--data", ""),
+    ("eval", "gym:student", "--data", "gym:test", "--out", ""),
+    ("export", "gym:student", ""),
+    ("cache", ""),
+    ("demo", "--quick", "--dir", ""),
+    ("gym", "tasks", "--n", "1", "--out", ""),
+    ("gym", "train", "--quick", "--out", ""),
+    ("gym", "measure", "--models", ""),
+    ("gym", "measure", "--out", ""),
+)
+"""What an unset variable of a shell makes of a command."""
 
 ROWS: tuple[tuple[bytes, str], ...] = (
     (b'{"prompt": "1"', "not valid JSON"),

@@ -100,6 +100,18 @@ def test_paths(
     assert not list(tmp_path.iterdir()), "nothing is written"
 
 
+@pytest.mark.parametrize("arguments", inputs.EMPTY, ids=" ".join)
+def test_empty_paths(
+    arguments: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert re.search(r"is empty|is ''", said_by([*arguments], capsys))
+    assert not list(tmp_path.iterdir()), "nothing is written"
+
+
 @pytest.mark.parametrize(("content", "words"), inputs.ROWS)
 def test_rows(content: bytes, words: str, tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"

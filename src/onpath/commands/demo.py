@@ -27,7 +27,7 @@ from onpath.commands.terminal import coloured, legend
 from onpath.run.log import read_lines
 from onpath.run.trajectories import Row, read_rows, trajectory_files
 from onpath.system.errors import UserError
-from onpath.system.files import remove_all_but, written
+from onpath.system.files import place, remove_all_but, written
 from onpath.system.reading import read_yaml
 
 NAME = "demo"
@@ -67,7 +67,7 @@ def demo(*, quick: bool = False, directory: str | Path = "runs") -> Demo:
         UserError: there is a directory of that name which is no demo's, or a run failed.
     """
     begun = time.monotonic()
-    study = demo_study(quick=quick, directory=str(directory))
+    study = demo_study(quick=quick, directory=str(place(directory, key="--dir")))
     clear(study)
     command = "onpath demo --quick" if quick else "onpath demo"
     found = carry_out(study, command=command)
@@ -306,7 +306,7 @@ def draw(directory: Path, data: Mapping[str, Any]) -> Path:
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     about, arms = data["study"], data["arms"]
-    for place, arm in enumerate(arms):
+    for slot, arm in enumerate(arms):
         colour = _COLOURS[arm["arm"]]
         rows = read_lines(run_of(directory, arm["arm"]) / "metrics.jsonl")
         if rows:
@@ -316,7 +316,7 @@ def draw(directory: Path, data: Mapping[str, Any]) -> Path:
         held = [arm["evals"][split]["avg_at_k"] for split in about["splits"]]
         means = [h["mean"] for h in held]
         bars = [[h["mean"] - h["ci95"][0] for h in held], [h["ci95"][1] - h["mean"] for h in held]]
-        x = [split + 0.16 * (place - (len(arms) - 1) / 2) for split in range(len(held))]
+        x = [split + 0.16 * (slot - (len(arms) - 1) / 2) for split in range(len(held))]
         right.errorbar(x, means, yerr=bars, fmt="o", capsize=3, color=colour, label=arm["arm"])
     left.set(xlabel="update", ylabel="share right", ylim=(0, 1), title="The student's rollouts")
     right.set(ylim=(0, 1), title=f"Unseen problems: avg@{about['n']}, 95% over problems")

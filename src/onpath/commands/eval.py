@@ -25,7 +25,7 @@ from onpath.run.trained import Trained, find, load_its_tokenizer, load_start
 from onpath.run.trajectories import sample_row, write_parquet
 from onpath.system import code
 from onpath.system.errors import UserError
-from onpath.system.files import make_directory, write_text
+from onpath.system.files import make_directory, place, write_text
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _COLUMNS = (
@@ -130,9 +130,10 @@ def evaluate_model(
     with code.allowed(allow_code):
         loaded = load_problems(first.config.data, source, limit=limit, grader=grader or asked.grader)
         chosen = grader_for(grader or asked.grader, {source: loaded.prompts})
-    if out is not None:
-        make_directory(Path(out))
-        (Path(out) / "eval.json").unlink(missing_ok=True)  # it comes last: where it is, the samples are
+    directory = None if out is None else place(out, key="--out")
+    if directory is not None:
+        make_directory(directory)
+        (directory / "eval.json").unlink(missing_ok=True)  # it comes last: where it is, the samples are
     results = {}
     with chosen as judge:
         questions = _Questions(
@@ -147,12 +148,12 @@ def evaluate_model(
         )
         for index, subject in enumerate([first, *others]):
             results[subject.name], rows = questions.to(subject)
-            if out is not None:
-                write_parquet(Path(out) / f"samples_{index}.parquet", rows)
+            if directory is not None:
+                write_parquet(directory / f"samples_{index}.parquet", rows)
     difference = None if against is None else compare(results[str(model)], results[str(against)])
     found = Evaluated(results=results, difference=difference, skipped=loaded.skipped)
-    if out is not None:
-        write_text(Path(out) / "eval.json", json.dumps(found.to_json(), indent=1) + "\n")
+    if directory is not None:
+        write_text(directory / "eval.json", json.dumps(found.to_json(), indent=1) + "\n")
     return found
 
 

@@ -132,7 +132,7 @@ def check_names(teachers: Mapping[str, Teacher]) -> None:
 
 
 class Data(Section):
-    train: Annotated[str, PLACE] = "gym:train"
+    train: Annotated[str, PLACE] = Field("gym:train", min_length=1)
     """JSONL or Parquet file, `datasets` directory or name (name:split), gym:train (its worlds:
     gym:train?late=1&spoil=0.8&lost=1), pack:humaneval and other packs (docs/packs.md), or a function of
     yours, file.py:rows, that gives rows."""
@@ -180,6 +180,8 @@ class Data(Section):
         for name in value:
             if not _NAME.fullmatch(name):
                 raise ValueError(f"{name[:60]!r} is no name for a split: letters, digits, . _ and - are")
+            if not value[name]:
+                raise ValueError(f"{name} is empty; name its source, as for data.train")
         return value
 
     @model_validator(mode="before")

@@ -11,7 +11,7 @@ from onpath.gym.models import Role, model_dir
 from onpath.gym.tasks import SIZES, rows
 from onpath.system.arguments import Parser
 from onpath.system.errors import UserError
-from onpath.system.files import write_text
+from onpath.system.files import place, write_text
 
 _ROWS = {"gym": rows, "maze": maze_rows}
 
@@ -25,9 +25,9 @@ def parser() -> argparse.ArgumentParser:
     tasks.add_argument("--split", choices=sorted(SIZES), default="train", help="which split (default: train)")
     tasks.add_argument("--n", type=int, default=500, help="how many problems (default: 500)")
     tasks.add_argument("--seed", type=int, default=0, help="same seed, same problems (default: 0)")
-    tasks.add_argument("--out", type=Path, help="file to write (default: standard output)")
+    tasks.add_argument("--out", help="file to write (default: standard output)")
     train = commands.add_parser("train", help="make bundled models anew")
-    train.add_argument("--out", type=Path, required=True, help="directory for teacher/ and student/")
+    train.add_argument("--out", required=True, help="directory for teacher/ and student/")
     train.add_argument(
         "--models",
         choices=("gym", "maze", "surface"),
@@ -37,10 +37,8 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--seed", type=int, default=0, help="of weights and demonstrations (default: 0)")
     train.add_argument("--quick", action="store_true", help="a run of seconds that only shows that it works")
     measure = commands.add_parser("measure", help="measure the properties that the gym promises")
-    measure.add_argument(
-        "--models", type=Path, help="directory with teacher/ and student/ (default: bundled)"
-    )
-    measure.add_argument("--out", type=Path, help="directory for properties.json and properties.md")
+    measure.add_argument("--models", help="directory with teacher/ and student/ (default: bundled)")
+    measure.add_argument("--out", help="directory for properties.json and properties.md")
     measure.add_argument("--scale", type=float, default=1.0, help="factor on all sample sizes (default: 1)")
     return top
 
@@ -53,37 +51,41 @@ def run(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _tasks(*, task: str, split: str, n: int, seed: int, out: Path | None) -> None:
+def _tasks(*, task: str, split: str, n: int, seed: int, out: str | None) -> None:
+    path = None if out is None else place(out, key="--out")
     if n < 1:
         raise UserError(f"--n must be at least 1, not {n}")
     try:
         text = "".join(json.dumps(row) + "\n" for row in _ROWS[task](split, n, seed))
     except ValueError as error:  # a split of the other task
         raise UserError(f"--split: {error}") from None
-    if out is None:
+    if path is None:
         sys.stdout.write(text)
     else:
-        write_text(out, text)
-        print(f"{n} problems: {out}")
+        write_text(path, text)
+        print(f"{n} problems: {path}")
 
 
-def _train(*, out: Path, models: str, seed: int, quick: bool) -> None:
+def _train(*, out: str, models: str, seed: int, quick: bool) -> None:
     from onpath.gym import recipe, surface
     from onpath.gym.maze import recipe as maze
 
     made = {"gym": recipe.make_models, "maze": maze.make_models, "surface": surface.make_student}
-    made[models](out, seed=seed, quick=quick)
+    made[models](place(out, key="--out"), seed=seed, quick=quick)
 
 
-def _measure(*, models: Path | None, out: Path | None, scale: float) -> None:
+def _measure(*, models: str | None, out: str | None, scale: float) -> None:
     from onpath.gym import properties
 
     roles: tuple[Role, ...] = ("teacher", "student")
-    home: dict[str, Path] = {role: models / role if models else model_dir(role) for role in roles}
+    directory, given = (
+        None if x is None else place(x, key=key) for x, key in ((out, "--out"), (models, "--models"))
+    )
+    home: dict[str, Path] = {role: given / role if given else model_dir(role) for role in roles}
     for role, path in home.items():
         if not (path / "config.json").is_file():
             raise UserError(f"no {role} in {path}; `onpath gym train --out DIR` makes one")
     numbers = properties.measure(home, scale=scale, log=lambda line: print(line, file=sys.stderr))
     print(properties.markdown(numbers))
-    if out is not None:
-        properties.write(numbers, out)
+    if directory is not None:
+        properties.write(numbers, directory)

@@ -27,10 +27,12 @@ def place(name: str | Path, *, key: str = "") -> Path:
         key: names the option in errors.
 
     Raises:
-        UserError: nothing can lie there: it is too long, holds a NUL or half a character, or is the home of
-            nobody.
+        UserError: nothing can lie there: it is empty, too long, holds a NUL or half a character, or is the
+            home of nobody.
     """
     text, of = str(name), f"{key}: " if key else ""
+    if not text:  # an unset variable of a shell; Path makes it the working directory
+        raise UserError(f"{of}'' is no path: it is empty (. is the working directory)")
     try:
         data, path = os.fsencode(text), Path(text).expanduser()
     except UnicodeEncodeError:

@@ -36,7 +36,7 @@ def write_report(directory: str | Path, out: str | Path | None = None) -> Path:
         raise UserError(
             f"{directory}: neither a run (no config.yaml) nor a study (no study.json, no doses.json)"
         )
-    path = directory / "report.html" if out is None else place(out)
+    path = directory / "report.html" if out is None else place(out, key="--out")
     if not path.parent.is_dir():  # a mistyped path, more likely than a wish for a new directory
         raise UserError(f"{path}: there is no directory {path.parent}")
     write_text(path, page(data))

@@ -20,7 +20,7 @@ from onpath.commands.study.config import StudyConfig, read_study, study_of
 from onpath.commands.study.tables import Sheet, measured
 from onpath.config.section import Section
 from onpath.system.errors import UserError
-from onpath.system.files import write_text
+from onpath.system.files import place, write_text
 from onpath.system.reading import read_json
 
 MARK = "{x}"
@@ -70,7 +70,7 @@ def load_doses(path: str | Path) -> Doses | None:
         raise UserError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}") from None
     if MARK not in json.dumps(tree, default=str):
         raise UserError(f"{path}: x is {axis.name}, but nothing says {MARK}: put it where the level belongs")
-    directory = Path(tree.pop("dir", "studies")) / name
+    directory = place(tree.pop("dir", "studies"), key="dir") / name
     studies = {
         level: study_of(
             {**_with_level(tree, level), "dir": str(directory), "name": f"{axis.name}-{level_text(level)}"},
