@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from onpath import gym
-from onpath.gym import pretrain
+from onpath.gym import pretrain, properties, recipe
 from onpath.system.errors import UserError
 
 
@@ -34,6 +34,26 @@ def test_bad_arguments_are_the_users_to_mend(tmp_path: Path) -> None:
         gym.main(["tasks", "--n", "0"])
     with pytest.raises(UserError, match="no teacher in"):
         gym.main(["measure", "--models", str(tmp_path)])
+
+
+@pytest.mark.parametrize("scale", ["nan", "inf", "-1", "0"])
+def test_a_scale_is_above_0(scale: str) -> None:
+    with pytest.raises(UserError, match=f"--scale must be above 0, not {scale}"):
+        gym.main(["measure", f"--scale={scale}"])
+
+
+@pytest.mark.parametrize("words", [["train", "--quick"], ["measure"]])
+def test_where_results_go_is_made_before_hours_of_work(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def works(*_: object, **__: object) -> None:
+        raise AssertionError("nothing may begin")
+
+    monkeypatch.setattr(recipe, "make_models", works)
+    monkeypatch.setattr(properties, "measure", works)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file: cannot write: File exists; choose another place"):
+        gym.main([*words, "--out", str(tmp_path / "file")])
 
 
 def test_quick_training_makes_two_models_that_load(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from onpath.gym.models import Role, model_dir
 from onpath.gym.tasks import SIZES, rows
 from onpath.system.arguments import Parser
 from onpath.system.errors import UserError
-from onpath.system.files import place, write_text
+from onpath.system.files import make_directory, place, write_text
 
 _ROWS = {"gym": rows, "maze": maze_rows}
 
@@ -71,12 +72,16 @@ def _train(*, out: str, models: str, seed: int, quick: bool) -> None:
     from onpath.gym.maze import recipe as maze
 
     made = {"gym": recipe.make_models, "maze": maze.make_models, "surface": surface.make_student}
-    made[models](place(out, key="--out"), seed=seed, quick=quick)
+    directory = place(out, key="--out")
+    make_directory(directory)
+    made[models](directory, seed=seed, quick=quick)
 
 
 def _measure(*, models: str | None, out: str | None, scale: float) -> None:
     from onpath.gym import properties
 
+    if not 0 < scale < math.inf:
+        raise UserError(f"--scale must be above 0, not {scale:g}")
     roles: tuple[Role, ...] = ("teacher", "student")
     directory, given = (
         None if x is None else place(x, key=key) for x, key in ((out, "--out"), (models, "--models"))
@@ -85,6 +90,8 @@ def _measure(*, models: str | None, out: str | None, scale: float) -> None:
     for role, path in home.items():
         if not (path / "config.json").is_file():
             raise UserError(f"no {role} in {path}; `onpath gym train --out DIR` makes one")
+    if directory is not None:
+        make_directory(directory)
     numbers = properties.measure(home, scale=scale, log=lambda line: print(line, file=sys.stderr))
     print(properties.markdown(numbers))
     if directory is not None:
