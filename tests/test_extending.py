@@ -19,7 +19,9 @@ import yaml
 import onpath
 from onpath.commands.cli import main
 from onpath.config import Config, build, load
-from onpath.config.sections import OF_A_STEP, OF_A_TRAJECTORY
+from onpath.config.build import with_own
+from onpath.config.sections import OF_A_STEP, OF_A_TRAJECTORY, Optim
+from onpath.engines.base import Engine
 from onpath.methods import Edit, Method, MethodOptions, Prepared, own_response
 from onpath.run.contents import differing
 from onpath.system import code
@@ -424,6 +426,41 @@ def test_what_cannot_be_loaded_is_said(
     assert re.search(expected, said), said
     assert "\n" not in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("call", "arguments", "expected"),
+    [
+        ("train", {"config": 5}, "config is int; it must be a Config, a mapping of sections or the path"),
+        ("train", {"config": {"optim": 5}}, "optim is 5"),
+        ("train", {"config": {"method": "opd"}}, r"method is 'opd'; it must be a mapping such as {name"),
+        ("train", {"config": {"rewards": ["no"]}}, r"rewards is \['no'\]"),
+        ("train", {"config": {"rewards": ["no"]}, "rewards": {"a": len}}, r"rewards is \['no'\]"),
+        ("train", {"config": {"eval": 5}, "grader": len}, r"eval is 5"),
+        ("train", {"rewards": [len]}, r"rewards is list; it must be a mapping, {label: function}"),
+        ("train", {"engine": 5}, "engine is int; it must be derived from onpath.engines.base.Engine"),
+        ("train", {"engine": Engine()}, "engine Engine: it has no continue_from"),
+        ("evaluate_model", {"k": "2"}, "k is '2'; it must be a whole number"),
+        ("evaluate_model", {"limit": 1.5}, "limit is 1.5; it must be a whole number"),
+        ("evaluate_model", {"top_p": "1"}, "top_p is '1'; it must be a number"),
+        ("evaluate_model", {"device": 0}, "device is 0; it must be auto, cpu"),
+        ("run_study", {"path": {"arms": {}}}, r"{'arms': {}} is no path, but dict"),
+        ("write_report", {"directory": None}, "None is no path, but NoneType"),
+        ("export_model", {"source": "x", "out": 5}, "5 is no path, but int"),
+    ],
+)
+def test_wrong_types_from_python_are_sentences(call: str, arguments: dict[str, Any], expected: str) -> None:
+    given = {"evaluate_model": {"model": "gym:student", "data": "gym:test"}}.get(call, {})
+    with pytest.raises(UserError, match=expected):
+        getattr(onpath, call)(**given, **arguments)
+
+
+def test_sections_from_python_may_be_mappings_objects_and_lists(outside: Path) -> None:
+    tree = {"optim": Optim(steps=3), "rewards": [{"name": "brevity.py:brevity"}], "data": {"limit": 70}}
+    config = with_own(tree, rewards={"other": len}, allow_code=True)
+    assert config.optim.steps == 3
+    assert config.data.limit == 70
+    assert list(config.rewards) == ["brevity", "other"]
 
 
 def test_a_grader_may_answer_with_numpys_truth() -> None:

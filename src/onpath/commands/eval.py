@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,9 @@ def evaluate_model(
     Raises:
         UserError: something that the caller can fix, in one sentence.
     """
+    _check_numbers(Integral, n=n, k=k, limit=limit, top_k=top_k, max_new_tokens=max_new_tokens)
+    _check_numbers(Integral, batch_tokens=batch_tokens, seed=seed)
+    _check_numbers(Real, temperature=temperature, top_p=top_p)
     with code.allowed(allow_code):
         first = _subject(str(model), dtype, device, "model", graded=grader is None)
         others = [] if against is None else [_subject(str(against), dtype, device, "against", graded=False)]
@@ -177,6 +181,8 @@ def _subject(name: str, dtype: str | None, device: str, key: str, *, graded: boo
         config = config.model_copy(update={"data": Data(train=name, eval={})})
     own = "float32" if found is None else config.student.dtype
     _check_dtype(dtype)
+    if not isinstance(device, str):
+        raise UserError(f"device is {device!r}; it must be auto, cpu, cuda or cuda:0")
     student = Student.model_validate({"model": name, "dtype": dtype or own, "device": device})
     return _Subject(name=name, key=key, config=config.model_copy(update={"student": student}), of_run=found)
 
@@ -196,6 +202,14 @@ def _problems(subject: _Subject, data: str | Path | None) -> tuple[str, str]:
         named = f"name one of {', '.join(own)}" if own else "name a file"
         raise UserError(f"{subject.name} has {len(own)} evaluation sets; {named} with --data")
     return next(iter(own.items()))
+
+
+def _check_numbers(kind: type, **given: object) -> None:
+    """From Python anything may come."""
+    for name, value in given.items():
+        if value is not None and not isinstance(value, kind):
+            wanted = "a whole number" if kind is Integral else "a number"
+            raise UserError(f"{name} is {value!r}; it must be {wanted}")
 
 
 def _check(sampling: Sampling, *, n: int, k: int, batch_tokens: int) -> None:

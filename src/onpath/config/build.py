@@ -450,7 +450,7 @@ def load(
     Raises:
         UserError: unreadable file, wrong key, wrong value or impossible pair.
     """
-    data: dict[str, Any] = {} if path is None else code.beside(_read_yaml(Path(path)), Path(path).parent)
+    data = {} if path is None else _tree_of(path)
     given = dict(overrides)
     for dotted, text in sorted(given.items(), key=lambda pair: pair[0] != "method.name"):
         _override(data, dotted, text)
@@ -493,6 +493,12 @@ def resolved(tree: dict[str, Any]) -> dict[str, Any]:
         return build(tree).model_dump(mode="json")
     except UserError:  # an option that is no more: shown as it was
         return tree
+
+
+def _tree_of(path: str | Path) -> dict[str, Any]:
+    place(path)  # says what is none
+    tree: dict[str, Any] = code.beside(_read_yaml(Path(path)), Path(path).parent)
+    return tree
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -669,15 +675,25 @@ def with_own(
         UserError: the config is not valid, or `method` is not a method.
     """
     if config is None or isinstance(config, str | Path):
-        tree = {} if config is None else code.beside(_read_yaml(Path(config)), Path(config).parent)
+        tree = {} if config is None else _tree_of(config)
     elif isinstance(config, Config):
         if method is None and divergence is None and grader is None and not rewards:
             return config
         tree = config.model_dump(mode="json")
         tree["method"] = {} if method is not None else tree["method"]  # those were another method's options
+    elif isinstance(config, Mapping):
+        tree = {name: dict(x) if isinstance(x, Mapping | Section) else x for name, x in config.items()}
     else:
-        tree = {section: dict(options) for section, options in config.items()}
-    chosen = dict(tree.get("method") or {})
+        kind = type(config).__name__
+        raise UserError(f"config is {kind}; it must be a Config, a mapping of sections or the path of a YAML")
+    if not isinstance(rewards, Mapping | None):
+        raise UserError(f"rewards is {type(rewards).__name__}; it must be a mapping, {{label: function}}")
+    source = str(config) if isinstance(config, str | Path) else "config"
+    named, held, asked = (tree.get(key) or {} for key in ("method", "rewards", "eval"))
+    held = labelled(held)
+    if not all(isinstance(section, Mapping) for section in (named, held, asked)):
+        return build(tree, source=source)  # which refuses it
+    chosen = dict(named)
     if method is not None:
         options = method if isinstance(method, MethodOptions) else None
         owner = type(options).method_class if options else method
@@ -689,9 +705,9 @@ def with_own(
         chosen["divergence"] = code.register(code.name_of(divergence), divergence)
     tree["method"] = chosen
     if grader is not None:
-        tree["eval"] = {**(tree.get("eval") or {}), "grader": code.register(code.name_of(grader), grader)}
+        tree["eval"] = {**asked, "grader": code.register(code.name_of(grader), grader)}
     if rewards:
         own = {label: {"name": name} for label, name in code.register_all(rewards).items()}
-        tree["rewards"] = {**(labelled(tree.get("rewards") or {})), **own}
+        tree["rewards"] = {**held, **own}
     with code.allowed(allow_code):
-        return build(tree, source=str(config) if isinstance(config, str | Path) else "config")
+        return build(tree, source=source)

@@ -17,6 +17,20 @@ from onpath.records import Completion, Prompt, Rollout, Sampling
 from onpath.system.errors import UserError
 
 
+def check_engine(engine: object) -> None:
+    """Before anything is loaded for it.
+
+    Raises:
+        UserError: it is no engine, or one that writes nothing.
+    """
+    if not isinstance(engine, Engine):
+        given = type(engine).__name__
+        raise UserError(f"engine is {given}; it must be derived from onpath.engines.base.Engine")
+    kind = type(engine)
+    if kind.generate is Engine.generate and kind.continue_from is Engine.continue_from:
+        raise UserError(f"engine {kind.__name__}: it has no continue_from, as docs/extending.md says")
+
+
 class OwnEngine(Engine):
     """Asks the engine, and checks what it answers. `renderer`, `stop_ids` and `stop_strings` of the engine
     are set to those of the run.

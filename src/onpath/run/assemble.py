@@ -26,7 +26,7 @@ from onpath.engines.make import (
 )
 from onpath.engines.models import pick_device
 from onpath.engines.overlap import frozen_copy, make_overlap
-from onpath.engines.own import OwnEngine
+from onpath.engines.own import OwnEngine, check_engine
 from onpath.engines.self_check import Agreement, check_model
 from onpath.engines.stops import Stops, stops_of
 from onpath.engines.student import precision_warning, shared_vocabulary, trainable
@@ -66,6 +66,8 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
     """
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
+    if engine is not None:
+        check_engine(engine)
     objective = config.method.objective()
     prompts = load_data(config)
     start = find(config.student.model)

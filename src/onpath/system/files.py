@@ -28,9 +28,11 @@ def place(name: str | Path, *, key: str = "") -> Path:
 
     Raises:
         UserError: nothing can lie there: it is empty, too long, holds a NUL or half a character, or is the
-            home of nobody.
+            home of nobody; or it is no path at all.
     """
     text, of = str(name), f"{key}: " if key else ""
+    if not isinstance(name, str | os.PathLike):
+        raise UserError(f"{of}{one_line(repr(name), 60)} is no path, but {type(name).__name__}")
     if not text:  # an unset variable of a shell; Path makes it the working directory
         raise UserError(f"{of}'' is no path: it is empty (. is the working directory)")
     try:

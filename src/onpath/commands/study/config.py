@@ -272,7 +272,7 @@ def load_study(path: str | Path) -> StudyConfig:
     Raises:
         UserError: unreadable file, wrong key, wrong value or impossible pair.
     """
-    path = Path(path)
+    path = place(path)
     tree, name = read_study(path)
     if "x" in tree:
         raise UserError(f"{path}: x makes it a study per level, and here one study is asked for")

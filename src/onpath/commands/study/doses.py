@@ -58,7 +58,7 @@ def load_doses(path: str | Path) -> Doses | None:
     Raises:
         UserError: a wrong `x`, or whatever is wrong at one of its levels.
     """
-    path = Path(path)
+    path = place(path)
     tree, name = read_study(path)
     if "x" not in tree:
         return None
@@ -70,7 +70,7 @@ def load_doses(path: str | Path) -> Doses | None:
         raise UserError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}") from None
     if MARK not in json.dumps(tree, default=str):
         raise UserError(f"{path}: x is {axis.name}, but nothing says {MARK}: put it where the level belongs")
-    directory = place(tree.pop("dir", "studies"), key="dir") / name
+    directory = place(str(tree.pop("dir", "studies")), key="dir") / name
     studies = {
         level: study_of(
             {**_with_level(tree, level), "dir": str(directory), "name": f"{axis.name}-{level_text(level)}"},
