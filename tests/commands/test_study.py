@@ -541,7 +541,8 @@ def verdicts(run: Path) -> dict[str, list[bool]]:
         ({"parallel": {"processes": 0}}, "at least 1"),
         ({"base": 3}, "base must be a mapping"),
         ({"base": {"optim": {"lr": -1}}}, "base: optim.lr is -1"),
-        ({"base": "nowhere.yaml"}, "no such config file"),
+        ({"base": "nowhere.yaml"}, "study.yaml: base is nowhere.yaml: no such config file, beside this one"),
+        ({"base": ""}, "study.yaml: base: '' is no path: it is empty"),
         ({"arms": {"opd": {"optim": 5}}, "budget": {"updates": 3}}, "arm opd: optim is 5"),
         ({"arms": {"opd": {"optim": ["steps"]}}, "budget": {"updates": 3}}, "arm opd: optim is ['steps']"),
         ({"evals": {"splits": ["gym:hard", "gym:hard?late=1"]}}, "gym:hard and gym:hard?late=1 would both"),
@@ -630,6 +631,19 @@ def test_names_bases_and_layers(make: Make, tmp_path: Path) -> None:
     assert topd.method.divergence == "reverse_kl"  # topd's own default, not the base's option of opd
     assert topd.method.window == 7  # type: ignore[union-attr]
     assert (opd.eval.n, opd.eval.k, opd.eval.start, opd.data.eval_limit) == (4, 2, False, 16)
+
+
+def test_a_base_lies_beside_the_study_or_in_the_working_directory(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("mine", "here"):
+        (tmp_path / name).mkdir()
+    path = make(base="base.yaml", arms={"opd": {}}).rename(tmp_path / "mine" / "study.yaml")
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here" / "base.yaml").write_text("optim: {lr: 0.25}\n")
+    assert study.load_study(path).base.optim.lr == 0.25
+    (tmp_path / "mine" / "base.yaml").write_text("optim: {lr: 0.5}\n")
+    assert study.load_study(path).base.optim.lr == 0.5, "the one beside it comes first"
 
 
 def test_budgets_in_seconds_and_notes_where_missed(make: Make) -> None:

@@ -166,7 +166,7 @@ class StudyConfig(Section):
     dir: str = "studies"
     """Where studies are kept."""
     base: Config = Config()
-    """A config, or the path of one, relative to this file."""
+    """A config, or the path of one, beside this file or else in the working directory."""
     arms: dict[str, Arm] = Field(min_length=1)
     base_arm: str = "opd"
     """The arm that the others are subtracted from."""
@@ -296,7 +296,7 @@ def study_of(data: dict[str, Any], path: Path) -> StudyConfig:
         raise UserError(f"{path} has no arms: it is the config of one run; use onpath train {path}")
     base = data.get("base")
     if isinstance(base, str):
-        data["base"] = configuration.load(path.parent / base)
+        data["base"] = configuration.load(_base_file(base, path))
     elif base is not None:
         if not isinstance(base, dict):
             raise UserError(f"{path}: base must be a mapping of sections or the path of a config")
@@ -305,6 +305,15 @@ def study_of(data: dict[str, Any], path: Path) -> StudyConfig:
         return StudyConfig.model_validate(data)
     except ValidationError as error:
         raise UserError(f"{path}: {_sentence(error)}") from None
+
+
+def _base_file(base: str, path: Path) -> Path:
+    """Beside the study's file, else in the working directory, as own code is looked for."""
+    here = place(base, key=f"{path}: base")
+    found = next((file for file in (path.parent / base, here) if file.is_file()), None)
+    if found is None:
+        raise UserError(f"{path}: base is {base}: no such config file, beside this one or where you are")
+    return found
 
 
 def nested(tree: Mapping[str, Any]) -> dict[str, Any]:
