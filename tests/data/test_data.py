@@ -1,5 +1,6 @@
 """Sources, columns, bad rows and the order of prompts."""
 
+import gzip
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from onpath.commands.doctor.command import diagnose
 from onpath.config.build import Config, build
 from onpath.data.load import load_prompts, prompts_of_step, shuffled
+from onpath.data.tasks import split_name
 from onpath.records import Prompt
 from onpath.run.assemble import assemble
 from onpath.system.code import allowed
@@ -50,6 +52,16 @@ def test_columns_become_fields(write: Callable[..., str]) -> None:
     assert loaded.prompts[0] == Prompt(id="7", text="7 + 5?", answer="12", solution="7 + 5 = 12")
     assert loaded.prompts[1] == Prompt(id="1", messages=tuple(CHAT))
     assert (loaded.skipped, loaded.reasons) == (0, ())
+
+
+def test_a_compressed_file_is_as_the_plain_one(write: Callable[..., str], tmp_path: Path) -> None:
+    plain = Path(write(GOOD, {"prompt": CHAT}, b"", b'{"prompt": 5}'))
+    packed = tmp_path / "b.jsonl.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    one, other = (load_prompts(str(path), skip_bad=True) for path in (plain, packed))
+    assert other.prompts == one.prompts
+    assert other.reasons[0].startswith(f"{packed}, line 4: ")
+    assert split_name(str(packed)) == "b"
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 docs/make_reliability.py counts the same tables. No torch.
 """
 
+import gzip
 from typing import Any
 
+_PACKED = gzip.compress(b'{"prompt": "1"}', mtime=0)
 _DEEP, _LONG = "[" * 2000, "x" * 5000
 _BOMB = "a0: &a0 [1, 2]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
 
@@ -409,6 +411,11 @@ FILES: tuple[tuple[str, bytes, str], ...] = (
     ("a.json", b"{}", "unknown file type '.json'"),
     ("a.csv", b"a,b", "unknown file type '.csv'"),
     ("none", b"{}", "unknown file type ''"),
+    ("a.gz", b"", "unknown file type '.gz'"),
+    ("a.csv.gz", b"", "unknown file type '.gz'"),
+    ("plain.jsonl.gz", b'{"prompt": "1"}', "no gzip file"),
+    ("cut.jsonl.gz", _PACKED[:-9], "damaged, or no gzip file"),
+    ("flipped.jsonl.gz", _PACKED[:12] + b"\xff" * 20, "damaged, or no gzip file"),
 )
 """Files of data that are none."""
 

@@ -7,11 +7,13 @@ optional `id`, and with several teachers the column that `data.teacher_column` s
 ignored, so TRL's prompt-only data sets work unchanged.
 """
 
+import gzip
 import hashlib
 import json
 import math
 import random
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -44,8 +46,8 @@ DEFAULT_TEACHER = "default"
 """Of several teachers the one for rows that name none."""
 JSONL_SUFFIXES = (".jsonl", ".jsonlines", ".ndjson")
 SOURCES = (
-    "a .jsonl or .parquet file, a directory saved by datasets, a datasets name[:split], gym:<split>, "
-    "pack:<name>, or a function of yours, file.py:name"
+    "a .jsonl, .jsonl.gz or .parquet file, a directory saved by datasets, a datasets name[:split], "
+    "gym:<split>, pack:<name>, or a function of yours, file.py:name"
 )
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.%\[\]:-]+)?")
 
@@ -209,7 +211,7 @@ def _rows(source: str, limit: int | None, split_default: str, theirs: Mapping[st
         return _saved_rows(path, split_default, theirs)
     if base and (saved := place(base)).is_dir():
         return _saved_rows(saved, split, theirs)
-    file_like = path.suffix in (*JSONL_SUFFIXES, ".parquet", ".json")
+    file_like = _plain(path).suffix in (*JSONL_SUFFIXES, ".parquet", ".json")
     looks_like_path = file_like or source.startswith(("/", "./", "../", "~"))
     if looks_like_path or not _HUB_NAME.fullmatch(source):
         raise UserError(f"{source!r}: no such file or directory; a source is {SOURCES}")
@@ -248,20 +250,27 @@ def _named(source: str) -> Iterator[None]:
 
 
 def _file_rows(path: Path, theirs: Mapping[str, str]) -> Iterator[_Row]:
-    if path.suffix in JSONL_SUFFIXES:
+    if _plain(path).suffix in JSONL_SUFFIXES:
         return _jsonl_rows(path)
     if path.suffix == ".parquet":
         return _parquet_rows(path, theirs)
     raise UserError(f"{path}: unknown file type {path.suffix!r}; a source is {SOURCES}")
 
 
+def _plain(path: Path) -> Path:
+    """The name without a compression's."""
+    return path.with_suffix("") if path.suffix == ".gz" else path
+
+
 def _jsonl_rows(path: Path) -> Iterator[_Row]:
     try:
-        with path.open("rb") as file:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                 if text.strip():
                     yield _Row(where=f"{path}, line {number}", value=text)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: damaged, or no gzip file: {first_line(error)}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 

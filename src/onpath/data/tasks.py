@@ -219,7 +219,7 @@ def split_name(source: str) -> str:
     """
     if pack_of(source):
         return pack_split(source)
-    return part_of(source) if task_of(source) else Path(source).stem
+    return part_of(source) if task_of(source) else Path(source.removesuffix(".gz")).stem
 
 
 def task_rows(task: Task, source: str, limit: int | None) -> Iterable[Mapping[str, Any]]:
