@@ -443,3 +443,37 @@ def test_a_greedy_set_is_in_no_curve_of_several_samples() -> None:
     }
     assert drawn["pass@4"] == ["test"]
     assert {"greedy", "test"} <= set(drawn["Accuracy"])
+
+
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        ({"divergence": "reverse_kl", "support": "full", "support_k": 32, "token_clip": None}, "reverse_kl"),
+        (
+            {
+                "divergence": "forward_kl",
+                **{"support": "teacher_topk", "support_k": 8, "tail": "bucket"},
+                **{"token_clip": 0.06, "teacher_temperature": 1.0, "beta": 0.5},
+            },
+            "forward_kl, teacher_topk 8, tail bucket, token_clip 0.06",
+        ),
+        (
+            {"divergence": "jensen_shannon", "beta": 0.3, "teacher_temperature": 0.8},
+            "jensen_shannon, beta 0.3, teacher_temperature 0.8",
+        ),
+        ({}, None),
+    ],
+)
+def test_the_setting_names_the_loss(tmp_path: Path, method: dict[str, Any], says: str | None) -> None:
+    run = make_run(tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump(config | {"method": {"name": "trd", **method}}))
+    assert dict(gather_run(run)["facts"]).get("divergence") == says
+
+
+def test_what_was_generated_is_told_from_what_was_trained_on(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    row = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    for theirs, says in ((0, "1 step; generated: student 2,100"), (48, "student 2,100, teacher 48")):
+        (run / "metrics.jsonl").write_text(json.dumps(row | {"teacher_tokens_generated": theirs}) + "\n")
+        assert gather_run(run)["tiles"][-1]["note"].endswith(says)

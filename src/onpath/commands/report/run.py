@@ -126,6 +126,7 @@ def facts(config: dict[str, Any], environment: dict[str, Any], metrics: Sequence
     seconds = sum(sum(row.get("seconds", {}).values()) for row in metrics)
     known = {
         "method": at(config, "method.name"),
+        "divergence": objective(config),
         "student": at(config, "student.model"),
         "teacher": taught_by(config),
         "data": at(config, "data.train"),
@@ -139,6 +140,21 @@ def facts(config: dict[str, Any], environment: dict[str, Any], metrics: Sequence
         "commit": (environment.get("git_commit") or "")[:12] or None,
     }
     return [[label, str(value)] for label, value in known.items() if value is not None]
+
+
+def objective(config: dict[str, Any]) -> str | None:
+    """The divergence, with what decides over it: support, clips, temperature; None where none is named."""
+    if (kind := at(config, "method.divergence")) is None:
+        return None
+    found = [str(kind)]
+    if kind == "jensen_shannon":
+        found.append(f"beta {at(config, 'method.beta')}")
+    if (support := at(config, "method.support")) not in (None, "full"):
+        found.append(f"{support} {at(config, 'method.support_k')}, tail {at(config, 'method.tail')}")
+    unset = {"entry_clip": None, "token_clip": None, "ppo_clip": None, "teacher_temperature": 1.0}
+    given = {name: at(config, f"method.{name}") for name in unset}
+    found += [f"{name} {v}" for name, v in given.items() if v not in (None, unset[name])]
+    return ", ".join(found)
 
 
 def taught_by(config: dict[str, Any]) -> str | None:
@@ -177,12 +193,17 @@ def tiles(metrics: Sequence[Row], evals: Sequence[Row]) -> list[dict[str, str]]:
             }
         )
     if metrics:
-        written = sum(row.get("student_tokens_generated") or 0 for row in metrics)
+        made = {
+            who: sum(row.get(f"{who}_tokens_generated") or 0 for row in metrics)
+            for who in ("student", "teacher")
+        }
+        said = ", ".join(f"{who} {count:,}" for who, count in made.items() if count or who == "student")
+        steps = f"{len(metrics):,} step{'s' if len(metrics) > 1 else ''}"
         found.append(
             {
                 "label": "tokens trained on",
                 "value": f"{sum(row.get('tokens') or 0 for row in metrics):,}",
-                "note": f"{len(metrics):,} steps; the student wrote {written:,}",
+                "note": f"{steps}; generated: {said}",
             }
         )
     return found
