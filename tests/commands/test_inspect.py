@@ -113,6 +113,9 @@ def test_nothing_in_a_token_can_steer_the_terminal() -> None:
         (["--step", "5"], "step 5 is not stored; there are 1, 6, 12"),
         (["--colour", "loss"], "colour loss: no such per-token column"),
         (["--id", "nobody"], "no such prompt"),
+        (["--rollouts", "4"], "--rollouts is of a probe; name one with --probe"),
+        (["--probe", "divergence", "--step", "1"], "--step chooses what is shown of a run"),
+        (["--probe", "divergence", "--every", "4"], "--every is of --probe prefix-failure alone"),
     ],
 )
 def test_bad_options(run: Path, options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from onpath import config as configuration
-from onpath.commands.probes.command import shown
+from onpath.commands.probes.command import run_named, shown
 from onpath.commands.probes.predictors import TRIGGER, Scored, late_skills, predictors, score
 from onpath.commands.probes.prefix_failure import Probed, positions, probe, run_probe, summarise, written
 from onpath.config.build import Config
@@ -38,7 +38,20 @@ def test_probe_of_a_tiny_pair(tiny: Callable[..., Config], tmp_path: Path) -> No
         assert len(row["failed"]) == len(row["student"]) == len(row["teacher"]) == len(row["positions"])
         assert len(row["onset_mass"]) == len(row["token_probability"]) == len(row["tokens"])
     assert path.with_suffix(".png").stat().st_size > 10_000
-    assert json.loads(path.with_suffix(".json").read_text())["rollouts"] == 6
+    summary = json.loads(path.with_suffix(".json").read_text())
+    assert (summary["rollouts"], summary["student"]) == (6, config.student.model)
+
+
+def test_a_config_is_not_probed_into_its_run(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    config = tiny(method__name="opd")
+    run, path = Path(config.run.dir) / config.run.name, tmp_path / "its.yaml"
+    run.mkdir(parents=True)
+    for place in (path, run / "config.yaml"):
+        place.write_text(config.to_yaml())
+    for place in (path, run / "config.yaml"):
+        with pytest.raises(UserError, match=f"{place}: its run is in {run} already"):
+            run_named("divergence", place)
+    assert not (run / "probes").exists()
 
 
 def test_modes_are_the_teachers(tiny: Callable[..., Config]) -> None:

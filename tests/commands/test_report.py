@@ -327,6 +327,9 @@ def test_recoverability_by_position_is_drawn_where_the_probe_has_looked(tmp_path
     assert max(modes["series"][1]["y"]) == pytest.approx(0.03)
 
     path = run / "probes" / "prefix_failure.jsonl"
+    path.with_suffix(".json").write_text('{"student": "gym:student"}')
+    said = next(s["text"] for s in gather_run(run)["sections"] if s["title"] == "Failed prefixes")
+    assert said.endswith("The student here: gym:student.")
     path.write_text(path.read_text()[:-40])
     with pytest.raises(UserError, match=r"prefix_failure.jsonl: not lines of the prefix-failure probe"):
         gather_run(run)

@@ -438,7 +438,27 @@ def _add_inspect(commands: Any) -> None:
     command.set_defaults(run=_inspect)
 
 
+_OF_PROBES = ("rollouts", "continuations", "every")
+_OF_SHOWING = ("step", "only", "id", "sort", "colour", "limit", "json")
+
+
+def _check_inspect(options: argparse.Namespace) -> None:
+    """No option is passed over in silence."""
+    from onpath.system.errors import UserError
+
+    standard = vars(make_parser().parse_args(["inspect", "."]))
+    given = [name for name, value in vars(options).items() if name in standard and value != standard[name]]
+    for name in given:
+        if not options.probe and name in _OF_PROBES:
+            raise UserError(f"--{name} is of a probe; name one with --probe")
+        if options.probe and name in _OF_SHOWING:
+            raise UserError(f"--{name} chooses what is shown of a run, and --probe measures instead")
+        if options.probe not in (None, "prefix-failure") and name in _OF_PROBES[1:]:
+            raise UserError(f"--{name} is of --probe prefix-failure alone")
+
+
 def _inspect(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
+    _check_inspect(options)
     if options.probe:
         from onpath.commands.probes.command import run_named, shown
 

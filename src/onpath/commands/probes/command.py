@@ -33,8 +33,8 @@ def run_named(
         where: a run directory (its final model is probed, if it has one) or a config file (its student is).
 
     Raises:
-        UserError: no such probe, neither a run nor a config, numbers that make no sense, or a teacher that
-            only answers messages.
+        UserError: no such probe, neither a run nor a config, a config whose run there is, numbers that make
+            no sense, or a teacher that only answers messages.
     """
     if name not in PROBES:
         raise UserError(f"there is no probe {name!r}; there are {', '.join(PROBES)}")
@@ -50,7 +50,13 @@ def run_named(
     from onpath.commands.probes import local_correction, prefix_failure
     from onpath.run.assemble import assemble
 
-    out = path / "probes" if path.is_dir() else Path(config.run.dir) / config.run.name / "probes"
+    run = path if path.is_dir() else Path(config.run.dir) / config.run.name
+    if path.is_file() and (run / "config.yaml").exists():
+        raise UserError(
+            f"{where}: its run is in {run} already, and probes there are of what that has trained; probe "
+            f"{run}, or give the config another run.name"
+        )
+    out = run / "probes"
     make_directory(out)
     parts = assemble(config)
     if not parts.generators.teacher.takes_prefixes:

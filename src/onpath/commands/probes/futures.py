@@ -61,7 +61,7 @@ def run_probe(
             raise UserError(f"{name} is {value}; it must be at least 1")
     found = probe(parts, rollouts=rollouts, window=window, each=each, everywhere=everywhere)
     path = out / "divergence.jsonl"
-    summary = summarise(found)
+    summary = {"student": parts.config.student.model, **summarise(found)}
     write_text(path, "".join(json.dumps(vars(p)) + "\n" for p in found))
     write_text(path.with_suffix(".json"), json.dumps(summary, indent=1) + "\n")
     draw(found, summary, path.with_suffix(".png"))

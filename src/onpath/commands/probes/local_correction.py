@@ -93,6 +93,7 @@ def run_probe(
     ]
     path = out / "local_correction.jsonl"
     summary = {
+        "student": parts.config.student.model,
         "updates": updates,
         "samples": samples,
         "lr": rate,

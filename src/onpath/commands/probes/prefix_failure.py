@@ -55,7 +55,8 @@ def run_probe(
     found = probe(parts, made, contexts, continuations=continuations, every=every)
     path = out / "prefix_failure.jsonl"
     write_text(path, "".join(json.dumps({**vars(p), "failed": p.failed(epsilon)}) + "\n" for p in found))
-    summary = summarise(found, epsilon=epsilon) | predictors(scored)
+    summary = {"student": parts.config.student.model, **summarise(found, epsilon=epsilon)}
+    summary |= predictors(scored)
     write_text(path.with_suffix(".json"), json.dumps(summary, indent=1) + "\n")
     draw(found, path.with_suffix(".png"))
     return path

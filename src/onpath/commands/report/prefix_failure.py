@@ -7,11 +7,19 @@ from onpath.commands.probes.prefix_records import by_offset, clearest, rates, re
 from onpath.commands.report import charts
 from onpath.commands.report.charts import Chart
 from onpath.evaluate.stats import bootstrap_interval
+from onpath.system.reading import read_json
 
-EXPLAINED = (
+_EXPLAINED = (
     "From prefixes of the student's rollouts student and teacher go on, several times each. Where both fail, "
     "the prefix has failed: what the teacher says after it is no longer advice that leads anywhere."
 )
+
+
+def explained(run: Path) -> str:
+    """What the section is about, and whose prefixes: a probe before the run is of its starting weights."""
+    path = run / "probes" / "prefix_failure.json"
+    student = read_json(path, keys={}).get("student") if path.is_file() else None
+    return f"{_EXPLAINED} The student here: {student}." if student else _EXPLAINED
 
 
 def of_prefixes(run: Path) -> list[Chart | None]:
