@@ -501,7 +501,9 @@ def test_the_teacher_is_the_student(
 ) -> None:
     code, report = doctor(tiny(teacher__model=str(model_dirs["student"])), tmp_path, capsys)
     assert code == 1
-    assert "teacher_differs" in failed(report)
+    assert failed(report) == ["teacher_differs"]
+    found = by_name(report)["gradient"]
+    assert (found["status"], "see teacher_differs" in found["message"]) == ("skipped", True)
     assert by_name(report)["models"]["status"] == "warning"
 
 

@@ -124,6 +124,10 @@ def gradient(parts: Parts, probe: Probe) -> Finding:
             "use float32 instead of half precision, and look at the data",
         )
         return Finding(name="gradient", status="fail", message=message, advice=advice)
+    if norm < _SAME_GRADIENT * apart:  # nothing to compare with, and nothing wrong with the loss
+        message = f"norm {norm:.2g}, and {float(other.norm()):.2g} with another teacher's scores: this one "
+        message += "teaches the student nothing that it does not do (see teacher_differs)"
+        return Finding(name="gradient", status="skipped", message=message, values=values)
     share = apart / norm if norm else 0.0
     rest = at_self / norm if norm else 0.0
     message = (
