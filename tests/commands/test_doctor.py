@@ -604,8 +604,19 @@ def test_a_missing_solution_column(tiny: Tiny, tmp_path: Path, capsys: pytest.Ca
 
 
 def test_problems_that_are_trained_on(tiny: Tiny) -> None:
-    found = next(f for f in diagnose(tiny()) if f.name == "evals")
-    assert (found.status, found.values["trained_on"]) == ("warning", 5)
+    found = {f.name: f for f in diagnose(tiny())}
+    assert (found["evals"].status, found["evals"].values["trained_on"]) == ("warning", 5)
+    assert found["models"].status == "ok", "it is said once"
+
+
+def test_bad_evaluation_rows_are_said_beside_what_is_trained_on(tiny: Tiny, tmp_path: Path) -> None:
+    path, known = tmp_path / "rows.jsonl", Path(tiny().data.train).read_text().splitlines()[0]
+    path.write_text(known + "\n{}\n")
+    found = {f.name: f for f in diagnose(tiny(data__eval={"few": str(path)}, data__skip_bad=True))}
+    assert found["evals"].message.startswith("1 of 1 evaluation problems are also training prompts; ")
+    assert found["evals"].message.endswith("bad rows left out: 1 of few")
+    assert "; mend the bad rows; the first is" in found["evals"].advice
+    assert found["models"].status == "ok"
 
 
 HARMFUL = {"method__name": "trd", "method__template": "{problem}{attempt}"}

@@ -179,11 +179,7 @@ def warnings_of(config: Config, prompts: Prompts, renderer: Renderer, stops: Sto
         stops.warning(renderer.tokens),
         *config.method.warnings,
         *(f"{key} has no effect here: it goes with {needs}" for key, needs in config.idle_options.items()),
-        *(
-            f"{count} bad rows of data.eval.{name} are left out: its accuracies are over the others"
-            for name, count in prompts.skipped_evals.items()
-        ),
-        leak_warning(prompts),
+        *data_warnings(prompts),
     ]
     return [warning for warning in found if warning]
 
@@ -198,6 +194,21 @@ def rate_warning(config: Config) -> str | None:
     )
 
 
+def data_warnings(prompts: Prompts) -> list[str]:
+    """Where evaluations are over fewer problems than their files have, or over what was trained on."""
+    found = [
+        f"{count} bad rows of data.eval.{name} are left out: its accuracies are over the others"
+        for name, count in prompts.skipped_evals.items()
+    ]
+    leaked, problems = trained_on(prompts.pool, prompts.evals)
+    if leaked:
+        found.append(
+            f"{leaked} of {problems} evaluation problems are also training prompts: accuracy on them is no "
+            "test"
+        )
+    return found
+
+
 def clock_warning(renderer: Renderer) -> str | None:
     """Where the chat template prints the clock."""
     if renderer.clock is None:
@@ -205,16 +216,6 @@ def clock_warning(renderer: Renderer) -> str | None:
     return (
         f"the chat template prints the clock; every prompt of this run says {renderer.clock:%Y-%m-%d %H:%M}, "
         f"also after a restart ({CLOCK_FILE})"
-    )
-
-
-def leak_warning(prompts: Prompts) -> str | None:
-    """Where evaluations measure what was trained on."""
-    leaked, problems = trained_on(prompts.pool, prompts.evals)
-    if not leaked:
-        return None
-    return (
-        f"{leaked} of {problems} evaluation problems are also training prompts: accuracy on them is no test"
     )
 
 

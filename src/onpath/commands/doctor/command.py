@@ -25,7 +25,7 @@ from onpath.config.build import Config, teacher_key
 from onpath.engines.models import context_length, load_tokenizer, locate
 from onpath.engines.self_check import Disagreement
 from onpath.grade.graders import grader_for
-from onpath.run.assemble import assemble
+from onpath.run.assemble import assemble, data_warnings
 from onpath.run.inputs import by_source, make_renderer
 from onpath.run.parts import Parts
 from onpath.run.trained import find, load_its_tokenizer
@@ -269,8 +269,9 @@ def _models(parts: Parts) -> Finding:
     device, sizes = parts.models.device, f"{total / 1e6:,.3g}M parameters, {trained / 1e6:,.3g}M of them"
     message = f"student of {sizes} trained, on {device}"
     values = {"parameters": total, "trained": trained, "device": str(device)}
-    if parts.warnings:
-        return Finding(name="models", status="warning", message=parts.warnings[0], values=values)
+    said = data_warnings(parts.prompts)  # by evals
+    if warnings := [warning for warning in parts.warnings if warning not in said]:
+        return Finding(name="models", status="warning", message="; ".join(warnings), values=values)
     return Finding(name="models", status="ok", message=message, values=values)
 
 

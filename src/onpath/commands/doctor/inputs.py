@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from onpath.commands.doctor.finding import Finding, skipped
+from onpath.commands.doctor.finding import Finding, Status, skipped
 from onpath.config.build import Config
 from onpath.data.load import LoadedPrompts, prompts_of_step
 from onpath.grade.base import Grader
@@ -53,18 +53,19 @@ def read_evals(config: Config, pool: Sequence[Prompt]) -> tuple[dict[str, tuple[
     if not problems:
         message = "no evaluation sets (data.eval), so no accuracy will be measured on unseen problems"
         return evals, Finding(name="evals", status="skipped", message=message, values=values)
+    message, advice = f"{problems:,} evaluation problems, none of them trained on", []
     if leaked:
         message = f"{leaked} of {problems} evaluation problems are also training prompts"
-        advice = "take them out of one side, or do not call the result a test score"
-        return evals, Finding(name="evals", status="warning", message=message, advice=advice, values=values)
+        advice.append("take them out of one side, or do not call the result a test score")
     if bad := {name: one for name, one in loaded.items() if one.skipped}:
         first = next(iter(bad.values()))
         told = ", ".join(f"{one.skipped} of {name}" for name, one in bad.items())
-        message = f"{problems:,} evaluation problems; bad rows left out: {told}"
-        advice = f"mend them; the first is {first.reasons[0]}"
-        return evals, Finding(name="evals", status="warning", message=message, advice=advice, values=values)
-    message = f"{problems:,} evaluation problems, none of them trained on"
-    return evals, Finding(name="evals", status="ok", message=message, values=values)
+        message += f"; bad rows left out: {told}"
+        advice.append(f"mend the bad rows; the first is {first.reasons[0]}")
+    status: Status = "warning" if advice else "ok"
+    return evals, Finding(
+        name="evals", status=status, message=message, advice="; ".join(advice), values=values
+    )
 
 
 def columns(config: Config, pool: Sequence[Prompt]) -> Finding:
