@@ -22,6 +22,7 @@ from onpath.commands.cli import main
 from onpath.commands.doctor import costs, scores, training
 from onpath.commands.doctor.command import Diagnosis, diagnose, load_leniently
 from onpath.commands.doctor.finding import Finding
+from onpath.commands.doctor.inputs import read_pool
 from onpath.commands.doctor.sample import Probe, logp_of, make_probe, rows_of, untouched
 from onpath.config.build import Config, build
 from onpath.data.batch import Batch
@@ -607,6 +608,16 @@ def test_problems_that_are_trained_on(tiny: Tiny) -> None:
     found = {f.name: f for f in diagnose(tiny())}
     assert (found["evals"].status, found["evals"].values["trained_on"]) == ("warning", 5)
     assert found["models"].status == "ok", "it is said once"
+
+
+def test_training_prompts_that_stand_there_twice(tiny: Tiny, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"{i % 5}+1=?", "answer": "1"} for i in range(10)]
+    for many, status in ((rows, "warning"), (rows[:5], "ok")):
+        path.write_text("".join(json.dumps(row) + "\n" for row in many))
+        _, found = read_pool(tiny(data__train=str(path), rollout__prompts=4))
+        assert (found.status, found.values["different"]) == (status, 5)
+        assert ("5 of them are different" in found.message) == (status == "warning")
 
 
 def test_bad_evaluation_rows_are_said_beside_what_is_trained_on(tiny: Tiny, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ MOST_ANSWERS, MOST_SOLUTIONS = 10_000, 200
 _NAMED = 5
 """Prompts named whose answers fail."""
 _FEW = 0.1
-"""Share of unreadable answers, or of solutions that miss the answer, up to which a check only warns."""
+"""Share of unreadable answers, or of solutions that miss the answer, up to which a check only warns; of
+copies among the training prompts, up to which it does not."""
 _WORD = re.compile(r"(?<![\\\w])[^\W\d_]{2,}")
 _SENTENCE_WORDS = 3
 
@@ -29,15 +30,22 @@ def read_pool(config: Config) -> tuple[LoadedPrompts, Finding]:
     loaded = load_pool(config)
     prompts_of_step(loaded.prompts, size=config.rollout.prompts, seed=0, step=0)
     epochs = config.optim.steps * config.rollout.prompts / len(loaded.prompts)
-    values = {"prompts": len(loaded.prompts), "skipped": loaded.skipped, "epochs": round(epochs, 2)}
-    message = (
-        f"{len(loaded.prompts):,} training prompts, read {epochs:.2g} times in {config.optim.steps} steps"
+    count = len(loaded.prompts)
+    different = len({repr((p.text, p.messages, p.teacher)) for p in loaded.prompts})
+    values = {"prompts": count, "different": different, "skipped": loaded.skipped, "epochs": round(epochs, 2)}
+    message = f"{count:,} training prompts, read {epochs:.2g} times in {config.optim.steps} steps"
+    advice = []
+    if different < count:
+        message += f"; {different:,} of them are different"
+    if count - different > _FEW * count:
+        advice.append("drop the copies, unless they are to be read as often as they stand there")
+    if loaded.skipped:
+        message += f"; {loaded.skipped} bad rows left out"
+        advice.append(f"mend the bad rows; the first is {loaded.reasons[0]}")
+    status: Status = "warning" if advice else "ok"
+    return loaded, Finding(
+        name="data", status=status, message=message, advice="; ".join(advice), values=values
     )
-    if not loaded.skipped:
-        return loaded, Finding(name="data", status="ok", message=message, values=values)
-    advice = f"mend them; the first is {loaded.reasons[0]}"
-    message += f"; {loaded.skipped} bad rows left out"
-    return loaded, Finding(name="data", status="warning", message=message, advice=advice, values=values)
 
 
 def read_evals(config: Config, pool: Sequence[Prompt]) -> tuple[dict[str, tuple[Prompt, ...]], Finding]:
