@@ -89,6 +89,18 @@ def test_a_place_that_cannot_be_written_is_said_before_anything_loads(
         onpath.evaluate_model("./nowhere", data=data_file, out=data_file / "inside", **SMALL)
 
 
+def test_samples_of_an_earlier_call_do_not_stay(
+    model_dirs: dict[str, Path], data_file: Path, tmp_path: Path
+) -> None:
+    for name in ("samples_1.parquet", "mine.txt"):
+        (tmp_path / name).touch()
+    onpath.evaluate_model(model_dirs["student"], data=data_file, out=tmp_path, **{**SMALL, "limit": 1})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["eval.json", "mine.txt", "samples_0.parquet"]
+    (tmp_path / "samples_1.parquet").mkdir()
+    with pytest.raises(UserError, match=r"samples_1.parquet: cannot write"):
+        onpath.evaluate_model(model_dirs["student"], data=data_file, out=tmp_path, **SMALL)
+
+
 # Runs and checkpoints.
 
 

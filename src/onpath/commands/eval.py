@@ -26,7 +26,7 @@ from onpath.run.trained import Trained, find, load_its_tokenizer, load_start
 from onpath.run.trajectories import sample_row, write_parquet
 from onpath.system import code
 from onpath.system.errors import UserError
-from onpath.system.files import make_directory, place, write_text
+from onpath.system.files import make_directory, place, unwritable, write_text
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _COLUMNS = (
@@ -136,8 +136,7 @@ def evaluate_model(
         chosen = grader_for(grader or asked.grader, {source: loaded.prompts})
     directory = None if out is None else place(out, key="--out")
     if directory is not None:
-        make_directory(directory)
-        (directory / "eval.json").unlink(missing_ok=True)  # it comes last: where it is, the samples are
+        _clear(directory)
     results = {}
     with chosen as judge:
         questions = _Questions(
@@ -159,6 +158,17 @@ def evaluate_model(
     if directory is not None:
         write_text(directory / "eval.json", json.dumps(found.to_json(), indent=1) + "\n")
     return found
+
+
+def _clear(out: Path) -> None:
+    """Makes the directory, without an earlier call's files: eval.json comes last, and where it is, its
+    samples are, and no others."""
+    make_directory(out)
+    for name in ("eval.json", "samples_0.parquet", "samples_1.parquet"):
+        try:
+            (out / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise unwritable(out / name, error) from None
 
 
 @dataclass(frozen=True, kw_only=True)
