@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from onpath.commands.cli import main
+from onpath.commands.study.config import load_study
 from onpath.config import Config, build, load
 from onpath.system.errors import UserError
 from onpath.training import train
@@ -53,6 +54,35 @@ def test_a_template_may_look_like_yaml(first: bool) -> None:
 def test_a_rule_is_a_word_or_a_mapping() -> None:
     assert load(None, [("rollout.refresh", "never")]).rollout.refresh == "never"
     assert load(None, [("rollout.refresh", "{every: 2}")]).refresh.every == 2  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("tree", "says"),
+    [
+        (
+            {"rollout": {"refresh": {"every": 0}}},
+            r"rollout\.refresh\.every is 0: .*greater than or equal to 1$",
+        ),
+        ({"rollout": {"refresh": {"evry": 2}}}, r"unknown key rollout\.refresh\.evry; did you mean every\?$"),
+        ({"rollout": {"refresh": {"every": True}}}, r"rollout\.refresh: every is true, which is no number$"),
+        ({"parallel": {"hosts": 0}}, r"parallel\.hosts is 0: .* equal to 1, or 'auto'$"),
+        (
+            {"method": {"name": "topd", "guidance_weight": "x"}},
+            r"method\.guidance_weight is 'x': .*, or 'auto'$",
+        ),
+        ({"teacher": {"url": 5}}, r"teacher\.url is 5: input should be a valid string, or a valid list$"),
+    ],
+)
+def test_an_option_of_several_types_is_named_as_it_is_written(tree: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        build(tree)
+
+
+def test_so_is_an_option_of_a_study(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text("arms: {opd: {}}\nparallel: {processes: [1]}\n")
+    with pytest.raises(UserError, match=r"study.yaml: parallel\.processes is '\[1\]': .*, or 'auto'$"):
+        load_study(path)
 
 
 def test_what_is_not_text_is_still_yaml() -> None:

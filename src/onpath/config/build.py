@@ -5,6 +5,7 @@ or an impossible pair raises `UserError` with one sentence.
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePath
@@ -472,7 +473,7 @@ def build(data: Mapping[str, Any], *, source: str = "config", overridden: Iterab
         code.load_all(config.model_dump(mode="json"))  # refused, or wrong, before anything is done
         return config
     except ValidationError as error:
-        key = _dotted(error)
+        key = first_problem(error, data)[1]
         ours = any(key == dotted or key.startswith(f"{dotted}.") for dotted in overridden)
         where = one_line(_COMMAND_LINE if ours else source, 300)
         raise UserError(f"{where}: {one_line(_sentence(error, data), 900)}") from None
@@ -587,7 +588,7 @@ def _kinds(annotation: Any) -> set[Any]:
 
 def _sentence(error: ValidationError, data: Mapping[str, Any]) -> str:
     """The first problem of a pydantic error as one sentence with the dotted key."""
-    first, key = error.errors(include_url=False)[0], _dotted(error)
+    first, key = first_problem(error, data)
     loc = key.split(".")
     match first["type"]:
         case "extra_forbidden":
@@ -608,11 +609,30 @@ def _sentence(error: ValidationError, data: Mapping[str, Any]) -> str:
             return f"{key} is {_short(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
-def _dotted(error: ValidationError) -> str:
-    loc = [str(part) for part in error.errors(include_url=False)[0]["loc"]]
-    if loc[:1] == ["method"] and len(loc) > 1 and loc[1] in (*METHODS, "own"):
-        del loc[1]  # pydantic names the union's branch
-    return ".".join(loc)
+_BRANCH = re.compile(r"literal\[.*|list\[.*|dict\[.*|constrained-.*|function-.*|int|float|str")
+"""What pydantic calls the alternatives of an option that takes several types."""
+
+
+def first_problem(error: ValidationError, data: Mapping[str, Any]) -> tuple[Any, str]:
+    """The first problem and its dotted key; where one option's alternatives all refuse the value, that of the
+    one which came furthest, or has a sentence of ours, with what the others that came as far would take."""
+    errors = [(one, _dotted(one["loc"], data)) for one in error.errors(include_url=False)]
+    _, of = errors[0]
+    tried = [(one, key) for one, key in errors if key == of or key.startswith(f"{of}.")] if of else errors[:1]
+    first, furthest = max(tried, key=lambda pair: (len(pair[1]), pair[0]["type"] == "value_error"))
+    says = dict.fromkeys([first["msg"], *(one["msg"] for one, key in tried if key == furthest)])
+    return {**first, "msg": ", or ".join(says).replace(", or Input should be ", ", or ")}, furthest
+
+
+def _dotted(loc: Sequence[str | int], data: Any) -> str:
+    """Without the branches of unions, which stand beside the keys."""
+    found: list[str] = []
+    for part in loc:
+        known = isinstance(data, Mapping) and part in data
+        if known or not (_BRANCH.fullmatch(str(part)) or (found == ["method"] and part in (*METHODS, "own"))):
+            found.append(str(part))
+        data = data[part] if known else data
+    return ".".join(found)
 
 
 def _keys_beside(loc: Sequence[str], data: Mapping[str, Any]) -> Sequence[str]:
@@ -623,6 +643,8 @@ def _keys_beside(loc: Sequence[str], data: Mapping[str, Any]) -> Sequence[str]:
             return list(options_class(data["method"].get("name", "opd")).model_fields)
         case [section, *_] if section in LABELLED:
             return list(LABELLED[section].model_fields)
+        case ["rollout", "refresh", _]:
+            return list(Refresh.model_fields)
         case _:
             return list(_section_type(loc[0]).model_fields)
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from onpath import config as configuration
-from onpath.config.build import Config, closest
+from onpath.config.build import Config, closest, first_problem
 from onpath.config.section import Section
 from onpath.data.tasks import split_name
 from onpath.system import code
@@ -304,7 +304,7 @@ def study_of(data: dict[str, Any], path: Path) -> StudyConfig:
     try:
         return StudyConfig.model_validate(data)
     except ValidationError as error:
-        raise UserError(f"{path}: {_sentence(error)}") from None
+        raise UserError(f"{path}: {_sentence(error, data)}") from None
 
 
 def _base_file(base: str, path: Path) -> Path:
@@ -349,9 +349,8 @@ _FIELDS = {
 }
 
 
-def _sentence(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in first["loc"])
+def _sentence(error: ValidationError, data: Mapping[str, Any]) -> str:
+    first, key = first_problem(error, data)
     match first["type"]:
         case "extra_forbidden":
             *inside, last = map(str, first["loc"])
