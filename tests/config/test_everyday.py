@@ -85,6 +85,25 @@ def test_so_is_an_option_of_a_study(tmp_path: Path) -> None:
         load_study(path)
 
 
+@pytest.mark.parametrize(
+    ("tree", "says"),
+    [
+        ({"data": {"eval": ["a.jsonl"]}}, r"data.eval is \['a.jsonl'\]; it must be a file, or {name: file}"),
+        ({"teachers": "m"}, r"teachers is 'm'; it must be {name: {model: …}}"),
+        ({"optim": None}, "optim is None; it must be a mapping of options, or be left out"),
+        ({"rollout": {"vllm": 5}}, "rollout.vllm is 5; it must be a mapping$"),
+    ],
+)
+def test_what_takes_a_mapping_says_which(tree: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        build(tree)
+
+
+def test_a_list_on_the_command_line_is_no_file() -> None:
+    with pytest.raises(UserError, match=r"data.eval is \['a.jsonl'\]; it must be a file, or {name: file}"):
+        load(None, [("data.eval", "[a.jsonl]")])
+
+
 def test_what_is_not_text_is_still_yaml() -> None:
     config = load(
         None,

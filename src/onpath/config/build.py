@@ -564,7 +564,8 @@ def _read(text: str, annotation: Any) -> Any:
     except UserError:
         return text
     if str in kinds and type(value) not in kinds:
-        return value if isinstance(value, dict) and any(map(_is_section, kinds)) else text
+        told = isinstance(value, list) or (isinstance(value, dict) and any(map(_is_section, kinds)))
+        return value if told else text  # a list is refused by what it is, not as a text with brackets
     return None if text == "None" else value
 
 
@@ -586,6 +587,13 @@ def _kinds(annotation: Any) -> set[Any]:
     return {origin or annotation}
 
 
+_TAKES = {
+    "data.eval": "a file, or {name: file} for one or several",
+    "teachers": "{name: {model: …}} for each of several; one alone is the section teacher",
+}
+"""What sections of the user's own names are written like."""
+
+
 def _sentence(error: ValidationError, data: Mapping[str, Any]) -> str:
     """The first problem of a pydantic error as one sentence with the dotted key."""
     first, key = first_problem(error, data)
@@ -605,6 +613,10 @@ def _sentence(error: ValidationError, data: Mapping[str, Any]) -> str:
         case "value_error":
             reason = str(first["ctx"]["error"])
             return reason if not key or reason.startswith(key) else f"{key}: {reason}"
+        case "dict_type" | "model_type":
+            takes = _TAKES.get(key, "a mapping" if first["type"] == "dict_type" else "a mapping of options")
+            without = ", or be left out" if first["input"] is None else ""
+            return f"{key} is {_short(first['input'])}; it must be {takes}{without}"
         case _:
             return f"{key} is {_short(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
