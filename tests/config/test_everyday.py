@@ -1,11 +1,13 @@
 """What people type: text on a command line, names from other trainers, lengths that follow."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from onpath.commands.cli import main
 from onpath.commands.study.config import load_study
@@ -90,6 +92,10 @@ def test_so_is_an_option_of_a_study(tmp_path: Path) -> None:
     [
         ({"data": {"eval": ["a.jsonl"]}}, r"data.eval is \['a.jsonl'\]; it must be a file, or {name: file}"),
         ({"teachers": "m"}, r"teachers is 'm'; it must be {name: {model: …}}"),
+        (
+            {"rewards": "a.py:f"},
+            "rewards is 'a.py:f'; it must be {name: file.py:function}, a list of those, or",
+        ),
         ({"optim": None}, "optim is None; it must be a mapping of options, or be left out"),
         ({"rollout": {"vllm": 5}}, "rollout.vllm is 5; it must be a mapping$"),
     ],
@@ -97,6 +103,17 @@ def test_so_is_an_option_of_a_study(tmp_path: Path) -> None:
 def test_what_takes_a_mapping_says_which(tree: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
         build(tree)
+
+
+def test_own_code_is_named_as_contributing_says() -> None:
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    said = re.findall(r"`([a-z_.]+): ([^`]*mine\.py:[^`]*)`", text)
+    assert len(said) >= 6
+    for dotted, value in said:
+        section, _, key = dotted.partition(".")
+        given = yaml.safe_load(value)
+        with pytest.raises(UserError, match="is Python code that the config names"):
+            build({section: {key: given} if key else given})
 
 
 def test_a_list_on_the_command_line_is_no_file() -> None:

@@ -589,6 +589,7 @@ def _kinds(annotation: Any) -> set[Any]:
 
 _TAKES = {
     "data.eval": "a file, or {name: file} for one or several",
+    "rewards": "{name: file.py:function}, a list of those, or {label: {name: file.py:function}}",
     "teachers": "{name: {model: …}} for each of several; one alone is the section teacher",
 }
 """What sections of the user's own names are written like."""
