@@ -11,6 +11,7 @@ import yaml
 
 from onpath.commands.cli import main
 from onpath.commands.study.config import load_study
+from onpath.commands.study.plan import check_alike
 from onpath.config import Config, build, load
 from onpath.system.errors import UserError
 from onpath.training import train
@@ -119,6 +120,43 @@ def test_own_code_is_named_as_contributing_says() -> None:
 def test_a_list_on_the_command_line_is_no_file() -> None:
     with pytest.raises(UserError, match=r"data.eval is \['a.jsonl'\]; it must be a file, or {name: file}"):
         load(None, [("data.eval", "[a.jsonl]")])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "where"),
+    [
+        ([("method.name", "odp")], "the command line: method.name is 'odp'"),
+        ([("eval.k", "8")], "the command line: eval.k is 8"),
+        ([("rollout.temperature", "0.5")], "the command line: method.name opd assumes"),
+        ([("method.beta", "1")], "the command line: method.beta"),
+        ([("method.discount", "0.5")], "the command line: method: ppo_clip and discount"),
+        ({"optim.lrr": 1}, "overrides: unknown key optim.lrr"),
+        ({"lr": 1}, "overrides: lr: options are section.key; "),
+        ([("lr", "1")], "--lr: options are --section.key value; "),
+    ],
+)
+def test_an_error_is_said_of_where_it_was_made(overrides: Any, where: str, tmp_path: Path) -> None:
+    path = tmp_path / "base.yaml"
+    path.write_text("optim: {steps: 2}\n")
+    with pytest.raises(UserError, match=f"^{re.escape(where)}"):
+        load(path, overrides)
+    path.write_text("eval: {k: 8}\n")
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))}: eval.k is 8"):
+        load(path, [("optim.steps", "3")])
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("arms: {opd: {eval.k: 8}}", "arm opd: eval.k is 8"),
+        ("arms: {opd: {}}\nseeds: 0", "seeds: 0 makes no run; give a number of seeds"),
+    ],
+)
+def test_so_is_one_of_a_study(text: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))}: {says}"):
+        check_alike(load_study(path))
 
 
 def test_what_is_not_text_is_still_yaml() -> None:

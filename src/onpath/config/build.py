@@ -452,20 +452,27 @@ def load(
         UserError: unreadable file, wrong key, wrong value or impossible pair.
     """
     data = {} if path is None else _tree_of(path)
-    given = dict(overrides)
+    given, by = dict(overrides), "overrides" if isinstance(overrides, Mapping) else _COMMAND_LINE
     for dotted, text in sorted(given.items(), key=lambda pair: pair[0] != "method.name"):
-        _override(data, dotted, text)
+        _override(data, dotted, text, by=by)
     with code.allowed(allow_code):
-        return build(data, source=str(path) if path else _COMMAND_LINE, overridden=given)
+        return build(data, source=str(path) if path else by, overridden=given, by=by)
 
 
-def build(data: Mapping[str, Any], *, source: str = "config", overridden: Iterable[str] = ()) -> Config:
+def build(
+    data: Mapping[str, Any],
+    *,
+    source: str = "config",
+    overridden: Iterable[str] = (),
+    by: str = _COMMAND_LINE,
+) -> Config:
     """A `Config` from plain data; `UserError` says in one sentence what is wrong with it.
 
     Args:
         data: sections; a `Path` in them is its text.
         source: what the sentence names.
-        overridden: dotted keys that did not come from there, but from the command line.
+        overridden: dotted keys that did not come from there.
+        by: where those came from.
     """
     data = _without_paths(data)
     try:
@@ -473,10 +480,18 @@ def build(data: Mapping[str, Any], *, source: str = "config", overridden: Iterab
         code.load_all(config.model_dump(mode="json"))  # refused, or wrong, before anything is done
         return config
     except ValidationError as error:
-        key = first_problem(error, data)[1]
-        ours = any(key == dotted or key.startswith(f"{dotted}.") for dotted in overridden)
-        where = one_line(_COMMAND_LINE if ours else source, 300)
-        raise UserError(f"{where}: {one_line(_sentence(error, data), 900)}") from None
+        key, sentence = first_problem(error, data)[1], one_line(_sentence(error, data), 900)
+        ours = any(_is_about(dotted, key, sentence) for dotted in overridden)
+        raise UserError(f"{one_line(by if ours else source, 300)}: {sentence}") from None
+
+
+def _is_about(dotted: str, key: str, sentence: str) -> bool:
+    """Whether an error is about an option: its own, or its section's or the whole config's that names it."""
+    section, _, option = dotted.partition(".")
+    if key not in ("", section):
+        return f"{key}.".startswith(f"{dotted}.") or dotted.startswith(f"{key}.")
+    names = [dotted, option] if sentence.startswith(f"{section}:") else [dotted]
+    return any(re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", sentence) for name in names)
 
 
 def _without_paths(value: Any) -> Any:
@@ -515,11 +530,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
-def _override(data: dict[str, Any], dotted: str, text: Any) -> None:
+def _override(data: dict[str, Any], dotted: str, text: Any, *, by: str) -> None:
     section, _, key = dotted.partition(".")
+    named, form = f"--{dotted}", "--section.key value"
+    if by != _COMMAND_LINE:
+        named, form = f"{by}: {dotted}", "section.key"
     if not key or section not in Config.model_fields:
         hint = elsewhere.answer(dotted) or nearest(section, Config.model_fields)
-        raise UserError(f"--{dotted}: options are --section.key value; {hint}")
+        raise UserError(f"{named}: options are {form}; {hint}")
     value = _read(text, _annotation(data, section, key)) if isinstance(text, str) else text
     target = data.setdefault(section, {})
     if not isinstance(target, dict):
@@ -528,7 +546,7 @@ def _override(data: dict[str, Any], dotted: str, text: Any) -> None:
     for part in path:
         inner = target.setdefault(part, {})
         if not isinstance(inner, dict):
-            raise UserError(f"--{dotted}: {section}.{part} is {inner!r}, which has no key {last}")
+            raise UserError(f"{named}: {section}.{part} is {inner!r}, which has no key {last}")
         target = inner
     target[last] = value
 

@@ -75,8 +75,8 @@ def steps_of(study: StudyConfig, rates: Mapping[str, Used]) -> dict[str, int]:
             each = rates[arm].of(budget.measure)
             if not each:
                 raise UserError(
-                    f"arm {arm}: its steps use no {budget.measure}, so no number of them meets its budget; "
-                    "give it one in updates"
+                    f"{study.named(arm)}: its steps use no {budget.measure}, so no number of them meets its "
+                    "budget; give it one in updates"
                 )
             steps[arm] = max(1, round(amount / each))
     return steps

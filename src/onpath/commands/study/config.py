@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from onpath import config as configuration
 from onpath.config.build import Config, closest, first_problem
@@ -178,6 +178,12 @@ class StudyConfig(Section):
     """None: optim.lr of the config."""
     evals: Evals = Evals()
     parallel: Parallel = Parallel()
+    _file: str = PrivateAttr("")
+    """Where it was read."""
+
+    def named(self, arm: str) -> str:
+        """An arm, for sentences."""
+        return f"{self._file}: arm {arm}" if self._file else f"arm {arm}"
 
     @property
     def directory(self) -> Path:
@@ -201,7 +207,11 @@ class StudyConfig(Section):
     @field_validator("seeds", mode="before")
     @classmethod
     def _count(cls, value: Any) -> Any:
-        return list(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
+        if not isinstance(value, int) or isinstance(value, bool):
+            return value
+        if value < 1:
+            raise ValueError(f"{value} makes no run; give a number of seeds, at least 1, or a list of them")
+        return list(range(value))
 
     @model_validator(mode="after")
     def _possible(self) -> "StudyConfig":
@@ -302,9 +312,11 @@ def study_of(data: dict[str, Any], path: Path) -> StudyConfig:
             raise UserError(f"{path}: base must be a mapping of sections or the path of a config")
         data["base"] = configuration.build(nested(base), source=f"{path}: base")
     try:
-        return StudyConfig.model_validate(data)
+        study = StudyConfig.model_validate(data)
     except ValidationError as error:
         raise UserError(f"{path}: {_sentence(error, data)}") from None
+    study._file = str(path)
+    return study
 
 
 def _base_file(base: str, path: Path) -> Path:

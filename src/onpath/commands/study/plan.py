@@ -95,10 +95,12 @@ def arm_config(study: StudyConfig, arm: str) -> Config:
         tree["eval"]["also_at"] = [0.6, 0.0]
     if spec.kind == "teacher" and tree["teachers"]:
         raise UserError(
-            f"arm {arm}: there are several teachers, none of which knows all prompts; drop this arm"
+            f"{study.named(arm)}: there are several teachers, none of which knows all prompts; drop this arm"
         )
     if spec.kind == "teacher" and tree["teacher"]["engine"] == "chat":
-        raise UserError(f"arm {arm}: teacher.engine: chat has no weights here to evaluate; drop this arm")
+        raise UserError(
+            f"{study.named(arm)}: teacher.engine: chat has no weights here to evaluate; drop this arm"
+        )
     if spec.kind == "teacher":
         shared = {k: tree["teacher"][k] for k in ("model", "dtype", "trust_remote_code")}
         if shared["dtype"] == "float16":  # no dtype to train in, and this arm does not
@@ -106,11 +108,11 @@ def arm_config(study: StudyConfig, arm: str) -> Config:
         tree["student"] = {**shared, "device": tree["student"]["device"]}
     if spec.kind != "train":
         tree["method"] = evaluated_only(tree)
-        return configuration.build(tree, source=f"arm {arm}")
+        return configuration.build(tree, source=study.named(arm))
     method = spec.overrides.get("method")
     if isinstance(method, dict) and method.get("name", tree["method"]["name"]) != tree["method"]["name"]:
         tree["method"] = {}  # the options of another method mean nothing here
-    return configuration.build(merged(tree, spec.overrides), source=f"arm {arm}")
+    return configuration.build(merged(tree, spec.overrides), source=study.named(arm))
 
 
 def _tell_errors(sources: Iterable[str]) -> bool:
@@ -143,8 +145,8 @@ def check_alike(study: StudyConfig) -> None:
             ours, theirs = (getattr(c, section).model_dump() for c in (base, other))
             if key := next((k for k in ours if ours[k] != theirs[k]), None):
                 raise UserError(
-                    f"arm {name} has {section}.{key} {theirs[key]!r} and arm {study.base_arm} {ours[key]!r}: "
-                    "arms of one study share data and grader; make it another study"
+                    f"{study.named(name)} has {section}.{key} {theirs[key]!r} and arm {study.base_arm} "
+                    f"{ours[key]!r}: arms of one study share data and grader; make it another study"
                 )
 
 
@@ -169,9 +171,9 @@ def check_pilots(study: StudyConfig) -> None:
     for arm in piloted(study):
         if arm_config(study, arm).refresh is not None:
             raise UserError(
-                f"arm {arm} keeps rollouts (rollout.refresh), and the first step of a phase pays for all of "
-                "it: no pilot can measure a step; give it, and the arms that are matched to it, a budget in "
-                "updates"
+                f"{study.named(arm)} keeps rollouts (rollout.refresh), and the first step of a phase pays "
+                "for all of it: no pilot can measure a step; give it, and the arms that are matched to it, a "
+                "budget in updates"
             )
 
 
@@ -241,7 +243,7 @@ def _job(
     if "data" in changes:
         tree["data"]["eval"] = {}  # replaced, not laid over
     run = {"name": name, "dir": str(study.directory / folder)} | ({} if seed is None else {"seed": seed})
-    config = configuration.build(merged(merged(tree, changes), {"run": run}), source=f"arm {arm}")
+    config = configuration.build(merged(merged(tree, changes), {"run": run}), source=study.named(arm))
     return Job(arm=arm, seed=seed, config=config, trains=study.arms[arm].kind == "train")
 
 
