@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import PreTrainedTokenizerFast
 
 from onpath.commands.cli import main
 from onpath.commands.study.config import load_study
 from onpath.commands.study.plan import check_alike
 from onpath.config import Config, build, load
+from onpath.engines.student import shared_vocabulary
 from onpath.system.errors import UserError
 from onpath.training import train
 
@@ -157,6 +159,23 @@ def test_so_is_one_of_a_study(text: str, says: str, tmp_path: Path) -> None:
     path.write_text(text)
     with pytest.raises(UserError, match=f"^{re.escape(str(path))}: {says}"):
         check_alike(load_study(path))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_teacher_that_nobody_gave_is_said_to_be_the_default(
+    given: bool, model_dirs: dict[str, Path], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    teacher = {"model": "gym:teacher"} if given else {}
+    config = build(
+        {
+            "student": {"model": str(model_dirs["student"])},
+            "teacher": teacher,
+            "data": {"train": "rows.jsonl"},
+        }
+    )
+    named = "teacher.model: " if given else "teacher.model (not given, so gym:teacher): "
+    with pytest.raises(UserError, match=f"^{re.escape(named)}student and teacher must share one vocabulary"):
+        shared_vocabulary(config, tokenizer)
 
 
 def test_what_is_not_text_is_still_yaml() -> None:

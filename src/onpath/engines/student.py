@@ -93,7 +93,8 @@ def shared_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase) -> tup
     warnings = []
     for name, section in config.sharing_ids.items():
         key = f"{teacher_key(name)}.model"
-        check_vocabulary(ids, load_tokenizer(section, key).get_vocab(), key)
+        unset = f" (not given, so {section.model})" if "model" not in section.model_fields_set else ""
+        check_vocabulary(ids, load_tokenizer(section, key).get_vocab(), key + unset)
         if Path(locate(config.student.model)).resolve() == Path(locate(section.model)).resolve():
             warnings.append(
                 f"{key} is the student's own directory ({config.student.model}): "
