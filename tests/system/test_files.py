@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from onpath.system.errors import UserError
-from onpath.system.files import make_directory, remove_leftovers, write_text, written
+from onpath.system.files import make_directory, remove_leftovers, unwritable, write_text, written
 
 
 def names(directory: Path) -> list[str]:
@@ -162,3 +162,8 @@ def test_weights_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
 def test_what_has_no_name_is_not_written(name: str) -> None:
     with pytest.raises(UserError, match="is a directory; name what is to be written there"):
         write_text(Path(name), "a")
+
+
+@pytest.mark.parametrize(("number", "cure"), [(2, "choose another place"), (28, "free some space")])
+def test_space_is_asked_for_where_it_lacks(number: int, cure: str) -> None:
+    assert cure in str(unwritable(Path("a"), OSError(number, "Why")))

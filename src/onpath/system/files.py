@@ -15,7 +15,8 @@ _MARK = ".tmp-"
 _BEFORE = ".before"
 """Ends the name of a directory that makes room for its successor: a process killed right then leaves it."""
 
-_NOT_OURS = (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)
+"""What space would cure; a library's own exception has no number."""
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095
 """Bytes; of all common file systems."""
 
@@ -149,7 +150,7 @@ def unwritable(path: Path, error: Exception, *, what: str = "") -> UserError:
     """The sentence for a disk that is full or not ours to write on."""
     reason = str(getattr(error, "strerror", None) or error).split("\n")[0]
     deed = f"cannot write {what}" if what else "cannot write"
-    if getattr(error, "errno", None) in _NOT_OURS:
+    if getattr(error, "errno", None) not in _FULL:
         return UserError(f"{path}: {deed}: {reason}; choose another place, or make this one writable")
     return UserError(f"{path}: {deed}: {reason}; free some space and start the same command again")
 
