@@ -110,6 +110,8 @@ OPTIONS: tuple[tuple[str, Any, str], ...] = (
     ("rollout.stop", [5], "rollout.stop"),
     ("rollout.stop", ["x"] * 10_000, "rollout.stop"),
     ("rollout.stop", ["\ud800"], "half a character"),
+    ("rollout.stop", ["\\n"], "in double quotes YAML reads the character"),
+    ("rollout.stop", ["\\r\\n\\n"], "in double quotes"),
     ("rollout.stop_ids", [-1], "token ids are 0 or above"),
     ("rollout.stop_ids", ["<eos>"], "rollout.stop_ids"),
     ("rollout.batch_tokens", 0, "rollout.batch_tokens is 0"),

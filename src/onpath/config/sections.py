@@ -207,6 +207,7 @@ class Refresh(Section):
 
 
 NEVER = Refresh()
+_ESCAPES = re.compile(r"(\\[nrt])+")
 
 
 class RolloutSection(Served):
@@ -277,6 +278,12 @@ class RolloutSection(Served):
     def _not_empty(cls, value: list[str]) -> list[str]:
         if "" in value:
             raise ValueError("an empty text would end every response at once")
+        for text in value:
+            if _ESCAPES.fullmatch(text):
+                raise ValueError(
+                    f"{text} is a backslash and a letter here; in double quotes YAML reads the character: "
+                    f'"{text}", on the command line \'"{text}"\''
+                )
         return value
 
     @field_validator("stop_ids")
