@@ -375,6 +375,29 @@ def test_a_tracker_that_fails_ends_no_run(
     assert capfd.readouterr().err.count(said) == 1
 
 
+@pytest.mark.parametrize("when", ["__init__", "close"])
+def test_a_tracker_that_cannot_begin_or_end_ends_no_run(
+    when: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Down:
+        def __init__(self, directory: Path, name: str, config: Any) -> None:
+            if when == "__init__":
+                raise RuntimeError("no route to host")
+
+        def log(self, values: Any, step: int) -> None:
+            assert when == "close"
+
+        def close(self) -> None:
+            raise RuntimeError("no route to host")
+
+    monkeypatch.setitem(log._TRACKERS, "tensorboard", Down)
+    run = train(tiny(run__trackers=["tensorboard"], data__eval={}), quiet=True)
+    assert run.model.is_dir()
+    who = "tensorboard" if when == "__init__" else "Down"
+    said = f"run.trackers: {who} fails (RuntimeError: no route to host) and is left out"
+    assert capfd.readouterr().err.count(said) == 1
+
+
 def test_a_damaged_newer_checkpoint_costs_no_sound_one(tmp_path: Path) -> None:
     for step in (5, 6, 10):
         (tmp_path / f"step_{step}").mkdir()

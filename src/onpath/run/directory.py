@@ -32,6 +32,7 @@ from onpath.run.log import (
     JsonLines,
     Tracker,
     check_trackers,
+    close_trackers,
     flatten,
     open_trackers,
     read_lines,
@@ -171,8 +172,7 @@ class Run:
             with suppress(Exception):
                 self.saving.wait(patience=_PATIENCE)
         self.parts.close()
-        for tracker in self.trackers:
-            tracker.close()
+        close_trackers(self.trackers)
         if self.held is not None:
             os.close(self.held)
 

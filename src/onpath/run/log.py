@@ -5,7 +5,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TextIO, cast
@@ -184,10 +185,24 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def open_trackers(names: Sequence[str], *, directory: Path, name: str, config: Metrics) -> list[Tracker]:
-    """The trackers asked for; `check_trackers` has seen that they are there."""
-    return [
-        (_own_tracker(key) if code.is_own(key) else _TRACKERS[key])(directory, name, config) for key in names
-    ]
+    """The trackers asked for; `check_trackers` has seen that they are there. One that fails is left out, with
+    a sentence."""
+    found: list[Tracker] = []
+    for key in names:
+        make = _own_tracker(key) if code.is_own(key) else _TRACKERS[key]
+        with _spared(key):
+            found.append(make(directory, name, config))
+    return found
+
+
+@contextmanager
+def _spared(name: str) -> Iterator[None]:
+    """What a tracker raises is said: a run does not end for it, and JSON lines have it all."""
+    try:
+        yield
+    except Exception as error:
+        said = dict.fromkeys([type(error).__name__, first_line(error)])
+        say(f"run.trackers: {name} fails ({': '.join(filter(None, said))}) and is left out")
 
 
 def _own_tracker(name: str) -> Callable[[Path, str, Metrics], Tracker]:
@@ -202,15 +217,19 @@ def _own_tracker(name: str) -> Callable[[Path, str, Metrics], Tracker]:
 
 
 def tell(trackers: list[Tracker], values: dict[str, float], step: int) -> None:
-    """Logs to each. One that fails is said once and dropped: a run does not end for it, and JSON lines have
-    it all."""
+    """Logs to each. One that fails is said once and dropped."""
     for tracker in list(trackers):
-        try:
+        trackers.remove(tracker)
+        with _spared(type(tracker).__name__):
             tracker.log(values, step)
-        except Exception as error:
-            trackers.remove(tracker)
-            kind = type(tracker).__name__
-            say(f"run.trackers: {kind} fails ({type(error).__name__}: {first_line(error)}) and is left out")
+            trackers.append(tracker)
+
+
+def close_trackers(trackers: Sequence[Tracker]) -> None:
+    """Lets each write what it holds."""
+    for tracker in trackers:
+        with _spared(type(tracker).__name__):
+            tracker.close()
 
 
 def flatten(row: Metrics, prefix: str = "") -> dict[str, float]:
