@@ -718,6 +718,32 @@ FAULTY: list[tuple[str, str, bool]] = [
 ]  # fmt: skip
 
 
+MADE_OTHERWISE = {
+    "frozen": "@dataclass(frozen=True)\nclass Mine(Method):\n    options: object\n    tools: object\n" + GOOD,
+    "on the instance": """class Mine(Method):
+    def __init__(self, options, tools):
+        super().__init__(options, tools)
+        self.prepare = self._made
+    def _made(self, rollouts, *, step):
+        return Prepared(trajectories=[own_response(r) for r in rollouts])
+""",
+    "a builtin": "class Mine(Method):\n    state = dict\n" + GOOD,
+}
+
+
+@pytest.mark.parametrize("how", MADE_OTHERWISE)
+def test_a_method_may_be_made_otherwise(how: str, tiny: Tiny, tmp_path: Path) -> None:
+    """A frozen dataclass, prepare chosen by the instance, a hook whose arguments nobody can look up."""
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from dataclasses import dataclass\n"
+        "from onpath.methods import Method, Prepared, own_response\n" + MADE_OTHERWISE[how]
+    )
+    tree = tiny(optim__steps=1).model_dump(mode="json") | {"method": {"name": f"{path}:Mine"}}
+    with code.allowed(True):
+        assert onpath.train(build(tree), quiet=True).steps == 1
+
+
 @pytest.mark.parametrize(("body", "expected", "frames"), FAULTY)
 def test_a_method_that_fails_is_named(
     body: str, expected: str, frames: bool, tiny: Tiny, outside: Path, capsys: pytest.CaptureFixture[str]

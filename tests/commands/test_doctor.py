@@ -122,7 +122,7 @@ def test_a_rate_that_is_too_high_is_seen(
 
 def test_the_bundled_student_s_rate_is_named_where_it_is_another_s(tiny: Tiny) -> None:
     tree = tiny().model_dump(mode="json")
-    said = "optim.lr is not given: 0.0005 is the bundled student's"
+    said = "optim.lr is 0.0005, the default, which is the bundled student's"
     assert not any(said in warning for warning in assemble(build(tree)).warnings)
     del tree["optim"]["lr"]
     assert any(said in warning for warning in assemble(build(tree)).warnings)

@@ -35,7 +35,7 @@ def test_a_mark_names_an_option_and_its_values(section: type[Section]) -> None:
         ({"method": {"support_k": 8}}, "method.support_k", "method.support: teacher_topk or "),
         ({"method": {"beta": 0.3}}, "method.beta", "method.divergence: jensen_shannon"),
         ({"method": {"name": "truncate", "share": 0.2}}, "method.share", "method.stop_when: share"),
-        ({"method": {"name": "trd", "gate": False, "gate_prompts": 8}}, "method.gate_prompts", "method.gate"),
+        ({"method": {"name": "trd", "weights": "ema"}}, "method.weights", "method.teacher: self"),
         ({"student": {"lora_alpha": 8}}, "student.lora_alpha", "student.lora_rank"),
         ({"teacher": {"cache_gb": 3}}, "teacher.cache_gb", "teacher.cache"),
         ({"optim": {"schedule": "constant", "min_lr_ratio": 0.1}}, "optim.min_lr_ratio", "optim.schedule: c"),

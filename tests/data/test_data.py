@@ -417,26 +417,26 @@ def test_a_column_that_no_row_has(write: Callable[..., str]) -> None:
     assert load_prompts("gym:test", limit=1, columns=columns).prompts[0].answer
 
 
-def test_prompts_that_do_not_fit_are_bad_rows(tiny: Callable[..., Config], tmp_path: Path) -> None:
-    """Left out of pool and evaluation sets alike, and counted with the unreadable ones."""
-    path = tmp_path / "rows.jsonl"
+def test_training_prompts_that_do_not_fit_are_bad_rows(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    """Left out and counted with the unreadable ones; an evaluation is never made over fewer problems."""
+    path, short = tmp_path / "rows.jsonl", tmp_path / "short.jsonl"
     rows = [{"prompt": "1" * (600 if i in (3, 7) else 1 + i), "answer": "1"} for i in range(12)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "not JSON\n")
-    options: dict[str, Any] = {"data__train": str(path), "data__eval": {"test": str(path)}}
-    options["data__eval_limit"] = None
+    short.write_text("".join(json.dumps(row) + "\n" for row in rows[8:]))
+    options: dict[str, Any] = {"data__train": str(path), "data__eval": {"test": str(short)}}
     with pytest.raises(UserError, match=r"line 13"):
         assemble(tiny(**options))
     prompts = assemble(tiny(**options, data__skip_bad=True)).prompts
-    assert (prompts.skipped, prompts.skipped_evals) == (3, {"test": 3})
-    assert len(prompts.pool) == len(prompts.evals["test"]) == 10
-    assert max(len(p.question) for p in (*prompts.pool, *prompts.evals["test"])) == 12
+    assert (prompts.skipped, prompts.skipped_evals) == (3, {})
+    assert (len(prompts.pool), max(len(p.question) for p in prompts.pool)) == (10, 12)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(
-        UserError, match=r"does not fit .* of 512, as 2 of 12 do not: drop them, by data\.skip"
-    ):
+    with pytest.raises(UserError, match=r"does not fit .* of 512, as 2 of 12 do not: drop them, or data.s"):
         assemble(tiny(**options))
     with pytest.raises(UserError, match=r"rollout\.prompts is 11, but there are only 10"):
         assemble(tiny(**options, data__skip_bad=True, rollout__prompts=11))
-    found = {f.name: f for f in diagnose(tiny(**options, data__skip_bad=True))}["context"]
-    assert found.status == "warning"
-    assert "4 of 24 prompts are left out" in found.message
+    found = {f.name: f for f in diagnose(tiny(**options, data__skip_bad=True))}
+    assert (found["context"].status, found["models"].status) == ("ok", "ok")
+    assert {f.name: f for f in diagnose(tiny(**options))}["context"].status == "fail"
+    options |= {"data__eval": {"test": str(path)}, "data__eval_limit": None}
+    with pytest.raises(UserError, match=r"as 2 of 12 do not: drop them$"):
+        assemble(tiny(**options, data__skip_bad=True))

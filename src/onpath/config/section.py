@@ -50,8 +50,9 @@ class Section(BaseModel):
         found = {}
         for name, info in type(self).model_fields.items():
             mark = next((m for m in info.metadata if isinstance(m, GoesWith)), None)
-            is_set = getattr(self, name) != info.get_default(call_default_factory=True)
-            if mark and is_set and (needs := mark.unless(getattr(self, mark.option))):
+            if mark is None or getattr(self, name) == info.get_default(call_default_factory=True):
+                continue
+            if needs := mark.unless(getattr(self, mark.option)):
                 found[name] = needs
         return found
 

@@ -181,7 +181,7 @@ class Data(Section):
             if not _NAME.fullmatch(name):
                 raise ValueError(f"{name[:60]!r} is no name for a split: letters, digits, . _ and - are")
             if not value[name]:
-                raise ValueError(f"{name} is empty; name its source, as for data.train")
+                raise ValueError(f"the source of {name!r} is empty; name it, as for data.train")
         return value
 
     @model_validator(mode="before")

@@ -45,12 +45,13 @@ def make_method(options: MethodOptions, tools: Tools) -> Method:
     modules = {c.__module__ for c in owner.__mro__ if not c.__module__.startswith("onpath.")}
     with code.blamed(f"{name}: __init__", modules):
         method = owner(options, tools)
-    if owner.prepare is Method.prepare:
+    if getattr(method.prepare, "__func__", None) is Method.prepare:
         raise UserError(f"{name}: it has no prepare(self, rollouts, *, step)")
     for hook in _HOOKS:
         own = getattr(method, hook)
         _check_takes(f"{name}: {hook}", own, getattr(Method, hook))
-        setattr(method, hook, code.blamed(f"{name}: {hook}", modules)(own))
+        # Past a __setattr__ of its own, such as a frozen dataclass's.
+        object.__setattr__(method, hook, code.blamed(f"{name}: {hook}", modules)(own))
     return method
 
 
@@ -60,7 +61,11 @@ def _check_takes(what: str, own: Callable[..., Any], ours: Callable[..., Any]) -
     named = {p.name: p for p in asked if p.kind is p.KEYWORD_ONLY}
     placed = [p.name for p in asked if p.name not in named]
     try:
-        inspect.signature(own).bind(*placed, **named)
+        takes = inspect.signature(own)
+    except ValueError:  # a builtin's, which nobody can tell
+        return
+    try:
+        takes.bind(*placed, **named)
     except TypeError:
         told = ", ".join(["self", *placed, *(["*", *named] if named else [])])
         raise UserError(f"{what} must take ({told}), as docs/extending.md says") from None

@@ -186,11 +186,13 @@ def warnings_of(config: Config, prompts: Prompts, renderer: Renderer, stops: Sto
 
 def rate_warning(config: Config) -> str | None:
     """Where the rate is the bundled student's by default."""
-    if "lr" in config.optim.model_fields_set or task_of(config.student.model) is not None:
+    section, own = config.optim, task_of(config.student.model) is not None
+    default = section.lr == type(section).model_fields["lr"].default
+    if own or not default or ("lr" in section.model_fields_set and config.student.lora_rank):
         return None
     return (
-        f"optim.lr is not given: {config.optim.lr:g} is the bundled student's; pretrained models want about "
-        "5e-6 for all weights, 1e-4 for LoRA"
+        f"optim.lr is {section.lr:g}, the default, which is the bundled student's; pretrained models want "
+        "about 5e-6 for all weights, 1e-4 for LoRA"
     )
 
 

@@ -1,7 +1,7 @@
 """The prompts of a run, read and checked before a model trains."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -97,14 +97,23 @@ def load_pool(config: Config) -> LoadedPrompts:
         teachers=tuple(config.teachers),
         refuses=refuses(config.eval.grader),
     )
-    used = {*config.method.asks_teachers, *(prompt.teacher for prompt in pool.prompts)}
+    check_taught(config, pool.prompts)
+    return pool
+
+
+def check_taught(config: Config, pool: Sequence[Prompt]) -> None:
+    """Of several teachers each has a prompt.
+
+    Raises:
+        UserError: one has none.
+    """
+    used = {*config.method.asks_teachers, *(prompt.teacher for prompt in pool)}
     used |= {one for name, weights in config.mixtures.items() if name in used for one in weights}
     if idle := [name for name in config.teachers if name not in used]:
         raise UserError(
-            f"teachers.{idle[0]}: none of the {len(pool.prompts)} rows of {data.train} names it in "
-            f"{data.teacher_column!r} (data.teacher_column); take it out, or mend the column"
+            f"teachers.{idle[0]}: none of the {len(pool)} rows of {config.data.train} names it in "
+            f"{config.data.teacher_column!r} (data.teacher_column); take it out, or mend the column"
         )
-    return pool
 
 
 def load_evals(config: Config) -> dict[str, LoadedPrompts]:
@@ -200,51 +209,42 @@ def fitting(
     """Every prompt and its response must fit the model before the first step, not at the thousandth.
 
     Returns:
-        The prompts, with data.skip_bad but for those that do not fit; and the most tokens of one.
+        The prompts, with data.skip_bad but for training prompts that do not fit (evaluations stay what they
+        are); and the most tokens of one.
 
     Raises:
         UserError: one does not fit, or too few do; or one cannot be rendered, or not twice alike.
     """
     if renderer.ids(prompts.pool[0]) != renderer.ids(prompts.pool[0]):
         raise UserError("the chat template renders the same prompt differently each time; take its dice out")
-    fits, rows = context_length(student.config), head_of(student).vocabulary
+    data, fits, rows = config.data, context_length(student.config), head_of(student).vocabulary
 
-    def that_fit(some: Sequence[Prompt], new: int, lower: str, source: str) -> list[tuple[int, Prompt]]:
-        sized = [(_tokens(renderer, prompt, rows), prompt) for prompt in some]
-        if not (long := [(n, prompt) for n, prompt in sized if n + new > fits]):
-            return sized
-        n, prompt = long[0]
-        said = (
-            f"{source}: prompt {prompt.id!r} has {n} tokens; with {new} new ones it does not fit the "
-            f"student's context of {fits}, as {len(long)} of {len(sized)} do not: "
-        )
-        if len(long) == len(sized):
-            raise UserError(said + f"lower {lower}, or take shorter prompts")
-        if not config.data.skip_bad:
-            lowered = "" if n >= fits else f", or lower {lower}"
-            raise UserError(f"{said}drop them, by data.skip_bad: true if you like{lowered}")
-        return [(n, prompt) for n, prompt in sized if n + new <= fits]
+    def sized(some: Sequence[Prompt], new: int, lower: str, source: str, *, trained: bool) -> list[int]:
+        sizes = [_tokens(renderer, prompt, rows) for prompt in some]
+        long = [i for i, size in enumerate(sizes) if size + new > fits]
+        if long and not (trained and data.skip_bad and len(long) < len(sizes)):
+            remedies = [] if len(long) == len(sizes) else ["drop them"]
+            remedies += ["data.skip_bad: true"] if trained and not data.skip_bad else []
+            remedies += [f"lower {lower}"] if sizes[long[0]] < fits else []
+            raise UserError(
+                f"{source}: prompt {some[long[0]].id!r} has {sizes[long[0]]} tokens; with {new} new ones it "
+                f"does not fit the student's context of {fits}, as {len(long)} of {len(sizes)} do not: "
+                + (", or ".join(remedies) or "take shorter ones")
+            )
+        return sizes
 
     new, lower = max(config.longest_response, config.method.longest_generated, key=lambda limit: limit[0])
-    pool = that_fit(prompts.pool, new, lower, config.data.train)
-    prompts_of_step([p for _, p in pool], size=config.rollout.prompts, seed=0, step=0)  # enough are left
-    asked, lower = config.eval.sampling().max_new_tokens, "eval.max_new_tokens"
-    evals = {
-        split: that_fit(problems, asked, lower, config.data.eval[split])
-        for split, problems in prompts.evals.items()
-    }
-    skipped_evals = {
-        split: count
-        for split, problems in prompts.evals.items()
-        if (count := prompts.skipped_evals.get(split, 0) + len(problems) - len(evals[split]))
-    }
-    left = Prompts(
-        pool=tuple(p for _, p in pool),
-        evals={split: tuple(p for _, p in some) for split, some in evals.items()},
-        skipped=prompts.skipped + len(prompts.pool) - len(pool),
-        skipped_evals=skipped_evals,
-    )
-    return left, max(n for some in (pool, *evals.values()) for n, _ in some)
+    sizes = sized(prompts.pool, new, lower, data.train, trained=True)
+    pool = tuple(p for p, size in zip(prompts.pool, sizes, strict=True) if size + new <= fits)
+    if len(pool) < len(prompts.pool):
+        prompts_of_step(pool, size=config.rollout.prompts, seed=0, step=0)  # enough are left
+        check_taught(config, pool)
+    most = [max(size for size in sizes if size + new <= fits)]
+    for split, problems in prompts.evals.items():
+        asked = config.eval.sampling().max_new_tokens
+        most += sized(problems, asked, "eval.max_new_tokens", data.eval[split], trained=False)
+    skipped = prompts.skipped + len(prompts.pool) - len(pool)
+    return replace(prompts, pool=pool, skipped=skipped), max(most)
 
 
 def _tokens(renderer: Renderer, prompt: Prompt, rows: int) -> int:

@@ -213,7 +213,12 @@ def _of_data(config: Config, refused: str | None) -> Iterator[Finding]:
         yield about(name, tokens.specials(student, teacher))
         look = partial(tokens.template, config, renderer, theirs, everything)
         yield about(name, guarded("template", look))
-    yield guarded("context", lambda: tokens.context(config, renderer, everything, _rooms(config)))
+    rooms = _rooms(config)
+    if config.data.skip_bad and (student_room := rooms.get("student")):  # a run leaves out what does not fit
+        new = max(config.longest_response[0], config.method.longest_generated[0])
+        fit = [p for p in pool if len(renderer.ids(p)) + new <= student_room] or list(pool)
+        everything = [*fit, *everything[len(pool) :]]
+    yield guarded("context", lambda: tokens.context(config, renderer, everything, rooms))
 
 
 def _of_models(parts: Parts) -> Iterator[Finding]:
@@ -290,8 +295,10 @@ def _undecorated(config: Config) -> Config:
     sample in the background."""
     rollout = config.rollout.model_copy(update={"overlap": False, "refresh": "always"})
     plain: dict[str, Any] = {"method": config.method.without_traces(), "rollout": rollout}
-    plain["teacher"] = config.teacher.model_copy(update={"cache": None})
-    plain["teachers"] = {k: t.model_copy(update={"cache": None}) for k, t in config.teachers.items()}
+    kept = Teacher()
+    no_store = {"cache": None, "cache_dtype": kept.cache_dtype, "cache_gb": kept.cache_gb}
+    plain["teacher"] = config.teacher.model_copy(update=no_store)
+    plain["teachers"] = {k: t.model_copy(update=no_store) for k, t in config.teachers.items()}
     return config.model_copy(update=plain)
 
 

@@ -1,9 +1,11 @@
 """What a run costs: one real step, timed and measured, against the memory, disk and hours there are."""
 
+import math
 import os
 import resource
 import shutil
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,13 +80,20 @@ def measure(parts: Parts, probe: Probe) -> Cost:
         scale=scale,
         peak_bytes=peak,
         room_bytes=_room(parts.models.device),
-        moved_nats=(sum(before) - sum(_logps(parts, probe))) / max(1, len(before)),
+        moved_nats=_apart(before, _logps(parts, probe)),
     )
 
 
 def _logps(parts: Parts, probe: Probe) -> list[float]:
     rows = student_logps(parts, as_they_are(probe.rollouts[:_ROLLOUTS]))
     return [value for row in rows for value in row]
+
+
+def _apart(before: Sequence[float], after: Sequence[float]) -> float:
+    """KL(before ‖ after) a token, by log-probs of tokens drawn from `before`: the mean of r − 1 − log r with
+    r = p_after / p_before. Never below 0; r − 1, whose mean is 0, takes noise out of the log-ratio."""
+    logs = [min(now - then, 50.0) for then, now in zip(before, after, strict=True)]
+    return sum(math.expm1(log) - log for log in logs) / max(1, len(logs))
 
 
 def rate(parts: Parts, cost: Cost) -> Finding:

@@ -200,8 +200,7 @@ def context(config: Config, renderer: Renderer, prompts: Sequence[Prompt], rooms
         rooms: most positions of each model.
     """
     longest_texts = sorted(prompts, key=lambda p: len(p.question), reverse=True)[:500]
-    lengths = [len(renderer.ids(p)) for p in longest_texts]
-    longest = max(lengths)
+    longest = max(len(renderer.ids(p)) for p in longest_texts)
     asked = config.eval.sampling().max_new_tokens if config.data.eval else 0
     new = max(config.longest_response[0], asked, config.method.longest_generated[0])
     if not rooms:
@@ -211,10 +210,6 @@ def context(config: Config, renderer: Renderer, prompts: Sequence[Prompt], rooms
     if longest + new > room:
         message = f"a prompt of {longest} tokens and {new} new ones do not fit the {side}'s context of {room}"
         advice = "drop long prompts, or lower rollout.max_new_tokens and eval.max_new_tokens"
-        over = sum(length + new > room for length in lengths)
-        if config.data.skip_bad and over < len(longest_texts):
-            message += f"; {over} of {len(prompts)} prompts are left out (data.skip_bad)"
-            return Finding(name="context", status="warning", message=message, advice=advice, values=values)
         return Finding(name="context", status="fail", message=message, advice=advice, values=values)
     message = f"longest prompt {longest} tokens + {new} new ones, in a context of {room} ({side})"
     return Finding(name="context", status="ok", message=message, values=values)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from onpath import config as configuration
 from onpath.commands.study.plan import Job, differing, evaluated_only, made_with, questions
+from onpath.config.sections import Student
 
 
 def as_made(job: Job) -> Job:
@@ -39,7 +40,8 @@ def _evaluation(study: Path, job: Job, run: Job) -> Job:
     tree = job.config.model_dump(mode="json")
     tree["run"] |= {"dir": str(folder)}
     if job.trains:
-        tree["student"] |= {"model": str(run.directory / "model"), "lora_rank": 0}
+        lora = {name: value for name, value in Student().model_dump().items() if name.startswith("lora_")}
+        tree["student"] |= {**lora, "model": str(run.directory / "model")}
         tree["method"] = evaluated_only(tree)
         tree["rollout"] |= {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "overlap": False}  # as that demands
     config = configuration.build(tree, source=f"evaluation of {job.name}")

@@ -70,9 +70,9 @@ class TRDOptions(MethodOptions):
     """fork: smallest transport distance of the two windows."""
     gate: Annotated[bool, NEUTRAL] = True
     """Before training, rewrite a sample of real rollouts and refuse to go on if that harms them."""
-    gate_prompts: Annotated[int, NEUTRAL, GoesWith("gate")] = Field(64, ge=1)
+    gate_prompts: Annotated[int, NEUTRAL] = Field(64, ge=1)
     """Rollouts that the gate rewrites."""
-    gate_max_harm: Annotated[float, NEUTRAL, GoesWith("gate")] = Field(0.1, ge=0, le=1)
+    gate_max_harm: Annotated[float, NEUTRAL] = Field(0.1, ge=0, le=1)
     """Largest accepted share of right attempts that the rewriter turns wrong."""
     epistemic: tuple[str, ...] | None = None
     """Words whose teacher probability is logged as epistemic mass; null: the gym's onset or TRD's list."""
