@@ -558,9 +558,11 @@ def test_few_references_tell_the_papers_rule(topd: Callable[..., Parts]) -> None
     ("options", "warned"), [({}, False), ({"mass": "row"}, True), ({"mass": "row", "plan": "spliced"}, False)]
 )
 def test_row_mass_is_warned_of(options: Any, warned: bool, topd: Callable[..., Parts]) -> None:
-    said = [w for w in topd(**options).warnings if "method.mass" in w]
+    warnings = topd(**options).warnings
+    said = [w for w in warnings if "method.mass: row" in w]
     assert len(said) == warned
     assert not warned or "literal" in said[0]
+    assert sum("method.mass has no effect" in w for w in warnings) == ("plan" in options)
 
 
 def test_first_tokens_cut_candidates_and_guidance(topd: Callable[..., Parts]) -> None:
