@@ -223,8 +223,8 @@ def fitting(
         sizes = [_tokens(renderer, prompt, rows) for prompt in some]
         long = [i for i, size in enumerate(sizes) if size + new > fits]
         if long and not (trained and data.skip_bad and len(long) < len(sizes)):
-            remedies = [] if len(long) == len(sizes) else ["drop them"]
-            remedies += ["data.skip_bad: true"] if trained and not data.skip_bad else []
+            leaves_out = ["drop them", *(["data.skip_bad: true"] if trained and not data.skip_bad else [])]
+            remedies = leaves_out if len(long) < len(sizes) else []  # else none would be left
             remedies += [f"lower {lower}"] if sizes[long[0]] < fits else []
             raise UserError(
                 f"{source}: prompt {some[long[0]].id!r} has {sizes[long[0]]} tokens; with {new} new ones it "
