@@ -234,6 +234,12 @@ class Config(Section):
         return most + window - 1, f"rollout.max_new_tokens or {option}"
 
     @property
+    def longest_generated(self) -> tuple[int, str]:
+        """Most tokens behind a training prompt, what the method asks for beside the rollout included; and the
+        options that say so."""
+        return max(self.longest_response, self.method.longest_generated, key=lambda limit: limit[0])
+
+    @property
     def mixtures(self) -> dict[str, dict[str, float]]:
         """Of each teacher that is a mixture of others its name, and their weights."""
         return {

@@ -233,7 +233,7 @@ def fitting(
             )
         return sizes
 
-    new, lower = max(config.longest_response, config.method.longest_generated, key=lambda limit: limit[0])
+    new, lower = config.longest_generated
     sizes = sized(prompts.pool, new, lower, data.train, trained=True)
     pool = tuple(p for p, size in zip(prompts.pool, sizes, strict=True) if size + new <= fits)
     if len(pool) < len(prompts.pool):

@@ -215,8 +215,8 @@ def _of_data(config: Config, refused: str | None) -> Iterator[Finding]:
         yield about(name, guarded("template", look))
     rooms = _rooms(config)
     if config.data.skip_bad and (student_room := rooms.get("student")):  # a run leaves out what does not fit
-        new = max(config.longest_response[0], config.method.longest_generated[0])
-        fit = [p for p in pool if len(renderer.ids(p)) + new <= student_room] or list(pool)
+        room = student_room - config.longest_generated[0]
+        fit = [p for p in pool if len(renderer.ids(p)) <= room] or list(pool)
         everything = [*fit, *everything[len(pool) :]]
     yield guarded("context", lambda: tokens.context(config, renderer, everything, rooms))
 

@@ -202,7 +202,7 @@ def context(config: Config, renderer: Renderer, prompts: Sequence[Prompt], rooms
     longest_texts = sorted(prompts, key=lambda p: len(p.question), reverse=True)[:500]
     longest = max(len(renderer.ids(p)) for p in longest_texts)
     asked = config.eval.sampling().max_new_tokens if config.data.eval else 0
-    new = max(config.longest_response[0], asked, config.method.longest_generated[0])
+    new = max(config.longest_generated[0], asked)
     if not rooms:
         return skipped("context", "the models' configs name no context length")
     side, room = min(rooms.items(), key=lambda item: item[1])
