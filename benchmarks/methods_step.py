@@ -33,6 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "topd": {"name": "topd"},
     "topd, spliced": {"name": "topd", "plan": "spliced"},
     "relay": {"name": "relay"},
+    "relay, from start": {"name": "relay", "from_start": True},
     "branch": {"name": "branch"},
     "bridge": {"name": "bridge"},
     "trd": {"name": "trd", "gate": False, "diagnose_every": 0},

@@ -122,11 +122,17 @@ class Rollout:
     """Which of the prompt's n samples this is."""
     place: int = 0
     """Its index among the rollouts that were generated together: what joins it to its verdict."""
+    writers: Writers = ()
+    """Who wrote each token, where others than the student did; empty: it wrote all."""
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.logprobs):
             raise ValueError(
                 f"rollout of {self.prompt.id!r}: {len(self.ids)} ids, {len(self.logprobs)} logprobs"
+            )
+        if self.writers and len(self.ids) != len(self.writers):
+            raise ValueError(
+                f"rollout of {self.prompt.id!r}: {len(self.ids)} ids, {len(self.writers)} writers"
             )
 
     @property
@@ -151,6 +157,7 @@ class Rollout:
             ids=self.ids[:at] + completion.ids,
             logprobs=self.logprobs[:at] + completion.logprobs,
             finish_reason=completion.finish_reason,
+            writers=self.writers and self.writers[:at] + all_by("student", len(completion.ids)),
         )
 
 

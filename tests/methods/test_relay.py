@@ -24,7 +24,7 @@ from onpath.run.parts import Parts
 from onpath.system.draws import noise
 from onpath.system.errors import UserError
 from onpath.training import one_step, sample
-from tests.methods.family import Tiny, logp_after, logps_along, parts_of, prepared
+from tests.methods.family import Tiny, logp_after, logps_along, options_of, parts_of, prepared
 from tests.stepping import Recorder, flat, step_on
 
 Written = tuple[tuple[int, ...], tuple[str, ...]]
@@ -87,9 +87,51 @@ def test_it_is_the_plain_loop(
     assert replaced > 8
     assert bool(asked) is (hold == 0)
     assert done.totals["student_tokens_generated"] > 0
+    if window is not None:
+        known = [t for t in done.trajectories if done.kept.teacher_hidden(collate([t])) is not None]
+        assert any("teacher" in t.written_by for t in known)
     assert any(len(t.edit.detail.get("places", [])) > 1 for t in done.trajectories), "several legs"
     assert replaced <= done.totals["teacher_tokens_generated"] <= replaced + 3 * hold  # the limit cuts some
     assert token_count(done.trajectories) == sum(len(t.response) for t in done.trajectories)
+
+
+@pytest.mark.parametrize(("delta", "legs"), [(1.0, None), (3.0, None), (0.5, 2)])
+def test_from_the_start_is_the_same_loop(delta: float, legs: int | None, tiny: Tiny) -> None:
+    """Token by token what relaying finished rollouts gives, with several samples of a prompt; the teacher's
+    states serve the loss; less is generated."""
+    given = {"name": "relay", "delta": delta, "legs": legs}
+    options = options_of(given) | {"rollout__n": 2, "rollout__max_new_tokens": 20}
+    after, both = (assemble(tiny(**options, method__from_start=on)) for on in (False, True))
+    ys, zs = sample(after, 0), sample(both, 0)
+    assert [z.key for z in zs] == [y.key for y in ys]
+    made = [p.method.prepare(some, step=0) for p, some in ((after, ys), (both, zs))]
+    told = [[(t.response, t.written_by, t.edit.detail.get("places")) for t in m.trajectories] for m in made]
+    assert told[1] == told[0]
+    assert [(z.ids, z.writers) for z in zs] == [(t.response, t.written_by) for t in made[1].trajectories]
+    assert all(t.origin is z for t, z in zip(made[1].trajectories, zs, strict=True))
+    for t, other in zip(*(m.trajectories for m in made), strict=True):
+        assert t.behaviour_logprobs == pytest.approx(other.behaviour_logprobs, abs=1e-4)
+    batch = collate(made[1].trajectories)
+    theirs = [teacher_states(both.models, batch, m) for m in (made[1], replace(made[1], kept=Kept()))]
+    assert made[1].kept.has_scored(made[1].trajectories)
+    torch.testing.assert_close(theirs[0].hidden, theirs[1].hidden, rtol=1e-4, atol=1e-5)
+    extra = [m.totals["student_tokens_generated"] for m in made]
+    assert sum(len(z.ids) for z in zs) + extra[1] < sum(len(y.ids) for y in ys) + extra[0]
+    taught = sum(t.written_by.count("teacher") for t in made[1].trajectories)
+    assert made[1].totals["teacher_tokens_generated"] == taught > 0
+    again = both.method.prepare(ys, step=0)  # rollouts of the student's own: as ever
+    assert [t.response for t in again.trajectories] == [t.response for t in made[0].trajectories]
+
+
+def test_from_the_start_trains_as_relaying_afterwards_does(tiny: Tiny) -> None:
+    given = {"name": "relay", "delta": 1.0}
+    steps = []
+    for on in (False, True):
+        parts = parts_of(tiny, **given, from_start=on)
+        optimizer = Recorder(parts.models.student)
+        one_step(parts, optimizer, 0)
+        steps.append(flat(optimizer.gradients))
+    torch.testing.assert_close(*steps, rtol=1e-3, atol=1e-6)
 
 
 def test_batches_do_not_matter(tiny: Tiny) -> None:
@@ -248,11 +290,33 @@ def test_no_response_outgrows_the_students_context(tiny: Tiny) -> None:
         ({"divergence": "sampled"}, "use reverse_kl"),
         ({"paragraphs": 3}, "set hold"),
         ({"trigger": "doubt"}, "method.trigger"),
+        ({"from_start": True, "hold": 1}, "hold: 0"),
+        ({"from_start": True, "trigger": "first_error"}, "trigger: log_ratio"),
+        ({"from_start": True, "control": "own_token"}, "control: none"),
     ],
 )
 def test_impossible_options_are_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         configuration.build({"method": {"name": "relay", **changes}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rollout": {"overlap": True}}, "rollout.overlap"),
+        ({"rollout": {"refresh": "never"}}, "rollout.refresh"),
+        ({"data": {"train": "gym:train?spoil=0.5"}}, "puts errors into the student's own rollouts"),
+    ],
+)
+def test_from_the_start_takes_rollouts_of_this_step_alone(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        configuration.build({"method": {"name": "relay", "from_start": True}, **changes})
+
+
+@pytest.mark.parametrize("changes", [{"method__ends": "one"}, {"rollout__stop": ["x"]}])
+def test_from_the_start_asks_whether_it_can(changes: dict[str, Any], tiny: Tiny) -> None:
+    with pytest.raises(UserError, match=r"method\.from_start has both models write in this process"):
+        assemble(tiny(method__name="relay", method__from_start=True, **changes))
 
 
 @pytest.mark.parametrize("delta", [4.25, 4.75])
@@ -289,7 +353,7 @@ def test_what_is_known_is_not_read_again(tiny: Tiny, monkeypatch: pytest.MonkeyP
     done, found = step(forgets=False)
     changed = [t.response for t in done.trajectories if t.edit.kind != "none"]
     assert 0 < len(changed) < len(done.trajectories)
-    assert sorted(read["teacher"]) == sorted(changed)
+    assert not read["teacher"], "the windows have read what changed"
     # The student's graph serves where more than two thirds of it are left (6 of 8 rollouts, not 4).
     assert len(read["student"]) == {4.25: len(done.trajectories), 4.75: len(changed)}[delta]
     _, plain = step(forgets=True)

@@ -90,7 +90,7 @@ class Engine:
         self, teacher: "Engine", starts: Sequence[Start], sampling: Sampling, *, delta: float
     ) -> list[Finished] | None:
         """Goes on with responses together with a teacher's engine (`decoding/side_by_side.py`); None where
-        these two cannot."""
+        these two cannot, whatever is asked."""
         return None
 
     def score(
@@ -161,24 +161,44 @@ def sampled(
         finished: see `ServerEngine.generate`.
     """
     keys = [p.id for p in prompts] if keys is None else keys
+    blank = unwritten(engine, prompts, sampling, n=n, renderer=renderer)
+    early = {} if finished is None else {"finished": lambda place, c: finished(blank[place].continued(c))}
+    done = engine.continue_from([r.context for r in blank], sampling, keys=sample_keys(keys, n), **early)
+    return [r.continued(c) for r, c in zip(blank, done, strict=True)]
+
+
+def unwritten(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    *,
+    n: int,
+    renderer: Renderer | None = None,
+) -> list[Rollout]:
+    """What `Engine.generate` fills with tokens, n for each prompt.
+
+    Args:
+        renderer: in place of the engine's.
+    """
+    renderer = renderer or engine.renderer
     contexts = [renderer.ids(p) for p in prompts]
     jobs = [(p, i, ids) for p, ids in zip(prompts, contexts, strict=True) for i in range(n)]
-
-    def rollout(place: int, c: Completion) -> Rollout:
-        prompt, sample, context = jobs[place]
-        return Rollout(
+    return [
+        Rollout(
             prompt=prompt,
             sample=sample,
             place=place,
             context=context,
-            ids=c.ids,
-            logprobs=c.logprobs,
-            finish_reason=c.finish_reason,
+            ids=(),
+            logprobs=(),
+            finish_reason="length",
             policy_version=engine.policy_version,
             sampling=sampling,
         )
+        for place, (prompt, sample, context) in enumerate(jobs)
+    ]
 
-    early = {} if finished is None else {"finished": lambda place, c: finished(rollout(place, c))}
-    names = [f"{key}/{i}" for key in keys for i in range(n)]
-    done = engine.continue_from([j[2] for j in jobs], sampling, keys=names, **early)
-    return [rollout(place, c) for place, c in zip(range(len(jobs)), done, strict=True)]
+
+def sample_keys(keys: Sequence[str], n: int) -> list[str]:
+    """Names of the draws of n samples each."""
+    return [f"{key}/{i}" for key in keys for i in range(n)]

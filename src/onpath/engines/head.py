@@ -118,6 +118,14 @@ def head_of(model: nn.Module, vocabulary: int | None = None) -> Head:
     )
 
 
+def logits_of(head: Head, hidden: Tensor) -> Tensor:
+    """[..., H] → [..., V], float32, for a few tokens at a time: the losses make them in chunks."""
+    rows = head.vocabulary
+    bias = None if head.bias is None else head.bias[:rows]
+    logits = nn.functional.linear(hidden, head.weight[:rows], bias).float() * head.logit_scale
+    return logits if head.softcap is None else (logits / head.softcap).tanh() * head.softcap
+
+
 @contextlib.contextmanager
 def foreign(model: PreTrainedModel, key: str) -> Iterator[None]:
     """While a model's own code runs on what we ask of it, which may be nothing that it knows.
@@ -153,10 +161,7 @@ def _check_head(model: nn.Module, key: str) -> None:
     ids_BT = torch.arange(4, device=next(inner.parameters()).device)[None]
     expected_BTV = inner(input_ids=ids_BT).logits.float()
     hidden_BTH = hidden_states(model, ids_BT, torch.ones_like(ids_BT))
-    head = head_of(model)  # last: a sharded model's own pass gives it back
-    found_BTV = nn.functional.linear(hidden_BTH, head.weight, head.bias).float() * head.logit_scale
-    if head.softcap is not None:
-        found_BTV = (found_BTV / head.softcap).tanh() * head.softcap
+    found_BTV = logits_of(head_of(model), hidden_BTH)  # last: a sharded model's own pass gives its head back
     if not bool(expected_BTV.isfinite().all()):
         named = (name for name, weight in inner.named_parameters() if not bool(weight.isfinite().all()))
         raise UserError(

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from onpath.data.batch import Batch
 from onpath.data.render import Renderer
 from onpath.data.tasks import World, task_of
-from onpath.engines.base import Engine, gone_on
+from onpath.engines.base import Engine, gone_on, sample_keys
 from onpath.engines.decoding.drafts import Drafts
 from onpath.engines.teacher import ModelTeacher, Teacher
 from onpath.losses import Head, TeacherHidden
@@ -55,7 +55,7 @@ class SpoilingEngine(Engine):
     ) -> list[Rollout]:
         """See `Engine.generate`."""
         rollouts = self.engine.generate(prompts, sampling, n=n, keys=keys)
-        names = [f"{key}/{i}" for key in keys or [p.id for p in prompts] for i in range(n)]
+        names = sample_keys(keys or [p.id for p in prompts], n)
         hits = [
             (place, at, self._id(token))
             for place, r in enumerate(rollouts)

@@ -23,7 +23,10 @@ __all__ = [
 ]  # fmt: skip
 
 
-_HOOKS = ("prepare", "scored_first", "check", "before_training", "rehearse", "after_step", "state")
+_HOOKS = (
+    "prepare", "write_rollouts", "scored_first", "check", "before_training", "rehearse", "after_step",
+    "state",
+)  # fmt: skip
 """What onpath calls of a method."""
 
 

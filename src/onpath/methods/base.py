@@ -266,6 +266,18 @@ class Method:
         """
         raise NotImplementedError
 
+    def write_rollouts(
+        self, blank: Sequence[Rollout], *, keys: Sequence[str], step: int
+    ) -> Sequence[Rollout]:
+        """Writes the rollouts of one step in place of the student's engine, where the options say so
+        (`writes_rollouts`); with `Rollout.writers`, where the student has not written all.
+
+        Args:
+            blank: this process's rollouts, without a token.
+            keys: of each: name its first draws, as they name the student's own.
+        """
+        raise NotImplementedError
+
     def scored_first(self, rollout: Rollout) -> Trajectory | None:
         """What the teacher will be asked to score of a rollout, where that is known as soon as it is written:
         it may begin while others are. None: it depends on more."""

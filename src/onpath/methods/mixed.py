@@ -3,8 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
+from torch import Tensor
+
 from onpath.engines.decoding.side_by_side import Finished, Start
-from onpath.engines.forward import Kept
+from onpath.engines.forward import Kept, teacher_key
 from onpath.engines.stops import string_end
 from onpath.methods.base import Prepared, Tools, own_response
 from onpath.methods.diagnose import mean
@@ -35,7 +38,9 @@ class Mixed:
 
     @classmethod
     def of(cls, rollout: Rollout) -> "Mixed":
-        return cls(y=rollout, z=rollout, writers=all_by("student", len(rollout.ids)))
+        writers = rollout.writers or all_by("student", len(rollout.ids))
+        places = tuple(t for t, who in enumerate(writers) if who != "student")
+        return cls(y=rollout, z=replace(rollout, writers=()), writers=writers, places=places)
 
     @property
     def changed(self) -> bool:
@@ -95,10 +100,23 @@ def student_goes_on(some: Sequence[Mixed], tools: Tools, cost: Cost, keys: Seque
 
 
 def relayed_on(
-    some: Sequence[Mixed], tools: Tools, cost: Cost, keys: Sequence[str], *, delta: float, most: int
+    some: Sequence[Mixed],
+    tools: Tools,
+    cost: Cost,
+    kept: Kept,
+    keys: Sequence[str],
+    *,
+    delta: float,
+    most: int,
+    first: Sequence[str] | None = None,
 ) -> list[Mixed] | None:
     """Each response that is open to its end, the teacher taking over by `delta`, up to `most` times in one
-    response; None: the engines cannot decode side by side."""
+    response; None: the engines cannot decode side by side.
+
+    Args:
+        kept: receives the teacher's states, of responses whose beginning it has.
+        keys: see `Start.key`; first: see `Start.first`.
+    """
     going = [i for i, m in enumerate(some) if m.open]
     starts = [
         Start(
@@ -106,6 +124,7 @@ def relayed_on(
             position=len(some[i].z.ids),
             room=some[i].z.sampling.max_new_tokens - len(some[i].z.ids),
             key=keys[i],
+            first="" if first is None else first[i],
             takeovers=most - len(some[i].places),
         )
         for i in going
@@ -135,7 +154,23 @@ def relayed_on(
             writers=(*some[i].writers, *writers),
             places=(*some[i].places, *(start.position + at for at in end.by_teacher)),
         )
+    for n, i in enumerate(going):
+        _keep_read(some[i], found[i], done[n].read, kept)
+    for m in some:
+        if not m.open:
+            _keep_read(m, m, None, kept)
     return found
+
+
+def _keep_read(begun: Mixed, ended: Mixed, read: Tensor | None, kept: Kept) -> None:
+    """The teacher's states of a whole response, if they are known: of its beginning, and of the rest."""
+    parts, length = [], len(begun.z.ids)
+    if length and (before := kept.teacher.get(teacher_key(own_response(begun.y)))) is not None:
+        parts.append(before[:length])
+    if read is not None:
+        parts.append(read.to(parts[0].device) if parts else read)
+    if sum(map(len, parts)) == len(ended.z.ids) > 0:
+        kept.teacher[teacher_key(own_response(ended.z))] = torch.cat(parts)
 
 
 def trained_on(

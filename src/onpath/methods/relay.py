@@ -9,8 +9,8 @@ goes on (ours; nearest: speculative knowledge distillation, DAgger; Relay-OPD, a
 What comes after an error is then learnt in contexts without it. The rollout y up to its first bad token is z;
 from there on both models decode side by side, in windows that the teacher checks; or, on engines that cannot,
 in rounds: the teacher takes over, the student goes on to the end, and the next round looks at what is new (a
-server by prefix continuation). Either is the loop above token by token: a leg's draws are named by where it
-starts.
+server by prefix continuation). With `from_start` they decode side by side from the first token on, and y is
+never written. All are the loop above token by token: a leg's draws are named by where it starts.
 Triggers (triggers.py) beside ours: `reflection`, Relay-OPD's (the teacher's likeliest token opens a
 correction and is not among the student's K; `hold` long, `paragraphs: 3`, `legs: 2`; its K is not known to
 us: 20), TOPD's `fork`, `first_error` by the task's checker.
@@ -22,11 +22,12 @@ from dataclasses import replace
 
 from onpath.config.methods.relay import RelayOptions
 from onpath.engines.forward import Kept, Pass, forward
-from onpath.methods.base import Method, Prepared, own_response
+from onpath.methods.base import Method, Prepared, Tools, own_response
 from onpath.methods.mixed import Cost, Mixed, relayed_on, student_goes_on, trained_on
 from onpath.methods.places import by_lot
 from onpath.methods.triggers import takeovers
-from onpath.records import Completion, Rollout, Writer
+from onpath.records import Completion, Prompt, Rollout, Writer
+from onpath.system.errors import UserError
 
 
 class Relay(Method):
@@ -35,16 +36,34 @@ class Relay(Method):
     Options = RelayOptions
     options: RelayOptions
 
+    def __init__(self, options: RelayOptions, tools: Tools) -> None:
+        super().__init__(options, tools)
+        self.most = options.legs or tools.sampling.max_new_tokens
+        self.read, self.cost = Kept(), Cost()  # of `write_rollouts`, for `prepare`
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """See `Method.check`."""
+        if not self.options.from_start:
+            return
+        engines, asked = self.tools.generators, (self.tools.sampling, self.options.delta)
+        teachers = [engines.teacher.of(name) for name in {p.teacher for p in prompts}]
+        able = [engines.student.relay(t, [], asked[0], delta=asked[1]) is not None for t in teachers]
+        if not all(able) or self.tools.models.ends:
+            raise UserError(
+                "method.from_start has both models write in this process: it needs transformers models that "
+                "take a mask of onpath's, no stop strings, and method.ends: apart; set it to false"
+            )
+
     def prepare(self, rollouts: Sequence[Rollout], *, step: int) -> Prepared:
         """See `Method.prepare`."""
-        kept, cost, when = Kept(), Cost(), f"step {step}"
+        kept, cost, when = self.read, self.cost, f"step {step}"
+        self.read, self.cost = Kept(), Cost()
         done = [Mixed.of(r) for r in rollouts]
-        todo = [i for i, m in enumerate(done) if m.z.ids]
-        most = self.options.legs or self.tools.sampling.max_new_tokens
+        todo = [i for i, m in enumerate(done) if m.z.ids and not m.y.writers]
         while todo:
             taken = self.taken_over([done[i] for i in todo], kept, cost, when)
             todo = [todo[i] for i in taken]
-            legs = self.side_by_side(list(taken.values()), cost, when, most)
+            legs = self.side_by_side(list(taken.values()), cost, kept, when)
             settled = legs is not None
             if legs is None:
                 keys = [f"{when}/{m.y.key}/relay {m.start}" for m in taken.values()]
@@ -53,10 +72,22 @@ class Relay(Method):
                 done[i] = leg
             if settled:
                 break
-            todo = [i for i in todo if done[i].start < len(done[i].z.ids) and len(done[i].places) < most]
+            todo = [i for i in todo if done[i].start < len(done[i].z.ids) and len(done[i].places) < self.most]
         return trained_on(done, self.tools, cost, kept, kind="relay")
 
-    def side_by_side(self, some: Sequence[Mixed], cost: Cost, when: str, most: int) -> list[Mixed] | None:
+    def write_rollouts(
+        self, blank: Sequence[Rollout], *, keys: Sequence[str], step: int
+    ) -> Sequence[Rollout]:
+        """See `Method.write_rollouts`: both models write from the first token on."""
+        begun = [Mixed.of(r) for r in blank]
+        done = self.side_by_side(begun, self.cost, self.read, f"step {step}", first=keys)
+        assert done is not None, "what `check` is for"
+        self.cost.student -= sum(len(m.z.ids) for m in done)  # counted as the rollouts'
+        return [replace(m.z, writers=m.writers) for m in done]
+
+    def side_by_side(
+        self, some: Sequence[Mixed], cost: Cost, kept: Kept, when: str, first: Sequence[str] | None = None
+    ) -> list[Mixed] | None:
         """All further legs at once, where a single token decides and both models are in this process."""
         options = self.options
         if options.trigger != "log_ratio" or options.hold or options.control != "none":
@@ -64,7 +95,8 @@ class Relay(Method):
         if self.tools.models.ends:  # the windows compare tokens
             return None
         keys = [f"{when}/{m.y.key}/relay" for m in some]
-        return relayed_on(some, self.tools, cost, keys, delta=options.delta, most=most)
+        given = some, self.tools, cost, kept, keys
+        return relayed_on(*given, delta=options.delta, most=self.most, first=first)
 
     def taken_over(self, some: Sequence[Mixed], kept: Kept, cost: Cost, when: str) -> dict[int, Mixed]:
         """Those in which somebody takes over next, up to where the student goes on."""

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from onpath.data.load import prompts_of_step
+from onpath.engines.base import sample_keys, unwritten
 from onpath.engines.overlap import fresh
 from onpath.methods.base import Prepared
 from onpath.records import Rollout
@@ -24,14 +25,18 @@ def sample(parts: Parts, step: int) -> list[Rollout]:
         seen = Counter[str]()
         before = [seen.update([p.id]) or seen[p.id] - 1 for p in prompts]
         mine = distributed.share(list(enumerate(prompts)))
-        keys = [f"step {step}/{place}" for place, _ in mine]
-        rollouts = parts.sampler.generate(
-            [p for _, p in mine], parts.sampling, n=n, keys=keys, **scored_early(parts)
-        )
-        if not any(before):
-            return rollouts
-        firsts = [n * before[place] for place, _ in mine for _ in range(n)]
-        return [replace(r, sample=first + r.sample) for first, r in zip(firsts, rollouts, strict=True)]
+        keys, asked = [f"step {step}/{place}" for place, _ in mine], [p for _, p in mine]
+
+        def numbered(rollouts: list[Rollout]) -> list[Rollout]:
+            if not any(before):
+                return rollouts
+            firsts = [n * before[place] for place, _ in mine for _ in range(n)]
+            return [replace(r, sample=first + r.sample) for first, r in zip(firsts, rollouts, strict=True)]
+
+        if parts.config.method.writes_rollouts:
+            blank = numbered(unwritten(parts.sampler, asked, parts.sampling, n=n))
+            return list(parts.method.write_rollouts(blank, keys=sample_keys(keys, n), step=step))
+        return numbered(parts.sampler.generate(asked, parts.sampling, n=n, keys=keys, **scored_early(parts)))
 
     if parts.refreshed is not None:
         rollouts = parts.refreshed.rollouts(step)

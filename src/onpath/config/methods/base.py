@@ -153,6 +153,11 @@ class MethodOptions(Section):
         return True
 
     @property
+    def writes_rollouts(self) -> bool:
+        """Whether the method writes the rollouts (`Method.write_rollouts`), and not the student's engine."""
+        return False
+
+    @property
     def others_write(self) -> bool:
         """Whether tokens are trained on that the student did not draw."""
         return not self.trains_on_rollouts

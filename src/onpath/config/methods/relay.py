@@ -20,6 +20,10 @@ class RelayOptions(MethodOptions):
     first wrong token by the task's checker."""
     delta: Annotated[float, GoesWith("trigger", "log_ratio")] = 8.0
     """log_ratio: δ, nats."""
+    from_start: Annotated[bool, GoesWith("trigger", "log_ratio")] = False
+    """Both models write side by side from the first token on, and the student's own response never is: a step
+    costs little more than OPD's, and the accuracy and rewards of rollouts are those of the mended ones. With
+    log_ratio, no hold and no control, both models in this process."""
     hold: int = Field(0, ge=0)
     """Tokens that the teacher generates beyond the first before the student goes on."""
     paragraphs: int = Field(0, ge=0)
@@ -48,6 +52,10 @@ class RelayOptions(MethodOptions):
         return self.words
 
     @property
+    def writes_rollouts(self) -> bool:
+        return self.from_start
+
+    @property
     def others_write(self) -> bool:
         return True
 
@@ -60,6 +68,10 @@ class RelayOptions(MethodOptions):
     def _possible(self) -> "RelayOptions":
         if self.paragraphs and not self.hold:
             raise ValueError("paragraphs needs room to be written: set hold to the most tokens they may take")
+        if self.from_start and (self.trigger != "log_ratio" or self.hold or self.control != "none"):
+            raise ValueError(
+                "from_start goes with trigger: log_ratio, hold: 0 and control: none; set it to false"
+            )
         return self
 
     def check(self, config: Any) -> None:
@@ -68,4 +80,14 @@ class RelayOptions(MethodOptions):
             raise ValueError(
                 f"method.trigger: first_error needs a task with a checker of steps, as the gym is, not "
                 f"{config.data.train}; use log_ratio"
+            )
+        if self.from_start and (config.rollout.overlap or config.refresh is not None):
+            raise ValueError(
+                "method.from_start has the teacher write in the rollouts of each step, and rollout.overlap "
+                "and rollout.refresh have the student's own of other steps; set it to false"
+            )
+        if self.from_start and task and task.world and task.world.spoils:
+            raise ValueError(
+                f"method.from_start: {config.data.train} puts errors into the student's own rollouts, and "
+                "there are none then; set it to false"
             )

@@ -19,14 +19,15 @@ from torch import Tensor
 from onpath.engines.decoding.branches import InProcess
 from onpath.engines.decoding.draw import draw
 from onpath.engines.decoding.kv_cache import preallocated_cache
-from onpath.engines.head import table_of, unwrapped
+from onpath.engines.head import decoder_of, head_of, known_to, logits_of, table_of, unwrapped
 from onpath.records import Sampling
 from onpath.system.draws import noise
 
-# N active rows, T columns so far, W tokens of a window, R all rows, L most new tokens, V vocabulary.
+# N active rows, T columns so far, W tokens of a window, R all rows, L most new tokens, V vocabulary,
+# H hidden.
 _COMPACT_BELOW = 0.7  # drop finished rows once fewer than this share is active
 _LOGITS = 2**27  # rows × window × vocabulary of one pass of the teacher
-WINDOW = 8
+WINDOW = 4
 """Student's tokens that the teacher reads at once: more of them are wasted behind a rejected one."""
 
 
@@ -43,6 +44,8 @@ class Start:
     key: str
     """`<key> <position>` names the draws of the leg that starts there, `<key> <position>/draw` that of the
     teacher's token there."""
+    first: str = ""
+    """Names those of the first leg, if not so."""
     takeovers: int
     """Most tokens of the teacher's."""
 
@@ -59,6 +62,9 @@ class Finished:
     stopped: bool
     student_tokens: int
     """That the student generated, rejected ones and what followed them included."""
+    read: Tensor | None = None
+    """The teacher's hidden states that predict each token, [tokens, H], on its device: those that it scores
+    with. None: it reads otherwise here than there (autocast)."""
 
 
 def rows_at_once(student: InProcess, teacher: InProcess) -> int:
@@ -71,18 +77,27 @@ class _Reader:
     """One of the two models, its cache, and where it is."""
 
     def __init__(self, engine: InProcess, vocabulary: int | None) -> None:
-        self.engine, self.model, self.vocabulary = engine, unwrapped(engine.model), vocabulary
-        self.cache = preallocated_cache(self.model)
+        self.engine, self.decoder = engine, decoder_of(engine.model)
+        self.cache, self.head = preallocated_cache(unwrapped(engine.model)), head_of(engine.model, vocabulary)
+        self.autocast = engine.bf16 and table_of(engine.model).dtype == torch.float32
 
     def __call__(self, ids_NQ: Tensor, positions_NQ: Tensor, mask: Tensor) -> Tensor:
-        """Logits [N, Q, V] on the ids' device."""
+        """Hidden states [N, Q, H] on the model's device; the cache grows."""
         at = self.engine.device
-        with torch.autocast(at.type, torch.bfloat16, enabled=self.engine.bf16):
-            logits: Tensor = self.model(
-                input_ids=ids_NQ.to(at), position_ids=positions_NQ.to(at), attention_mask=mask.to(at),
-                past_key_values=self.cache, use_cache=True,
-            ).logits  # fmt: skip
-        return logits[..., : self.vocabulary].float().to(ids_NQ.device)
+        named = known_to(self.decoder, position_ids=positions_NQ.to(at), attention_mask=mask.to(at))
+        with self._as_it_generates():
+            found: Tensor = self.decoder(
+                input_ids=ids_NQ.to(at), past_key_values=self.cache, use_cache=True, **named
+            ).last_hidden_state
+        return found
+
+    def logits(self, hidden: Tensor, device: torch.device) -> Tensor:
+        """[…, H] → […, V]."""
+        with self._as_it_generates():
+            return logits_of(self.head, hidden).to(device)
+
+    def _as_it_generates(self) -> torch.autocast:
+        return torch.autocast(self.engine.device.type, torch.bfloat16, enabled=self.autocast)
 
 
 @dataclass(kw_only=True)
@@ -122,18 +137,20 @@ def side_by_side(
     readers = [_Reader(engine, student.vocabulary) for engine in (student, teacher)]
     stops = torch.tensor(sorted(student.stop_ids), device=device)
     rows = _prefilled(starts, readers, device)
-    legs = [noise(seed, f"{s.key} {s.position}", limit) for s in starts]
+    legs = [noise(seed, s.first or f"{s.key} {s.position}", limit) for s in starts]
     uniform_RL = torch.from_numpy(np.stack(legs)).to(device)
     # A window may reach beyond the limit; what it holds there is never counted.
     tokens_RL = torch.zeros(len(starts), limit + window, dtype=torch.long, device=device)
     logps_RL = torch.zeros(len(starts), limit + window, device=device)
     lengths, spent = [0] * len(starts), [0] * len(starts)
     places: list[list[int]] = [[] for _ in starts]
+    read: list[list[Tensor]] = [[] for _ in starts]
     offset_W = torch.arange(window, device=device)
     while True:
         a_NW, ours_NW = _written(readers[0], rows, uniform_RL, sampling, window)
         fed_NW = torch.cat([rows.last[:, None], a_NW[:, :-1]], dim=1)
-        logp_NWV = _read(readers[1], rows, fed_NW).log_softmax(-1)
+        read_NWH = _read(readers[1], rows, fed_NW)
+        logp_NWV = readers[1].logits(read_NWH, device).log_softmax(-1)
         theirs_NW = logp_NWV.gather(-1, a_NW[..., None])[..., 0]
         # A window ends before its first token that does not pass, behind its first stop token, or at the
         # limit, whichever comes first. A stop token must pass too.
@@ -158,6 +175,8 @@ def side_by_side(
             places[row].append(count)
             leg = noise(seed, f"{start.key} {position + 1}", limit)
             uniform_RL[row] = torch.from_numpy(leg).to(device)
+        for n, (row, new) in enumerate(torch.stack([rows.row, new_N + takes_N], 1).tolist()):
+            read[row].append(read_NWH[n, :new])
         rows.count, rows.takeovers = rows.count + takes_N.long(), rows.takeovers - takes_N.long()
         rows.leg = torch.where(takes_N, rows.count, rows.leg)
         rows.last = tokens_RL[rows.row, rows.count - 1]
@@ -185,6 +204,7 @@ def side_by_side(
                 by_teacher=tuple(places[row]),
                 stopped=ids[-1] in ends,
                 student_tokens=spent[row],
+                read=None if readers[1].autocast else torch.cat(read[row]),
             )
         )
     return found
@@ -220,9 +240,10 @@ def _written(
     for i in range(window):
         own_N = torch.ones(len(last), i + 1, dtype=torch.bool, device=last.device)
         mask = torch.cat([rows.visible, own_N], dim=1)[:, None, None]
-        logits_NV = reader(last[:, None], _positions(rows, i)[:, None], mask)[:, -1]
+        hidden_NH = reader(last[:, None], _positions(rows, i)[:, None], mask)[:, -1]
         # Uniform number t of a leg is for its token t, whichever window holds that.
         at_N = (rows.count + i - rows.leg).clamp(max=uniform_RL.shape[1] - 1)
+        logits_NV = reader.logits(hidden_NH, last.device)
         last, logp_N = draw(logits_NV, sampling, uniform_RL[rows.row, at_N])
         tokens.append(last)
         logps.append(logp_N)
@@ -230,7 +251,7 @@ def _written(
 
 
 def _read(reader: _Reader, rows: _Rows, fed_NW: Tensor) -> Tensor:
-    """The teacher's logits [N, W, V] behind each token that is fed."""
+    """The teacher's hidden states [N, W, H] behind each token that is fed."""
     count, window = fed_NW.shape
     causal_WW = torch.ones(window, window, dtype=torch.bool, device=fed_NW.device).tril()
     parts = [rows.visible[:, None].expand(-1, window, -1), causal_WW.expand(count, -1, -1)]
