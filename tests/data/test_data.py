@@ -5,12 +5,15 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -62,6 +65,22 @@ def test_a_compressed_file_is_as_the_plain_one(write: Callable[..., str], tmp_pa
     assert other.prompts == one.prompts
     assert other.reasons[0].startswith(f"{packed}, line 4: ")
     assert split_name(str(packed)) == "b"
+
+
+def test_a_small_file_cannot_be_a_large_one(tmp_path: Path) -> None:
+    """A line of a compressed file has a limit; of a Parquet file no more is written out than is asked for."""
+    packed = tmp_path / "bomb.jsonl.gz"
+    packed.write_bytes(gzip.compress(b'{"prompt": "' + b"a" * (65 * 2**20) + b'"}\n', compresslevel=1))
+    with pytest.raises(UserError, match=r"bomb\.jsonl\.gz, line 1: longer than 64 MiB, which no problem is"):
+        load_prompts(str(packed))
+    repeated = tmp_path / "bomb.parquet"
+    pq.write_table(pa.table({"prompt": ["7" * 20_000] * 5_000}), repeated)
+    assert repeated.stat().st_size < 20_000
+    tracemalloc.start()
+    assert len(load_prompts(str(repeated), limit=1).prompts) == 1
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 * 2**20, "of 95 MiB"
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,23 @@ def test_counts_come_from_lengths_alone() -> None:
     assert candidates.uncapped_counts([200, 400], TOPDOptions(top_share=0.5, max_per_step=3)) == [100, 200]
 
 
+@pytest.mark.parametrize(
+    ("lengths", "cap", "in_all"),
+    [([40] * 64, 63, 63), ([40] * 64, 5, 5), ([40, 40, 40, 400], 11, 11), ([4444], 29, 29), ([40, 0], 3, 1)],
+)
+def test_a_cap_is_used_up(lengths: list[int], cap: int, in_all: int) -> None:
+    """Equal shares in whole numbers, and what is left of the cap by lot: short responses do not lose all."""
+    options = TOPDOptions(max_per_step=cap)
+    keys = [f"k{i}" for i in range(len(lengths))]
+    counts = candidates.candidate_counts(lengths, options, keys=keys, seed=3)
+    wanted = candidates.uncapped_counts(lengths, options)
+    assert sum(counts) == in_all
+    share = min(1.0, cap / sum(wanted))
+    assert all(abs(n - share * most) < 1 for n, most in zip(counts, wanted, strict=True))
+    back = candidates.candidate_counts(lengths[::-1], options, keys=keys[::-1], seed=3)
+    assert back[::-1] == counts, "a lot is a rollout's own, wherever it stands"
+
+
 @pytest.mark.parametrize(("reason", "size"), [("stop", 4), ("length", 3)])
 def test_a_window_ends_where_a_rollout_ran_out_of_room(reason: str, size: int) -> None:
     assert horizon(rollout(10, reason), 7, 4) == size

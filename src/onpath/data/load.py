@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,10 @@ COLUMNS = (
     "tools",
 )
 REASONS_KEPT = 5
+_LONGEST_LINE = 64 * 2**20
+"""Bytes of a line: a few bytes of gzip can stand for billions."""
+_ROWS_AT_ONCE = 256
+"""Of a Parquet file, in which a few bytes can be one long text many times over."""
 DEFAULT_TEACHER = "default"
 """Of several teachers the one for rows that name none."""
 JSONL_SUFFIXES = (".jsonl", ".jsonlines", ".ndjson")
@@ -265,7 +269,11 @@ def _plain(path: Path) -> Path:
 def _jsonl_rows(path: Path) -> Iterator[_Row]:
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            lines = iter(partial(file.readline, _LONGEST_LINE + 1), b"")
+            for number, line in enumerate(lines, start=1):
+                if len(line) > _LONGEST_LINE:
+                    most = _LONGEST_LINE // 2**20
+                    raise UserError(f"{path}, line {number}: longer than {most} MiB, which no problem is")
                 text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                 if text.strip():
                     yield _Row(where=f"{path}, line {number}", value=text)
@@ -283,7 +291,7 @@ def _parquet_rows(path: Path, theirs: Mapping[str, str]) -> Iterator[_Row]:
     try:
         with pq.ParquetFile(path) as file:
             columns = _usable_columns(str(path), file.schema_arrow.names, theirs)
-            for batch in file.iter_batches(columns=columns):
+            for batch in file.iter_batches(columns=columns, batch_size=_ROWS_AT_ONCE):
                 for value in batch.to_pylist():
                     yield _Row(where=f"{path}, row {number}", value=value)
                     number += 1

@@ -22,6 +22,10 @@ NO_DISTANCE = 1e-6
 """Windows closer than this are the same future, whatever the quantiles say."""
 
 
+_WHOLE = 1e-9
+"""A share that lacks no more than this of a whole number is one: rounding."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fork:
     """A position at which the near futures part, or seem to.
@@ -55,18 +59,26 @@ class Fork:
     """Of its token in L_OPD; below 1 where it is suppressed."""
 
 
-def candidate_counts(lengths: Sequence[int], options: TOPDOptions | None = None) -> list[int]:
+def candidate_counts(
+    lengths: Sequence[int],
+    options: TOPDOptions | None = None,
+    *,
+    keys: Sequence[str] | None = None,
+    seed: int = 0,
+) -> list[int]:
     """Candidates of each rollout: known from the lengths alone, so that windows need not wait for all losses.
 
     Args:
         lengths: of the responses of this process; `max_per_step` counts those of all processes, each of which
             must call.
         options: None: the defaults, the paper's 2.25% without a cap.
+        keys: of the rollouts; with `seed` they draw lots for what equal shares leave of the cap. None: their
+            places do.
 
     >>> candidate_counts([40, 400, 9688, 0])
     [1, 9, 218, 0]
     >>> candidate_counts([400, 400], TOPDOptions(max_per_step=9))
-    [4, 4]
+    [4, 5]
     """
     options = options or TOPDOptions()
     wanted = uncapped_counts(lengths, options)
@@ -75,8 +87,19 @@ def candidate_counts(lengths: Sequence[int], options: TOPDOptions | None = None)
     if options.max_per_step is None:
         return wanted
     (everyone,) = distributed.total([sum(wanted)])
-    scale = min(1.0, options.max_per_step / max(1.0, everyone))
-    return wanted if scale == 1.0 else [int(scale * n) for n in wanted]
+    if everyone <= options.max_per_step:
+        return wanted
+    # Whole ones of the same share for all; what is left goes to the largest remainders, of equal ones by lot.
+    shares = [n * options.max_per_step / everyone for n in wanted]
+    counts = [int(share + _WHOLE) for share in shares]
+    (given,) = distributed.total([sum(counts)])
+    named = keys or [f"{distributed.rank()}/{i}" for i in range(len(wanted))]
+    order = [
+        (round(count - share, 9), noise(seed, f"{key}/cap", 1)[0])
+        for count, share, key in zip(counts, shares, named, strict=True)
+    ]
+    chosen = sorted(distributed.gather(order))[: options.max_per_step - round(given)]
+    return [n + int(bool(chosen) and place <= chosen[-1]) for n, place in zip(counts, order, strict=True)]
 
 
 def uncapped_counts(lengths: Sequence[int], options: TOPDOptions) -> list[int]:

@@ -112,9 +112,9 @@ class TOPD(Method):
         """With both futures, one micro-batch after the other: one of the teacher's caches is in memory."""
         options, seed = self.options, self.tools.sampling.seed
         lengths = [len(t.response) for t in trained]
-        counts = candidates.candidate_counts(lengths, options)
-        self.capped = sum(candidates.uncapped_counts(lengths, options)) - sum(counts)
         keys = [f"step {step}/{r.key}" for r in rollouts]
+        counts = candidates.candidate_counts(lengths, options, keys=keys, seed=seed)
+        self.capped = sum(candidates.uncapped_counts(lengths, options)) - sum(counts)
         references = candidates.reference_counts(counts, keys, options, seed=seed)
         found: list[Fork] = []
         self.likeliest = {}
