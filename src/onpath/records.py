@@ -65,10 +65,13 @@ class Sampling:
     temperature: float = 1.0
     """0 is greedy."""
     top_p: float = 1.0
+    """Nucleus: the likeliest tokens of so much mass; 1 is off."""
     top_k: int = 0
     """0 is off."""
     max_new_tokens: int = 256
+    """Longest response, the stop token included."""
     seed: int = 0
+    """Draws depend on it and on the request's key alone."""
 
     @property
     def untruncated(self) -> bool:
@@ -89,6 +92,7 @@ class Completion:
     logprobs: tuple[float, ...]
     """Under the distribution drawn from (after temperature, top-k, top-p), nats."""
     finish_reason: FinishReason
+    """stop: by a stop token or text; length: there was no more room."""
 
     def truncated(self, length: int) -> "Completion":
         """Its first tokens; unfinished, if that is not all of them."""
@@ -109,13 +113,17 @@ class Rollout:
     """
 
     prompt: Prompt
+    """The problem that it answers."""
     ids: tuple[int, ...]
+    """The response's tokens, without the prompt's."""
     logprobs: tuple[float, ...]
     """Of each token under the distribution it was drawn from (after temperature, top-p, top-k), nats."""
     finish_reason: FinishReason
+    """As in `Completion`."""
     policy_version: int
     """Number of optimiser steps that the weights had seen."""
     sampling: Sampling
+    """How its tokens were drawn."""
     context: tuple[int, ...] = ()
     """The ids that the response continues: the rendered prompt."""
     sample: int = 0
@@ -194,6 +202,7 @@ class Edit:
     kept: bool = True
     """False: recorded, but not trained on."""
     reason: str = ""
+    """Why it is as it is, in a word or two, where there is a choice; of one that is not kept always."""
     detail: Mapping[str, Any] = field(default_factory=dict)
     """JSON-ready values that the method measured (edit distance, length ratio, forks, …)."""
 
@@ -211,15 +220,20 @@ class Trajectory:
     """
 
     student_context: tuple[int, ...]
+    """Ids of the prompt as the student sees it."""
     teacher_context: tuple[int, ...]
+    """Ids of the prompt as the teacher sees it, with what it alone may know."""
     response: tuple[int, ...]
+    """Ids that both continue with."""
     weights: tuple[float, ...] | None = None
     """Per response token; None is all ones. A trajectory made with weight 0 for a token drops it from the
     loss and from the count; a weight that `reweighted` brings to 0 leaves it in the count."""
     guidance: tuple[Guidance, ...] = ()
+    """Target distributions at some positions, beside the divergence."""
     origin: Rollout | None = None
     """The student's rollout that this came from."""
     edit: Edit = field(default_factory=lambda: Edit(kind="none"))
+    """What was done to it."""
     behaviour_logprobs: tuple[float, ...] | None = None
     """Log-probs under the policy that generated the response, where the objective corrects for it."""
     advantages: tuple[float, ...] | None = None
@@ -323,7 +337,9 @@ class Graded:
     """
 
     rollout: Rollout
+    """What was judged."""
     correct: bool
+    """Whether its answer is the problem's."""
     extracted: str | None
     """The answer that the grader found in the text; None if there was none."""
 

@@ -491,3 +491,47 @@ def test_a_prompt_twice_in_a_step_is_drawn_twice_by_all(tiny: Tiny) -> None:
         mine = [r for r in rollouts if r.prompt.id == prompt]
         assert [r.sample for r in mine] == [0, 1, 2, 3]
         assert len({r.ids for r in mine}) == len({made[r.place] for r in mine}) == 4
+
+
+def test_the_cache_command_looks_at_rollouts(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run, or of all in runs; what the run could still read stays, and it goes on as one left alone."""
+    monkeypatch.chdir(tmp_path)
+    options = {
+        **FAST,
+        "rollout__refresh": {"every": 2},
+        "rollout__n": 2,
+        "run__save_every": 1,
+        "run__keep": 1,
+    }
+    both = [tiny(**options, optim__steps=6, run__dir="runs", run__name=name) for name in ("pruned", "whole")]
+    for config in both:
+        with monkeypatch.context() as patch:
+            stop_at(patch, "onpath.training", "accumulate", call=6, after=False)
+            with pytest.raises(Stopped):
+                train(config, quiet=True)
+    run = Path("runs/pruned")
+    rows = [
+        json.loads(line)
+        for path in run.rglob("process-0.jsonl")
+        for line in path.read_text().splitlines()
+        if line
+    ]
+    rollouts = sum(len(row.get("rollouts", ())) for row in rows)
+    assert rollouts > 80
+    assert main(["cache", str(run)]) == 0
+    assert f"{run}: {rollouts} rollouts, " in (said := capsys.readouterr().out)
+    assert "in 3 phases of " in said
+    assert main(["cache"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert main(["cache", str(run), "--keep-gb", "0"]) == 0
+    assert "2 phases removed" in capsys.readouterr().out
+    ends = [read_lines(train(c, quiet=True).directory / "metrics.jsonl") for c in both]
+    assert [row["loss"] for row in ends[0]] == [row["loss"] for row in ends[1]]
+    for wrong in (["--keep-gb", "1"], [str(run), "--keep-gb", "nan"]):
+        assert main(["cache", *wrong]) == 2
+        assert "--keep-gb" in capsys.readouterr().err
+    shutil.rmtree("runs")
+    assert main(["cache"]) == 2
+    assert "no run in runs keeps rollouts" in capsys.readouterr().err

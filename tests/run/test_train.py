@@ -617,3 +617,14 @@ def test_problems_that_are_trained_on_are_said(
     other = tmp_path / "other.jsonl"
     other.write_text('{"prompt": "nobody asked this", "answer": "1"}\n')
     assert not any("training prompts" in w for w in assemble(tiny(data__eval={"test": str(other)})).warnings)
+
+
+def test_a_quiet_run_says_how_many_rows_it_skipped(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was left out changes what is trained: it is never silent (`data.skip_bad`)."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "1+1=?", "answer": "2"}\n' * 4 + '{"prompt": 5}\n')
+    options = {"data__train": str(path), "data__eval": {}, "optim__steps": 1, "rollout__prompts": 2}
+    train(tiny(**options, data__skip_bad=True), quiet=True)
+    assert "1 bad rows of" in capsys.readouterr().err

@@ -347,27 +347,27 @@ def _report(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
 def _add_cache(commands: Any) -> None:
     command = commands.add_parser(
         "cache",
-        help="what a directory of kept teacher scores holds; make it smaller",
-        description="Says how many responses' scores a directory of teacher.cache holds, and how large they "
-        "are; removes damaged files and those used longest ago.",
+        help="what is kept of teachers' scores and of rollouts; make it smaller",
+        description="Says how many responses' scores a directory of teacher.cache holds, or a run of "
+        "rollout.refresh how many rollouts, and how large they are. Removes damaged files of scores and "
+        "those used longest ago; of rollouts the oldest phases, and none that the run would read if it went "
+        "on.",
     )
-    command.add_argument("directory", metavar="DIRECTORY", help="as in teacher.cache")
     command.add_argument(
-        "--keep-gb", type=float, metavar="GB", help="remove what is beyond this size; 0 removes all"
+        "directory",
+        nargs="?",
+        metavar="DIRECTORY",
+        help="a run, or as in teacher.cache (default: every run in runs that keeps rollouts)",
     )
+    command.add_argument("--keep-gb", type=float, metavar="GB", help="remove what is beyond this size")
     command.set_defaults(run=_cache)
 
 
 def _cache(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
-    from onpath.commands.cache import kept_scores
+    from onpath.commands.cache import told
 
-    found = kept_scores(options.directory, keep_gb=options.keep_gb)
-    print(
-        f"{options.directory}: scores of {found.entries:,} responses, {found.tokens:,} tokens, in "
-        f"{found.files:,} files of {found.bytes / 1e9:,.3f} GB"
-        + (f"; {found.damaged:,} damaged files" if found.damaged else "")
-        + (f"; {found.removed:,} files removed" if found.removed else "")
-    )
+    for line in told(options.directory, keep_gb=options.keep_gb):
+        print(line)
     return 0
 
 

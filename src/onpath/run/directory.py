@@ -345,7 +345,10 @@ class Run:
         """What people should know before the first step."""
         config = self.parts.config
         if self.parts.prompts.skipped:
-            self.notes.append(f"{self.parts.prompts.skipped} bad rows of {config.data.train} were skipped")
+            told = f"{self.parts.prompts.skipped} bad rows of {config.data.train} were skipped"
+            self.notes.append(told)
+            if display.quiet and distributed.rank() == 0:
+                say(f"onpath: {told}")
         for warning in self.parts.warnings:
             display.say(f"warning: {warning}")
         for note in self.notes:

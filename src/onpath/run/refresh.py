@@ -328,14 +328,35 @@ class Refreshed:
         phase.complete()
 
 
+def list_phases(root: Path) -> list[Path]:
+    """Directories of phases, oldest first."""
+    found = [p for p in root.glob("phase_*") if p.is_dir() and p.name.removeprefix("phase_").isdigit()]
+    return sorted(found, key=first_step)
+
+
+def first_step(phase: Path) -> int:
+    """The step that a phase's directory begins with."""
+    return int(phase.name.removeprefix("phase_"))
+
+
+def rollouts_in(phase: Path) -> tuple[int, int]:
+    """Rollouts that lie in a phase's directory, and their tokens."""
+    kept = [r for path in sorted(phase.glob("process-*.jsonl")) for _, row in _lines(path) for r in _of(row)]
+    return len(kept), sum(len(r.get("ids", ())) for r in kept)
+
+
+def _of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    found = row.get("rollouts")
+    return [r for r in found if isinstance(r, dict)] if isinstance(found, list) else []
+
+
 def forget_phases(root: Path, step: int) -> bool:
     """Removes phases that begin with `step` or later; nothing else that lies there.
 
     Returns:
         Whether there were any.
     """
-    found = [p for p in root.glob("phase_*") if p.is_dir() and p.name.removeprefix("phase_").isdigit()]
-    gone = [path for path in found if int(path.name.removeprefix("phase_")) >= step]
+    gone = [path for path in list_phases(root) if first_step(path) >= step]
     for path in gone:
         shutil.rmtree(path, ignore_errors=True)
     return bool(gone)
