@@ -26,6 +26,7 @@ ARMS: dict[str, dict[str, Any]] = {
         "meet_distance": 0.8,
     },
     "relay": {"name": "relay", "delta": 1.0, "hold": 1, "legs": 2},
+    "relay from the start": {"name": "relay", "delta": 1.0, "from_start": True},
     "topd": {
         **{"name": "topd", "window": 6, "top_share": 0.1, "guidance_weight": "auto", "suppress": "high"},
         "window_temperature": 0.7,

@@ -46,7 +46,6 @@ METHODS: dict[str, Options] = {
     "trd, minimal": {**TRD, "method__minimal_edit": True, "method__locate": "teacher_logprob"},
     "topd, spliced": {"method__name": "topd", "method__plan": "spliced", "method__splice": "end"},
     "relay, side by side": {"method__name": "relay", "method__delta": 1.0},
-    "relay, from the start": {"method__name": "relay", "method__delta": 1.0, "method__from_start": True},
     **{name: options_of(arm) for name, arm in ARMS.items()},
 }
 
