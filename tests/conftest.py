@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from onpath import config as config_module
 from onpath.commands.study.plan import Job
 from onpath.commands.study.worker import evaluate_untrained
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.engines.hf import HFEngine
 from onpath.engines.self_check import Agreement, check_model
 from onpath.engines.sharding import raw

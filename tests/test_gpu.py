@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.data.render import Renderer
 from onpath.engines.hf import HFEngine
 from onpath.losses import (

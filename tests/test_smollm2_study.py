@@ -17,7 +17,7 @@ from onpath.commands.study import plan
 from onpath.commands.study.config import study_of
 from onpath.commands.study.plan import Job
 from onpath.commands.study.run import run_study
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.data import tasks
 from onpath.system import code
 

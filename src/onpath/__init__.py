@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from onpath.commands.export import export_model as export_model
     from onpath.commands.report.command import write_report as write_report
     from onpath.commands.study.run import run_study as run_study
-    from onpath.config.build import Config as Config
+    from onpath.config.whole import Config as Config
     from onpath.run.directory import RunResult as RunResult
     from onpath.system.errors import UserError as UserError
     from onpath.training import train as train

@@ -162,8 +162,8 @@ class Rollout:
         """
         return replace(
             self,
-            ids=self.ids[:at] + completion.ids,
-            logprobs=self.logprobs[:at] + completion.logprobs,
+            ids=(*self.ids[:at], *completion.ids),
+            logprobs=(*self.logprobs[:at], *completion.logprobs),
             finish_reason=completion.finish_reason,
             writers=self.writers and self.writers[:at] + all_by("student", len(completion.ids)),
         )

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from onpath import config as configuration
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.data.batch import collate
 from onpath.engines import sharding
 from onpath.engines.base import Engine

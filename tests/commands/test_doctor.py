@@ -24,7 +24,8 @@ from onpath.commands.doctor.command import Diagnosis, diagnose, load_leniently
 from onpath.commands.doctor.finding import Finding
 from onpath.commands.doctor.inputs import read_pool
 from onpath.commands.doctor.sample import Probe, logp_of, make_probe, rows_of, untouched
-from onpath.config.build import Config, build
+from onpath.config.build import build
+from onpath.config.whole import Config
 from onpath.data.batch import Batch
 from onpath.engines.hf import HFEngine
 from onpath.engines.score_cache import weights_digest

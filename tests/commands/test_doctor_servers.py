@@ -8,7 +8,7 @@ import pytest
 
 from onpath.commands.doctor.command import diagnose
 from onpath.commands.doctor.finding import Finding
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from tests.engines.fake_vllm import FakeVLLM
 from tests.engines.test_server import TOPK, fake_of
 

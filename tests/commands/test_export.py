@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import onpath
 from onpath.commands.cli import main
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.engines.models import quietly
 from onpath.run import checkpoint
 from onpath.run.assemble import assemble

@@ -14,7 +14,7 @@ from onpath import config as configuration
 from onpath.commands.probes.command import run_named, shown
 from onpath.commands.probes.predictors import TRIGGER, Scored, late_skills, predictors, score
 from onpath.commands.probes.prefix_failure import Probed, positions, probe, run_probe, summarise, written
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.run.assemble import assemble
 from onpath.run.gradient_cosine import GradientCosine
 from onpath.system.errors import UserError

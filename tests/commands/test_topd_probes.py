@@ -13,7 +13,7 @@ from onpath.commands.probes import local_correction
 from onpath.commands.probes.futures import summarise
 from onpath.commands.probes.place import Place
 from onpath.commands.probes.separation import area, auc, correlations, detections
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.run.assemble import assemble
 from onpath.system.errors import UserError
 

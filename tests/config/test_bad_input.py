@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3ForCausalLM
 
 from onpath.commands.cli import main
-from onpath.config.build import Config, build, load
+from onpath.config.build import build, load
+from onpath.config.whole import Config
 from onpath.records import Sampling
 from onpath.run.assemble import assemble
 from onpath.system.errors import UserError

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
-from onpath.config.build import Config, build
+from onpath.config.build import build
 from onpath.config.methods import METHODS
 from onpath.config.section import GoesWith, Section
 from onpath.config.sections import Data, Eval, Optim, Parallel, RolloutSection, Run, Student, Teacher
+from onpath.config.whole import Config
 from onpath.run.assemble import assemble
 
 SECTIONS: list[type[Section]] = [

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.data import batch as batch_module
 from onpath.data.batch import collate, micro_batches
 from onpath.records import Guidance, Trajectory

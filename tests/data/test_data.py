@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onpath.commands.doctor.command import diagnose
-from onpath.config.build import Config, build
+from onpath.config.build import build
+from onpath.config.whole import Config
 from onpath.data.load import load_prompts, prompts_of_step, shuffled
 from onpath.data.tasks import split_name
 from onpath.records import Prompt

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.data.load import load_prompts
 from onpath.data.packs import PACKS, pack_rows
 from onpath.data.tasks import split_name

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.data.load import load_prompts
 from onpath.data.render import Renderer
 from onpath.data.tasks import correction_ids

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from onpath.commands.cli import main
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.engines.server import ServerEngine
 from onpath.run.assemble import assemble
 from onpath.run.log import read_lines

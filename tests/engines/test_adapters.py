@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from onpath.commands.eval import evaluate_model
 from onpath.commands.export import export_model
-from onpath.config.build import Config
 from onpath.config.sections import Student
+from onpath.config.whole import Config
 from onpath.engines.adapters import merged_weights
 from onpath.engines.head import check_head, head_of, hidden_states, unwrapped
 from onpath.engines.models import load_model, quietly

@@ -12,8 +12,9 @@ import yaml
 from onpath.commands.cli import main
 from onpath.commands.study.command import load_study
 from onpath.commands.study.plan import arm_config
-from onpath.config.build import Config, build
+from onpath.config.build import build
 from onpath.config.sections import Teacher as TeacherSection
+from onpath.config.whole import Config
 from onpath.data.render import Renderer
 from onpath.engines.chat import ChatEngine
 from onpath.engines.wire import Line

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import Chunk, ConversionOps, WeightConverter
 from transformers.pytorch_utils import Conv1D
 
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.engines.head import sharded, unwrapped
 from onpath.engines.weights import check_checkpoint, checkpoint_weights, save_weights
 from onpath.run.assemble import assemble

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.data.batch import Batch
 from onpath.engines.ahead import AheadTeacher
 from onpath.engines.make import _reads_ahead

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.engines.hf import HFEngine
 from onpath.engines.overlap import Overlap
 from onpath.run.assemble import assemble

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.engines.base import Engine
 from onpath.engines.head import unwrapped
 from onpath.engines.server import ServerEngine

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.run.assemble import assemble
 from onpath.system.errors import UserError
 

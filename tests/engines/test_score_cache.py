@@ -10,7 +10,7 @@ import torch
 
 import onpath
 from onpath.commands.cli import main
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.data.batch import collate
 from onpath.engines.score_cache import CachedTeacher, ScoreStore, prune, scoring_digest, usage, weights_digest
 from onpath.engines.teacher import ModelTeacher

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, BloomConfig, GPT2Config, LlamaConfig, MambaConfig, MptConfig, Phi3Config
 
 from onpath.commands.doctor.command import run_doctor
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.data.render import Renderer
 from onpath.engines import self_check
 from onpath.engines.decoding.kv_cache import _PreallocatedLayer, accepts_4d_mask

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from onpath import training
 from onpath.commands.cli import main
-from onpath.config.build import Config
 from onpath.config.sections import RolloutSection
 from onpath.config.sections import Teacher as TeacherSection
+from onpath.config.whole import Config
 from onpath.data.render import Renderer
 from onpath.engines.adapters import merged_weights
 from onpath.engines.hf import HFEngine

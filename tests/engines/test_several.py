@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from onpath.commands.cli import main
-from onpath.config.build import Config, load
+from onpath.config.build import load
 from onpath.config.sections import Teacher
+from onpath.config.whole import Config
 from onpath.engines.head import unwrapped
 from onpath.engines.server import ServerEngine
 from onpath.engines.wire import Server

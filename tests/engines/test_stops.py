@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.data.render import Renderer
 from onpath.engines.hf import HFEngine
 from onpath.engines.stops import string_end

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from torch.distributed import is_initialized
 
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.engines.hf import HFEngine
 from onpath.records import Sampling
 from onpath.run.assemble import assemble

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.data.batch import collate
 from onpath.data.render import Renderer
 from onpath.engines.base import Engine, gone_on

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.data.batch import collate, micro_batches
 from onpath.records import Trajectory, token_count
 from onpath.run.assemble import assemble

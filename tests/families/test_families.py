@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.system.errors import UserError
 from tests.families.build import FAMILIES
 from tests.families.plain import SMALL, compare, pair

@@ -13,8 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from onpath.commands.cli import main
-from onpath.config.build import LABELLED, METHODS, Config, _section_type, build
+from onpath.config.build import build
+from onpath.config.methods import METHODS
 from onpath.config.sections import Reward, Teacher
+from onpath.config.sentences import section_type
+from onpath.config.whole import LABELLED, Config
 from onpath.data.load import load_prompts
 from onpath.system.errors import UserError
 from tests.faults import inputs
@@ -177,7 +180,7 @@ def each_option() -> Iterator[tuple[str, str, dict[str, Any]]]:
         elif section == "teachers":
             yield from (("teachers", key, {}) for key in Teacher.model_fields)
         else:
-            yield from ((section, key, {}) for key in _section_type(section).model_fields)
+            yield from ((section, key, {}) for key in section_type(section).model_fields)
 
 
 ANYTHING: tuple[Any, ...] = (

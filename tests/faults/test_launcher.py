@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from onpath.commands.cli import main
-from onpath.config.build import Config
+from onpath.config.whole import Config
 
 ONE_AFTER_THE_OTHER = """
 import sys

@@ -13,7 +13,7 @@ import pytest
 
 from onpath.commands.doctor import inputs as doctor
 from onpath.commands.eval import evaluate_model
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.data.load import load_prompts
 from onpath.grade import sandbox
 from onpath.grade.code import CodeGrader, CodeTests, program_of, refuses

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.methods.base import Prepared
 from onpath.records import Trajectory
 from onpath.run.assemble import assemble

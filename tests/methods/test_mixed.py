@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.engines.hf import HFEngine
 from onpath.records import Trajectory
 from onpath.run.assemble import assemble

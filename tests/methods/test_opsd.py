@@ -12,8 +12,8 @@ import torch
 
 from onpath import config as configuration
 from onpath.commands.doctor.command import run_doctor
-from onpath.config.build import Config
 from onpath.config.methods.opsd import OPSDOptions
+from onpath.config.whole import Config
 from onpath.data.batch import collate
 from onpath.engines.forward import per_token
 from onpath.engines.teacher import SelfTeacher

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from onpath import config as configuration
-from onpath.config.build import Config
 from onpath.config.methods.topd import TOPDOptions
+from onpath.config.whole import Config
 from onpath.data.batch import collate, micro_batches
 from onpath.engines.forward import Graph, Kept, forward, student_key
 from onpath.losses import Head, Objective, TeacherHidden, fused_objective

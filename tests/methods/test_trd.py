@@ -12,9 +12,9 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from onpath import config as configuration
-from onpath.config.build import Config
 from onpath.config.methods.topd import TOPDOptions
 from onpath.config.methods.trd import TRDOptions
+from onpath.config.whole import Config
 from onpath.data.batch import collate
 from onpath.data.tasks import Task
 from onpath.engines.base import Engine

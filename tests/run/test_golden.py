@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.run.log import read_lines
 from onpath.training import train
 

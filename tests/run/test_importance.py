@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.data.batch import collate
 from onpath.records import Trajectory
 from onpath.run.assemble import assemble

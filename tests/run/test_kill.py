@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from onpath.commands.cli import main
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.run import checkpoint
 from onpath.run.log import read_lines
 from onpath.system.errors import UserError

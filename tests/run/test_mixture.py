@@ -11,7 +11,7 @@ import torch
 
 from onpath.commands.doctor.command import run_doctor
 from onpath.commands.report.run import gather_run
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.losses import Head, Objective, TeacherHidden, TeacherMixture, fused_objective
 from onpath.losses.pure import divergence_of
 from onpath.run.assemble import assemble

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from onpath.commands.doctor.fits import step_of
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.engines.models import load_model, quietly, stays_beside
 from onpath.engines.score_cache import weights_digest
 from onpath.run.assemble import assemble

@@ -8,7 +8,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from onpath.config.build import Config, with_own
+from onpath.config.build import with_own
+from onpath.config.whole import Config
 from onpath.engines.base import Engine
 from onpath.methods import Method, MethodOptions, Prepared, own_response
 from onpath.methods.opd import OPD

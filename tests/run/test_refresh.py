@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from onpath.commands.cli import main
-from onpath.config.build import Config
 from onpath.config.methods import MethodOptions
+from onpath.config.whole import Config
 from onpath.data.load import prompts_of_step
 from onpath.engines.hf import HFEngine
 from onpath.methods.base import Method, Prepared, own_response

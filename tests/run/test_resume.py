@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from onpath.commands.cli import main
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.run import checkpoint, log
 from onpath.run.assemble import assemble
 from onpath.run.log import JsonLines, read_lines

@@ -15,8 +15,8 @@ from onpath.commands.doctor.command import run_doctor
 from onpath.commands.report.run import gather_run
 from onpath.commands.study.config import StudyConfig
 from onpath.commands.study.plan import arm_config
-from onpath.config.build import Config
 from onpath.config.changes import changes
+from onpath.config.whole import Config
 from onpath.engines.forward import per_token
 from onpath.engines.routed import RoutedTeacher
 from onpath.methods.base import own_response

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from onpath import training
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.run import checkpoint
 from onpath.run.log import read_lines
 from onpath.system.errors import UserError

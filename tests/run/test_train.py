@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import onpath
 from onpath import config as configuration
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.engines.head import unwrapped
 from onpath.engines.models import quietly
 from onpath.engines.score_cache import weights_digest

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.run.assemble import assemble
 from onpath.run.optimizer import make_optimizer
 from onpath.run.trajectories import read_trajectories, top_tokens, write_parquet

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from onpath.config.build import Config
 from onpath.config.sections import Reward as RewardSection
+from onpath.config.whole import Config
 from onpath.methods.base import Prepared
 from onpath.records import Guidance, Trajectory
 from onpath.run.assemble import assemble

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from onpath import training
 from onpath.commands.cli import main
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.run.log import read_lines
 from onpath.system import distributed
 from onpath.training import train

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from onpath import export_model
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.engines import sharding, teacher
 from onpath.run import checkpoint
 from onpath.run.log import read_lines

@@ -15,7 +15,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.engines import adapters, make, sharding
 from onpath.engines.models import load_model
 from onpath.engines.weights import save_weights

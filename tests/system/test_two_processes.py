@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from onpath.config.build import Config, with_own
+from onpath.config.build import with_own
+from onpath.config.whole import Config
 from onpath.methods import Edit, Method, MethodOptions, Prepared, own_response
 from onpath.methods.base import Tools
 from onpath.records import Rollout

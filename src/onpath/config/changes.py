@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from onpath.config.build import Config, teacher_key
 from onpath.config.section import OnResume, Section
+from onpath.config.whole import Config, teacher_key
 from onpath.data.tasks import task_of
 from onpath.system import code
 

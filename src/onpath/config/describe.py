@@ -8,10 +8,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from onpath.config.build import Config, _section_type
 from onpath.config.methods import METHODS, MethodOptions
 from onpath.config.section import OneOf, OnResume
 from onpath.config.sections import Reward, Teacher
+from onpath.config.sentences import section_type
+from onpath.config.whole import Config
 
 Option = tuple[str, str, str, str]
 """Key, type, default, documentation."""
@@ -33,7 +34,7 @@ def describe(own: type[MethodOptions] | None = None) -> Iterator[Option]:
             text = f"{Config.model_fields[section].description} Options of each: {options}."
             yield "teachers.NAME", "section", "{}", text
         else:
-            yield from _describe_fields(section, _section_type(section))
+            yield from _describe_fields(section, section_type(section))
 
 
 def _describe_methods(methods: Mapping[str, type[MethodOptions]]) -> Iterator[Option]:

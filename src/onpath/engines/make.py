@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from onpath.config.build import Config, teacher_key
 from onpath.config.sections import Teacher as TeacherSection
+from onpath.config.whole import Config, teacher_key
 from onpath.data.render import Renderer
 from onpath.engines import sharding
 from onpath.engines.adapters import ends_adapted, is_adapter

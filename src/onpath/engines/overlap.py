@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.engines.base import Engine
 from onpath.engines.hf import HFEngine
 from onpath.engines.sharding import full

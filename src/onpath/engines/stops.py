@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from onpath.config.build import Config, teacher_key
 from onpath.config.sections import Teacher
+from onpath.config.whole import Config, teacher_key
 from onpath.engines.models import eos_ids, load_tokenizer, model_directory, quietly, stop_ids
 from onpath.system.errors import UserError
 

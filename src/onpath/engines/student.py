@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from onpath.config.build import Config, teacher_key
+from onpath.config.whole import Config, teacher_key
 from onpath.engines.adapters import untie
 from onpath.engines.head import unwrapped
 from onpath.engines.models import check_vocabulary, load_tokenizer, locate, quietly

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from onpath.config.build import Config, teacher_key
+from onpath.config.whole import Config, teacher_key
 from onpath.data.render import Renderer
 from onpath.data.tasks import correction_ids, task_of, templates_of
 from onpath.engines import sharding

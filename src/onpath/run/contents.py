@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from onpath.config.build import teacher_key
 from onpath.config.changes import own_code
+from onpath.config.whole import teacher_key
 from onpath.data.load import digest_prompts
 from onpath.engines.score_cache import weights_digest
 from onpath.engines.sharding import digest_weights

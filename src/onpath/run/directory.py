@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from onpath import config as configuration
-from onpath.config.build import Config
 from onpath.config.changes import Change, changes
+from onpath.config.whole import Config
 from onpath.engines import adapters
 from onpath.engines.head import sharded
 from onpath.engines.models import quietly

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from onpath.config.build import Config
 from onpath.config.sections import Data
+from onpath.config.whole import Config
 from onpath.data.load import LoadedPrompts, load_prompts, prompts_of_step
 from onpath.data.render import Renderer
 from onpath.engines.head import head_of

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.system.errors import UserError
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.engines import sharding
 from onpath.engines.base import Engine, Generators
 from onpath.engines.forward import Models

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from onpath.config.build import Config
 from onpath.config.sections import NEVER, Refresh
+from onpath.config.whole import Config
 from onpath.data.load import digest_prompts, prompts_of_step
 from onpath.engines.base import Engine
 from onpath.methods.base import Method, Prepared

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.data.load import prompts_of_step
 from onpath.data.render import Renderer
 from onpath.records import Graded, Trajectory

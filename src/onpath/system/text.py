@@ -48,3 +48,9 @@ def yaml_text(tree: Any) -> str:
     """
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
     return str(yaml.dump(tree, Dumper=dumper, sort_keys=False, allow_unicode=True, width=100))
+
+
+def short(value: Any) -> str:
+    """A value as a sentence shows it: sixty characters of its repr."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -21,7 +21,7 @@ from onpath.commands.doctor import inputs as before
 from onpath.commands.doctor.finding import Finding, Status, about, guarded, skipped
 from onpath.commands.doctor.sample import Probe, make_probe, untouched
 from onpath.config import Student, Teacher
-from onpath.config.build import Config, teacher_key
+from onpath.config.whole import Config, teacher_key
 from onpath.engines.models import context_length, load_tokenizer, locate
 from onpath.engines.self_check import Disagreement
 from onpath.grade.graders import grader_for

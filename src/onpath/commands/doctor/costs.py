@@ -16,7 +16,7 @@ from onpath.commands.doctor.finding import Finding
 from onpath.commands.doctor.fits import SHARDS, cures, fewest_processes, parts_of, step_of
 from onpath.commands.doctor.sample import Probe, as_they_are
 from onpath.commands.doctor.scores import student_logps
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.engines.adapters import is_adapter
 from onpath.engines.models import locate
 from onpath.run.meter import STAGES

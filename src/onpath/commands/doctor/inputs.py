@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 from onpath.commands.doctor.finding import Finding, Status, skipped
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.data.load import LoadedPrompts, prompts_of_step
 from onpath.grade.base import Grader
 from onpath.records import Prompt

@@ -23,8 +23,8 @@ from onpath.commands.doctor.sample import (
     teacher_scores,
     trainer_stats,
 )
-from onpath.config.build import teacher_key
 from onpath.config.sections import Teacher as TeacherSection
+from onpath.config.whole import teacher_key
 from onpath.data.batch import Batch, collate
 from onpath.engines.head import hidden_states
 from onpath.engines.models import load_model

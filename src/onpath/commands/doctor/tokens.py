@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from onpath.commands.doctor.finding import Finding, skipped
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.data.render import Renderer
 from onpath.engines.host import Nonsense
 from onpath.engines.models import check_vocabulary

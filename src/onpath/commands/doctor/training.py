@@ -17,7 +17,7 @@ from onpath.commands.doctor.sample import (
     unread,
     without_guidance,
 )
-from onpath.config.build import teacher_key
+from onpath.config.whole import teacher_key
 from onpath.data.batch import Batch, collate
 from onpath.data.render import Renderer
 from onpath.engines.stops import string_end

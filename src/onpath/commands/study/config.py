@@ -8,8 +8,9 @@ from typing import Any, Literal
 from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from onpath import config as configuration
-from onpath.config.build import Config, closest, first_problem
 from onpath.config.section import Section
+from onpath.config.sentences import closest, first_problem
+from onpath.config.whole import Config
 from onpath.data.tasks import split_name
 from onpath.system import code
 from onpath.system.errors import UserError

@@ -13,8 +13,8 @@ from typing import Any
 
 from onpath import config as configuration
 from onpath.commands.study.config import StudyConfig, merged
-from onpath.config.build import Config
 from onpath.config.changes import own_code
+from onpath.config.whole import Config
 from onpath.data.load import load_prompts
 from onpath.data.tasks import task_of
 from onpath.grade.code import refuses

@@ -5,7 +5,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401  (slow to import, and always needed)
 
 from onpath import config as configuration
-from onpath.config.build import Config
+from onpath.config.whole import Config
 from onpath.run.assemble import assemble
 from onpath.run.directory import open_run
 from onpath.run.evaluation import evaluate_all
