@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 
 import onpath.grade.math as grade_module
+from onpath.config.section import OneOf
+from onpath.config.sections import Eval
 from onpath.grade.base import Grader, Verdict
 from onpath.grade.exact import ExactGrader
-from onpath.grade.graders import grader_for, make_grader
+from onpath.grade.graders import GRADERS, grader_for, make_grader
 from onpath.grade.math import MathGrader, grade
 from onpath.records import Prompt
 from onpath.system.errors import UserError
@@ -429,3 +431,9 @@ def test_a_worker_outlives_no_killed_parent() -> None:
             return
         time.sleep(0.05)
     pytest.fail("the worker still runs")
+
+
+def test_the_config_knows_every_grader() -> None:
+    """Two lists, as YAML is read without loading any of them."""
+    (known,) = [m.known for m in Eval.model_fields["grader"].metadata if isinstance(m, OneOf)]
+    assert known == ("auto", *GRADERS)
