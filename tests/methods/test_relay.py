@@ -23,7 +23,7 @@ from onpath.run.loss import student_states, teacher_states
 from onpath.run.parts import Parts
 from onpath.system.draws import noise
 from onpath.system.errors import UserError
-from onpath.training import one_step, sample
+from onpath.training import one_step, sample, train
 from tests.methods.family import Tiny, logp_after, logps_along, options_of, parts_of, prepared
 from tests.stepping import Recorder, flat, step_on
 
@@ -316,7 +316,7 @@ def test_from_the_start_takes_rollouts_of_this_step_alone(changes: dict[str, Any
 @pytest.mark.parametrize("changes", [{"method__ends": "one"}, {"rollout__stop": ["x"]}])
 def test_from_the_start_asks_whether_it_can(changes: dict[str, Any], tiny: Tiny) -> None:
     with pytest.raises(UserError, match=r"method\.from_start has both models write in this process"):
-        assemble(tiny(method__name="relay", method__from_start=True, **changes))
+        train(tiny(method__name="relay", method__from_start=True, **changes), quiet=True)
 
 
 @pytest.mark.parametrize("delta", [4.25, 4.75])

@@ -53,6 +53,11 @@ RUNS: dict[str, dict[str, Any]] = {
         "method__top_share": 0.5,
         "parallel__shard": "step",
     },
+    "relay from the start, in steps": {
+        **options_of(ARMS["relay from the start"]),
+        "parallel__shard": "step",
+        "student__lora_rank": 4,
+    },
     "overlap": {"rollout__overlap": True, "parallel__shard": "step"},
     "not dealt": {
         "parallel__balance": False,

@@ -181,10 +181,15 @@ def hidden_states(
 ) -> Tensor:
     """Last hidden states [B, T, H] of right-padded ids; the head is applied elsewhere, in chunks. An empty
     `cache` receives the keys and values."""
+    given = {"attention_mask": mask_BT, "past_key_values": cache, "use_cache": cache is not None}
+    return read(model, ids_BT, **given)
+
+
+def read(model: nn.Module, ids_BT: Tensor, **given: Any) -> Tensor:
+    """[B, T, H]: the decoder alone on what it has by name of this; a sharded model's through its root."""
     decoder = decoder_of(model)
-    read: Any = unwrapped(model).read if sharded(model) else decoder
-    named = known_to(decoder, attention_mask=mask_BT, past_key_values=cache, use_cache=cache is not None)
-    return read(input_ids=ids_BT, **named).last_hidden_state  # type: ignore[no-any-return]
+    forward: Any = unwrapped(model).read if sharded(model) else decoder
+    return forward(input_ids=ids_BT, **known_to(decoder, **given)).last_hidden_state  # type: ignore[no-any-return]
 
 
 def decoder_of(model: nn.Module) -> nn.Module:

@@ -155,7 +155,8 @@ def relayed_on(
             places=(*some[i].places, *(start.position + at for at in end.by_teacher)),
         )
     for n, i in enumerate(going):
-        _keep_read(some[i], found[i], done[n].read, kept)
+        read = done[n].read
+        _keep_read(some[i], found[i], None if read is None else read.to(tools.models.device), kept)
     for m in some:
         if not m.open:
             _keep_read(m, m, None, kept)
@@ -168,7 +169,7 @@ def _keep_read(begun: Mixed, ended: Mixed, read: Tensor | None, kept: Kept) -> N
     if length and (before := kept.teacher.get(teacher_key(own_response(begun.y)))) is not None:
         parts.append(before[:length])
     if read is not None:
-        parts.append(read.to(parts[0].device) if parts else read)
+        parts.append(read)
     if sum(map(len, parts)) == len(ended.z.ids) > 0:
         kept.teacher[teacher_key(own_response(ended.z))] = torch.cat(parts)
 

@@ -19,6 +19,7 @@ Controls: `control: own_token`, `control: random_place`; and `opd`.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from onpath.config.methods.relay import RelayOptions
 from onpath.engines.forward import Kept, Pass, forward
@@ -28,6 +29,11 @@ from onpath.methods.places import by_lot
 from onpath.methods.triggers import takeovers
 from onpath.records import Completion, Prompt, Rollout, Writer
 from onpath.system.errors import UserError
+
+_UNABLE = (
+    "method.from_start has both models write in this process: it needs transformers models that take a mask "
+    "of onpath's, no stop strings, and method.ends: apart; set it to false"
+)
 
 
 class Relay(Method):
@@ -41,18 +47,16 @@ class Relay(Method):
         self.most = options.legs or tools.sampling.max_new_tokens
         self.read, self.cost = Kept(), Cost()  # of `write_rollouts`, for `prepare`
 
-    def check(self, prompts: Sequence[Prompt]) -> None:
-        """See `Method.check`."""
-        if not self.options.from_start:
-            return
-        engines, asked = self.tools.generators, (self.tools.sampling, self.options.delta)
-        teachers = [engines.teacher.of(name) for name in {p.teacher for p in prompts}]
-        able = [engines.student.relay(t, [], asked[0], delta=asked[1]) is not None for t in teachers]
-        if not all(able) or self.tools.models.ends:
-            raise UserError(
-                "method.from_start has both models write in this process: it needs transformers models that "
-                "take a mask of onpath's, no stop strings, and method.ends: apart; set it to false"
-            )
+    def before_training(self, prompts: Sequence[Prompt], directory: Path) -> str:
+        """See `Method.before_training`."""
+        if self.options.from_start:
+            engines, sampling, delta = self.tools.generators, self.tools.sampling, self.options.delta
+            for name in {p.teacher for p in prompts}:
+                if engines.student.relay(engines.teacher.of(name), [], sampling, delta=delta) is None:
+                    raise UserError(_UNABLE)
+            if self.tools.models.ends:
+                raise UserError(_UNABLE)
+        return ""
 
     def prepare(self, rollouts: Sequence[Rollout], *, step: int) -> Prepared:
         """See `Method.prepare`."""
@@ -81,7 +85,8 @@ class Relay(Method):
         """See `Method.write_rollouts`: both models write from the first token on."""
         begun = [Mixed.of(r) for r in blank]
         done = self.side_by_side(begun, self.cost, self.read, f"step {step}", first=keys)
-        assert done is not None, "what `check` is for"
+        if done is None:
+            raise UserError(_UNABLE)
         self.cost.student -= sum(len(m.z.ids) for m in done)  # counted as the rollouts'
         return [replace(m.z, writers=m.writers) for m in done]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from onpath.engines.decoding.branches import InProcess
 from onpath.engines.decoding.draw import draw
 from onpath.engines.decoding.kv_cache import preallocated_cache
-from onpath.engines.head import decoder_of, head_of, known_to, logits_of, table_of, unwrapped
+from onpath.engines.head import head_of, logits_of, read, table_of, unwrapped
 from onpath.records import Sampling
 from onpath.system.draws import noise
 
@@ -77,19 +77,16 @@ class _Reader:
     """One of the two models, its cache, and where it is."""
 
     def __init__(self, engine: InProcess, vocabulary: int | None) -> None:
-        self.engine, self.decoder = engine, decoder_of(engine.model)
-        self.cache, self.head = preallocated_cache(unwrapped(engine.model)), head_of(engine.model, vocabulary)
+        self.engine, self.cache = engine, preallocated_cache(unwrapped(engine.model))
+        self.head = head_of(engine.model, vocabulary)
         self.autocast = engine.bf16 and table_of(engine.model).dtype == torch.float32
 
     def __call__(self, ids_NQ: Tensor, positions_NQ: Tensor, mask: Tensor) -> Tensor:
         """Hidden states [N, Q, H] on the model's device; the cache grows."""
         at = self.engine.device
-        named = known_to(self.decoder, position_ids=positions_NQ.to(at), attention_mask=mask.to(at))
+        given = {"position_ids": positions_NQ.to(at), "attention_mask": mask.to(at), "use_cache": True}
         with self._as_it_generates():
-            found: Tensor = self.decoder(
-                input_ids=ids_NQ.to(at), past_key_values=self.cache, use_cache=True, **named
-            ).last_hidden_state
-        return found
+            return read(self.engine.model, ids_NQ.to(at), past_key_values=self.cache, **given)
 
     def logits(self, hidden: Tensor, device: torch.device) -> Tensor:
         """[…, H] → […, V]."""
@@ -144,7 +141,7 @@ def side_by_side(
     logps_RL = torch.zeros(len(starts), limit + window, device=device)
     lengths, spent = [0] * len(starts), [0] * len(starts)
     places: list[list[int]] = [[] for _ in starts]
-    read: list[list[Tensor]] = [[] for _ in starts]
+    states: list[list[Tensor]] = [[] for _ in starts]
     offset_W = torch.arange(window, device=device)
     while True:
         a_NW, ours_NW = _written(readers[0], rows, uniform_RL, sampling, window)
@@ -176,7 +173,7 @@ def side_by_side(
             leg = noise(seed, f"{start.key} {position + 1}", limit)
             uniform_RL[row] = torch.from_numpy(leg).to(device)
         for n, (row, new) in enumerate(torch.stack([rows.row, new_N + takes_N], 1).tolist()):
-            read[row].append(read_NWH[n, :new])
+            states[row].append(read_NWH[n, :new])
         rows.count, rows.takeovers = rows.count + takes_N.long(), rows.takeovers - takes_N.long()
         rows.leg = torch.where(takes_N, rows.count, rows.leg)
         rows.last = tokens_RL[rows.row, rows.count - 1]
@@ -204,7 +201,7 @@ def side_by_side(
                 by_teacher=tuple(places[row]),
                 stopped=ids[-1] in ends,
                 student_tokens=spent[row],
-                read=None if readers[1].autocast else torch.cat(read[row]),
+                read=None if readers[1].autocast else torch.cat(states[row]),
             )
         )
     return found
