@@ -156,20 +156,20 @@ def relayed_on(
         )
     for n, i in enumerate(going):
         read = done[n].read
-        _keep_read(some[i], found[i], None if read is None else read.to(tools.models.device), kept)
-    for m in some:
-        if not m.open:
-            _keep_read(m, m, None, kept)
+        read = None if read is None else read.to(tools.models.device)
+        keep_read(some[i], found[i], read, kept, known=some[i].y)
     return found
 
 
-def _keep_read(begun: Mixed, ended: Mixed, read: Tensor | None, kept: Kept) -> None:
-    """The teacher's states of a whole response, if they are known: of its beginning, and of the rest."""
-    parts, length = [], len(begun.z.ids)
-    if length and (before := kept.teacher.get(teacher_key(own_response(begun.y)))) is not None:
-        parts.append(before[:length])
-    if read is not None:
-        parts.append(read)
+def keep_read(begun: Mixed, ended: Mixed, read: Tensor | None, kept: Kept, *, known: Rollout) -> None:
+    """The teacher's states of a whole response, if they are there: of its beginning, and of the rest.
+
+    Args:
+        known: what begins like it and was scored.
+    """
+    before = kept.teacher.get(teacher_key(own_response(known)))
+    parts = [] if before is None else [before[: len(begun.z.ids)]]
+    parts += [] if read is None else [read]
     if sum(map(len, parts)) == len(ended.z.ids) > 0:
         kept.teacher[teacher_key(own_response(ended.z))] = torch.cat(parts)
 

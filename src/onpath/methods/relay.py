@@ -24,7 +24,7 @@ from pathlib import Path
 from onpath.config.methods.relay import RelayOptions
 from onpath.engines.forward import Kept, Pass, forward
 from onpath.methods.base import Method, Prepared, Tools, own_response
-from onpath.methods.mixed import Cost, Mixed, relayed_on, student_goes_on, trained_on
+from onpath.methods.mixed import Cost, Mixed, keep_read, relayed_on, student_goes_on, trained_on
 from onpath.methods.places import by_lot
 from onpath.methods.triggers import takeovers
 from onpath.records import Completion, Prompt, Rollout, Writer
@@ -116,6 +116,8 @@ class Relay(Method):
             written = self.written([m.z for m in some], list(at.items()), cost, one, when)
             for (i, t), completion in zip(at.items(), written, strict=True):
                 mixed = some[i].cut(t).then(completion, who)
+                if not mixed.open and len(mixed.z.ids) == t + 1:  # nobody goes on: all of it has been read
+                    keep_read(mixed, mixed, None, kept, known=some[i].z)
                 found[i] = replace(mixed, start=len(mixed.z.ids))
         return found
 
