@@ -182,14 +182,13 @@ def hidden_states(
     """Last hidden states [B, T, H] of right-padded ids; the head is applied elsewhere, in chunks. An empty
     `cache` receives the keys and values."""
     given = {"attention_mask": mask_BT, "past_key_values": cache, "use_cache": cache is not None}
-    return read(model, ids_BT, **given)
+    return read(model, ids_BT, **known_to(decoder_of(model), **given))
 
 
 def read(model: nn.Module, ids_BT: Tensor, **given: Any) -> Tensor:
-    """[B, T, H]: the decoder alone on what it has by name of this; a sharded model's through its root."""
-    decoder = decoder_of(model)
-    forward: Any = unwrapped(model).read if sharded(model) else decoder
-    return forward(input_ids=ids_BT, **known_to(decoder, **given)).last_hidden_state  # type: ignore[no-any-return]
+    """[B, T, H]: the decoder alone; a sharded model's through its root."""
+    forward: Any = unwrapped(model).read if sharded(model) else decoder_of(model)
+    return forward(input_ids=ids_BT, **given).last_hidden_state  # type: ignore[no-any-return]
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
