@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from onpath.engines.score_cache import Usage, prune, usage
-from onpath.run.checkpoint import list_steps
+from onpath.run.checkpoint import list_steps, step_of
 from onpath.run.refresh import DIRECTORY, first_step, list_phases, rollouts_in
 from onpath.system.errors import UserError
 from onpath.system.files import place
@@ -73,8 +73,8 @@ def kept_rollouts(directory: str | Path, *, keep_gb: float | None = None) -> Kep
     removed = 0
     if keep_gb is not None:
         most, sizes = _bytes(keep_gb), {phase: _size(phase) for phase in phases}
-        saved = [int(path.name.removeprefix("step_")) for path in list_steps(run / "checkpoints")]
-        oldest = min(saved, default=0)
+        saved = list_steps(run / "checkpoints")
+        oldest = step_of(saved[0]) if saved else 0
         read = max((p for p in phases if first_step(p) <= oldest), key=first_step, default=phases[0])
         for phase in [p for p in phases if first_step(p) < first_step(read)]:
             if sum(sizes.values()) > most:

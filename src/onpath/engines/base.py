@@ -161,26 +161,16 @@ def sampled(
         finished: see `ServerEngine.generate`.
     """
     keys = [p.id for p in prompts] if keys is None else keys
-    blank = unwritten(engine, prompts, sampling, n=n, renderer=renderer)
+    blank = unwritten(engine, renderer, prompts, sampling, n=n)
     early = {} if finished is None else {"finished": lambda place, c: finished(blank[place].continued(c))}
     done = engine.continue_from([r.context for r in blank], sampling, keys=sample_keys(keys, n), **early)
     return [r.continued(c) for r, c in zip(blank, done, strict=True)]
 
 
 def unwritten(
-    engine: Engine,
-    prompts: Sequence[Prompt],
-    sampling: Sampling,
-    *,
-    n: int,
-    renderer: Renderer | None = None,
+    engine: Engine, renderer: Renderer, prompts: Sequence[Prompt], sampling: Sampling, *, n: int
 ) -> list[Rollout]:
-    """What `Engine.generate` fills with tokens, n for each prompt.
-
-    Args:
-        renderer: in place of the engine's.
-    """
-    renderer = renderer or engine.renderer
+    """What `Engine.generate` fills with tokens, n for each prompt."""
     contexts = [renderer.ids(p) for p in prompts]
     jobs = [(p, i, ids) for p, ids in zip(prompts, contexts, strict=True) for i in range(n)]
     return [

@@ -348,7 +348,12 @@ def is_sound(path: Path) -> bool:
 def list_steps(root: Path) -> list[Path]:
     """Checkpoint directories, oldest first."""
     found = [p for p in root.glob(f"{_PREFIX}*") if p.name.removeprefix(_PREFIX).isdigit()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix(_PREFIX)))
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step after which a checkpoint was written, by its directory's name."""
+    return int(path.name.removeprefix(_PREFIX))
 
 
 def prune(root: Path, *, keep: int, written: Path) -> None:
@@ -386,7 +391,7 @@ def _verified(path: Path) -> dict[str, Any] | None:
     try:
         state: dict[str, Any] = read_json(path / "state.json", keys={"step": int, "blake2b": dict})
         files = state["blake2b"]
-        whole = state["step"] == int(path.name.removeprefix(_PREFIX)) and {*_named(files)} <= {*files}
+        whole = state["step"] == step_of(path) and {*_named(files)} <= {*files}
         whole = whole and all(_digest(path / name) == digest for name, digest in files.items())
     except (OSError, ValueError, KeyError):
         return None

@@ -34,7 +34,8 @@ def sample(parts: Parts, step: int) -> list[Rollout]:
             return [replace(r, sample=first + r.sample) for first, r in zip(firsts, rollouts, strict=True)]
 
         if parts.config.method.writes_rollouts:
-            blank = numbered(unwritten(parts.sampler, asked, parts.sampling, n=n))
+            sampler = parts.sampler
+            blank = numbered(unwritten(sampler, sampler.renderer, asked, parts.sampling, n=n))
             return list(parts.method.write_rollouts(blank, keys=sample_keys(keys, n), step=step))
         return numbered(parts.sampler.generate(asked, parts.sampling, n=n, keys=keys, **scored_early(parts)))
 

@@ -7,7 +7,7 @@ value: each stage gives it back with one more thing known.
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -98,8 +98,8 @@ def candidate_counts(
         (round(count - share, 9), noise(seed, f"{key}/cap", 1)[0])
         for count, share, key in zip(counts, shares, named, strict=True)
     ]
-    chosen = sorted(distributed.gather(order))[: options.max_per_step - round(given)]
-    return [n + int(bool(chosen) and place <= chosen[-1]) for n, place in zip(counts, order, strict=True)]
+    more = _first(order, options.max_per_step - round(given))
+    return [n + int(one) for n, one in zip(counts, more, strict=True)]
 
 
 def uncapped_counts(lengths: Sequence[int], options: TOPDOptions) -> list[int]:
@@ -119,8 +119,13 @@ def reference_counts(
     if options.references is None or options.decide != "upper_quartile_of_low_loss":
         return list(counts)
     lots = [noise(seed, f"{key}/reference", 1)[0] for key in keys]
-    chosen = sorted(distributed.gather(lots))[: options.references]
-    return [int(bool(chosen) and lot <= chosen[-1]) for lot in lots]
+    return [int(one) for one in _first(lots, options.references)]
+
+
+def _first(order: Sequence[Any], most: int) -> list[bool]:
+    """Which of this process's are among the first `most` of all processes', each of which must call."""
+    chosen = sorted(distributed.gather(order))[:most]
+    return [bool(chosen) and place <= chosen[-1] for place in order]
 
 
 def spaced(order: Sequence[int], *, count: int, min_gap: int) -> list[int]:
