@@ -1,6 +1,7 @@
 """Processes without a launcher: forks of the test's own, which has imported everything (a new one takes five
 seconds or more for that)."""
 
+import faulthandler
 import os
 import random
 import socket
@@ -34,6 +35,7 @@ def forked(what: Callable[[int], Any], tmp_path: Path, *, world: int = 2) -> lis
             for name, stream in (("out", 1), ("err", 2)):
                 os.dup2(os.open(tmp_path / f"{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            faulthandler.enable(sys.stderr)  # what a signal ended says where
             os.environ |= {"WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             code = guarded(lambda rank=rank: what(rank) and None)
@@ -83,7 +85,8 @@ def ranks(what: Callable[[int], Any], tmp_path: Path, *, world: int = 2) -> list
 def done_by_two(what: Callable[[int], Any], tmp_path: Path) -> None:
     """`forked`, of two ranks that must succeed."""
     ended = forked(what, tmp_path)
-    assert [code for code, _, _ in ended] == [0, 0], ended[0][2] + ended[1][2]
+    codes = [code for code, _, _ in ended]
+    assert codes == [0, 0], f"exit codes {codes}\n{ended[0][2]}{ended[1][2]}"
 
 
 def free_port() -> str:

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 _MEETING = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_SAID, _LEFT = "said", "left"
+_SAID, _DONE, _LEFT = "said", "done", "left"
 _runs: list[str] = []
 """Prefixes of this process's runs in the store where ranks meet."""
 _PATIENCE = 10.0  # seconds that a rank which gives up waits for the others to hear of it
@@ -70,7 +70,8 @@ def start(device: torch.device, *, timeout: float = 600.0) -> None:
 @contextmanager
 def one_fate() -> Iterator[None]:
     """In this block what ends one rank ends all of them, with the same sentence: it is left where the others
-    find it when their next exchange fails. Leaves the process group at the end.
+    find it when their next exchange fails. Leaves the process group at the end, and not before the others have
+    ended their last exchange: gloo tells one that still waits for its wake-up that its peer is gone.
 
     Raises:
         UserError: this rank's own, or what another one said.
@@ -78,6 +79,8 @@ def one_fate() -> Iterator[None]:
     board, patience = None, 0.0
     try:
         yield
+        if (done := _board()) is not None:
+            _wait_for_all(done, _DONE, _PATIENCE)
     except UserError as error:
         board, patience = _board(), _PATIENCE
         if board is not None:
@@ -100,7 +103,7 @@ def one_fate() -> Iterator[None]:
     finally:
         stop()
         if board is not None:
-            _wait_for_all(board, patience)
+            _wait_for_all(board, _LEFT, patience)
 
 
 def _board() -> Store | None:
@@ -120,15 +123,15 @@ def lost_a_peer(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
-def _wait_for_all(board: Store, patience: float) -> None:
-    """Until every rank has left, so that a launcher that ends the others at the first exit does not silence
-    them; not for long: one that computes does not hear."""
+def _wait_for_all(board: Store, word: str, patience: float) -> None:
+    """Until every rank has said the word; not for long: one that computes does not hear. A launcher that ends
+    the others at the first exit shall not silence them."""
     end = time.monotonic() + patience
     with suppress(dist.DistError, RuntimeError):
-        left = board.add(_LEFT, 1)
-        while left < int(os.environ["WORLD_SIZE"]) and time.monotonic() < end:
+        count = board.add(word, 1)
+        while count < int(os.environ["WORLD_SIZE"]) and time.monotonic() < end:
             time.sleep(0.05)
-            left = board.add(_LEFT, 0)
+            count = board.add(word, 0)
 
 
 def stop() -> None:
