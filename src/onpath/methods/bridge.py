@@ -22,7 +22,7 @@ from statistics import fmean
 from onpath.config.methods.bridge import BridgeOptions
 from onpath.engines.forward import Kept, per_token
 from onpath.methods.base import Method, Prepared, own_response
-from onpath.methods.mixed import Cost, Mixed, inserted, student_goes_on, trained_on
+from onpath.methods.mixed import Cost, Mixed, goes_on_for, inserted, student_goes_on, trained_on
 from onpath.methods.places import by_lot, first_forks
 from onpath.methods.topd.pairs import of_tokens
 from onpath.records import Rollout
@@ -69,8 +69,8 @@ class Bridge(Method):
         """K greedy tokens of the teacher's after each place."""
         sampling = replace(self.tools.sampling, temperature=0.0, max_new_tokens=self.options.window)
         keys = [f"{when}/{rollouts[i].key}/window" for i in places]
-        done = self.tools.teacher_continues(rollouts, list(places.items()), sampling, keys)
-        cost.teacher += sum(len(c.ids) for c in done)
+        at = list(places.items())
+        done = goes_on_for(rollouts, at, "teacher", self.tools, cost, sampling, keys)
         return {i: c.ids for i, c in zip(places, done, strict=True)}
 
     def meetings(

@@ -6,12 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from onpath.engines.decoding.side_by_side import Finished, Start
-from onpath.engines.forward import Kept, teacher_key
+from onpath.engines.forward import Kept, Pass, teacher_key
 from onpath.engines.stops import string_end
 from onpath.methods.base import Prepared, Tools, own_response
 from onpath.methods.diagnose import mean
-from onpath.records import Completion, Edit, FinishReason, Rollout, Writer, Writers, all_by
+from onpath.records import Completion, Edit, FinishReason, Rollout, Sampling, Writer, Writers, all_by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,66 +98,30 @@ def student_goes_on(some: Sequence[Mixed], tools: Tools, cost: Cost, keys: Seque
     return [stopped(m.then(ends[i], "student"), tools) if i in ends else m for i, m in enumerate(some)]
 
 
-def relayed_on(
-    some: Sequence[Mixed],
+def goes_on_for(
+    rollouts: Sequence[Rollout],
+    places: Sequence[tuple[int, int]],
+    who: Writer,
     tools: Tools,
     cost: Cost,
-    kept: Kept,
+    sampling: Sampling,
     keys: Sequence[str],
-    *,
-    delta: float,
-    most: int,
-    first: Sequence[str] | None = None,
-) -> list[Mixed] | None:
-    """Each response that is open to its end, the teacher taking over by `delta`, up to `most` times in one
-    response; None: the engines cannot decode side by side.
+    scored: Pass | None = None,
+) -> list[Completion]:
+    """Up to `sampling.max_new_tokens` tokens of the student or the teacher after the first tokens of
+    responses.
 
     Args:
-        kept: receives the teacher's states, of responses whose beginning it has.
-        keys: see `Start.key`; first: see `Start.first`.
+        places, scored: as `Tools.teacher_continues` takes them.
     """
-    going = [i for i, m in enumerate(some) if m.open]
-    starts = [
-        Start(
-            ids=some[i].z.prefix(len(some[i].z.ids)),
-            position=len(some[i].z.ids),
-            room=some[i].z.sampling.max_new_tokens - len(some[i].z.ids),
-            key=keys[i],
-            first="" if first is None else first[i],
-            takeovers=most - len(some[i].places),
-        )
-        for i in going
-    ]
-    engines = tools.generators
-    done: dict[int, Finished] = {}
-    names = [some[i].y.prompt.teacher for i in going]
-    for name in dict.fromkeys(names):
-        mine = [i for i, other in enumerate(names) if other == name]
-        asked = [starts[i] for i in mine]
-        ends = engines.student.relay(engines.teacher.of(name), asked, tools.sampling, delta=delta)
-        if ends is None:
-            return None
-        done |= zip(mine, ends, strict=True)
-    found = list(some)
-    for n, (i, start) in enumerate(zip(going, starts, strict=True)):
-        end = done[n]
-        reason: FinishReason = "stop" if end.stopped else "length"
-        whole = Completion(ids=end.ids, logprobs=end.logprobs, finish_reason=reason)
-        writers = list(all_by("student", len(end.ids)))
-        for at in end.by_teacher:
-            writers[at] = "teacher"
-        cost.student, cost.teacher = cost.student + end.student_tokens, cost.teacher + len(end.by_teacher)
-        found[i] = replace(
-            some[i],
-            z=some[i].z.continued(whole),
-            writers=(*some[i].writers, *writers),
-            places=(*some[i].places, *(start.position + at for at in end.by_teacher)),
-        )
-    for n, i in enumerate(going):
-        read = done[n].read
-        read = None if read is None else read.to(tools.models.device)
-        keep_read(some[i], found[i], read, kept, known=some[i].y)
-    return found
+    if who == "student":
+        cut = [Mixed.of(rollouts[i]).cut(t).z for i, t in places]
+        done, generated = tools.student_continues(cut, keys, at_most=sampling.max_new_tokens)
+        cost.student += generated
+    else:
+        done = tools.teacher_continues(rollouts, places, sampling, keys, scored)
+        cost.teacher += sum(len(c.ids) for c in done)
+    return done
 
 
 def keep_read(begun: Mixed, ended: Mixed, read: Tensor | None, kept: Kept, *, known: Rollout) -> None:

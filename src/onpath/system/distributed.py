@@ -70,8 +70,8 @@ def start(device: torch.device, *, timeout: float = 600.0) -> None:
 @contextmanager
 def one_fate() -> Iterator[None]:
     """In this block what ends one rank ends all of them, with the same sentence: it is left where the others
-    find it when their next exchange fails. Leaves the process group at the end, and not before the others have
-    ended their last exchange: gloo tells one that still waits for its wake-up that its peer is gone.
+    find it when their next exchange fails. Leaves the process group at the end, and not before the others
+    have ended their last exchange: gloo tells one that still waits for its wake-up that its peer is gone.
 
     Raises:
         UserError: this rank's own, or what another one said.
