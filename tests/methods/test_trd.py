@@ -211,6 +211,16 @@ def test_paper_compat_is_plain_text_on_both_sides(scoring: str, parts: Parts) ->
     assert t.response == ids("7+5 is 12")
 
 
+def test_paper_compat_takes_out_stop_tokens_alone(parts: Parts) -> None:
+    """Not the text that completes a stop string, and in an attempt that is left alone too."""
+    method, _ = scripted(parts, "12<eos>", paper_compat=True, refine="wrong_only")
+    rewrites = method.rewrite([attempt("so 13<eos>"), attempt("so 12<eos>")], when="x")
+    assert [(w.kind, w.finished) for w in rewrites] == [("rewrite", True), ("none", True)]
+    assert [method.trajectory(w).response for w in rewrites] == [ids("12"), ids("so 12")]
+    by_string = [replace(w, ids=w.ids[:-1]) for w in rewrites]
+    assert [method.trajectory(w).response for w in by_string] == [ids("12"), ids("so 12")]
+
+
 def test_loss_of_two_tokens_by_hand(tiny: Callable[..., Config], tmp_path: Path) -> None:
     student = {"<sol>": {"a": 0.5, "b": 0.5}, "a": {"<eos>": 0.3, "a": 0.7}, "b": {"<eos>": 1.0}}
     teacher = {"<sol>": {"a": 0.6, "b": 0.4}, "a": {"<eos>": 0.9, "a": 0.1}, "b": {"<eos>": 1.0}}

@@ -82,7 +82,8 @@ class TRD(Method):
         x, r, response = w.attempt.context, w.context, w.ids
         if self.options.paper_compat:
             x, r = (self.bare_ids(prompt) for prompt in (w.attempt.prompt, w.asked))
-            response = w.ids[:-1] if w.finished else w.ids
+            ends = self.tools.generators.student.stop_ids | self.tools.generators.teacher.stop_ids
+            response = w.ids[:-1] if w.ids and w.ids[-1] in ends else w.ids
         own = len(response) if w.kind == "none" else min(w.detail.get("kept_tokens", 0), len(response))
         edit = as_edit(w, self.options, self.tools.text.renderer)
         return Trajectory(
