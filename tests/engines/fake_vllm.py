@@ -1,6 +1,8 @@
 """A stand-in for `vllm serve` in this process: it answers with a real model, and can be told to misbehave."""
 
 import json
+import queue
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -9,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from onpath.engines.head import unwrapped
@@ -42,6 +44,12 @@ class FakeVLLM:
         self._original = {k: v.clone() for k, v in unwrapped(engine.model).state_dict().items()}
         self.adapters: dict[str, tuple[str, Answer]] = {}
         """Name → path and, with the adapter merged, the model's weights."""
+        self.transfers = True
+        """Whether it was started for vLLM's weight transfer."""
+        self.version, self.met, self.meetings = "default", False, 0
+        """What its weights are called, whether it has been met, and how often."""
+        self.inbox: queue.Queue[tuple[str, torch.Tensor]] = queue.Queue()
+        """Tensors on the wires."""
         self._lock = threading.Lock()
         self._queue: dict[int, Answer] = {}
         """Requests that are on their way to the lock: who has it generates for all of them."""
@@ -58,6 +66,7 @@ class FakeVLLM:
         if fresh:
             unwrapped(self.engine.model).load_state_dict(self._original)
             self.adapters.clear()
+            self.version, self.met, self.inbox = "default", False, queue.Queue()
         self._server = ThreadingHTTPServer(("127.0.0.1", self._port), self._handler())
         self._server.daemon_threads = True
         self._port = self._server.server_address[1]
@@ -75,6 +84,17 @@ class FakeVLLM:
                 pass
 
             def do_GET(self) -> None:
+                told = {
+                    "/weight_info": {"weight_version": fake.version},
+                    "/get_world_size": {"world_size": 1},
+                    "/server_info?config_format=json": {
+                        "vllm_config": {
+                            "weight_transfer_config": {"backend": "nccl"} if fake.transfers else None
+                        }
+                    },
+                }
+                if self.path in told:
+                    return self._send(told[self.path])
                 more = [{"id": n, "root": p, "parent": fake.name} for n, (p, _) in fake.adapters.items()]
                 self._send({"data": [{"id": fake.name, "root": fake.name, "max_model_len": 512}, *more]})
 
@@ -118,6 +138,16 @@ class FakeVLLM:
                 self._pushes += 1
                 self._pushed.notify_all()
             return {"results": [None]}
+        if path == "/init_weight_transfer_engine":
+            self.met, self.meetings = True, self.meetings + 1
+            return {}
+        if path == "/start_weight_update":
+            return {}
+        if path == "/update_weights":
+            return self._receive(body["update_info"]["names"])
+        if path == "/finish_weight_update":
+            self.version = body["weight_version"]
+            return {}
         if path == "/v1/load_lora_adapter":
             if not self.takes_weights or body["lora_name"] in self.adapters:
                 return 400
@@ -141,6 +171,18 @@ class FakeVLLM:
         scoring = "prompt_logprobs" in body
         choice = self._scores(body) if scoring else self._completion(body)
         return self.spoil({"model": body["model"], "choices": [{"index": 0, **choice}]})
+
+    def _receive(self, names: list[str]) -> Answer | int:
+        if not self.met:
+            return 500
+        received = dict(self.inbox.get(timeout=5) for _ in names)
+        assert [*received] == names
+        if self.takes_weights:
+            with tempfile.TemporaryDirectory() as directory:
+                save_file({n: t.clone() for n, t in received.items()}, Path(directory) / "model.safetensors")
+                unwrapped(self.engine.model).config.save_pretrained(directory)
+                take(self.engine.model, Path(directory), Path(self.name))
+        return {}
 
     def _adapted(self, path: str) -> Answer:
         """The base's weights with a directory's adapter added."""

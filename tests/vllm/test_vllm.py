@@ -19,13 +19,16 @@ import torch
 pytest.importorskip("vllm")
 
 from onpath.config.build import build
+from onpath.engines import transfer
 from onpath.engines.models import locate
 from onpath.engines.server import ServerEngine
 from onpath.engines.vllm import VLLMEngine
 from onpath.records import Sampling
 from onpath.run.assemble import assemble
 from onpath.run.log import read_lines
+from onpath.system.errors import UserError
 from onpath.training import train
+from tests.vllm import gloo_transfer
 
 GYM: dict[str, Any] = {
     "data": {"train": "gym:train", "limit": 64, "eval": {}},
@@ -49,11 +52,11 @@ def gym(tmp_path: Path, name: str, **sections: dict[str, Any]) -> Any:
 class Served:
     """A `vllm serve` process that can be killed and started again at the same port."""
 
-    def __init__(self, model: str, log: Path, more: str = "") -> None:
+    def __init__(self, model: str, log: Path, more: str = "", **environment: str) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.model, self.log, self.more = str(locate(model)), log, more
+        self.model, self.log, self.more, self.environment = str(locate(model)), log, more, environment
         self.url = f"http://127.0.0.1:{self.port}"
         self.start()
 
@@ -61,7 +64,7 @@ class Served:
         environment = {
             **os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1", "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", **self.environment,
         }  # fmt: skip
         command = [str(Path(sys.executable).parent / "vllm"), "serve", self.model, "--port", str(self.port)]
         options = (
@@ -203,6 +206,38 @@ def test_a_server_is_given_the_adapter_alone(tmp_path: Path) -> None:
         assert all(abs(r["importance_ratio"] - 1) < 1e-3 for r in rows)
     finally:
         server.kill()
+
+
+def test_weights_go_over_vllms_own_transfer(
+    tmp_path: Path, student: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL's handshake and routes, with gloo's wires; also after the server was killed. One that was started
+    without a transfer is told how."""
+    gloo_transfer.register()
+    monkeypatch.setattr(transfer, "open_line", gloo_transfer.open_line)
+    plugin = gloo_transfer.install(tmp_path / "plugin")
+    more = '--weight-transfer-config={"backend":"gloo"}'
+    server = Served("gym:student", tmp_path / "log.txt", more, **plugin).wait()
+    where = {"engine": "vllm", "url": server.url, "push": "nccl", "patience": 300.0}
+    try:
+        parts = assemble(gym(tmp_path, "sent", rollout=where))
+        engine = parts.generators.student
+        assert isinstance(engine, ServerEngine)
+        engine.sync_weights(0)
+        check_engine(parts)
+        server.kill()
+        server.start()
+        own = parts.generators.over(parts.models.student)
+        assert gap_of(engine, own, parts.prompts.pool[:8]) < 1e-4
+        assert engine.resyncs == 1
+        result = train(gym(tmp_path, "run", rollout=where), quiet=True)
+        assert [r["staleness"] for r in read_lines(result.directory / "metrics.jsonl")] == [0, 0, 0]
+        assert not (result.directory / "weights").exists()
+    finally:
+        server.kill()
+    other = assemble(gym(tmp_path, "other", rollout={**where, "url": student.url}))
+    with pytest.raises(UserError, match=r"start vllm serve with --weight-transfer-config"):
+        other.generators.student.sync_weights(0)
 
 
 @pytest.mark.parametrize("method", ["opd", "trd", "topd"])

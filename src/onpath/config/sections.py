@@ -216,9 +216,10 @@ class RolloutSection(Served):
     after each step, in this process, or at rollout.url."""
     vllm: Annotated[dict[str, Any], GoesWith("engine", "vllm")] = Field({})
     """Arguments of vllm.LLM for an engine in this process, such as {gpu_memory_utilization: 0.4}."""
-    push: Literal["weights", "adapter"] = "weights"
-    """What a server at rollout.url is given after each step: all weights, adapters merged; or, with
-    student.lora_rank, the adapter alone, which it must be allowed to load (docs/engines.md)."""
+    push: Literal["weights", "adapter", "nccl"] = "weights"
+    """What a server at rollout.url is given after each step: all weights, adapters merged, over a file that
+    it can read; with student.lora_rank, the adapter alone, which it must be allowed to load; nccl: all
+    weights, from GPU to GPU by vLLM's own transfer, which it must be started for (docs/engines.md)."""
     prompts: int = Field(64, ge=1)
     """Prompts per optimiser step, over all processes."""
     n: int = Field(1, ge=1, le=100_000)

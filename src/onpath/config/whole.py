@@ -359,6 +359,10 @@ class Config(Section):
                 "rollout.push: adapter gives a server the student's adapter: set rollout.url and "
                 "student.lora_rank, or leave it at weights"
             )
+        if self.rollout.push == "nccl" and self.rollout.url is None:
+            raise ValueError(
+                "rollout.push: nccl sends weights to servers: set rollout.url, or leave it at weights"
+            )
         if teacher.engine == "hf":
             if teacher.url is not None:
                 raise ValueError(

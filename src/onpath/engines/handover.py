@@ -1,6 +1,7 @@
-"""How the trained weights get to a server: whole, or as the adapter alone (`rollout.push`).
+"""How the trained weights get to a server (`rollout.push`): whole or as the adapter alone, over a directory
+that the servers can read; or from GPU to GPU (`transfer.py`).
 
-Both go over a directory that the servers can read. An adapter's name there and at a server is a digest of
+An adapter's name there and at a server is a digest of
 what it holds, so that a name never means other weights than it meant: prefixes cached of older ones do no
 harm, and a server that was started anew, or missed a push, is known by not having the name.
 """
@@ -40,8 +41,8 @@ class Handover(Protocol):
         """What is pushed, one tensor after the other."""
 
     @property
-    def where(self) -> Path:
-        """What was written last."""
+    def where(self) -> str | Path:
+        """Where the last ones are or went, for people."""
 
 
 class WholeWeights:

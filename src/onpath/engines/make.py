@@ -19,6 +19,7 @@ from onpath.engines.adapters import ends_adapted, is_adapter
 from onpath.engines.ahead import AheadTeacher
 from onpath.engines.base import Engine
 from onpath.engines.chat import ChatEngine
+from onpath.engines.handover import AdapterAlone, Handover, WholeWeights
 from onpath.engines.head import head_of, unwrapped
 from onpath.engines.hf import HFEngine
 from onpath.engines.mixture import mixed_engines, mixed_teachers
@@ -37,8 +38,9 @@ from onpath.engines.score_cache import CachedTeacher, ScoreStore, scoring_digest
 from onpath.engines.served import ServedTeacher
 from onpath.engines.stops import Stops
 from onpath.engines.teacher import ModelTeacher, SelfTeacher, SilentTeacher, Teacher
+from onpath.engines.transfer import OverNCCL
 from onpath.engines.weights import check_checkpoint, save_weights
-from onpath.engines.wire import Line
+from onpath.engines.wire import Line, Server
 from onpath.system import distributed
 from onpath.system.errors import UserError
 from onpath.system.files import place
@@ -60,13 +62,10 @@ def student_engine(config: Config, student: nn.Module, own: HFEngine) -> Engine:
     check_checkpoint(student, "student.model")
     assert own.vocabulary is not None
     if section.url is not None:
-        from onpath.engines.handover import AdapterAlone, WholeWeights
         from onpath.engines.server import ServerEngine
-        from onpath.engines.wire import Server
 
-        base, directory = locate(config.student.model), Path(config.run.dir) / config.run.name / "weights"
-        alone = section.push == "adapter"
-        if alone and is_adapter(base):
+        base = locate(config.student.model)
+        if section.push == "adapter" and is_adapter(base):
             raise UserError(
                 f"rollout.push: adapter goes beside a base that a server has, and student.model {base} is an "
                 "adapter itself; leave rollout.push at weights"
@@ -79,7 +78,7 @@ def student_engine(config: Config, student: nn.Module, own: HFEngine) -> Engine:
             stop_strings=own.stop_strings,
             vocabulary=own.vocabulary,
             student=student,
-            handover=AdapterAlone(student, directory, server) if alone else WholeWeights(student, directory),
+            handover=_handover(config, student, server, half=half),
             tolerance=_HALF if half else _EXACT,
             half=half,
         )
@@ -97,6 +96,18 @@ def student_engine(config: Config, student: nn.Module, own: HFEngine) -> Engine:
         tolerance=_HALF if half else _EXACT,
         options=section.vllm,
     )
+
+
+def _handover(config: Config, student: nn.Module, server: Server, *, half: bool) -> Handover:
+    """How the servers get the trained weights."""
+    directory = Path(config.run.dir) / config.run.name / "weights"
+    match config.rollout.push:
+        case "adapter":
+            return AdapterAlone(student, directory, server)
+        case "nccl":
+            return OverNCCL(student, dtype=torch.bfloat16 if half else None)
+        case "weights":
+            return WholeWeights(student, directory)
 
 
 def _directory(config: Config, student: nn.Module, own: HFEngine) -> str:

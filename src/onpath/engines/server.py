@@ -208,7 +208,7 @@ class ServerEngine(Engine):
             if flaw is not None:
                 raise UserError(
                     f"rollout.url: after step {version} the server's log-probs {flaw[1]}: {flaw[0].url} did "
-                    f"not take the weights in {self.handover.where}"
+                    f"not take the weights ({self.handover.where})"
                 )
         self.policy_version = version
 
@@ -250,8 +250,8 @@ class ServerEngine(Engine):
         answers = self._answers(host)
         if not largest_gap(answers, held or next(iter(tuple(self._held.values())))) <= self.tolerance:
             raise UserError(
-                f"rollout.url: {host.url} was restarted and does not answer as before with the weights in "
-                f"{self.handover.where}; start the same command again"
+                f"rollout.url: {host.url} was restarted and does not answer as before with the weights "
+                f"({self.handover.where}); start the same command again"
             )
         self._held[host] = answers
         self.resyncs += 1
