@@ -97,3 +97,21 @@ def test_a_final_model_that_was_cut_off_is_written_again(left: int, tiny: Tiny) 
     weights.write_bytes(whole[:left])
     train(config, quiet=True)
     assert weights.read_bytes() == whole
+
+
+def test_a_start_that_fails_leaves_the_directory_free(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a notebook whoever mends it tries again in the same process."""
+
+    class Refusing:
+        def __init__(self, *_: object, **__: object) -> None:
+            raise UserError("run.trackers: not logged in")
+
+    monkeypatch.setattr("onpath.run.directory.open_trackers", Refusing)
+    with pytest.raises(UserError, match="not logged in"):
+        train(tiny(), quiet=True)
+    monkeypatch.undo()
+    monkeypatch.setattr("onpath.run.directory.Run.__post_init__", Refusing, raising=False)
+    with pytest.raises(UserError, match="not logged in"):
+        train(tiny(), quiet=True)
+    monkeypatch.undo()
+    assert train(tiny(), quiet=True).directory.is_dir()

@@ -1,6 +1,7 @@
 """Several ranks: what ends one ends all of them, with the same sentence."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from onpath.methods.topd.candidates import candidate_counts
 from onpath.records import Edit, Trajectory
 from onpath.system import distributed
 from onpath.system.errors import UserError
-from tests.forks import ranks
+from tests.forks import forked, ranks
 
 
 def rewrites(*reasons: str) -> list[Trajectory]:
@@ -69,6 +70,33 @@ def test_a_rank_that_dies_is_told_in_a_sentence(tmp_path: Path) -> None:
     assert code == 2
     assert last(err).startswith("onpath: another process of this run has ended before its time")
     assert "Traceback" not in err
+
+
+def slow(rank: int) -> None:
+    with distributed.one_fate():
+        distributed.start(torch.device("cpu"), timeout=1.0)
+        if rank == 1:
+            time.sleep(3.0)
+        distributed.barrier()
+
+
+def test_one_that_is_late_is_not_called_dead(tmp_path: Path) -> None:
+    (code, _, err), _ = forked(slow, tmp_path)
+    assert code == 2
+    assert "was not heard of for parallel.timeout seconds" in last(err)
+
+
+def ends(rank: int) -> None:
+    with distributed.one_fate():
+        distributed.start(torch.device("cpu"), timeout=30.0)
+        distributed.barrier()
+        if rank == 1:
+            time.sleep(0.5)
+
+
+def test_a_good_end_says_nothing(tmp_path: Path) -> None:
+    """Whoever holds the store is the last to leave."""
+    assert forked(ends, tmp_path) == [(0, "", "")] * 2
 
 
 def test_what_one_process_alone_says(monkeypatch: pytest.MonkeyPatch) -> None:

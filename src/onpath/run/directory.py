@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -490,31 +490,33 @@ def open_run(config: Config, parts: Parts, *, with_changes: bool = False) -> Run
             raise
 
     changed, note = distributed.first_decides(prepared)
-    run = Run(
-        directory=directory,
-        parts=parts,
-        metrics=JsonLines(directory / "metrics.jsonl"),
-        evals=JsonLines(directory / "eval.jsonl"),
-        changes=changed,
-        with_changes=with_changes,
-        held=held[0] if held else None,
-    )
-    run.note(note)
-    try:
-        run.reopened = distributed.first_decides(run.reopens)
-    except UserError:
-        run.close()
-        raise
-    finished = distributed.first_decides(lambda: run.finished)
-    if not finished and (distributed.rank() == 0 or sharded(parts.models.student)):
-        run.inputs = digests(parts)
-    if not finished and distributed.rank() == 0:
-        run.trackers = open_trackers(
-            config.run.trackers,
+    with ExitStack() as failed:  # whoever tries again in this process finds the directory free
+        if held:
+            failed.callback(os.close, held[0])
+        run = Run(
             directory=directory,
-            name=config.run.name,
-            config=config.model_dump(mode="json"),
+            parts=parts,
+            metrics=JsonLines(directory / "metrics.jsonl"),
+            evals=JsonLines(directory / "eval.jsonl"),
+            changes=changed,
+            with_changes=with_changes,
+            held=held[0] if held else None,
         )
+        failed.pop_all()
+        failed.callback(run.close)
+        run.note(note)
+        run.reopened = distributed.first_decides(run.reopens)
+        finished = distributed.first_decides(lambda: run.finished)
+        if not finished and (distributed.rank() == 0 or sharded(parts.models.student)):
+            run.inputs = digests(parts)
+        if not finished and distributed.rank() == 0:
+            run.trackers = open_trackers(
+                config.run.trackers,
+                directory=directory,
+                name=config.run.name,
+                config=config.model_dump(mode="json"),
+            )
+        failed.pop_all()
     return run
 
 

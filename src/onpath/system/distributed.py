@@ -20,15 +20,24 @@ from torch.distributed import PrefixStore, Store, TCPStore, rendezvous  # type: 
 from torch.distributed.tensor import DTensor
 
 from onpath.system.errors import UserError
+from onpath.system.signals import Interrupted, Stopped
 from onpath.system.text import one_line
 
 T = TypeVar("T")
 
 
 _MEETING = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_SAID, _DONE, _LEFT = "said", "done", "left"
+_SAID, _LEFT = "said", "left"
 _runs: list[str] = []
 """Prefixes of this process's runs in the store where ranks meet."""
+_GONE = (
+    "another process of this run has ended before its time; what it printed says why; start the same command "
+    "again to go on"
+)
+_SILENT = (
+    "another process of this run was not heard of for parallel.timeout seconds; start the same command again "
+    "to go on, with a higher one if a process may be at work, or wait for a server, for so long"
+)
 _PATIENCE = 10.0  # seconds that a rank which gives up waits for the others to hear of it
 _before_stop: list[Callable[[], None]] = []
 
@@ -78,9 +87,12 @@ def one_fate() -> Iterator[None]:
     """
     board, patience = None, 0.0
     try:
-        yield
-        if (done := _board()) is not None:
-            _wait_for_all(done, _DONE, _PATIENCE)
+        try:
+            yield
+        except (Stopped, Interrupted):  # all of them
+            _part()
+            raise
+        _part()
     except UserError as error:
         board, patience = _board(), _PATIENCE
         if board is not None:
@@ -95,15 +107,18 @@ def one_fate() -> Iterator[None]:
         if board is not None:
             with suppress(dist.DistError, RuntimeError):
                 said = board.get(_SAID).decode() if board.check([_SAID]) else ""
-        raise UserError(
-            said
-            or "another process of this run has ended before its time; what it printed says why; start the "
-            "same command again to go on"
-        ) from None
+        raise UserError(said or (_SILENT if "imed out" in str(error) else _GONE)) from None
     finally:
         stop()
         if board is not None:
-            _wait_for_all(board, _LEFT, patience)
+            _wait_for_all(board, patience)
+
+
+def _part() -> None:
+    """Waits until all ranks are here. What goes wrong in this exchange costs nothing any more."""
+    if _asked() and dist.is_initialized() and dist.get_backend() == "gloo":
+        with suppress(dist.DistError, RuntimeError):
+            dist.barrier()
 
 
 def _board() -> Store | None:
@@ -123,15 +138,15 @@ def lost_a_peer(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
-def _wait_for_all(board: Store, word: str, patience: float) -> None:
-    """Until every rank has said the word; not for long: one that computes does not hear. A launcher that ends
-    the others at the first exit shall not silence them."""
+def _wait_for_all(board: Store, patience: float) -> None:
+    """Until every rank has left, so that a launcher that ends the others at the first exit does not silence
+    them; not for long: one that computes does not hear."""
     end = time.monotonic() + patience
     with suppress(dist.DistError, RuntimeError):
-        count = board.add(word, 1)
-        while count < int(os.environ["WORLD_SIZE"]) and time.monotonic() < end:
+        left = board.add(_LEFT, 1)
+        while left < int(os.environ["WORLD_SIZE"]) and time.monotonic() < end:
             time.sleep(0.05)
-            count = board.add(word, 0)
+            left = board.add(_LEFT, 0)
 
 
 def stop() -> None:
