@@ -10,22 +10,25 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from onpath import config as configuration
 from onpath.commands.cli import main
 from onpath.config.whole import Config
 from onpath.engines import transfer
+from onpath.engines.host import Busy, Host
 from onpath.engines.server import ServerEngine
 from onpath.engines.transfer import Client, OverNCCL, Source
 from onpath.engines.weights import checkpoint_weights
 from onpath.run.assemble import assemble
 from onpath.run.log import read_lines
 from onpath.run.parts import Parts
+from onpath.system import distributed
 from onpath.system.errors import UserError
 from onpath.training import train
 from tests.engines.fake_vllm import FakeVLLM
 from tests.engines.test_server import fake_of, restarted, scaled
-from tests.forks import ranks
+from tests.forks import forked, ranks
 
 Tiny = Callable[..., Config]
 
@@ -209,6 +212,41 @@ def test_of_shards_the_first_process_holds_the_whole(
 
     ended = ranks(run, tmp_path)
     assert [code for code, _, _ in ended] == [0, 0], ended
+
+
+def test_of_two_processes_the_first_gives_and_the_other_waits(
+    tiny: Tiny, servers: list[FakeVLLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One group, and weights once a step; a server that was restarted has the other ask elsewhere."""
+    fake, path = servers[0], tmp_path / "sent.safetensors"
+
+    class OverAFile(Wire):
+        def send_weights(self) -> None:
+            save_file(dict(self.source), path)
+            self.client.start_weight_update()
+            self.client.update_weights({"names": [m.name for m in self.source.metadata()]})
+            self.client.finish_weight_update()
+
+    def receive(names: list[str]) -> dict[str, Any]:
+        assert names
+        for name, tensor in load_file(path).items():
+            fake.inbox.put((name, tensor))
+        return FakeVLLM._receive(fake, sorted(names))
+
+    monkeypatch.setattr(fake, "_receive", receive)
+    monkeypatch.setattr(transfer, "open_line", lambda client, source, **_: OverAFile(client, source, fake))
+    config = sent(tiny, servers[:1])
+
+    def run(rank: int) -> None:
+        train(config, quiet=True)
+
+    ended = forked(run, tmp_path)
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert fake.meetings == 1
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    handover = OverNCCL(torch.nn.Linear(1, 1), dtype=None)
+    with pytest.raises(Busy, match="waits for the first process"):
+        handover.give(Host(fake.url, config.rollout, "rollout"))
 
 
 def test_without_servers_it_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from onpath.engines.adapters import merged_weights
 from onpath.engines.head import sharded
-from onpath.engines.host import Host, Nonsense
+from onpath.engines.host import Busy, Host, Nonsense
 from onpath.engines.weights import checkpoint_weights
 from onpath.system import distributed
 from onpath.system.errors import UserError
@@ -139,7 +139,8 @@ class OverNCCL:
     def __init__(self, student: nn.Module, *, dtype: torch.dtype | None) -> None:
         self.student, self.dtype = student, dtype
         self.source = Source(next(student.parameters()).device)
-        self.version, self._run, self._pushes = "", uuid.uuid4().hex[:8], 0
+        self.version, self._pushes = "", 0
+        self._run: str = distributed.first_decides(lambda: uuid.uuid4().hex[:8])
         self._met: dict[Host, _Met] = {}
         self._one_at_a_time = threading.Lock()  # one device sends
 
@@ -158,7 +159,13 @@ class OverNCCL:
                 self.source.held.append((name, tensor.detach().to("cpu", dtype, copy=True)))
 
     def give(self, host: Host) -> None:
-        """See `Handover.give`. Prefixes that it has cached are those of other weights."""
+        """See `Handover.give`. Prefixes that it has cached are those of other weights.
+
+        Raises:
+            Busy: this is not the process that has the weights.
+        """
+        if distributed.rank() > 0:
+            raise Busy("it waits for the first process to give it the weights")
         with self._one_at_a_time:
             met = self._met.pop(host, None)  # of one that fails nothing is used again
             if met is None or _version(host) != met.version:
