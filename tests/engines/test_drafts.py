@@ -178,3 +178,31 @@ def test_an_answer_that_repeats_a_text_is_the_same_in_fewer_passes(
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
     if sampling.temperature == 0 and max(len(c.ids) for c in expected) == K:
         assert counted.passes < 0.75 * before
+
+
+@pytest.mark.parametrize("batch_tokens", [32_768, 60])
+def test_what_was_read_while_it_was_written_is_what_a_pass_over_it_reads(
+    batch_tokens: int, counted: Counted
+) -> None:
+    counted.engine.batch_tokens = batch_tokens
+    prompts, drafts = rewrites_of(counted)
+    sampling, keys = Sampling(temperature=0.6, max_new_tokens=K, seed=4), [str(i) for i in range(4)]
+    for draft in drafts[1:]:
+        draft.keeps = True
+    done = counted.engine.answer([], prompts, sampling, keys=keys, drafts=drafts)
+    assert drafts[0].read is None, "nobody asked"
+    for prompt, c, draft in [*zip(prompts, done, drafts, strict=True)][1:]:
+        batch = collate([Trajectory(student_context=prompt, teacher_context=prompt, response=c.ids)])
+        expected = ModelTeacher(counted.engine.model).hidden(batch)
+        assert draft.read is not None
+        torch.testing.assert_close(draft.read, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_under_autocast_of_float32_weights_nothing_is_kept(counted: Counted) -> None:
+    """The scoring pass reads them as they are."""
+    counted.engine.bf16 = True
+    prompts, drafts = rewrites_of(counted)
+    for draft in drafts:
+        draft.keeps = True
+    counted.engine.answer([], prompts, Sampling(max_new_tokens=K), keys=[""] * 4, drafts=drafts)
+    assert [draft.read for draft in drafts] == [None] * 4

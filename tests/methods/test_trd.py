@@ -19,8 +19,9 @@ from onpath.data.batch import collate
 from onpath.data.tasks import Task
 from onpath.engines.base import Engine
 from onpath.grade.base import Grader, Verdict
+from onpath.losses.interface import TeacherHidden
 from onpath.methods import make_method
-from onpath.methods.base import Tools
+from onpath.methods.base import Prepared, Tools
 from onpath.methods.trd.compare import edit_distance, is_foreign
 from onpath.methods.trd.edits import Rewrite
 from onpath.methods.trd.gate import Refinement, refusal
@@ -174,6 +175,61 @@ def test_worked_example_with_oneself_and_the_reference(parts: Parts) -> None:
     assert batch.student_at_N.tolist() == [6, 7, 8]
     assert batch.teacher_at_N.tolist() == [32, 33, 34]
     assert t.edit.detail["writer"] == "self (base)"
+
+
+GYM: dict[str, Any] = {"student__model": "gym:student", "teacher__model": "gym:teacher", "data__limit": 16}
+
+
+LONGER = {"rollout__max_new_tokens": 96, "method__rewrite_max_new_tokens": 96}
+
+
+def kept_of(tiny: Callable[..., Config], **options: Any) -> tuple[Parts, Prepared]:
+    """A step's rewrites by a teacher in this process."""
+    given = {"method__name": "trd", "method__template": TEMPLATE, "method__diagnose_every": 0}
+    parts = assemble(tiny(**{**given, **options}))
+    rollouts = parts.generators.student.generate(parts.prompts.pool[:16], parts.sampling)
+    rollouts = [replace(r, place=i) for i, r in enumerate(rollouts)]
+    return parts, parts.method.prepare(rollouts, step=0)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"method__best_of": 2}, {"method__teacher": "self", "method__template": SELF_TEMPLATE}]
+)
+def test_the_teacher_scores_what_it_read_while_it_wrote(
+    options: dict[str, Any], tiny: Callable[..., Config]
+) -> None:
+    parts, prepared = kept_of(tiny, **options)
+    for t in prepared.trajectories:
+        batch = collate([t], device=parts.models.device)
+        known, anew = prepared.kept.teacher_hidden(batch), parts.models.teacher.scores(batch)
+        assert known is not None
+        assert isinstance(anew, TeacherHidden)
+        torch.testing.assert_close(known, anew.hidden, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method__scoring": "plain"},  # in another context
+        {"method__paper_compat": True},
+        {"optim__bf16": True},
+        {**GYM, "data__train": "gym:train?lost=1"},  # two models score
+    ],
+)
+def test_states_that_are_not_those_that_score_are_not_kept(
+    options: dict[str, Any], tiny: Callable[..., Config]
+) -> None:
+    _, prepared = kept_of(tiny, **options)
+    assert prepared.trajectories
+    assert not prepared.kept.teacher
+
+
+def test_of_a_minimal_edit_only_whole_rewrites_are_kept(tiny: Callable[..., Config]) -> None:
+    """Of the others the beginning was read before."""
+    _, prepared = kept_of(tiny, **GYM, data__train="gym:train", method__minimal_edit=True, **LONGER)
+    whole = {t.response for t in prepared.trajectories if t.edit.detail["kept_tokens"] == 0}
+    assert {response for _, _, response in prepared.kept.teacher} <= whole
+    assert len(whole) < len(prepared.trajectories)
 
 
 def bigram(rows: dict[str, dict[str, float]]) -> Qwen3ForCausalLM:

@@ -77,6 +77,8 @@ class OwnEngine(Engine):
     ) -> list[Completion]:
         """See `Engine.answer`."""
         done = self.engine.answer(prompts, prefixes, sampling, keys=keys, drafts=drafts)
+        for draft in drafts or ():
+            draft.read = None  # nobody knows whose it is
         return self._all(done, len(prefixes), sampling)
 
     def can_draw_from(self, past: Past | None) -> bool:

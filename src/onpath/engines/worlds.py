@@ -17,6 +17,7 @@ from onpath.data.render import Renderer
 from onpath.data.tasks import World, task_of
 from onpath.engines.base import Engine, gone_on, sample_keys
 from onpath.engines.decoding.drafts import Drafts
+from onpath.engines.routed import by_teacher
 from onpath.engines.teacher import ModelTeacher, Teacher
 from onpath.losses import Head, TeacherHidden
 from onpath.records import Completion, Prompt, Rollout, Sampling
@@ -171,9 +172,9 @@ class LostEngine(Engine):
         """See `Engine.continue_from`. An error in what is being generated changes nothing: the writer knows
         no better than it writes."""
         names = [str(i) for i in range(len(prefixes))] if keys is None else list(keys)
-        return self._divided(
-            prefixes,
-            lambda engine, mine: engine.continue_from(
+        return by_teacher(
+            self._whose(prefixes),
+            lambda who, mine: self._of(who).continue_from(
                 [prefixes[i] for i in mine], sampling, keys=[names[i] for i in mine]
             ),
         )
@@ -187,10 +188,10 @@ class LostEngine(Engine):
         keys: Sequence[str],
         drafts: Sequence[Drafts] | None = None,
     ) -> list[Completion]:
-        """See `Engine.answer`."""
-        return self._divided(
-            prefixes,
-            lambda engine, mine: engine.answer(
+        """See `Engine.answer`. What either model reads is half of what scores."""
+        done = by_teacher(
+            self._whose(prefixes),
+            lambda who, mine: self._of(who).answer(
                 [prompts[i] for i in mine],
                 [prefixes[i] for i in mine],
                 sampling,
@@ -198,17 +199,15 @@ class LostEngine(Engine):
                 drafts=None if drafts is None else [drafts[i] for i in mine],
             ),
         )
+        for draft in drafts or ():
+            draft.read = None
+        return done
 
-    def _divided(
-        self, prefixes: Sequence[Sequence[int]], ask: Callable[[Engine, list[int]], list[Completion]]
-    ) -> list[Completion]:
-        """What each of both engines answers to its prefixes."""
-        found: dict[int, Completion] = {}
-        astray = [self.after(prefix) is not None for prefix in prefixes]
-        for engine, lost in ((self.sound, False), (self.lost, True)):
-            mine = [i for i, is_lost in enumerate(astray) if is_lost is lost]
-            found |= zip(mine, ask(engine, mine), strict=True)
-        return [found[i] for i in range(len(prefixes))]
+    def _whose(self, prefixes: Sequence[Sequence[int]]) -> list[str | None]:
+        return [None if self.after(prefix) is None else "lost" for prefix in prefixes]
+
+    def _of(self, who: str | None) -> Engine:
+        return self.sound if who is None else self.lost
 
     def score(
         self, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]

@@ -25,12 +25,12 @@ from onpath.data.batch import Batch
 from onpath.engines.decoding.drafts import Drafts
 from onpath.engines.decoding.draw import draw
 from onpath.engines.decoding.kv_cache import StackedCache, accepts_4d_mask, on_shared_prefix, selected_rows
-from onpath.engines.head import table_of, unwrapped
+from onpath.engines.head import head_of, logits_of, read, table_of, unwrapped
 from onpath.records import Completion, Sampling
 from onpath.system.draws import noise
 
 # B rows, C columns (places of a row), I tokens of a column fed at once, Q = C·I, R active columns,
-# T keys so far, L new tokens, N places, V vocabulary.
+# T keys so far, L new tokens, N places, V vocabulary, H hidden.
 _COMPACT_BELOW = 0.7  # drop finished rows once fewer than this share is active
 _SPLIT_ROWS = 0.25  # share of rows that may be split, so that none with few places waits for one with many
 _QUERIES = 16_384  # rows × columns × tokens of one forward pass
@@ -100,7 +100,9 @@ def branch(
     uniform = np.zeros((count, limit))
     if sampling.temperature > 0 and count:
         uniform = np.stack([noise(sampling.seed, key, limit) for key in keys])
+    keeps = drafts is not None and any(d.keeps for d in drafts)
     generated = _Generated(
+        states=[[] for _ in places] if keeps else None,
         uniform_NL=torch.from_numpy(uniform).to(engine.device),
         tokens_NL=torch.zeros(count, limit, dtype=torch.long, device=engine.device),
         logps_NL=torch.zeros(count, limit, device=engine.device),
@@ -116,8 +118,16 @@ def branch(
             _generate(engine, past, columns, generated, drafts)
     finally:
         engine.model.train(was_training)
+    if drafts is not None and generated.states is not None and not reads_otherwise(engine):
+        for (row, _), states in zip(places, generated.states, strict=True):
+            drafts[row].read = torch.cat(states) if drafts[row].keeps else None
     rows = zip(generated.tokens_NL.tolist(), generated.logps_NL.tolist(), strict=True)
     return [_completion(ids, logps, engine.stop_ids) for ids, logps in rows]
+
+
+def reads_otherwise(engine: InProcess) -> bool:
+    """Whether it generates under autocast of weights that it scores with as they are."""
+    return engine.bf16 and table_of(engine.model).dtype == torch.float32
 
 
 def _batches(places: Sequence[Place], device: torch.device, queries: int) -> Iterator[_Columns]:
@@ -166,6 +176,8 @@ class _Generated:
     logps_NL: Tensor
     sampling: Sampling
     stops: Tensor
+    states: list[list[Tensor]] | None = None
+    """The hidden states that predict the tokens, by place, pass after pass; None: they are not wanted."""
 
     @property
     def tokens_per_pass(self) -> int:
@@ -173,7 +185,9 @@ class _Generated:
         limit = self.tokens_NL.shape[1]
         return -(-limit // -(-limit // _TOKENS_PER_PASS))
 
-    def verify(self, index_R: Tensor, count_R: Tensor, fed_RI: Tensor, logits_RIV: Tensor) -> Tensor:
+    def verify(
+        self, index_R: Tensor, count_R: Tensor, fed_RI: Tensor, hidden_RIH: Tensor, logits_RIV: Tensor
+    ) -> Tensor:
         """Samples after each token fed and accepts the samples up to the first that was not fed next, or that
         is a stop token: their number [R], at least 1."""
         fed = fed_RI.shape[1]
@@ -193,6 +207,11 @@ class _Generated:
         kept_RI = torch.arange(fed, device=fed_RI.device) < new_R[:, None]
         places = index_R[:, None].expand_as(at_RI)[kept_RI], at_RI[kept_RI]
         self.tokens_NL[places], self.logps_NL[places] = drawn_RI[kept_RI], logp_RI[kept_RI]
+        if self.states is not None:
+            for place, states in zip(
+                index_R.tolist(), hidden_RIH[kept_RI].split(new_R.tolist()), strict=True
+            ):
+                self.states[place].append(states)
         return new_R
 
 
@@ -205,6 +224,7 @@ def _generate(
 ) -> None:
     """One batch, some tokens a forward pass."""
     index_BC, length_BC = columns.index_BC, columns.length_BC
+    head = head_of(engine.model, engine.vocabulary)
     row_B = torch.tensor(columns.rows, device=engine.device)
     longest, limit = int(length_BC.max()), generated.sampling.max_new_tokens
     # All rows need no copy: new keys go behind the prefixes, over those of an earlier batch.
@@ -232,19 +252,21 @@ def _generate(
         # Where nothing is proposed (−1, finished columns) any id will do, at no position beyond the end of
         # the longest text.
         position_BCI = (length_BC - 1 + count_BC)[..., None] + offset_I
+        # R counts the active columns row by row. Indexing by `active_BC` and `masked_scatter` agree on that
+        # order, so `active_BC` may not change before the last of them.
         with torch.autocast(engine.device.type, torch.bfloat16, enabled=engine.bf16):
-            logits_BQV = unwrapped(engine.model)(
-                input_ids=fed_BCI.clamp(min=0).flatten(1),
+            hidden_BQH = read(
+                engine.model,
+                fed_BCI.clamp(min=0).flatten(1),
                 position_ids=position_BCI.clamp(max=longest + limit - 1).flatten(1),
                 attention_mask=torch.cat([mask_BQT, fed_QQ.expand(len(row_B), -1, -1)], dim=-1)[:, None],
                 past_key_values=cache,
                 use_cache=True,
-            ).logits
-        # R counts the active columns row by row. Indexing by `active_BC` and `masked_scatter` agree on that
-        # order, so `active_BC` may not change before the last of them.
-        logits_RIV = logits_BQV.unflatten(1, fed_BCI.shape[1:])[active_BC][..., : engine.vocabulary]
+            )
+            hidden_RIH = hidden_BQH.unflatten(1, fed_BCI.shape[1:])[active_BC]
+            logits_RIV = logits_of(head, hidden_RIH)
         index_R = index_BC[active_BC]
-        new_R = generated.verify(index_R, count_BC[active_BC], fed_BCI[active_BC], logits_RIV)
+        new_R = generated.verify(index_R, count_BC[active_BC], fed_BCI[active_BC], hidden_RIH, logits_RIV)
         new_BC = torch.zeros_like(count_BC).masked_scatter(active_BC, new_R)
         # The first fed token was part of the text before; a draft is, if it was sampled. The keys of the rest
         # stay in the cache, masked: cutting them out would be a copy, of another length for each column.

@@ -10,6 +10,8 @@ not depend on it. A text that a model is asked to rewrite is a draft likewise.
 from collections.abc import Sequence
 from functools import cached_property
 
+from torch import Tensor
+
 
 class Drafts:
     """Of one response.
@@ -23,19 +25,28 @@ class Drafts:
     Args:
         start: length of the context before the response.
         likeliest: the model's likeliest token at each position of the response.
+        keeps: whether `read` is wanted, of one place of the row.
     """
 
-    def __init__(self, *, start: int, response: Sequence[int], likeliest: Sequence[int]) -> None:
+    keeps = False
+    read: Tensor | None = None
+    """The model's hidden states that predict each token generated, [tokens, H]: those that it scores with.
+    None: nobody followed the draft, or it reads otherwise when it scores (autocast)."""
+
+    def __init__(
+        self, *, start: int, response: Sequence[int], likeliest: Sequence[int], keeps: bool = False
+    ) -> None:
         self.start, self.response, self.likeliest = start, tuple(response), list(likeliest)
+        self.keeps = keeps
 
     @classmethod
-    def of_text(cls, text: Sequence[int], *, start: int) -> "Drafts":
+    def of_text(cls, text: Sequence[int], *, start: int, keeps: bool = False) -> "Drafts":
         """Of a text that is likely to be repeated after the first `start` tokens of a row.
 
         >>> Drafts.of_text([7, 8, 9], start=3).propose(prefix_length=3, generated=[7], max_tokens=2)
         [8, 9]
         """
-        return cls(start=start, response=text, likeliest=text)
+        return cls(start=start, response=text, likeliest=text, keeps=keeps)
 
     @cached_property
     def _after(self) -> dict[int, list[int]]:

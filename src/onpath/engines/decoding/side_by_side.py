@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from onpath.engines.decoding.branches import InProcess
+from onpath.engines.decoding.branches import InProcess, reads_otherwise
 from onpath.engines.decoding.draw import draw
 from onpath.engines.decoding.kv_cache import preallocated_cache
 from onpath.engines.head import head_of, logits_of, read, table_of, unwrapped
@@ -79,7 +79,7 @@ class _Reader:
     def __init__(self, engine: InProcess, vocabulary: int | None) -> None:
         self.engine, self.cache = engine, preallocated_cache(unwrapped(engine.model))
         self.head = head_of(engine.model, vocabulary)
-        self.autocast = engine.bf16 and table_of(engine.model).dtype == torch.float32
+        self.autocast = reads_otherwise(engine)
 
     def __call__(self, ids_NQ: Tensor, positions_NQ: Tensor, mask: Tensor) -> Tensor:
         """Hidden states [N, Q, H] on the model's device; the cache grows."""

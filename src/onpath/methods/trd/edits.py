@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from onpath.config.methods.trd import TRDOptions
 from onpath.data.render import Renderer
 from onpath.methods.trd.compare import edit_distance, is_foreign
@@ -37,6 +39,8 @@ class Rewrite:
     kind: str = "rewrite"
     """`rewrite`, `minimal_edit`, or `none` where y is left as it is."""
     detail: dict[str, Any] = field(default_factory=dict)
+    read: Tensor | None = field(default=None, compare=False, repr=False)
+    """The teacher's states that predict z, [tokens, H], where it has kept them."""
 
     @property
     def cell(self) -> str | None:

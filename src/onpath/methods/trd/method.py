@@ -22,7 +22,7 @@ from pathlib import Path
 
 from onpath.config.methods.trd import TRDOptions
 from onpath.data.render import Renderer
-from onpath.engines.forward import Kept
+from onpath.engines.forward import Kept, teacher_key
 from onpath.methods.base import Method, Prepared, Rehearsal, Tools, check_generated
 from onpath.methods.trd.edits import Rewrite, as_edit
 from onpath.methods.trd.gate import gate, refinement, refusal
@@ -48,7 +48,12 @@ class TRD(Method):
         trajectories = [self.trajectory(w) for w in rewrites]
         look = "method.template and at what the teacher writes"
         check_generated(trajectories, step=step, who="the rewriter", of="attempts", look=look)
-        means, kept = edit_means(rewrites, trajectories), Kept()
+        means = edit_means(rewrites, trajectories)
+        pairs = zip(trajectories, rewrites, strict=True)
+        states = {
+            teacher_key(t): w.read for t, w in pairs if w.read is not None and len(w.read) == len(w.ids)
+        }
+        kept = Kept(teacher=states)
         if self.options.diagnose_every and step % self.options.diagnose_every == 0:
             reference = self.options.shows_reference
             trajectories, more, kept = measured(rewrites, trajectories, reference=reference, tools=self.tools)

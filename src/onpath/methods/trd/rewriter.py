@@ -69,22 +69,33 @@ class Rewriter:
             max_new_tokens=self.new_tokens, seed=self.tools.sampling.seed,
         )  # fmt: skip
         jobs = [(plan, i) for plan in plans for i in range(n)]
+        drafts = [
+            Drafts.of_text(p.attempt.ids, start=len(p.context), keeps=self.scores_what_it_writes(p))
+            for p, _ in jobs
+        ]
         done = self.tools.in_teachers_name(
             [replace(p.asked, teacher=options.rewriter or p.asked.teacher) for p, _ in jobs],
             [p.context + p.ids for p, _ in jobs],
             sampling,
             keys=[f"{when}/{p.attempt.key}/rewrite {i}" for p, i in jobs],
-            drafts=[Drafts.of_text(p.attempt.ids, start=len(p.context)) for p, _ in jobs],
+            drafts=drafts,
         )
         written = []
-        for (plan, _), rest in zip(jobs, done, strict=True):
+        for (plan, _), draft, rest in zip(jobs, drafts, done, strict=True):
             ids = (plan.ids + rest.ids)[: self.new_tokens]
             whole = rest.finish_reason == "stop" and len(ids) == len(plan.ids) + len(rest.ids)
             detail = {**plan.detail, "teacher_tokens": len(rest.ids)}
-            written.append(replace(plan, ids=ids, finished=whole, detail=detail))
+            read = None if draft.read is None else draft.read[: len(ids)]
+            written.append(replace(plan, ids=ids, finished=whole, detail=detail, read=read))
         right = self.tools.text.right([(w.attempt, w.ids) for w in written])
         written = [replace(w, right=ok) for w, ok in zip(written, right, strict=True)]
         return [written[i : i + n] for i in range(0, len(written), n)]
+
+    def scores_what_it_writes(self, plan: Rewrite) -> bool:
+        """Whether z will be scored by the model that writes it, in the context in which it does, whole."""
+        options = self.options
+        same = options.rewriter in (None, plan.asked.teacher) and not options.paper_compat
+        return same and options.scoring == "rewrite" and not plan.ids
 
     def choose(self, groups: Sequence[Sequence[Rewrite]]) -> list[Rewrite]:
         """Of each group the verified one (else any) that the student finds likeliest per token."""
