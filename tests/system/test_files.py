@@ -12,7 +12,14 @@ import torch
 from safetensors.torch import save_file
 
 from onpath.system.errors import UserError
-from onpath.system.files import make_directory, remove_leftovers, unwritable, write_text, written
+from onpath.system.files import (
+    append_lines,
+    make_directory,
+    remove_leftovers,
+    unwritable,
+    write_text,
+    written,
+)
 
 
 def names(directory: Path) -> list[str]:
@@ -167,3 +174,23 @@ def test_what_has_no_name_is_not_written(name: str) -> None:
 @pytest.mark.parametrize(("number", "cure"), [(2, "choose another place"), (28, "free some space")])
 def test_space_is_asked_for_where_it_lacks(number: int, cure: str) -> None:
     assert cure in str(unwritable(Path("a"), OSError(number, "Why")))
+
+
+@pytest.mark.parametrize(
+    ("there", "left"), [(None, "c\n"), ("", "c\n"), ("a\n", "a\nc\n"), ("a\nb", "a\nb\nc\n")]
+)
+def test_a_line_is_not_glued_to_one_that_a_killed_writer_left(
+    there: str | None, left: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "deep" / "lines.jsonl"
+    if there is not None:
+        path.parent.mkdir()
+        path.write_text(there)
+    append_lines(path, ["c"])
+    append_lines(path, [])
+    assert path.read_text() == left
+
+
+def test_what_cannot_be_appended_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot write"):
+        append_lines(tmp_path, ["c"])

@@ -13,7 +13,7 @@ from typing import Any
 
 from onpath.records import Completion
 from onpath.system import distributed
-from onpath.system.errors import UserError
+from onpath.system.files import append_lines
 from onpath.system.reading import json_lines
 
 
@@ -36,16 +36,8 @@ class Replay:
         Raises:
             UserError: the disk is full or not writable.
         """
-        path = self.directory / f"process-{distributed.rank()}.jsonl"
-        lines = [json.dumps({"key": key, **asdict(c)}) + "\n" for key, c in found.items()]
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(("\n" if file.tell() else "") + "".join(lines))  # closes a half-written line
-        except OSError as error:
-            raise UserError(
-                f"{path}: cannot write: {error.strerror}; free some space and start again"
-            ) from None
+        lines = [json.dumps({"key": key, **asdict(c)}) for key, c in found.items()]
+        append_lines(self.directory / f"process-{distributed.rank()}.jsonl", lines)
         self._known |= found
 
     def answered(

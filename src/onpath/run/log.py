@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from onpath.system import code
 from onpath.system.errors import UserError
-from onpath.system.files import unwritable, write_text
+from onpath.system.files import append_lines, write_text
 from onpath.system.reading import json_lines
 from onpath.system.streams import Steady, say
 from onpath.system.text import first_line, named_controls
@@ -31,11 +31,7 @@ class JsonLines:
         self.path = path
 
     def write(self, row: Metrics) -> None:
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        except OSError as error:
-            raise unwritable(self.path, error) from None
+        append_lines(self.path, [json.dumps(row, ensure_ascii=False)])
 
     def rewind(self, *, step: int) -> None:
         """Drops the lines after `step`, and a half-written last line: a resumed run writes them again."""

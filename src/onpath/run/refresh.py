@@ -30,7 +30,7 @@ from onpath.methods.base import Method, Prepared
 from onpath.records import WRITERS, Edit, Guidance, Prompt, Rollout, Sampling, Trajectory
 from onpath.system import distributed
 from onpath.system.errors import UserError
-from onpath.system.files import unwritable, write_text
+from onpath.system.files import append_lines, write_text
 from onpath.system.reading import parse_json, read_json
 
 DIRECTORY = "rollouts"
@@ -96,13 +96,7 @@ class Phase:
         Raises:
             UserError: the disk is full or not writable.
         """
-        path = self.directory / f"process-{distributed.rank()}.jsonl"
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(("\n" if file.tell() else "") + "".join(json.dumps(row) + "\n" for row in rows))
-        except OSError as error:
-            raise unwritable(path, error) from None
+        append_lines(self.directory / f"process-{distributed.rank()}.jsonl", map(json.dumps, rows))
 
     def complete(self) -> None:
         """All processes have written all."""

@@ -4,7 +4,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -153,6 +153,25 @@ def unwritable(path: Path, error: Exception, *, what: str = "") -> UserError:
     if getattr(error, "errno", None) not in _FULL:
         return UserError(f"{path}: {deed}: {reason}; choose another place, or make this one writable")
     return UserError(f"{path}: {deed}: {reason}; free some space and start the same command again")
+
+
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """Appends to a file of lines, behind the end of one that a killed writer left half-written. Directories
+    on the way are made.
+
+    Raises:
+        UserError: the disk is full or not writable.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file:
+            torn = file.tell() > 0
+            if torn:
+                file.seek(-1, os.SEEK_END)
+                torn = file.read(1) != b"\n"
+            file.write(("\n" if torn else "").encode() + "".join(f"{line}\n" for line in lines).encode())
+    except OSError as error:
+        raise unwritable(path, error) from None
 
 
 def remove_leftovers(directory: Path) -> None:
