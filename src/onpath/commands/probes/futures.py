@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from onpath.commands.probes.futures_picture import draw
 from onpath.commands.probes.place import GROUPS, Place
+from onpath.commands.probes.sampled import checked, sampled
 from onpath.commands.probes.separation import auc, correlations, detections
 from onpath.config.methods.topd import TOPDOptions
-from onpath.data.load import prompts_of_step
 from onpath.engines.forward import forward
 from onpath.evaluate.stats import bootstrap_interval
 from onpath.methods.base import own_response
@@ -29,7 +29,6 @@ from onpath.methods.topd.futures import with_windows
 from onpath.methods.topd.pairs import with_distances
 from onpath.records import Rollout
 from onpath.run.parts import Parts
-from onpath.system.errors import UserError
 from onpath.system.files import write_text
 
 
@@ -56,9 +55,7 @@ def run_probe(
     Raises:
         UserError: a number below 1, or a disk that cannot be written.
     """
-    for name, value in (("rollouts", rollouts), ("each", each), ("window", window)):
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}; it must be at least 1")
+    checked(rollouts=rollouts, each=each, window=window)
     found = probe(parts, rollouts=rollouts, window=window, each=each, everywhere=everywhere)
     path = out / "divergence.jsonl"
     summary = {"student": parts.config.student.model, **summarise(found)}
@@ -71,10 +68,7 @@ def run_probe(
 def probe(parts: Parts, *, rollouts: int, window: int | None, each: int, everywhere: bool) -> list[Place]:
     """The positions with their futures, rollout by rollout."""
     options = options_of(parts, window)
-    prompts = prompts_of_step(
-        parts.prompts.pool, size=min(rollouts, len(parts.prompts.pool)), seed=parts.config.run.seed, step=0
-    )
-    made = parts.generators.student.generate(prompts, parts.sampling, keys=[f"probe/{p.id}" for p in prompts])
+    made = sampled(parts, rollouts)
     label_of = labeller(parts)
     groups: dict[tuple[int, int], tuple[str, ...]] = {}
     found: list[Fork] = []

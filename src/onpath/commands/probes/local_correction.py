@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from onpath.commands.probes.futures import options_of
+from onpath.commands.probes.sampled import checked, sampled
 from onpath.config.methods.topd import TOPDOptions
 from onpath.data.batch import collate, micro_batches
-from onpath.data.load import prompts_of_step
 from onpath.engines.forward import forward
 from onpath.evaluate.stats import bootstrap_interval, difference_interval
 from onpath.methods import Prepared
@@ -33,7 +33,6 @@ from onpath.methods.topd.pairs import with_distances
 from onpath.records import Rollout, Trajectory, token_count
 from onpath.run.loss import Step, loss_of
 from onpath.run.parts import Parts
-from onpath.system.errors import UserError
 from onpath.system.files import write_text, written
 
 ARMS = ("opd", "topd")
@@ -82,9 +81,7 @@ def run_probe(
     Raises:
         UserError: a number below 1, or a disk that cannot be written.
     """
-    for name, value in (("prefixes", prefixes), ("updates", updates), ("samples", samples)):
-        if value < 1:
-            raise UserError(f"{name} is {value}; it must be at least 1")
+    checked(prefixes=prefixes, updates=updates, samples=samples)
     rate = parts.config.optim.lr / 10 if lr is None else lr
     options = options_of(parts, window)
     found = [
@@ -108,9 +105,7 @@ def run_probe(
 
 def worst_forks(parts: Parts, count: int, options: TOPDOptions) -> list[tuple[Rollout, Fork]]:
     """The loudest token of each of some rollouts; of those the ones whose futures are the farthest apart."""
-    size = min(2 * count, len(parts.prompts.pool))
-    prompts = prompts_of_step(parts.prompts.pool, size=size, seed=parts.config.run.seed, step=0)
-    made = parts.generators.student.generate(prompts, parts.sampling, keys=[f"probe/{p.id}" for p in prompts])
+    made = sampled(parts, 2 * count)
     found: list[Fork] = []
     for one in forward(parts.models, [own_response(r) for r in made], past=True):
         here = []

@@ -17,13 +17,12 @@ from typing import Any
 from onpath.commands.probes.predictors import predictors, score
 from onpath.commands.probes.prefix_picture import draw
 from onpath.commands.probes.prefix_records import Probed
-from onpath.data.load import prompts_of_step
+from onpath.commands.probes.sampled import checked, sampled
 from onpath.engines.base import Engine
 from onpath.engines.forward import per_token
 from onpath.methods.base import own_response
 from onpath.records import Rollout
 from onpath.run.parts import Parts
-from onpath.system.errors import UserError
 from onpath.system.files import write_text
 
 
@@ -45,10 +44,8 @@ def run_probe(
     Raises:
         UserError: a prompt without an answer, or a number below 1.
     """
-    for name, value in (("rollouts", rollouts), ("continuations", continuations), ("every", every)):
-        if value < 1:
-            raise UserError(f"{name} is {value}; it must be at least 1")
-    made = written(parts, rollouts=min(rollouts, len(parts.prompts.pool)))
+    checked(rollouts=rollouts, continuations=continuations, every=every)
+    made = sampled(parts, rollouts, answered=True)
     contexts = [parts.text.judging_context(r, reference=parts.config.method.shows_reference) for r in made]
     with parts.models.teacher.acting():
         scored = score(parts.models, parts.text, made, contexts)
@@ -60,15 +57,6 @@ def run_probe(
     write_text(path.with_suffix(".json"), json.dumps(summary, indent=1) + "\n")
     draw(found, path.with_suffix(".png"))
     return path
-
-
-def written(parts: Parts, *, rollouts: int) -> list[Rollout]:
-    """Rollouts as the run samples them: in the world of its data."""
-    prompts = prompts_of_step(parts.prompts.pool, size=rollouts, seed=parts.config.run.seed, step=0)
-    unanswered = [p.id for p in prompts if p.answer is None]
-    if unanswered:
-        raise UserError(f"prompt {unanswered[0]!r} has no answer, so its continuations cannot be graded")
-    return parts.sampler.generate(prompts, parts.sampling, keys=[f"probe/{p.id}" for p in prompts])
 
 
 def probe(
