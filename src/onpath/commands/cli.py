@@ -138,9 +138,10 @@ def make_parser(own: Callable[[], Any] = lambda: None) -> _Parser:
 def _add_demo(commands: Any) -> None:
     demo = commands.add_parser(
         "demo",
-        help="distil the bundled student by OPD, TRD and TOPD, and show what happened",
+        help="distil the bundled student by OPD, TRD, TOPD and relay, and show what happened",
         description="Distils the bundled student from the bundled teacher on the gym, by OPD, TRD and TOPD "
-        "side by side; prints a table and three trajectories, and writes a page that compares them.",
+        "side by side, and by OPD and relay in a world in which errors stay; prints tables and trajectories, "
+        "and writes a page that compares the first three.",
     )
     demo.add_argument("--quick", action="store_true", help="at most a minute: fewer updates, fewer problems")
     demo.add_argument(

@@ -185,11 +185,10 @@ def rows_of(scores: TeacherScores, at: Tensor) -> TeacherScores:
         return TeacherMixture(members=some, weights=scores.weights)
     if isinstance(scores, TeacherHidden):
         return TeacherHidden(hidden=scores.hidden[at], head=scores.head)
-    tail, sampled = scores.tail, scores.sampled_logp
+    sampled = scores.sampled_logp
     return TeacherTopK(
         ids=scores.ids[at],
         logp=scores.logp[at],
-        tail=None if tail is None else tail[at],
         sampled_logp=None if sampled is None else sampled[at],
     )
 

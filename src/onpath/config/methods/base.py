@@ -50,7 +50,7 @@ class MethodOptions(Section):
     token_clip: float | None = Field(None, gt=0)
     """Cap each token's summed divergence (TRD's baselines use 0.06 to 0.1); null is off."""
     reweight: Literal["none", "teacher_entropy", "student_entropy", "divergence"] = "none"
-    """Weigh tokens by a statistic of theirs, normalised to mean 1 over the micro-batch-independent total."""
+    """Weigh tokens by a statistic of theirs, scaled to mean 1 over the step."""
     first_tokens: int | None = Field(None, ge=1)
     """Train only on the first so many response tokens; null trains on all."""
     random_share: float = Field(1.0, gt=0, le=1)
@@ -63,7 +63,8 @@ class MethodOptions(Section):
 
     importance: Literal["none", "token", "sequence"] = "none"
     """Weigh tokens by the ratio of the student's probability now and when the rollout was drawn, of each
-    token or of the whole response, capped: for rollouts of older weights (rollout.overlap)."""
+    token or of the whole response, capped: for rollouts of older weights (rollout.overlap,
+    rollout.refresh)."""
     importance_cap: float = Field(2.0, gt=0)
     """Largest such weight; ratios above it are counted in metrics.jsonl whatever importance is."""
     ends: Literal["apart", "one"] = "apart"

@@ -121,8 +121,8 @@ class TOPDOptions(MethodOptions):
             return ()
         return (
             "method.mass: row gives every guided token a target of mass 1, also behind an error, where the "
-            "target's tokens belong to another context; where teachers are lost after errors that cost 29 "
-            "points (docs/methods.md); the formula's mass is literal",
+            "target's tokens belong to another context; where errors stay that cost 8 to 13 points "
+            "(docs/methods.md); the formula's mass is literal",
         )
 
     @property
