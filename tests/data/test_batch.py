@@ -51,7 +51,6 @@ def test_every_id_mask_and_index_by_hand() -> None:
     assert b.token_N.tolist() == [5, 6, 7, EOS, EOS, 20, 21, 20]
     assert b.weight_N.tolist() == [1, 1, 1, 1, 1, 1, 0, 0.5]
     assert b.row_N.tolist() == [0, 0, 0, 0, 1, 2, 2, 2]
-    assert b.step_N.tolist() == [0, 1, 2, 3, 0, 0, 1, 2]
     assert b.trajectories == (A, B, C)
 
 
@@ -76,7 +75,6 @@ def test_one_trajectory_alone_has_the_same_tokens() -> None:
         alone, mine = collate([trajectory]), together.row_N == row
         assert torch.equal(alone.token_N, together.token_N[mine])
         assert torch.equal(alone.weight_N, together.weight_N[mine])
-        assert torch.equal(alone.step_N, together.step_N[mine])
         width = together.teacher_ids_BT.shape[1]
         assert torch.equal(alone.teacher_at_N, together.teacher_at_N[mine] - row * width)
 

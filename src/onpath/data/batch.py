@@ -39,8 +39,6 @@ class Batch:
     """Whether it is in the loss's count."""
     row_N: Tensor
     """Which trajectory it belongs to."""
-    step_N: Tensor
-    """Its index in the response."""
     trajectories: tuple[Trajectory, ...]
 
     def to(self, device: torch.device) -> "Batch":
@@ -102,7 +100,6 @@ def collate(trajectories: Sequence[Trajectory], *, device: torch.device | None =
         weight_N=torch.tensor([w for t in trajectories for w in t.token_weights], dtype=torch.float32),
         counted_N=torch.tensor([c for t in trajectories for c in t.in_count], dtype=torch.bool),
         row_N=row_N,
-        step_N=step_N,
         trajectories=tuple(trajectories),
     )
     return batch if device is None else batch.to(device)

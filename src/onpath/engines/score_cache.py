@@ -272,7 +272,6 @@ class CachedTeacher(Teacher):
         if isinstance(scores, TeacherHidden):
             return [{"hidden": self._kept(rows)} for rows in scores.hidden.split(sizes)]
         assert isinstance(scores, TeacherTopK), "a mixture's teachers keep their own"
-        assert scores.tail is None
         assert scores.sampled_logp is not None
         parts = {"ids": scores.ids.int(), "logp": scores.logp, "sampled": scores.sampled_logp}
         split = {name: [p.cpu().contiguous() for p in whole.split(sizes)] for name, whole in parts.items()}

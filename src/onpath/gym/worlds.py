@@ -20,7 +20,7 @@ from onpath.gym.demos import Beliefs
 from onpath.gym.language import SOL
 from onpath.gym.tasks import Node, Problem, belongs, compute, parse_problem, random_order, solution
 from onpath.gym.tasks import rows as plain_rows
-from onpath.gym.vocab import DIGITS, EQUALS, NAMES
+from onpath.gym.vocab import DIGITS, EQUALS
 
 _SURELY = 10.0
 """Scale at which the student acts on every misbelief that it has."""
@@ -106,9 +106,3 @@ def _mastered(rng: random.Random, node: Node) -> Node:
 
 def _chosen(strength: float, *what: object) -> bool:
     return random.Random("/".join(map(str, what))).random() < strength
-
-
-def late_share(problems: Sequence[Problem]) -> float:
-    """Share of the steps whose first operand is an earlier result: what can only be met late."""
-    nodes = [node for problem in problems for node in problem.nodes]
-    return sum(node.left in NAMES for node in nodes) / len(nodes)

@@ -54,15 +54,11 @@ class TeacherTopK:
     """Distinct in each row."""
     logp: Float[Tensor, "N k"]
     """At full-vocabulary normalisation, nats; −inf pads a row that has fewer entries."""
-    tail: Float[Tensor, " N"] | None = None
-    """Probability outside the set; None: what `logp` leaves."""
     sampled_logp: Float[Tensor, " N"] | None = None
     """Of the response's own token."""
 
     def tail_mass(self) -> Float[Tensor, " N"]:
-        """`tail`, or 1 − Σ p, never below 0."""
-        if self.tail is not None:
-            return self.tail
+        """Outside the set: 1 − Σ p, never below 0."""
         return (1 - self.logp.double().exp().sum(-1)).clamp_min(0).to(self.logp.dtype)
 
 

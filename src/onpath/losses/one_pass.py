@@ -338,7 +338,6 @@ def _served(teacher: TeacherScores | None, row: slice) -> TeacherTopK | None:
     return TeacherTopK(
         ids=teacher.ids[row],
         logp=teacher.logp[row],
-        tail=_cut(teacher.tail, row),
         sampled_logp=_cut(teacher.sampled_logp, row),
     )
 

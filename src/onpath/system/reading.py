@@ -255,18 +255,17 @@ def _reason(error: Exception) -> str:
     return one_line(str(getattr(error, "strerror", None) or error), 120)
 
 
-def safely(read: Callable[[], Any], *, where: str, also: tuple[type[Exception], ...] = ()) -> Any:
+def safely(read: Callable[[], Any], *, where: str) -> Any:
     """The result of a reader that was written for whole files, told in a sentence where this one is not.
 
     Raises:
         UserError: it failed on what the file holds.
     """
-    failures: tuple[type[Exception], ...] = (*OF_CONTENT, *also)
     try:
         return read()
     except UserError:
         raise
-    except failures as error:
+    except OF_CONTENT as error:
         raise UserError(f"{where}: damaged ({type(error).__name__}: {_reason(error)})") from None
 
 
