@@ -470,6 +470,8 @@ def test_a_grader_may_answer_with_numpys_truth() -> None:
 
     judged = OwnGrader(lambda text, answer: np.array([1.0])[0] == np.float64(answer), name="near")  # type: ignore
     assert [v.correct for v in judged.grade_many([("", "1"), ("", "2")])] == [True, False]
+    with pytest.raises(UserError, match=r"must be a function of \(text, answer\): too many positional"):
+        OwnGrader(lambda text: True, name="short")  # type: ignore[misc, arg-type]
 
 
 def test_a_reward_may_have_parameters_that_need_nothing(tiny: Tiny) -> None:

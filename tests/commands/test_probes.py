@@ -13,7 +13,8 @@ from torch import nn
 from onpath import config as configuration
 from onpath.commands.probes.command import run_named, shown
 from onpath.commands.probes.predictors import TRIGGER, Scored, late_skills, predictors, score
-from onpath.commands.probes.prefix_failure import Probed, positions, probe, run_probe, summarise, written
+from onpath.commands.probes.prefix_failure import Probed, positions, probe, run_probe, summarise
+from onpath.commands.probes.sampled import sampled
 from onpath.config.whole import Config
 from onpath.run.assemble import assemble
 from onpath.run.gradient_cosine import GradientCosine
@@ -59,7 +60,7 @@ def test_modes_are_the_teachers(tiny: Callable[..., Config]) -> None:
     (r, *_) = parts.generators.student.generate(
         parts.prompts.pool, parts.sampling, keys=[f"probe/{p.id}" for p in parts.prompts.pool]
     )
-    made = written(parts, rollouts=3)
+    made = sampled(parts, 3)
     found = {
         p.prompt_id: p for p in probe(parts, made, [m.context for m in made], continuations=1, every=50)
     }[r.prompt.id]
@@ -166,7 +167,7 @@ def test_predictors_by_hand() -> None:
 
 def test_without_a_checker_the_ratio_says_where_it_went_wrong(tiny: Callable[..., Config]) -> None:
     parts = assemble(tiny(method__name="opd", data__limit=4, rollout__prompts=4))
-    made = written(parts, rollouts=4)
+    made = sampled(parts, 4)
     found = score(parts.models, parts.text, made, [r.context for r in made])
     for s, r in zip(found, made, strict=True):
         theirs = logps(parts.models.teacher.model, r.context, r.ids)
@@ -192,7 +193,7 @@ def test_a_world_shows_in_its_predictors() -> None:
             }
         )
         parts = assemble(config)
-        made = written(parts, rollouts=24)
+        made = sampled(parts, 24)
         found[name] = predictors(score(parts.models, parts.text, made, [r.context for r in made]))
     plain, late = found["plain"], found["late"]
     assert late["tokens_behind_first_error"] > 0.5 > plain["tokens_behind_first_error"]

@@ -540,6 +540,8 @@ def verdicts(run: Path) -> dict[str, list[bool]]:
         ({"budget": {"steps": 2}}, "unknown key budget.steps; budget has updates, "),
         ({"parallel": {"processes": 0}}, "at least 1"),
         ({"base": 3}, "base must be a mapping"),
+        ({"arms": ["opd", "trd"]}, "it must be a mapping, such as {opd: {}, trd: "),
+        ({"parallel": [2]}, "parallel is '[2]'; it must be a mapping"),
         ({"base": {"optim": {"lr": -1}}}, "base: optim.lr is -1"),
         ({"base": "nowhere.yaml"}, "study.yaml: base is nowhere.yaml: no such config file, beside this one"),
         ({"base": ""}, "study.yaml: base: '' is no path: it is empty"),

@@ -206,6 +206,10 @@ CASES: dict[str, tuple[Break, str]] = {
         r"student\.model: there is no directory",
     ),
     "no model inside": (lambda c: (c.root / "teacher" / "config.json").unlink(), r"teacher\.model"),
+    "no model at all": (
+        lambda c: [p.unlink() for p in (c.root / "student").iterdir()],
+        r"student\.model: .* is no model's directory: it has no config\.json",
+    ),
     "no tokenizer": (
         lambda c: [(c.root / "student" / f).unlink() for f in ("tokenizer.json", "tokenizer_config.json")],
         r"student\.model: .* has no tokenizer",
@@ -378,9 +382,18 @@ def test_two_evaluations_of_one_name_are_refused(
 
 
 def test_no_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for path in (tmp_path / "nope.yaml", tmp_path):
+    for path, what in (
+        (tmp_path / "nope.yaml", "no such config file"),
+        (tmp_path, "is a directory, and no config file"),
+    ):
         assert main(["train", str(path)]) == 2
-        assert capsys.readouterr().err == f"onpath: {path}: no such config file\n"
+        assert capsys.readouterr().err == f"onpath: {path}: {what}\n"
+
+
+def test_an_empty_section_takes_an_override(tmp_path: Path) -> None:
+    """Somebody has commented out all of its keys."""
+    (tmp_path / "a.yaml").write_text("optim:\n")
+    assert load(tmp_path / "a.yaml", {"optim.lr": "0.5"}).optim.lr == 0.5
 
 
 def test_a_model_that_does_more_to_its_logits_is_refused(

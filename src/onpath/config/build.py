@@ -112,7 +112,8 @@ def _tree_of(path: str | Path) -> dict[str, Any]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not place(path).is_file():
-        raise UserError(f"{path}: no such config file")
+        what = "is a directory, and no config file" if place(path).is_dir() else "no such config file"
+        raise UserError(f"{path}: {what}")
     data = read_yaml(place(path))
     if data is None:
         return {}
@@ -133,6 +134,8 @@ def _override(data: dict[str, Any], dotted: str, text: Any, *, by: str) -> None:
         raise UserError(f"{named}: options are {form}; {hint}")
     value = _read(text, _annotation(data, section, key)) if isinstance(text, str) else text
     target = data.setdefault(section, {})
+    if target is None:  # its keys may all be comments
+        target = data[section] = {}
     if not isinstance(target, dict):
         raise UserError(f"{section}: must be a mapping, not {target!r}")
     *path, last = key.split(".")

@@ -231,7 +231,10 @@ def _base_of(adapter: Path, key: str) -> str:
 def load_tokenizer(section: Student | Teacher, key: str) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model."""
     where = _existing(section.model, key)
-    if Path(where).is_dir() and not any((Path(where) / f).is_file() for f in _TOKENIZER_FILES):
+    here = Path(where).is_dir()
+    if here and not any((Path(where) / f).is_file() for f in ("config.json", "adapter_config.json")):
+        raise UserError(f"{key}: {section.model} is no model's directory: it has no config.json")
+    if here and not any((Path(where) / f).is_file() for f in _TOKENIZER_FILES):
         # transformers would make an empty one without a word
         raise UserError(
             f"{key}: {section.model} has no tokenizer; save one there (tokenizer.save_pretrained)"
@@ -240,7 +243,10 @@ def load_tokenizer(section: Student | Teacher, key: str) -> PreTrainedTokenizerB
         with quietly():
             return AutoTokenizer.from_pretrained(where, trust_remote_code=section.trust_remote_code)
     except Exception as error:  # the tokenizers library raises nothing more precise
-        raise UserError(f"{key}: cannot load a tokenizer from {section.model}: {first_line(error)}") from None
+        nowhere = "" if here else f"there is no directory {section.model} here, and of the hub's models: "
+        raise UserError(
+            f"{key}: {nowhere}cannot load a tokenizer from {section.model}: {first_line(error)}"
+        ) from None
 
 
 def _existing(name: str, key: str) -> str:

@@ -27,6 +27,7 @@ from onpath.system.text import one_line
 
 T = TypeVar("T")
 _FIRST_WAIT, _LONGEST_WAIT = 0.2, 15.0
+_QUIET = 1.0  # seconds between two tries from which on people are told
 _LOOK = 0.2  # seconds between two looks at whether to wait on
 _TRIES_OF_NONSENSE = 3
 _UNREADABLE = (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError, RecursionError)
@@ -187,6 +188,11 @@ class Line:
                     )
             self.waits += 1
             if alone:
+                if wait > _QUIET and not host.well:
+                    say_once(
+                        f"{self.key}.url: no answer from {host.url} ({host.said(error)}); asking again for "
+                        f"up to {self.section.patience:g} s ({self.key}.patience)"
+                    )
                 _pause(wait, stop)
                 wait = min(2 * wait, _LONGEST_WAIT)
         raise UserError(f"{self.key}.url: stopped asking {self.url}")

@@ -1,5 +1,6 @@
 """A grader of the user's own: `mine.py:grade`, a function of (text, answer) → bool."""
 
+import inspect
 from collections.abc import Callable
 
 import numpy as np
@@ -19,6 +20,12 @@ class OwnGrader(Grader):
     def __init__(self, function: Callable[[str, str], bool], *, name: str) -> None:
         if not callable(function):
             raise UserError(f"eval.grader: {name} must be a function of (text, answer), not {function!r}")
+        try:
+            inspect.signature(function).bind("text", "answer")
+        except TypeError as error:
+            raise UserError(f"eval.grader: {name} must be a function of (text, answer): {error}") from None
+        except ValueError:
+            pass  # some builtins have none
         self.function, self.name = function, name
 
     def _judge(self, text: str, answer: str) -> Verdict:

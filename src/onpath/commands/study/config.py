@@ -372,6 +372,9 @@ def _sentence(error: ValidationError, data: Mapping[str, Any]) -> str:
             guess = closest(last, known, cutoff=0.7)
             told = f"{section or 'a study'} has {', '.join(known)}"
             return f"unknown key {key}; {guess}{' ' if guess else ''}{told}"
+        case "dict_type" | "model_type":
+            form = ", such as {opd: {}, trd: {method: {name: trd}}}" if key == "arms" else ""
+            return f"{key} is {str(first['input'])[:60]!r}; it must be a mapping{form}"
         case "value_error":
             return f"{key + ': ' if key else ''}{first['ctx']['error']}"
         case _:
