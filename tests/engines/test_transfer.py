@@ -245,8 +245,12 @@ def test_of_two_processes_the_first_gives_and_the_other_waits(
     assert fake.meetings == 1
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     handover = OverNCCL(torch.nn.Linear(1, 1), dtype=None)
+    host = Host(fake.url, config.rollout, "rollout")
     with pytest.raises(Busy, match="waits for the first process"):
-        handover.give(Host(fake.url, config.rollout, "rollout"))
+        handover.give(host)
+    handover.version = fake.version
+    handover.give(host)
+    assert fake.meetings == 1, "nothing is sent to one that has them"
 
 
 def test_without_servers_it_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -162,10 +162,12 @@ class OverNCCL:
         """See `Handover.give`. Prefixes that it has cached are those of other weights.
 
         Raises:
-            Busy: this is not the process that has the weights.
+            Busy: it lacks them, and this is not the process that has them.
         """
         if distributed.rank() > 0:
-            raise Busy("it waits for the first process to give it the weights")
+            if self.lacks(host):
+                raise Busy("it waits for the first process to give it the weights")
+            return
         with self._one_at_a_time:
             met = self._met.pop(host, None)  # of one that fails nothing is used again
             if met is None or _version(host) != met.version:
