@@ -127,13 +127,16 @@ class Watch(Stopwatch):
 
 @contextmanager
 def counted_calls(model: Any) -> Iterator[list[int]]:
-    """Rows and tokens of every call of the whole model (the scoring pass calls its decoder)."""
+    """Rows × tokens of every call that generates: it says the positions, a scoring pass does not."""
+    from onpath.engines.head import decoder_of
+
     calls: list[int] = []
 
     def note(_: Any, __: Any, kwargs: Any) -> None:
-        calls.append(kwargs["input_ids"].numel())
+        if kwargs.get("position_ids") is not None:
+            calls.append(kwargs["input_ids"].numel())
 
-    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    handle = decoder_of(model).register_forward_pre_hook(note, with_kwargs=True)
     try:
         yield calls
     finally:

@@ -666,7 +666,7 @@ def test_user_errors_are_one_sentence(tiny: Tiny, tmp_path: Path, capsys: pytest
 def test_served_scores_are_read_alike() -> None:
     """Of tokens in the set and outside it; rows move together; a reading has no distance to itself."""
     served = TeacherTopK(
-        ids=torch.tensor([[5, 8], [7, 3]]), logp=torch.tensor([[0.6, 0.3], [0.5, 0.25]]).log(), tail=None
+        ids=torch.tensor([[5, 8], [7, 3]]), logp=torch.tensor([[0.6, 0.3], [0.5, 0.25]]).log()
     )
     assert logp_of(served, torch.tensor([8, 4])).exp().tolist() == pytest.approx([0.3, 0.25])
     turned = rows_of(served, torch.tensor([1, 0]))
