@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
 from onpath.data.batch import collate
 from onpath.data.render import Renderer
+from onpath.engines.decoding import branches
 from onpath.engines.decoding.branches import Past, branch
 from onpath.engines.decoding.drafts import Drafts
 from onpath.engines.hf import HFEngine
@@ -206,3 +207,18 @@ def test_under_autocast_of_float32_weights_nothing_is_kept(counted: Counted) -> 
         draft.keeps = True
     counted.engine.answer([], prompts, Sampling(max_new_tokens=K), keys=[""] * 4, drafts=drafts)
     assert [draft.read for draft in drafts] == [None] * 4
+
+
+def test_on_a_cpu_large_models_follow_no_drafts(counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass over them costs what its tokens cost, rejected ones too. What is read is kept all the same."""
+    prompts, drafts = rewrites_of(counted)
+    sampling, keys = Sampling(temperature=0.0, max_new_tokens=K), [""] * 4
+    expected = counted.engine.continue_from(prompts, sampling, keys=keys)
+    drafts[0].keeps = True
+    monkeypatch.setattr(branches, "_WORTH_DRAFTS", 1e3)
+    counted.passes = 0
+    found = counted.engine.answer([], prompts, sampling, keys=keys, drafts=drafts)
+    assert [c.ids for c in found] == [c.ids for c in expected]
+    assert counted.passes == 1 + max(len(c.ids) for c in found), "one reads the prompts"
+    assert drafts[0].read is not None
+    assert len(drafts[0].read) == len(found[0].ids)

@@ -36,6 +36,7 @@ _SPLIT_ROWS = 0.25  # share of rows that may be split, so that none with few pla
 _QUERIES = 16_384  # rows × columns × tokens of one forward pass
 _LOGITS = 2**27  # and times the vocabulary
 _TOKENS_PER_PASS = 8  # verified at once, at most: drafts behind a rejected one are wasted
+_WORTH_DRAFTS = 2e7  # parameters: a pass over more of them costs on a CPU what its tokens cost, drafts or not
 
 Place = tuple[int, int]
 
@@ -101,7 +102,9 @@ def branch(
     if sampling.temperature > 0 and count:
         uniform = np.stack([noise(sampling.seed, key, limit) for key in keys])
     keeps = drafts is not None and any(d.keeps for d in drafts)
+    most = _TOKENS_PER_PASS if drafts is not None and _drafts_pay(engine) else 1
     generated = _Generated(
+        tokens_per_pass=-(-limit // -(-limit // most)),  # the fewest passes that a right draft needs, filled
         states=[[] for _ in places] if keeps else None,
         uniform_NL=torch.from_numpy(uniform).to(engine.device),
         tokens_NL=torch.zeros(count, limit, dtype=torch.long, device=engine.device),
@@ -113,7 +116,7 @@ def branch(
     engine.model.eval()
     try:
         queries = min(_QUERIES, _LOGITS // len(table_of(engine.model)))
-        queries = max(1, queries // (1 if drafts is None else _TOKENS_PER_PASS))
+        queries = max(1, queries // most)
         for columns in _batches(places, engine.device, queries):
             _generate(engine, past, columns, generated, drafts)
     finally:
@@ -123,6 +126,10 @@ def branch(
             drafts[row].read = torch.cat(states) if drafts[row].keeps else None
     rows = zip(generated.tokens_NL.tolist(), generated.logps_NL.tolist(), strict=True)
     return [_completion(ids, logps, engine.stop_ids) for ids, logps in rows]
+
+
+def _drafts_pay(engine: InProcess) -> bool:
+    return engine.device.type != "cpu" or sum(p.numel() for p in engine.model.parameters()) < _WORTH_DRAFTS
 
 
 def reads_otherwise(engine: InProcess) -> bool:
@@ -176,14 +183,10 @@ class _Generated:
     logps_NL: Tensor
     sampling: Sampling
     stops: Tensor
+    tokens_per_pass: int
+    """Fed at once, drafts included."""
     states: list[list[Tensor]] | None = None
     """The hidden states that predict the tokens, by place, pass after pass; None: they are not wanted."""
-
-    @property
-    def tokens_per_pass(self) -> int:
-        """The fewest passes that a right draft needs, evenly filled."""
-        limit = self.tokens_NL.shape[1]
-        return -(-limit // -(-limit // _TOKENS_PER_PASS))
 
     def verify(
         self, index_R: Tensor, count_R: Tensor, fed_RI: Tensor, hidden_RIH: Tensor, logits_RIV: Tensor
