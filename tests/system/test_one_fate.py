@@ -74,9 +74,9 @@ def test_a_rank_that_dies_is_told_in_a_sentence(tmp_path: Path) -> None:
 
 def slow(rank: int) -> None:
     with distributed.one_fate():
-        distributed.start(torch.device("cpu"), timeout=1.0)
+        distributed.start(torch.device("cpu"), timeout=5.0)
         if rank == 1:
-            time.sleep(3.0)
+            time.sleep(8.0)
         distributed.barrier()
 
 
@@ -96,7 +96,9 @@ def ends(rank: int) -> None:
 
 def test_a_good_end_says_nothing(tmp_path: Path) -> None:
     """Whoever holds the store is the last to leave."""
-    assert forked(ends, tmp_path) == [(0, "", "")] * 2
+    for code, out, err in forked(ends, tmp_path):
+        assert (code, out) == (0, "")
+        assert "frame #" not in err
 
 
 def test_what_one_process_alone_says(monkeypatch: pytest.MonkeyPatch) -> None:
