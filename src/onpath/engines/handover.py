@@ -1,9 +1,9 @@
 """How the trained weights get to a server (`rollout.push`): whole or as the adapter alone, over a directory
 that the servers can read; or from GPU to GPU (`transfer.py`).
 
-An adapter's name there and at a server is a digest of
-what it holds, so that a name never means other weights than it meant: prefixes cached of older ones do no
-harm, and a server that was started anew, or missed a push, is known by not having the name.
+An adapter's name there and at a server is a digest of what it holds, so that a name never means other weights
+than it meant: prefixes cached of older ones do no harm, and a server that was started anew, or missed a push,
+is known by not having the name.
 """
 
 import hashlib

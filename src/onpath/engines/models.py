@@ -232,7 +232,7 @@ def load_tokenizer(section: Student | Teacher, key: str) -> PreTrainedTokenizerB
     """The tokenizer beside a model."""
     where = _existing(section.model, key)
     here = Path(where).is_dir()
-    if here and not any((Path(where) / f).is_file() for f in ("config.json", "adapter_config.json")):
+    if here and not ((Path(where) / "config.json").is_file() or is_adapter(where)):
         raise UserError(f"{key}: {section.model} is no model's directory: it has no config.json")
     if here and not any((Path(where) / f).is_file() for f in _TOKENIZER_FILES):
         # transformers would make an empty one without a word

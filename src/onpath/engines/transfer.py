@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from onpath.engines.adapters import merged_weights
-from onpath.engines.head import sharded
-from onpath.engines.host import Busy, Host, Nonsense
-from onpath.engines.weights import checkpoint_weights
+from onpath.engines.host import Busy, Host
+from onpath.engines.weights import checkpoint_weights, take_part
+from onpath.engines.wire import understood
 from onpath.system import distributed
 from onpath.system.errors import UserError
 from onpath.system.text import one_line
@@ -30,7 +30,7 @@ from onpath.system.text import one_line
 _GRACE = 5.0  # seconds that our side has after a server has refused its own
 
 
-class Line(Protocol):
+class Sender(Protocol):
     """An open group with the workers of one server."""
 
     def send_weights(self) -> None:
@@ -97,7 +97,7 @@ class Client:
             raise
 
 
-def open_line(client: Client, source: Source, *, address: str, port: int, world: int) -> Line:
+def open_line(client: Client, source: Source, *, address: str, port: int, world: int) -> Sender:
     """A group of this process and `world` − 1 workers, which are asked to join it.
 
     Raises:
@@ -113,7 +113,7 @@ def open_line(client: Client, source: Source, *, address: str, port: int, world:
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
     info = NCCLTrainerInitInfo(rank=0, master_address=address, master_port=port, world_size=world)
-    line: Line = WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
+    line: Sender = WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
     return line
 
 
@@ -122,7 +122,7 @@ class _Met:
     """A server that has been met."""
 
     client: Client
-    line: Line
+    line: Sender
     version: str = ""
 
 
@@ -149,8 +149,7 @@ class OverNCCL:
         self._pushes += 1
         self.version = f"onpath-{self._run}-{self._pushes}"
         if distributed.rank() > 0:
-            for _ in merged_weights(self.student) if sharded(self.student) else ():
-                pass
+            take_part(self.student)
             return
         self.source.held = []
         with torch.no_grad():
@@ -188,12 +187,14 @@ class OverNCCL:
 
     def _meet(self, host: Host) -> _Met:
         _check_backend(host)
-        world = 1 + int(_understood(host, "/get_world_size", "world_size"))
-        client, found = Client(host), list[Line]()
+        workers = understood(
+            lambda answer: int(answer["world_size"]), host.exchange("GET", "/get_world_size")
+        )
+        client, found = Client(host), list[Sender]()
         address, port = _address_towards(host), _free_port()
 
         def meet() -> None:
-            found.append(open_line(client, self.source, address=address, port=port, world=world))
+            found.append(open_line(client, self.source, address=address, port=port, world=1 + workers))
 
         self._with(client, meet)
         return _Met(client=client, line=found[0])
@@ -248,19 +249,7 @@ def _said(error: Exception) -> str:
 
 
 def _version(host: Host) -> str:
-    return str(_understood(host, "/weight_info", "weight_version"))
-
-
-def _understood(host: Host, path: str, name: str) -> Any:
-    """One field of an answer.
-
-    Raises:
-        Nonsense: it is not there.
-    """
-    answer = host.exchange("GET", path)
-    if not isinstance(answer, dict) or name not in answer:
-        raise Nonsense(f"{path} without {name} (is it a vLLM from 0.29 on?)")
-    return answer[name]
+    return understood(lambda answer: str(answer["weight_version"]), host.exchange("GET", "/weight_info"))
 
 
 def _check_backend(host: Host) -> None:
@@ -269,9 +258,9 @@ def _check_backend(host: Host) -> None:
     Raises:
         UserError: it was not.
     """
-    config = _understood(host, "/server_info?config_format=json", "vllm_config")
-    transfer = config.get("weight_transfer_config") if isinstance(config, dict) else None
-    if not isinstance(transfer, dict) or not transfer.get("backend"):
+    answer = host.exchange("GET", "/server_info?config_format=json")
+    transfer = understood(lambda told: told["vllm_config"]["weight_transfer_config"], answer)
+    if not transfer:
         raise UserError(
             f"rollout.push: nccl: {host.url} takes no weights that way; start vllm serve with "
             '--weight-transfer-config \'{"backend": "nccl"}\', or leave rollout.push at weights'

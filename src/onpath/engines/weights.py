@@ -46,13 +46,18 @@ def save_weights(model: nn.Module, directory: Path, *, here: bool | None = None)
         UserError: the disk is full or not writable.
     """
     if not (distributed.rank() == 0 if here is None else here):
-        for _ in merged_weights(model) if sharded(model) else ():
-            pass
+        take_part(model)
         return
     make_directory(directory)
     with written(directory / "model.safetensors") as temporary:
         write_stream(temporary, described(model), (t for _, t in checkpoint_weights(model)))
         unwrapped(model).config.save_pretrained(directory)
+
+
+def take_part(model: nn.Module) -> None:
+    """What a process does that keeps nothing, while another one goes through `checkpoint_weights`."""
+    for _ in merged_weights(model) if sharded(model) else ():
+        pass
 
 
 def checkpoint_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -73,7 +73,7 @@ class Line:
 
     def get(self, path: str, parse: Callable[[Any], T], *, at: Host | None = None) -> T:
         """The answer to one GET, as `parse` understands it."""
-        return self._sent(lambda host: _understood(parse, host.exchange("GET", path)), at=at)
+        return self._sent(lambda host: understood(parse, host.exchange("GET", path)), at=at)
 
     def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """The answer to one POST; None where it is empty."""
@@ -292,7 +292,7 @@ class Questions:
 
         def one(i: int) -> T:
             def send(host: Host) -> T:
-                return _understood(partial(understand, i), host.exchange("POST", path, bodies[i]))
+                return understood(partial(understand, i), host.exchange("POST", path, bodies[i]))
 
             return self._line._sent(send, self._stop, home=first + i * many // count, at=self._at)
 
@@ -307,7 +307,7 @@ class Questions:
         self._pool.shutdown(cancel_futures=True)
 
 
-def _understood(parse: Callable[[Any], T], answer: Any) -> T:
+def understood(parse: Callable[[Any], T], answer: Any) -> T:
     """Whatever an answer holds, it is understood or nonsense."""
     try:
         return parse(answer)
@@ -362,7 +362,7 @@ class Server(Line):
 
     def models_at(self, host: Host) -> list[str]:
         """What a server serves by now, adapters too."""
-        return [m["id"] for m in _understood(_models, host.exchange("GET", "/v1/models"))]
+        return [m["id"] for m in understood(_models, host.exchange("GET", "/v1/models"))]
 
     def complete(self, bodies: Sequence[Mapping[str, Any]], understand: Callable[[int, Any], T]) -> list[T]:
         """Answers to completion requests, in their order.
@@ -385,7 +385,7 @@ class Server(Line):
     def completed(self, host: Host, body: Mapping[str, Any], understand: Callable[[int, Any], T]) -> T:
         """One server's answer to one request, asked for once; for `Line.each` and `Line.renew`."""
         answer = host.exchange("POST", "/v1/completions", {"model": self.asked, **body})
-        return _understood(lambda answer: understand(0, self._choice(answer)), answer)
+        return understood(lambda answer: understand(0, self._choice(answer)), answer)
 
     def _choice(self, answer: Any) -> dict[str, Any]:
         if isinstance(answer, dict) and answer.get("model") != self.asked:

@@ -483,16 +483,11 @@ def open_run(config: Config, parts: Parts, *, with_changes: bool = False) -> Run
         except OSError as error:
             raise UserError(f"run.dir: cannot write to {directory}: {error.strerror or error}") from None
         held.append(lock(directory))
-        try:
-            return _prepare(directory, config, parts, with_changes=with_changes)
-        except BaseException:
-            os.close(held[0])
-            raise
+        failed.callback(os.close, held[0])
+        return _prepare(directory, config, parts, with_changes=with_changes)
 
-    changed, note = distributed.first_decides(prepared)
     with ExitStack() as failed:  # whoever tries again in this process finds the directory free
-        if held:
-            failed.callback(os.close, held[0])
+        changed, note = distributed.first_decides(prepared)
         run = Run(
             directory=directory,
             parts=parts,
