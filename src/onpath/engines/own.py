@@ -76,9 +76,8 @@ class OwnEngine(Engine):
         drafts: Sequence[Drafts] | None = None,
     ) -> list[Completion]:
         """See `Engine.answer`."""
-        done = self.engine.answer(prompts, prefixes, sampling, keys=keys, drafts=drafts)
-        for draft in drafts or ():
-            draft.read = None  # nobody knows whose it is
+        followed = None if drafts is None else [draft.unkept() for draft in drafts]
+        done = self.engine.answer(prompts, prefixes, sampling, keys=keys, drafts=followed)
         return self._all(done, len(prefixes), sampling)
 
     def can_draw_from(self, past: Past | None) -> bool:

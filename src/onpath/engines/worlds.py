@@ -189,19 +189,16 @@ class LostEngine(Engine):
         drafts: Sequence[Drafts] | None = None,
     ) -> list[Completion]:
         """See `Engine.answer`. What either model reads is half of what scores."""
-        done = by_teacher(
+        return by_teacher(
             self._whose(prefixes),
             lambda who, mine: self._of(who).answer(
                 [prompts[i] for i in mine],
                 [prefixes[i] for i in mine],
                 sampling,
                 keys=[keys[i] for i in mine],
-                drafts=None if drafts is None else [drafts[i] for i in mine],
+                drafts=None if drafts is None else [drafts[i].unkept() for i in mine],
             ),
         )
-        for draft in drafts or ():
-            draft.read = None
-        return done
 
     def _whose(self, prefixes: Sequence[Sequence[int]]) -> list[str | None]:
         return [None if self.after(prefix) is None else "lost" for prefix in prefixes]

@@ -97,9 +97,7 @@ class SideBySide:
         for i, end in done.items():
             found[i] = _ended(some[i], end)
             cost.student, cost.teacher = cost.student + end.student_tokens, cost.teacher + len(end.by_teacher)
-        for i in going:
-            read = done[i].read
-            read = None if read is None else read.to(self.tools.models.device)
+            read = None if end.read is None else end.read.to(self.tools.models.device)
             keep_read(some[i], found[i], read, kept, known=some[i].y)
         return found
 

@@ -101,7 +101,7 @@ def branch(
     uniform = np.zeros((count, limit))
     if sampling.temperature > 0 and count:
         uniform = np.stack([noise(sampling.seed, key, limit) for key in keys])
-    keeps = drafts is not None and any(d.keeps for d in drafts)
+    keeps = drafts is not None and any(d.keeps for d in drafts) and not reads_otherwise(engine)
     most = _TOKENS_PER_PASS if drafts is not None and _drafts_pay(engine) else 1
     generated = _Generated(
         tokens_per_pass=-(-limit // -(-limit // most)),  # the fewest passes that a right draft needs, filled
@@ -121,7 +121,7 @@ def branch(
             _generate(engine, past, columns, generated, drafts)
     finally:
         engine.model.train(was_training)
-    if drafts is not None and generated.states is not None and not reads_otherwise(engine):
+    if drafts is not None and generated.states is not None:
         for (row, _), states in zip(places, generated.states, strict=True):
             drafts[row].read = torch.cat(states) if drafts[row].keeps else None
     rows = zip(generated.tokens_NL.tolist(), generated.logps_NL.tolist(), strict=True)

@@ -39,6 +39,10 @@ class Drafts:
         self.start, self.response, self.likeliest = start, tuple(response), list(likeliest)
         self.keeps = keeps
 
+    def unkept(self) -> "Drafts":
+        """The same, of which nothing is kept: who follows it is not who scores."""
+        return Drafts(start=self.start, response=self.response, likeliest=self.likeliest)
+
     @classmethod
     def of_text(cls, text: Sequence[int], *, start: int, keeps: bool = False) -> "Drafts":
         """Of a text that is likely to be repeated after the first `start` tokens of a row.

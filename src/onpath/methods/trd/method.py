@@ -50,10 +50,7 @@ class TRD(Method):
         check_generated(trajectories, step=step, who="the rewriter", of="attempts", look=look)
         means = edit_means(rewrites, trajectories)
         pairs = zip(trajectories, rewrites, strict=True)
-        states = {
-            teacher_key(t): w.read for t, w in pairs if w.read is not None and len(w.read) == len(w.ids)
-        }
-        kept = Kept(teacher=states)
+        kept = Kept(teacher={teacher_key(t): w.read for t, w in pairs if w.read is not None})
         if self.options.diagnose_every and step % self.options.diagnose_every == 0:
             reference = self.options.shows_reference
             trajectories, more, kept = measured(rewrites, trajectories, reference=reference, tools=self.tools)
