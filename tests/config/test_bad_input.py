@@ -262,8 +262,8 @@ CASES: dict[str, tuple[Break, str]] = {
         r"ppo_clip.* belong to kind sampled",
     ),
     "unknown file type": (
-        lambda c: (shutil.copy(c.train, c.root / "a.csv"), c.set("data.train", str(c.root / "a.csv")))[1],
-        r"unknown file type '\.csv'",
+        lambda c: (shutil.copy(c.train, c.root / "a.tsv"), c.set("data.train", str(c.root / "a.tsv")))[1],
+        r"unknown file type '\.tsv'",
     ),
     "one weight missing": (
         one_weight_missing,

@@ -68,6 +68,23 @@ def test_a_compressed_file_is_as_the_plain_one(write: Callable[..., str], tmp_pa
     assert split_name(str(packed)) == "b"
 
 
+def test_an_array_of_rows_and_lines_of_cells(tmp_path: Path) -> None:
+    rows = [{"id": "a", "prompt": "7 + 5?\nSay it.", "answer": "12", "solution": "7, 5"}, {"prompt": "9?"}]
+    (tmp_path / "a.json").write_text("\ufeff" + json.dumps(rows, indent=1))
+    (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, rows)))
+    cells = '\ufeffid,prompt,answer,solution,level\r\na,"7 + 5?\nSay it.",12,"7, 5",3\r\n,9?,,\r\n'
+    (tmp_path / "a.csv").write_text(cells, newline="")
+    expected = load_prompts(jsonl(tmp_path / "a.jsonl", *rows)).prompts
+    for name in ("a.json", "lines.json", "a.csv"):
+        assert load_prompts(str(tmp_path / name)).prompts == expected, name
+    (tmp_path / "b.csv").write_text("question,answer\nOne, two?,3\n7?,7\n")
+    found = load_prompts(str(tmp_path / "b.csv"), columns={"prompt": "question"}, skip_bad=True)
+    assert [p.text for p in found.prompts] == ["7?"]
+    assert found.reasons[0].endswith(
+        "b.csv, line 2: more cells than the first line names; quote what holds commas"
+    )
+
+
 def test_a_small_file_cannot_be_a_large_one(tmp_path: Path) -> None:
     """A line of a compressed file has a limit; of a Parquet file no more is written out than is asked for."""
     packed = tmp_path / "bomb.jsonl.gz"
@@ -182,7 +199,7 @@ def bad_sources(tmp: Path) -> dict[str, tuple[str, str]]:
     """Case → (source, what the message says)."""
     (tmp / "empty.jsonl").write_text("")
     (tmp / "blank.jsonl").write_text("\n\n")
-    (tmp / "data.csv").write_text("prompt\n7\n")
+    (tmp / "data.tsv").write_text("prompt\n7\n")
     (tmp / "torn.parquet").write_bytes(b"PAR1 this is no Parquet")
     (tmp / "plain").mkdir()
     (tmp / "secret.jsonl").mkdir()
@@ -195,7 +212,7 @@ def bad_sources(tmp: Path) -> dict[str, tuple[str, str]]:
         "not even a name": ("what is this?", "no such file or directory"),
         "empty file": (str(tmp / "empty.jsonl"), "no prompts to use: it has no rows"),
         "blank file": (str(tmp / "blank.jsonl"), "it has no rows"),
-        "unknown type": (str(tmp / "data.csv"), "unknown file type '.csv'"),
+        "unknown type": (str(tmp / "data.tsv"), "unknown file type '.tsv'"),
         "torn Parquet": (str(tmp / "torn.parquet"), "not a readable Parquet file"),
         "Parquet without prompt": (
             str(tmp / "column.parquet"),

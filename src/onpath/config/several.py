@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from onpath.config.sections import Teacher, check_names
-from onpath.data.load import DEFAULT_TEACHER
+from onpath.data.rows import DEFAULT_TEACHER
 from onpath.data.tasks import task_of
 
 

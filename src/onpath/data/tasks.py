@@ -157,6 +157,11 @@ def register(task: Task) -> None:
     _TASKS[task.name] = lambda: task
 
 
+def task_names() -> list[str]:
+    """Of the tasks that are known in this process."""
+    return list(_TASKS)
+
+
 def task_of(source: str) -> Task | None:
     """The task that a source or a model belongs to, with the settings that it names; None: a file, a
     directory, a `datasets` name.
