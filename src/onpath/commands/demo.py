@@ -18,6 +18,7 @@ from onpath import config as configuration
 from onpath import gym
 from onpath.commands.demo_world import print_world, world_study
 from onpath.commands.inspect import show_row
+from onpath.commands.picture import picture
 from onpath.commands.report.command import write_report
 from onpath.commands.report.text import cell, known_tokens
 from onpath.commands.study.command import StudyConfig, carry_out
@@ -27,7 +28,7 @@ from onpath.commands.terminal import coloured, legend
 from onpath.run.log import read_lines
 from onpath.run.trajectories import Row, read_rows, trajectory_files
 from onpath.system.errors import UserError
-from onpath.system.files import place, remove_all_but, written
+from onpath.system.files import place, remove_all_but
 from onpath.system.reading import read_yaml
 
 NAME = "demo"
@@ -299,33 +300,25 @@ class Reader:
 
 def draw(directory: Path, data: Mapping[str, Any]) -> Path:
     """Accuracy of the rollouts by update, and final accuracies with their intervals, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    about, arms = data["study"], data["arms"]
-    for slot, arm in enumerate(arms):
-        colour = _COLOURS[arm["arm"]]
-        rows = read_lines(run_of(directory, arm["arm"]) / "metrics.jsonl")
-        if rows:
-            left.plot(
-                [r["step"] for r in rows], [r["accuracy"] for r in rows], color=colour, label=arm["arm"]
-            )
-        held = [arm["evals"][split]["avg_at_k"] for split in about["splits"]]
-        means = [h["mean"] for h in held]
-        bars = [[h["mean"] - h["ci95"][0] for h in held], [h["ci95"][1] - h["mean"] for h in held]]
-        x = [split + 0.16 * (slot - (len(arms) - 1) / 2) for split in range(len(held))]
-        right.errorbar(x, means, yerr=bars, fmt="o", capsize=3, color=colour, label=arm["arm"])
-    left.set(xlabel="update", ylabel="share right", ylim=(0, 1), title="The student's rollouts")
-    right.set(ylim=(0, 1), title=f"Unseen problems: avg@{about['n']}, 95% over problems")
-    right.set_xticks(range(len(about["splits"])), about["splits"])
-    for axis in (left, right):
-        axis.legend(frameon=False, fontsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.3)
     path = directory / "demo.png"
-    with written(path) as temporary:
-        figure.savefig(temporary, dpi=130, format="png")
+    about, arms = data["study"], data["arms"]
+    with picture(path, size=(9, 3.4), columns=2) as (_, (left, right)):
+        for slot, arm in enumerate(arms):
+            colour = _COLOURS[arm["arm"]]
+            rows = read_lines(run_of(directory, arm["arm"]) / "metrics.jsonl")
+            if rows:
+                left.plot(
+                    [r["step"] for r in rows], [r["accuracy"] for r in rows], color=colour, label=arm["arm"]
+                )
+            held = [arm["evals"][split]["avg_at_k"] for split in about["splits"]]
+            means = [h["mean"] for h in held]
+            bars = [[h["mean"] - h["ci95"][0] for h in held], [h["ci95"][1] - h["mean"] for h in held]]
+            x = [split + 0.16 * (slot - (len(arms) - 1) / 2) for split in range(len(held))]
+            right.errorbar(x, means, yerr=bars, fmt="o", capsize=3, color=colour, label=arm["arm"])
+        left.set(xlabel="update", ylabel="share right", ylim=(0, 1), title="The student's rollouts")
+        right.set(ylim=(0, 1), title=f"Unseen problems: avg@{about['n']}, 95% over problems")
+        right.set_xticks(range(len(about["splits"])), about["splits"])
+        for axis in (left, right):
+            axis.legend(frameon=False, fontsize=8)
+            axis.grid(alpha=0.3)
     return path

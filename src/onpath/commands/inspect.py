@@ -13,6 +13,8 @@ from onpath.run.trajectories import Row, quantities, read_rows, step_of, traject
 from onpath.system.errors import UserError
 from onpath.system.files import place
 
+_SHOWN = 12
+"""Stored steps that an error lists in full."""
 VERDICTS = {True: "right", False: "wrong", None: "not graded"}
 ONLY: dict[str, Callable[[Row], bool]] = {
     "right": lambda row: row["correct"] is True,
@@ -92,7 +94,9 @@ def stored_rows(directory: Path, step: int | None) -> list[Row]:
     if not files:
         raise UserError(f"{directory}: no stored trajectories; train with run.trajectories_every above 0")
     if step is not None and step not in files:
-        raise UserError(f"step {step} is not stored; there are {', '.join(map(str, files))}")
+        stored = [str(number) for number in sorted(files)]
+        shown = stored if len(stored) <= _SHOWN else [*stored[:3], "…", stored[-1]]
+        raise UserError(f"step {step} is not stored; there are {', '.join(shown)}")
     return list(read_rows(files[max(files) if step is None else step], contexts=True))
 
 

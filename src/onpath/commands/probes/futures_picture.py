@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from onpath.commands.picture import picture
 from onpath.commands.probes.place import Place
-from onpath.system.files import written
 
 _COLOURS = {"high": "#D55E00", "random": "0.45", "low": "#0072B2"}
 _LABELS = {"error": "#D55E00", "habit": "#0072B2", "right": "#009E73", "choice": "#CC79A7"}
@@ -15,29 +15,22 @@ _LABELS = {"error": "#D55E00", "habit": "#0072B2", "right": "#009E73", "choice":
 
 def draw(found: Sequence[Place], summary: Mapping[str, Any], path: Path) -> None:
     """Distributions on the left, distance against loss on the right."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    for name, colour in _COLOURS.items():
-        _steps(
-            left,
-            [p.distance for p in found if name in p.groups],
-            colour,
-            f"{name} loss" if name != "random" else name,
+    with picture(path, size=(10, 4), columns=2) as (_, (left, right)):
+        for name, colour in _COLOURS.items():
+            _steps(
+                left,
+                [p.distance for p in found if name in p.groups],
+                colour,
+                f"{name} loss" if name != "random" else name,
+            )
+        noise = [p.noise for p in found if p.noise is not None and "high" in p.groups]
+        _steps(left, noise, "black", "teacher against teacher", linestyle=":")
+        left.axvline(summary["low_divergence_threshold"], color="0.6", linewidth=0.8)
+        left.set(
+            xlabel="D, distance of the near futures", ylabel="share of positions at most D", ylim=(0, 1.02)
         )
-    noise = [p.noise for p in found if p.noise is not None and "high" in p.groups]
-    _steps(left, noise, "black", "teacher against teacher", linestyle=":")
-    left.axvline(summary["low_divergence_threshold"], color="0.6", linewidth=0.8)
-    left.set(xlabel="D, distance of the near futures", ylabel="share of positions at most D", ylim=(0, 1.02))
-    left.legend(frameon=False, loc="lower right")
-    _scatter(right, found)
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
-    with written(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+        left.legend(frameon=False, loc="lower right")
+        _scatter(right, found)
 
 
 def _steps(axis: Any, values: Sequence[float], colour: str, label: str, **style: Any) -> None:

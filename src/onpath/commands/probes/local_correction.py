@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from onpath.commands.picture import picture
 from onpath.commands.probes.futures import options_of
 from onpath.commands.probes.sampled import checked, sampled
 from onpath.config.methods.topd import TOPDOptions
@@ -33,7 +34,7 @@ from onpath.methods.topd.pairs import with_distances
 from onpath.records import Rollout, Trajectory, token_count
 from onpath.run.loss import Step, loss_of
 from onpath.run.parts import Parts
-from onpath.system.files import write_text, written
+from onpath.system.files import write_text
 
 ARMS = ("opd", "topd")
 
@@ -267,22 +268,16 @@ def summarise(found: Sequence[Corrected]) -> dict[str, Any]:
 
 def draw(found: Sequence[Corrected], path: Path) -> None:
     """One line per prefix: before, after OPD, after TOPD."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
     names = ("opd", "before", "topd")
-    for c in found:
-        axis.plot(range(3), [getattr(c, n) for n in names], color="0.75", linewidth=0.8)
     means = [float(np.mean([getattr(c, n) for c in found])) for n in names]
-    axis.plot(
-        range(3), means, color="#D55E00", linewidth=2, marker="o", label=f"mean of {len(found)} prefixes"
-    )
-    axis.set(xticks=range(3), xticklabels=("after OPD", "before", "after TOPD"), ylabel="D to the teacher")
-    axis.set_ylim(bottom=0)
-    axis.legend(frameon=False)
-    axis.spines[["top", "right"]].set_visible(False)
-    with written(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+    with picture(path, size=(5, 4)) as (_, (axis,)):
+        for c in found:
+            axis.plot(range(3), [getattr(c, n) for n in names], color="0.75", linewidth=0.8)
+        axis.plot(
+            range(3), means, color="#D55E00", linewidth=2, marker="o", label=f"mean of {len(found)} prefixes"
+        )
+        axis.set(
+            xticks=range(3), xticklabels=("after OPD", "before", "after TOPD"), ylabel="D to the teacher"
+        )
+        axis.set_ylim(bottom=0)
+        axis.legend(frameon=False)

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from onpath.commands.picture import picture
 from onpath.commands.probes.prefix_records import Probed, by_offset, clearest, rates
 from onpath.evaluate.stats import bootstrap_interval
-from onpath.system.files import written
 
 _STUDENT, _TEACHER, _ONSET, _OWN = (
     "#0072B2",
@@ -19,39 +19,33 @@ _VISIBLE = 0.01
 
 def draw(found: Sequence[Probed], path: Path) -> None:
     """Two panels over tokens from the first error (where errors are known), else over the response."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     shown, known = clearest(found)
-    figure = Figure(figsize=(7.5, 6), layout="constrained")
-    FigureCanvasAgg(figure)
-    upper, lower = figure.subplots(2, 1, sharex=True)
-    for name, colour in (("student", _STUDENT), ("teacher", _TEACHER)):
-        _line(upper, by_offset(shown, rates(name)), colour, f"{name} goes on")
-    upper.set(ylabel="share of continuations\nthat end right", ylim=(-0.02, 1.02))
-    own = by_offset(shown, lambda p: list(enumerate(p.token_probability)))
-    _line(lower, own, _OWN, "goes on as the student did (mean)", band=False)
-    # A mean would hide that the teacher either opens a correction or does not think of it.
-    onsets = by_offset(shown, lambda p: [(t, m) for t, m in enumerate(p.onset_mass) if m > _VISIBLE], few=1)
-    dots = [(offset, mass) for offset, masses in onsets.items() for mass in masses]
-    lower.plot(
-        *zip(*dots, strict=True) if dots else ([], []),
-        color=_ONSET, marker="o", markersize=4, linestyle="", alpha=0.8,
-        label="opens a correction (each rollout)",
-    )  # fmt: skip
-    where = "tokens from the start of the first wrong step" if known else "tokens of the response"
-    lower.set(ylabel="teacher's probability", xlabel=where, ylim=(-0.02, 1.02))
-    kind = "rollouts with a known first error" if known else "rollouts"
-    figure.suptitle(
-        f"{len(shown)} {kind}, {shown[0].trials} continuations at each position; bands: 95%", fontsize=10
-    )
-    for axis in (upper, lower):
-        axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderpad=0)
-        axis.spines[["top", "right"]].set_visible(False)
-        if known:
-            axis.axvline(0, color="0.6", linewidth=0.8, linestyle=":")
-    with written(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+    with picture(path, size=(7.5, 6), rows=2) as (figure, (upper, lower)):
+        for name, colour in (("student", _STUDENT), ("teacher", _TEACHER)):
+            _line(upper, by_offset(shown, rates(name)), colour, f"{name} goes on")
+        upper.set(ylabel="share of continuations\nthat end right", ylim=(-0.02, 1.02))
+        own = by_offset(shown, lambda p: list(enumerate(p.token_probability)))
+        _line(lower, own, _OWN, "goes on as the student did (mean)", band=False)
+        # A mean would hide that the teacher either opens a correction or does not think of it.
+        onsets = by_offset(
+            shown, lambda p: [(t, m) for t, m in enumerate(p.onset_mass) if m > _VISIBLE], few=1
+        )
+        dots = [(offset, mass) for offset, masses in onsets.items() for mass in masses]
+        lower.plot(
+            *zip(*dots, strict=True) if dots else ([], []),
+            color=_ONSET, marker="o", markersize=4, linestyle="", alpha=0.8,
+            label="opens a correction (each rollout)",
+        )  # fmt: skip
+        where = "tokens from the start of the first wrong step" if known else "tokens of the response"
+        lower.set(ylabel="teacher's probability", xlabel=where, ylim=(-0.02, 1.02))
+        kind = "rollouts with a known first error" if known else "rollouts"
+        figure.suptitle(
+            f"{len(shown)} {kind}, {shown[0].trials} continuations at each position; bands: 95%", fontsize=10
+        )
+        for axis in (upper, lower):
+            axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderpad=0)
+            if known:
+                axis.axvline(0, color="0.6", linewidth=0.8, linestyle=":")
 
 
 def _line(axis: Any, grouped: dict[int, list[float]], colour: str, label: str, *, band: bool = True) -> None:

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from onpath.commands.picture import picture
 from onpath.commands.report import charts
 from onpath.commands.report.charts import Chart, Series
 from onpath.commands.report.run import read_json, section
 from onpath.commands.report.study import comparison, estimate, facts
 from onpath.run.trajectories import Row
 from onpath.system.errors import UserError
-from onpath.system.files import written
 
 PICTURE = "doses.png"
 # Told apart by all kinds of eyes; an arm keeps its colour in every picture of a study.
@@ -108,9 +108,6 @@ def draw_doses(directory: Path, split: str | None = None) -> Path:
     Args:
         split: the evaluation set; None: the last of those that were asked for by name.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     data = read_json(directory / "doses.json")
     about = data["levels"][0]["study"]
     named = [s for s in about["splits"] if not _ANOTHER_TEMPERATURE.search(s)] or about["splits"]
@@ -118,53 +115,51 @@ def draw_doses(directory: Path, split: str | None = None) -> Path:
     base, levels = about["base_arm"], [level["x"] for level in data["levels"]]
     key = "difference" if any(points(data, split, name, "difference") for name in arms_of(data)) else None
     shown = [name for name in arms_of(data) if points(data, split, name, key)]
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    if key:
-        axis.axhline(0, color="0.4", linewidth=1)
-    # Arms stand a little beside each other, so that no interval hides another.
-    width = levels[-1] - levels[0] or 1.0
-    step = min(0.012, 0.1 / max(1, len(shown))) * width
-    ends: list[tuple[float, str, str]] = []
-    for place, name in enumerate(shown):
-        found = points(data, split, name, key)
-        colour = _COLOURS[place % len(_COLOURS)]
-        marker = _MARKERS[(place + place // len(_COLOURS)) % len(_MARKERS)]
-        x = [level + step * (place - (len(shown) - 1) / 2) for level, _ in found]
-        y = [100 * value["mean"] for _, value in found]
-        bars = [[100 * abs(value[end] - value["mean"]) for _, value in found] for end in ("low", "high")]
-        axis.errorbar(
-            x, y, yerr=bars, color=colour, marker=marker, markersize=5, capsize=2, linewidth=1.4,
-            elinewidth=0.8, label=name,
-        )  # fmt: skip
-        ends.append((y[-1], name, colour))
-    axis.set_xticks(levels, [_level(data, level, base, split) for level in levels])
-    axis.set(
-        xlabel=f"{data['x']} (below: {base} itself)", ylabel=f"points above {base}" if key else "accuracy, %"
-    )
-    seeds = sorted({len(level["study"]["seeds"]) for level in data["levels"]})
-    many = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}"
-    axis.set_title(
-        f"{split}, avg@{about['samples'][split]}: {many} seed{'s' * (seeds[-1] != 1)}, "
-        f"{about['problems'][split]:,} problems; bars: 95%{', paired' if key else ''}",
-        fontsize=10,
-        loc="left",
-    )
-    axis.margins(y=0.08)
-    axis.set_xlim(levels[0] - 0.08 * width, levels[-1] + 0.08 * width)
-    # Each line is named at its end: with a dozen arms a legend is a riddle.
-    low, high = axis.get_ylim()
-    for at, (_, name, colour) in zip(_apart([y for y, _, _ in ends], (high - low) / 24), ends, strict=True):
-        axis.annotate(
-            name, (1.0, at), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
-            color=colour, fontsize=9, va="center", annotation_clip=False,
-        )  # fmt: skip
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(axis="y", alpha=0.3)
     path = directory / PICTURE
-    with written(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+    with picture(path, size=(7.2, 4.2)) as (_, (axis,)):
+        if key:
+            axis.axhline(0, color="0.4", linewidth=1)
+        # Arms stand a little beside each other, so that no interval hides another.
+        width = levels[-1] - levels[0] or 1.0
+        step = min(0.012, 0.1 / max(1, len(shown))) * width
+        ends: list[tuple[float, str, str]] = []
+        for place, name in enumerate(shown):
+            found = points(data, split, name, key)
+            colour = _COLOURS[place % len(_COLOURS)]
+            marker = _MARKERS[(place + place // len(_COLOURS)) % len(_MARKERS)]
+            x = [level + step * (place - (len(shown) - 1) / 2) for level, _ in found]
+            y = [100 * value["mean"] for _, value in found]
+            bars = [[100 * abs(value[end] - value["mean"]) for _, value in found] for end in ("low", "high")]
+            axis.errorbar(
+                x, y, yerr=bars, color=colour, marker=marker, markersize=5, capsize=2, linewidth=1.4,
+                elinewidth=0.8, label=name,
+            )  # fmt: skip
+            ends.append((y[-1], name, colour))
+        axis.set_xticks(levels, [_level(data, level, base, split) for level in levels])
+        axis.set(
+            xlabel=f"{data['x']} (below: {base} itself)",
+            ylabel=f"points above {base}" if key else "accuracy, %",
+        )
+        seeds = sorted({len(level["study"]["seeds"]) for level in data["levels"]})
+        many = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}"
+        axis.set_title(
+            f"{split}, avg@{about['samples'][split]}: {many} seed{'s' * (seeds[-1] != 1)}, "
+            f"{about['problems'][split]:,} problems; bars: 95%{', paired' if key else ''}",
+            fontsize=10,
+            loc="left",
+        )
+        axis.margins(y=0.08)
+        axis.set_xlim(levels[0] - 0.08 * width, levels[-1] + 0.08 * width)
+        # Each line is named at its end: with a dozen arms a legend is a riddle.
+        low, high = axis.get_ylim()
+        for at, (_, name, colour) in zip(
+            _apart([y for y, _, _ in ends], (high - low) / 24), ends, strict=True
+        ):
+            axis.annotate(
+                name, (1.0, at), xycoords=("axes fraction", "data"), xytext=(4, 0),
+                textcoords="offset points", color=colour, fontsize=9, va="center", annotation_clip=False,
+            )  # fmt: skip
+        axis.grid(axis="y", alpha=0.3)
     return path
 
 
