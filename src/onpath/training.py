@@ -25,12 +25,13 @@ from onpath.engines import sharding
 from onpath.engines.base import Engine
 from onpath.records import token_count
 from onpath.run.assemble import assemble
-from onpath.run.directory import Run, RunResult, open_run
+from onpath.run.directory import Run, RunResult
 from onpath.run.evaluation import evaluate_all
 from onpath.run.importance import Importance
 from onpath.run.log import Display
 from onpath.run.loss import Step, guidance_loss, loss_of, teacher_states
 from onpath.run.meter import Meter, Stopwatch
+from onpath.run.opening import open_run
 from onpath.run.optimizer import finite, make_optimizer
 from onpath.run.origins import judge, with_origins
 from onpath.run.parts import Parts

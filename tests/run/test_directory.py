@@ -106,7 +106,7 @@ def test_a_start_that_fails_leaves_the_directory_free(tiny: Tiny, monkeypatch: p
         def __init__(self, *_: object, **__: object) -> None:
             raise UserError("run.trackers: not logged in")
 
-    monkeypatch.setattr("onpath.run.directory.open_trackers", Refusing)
+    monkeypatch.setattr("onpath.run.opening.open_trackers", Refusing)
     with pytest.raises(UserError, match="not logged in"):
         train(tiny(), quiet=True)
     monkeypatch.undo()

@@ -29,8 +29,8 @@ from onpath.losses import rows as rows_module
 from onpath.records import Edit, Trajectory
 from onpath.run import checkpoint
 from onpath.run.assemble import assemble
-from onpath.run.directory import open_run
 from onpath.run.log import read_lines
+from onpath.run.opening import open_run
 from onpath.run.optimizer import make_optimizer, rate
 from onpath.run.parts import Parts
 from onpath.system import code

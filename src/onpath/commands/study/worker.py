@@ -7,9 +7,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401  (slo
 from onpath import config as configuration
 from onpath.config.whole import Config
 from onpath.run.assemble import assemble
-from onpath.run.directory import open_run
 from onpath.run.evaluation import evaluate_all
 from onpath.run.log import Display
+from onpath.run.opening import open_run
 from onpath.system import distributed
 from onpath.system.errors import guarded
 from onpath.training import train
