@@ -293,3 +293,13 @@ def test_the_evaluation_line_shows_what_was_cut(
     (line,) = result.evaluations
     assert line["finished"] < 1
     assert f"unfinished {1 - line['finished']:.1%}" in capsys.readouterr().err
+
+
+def test_processes_outwait_a_server_that_one_of_them_waits_for() -> None:
+    assert build({}).longest_wait == 600
+    assert build({"parallel": {"timeout": 5}}).longest_wait == 5
+    served = {"engine": "vllm", "url": "http://localhost:1", "patience": 300, "timeout": 20}
+    assert build({"rollout": served, "parallel": {"timeout": 5}}).longest_wait == 380
+    assert build({"rollout": served, "parallel": {"timeout": 500}}).longest_wait == 500
+    teaches = {"teacher": {"model": "a/b", **served, "patience": 900}, "method": {"support": "teacher_topk"}}
+    assert build(teaches).longest_wait == 980

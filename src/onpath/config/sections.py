@@ -352,7 +352,8 @@ class Parallel(Section):
     balance: Annotated[bool, ROUNDING] = True
     """Deal rollouts to the processes by length, so that none waits for another's long ones."""
     timeout: Annotated[float, NEUTRAL] = Field(600.0, gt=0)
-    """Seconds that a process waits for the others before the run ends."""
+    """Seconds that a process waits for the others before the run ends; with servers at least as long as one
+    may wait for them (patience and timeout)."""
 
 
 class Eval(Section):

@@ -33,6 +33,10 @@ LABELLED: dict[str, type[Section]] = {"rewards": Reward, "teachers": Teacher}
 """Sections that hold several of a kind, by names of the user's."""
 
 
+_SPARE = 60.0
+"""Seconds beyond a server's last answer, in which its sentence reaches every process."""
+
+
 class Evaluation(NamedTuple):
     """One set of problems, sampled in one way."""
 
@@ -209,6 +213,13 @@ class Config(Section):
         """Of each teacher that is another model the name that prompts call it by, and its section."""
         models = {name: teacher for name, teacher in self.teachers.items() if teacher.mixture is None}
         return dict(models.items()) if self.teachers else {None: self.teacher}
+
+    @property
+    def longest_wait(self) -> float:
+        """Seconds that the processes wait for each other: at least as long as one of them may wait for a
+        server, and for its last answer."""
+        servers = [s for s in (self.rollout, *self.taught_by.values()) if s.url is not None]
+        return max([self.parallel.timeout, *(s.patience + s.timeout + _SPARE for s in servers)])
 
     @property
     def longest_response(self) -> tuple[int, str]:

@@ -73,7 +73,7 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
     start = find(config.student.model)
     tokenizer = load_its_tokenizer(config.student, start, "student.model")
     device = distributed.local_device(pick_device(config.student.device, "student.device"))
-    distributed.start(device, timeout=config.parallel.timeout)
+    distributed.start(device, timeout=config.longest_wait)
     shards = sharding.asked(config)
     host = torch.device("cpu") if shards else device  # a whole copy must not pass through each GPU
     if device.type == "cpu":

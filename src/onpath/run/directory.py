@@ -380,7 +380,7 @@ class Run:
                 optimizer=optimizer,
                 extra=self.state(),
                 inputs=self.inputs,
-                timeout=self.parts.config.parallel.timeout,
+                timeout=self.parts.config.longest_wait,
             )
         if wait or not self.parts.config.run.save_in_background:
             self.settle()

@@ -36,7 +36,7 @@ _GONE = (
 )
 _SILENT = (
     "another process of this run was not heard of for parallel.timeout seconds; start the same command again "
-    "to go on, with a higher one if a process may be at work, or wait for a server, for so long"
+    "to go on, with a higher one if a process may be at work for so long"
 )
 _PATIENCE = 10.0  # seconds that a rank which gives up waits for the others to hear of it
 _before_stop: list[Callable[[], None]] = []
