@@ -194,8 +194,10 @@ def _working_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
 def _kl_terms(p_logp: Tensor, q_logp: Tensor) -> Tensor:
     """p·(log p − log q) per outcome; masked before any arithmetic, so that no gradient is 0·inf = NaN."""
     outside = p_logp.isneginf()
-    p_logp, q_logp = p_logp.masked_fill(outside, 0.0), q_logp.masked_fill(outside, 0.0)
-    return (p_logp.exp() * (p_logp - q_logp)).masked_fill(outside, 0.0)
+    impossible = q_logp.isneginf() & ~outside  # also where p underflows to 0: 0·inf would be NaN
+    neither = outside | impossible
+    p_logp, q_logp = p_logp.masked_fill(outside, 0.0), q_logp.masked_fill(neither, 0.0)
+    return (p_logp.exp() * (p_logp - q_logp)).masked_fill(outside, 0.0).masked_fill(impossible, torch.inf)
 
 
 def _clipped_sum(terms: Tensor, entry_clip: float | None) -> Tensor:

@@ -143,6 +143,18 @@ def test_impossible_outcomes_on_one_side():
     assert grad.tolist() == pytest.approx([math.log(2) + 1, 0.0])
 
 
+def test_what_one_side_excludes_is_infinite_however_unlikely_the_other_has_it():
+    """exp(−200) is 0 in float32, and 0·inf no number."""
+    p, q = torch.tensor([0.0, -200.0]), torch.tensor([0.0, -torch.inf])
+    assert divergence.reverse_kl(teacher_logp=q, student_logp=p).isposinf()
+    assert divergence.forward_kl(teacher_logp=p, student_logp=q).isposinf()
+    leaf = p.clone().requires_grad_()
+    capped = divergence.reverse_kl(teacher_logp=q, student_logp=leaf, entry_clip=0.05)
+    assert capped.item() == pytest.approx(0.05)
+    (grad,) = torch.autograd.grad(capped, leaf)
+    assert grad.tolist() == [1.0, 0.0]
+
+
 def test_all_masked_gives_exactly_zero():
     nothing = torch.full((2, 3), -torch.inf, dtype=torch.float64, requires_grad=True)
     for kind in divergence.DIVERGENCES:

@@ -18,6 +18,7 @@ from onpath.losses import (
     token_stats,
 )
 from onpath.losses import rows as rows_of_logits
+from onpath.losses.topk import evaluate
 from tests import reference
 from tests.losses.kinds import OPTIONS
 
@@ -240,6 +241,44 @@ def test_served_scores_give_the_same_loss_as_the_teacher_itself(problem, kind, t
     torch.testing.assert_close(got.stats.teacher_logp, want.stats.teacher_logp)
     assert (got.stats.reverse_kl <= want.stats.reverse_kl + 1e-9).all()
     assert (got.stats.reverse_kl > 0).all()
+
+
+def test_a_mask_that_a_softcap_would_lift_is_refused():
+    bias = torch.tensor([0.0, -torch.inf, 0.0])
+    assert Head(weight=torch.eye(3), bias=bias).masks()
+    with pytest.raises(ValueError, match="−softcap"):
+        Head(weight=torch.eye(3), bias=bias, softcap=5.0)
+
+
+def test_a_confident_served_teacher_has_no_tail_of_rounding_noise():
+    """1 − Σ p of float32 log-probs is noise below a millionth, often 0: a loss of seven times its value."""
+    generator = torch.Generator().manual_seed(0)
+    rows, vocabulary, k = 300, 20_000, 20
+    z = 1.5 * torch.randn(rows, vocabulary, generator=generator, dtype=torch.float64)
+    student = torch.log_softmax(0.5 * z, -1)
+    z[:, 7] += torch.linspace(10, 40, rows, dtype=torch.float64)
+    exact = torch.log_softmax(z, -1)
+    best = exact.float().topk(k)
+    outside = torch.ones_like(z).scatter(-1, best.indices, 0.0)
+    tail, of_student = (exact.exp() * outside).sum(-1), (student.exp() * outside).sum(-1)
+    told = TeacherTopK(ids=best.indices, logp=best.values).tail_mass(vocabulary=vocabulary).double()
+    assert tail.min() < 1e-12
+    assert (tail > 1e-4).sum() > 20
+    seen = tail > 1e-4
+    torch.testing.assert_close(told[seen], tail[seen], rtol=0.01, atol=0.0)
+    assert (told >= tail - 3e-7).all()  # never surer than the teacher is, beyond what float32 tells
+    assert (told[~seen] <= tail[~seen].clamp_min(1e-6) + 3e-7).all()
+    objective = Objective(kind="reverse_kl", support="teacher_topk", k=k, tail="bucket")
+    served = evaluate(
+        objective, student.float(), None, student.exp().float(), torch.empty(0), TeacherTopK(
+            ids=best.indices, logp=best.values
+        ), False,
+    ).double()  # fmt: skip
+    inside = student.gather(-1, best.indices)
+    kl = (inside.exp() * (inside - exact.gather(-1, best.indices))).sum(-1)
+    right = kl + of_student * (of_student / tail).log()
+    assert (served <= right + 1e-3).all()
+    assert (served >= right - of_student * (1.3e-6 / tail).log().clamp_min(0.01) - 1e-3).all()
 
 
 @pytest.mark.parametrize("support", ["teacher_topk", "student_topk", "union"])

@@ -106,6 +106,25 @@ def test_discount_sums_the_advantages_that_follow(enumerated):
         fused(enumerated, Objective(kind="sampled", discount=0.5), torch.ones(V, dtype=torch.float64))
 
 
+def test_no_tokens_have_no_loss_and_every_statistic(enumerated):
+    none, nothing = torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.float64)
+    result = fused_objective(
+        student_hidden=enumerated["hidden"].expand(0, H),
+        student_head=Head(weight=enumerated["weight"]),
+        teacher=TeacherHidden(
+            hidden=enumerated["teacher_hidden"].expand(0, H), head=Head(weight=enumerated["teacher_weight"])
+        ),
+        objective=Objective(kind="sampled", discount=0.5),
+        weights=nothing,
+        denominator=1.0,
+        sampled_ids=none,
+        sequence_ids=none,
+    )
+    assert result.loss.item() == 0
+    for name in ("student_logp", "teacher_logp", "reverse_kl", "forward_kl", "teacher_entropy"):
+        assert getattr(result.stats, name).shape == (0,)
+
+
 def test_served_log_probs_of_the_sampled_tokens_are_enough(enumerated):
     value, grad_hidden, grad_weight, student, teacher = exact(enumerated)
     served = TeacherTopK(

@@ -116,6 +116,22 @@ def test_float32_reaches_the_same_plan():
         )
 
 
+@pytest.mark.parametrize(("n", "m"), [(50, 50), (50, 31), (14, 14)])
+@pytest.mark.parametrize("epsilon", [5e-4, 1e-4, 1e-6])
+def test_however_small_epsilon_is_there_is_a_plan(n, m, epsilon):
+    """Over-relaxed scalings left the range of the dtype, and a plan of NaN counted as converged."""
+    generator = torch.Generator().manual_seed(1)
+    vectors = torch.randn(200, 64, generator=generator)
+    windows = [torch.randint(0, 200, (12, size), generator=generator) for size in (n, m)]
+    told = {"student_ids": windows[0], "teacher_ids": windows[1], "embedding": vectors}
+    distance, plan = window_divergence(**told, epsilon=epsilon, tolerance=1e-3)
+    exact, _ = window_divergence(**told)
+    assert (plan >= 0).all()
+    assert (plan.sum(-1) - 1 / n).abs().sum(-1).max() < 1e-2
+    torch.testing.assert_close(plan.sum(-2), torch.full((12, m), 1 / m), rtol=0, atol=1e-6)
+    assert (distance - exact).abs().max() < epsilon * math.log(n * m) + 2e-3  # what the entropy can buy
+
+
 def test_epsilon_spreads_the_plan_and_costs_more():
     cost = random_cost(8, 8, seed=2)
     costs, peaks = [], []
@@ -186,6 +202,16 @@ def test_cost_is_one_minus_cosine(embedding):
             assert cost[i, j].item() == pytest.approx(1 - cosine, abs=1e-6)
     assert cost[2, 0].item() == 0.0
     assert cost.max() > 1.0
+
+
+def test_costs_in_groups_are_those_of_all_at_once(embedding, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (torch.randint(0, len(embedding), (2, 3, size), generator=generator) for size in (4, 5))
+    told = {"student_ids": ours, "teacher_ids": theirs, "embedding": embedding}
+    at_once = token_cost(**told)
+    monkeypatch.setattr(transport, "_VECTORS", 1)
+    torch.testing.assert_close(token_cost(**told), at_once)
+    assert at_once.shape == (2, 3, 4, 5)
 
 
 @pytest.mark.parametrize(("k", "j"), [(6, 6), (5, 8), (1, 4)])

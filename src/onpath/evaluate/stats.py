@@ -11,6 +11,7 @@ from typing import SupportsIndex
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import stdtrit
 
 RESAMPLES = 10_000
 EXACT_SIGNS = 13
@@ -19,6 +20,8 @@ CHUNK_ENTRIES = 1 << 20
 """Random numbers held at once."""
 Z_95 = 1.959963984540054
 """97.5% quantile of the standard normal."""
+_FEW = 5
+"""Values unlike the others below which resampling shows too little."""
 
 
 def pass_at_k(*, n: SupportsIndex, c: SupportsIndex, k: SupportsIndex) -> float:
@@ -48,11 +51,12 @@ def pass_at_k(*, n: SupportsIndex, c: SupportsIndex, k: SupportsIndex) -> float:
 def bootstrap_interval(
     scores: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
-    """95% interval of the mean score over problems: percentile bootstrap over problems.
+    """95% interval of the mean score over problems: percentile bootstrap over problems, its two halves
+    stretched by √(P/(P−1))·t(P−1)/1.96, without which it covers 86% with 5 problems and 92% with 15.
 
     Where all scores are equal (or there is one problem) resampling shows nothing, and a zero-width interval
     would claim certainty: then it is Wilson's interval of P trials, which is wide enough for scores within
-    [0, 1], since none vary more than single trials do.
+    [0, 1], since none vary more than single trials do. Where nearly all are, see `with_unseen`.
 
     Args:
         scores: [P], each within [0, 1].
@@ -65,7 +69,7 @@ def bootstrap_interval(
         raise ValueError("scores must lie within [0, 1]")
     if np.ptp(scores_P) == 0:
         return wilson_interval(float(scores_P[0]), trials=len(scores_P))
-    return _percentiles(scores_P, seed, resamples)
+    return with_unseen(_percentiles(scores_P, seed, resamples), scores_P, least=0.0)
 
 
 def wilson_interval(share: float, *, trials: int) -> tuple[float, float]:
@@ -84,7 +88,7 @@ def wilson_interval(share: float, *, trials: int) -> tuple[float, float]:
 def difference_interval(
     differences: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
-    """95% interval of a mean paired difference: percentile bootstrap over problems.
+    """95% interval of a mean paired difference: see `bootstrap_interval`.
 
     One problem says nothing of others: (−1, 1), the range of a difference of scores. Where all of several are
     equal (nobody is right, say) resampling shows nothing, and a zero-width interval would claim certainty:
@@ -101,14 +105,35 @@ def difference_interval(
         return -1.0, 1.0
     if np.ptp(differences_P) == 0:
         return equal_differences_interval(float(differences_P[0]), problems=len(differences_P))
-    return _percentiles(differences_P, seed, resamples)
+    return with_unseen(_percentiles(differences_P, seed, resamples), differences_P, least=-1.0)
 
 
 def equal_differences_interval(difference: float, *, problems: int) -> tuple[float, float]:
     """Where every problem has the same difference: Wilson's limit of a share that was never seen in so many
     problems bounds how many others may differ, by up to ±1."""
-    unseen = wilson_interval(0.0, trials=problems)[1]
-    return difference - unseen * (1 + difference), difference + unseen * (1 - difference)
+    return _unseen(difference, problems, least=-1.0)
+
+
+def with_unseen(
+    interval: tuple[float, float], values_P: NDArray[np.float64], *, least: float
+) -> tuple[float, float]:
+    """The interval of a mean over problems, no narrower than what problems of a kind that was not seen may
+    make of it, where fewer than five values are unlike the commonest: the spread of so few says too little.
+
+    Args:
+        values_P: [P], from `least` to 1.
+    """
+    _, counts = np.unique(values_P.round(9), return_counts=True)  # means over seeds are rounded
+    low, high = max(least, interval[0]), min(1.0, interval[1])
+    if len(values_P) - counts.max() < _FEW:
+        ends = _unseen(float(values_P.mean()), len(values_P), least=least)
+        low, high = min(low, ends[0]), max(high, ends[1])
+    return low, high
+
+
+def _unseen(mean: float, problems: int, *, least: float) -> tuple[float, float]:
+    share = wilson_interval(0.0, trials=problems)[1]
+    return mean - share * (mean - least), mean + share * (1 - mean)
 
 
 def sign_flip_p_value(differences: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES) -> float:
@@ -145,7 +170,8 @@ def _percentiles(values_P: NDArray[np.float64], seed: int, resamples: int) -> tu
         [values_P[rng.integers(0, size, size=(rows, size))].mean(axis=1) for rows in _chunks(resamples, size)]
     )
     low, high = np.quantile(means_R, [0.025, 0.975])
-    return float(low), float(high)
+    mean, stretch = values_P.mean(), sqrt(size / (size - 1)) * stdtrit(size - 1, 0.975) / Z_95
+    return float(mean - stretch * (mean - low)), float(mean + stretch * (high - mean))
 
 
 def _chunks(rows: int, width: int) -> Iterator[int]:

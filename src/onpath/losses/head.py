@@ -28,7 +28,8 @@ class Head:
     weight: Float[Tensor, "V H"]
     """With tied embeddings, the embedding itself: its gradient adds up there like any other."""
     bias: Float[Tensor, " V"] | None = None
-    """−inf masks an entry of the vocabulary, exactly, on this side."""
+    """−inf masks an entry of the vocabulary, exactly, on this side; not with a softcap, whose tanh would make
+    it a number."""
     logit_scale: float = 1.0
     """Cohere's `logit_scale`; for Granite 1 / `logits_scaling`."""
     softcap: float | None = None
@@ -44,6 +45,8 @@ class Head:
             raise ValueError(f"temperature must be above 0, not {self.temperature}")
         if self.softcap is not None and self.softcap <= 0:
             raise ValueError(f"softcap must be above 0 or None, not {self.softcap}")
+        if self.softcap is not None and self.masks():
+            raise ValueError("a bias of −inf masks an entry, and softcap would make it −softcap")
         if self.tokens is not None and not 0 < self.tokens <= self.weight.shape[0]:
             raise ValueError(
                 f"tokens must lie in 1..{self.weight.shape[0]}, the head's rows, not {self.tokens}"

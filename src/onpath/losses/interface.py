@@ -41,12 +41,16 @@ class TeacherMixture:
             raise ValueError(f"a mixture's weights are above 0 and their sum is 1, not {self.weights}")
 
 
+_TOLD = 1e-6
+"""Mass that a sum of float32 probabilities can tell from 0."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TeacherTopK:
     """A teacher behind a wire: the log-probs of its k likeliest tokens.
 
     >>> t = TeacherTopK(ids=torch.tensor([[5, 8]]), logp=torch.tensor([[-0.1, -3.0]]))
-    >>> round(t.tail_mass().item(), 4)
+    >>> round(t.tail_mass(vocabulary=32).item(), 4)
     0.0454
     """
 
@@ -57,9 +61,19 @@ class TeacherTopK:
     sampled_logp: Float[Tensor, " N"] | None = None
     """Of the response's own token."""
 
-    def tail_mass(self) -> Float[Tensor, " N"]:
-        """Outside the set: 1 − Σ p, never below 0."""
-        return (1 - self.logp.double().exp().sum(-1)).clamp_min(0).to(self.logp.dtype)
+    def tail_mass(self, *, vocabulary: int) -> Float[Tensor, " N"]:
+        """Outside the set: 1 − Σ p. Below a millionth that is rounding noise of the log-probs, often 0, of
+        which a reverse KL is huge: there it is what the other tokens can have at most, none being likelier
+        than the set's last, or a millionth.
+
+        Args:
+            vocabulary: tokens in all.
+        """
+        logp_Nk = self.logp.double()
+        given_Nk = ~logp_Nk.isneginf()
+        last_N = logp_Nk.masked_fill(~given_Nk, 0.0).amin(-1).exp()
+        others_N = last_N * (vocabulary - given_Nk.sum(-1))
+        return (1 - logp_Nk.exp().sum(-1)).maximum(others_N.clamp_max(_TOLD)).to(self.logp.dtype)
 
 
 TeacherScores = TeacherHidden | TeacherMixture | TeacherTopK

@@ -133,7 +133,12 @@ def _run(inputs: Inputs, student_VH: Tensor, teachers_VH: tuple[Tensor, ...]) ->
         gradients=gradients,
     )
     if count == 0:
-        outcome.stats = {"student_entropy": like.new_zeros(0)}
+        names = ["student_entropy"]
+        if inputs.teacher is not None:
+            names += ["reverse_kl", "forward_kl", "teacher_entropy"]
+        if inputs.sampled_ids is not None:
+            names += ["student_logp"] + ["teacher_logp"] * (inputs.teacher is not None)
+        outcome.stats = {name: like.new_zeros(0) for name in names}
         return outcome
     buffers = _buffers(inputs, like, chunk, block)
     masked = inputs.student_head.masks() or any(t.head.masks() for t in in_process(inputs.teacher))

@@ -60,7 +60,7 @@ def evaluate(
     """
     if served is not None:
         ids_Rk, valid_Rk, teacher_Rk = _served_set(served, student_logp_RV.dtype)
-        teacher_tail = served.tail_mass().to(student_logp_RV.dtype)
+        teacher_tail = served.tail_mass(vocabulary=student_logp_RV.shape[-1]).to(student_logp_RV.dtype)
     else:
         assert teacher_logp_RV is not None, "a divergence needs a teacher"
         ids_Rk, valid_Rk = _choose(objective, teacher_logp_RV, student_logp_RV)
@@ -97,7 +97,8 @@ def measure_served(
     likeliest `top_k` of its outcomes, as far as it has so many."""
     ids_Rk, valid_Rk, teacher_Rk = _served_set(served, student_logp.dtype)
     student_Rk = student_logp.gather(-1, ids_Rk).masked_fill(~valid_Rk, -torch.inf)
-    teacher = torch.cat([teacher_Rk, _log_mass(served.tail_mass().to(student_logp.dtype))[:, None]], -1)
+    tail_R = served.tail_mass(vocabulary=student_logp.shape[-1]).to(student_logp.dtype)
+    teacher = torch.cat([teacher_Rk, _log_mass(tail_R)[:, None]], -1)
     student = torch.cat([student_Rk, _log_mass(_mass_outside(student_p, ids_Rk))[:, None]], -1)
     stats = {
         "reverse_kl": divergence.reverse_kl(teacher_logp=teacher, student_logp=student),

@@ -27,9 +27,11 @@ _REPLICATED = 72  # an assignment over so many repeated rows and columns is quic
 _REPLICATED_ENTRIES = 600_000  # larger ones too, up to so many entries: of few windows nothing is in lockstep
 _LOCKSTEP = 256  # windows of unequal length that are solved together
 _CACHED = 2**18  # entries of the windows that Sinkhorn works on together: what a CPU's cache holds
+_VECTORS = 2**24  # entries of the vectors whose products are taken together
 _ABSORB = 40  # iterations between two rescalings
 _TOLERANCE = 1e-5  # of the row marginals, as a share of 1/K, summed over rows
 _ITERATIONS = 4000
+_LOST = 1e-2  # error of the rows, after all iterations, from which on the plan is found otherwise
 _SINGLE = 64.0  # range of cost/ε up to which float32 potentials can reach the tolerance
 
 
@@ -95,8 +97,7 @@ def window_divergence(
     lengths).
 
     D lies in [0, 2]; it is 0 for windows of the same tokens in any order, and then the exact plan is found
-    without
-    solving anything: identical windows give the diagonal, permuted ones a permutation.
+    without solving anything: identical windows give the diagonal, permuted ones a permutation.
 
     Args:
         student_ids, teacher_ids: token ids; padding may be any valid id.
@@ -142,10 +143,12 @@ def token_cost(
     dtype = torch.float64 if embedding.dtype == torch.float64 else torch.float32
     used, back = torch.cat([student_ids.flatten(), teacher_ids.flatten()]).unique(return_inverse=True)
     unit = torch.nn.functional.normalize(embedding.detach()[used].to(dtype), dim=-1)
-    s_index, t_index = back[: student_ids.numel()], back[student_ids.numel() :]
-    s_KH = unit[s_index].reshape(*student_ids.shape, -1)
-    t_JH = unit[t_index].reshape(*teacher_ids.shape, -1)
-    cost = (1.0 - s_KH @ t_JH.mT).clamp_(0.0, 2.0)
+    *batch, rows = student_ids.shape
+    s_WK = back[: student_ids.numel()].reshape(-1, rows)
+    t_WJ = back[student_ids.numel() :].reshape(len(s_WK), -1)
+    together = max(1, _VECTORS // max(1, s_WK.shape[1] + t_WJ.shape[1]) // max(1, unit.shape[1]))
+    parts = [unit[s] @ unit[t].mT for s, t in zip(s_WK.split(together), t_WJ.split(together), strict=True)]
+    cost = (1.0 - torch.cat(parts)).clamp_(0.0, 2.0).reshape(*batch, rows, -1)
     return cost.masked_fill_(student_ids[..., :, None] == teacher_ids[..., None, :], 0.0)
 
 
@@ -233,7 +236,9 @@ def _sinkhorn(cost_WKJ: Tensor, n_W: Tensor, m_W: Tensor, epsilon: float, tolera
 
     Windows leave as they converge. Updates of the others are over-relaxed by ω = 2/(1 + √(1−η)) where η is
     the rate at which their error has just fallen (Thibault et al., arXiv 1711.01851); a window whose error
-    rose goes back to ω = 1.
+    rose goes back to ω = 1, and one whose scalings left the range of the dtype stays there from then on, with
+    its last potentials. Where ε is so small that a window's error stays large, its plan is the exact one, to
+    which the smoothed ones tend.
     """
     windows, rows, columns = cost_WKJ.shape
     sharp = windows > 0 and float(cost_WKJ.max() - cost_WKJ.min()) > _SINGLE * epsilon
@@ -245,6 +250,7 @@ def _sinkhorn(cost_WKJ: Tensor, n_W: Tensor, m_W: Tensor, epsilon: float, tolera
     f_WK, g_WJ = torch.zeros_like(a_WK), torch.zeros_like(b_WJ)
     error_W = torch.full((windows,), torch.inf, dtype=dtype, device=cost_WKJ.device)
     omega_W = torch.ones_like(error_W)
+    strayed_W = torch.zeros(windows, dtype=torch.bool, device=cost_WKJ.device)
     plan_WKJ = torch.empty(cost_WKJ.shape, dtype=dtype, device=cost_WKJ.device)
     open_W = torch.arange(windows, device=cost_WKJ.device)
     together = windows if cost_WKJ.is_cuda else max(1, _CACHED // (rows * columns))
@@ -259,18 +265,24 @@ def _sinkhorn(cost_WKJ: Tensor, n_W: Tensor, m_W: Tensor, epsilon: float, tolera
             kernel.mul_((a_WK[at] > 0)[:, :, None]).mul_((b_WJ[at] > 0)[:, None, :])
             u, v, row_sums = _scalings(kernel, a_WK[at], b_WJ[at], omega_W[at, None])
             error = (row_sums - a_WK[at]).abs().sum(-1)
+            finite = error.isfinite()
+            strayed_W[at] |= ~finite
             # Reads the error of the round before, so it comes before that is overwritten.
-            omega_W[at] = _relaxation(error, error_W[at], omega_W[at])
-            error_W[at] = error
+            omega_W[at] = _relaxation(error, error_W[at], omega_W[at]).masked_fill(strayed_W[at], 1.0)
+            error_W[at] = error.masked_fill(~finite, torch.inf)
             # Of every open window in every round: one that never converges keeps its last plan.
             plan_WKJ[at] = kernel.mul_(u[:, :, None]).mul_(v[:, None, :])
-            f_WK[at] += _log_inside(u)
-            g_WJ[at] += _log_inside(v)
+            f_WK[at] += _log_inside(u).masked_fill_(~finite[:, None], 0.0)
+            g_WJ[at] += _log_inside(v).masked_fill_(~finite[:, None], 0.0)
         # Columns are exact after each round, so only the rows' sums can be off.
         open_W = open_W[error_W[open_W] > tolerance]
         if not len(open_W):
             break
-    return plan_WKJ.to(cost_WKJ.dtype)
+    plan_WKJ = plan_WKJ.to(cost_WKJ.dtype)
+    lost_W = error_W > max(_LOST, tolerance)
+    if bool(lost_W.any()):
+        plan_WKJ[lost_W] = _exact(cost_WKJ[lost_W], n_W[lost_W], m_W[lost_W])
+    return plan_WKJ
 
 
 def _scalings(

@@ -33,6 +33,7 @@ from onpath.evaluate.stats import (
     equal_differences_interval,
     sign_flip_p_value,
     wilson_interval,
+    with_unseen,
 )
 
 PROBLEMS_ONLY = "problems only"
@@ -68,7 +69,8 @@ def estimate(scores_SP: NDArray[np.float64]) -> Estimate:
     if problems == 1 or np.ptp(scores_SP) == 0:  # a spread of zero would claim certainty
         return Estimate(mean=mean, ci95=wilson_interval(mean, trials=problems), over=BOTH)
     half = _half_width(scores_SP, 0.05)
-    return Estimate(mean=mean, ci95=(max(0.0, mean - half), min(1.0, mean + half)), over=BOTH)
+    ends = with_unseen((mean - half, mean + half), scores_SP.mean(axis=0), least=0.0)
+    return Estimate(mean=mean, ci95=ends, over=BOTH)
 
 
 def difference(differences_SP: NDArray[np.float64]) -> Estimate:
@@ -89,7 +91,7 @@ def difference(differences_SP: NDArray[np.float64]) -> Estimate:
     if problems == 1:
         return Estimate(mean=mean, ci95=(-1.0, 1.0), over=over, p_value=1.0)
     half = _half_width(differences_SP, 0.05)
-    ends = max(-1.0, mean - half), min(1.0, mean + half)
+    ends = with_unseen((mean - half, mean + half), differences_SP.mean(axis=0), least=-1.0)
     return Estimate(mean=mean, ci95=ends, over=over, p_value=p_value(differences_SP))
 
 

@@ -15,8 +15,9 @@ Deviations that an option makes, none by default: `max_per_rollout` and `max_per
 counted as `fork_candidates_dropped`); `overlap: average`.
 Ours where the paper is silent: greedy teacher windows; D exact, γ by Sinkhorn with ε 0.05; the 30% as a
 moving quantile over steps; with `upper_quartile_of_low_loss` 16 reference windows a step; λ = 1, or held at a
-ratio of gradients; a fork needs D > 0; windows end where a rollout that was cut at max_new_tokens ends; with
-`student_window: regenerate` only D sees the fresh sample; `spliced` is ours altogether.
+ratio of gradients; a fork needs D > 0; windows end where a rollout that was cut at max_new_tokens ends; a
+student's window that the response's end cuts to n < K tokens has rows of mass 1/n; with `student_window:
+regenerate` only D sees the fresh sample; `spliced` is ours altogether.
 """
 
 import time

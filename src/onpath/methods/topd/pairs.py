@@ -20,7 +20,7 @@ from onpath.transport.plans import window_divergence
 
 AT_ONCE = 4096
 """Forks whose costs and plans, K × J numbers each, are in memory together."""
-_TOLERANCE = 1e-3  # of the mass of Sinkhorn's rows; within a row targets move by 2e-4 (total variation)
+_TOLERANCE = 1e-3  # of the mass of Sinkhorn's rows; within a row targets move by up to 2e-3 (total variation)
 
 
 def with_distances(
