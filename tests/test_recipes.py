@@ -1,15 +1,18 @@
 """Recipes cannot rot: each is a config; those of the papers run to their end on tiny models of their kind."""
 
+import importlib.util
 import json
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from onpath import config as configuration
 from onpath.config.describe import describe
+from onpath.records import Prompt, Rollout, Sampling
 from onpath.run.log import read_lines
 from onpath.system import code
 from onpath.training import train
@@ -63,6 +66,14 @@ def smaller(path: Path, models: dict[str, Path], problems: Path, runs: Path) -> 
     return [(key, str(value)) for key, value in given.items()]
 
 
+@pytest.mark.parametrize("path", PAPER, ids=named)
+def test_vllm_has_room_for_a_papers_longest_response(path: Path) -> None:
+    config = configuration.load(path)
+    assert config.eval.max_new_tokens is not None
+    asked = max(config.rollout.max_new_tokens, config.eval.max_new_tokens)
+    assert config.rollout.vllm["max_model_len"] >= asked + 2048  # a long problem
+
+
 @pytest.mark.filterwarnings("ignore:.*lora.*:UserWarning")
 @pytest.mark.parametrize("path", PAPER, ids=named)
 def test_a_paper_runs(path: Path, model_dirs: dict[str, Path], problems: Path, tmp_path: Path) -> None:
@@ -107,3 +118,35 @@ def test_launch_scripts_find_the_student_and_its_room() -> None:
                 tree["student"]["model"] if name == "student" else tree["rollout"]["vllm"]["max_model_len"]
             )
             assert found.stdout.strip() == str(wanted)
+
+
+def test_the_own_method_keeps_the_same_half_whatever_the_number_of_processes() -> None:
+    spec = importlib.util.spec_from_file_location("longer", RECIPES / "own-method" / "longer.py")
+    assert spec is not None
+    assert spec.loader is not None
+    own = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(own)
+    rollouts = [
+        Rollout(
+            prompt=Prompt(id=str(i), text="?"), ids=(1,) * (1 + i % 4), logprobs=(-1.0,) * (1 + i % 4),
+            finish_reason="stop", policy_version=0, sampling=Sampling(), context=(1,),
+        )
+        for i in range(10)
+    ]  # fmt: skip
+
+    def kept(parts: list[list[Rollout]], keep: str) -> set[str]:
+        found: set[str] = set()
+        for mine in parts:
+            method = own.Half.__new__(own.Half)
+            method.options = own.Half.Options(keep=keep)
+            method.tools = SimpleNamespace(sampling=Sampling())
+            everyone = [(method.rank(r, 3), r.key) for part in parts for r in part]
+            method.tools.gather = lambda items, everyone=everyone: everyone
+            made = method.prepare(mine, step=3).trajectories
+            found |= {t.origin.key for t in made if t.edit.kept}
+        return found
+
+    for keep in ("longer", "shorter", "random"):
+        whole = kept([rollouts], keep)
+        assert len(whole) == 5
+        assert kept([rollouts[::2], rollouts[1::2]], keep) == whole

@@ -14,17 +14,21 @@ class Half(Method):
         keep: Literal["longer", "shorter", "random"] = "longer"
         """Which half; random is the control."""
 
+    def rank(self, rollout, step):
+        match self.options.keep:
+            case "longer":
+                return -len(rollout.ids)
+            case "shorter":
+                return len(rollout.ids)
+        return random.Random(f"{self.tools.sampling.seed} {step} {rollout.key}").random()
+
     def prepare(self, rollouts, *, step):
-        lots = random.Random(f"{self.tools.sampling.seed} {step}")
-        rank = {
-            "longer": lambda r: -len(r.ids),
-            "shorter": lambda r: len(r.ids),
-            "random": lambda r: lots.random(),
-        }[self.options.keep]
-        kept = {r.place for r in sorted(rollouts, key=rank)[: len(rollouts) // 2]}
+        everyone = sorted(self.tools.gather([(self.rank(r, step), r.key) for r in rollouts]))
+        kept = {key for _, key in everyone[: len(everyone) // 2]}  # of all processes' rollouts
+        mine = [len(r.ids) for r in rollouts if r.key in kept]
         out = Edit(kind="none", kept=False, reason=f"not in the {self.options.keep} half")
         made = [own_response(r) for r in rollouts]
         return Prepared(
-            trajectories=[t if t.origin.place in kept else replace(t, edit=out) for t in made],
-            means={"kept_length": (sum(len(r.ids) for r in rollouts if r.place in kept), len(kept))},
+            trajectories=[t if t.origin.key in kept else replace(t, edit=out) for t in made],
+            means={"kept_length": (sum(mine), len(mine))},
         )

@@ -194,6 +194,10 @@ CASES: dict[str, tuple[Break, str]] = {
     "pool too small": (lambda c: c.set("data.limit", 3), r"rollout\.prompts is 8, but there are only 3"),
     "eval without answers": (lambda c: c.rows(*({"prompt": str(i)} for i in range(9))), r"have no answer"),
     "prompt too long": (longer_context, r"does not fit the student's context of 512"),
+    "vLLM with too little room": (
+        lambda c: (c.set("rollout.engine", "vllm"), c.set("rollout.vllm", {"max_model_len": 16})),
+        r"rollout\.vllm: max_model_len is 16, but a prompt has .* set it to at least",
+    ),
     "opsd without solution": (
         lambda c: (
             c.set("method.name", "opsd"),

@@ -33,6 +33,7 @@ class FakeVLLM:
         self.engine, self.name = engine, name
         self.spoil: Callable[[Answer], Answer | int] = lambda answer: answer
         self.slow = 0.0
+        self.longest = 512
         self.requests: list[Answer] = []
         self.headers: list[str | None] = []
         self.resets = 0
@@ -96,7 +97,9 @@ class FakeVLLM:
                 if self.path in told:
                     return self._send(told[self.path])
                 more = [{"id": n, "root": p, "parent": fake.name} for n, (p, _) in fake.adapters.items()]
-                self._send({"data": [{"id": fake.name, "root": fake.name, "max_model_len": 512}, *more]})
+                self._send(
+                    {"data": [{"id": fake.name, "root": fake.name, "max_model_len": fake.longest}, *more]}
+                )
 
             def do_POST(self) -> None:
                 size = int(self.headers.get("Content-Length") or 0)

@@ -124,6 +124,15 @@ def test_methods_run_with_a_served_teacher(method: str, tiny: Tiny, teacher: Fak
     assert any("prompt_logprobs" in r for r in teacher.requests), "the server scored"
 
 
+def test_a_rollout_server_with_too_little_room(tiny: Tiny, student: FakeVLLM) -> None:
+    where = {"rollout__engine": "vllm", "rollout__url": student.url, "rollout__max_new_tokens": 8}
+    student.longest = 20
+    assemble(tiny(**where, eval__max_new_tokens=8))
+    student.longest = 16
+    with pytest.raises(UserError, match=r"room for 16 tokens.* but eval\.max_new_tokens is 16; start"):
+        assemble(tiny(**where, eval__max_new_tokens=16))
+
+
 def test_a_served_student_is_relayed_in_rounds(tiny: Tiny, student: FakeVLLM) -> None:
     """By prefix continuation: each round asks for what follows the teacher's token."""
     where = {"rollout__engine": "vllm", "rollout__url": student.url}

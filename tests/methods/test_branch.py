@@ -1,12 +1,14 @@
 """branch: the forced token, the shared prefix, the student's suffixes; token by token against full logits."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 
 from onpath import config as configuration
 from onpath.engines.decoding.draw import draw
+from onpath.methods.branch import Branch
 from onpath.records import Sampling, Trajectory
 from onpath.run.parts import Parts
 from onpath.system.draws import noise
@@ -110,6 +112,22 @@ def test_a_forced_stop_ends_the_response(tiny: Tiny) -> None:
     parts.generators.student.stop_ids = parts.generators.student.stop_ids | forced
     for t in parts.method.prepare(rollouts, step=0).trajectories:
         assert len(t.response) == t.edit.detail["places"][0] + 1
+
+
+def test_one_stop_for_another_is_no_disagreement(tiny: Tiny) -> None:
+    """With `ends: one` the teacher's likeliest token is the outcome's first id, whichever was drawn."""
+    parts = parts_of(tiny, name="branch", ends="one")
+    method, ends = parts.method, parts.models.ends
+    assert isinstance(method, Branch)
+    if len(ends) < 2:
+        ends = (*ends, 0) if ends else (0, 2)
+        method.tools = replace(method.tools, models=replace(parts.models, ends=ends))
+    y = replace(sample(parts, 0)[0], ids=(5, 6, ends[1]), logprobs=(-1.0,) * 3, finish_reason="stop")
+    values = {
+        "teacher_top_ids": [[5], [6], [ends[0]]], "reverse_kl": [0.1, 0.2, 9.0],
+        "student_logp": [-1.0] * 3, "teacher_logp": [-2.0] * 3,
+    }  # fmt: skip
+    assert not method.forced(y, values, "k").changed
 
 
 def test_the_sampled_gradient_is_refused() -> None:

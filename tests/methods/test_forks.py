@@ -53,6 +53,16 @@ def test_candidates(changes: dict[str, Any], positions: list[int]) -> None:
     assert chosen(**changes) == positions
 
 
+@pytest.mark.parametrize("decide", ["quantile", "random_positions", "upper_quartile_of_low_loss"])
+def test_what_is_settled_is_no_candidate_and_takes_no_ones_place(decide: Any) -> None:
+    told = {"row": 0, "count": 1, "key": "k", "options": options(decide=decide), "seed": 0}
+    found = candidates.select(VALUES, **told, start=4)
+    assert len([f for f in found if f.decision != "reference"]) == 1
+    assert all(f.position >= 4 for f in found)
+    if decide != "random_positions":
+        assert 5 in [f.position for f in found]  # 1.0, the loudest of the last two
+
+
 def test_random_positions_are_a_function_of_the_seed_and_the_rollout() -> None:
     def draw(key: str, seed: int) -> list[int]:
         changed = options(decide="random_positions")

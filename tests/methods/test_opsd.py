@@ -244,10 +244,22 @@ def test_a_neighbour_is_the_next_with_another_answer() -> None:
     """As looking for it one by one finds it."""
     for answers in ("aabba", "abc", "aaaa", "a", "abaab"):
         pool = [replace(attempt("4<eos>").prompt, id=str(i), answer=a) for i, a in enumerate(answers)]
-        found = {p.id: other.id for p, other in neighbours(pool)}
+        found = {p.id: other.id for p, other in neighbours(pool, "answer")}
         for i, p in enumerate(pool):
             ahead = [*pool[i + 1 :], *pool[:i]]
             assert found[p.id] == next((q for q in ahead if q.answer != p.answer), p).id
+
+
+def test_a_foreign_solution_is_another_ones_where_there_are_no_answers(tiny: Callable[..., Config]) -> None:
+    options = {"method__shown": "foreign", "method__template": TEMPLATE, "method__diagnose_every": 0}
+    method = assemble(tiny(method__name="opsd", **options)).method
+    y = attempt("so 13<eos>")
+    own = replace(y.prompt, answer=None)
+    method.check([own, replace(own, id="same"), replace(own, id="other", solution="9 times 2 is 18")])
+    (t,) = method.prepare([replace(y, prompt=own)], step=0).trajectories
+    assert t.teacher_context == ids("<bos>7+5=? ref:9 times 2 is 18 now:<sol>")
+    with pytest.raises(UserError, match="shows another problem's solution, and all 2 have the same or none"):
+        method.check([own, replace(own, id="same")])
 
 
 def test_a_wrong_answer_alone_is_a_foreign_one(tiny: Callable[..., Config]) -> None:

@@ -22,7 +22,7 @@ from onpath.methods import make_method
 from onpath.methods.base import Prepared, own_response
 from onpath.methods.topd import guide, pairs
 from onpath.methods.topd.candidates import Fork
-from onpath.methods.topd.futures import teacher_futures
+from onpath.methods.topd.futures import teacher_futures, until_stop
 from onpath.methods.topd.method import TOPD
 from onpath.records import Completion, Guidance, Prompt, Rollout, Sampling, Trajectory, token_count
 from onpath.run.assemble import assemble
@@ -95,6 +95,15 @@ def same(a: Any, b: Any) -> None:
 EMBEDDING = torch.tensor([[1.0, 0.0], [0.0, 3.0], [2.0, 2.0], [-1.0, 0.5]])
 COST = [[1.0, 1 - 0.5**0.5], [0.0, 1 - 0.5**0.5]]
 SHARE = exp(-1.0) / (1 + exp(-1.0))  # of the diagonal, at ε = 1/2: a/(½−a) = exp(−(c00+c11−c01−c10)/2ε)
+
+
+def test_a_window_ends_with_the_stop_string_that_began_before_it(topd: Callable[..., Parts]) -> None:
+    parts = topd()
+    token = parts.text.renderer.text_ids
+    before, window = token("so 1"), token("3 14")
+    assert until_stop(before, window, parts.tools) == (window, False)
+    parts.generators.student.stop_strings = ("13",)
+    assert until_stop(before, window, parts.tools) == (window[:1], True)
 
 
 def test_worked_example_distance_plan_and_targets() -> None:

@@ -402,6 +402,34 @@ def test_minimal_edit_keeps_the_sound_part(parts: Parts) -> None:
     assert len(writer.asked) == 2
 
 
+def test_what_the_student_drew_has_what_it_was_drawn_with(parts: Parts) -> None:
+    """So that method.importance weighs what stays of y."""
+    y = attempt("so 13<eos>")
+    y = replace(y, logprobs=tuple(-0.1 * i for i in range(len(y.ids))))
+    for options, own in (({"minimal_edit": True}, 4), ({"refine": "wrong_only"}, 0), ({}, 0)):
+        chosen = TRDOptions(template=TEMPLATE, diagnose_every=0, **options)
+        method = make_method(chosen, with_writer(parts, Scripted("2<eos>"), task=Threes()))
+        (t,) = method.prepare([y], step=0).trajectories
+        assert t.behaviour_logprobs == y.logprobs[:own] + (0.0,) * (len(t.response) - own)
+        assert t.written_by.count("student") == own
+    importance = {"method": {"name": "trd", "importance": "token"}}
+    assert "method.importance" in configuration.build(importance).idle_options
+    importance["method"]["minimal_edit"] = True  # type: ignore[assignment]
+    assert "method.importance" not in configuration.build(importance).idle_options
+
+
+def test_a_stop_string_may_begin_in_what_is_kept(parts: Parts) -> None:
+    writer = Scripted("2 so 12<eos>")
+    options = TRDOptions(template=TEMPLATE, minimal_edit=True, diagnose_every=0)
+    tools = with_writer(parts, writer, task=Threes())
+    tools.generators.student.stop_strings = ("12",)
+    try:
+        (t,) = make_method(options, tools).prepare([attempt("so 13<eos>")], step=0).trajectories
+    finally:
+        tools.generators.student.stop_strings = ()
+    assert t.response == ids("so 12")
+
+
 def test_minimal_edit_from_the_teachers_doubt(parts: Parts) -> None:
     attempts = sample(parts, 0)
     ours = parts.tools.generators.student.score([r.context for r in attempts], [r.ids for r in attempts])

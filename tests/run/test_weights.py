@@ -1,5 +1,6 @@
 """Which tokens count: the share drawn by lot."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -48,7 +49,7 @@ def test_it_multiplies_and_differs_from_step_to_step() -> None:
         weights=(2.0,) * 25 + (0.0,) * 25,
         counted=(True,) * 30 + (False,) * 20,
     )
-    one, two = (thinned(t, 0.5, seed=0, when=f"step {i}") for i in range(2))
+    one, two = (thinned(t, 0.5, seed=0, key=f"step {i}") for i in range(2))
     assert one != two
     assert set(one.token_weights[:25]) == {0.0, 2.0}
     assert not any(one.token_weights[25:])
@@ -56,7 +57,21 @@ def test_it_multiplies_and_differs_from_step_to_step() -> None:
     assert any(one.in_count[25:30]) or any(two.in_count[25:30]), (
         "what others have brought to 0 stays in the count"
     )
-    assert thinned(t, 0.5, seed=0, when="step 0") == one
+    assert thinned(t, 0.5, seed=0, key="step 0") == one
+
+
+def test_windows_of_one_rollout_have_lots_of_their_own(tiny: Tiny) -> None:
+    topd = {"method__name": "topd", "method__window": 6, "method__plan": "spliced", "method__top_share": 0.3}
+    parts = assemble(tiny(method__random_share=0.5, **topd))
+    made = shaped(parts, prepare(parts, sample(parts, 0), 0), step=0)
+    by_origin: dict[str, list[tuple[float, ...]]] = {}
+    for t in made.trajectories:
+        assert t.origin is not None
+        by_origin.setdefault(t.origin.key, []).append(t.token_weights)
+    several = [masks for masks in by_origin.values() if len(masks) > 2]
+    assert several
+    alike = [a[: len(b)] == b[: len(a)] for masks in several for a, b in itertools.combinations(masks, 2)]
+    assert sum(alike) < len(alike) / 2
 
 
 @pytest.mark.parametrize("share", [0, 1.5])
@@ -73,7 +88,7 @@ def test_guidance_goes_with_the_tokens_that_leave() -> None:
         response=tuple(range(50)),
         guidance=(Guidance(start=10, targets=targets), Guidance(start=45, targets=targets[:5])),
     )
-    left = thinned(t, 0.4, seed=0, when="step 0")
+    left = thinned(t, 0.4, seed=0, key="step 0")
     guided = {g.start + i: target for g in left.guidance for i, target in enumerate(g.targets)}
     stay = {i for i, counted in enumerate(left.in_count) if counted}
     assert set(guided) == stay & {*range(10, 40), *range(45, 50)}

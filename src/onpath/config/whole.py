@@ -115,6 +115,7 @@ class Config(Section):
             self._reachable(teacher, teacher_key(name))
         self._shardable()
         self._overlappable()
+        self._writable()
         self._refreshable()
         self._quantisable()
         if self.method.importance != "none" and self.method.ppo_clip is not None:
@@ -165,6 +166,24 @@ class Config(Section):
             raise ValueError(
                 "rollout.overlap has vLLM sample while the student trains, so it cannot sleep; drop "
                 "enable_sleep_mode from rollout.vllm, or rollout.overlap"
+            )
+
+    def _writable(self) -> None:
+        """What goes together with a method that writes the rollouts."""
+        if not self.method.writes_rollouts:
+            return
+        who = f"method.name {self.method.name} writes the rollouts of each step itself"
+        other = "take a method that does not (relay: from_start: false)"
+        task = task_of(self.data.train)
+        if self.rollout.overlap or self.refresh is not None:
+            key = "rollout.overlap" if self.rollout.overlap else "rollout.refresh"
+            raise ValueError(
+                f"{who}, and {key} has the student's own of other steps; leave it out, or {other}"
+            )
+        if task is not None and task.world is not None and task.world.spoils:
+            raise ValueError(
+                f"{who}, and {self.data.train} puts errors into the student's own rollouts; use data without "
+                f"spoil, or {other}"
             )
 
     def _of_one_language(self) -> None:
@@ -310,6 +329,8 @@ class Config(Section):
         found = {f"{s}.{o}": f"{s}.{n}" for s, section in sections.items() for o, n in section.idle.items()}
         if any(t.engine == "vllm" for t in self.taught_by.values()):
             found.pop("method.support_k", None)  # servers are asked for so many tokens, whatever is compared
+        if self.method.importance != "none" and not self.method.trains_on_own_tokens:
+            found["method.importance"] = "tokens that the student drew, and none are trained on"
         return found
 
     @property

@@ -71,6 +71,7 @@ def student_engine(config: Config, student: nn.Module, own: HFEngine) -> Engine:
                 "adapter itself; leave rollout.push at weights"
             )
         server = Server(section, "rollout", [config.student.model, str(base)])
+        _check_room(config, server)
         return ServerEngine(
             server,
             renderer,
@@ -96,6 +97,19 @@ def student_engine(config: Config, student: nn.Module, own: HFEngine) -> Engine:
         tolerance=_HALF if half else _EXACT,
         options=section.vllm,
     )
+
+
+def _check_room(config: Config, server: Server) -> None:
+    """A server that reads too little ends responses early, or refuses to begin them."""
+    asked = {"rollout.max_new_tokens": config.rollout.max_new_tokens}
+    if config.evaluations:
+        asked["eval.max_new_tokens"] = config.eval.sampling().max_new_tokens
+    option, new = max(asked.items(), key=lambda item: item[1])
+    if server.context_length is not None and server.context_length <= new:
+        raise UserError(
+            f"rollout.url: the server has room for {server.context_length} tokens, prompt and response, but "
+            f"{option} is {new}; start it with a larger --max-model-len, or lower {option}"
+        )
 
 
 def _handover(config: Config, student: nn.Module, server: Server, *, half: bool) -> Handover:

@@ -17,6 +17,7 @@ from onpath.engines.base import Engine, Generators, gone_on
 from onpath.engines.decoding.drafts import Drafts
 from onpath.engines.forward import Kept, Models, Pass
 from onpath.engines.routed import by_teacher
+from onpath.engines.stops import string_end
 from onpath.grade.base import Grader, Verdict
 from onpath.grade.rewards import Reward, totals, values_of
 from onpath.records import Completion, Prompt, Rollout, Sampling, Trajectory
@@ -108,6 +109,12 @@ class Tools:
         """What each process gives, of all of them and on each of them, in one order: every process must call,
         as often as the others. With one process the items themselves."""
         return distributed.gather(items)
+
+    def string_end(self, ids: Sequence[int]) -> int | None:
+        """Tokens of a response up to the one that completes a stop string, whoever wrote its parts; None: no
+        string is complete."""
+        strings = self.generators.student.stop_strings
+        return string_end(ids, strings, self.text.renderer.text)
 
     def in_teachers_name(
         self,

@@ -58,7 +58,9 @@ class Branch(Method):
         likeliest = [int(ids[0]) for ids in cast(Any, values["teacher_top_ids"])]
         gaps = [s - t for s, t in zip(values["student_logp"], values["teacher_logp"], strict=True)]
         measure = gaps if self.options.place == "sampled_gap" else values["reverse_kl"]
-        apart = [t for t, (mine, theirs) in enumerate(zip(y.ids, likeliest, strict=True)) if mine != theirs]
+        ends = self.tools.models.ends  # one outcome, under the id of the first
+        own_ids = [ends[0] if i in ends else i for i in y.ids]
+        apart = [t for t, (mine, theirs) in enumerate(zip(own_ids, likeliest, strict=True)) if mine != theirs]
         if not apart:
             return Mixed.of(y)
         at = max(apart, key=lambda t: measure[t])

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from onpath.engines.forward import Kept, Pass, teacher_key
-from onpath.engines.stops import string_end
 from onpath.methods.base import Prepared, Tools, own_response
 from onpath.methods.diagnose import mean
 from onpath.records import Completion, Edit, FinishReason, Rollout, Sampling, Writer, Writers, all_by
@@ -80,8 +79,7 @@ def inserted(ids: Sequence[int], tools: Tools) -> Completion:
 
 def stopped(mixed: Mixed, tools: Tools) -> Mixed:
     """Up to the token that completes a stop string, whoever wrote its parts."""
-    z, strings = mixed.z, tools.generators.student.stop_strings
-    end = string_end(z.ids, strings, tools.text.renderer.text)
+    z, end = mixed.z, tools.string_end(mixed.z.ids)
     if end is None or (end == len(z.ids) and z.finish_reason == "stop"):
         return mixed
     z = replace(z, ids=z.ids[:end], logprobs=z.logprobs[:end], finish_reason="stop")

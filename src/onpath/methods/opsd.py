@@ -68,8 +68,15 @@ class OPSD(Method):
         Raises:
             UserError: naming the first that does not.
         """
-        if set(self.shown) - {"own", "none"}:
-            self.foreign = {p.id: other for p, other in neighbours(prompts)}
+        if others := [shown for shown in self.shown if shown not in ("own", "none")]:
+            told_apart = "wrong" in others or len({p.answer for p in prompts}) > 1
+            column = "answer" if told_apart else self.options.hint
+            if len({getattr(p, column) for p in prompts}) == 1:
+                raise UserError(
+                    f"method.shown: {self.options.shown} shows another problem's {column}, and all "
+                    f"{len(prompts)} have the same or none; use data with several"
+                )
+            self.foreign = {p.id: other for p, other in neighbours(prompts, column)}
         new, longest = self.tools.sampling.max_new_tokens, self.tools.models.teacher.context_length
         for prompt in prompts:
             length = max(len(self.privileged(prompt, shown)) for shown in self.shown)
@@ -89,13 +96,13 @@ class OPSD(Method):
         return self.tools.text.privileged_context(prompt, self.template, self.options.hint)
 
 
-def neighbours(prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, Prompt]]:
-    """Each prompt, from the last to the first, and the next one, around the end, that has another answer;
-    itself, where all have one."""
+def neighbours(prompts: Sequence[Prompt], column: str) -> Iterator[tuple[Prompt, Prompt]]:
+    """Each prompt, from the last to the first, and the next one, around the end, that has another answer (or
+    solution, as `column` says); itself, where all have one."""
     differs: Prompt | None = None  # the first behind here whose answer is not that of the next one
     after: Prompt | None = None
     for p in (*reversed(prompts), *reversed(prompts)):
-        if after is not None and after.answer != p.answer:
+        if after is not None and getattr(after, column) != getattr(p, column):
             differs = after
         yield p, p if differs is None else differs
         after = p

@@ -32,7 +32,7 @@ def first_forks(
     *,
     window: int,
     distance: float,
-    after: Sequence[int] | None = None,
+    starts: Sequence[int] | None = None,
     keep: Kept | None = None,
     step: int = 0,
 ) -> list[FirstFork]:
@@ -40,16 +40,16 @@ def first_forks(
 
     Args:
         window: K, tokens of each future.
-        after: forks before these positions do not count.
+        starts: what stands before these positions is settled, and no candidate; None: nothing is.
         keep: receives what the loss can use again.
     """
     topd = TOPD(TOPDOptions(window=window, decide="threshold", threshold=distance), tools)
     own = [own_response(r) for r in rollouts]
-    found = topd.forks(rollouts, own, Kept() if keep is None else keep, step)
-    starts, firsts = after or [0] * len(rollouts), []
+    found = topd.forks(rollouts, own, Kept() if keep is None else keep, step, starts)
+    firsts = []
     for row in range(len(rollouts)):
         mine = [f for f in found if f.row == row]
-        first = next((f for f in mine if f.decision == "fork" and f.position >= starts[row]), None)
+        first = next((f for f in mine if f.decision == "fork"), None)
         firsts.append(
             FirstFork(
                 position=None if first is None else first.position,

@@ -49,9 +49,9 @@ def reflection(
 
 def fork(responses: Sequence[Read], options: RelayOptions, tools: Tools, cost: Cost) -> list[int | None]:
     """The near futures part (TOPD)."""
-    after = [r.start for r in responses]
+    starts = [r.start for r in responses]
     found = first_forks(
-        [r.z for r in responses], tools, window=options.window, distance=options.distance, after=after
+        [r.z for r in responses], tools, window=options.window, distance=options.distance, starts=starts
     )
     cost.teacher += sum(f.teacher_tokens for f in found)
     return [f.position for f in found]

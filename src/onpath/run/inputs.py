@@ -240,11 +240,24 @@ def fitting(
         prompts_of_step(pool, size=config.rollout.prompts, seed=0, step=0)  # enough are left
         check_taught(config, pool)
     most = [max(size for size in sizes if size + new <= fits)]
+    _check_room(config, most[0], config.rollout.max_new_tokens, "rollout.max_new_tokens")
     for split, problems in prompts.evals.items():
-        asked = config.eval.sampling().max_new_tokens
-        most += sized(problems, asked, "eval.max_new_tokens", data.eval[split], trained=False)
+        asked, option = config.eval.sampling().max_new_tokens, "eval.max_new_tokens"
+        most.append(max(sized(problems, asked, option, data.eval[split], trained=False)))
+        _check_room(config, most[-1], asked, option)
     skipped = prompts.skipped + len(prompts.pool) - len(pool)
     return replace(prompts, pool=pool, skipped=skipped), max(most)
+
+
+def _check_room(config: Config, longest: int, new: int, option: str) -> None:
+    """A vLLM in this process that has less room than the student ends responses early."""
+    section = config.rollout
+    room = section.vllm.get("max_model_len") if section.engine == "vllm" and section.url is None else None
+    if isinstance(room, int) and longest + new > room:
+        raise UserError(
+            f"rollout.vllm: max_model_len is {room}, but a prompt has {longest} tokens and {option} is "
+            f"{new}; set it to at least {longest + new}, or lower {option}"
+        )
 
 
 def _tokens(renderer: Renderer, prompt: Prompt, rows: int) -> int:

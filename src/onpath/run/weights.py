@@ -1,6 +1,7 @@
 """Which response tokens count, and how much: truncation, rewards and token weights of any method's
 trajectories."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -36,7 +37,12 @@ def shaped(
         kept = [t.truncated(max(0, options.first_tokens - t.begins)) for t in kept]
     if options.random_share < 1:
         seed = parts.config.run.seed
-        kept = [thinned(t, options.random_share, seed=seed, when=f"step {step}") for t in kept]
+        before = Counter[str]()  # of one rollout there may be several
+        for i, t in enumerate(kept):
+            who = "" if t.origin is None else t.origin.key
+            key = f"step {step}/{who}/share" + f" {before[who]}" * (before[who] > 0)
+            kept[i] = thinned(t, options.random_share, seed=seed, key=key)
+            before[who] += 1
     kept = rewarded(parts, kept, rewards or {})
     if options.reweight != "none":
         kept = reweighted(parts, kept)
@@ -47,11 +53,14 @@ def shaped(
     return replace(prepared, trajectories=placed)
 
 
-def thinned(trajectory: Trajectory, share: float, *, seed: int, when: str) -> Trajectory:
+def thinned(trajectory: Trajectory, share: float, *, seed: int, key: str) -> Trajectory:
     """With weight 0 for all but a share of the tokens, by lot: they leave the loss, its guidance and its
-    count."""
-    who = "" if trajectory.origin is None else trajectory.origin.key
-    stays = (noise(seed, f"{when}/{who}/share", len(trajectory.response)) < share).tolist()
+    count.
+
+    Args:
+        key: names the lots.
+    """
+    stays = (noise(seed, key, len(trajectory.response)) < share).tolist()
     weights = tuple(w if s else 0.0 for w, s in zip(trajectory.token_weights, stays, strict=True))
     counted = tuple(c and s for c, s in zip(trajectory.in_count, stays, strict=True))
     guidance = tuple(part for g in trajectory.guidance for part in _staying(g, stays))

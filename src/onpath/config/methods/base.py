@@ -154,6 +154,11 @@ class MethodOptions(Section):
         return True
 
     @property
+    def trains_on_own_tokens(self) -> bool:
+        """Whether tokens are trained on that the student drew."""
+        return self.trains_on_rollouts
+
+    @property
     def writes_rollouts(self) -> bool:
         """Whether the method writes the rollouts (`Method.write_rollouts`), and not the student's engine."""
         return False

@@ -81,13 +81,3 @@ class RelayOptions(MethodOptions):
                 f"method.trigger: first_error needs a task with a checker of steps, as the gym is, not "
                 f"{config.data.train}; use log_ratio"
             )
-        if self.from_start and (config.rollout.overlap or config.refresh is not None):
-            raise ValueError(
-                "method.from_start has the teacher write in the rollouts of each step, and rollout.overlap "
-                "and rollout.refresh have the student's own of other steps; set it to false"
-            )
-        if self.from_start and task and task.world and task.world.spoils:
-            raise ValueError(
-                f"method.from_start: {config.data.train} puts errors into the student's own rollouts, and "
-                "there are none then; set it to false"
-            )

@@ -111,6 +111,10 @@ class TRDOptions(MethodOptions):
         return False
 
     @property
+    def trains_on_own_tokens(self) -> bool:
+        return (self.minimal_edit or self.refine == "wrong_only") and not self.paper_compat
+
+    @property
     def supervises_end(self) -> bool:
         return not self.paper_compat
 
@@ -121,6 +125,11 @@ class TRDOptions(MethodOptions):
     @property
     def longest_generated(self) -> tuple[int, str]:
         return self.rewrite_max_new_tokens or 0, "method.rewrite_max_new_tokens"
+
+    @property
+    def longest_window(self) -> tuple[int, str]:
+        looks = self.minimal_edit and self.locate == "fork"
+        return (self.locate_window, "method.locate_window") if looks else super().longest_window
 
     @property
     def correction_words(self) -> tuple[str, ...] | None:

@@ -152,6 +152,7 @@ def select(
     options: TOPDOptions,
     seed: int,
     references: int | None = None,
+    start: int = 0,
 ) -> list[Fork]:
     """The candidates of one rollout, by position, and with `upper_quartile_of_low_loss` its references.
 
@@ -159,6 +160,7 @@ def select(
         values: per response token, `reverse_kl`, `student_logp` and `teacher_logp`.
         key: names step and rollout in the draws.
         references: None: as many as candidates.
+        start: tokens before it are neither.
     """
     losses, gaps = ranked_by(values, options)
     size, kl = len(losses), values["reverse_kl"]
@@ -177,15 +179,15 @@ def select(
         )
 
     def at_random() -> list[int]:
-        order: list[int] = np.argsort(noise(seed, f"{key}/order", size), kind="stable").tolist()
-        return order
+        order = np.argsort(noise(seed, f"{key}/order", size), kind="stable").tolist()
+        return [t for t in order if t >= start]
 
-    by_loss = sorted(range(size), key=lambda t: -losses[t])  # stable: the first of equals comes first
+    by_loss = sorted(range(start, size), key=lambda t: -losses[t])  # stable: the first of equals comes first
     order = at_random() if options.decide == "random_positions" else by_loss
     found = [fork(t, "surface") for t in spaced(order, count=count, min_gap=options.min_gap)]
     if options.decide == "upper_quartile_of_low_loss":
         references = count if references is None else references
-        low = set(by_loss[(size + 1) // 2 :]) - {f.position for f in found}
+        low = set(by_loss[(len(by_loss) + 1) // 2 :]) - {f.position for f in found}
         calm = [t for t in at_random() if t in low]
         found += [fork(t, "reference") for t in spaced(calm, count=references, min_gap=options.min_gap)]
     return sorted(found, key=lambda f: f.position)

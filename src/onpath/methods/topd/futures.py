@@ -46,17 +46,27 @@ def with_windows(
         fresh = tools.generators.student.continue_from(prefixes, drawn, keys=[f"{k}/student" for k in keys])
         ours = [c.ids for c in fresh]
         spent = [len(c.ids) for c in fresh]
-    ends = [horizon(rollouts[f.row], f.position, options.window) for f in found]
-    return [
-        replace(
-            f,
-            student=tuple(mine[:end]),
-            teacher=c.ids[:end],
-            ended=c.finish_reason == "stop" and len(c.ids) <= end,
-            generated=(n, len(c.ids)),
+    made = []
+    for f, mine, c, n in zip(found, ours, theirs, spent, strict=True):
+        end = horizon(rollouts[f.row], f.position, options.window)
+        window, stops = until_stop(rollouts[f.row].ids[: f.position], c.ids, tools)
+        made.append(
+            replace(
+                f,
+                student=tuple(mine[:end]),
+                teacher=window[:end],
+                ended=(stops or c.finish_reason == "stop") and len(window) <= end,
+                generated=(n, len(c.ids)),
+            )
         )
-        for f, mine, c, end, n in zip(found, ours, theirs, ends, spent, strict=True)
-    ]
+    return made
+
+
+def until_stop(before: Sequence[int], window: Sequence[int], tools: Tools) -> tuple[tuple[int, ...], bool]:
+    """A window up to the token that completes a stop string, which may begin before it; and whether one
+    does."""
+    end = tools.string_end((*before, *window))
+    return (tuple(window), False) if end is None else (tuple(window[: end - len(before)]), True)
 
 
 def teacher_futures(

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from onpath.config.methods.topd import TOPDOptions
 from onpath.methods.base import Tools
 from onpath.methods.topd.candidates import NO_DISTANCE, Fork
+from onpath.methods.topd.futures import until_stop
 from onpath.methods.topd.pairs import AT_ONCE, pairs_of
 from onpath.records import Completion, Edit, Guidance, Rollout, Trajectory, all_by
 from onpath.system.draws import noise
@@ -267,7 +268,8 @@ def whole_windows(
     keys = [f"step {step}/{whole[i].key}/{guided[i].position}/rest" for i in going]
     rests, generated = tools.teacher_finishes([whole[i] for i in going], sampling, keys)
     for i, rest in zip(going, rests, strict=True):
-        windows[i] = windows[i] + rest.ids
+        before = rollouts[guided[i].row].ids[: guided[i].position]
+        windows[i], _ = until_stop(before, windows[i] + rest.ids, tools)
     return windows, generated
 
 

@@ -97,22 +97,36 @@ class TOPD(Method):
         return own_response(rollout, length=self.options.first_tokens)
 
     def forks(
-        self, rollouts: Sequence[Rollout], trained: Sequence[Trajectory], kept: Kept, step: int
+        self,
+        rollouts: Sequence[Rollout],
+        trained: Sequence[Trajectory],
+        kept: Kept,
+        step: int,
+        starts: Sequence[int] | None = None,
     ) -> list[Fork]:
-        """The candidates with both futures, their distance, and whether they are real."""
+        """The candidates with both futures, their distance, and whether they are real.
+
+        Args:
+            starts: of each rollout the first token that may be one; None: each may.
+        """
         self.seconds = dict.fromkeys(("read", "windows", "transport", "targets"), 0.0)
-        found = self.candidates(rollouts, trained, kept, step)
+        found = self.candidates(rollouts, trained, kept, step, starts or [0] * len(rollouts))
         with self.timed("transport"):
             found = pairs.with_distances(found, rollouts, self.tools, self.options)
         self.follow(decide.quantile_of(found, self.options))
         return decide.decided(found, self.options, float(self.threshold))
 
     def candidates(
-        self, rollouts: Sequence[Rollout], trained: Sequence[Trajectory], kept: Kept, step: int
+        self,
+        rollouts: Sequence[Rollout],
+        trained: Sequence[Trajectory],
+        kept: Kept,
+        step: int,
+        starts: Sequence[int],
     ) -> list[Fork]:
         """With both futures, one micro-batch after the other: one of the teacher's caches is in memory."""
         options, seed = self.options, self.tools.sampling.seed
-        lengths = [len(t.response) for t in trained]
+        lengths = [max(0, len(t.response) - start) for t, start in zip(trained, starts, strict=True)]
         keys = [f"step {step}/{r.key}" for r in rollouts]
         counts = candidates.candidate_counts(lengths, options, keys=keys, seed=seed)
         self.capped = sum(candidates.uncapped_counts(lengths, options)) - sum(counts)
@@ -132,6 +146,7 @@ class TOPD(Method):
                     options=options,
                     seed=seed,
                     references=references[row],
+                    start=starts[row],
                 )
             with self.timed("windows"):
                 found += futures.with_windows(here, rollouts, self.tools, options, step, one)

@@ -87,12 +87,14 @@ class TRD(Method):
             ends = self.tools.generators.student.stop_ids | self.tools.generators.teacher.stop_ids
             response = w.ids[:-1] if w.ids and w.ids[-1] in ends else w.ids
         own = len(response) if w.kind == "none" else min(w.detail.get("kept_tokens", 0), len(response))
+        drawn = (*w.attempt.logprobs[:own], *(0.0,) * (len(response) - own))
         edit = as_edit(w, self.options, self.tools.text.renderer)
         return Trajectory(
             student_context=x,
             teacher_context=r if self.options.scoring == "rewrite" else x,
             response=response,
             writers=all_by("student", own) + all_by("teacher", len(response) - own),
+            behaviour_logprobs=None if self.options.paper_compat else drawn,  # of another context
             origin=w.attempt,
             edit=replace(edit, detail={"writer": self.writer, **edit.detail}),
         )

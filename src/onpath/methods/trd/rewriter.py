@@ -84,6 +84,8 @@ class Rewriter:
         for (plan, _), draft, rest in zip(jobs, drafts, done, strict=True):
             ids = (plan.ids + rest.ids)[: self.new_tokens]
             whole = rest.finish_reason == "stop" and len(ids) == len(plan.ids) + len(rest.ids)
+            if plan.ids and (end := self.tools.string_end(ids)) is not None:  # it may begin in what was kept
+                ids, whole = ids[:end], True
             detail = {**plan.detail, "teacher_tokens": len(rest.ids)}
             read = None if draft.read is None else draft.read[: len(ids)]
             written.append(replace(plan, ids=ids, finished=whole, detail=detail, read=read))
