@@ -133,7 +133,7 @@ def check_names(teachers: Mapping[str, Teacher]) -> None:
 
 class Data(Section):
     train: Annotated[str, PLACE] = Field("gym:train", min_length=1)
-    """JSONL or Parquet file, `datasets` directory or name (name:split), gym:train (its worlds:
+    """JSONL, JSON, CSV or Parquet file, `datasets` directory or name (name:split), gym:train (its worlds:
     gym:train?late=1&spoil=0.8&lost=1), pack:humaneval and other packs (docs/packs.md), or a function of
     yours, file.py:rows, that gives rows."""
     limit: int | None = Field(None, ge=1)
