@@ -1,6 +1,5 @@
 """Recipes cannot rot: each is a config; those of the papers run to their end on tiny models of their kind."""
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -121,11 +120,8 @@ def test_launch_scripts_find_the_student_and_its_room() -> None:
 
 
 def test_the_own_method_keeps_the_same_half_whatever_the_number_of_processes() -> None:
-    spec = importlib.util.spec_from_file_location("longer", RECIPES / "own-method" / "longer.py")
-    assert spec is not None
-    assert spec.loader is not None
-    own = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(own)
+    with code.allowed():
+        half = code.load(f"{RECIPES / 'own-method' / 'longer.py'}:Half", key="method.name")
     rollouts = [
         Rollout(
             prompt=Prompt(id=str(i), text="?"), ids=(1,) * (1 + i % 4), logprobs=(-1.0,) * (1 + i % 4),
@@ -137,8 +133,8 @@ def test_the_own_method_keeps_the_same_half_whatever_the_number_of_processes() -
     def kept(parts: list[list[Rollout]], keep: str) -> set[str]:
         found: set[str] = set()
         for mine in parts:
-            method = own.Half.__new__(own.Half)
-            method.options = own.Half.Options(keep=keep)
+            method = half.__new__(half)
+            method.options = half.Options(keep=keep)
             method.tools = SimpleNamespace(sampling=Sampling())
             everyone = [(method.rank(r, 3), r.key) for part in parts for r in part]
             method.tools.gather = lambda items, everyone=everyone: everyone

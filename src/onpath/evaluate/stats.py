@@ -92,7 +92,7 @@ def difference_interval(
 
     One problem says nothing of others: (−1, 1), the range of a difference of scores. Where all of several are
     equal (nobody is right, say) resampling shows nothing, and a zero-width interval would claim certainty:
-    see `equal_differences_interval`.
+    see `with_unseen`.
 
     Args:
         differences: [P], each within [−1, 1].
@@ -103,22 +103,15 @@ def difference_interval(
     differences_P = _vector(differences)
     if len(differences_P) == 1:
         return -1.0, 1.0
-    if np.ptp(differences_P) == 0:
-        return equal_differences_interval(float(differences_P[0]), problems=len(differences_P))
     return with_unseen(_percentiles(differences_P, seed, resamples), differences_P, least=-1.0)
-
-
-def equal_differences_interval(difference: float, *, problems: int) -> tuple[float, float]:
-    """Where every problem has the same difference: Wilson's limit of a share that was never seen in so many
-    problems bounds how many others may differ, by up to ±1."""
-    return _unseen(difference, problems, least=-1.0)
 
 
 def with_unseen(
     interval: tuple[float, float], values_P: NDArray[np.float64], *, least: float
 ) -> tuple[float, float]:
     """The interval of a mean over problems, no narrower than what problems of a kind that was not seen may
-    make of it, where fewer than five values are unlike the commonest: the spread of so few says too little.
+    make of it, where fewer than five values are unlike the commonest: the spread of so few, or of none, says
+    too little. Wilson's limit of a share that was never seen in so many problems bounds how many there are.
 
     Args:
         values_P: [P], from `least` to 1.
@@ -126,14 +119,9 @@ def with_unseen(
     _, counts = np.unique(values_P.round(9), return_counts=True)  # means over seeds are rounded
     low, high = max(least, interval[0]), min(1.0, interval[1])
     if len(values_P) - counts.max() < _FEW:
-        ends = _unseen(float(values_P.mean()), len(values_P), least=least)
-        low, high = min(low, ends[0]), max(high, ends[1])
+        mean, share = float(values_P.mean()), wilson_interval(0.0, trials=len(values_P))[1]
+        low, high = min(low, mean - share * (mean - least)), max(high, mean + share * (1 - mean))
     return low, high
-
-
-def _unseen(mean: float, problems: int, *, least: float) -> tuple[float, float]:
-    share = wilson_interval(0.0, trials=problems)[1]
-    return mean - share * (mean - least), mean + share * (1 - mean)
 
 
 def sign_flip_p_value(differences: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES) -> float:

@@ -61,6 +61,10 @@ class TeacherTopK:
     sampled_logp: Float[Tensor, " N"] | None = None
     """Of the response's own token."""
 
+    def unserved_mass(self) -> Float[Tensor, " N"]:
+        """1 − Σ p in float64, as it comes out: about 0 it is rounding noise of the log-probs."""
+        return 1 - self.logp.double().exp().sum(-1)
+
     def tail_mass(self, *, vocabulary: int) -> Float[Tensor, " N"]:
         """Outside the set: 1 − Σ p. Below a millionth that is rounding noise of the log-probs, often 0, of
         which a reverse KL is huge: there it is what the other tokens can have at most, none being likelier
@@ -69,11 +73,10 @@ class TeacherTopK:
         Args:
             vocabulary: tokens in all.
         """
-        logp_Nk = self.logp.double()
-        given_Nk = ~logp_Nk.isneginf()
-        last_N = logp_Nk.masked_fill(~given_Nk, 0.0).amin(-1).exp()
+        given_Nk = ~self.logp.isneginf()
+        last_N = self.logp.double().masked_fill(~given_Nk, 0.0).amin(-1).exp()
         others_N = last_N * (vocabulary - given_Nk.sum(-1))
-        return (1 - logp_Nk.exp().sum(-1)).maximum(others_N.clamp_max(_TOLD)).to(self.logp.dtype)
+        return self.unserved_mass().maximum(others_N.clamp_max(_TOLD)).to(self.logp.dtype)
 
 
 TeacherScores = TeacherHidden | TeacherMixture | TeacherTopK

@@ -175,7 +175,7 @@ def logp_of(scores: TeacherScores, token_N: Tensor) -> Tensor:
         return logp_N
     inside_Nk = scores.ids == token_N[:, None]
     logp_N = scores.logp.masked_fill(~inside_Nk, -torch.inf).amax(-1)
-    outside_N = (1 - scores.logp.double().exp().sum(-1)).clamp_min(1e-9).log()
+    outside_N = scores.unserved_mass().clamp_min(1e-9).log()
     return torch.where(inside_Nk.any(-1), logp_N, outside_N.to(logp_N))
 
 

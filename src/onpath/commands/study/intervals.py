@@ -30,7 +30,6 @@ from scipy.special import stdtr, stdtrit
 from onpath.evaluate.stats import (
     bootstrap_interval,
     difference_interval,
-    equal_differences_interval,
     sign_flip_p_value,
     wilson_interval,
     with_unseen,
@@ -79,7 +78,7 @@ def difference(differences_SP: NDArray[np.float64]) -> Estimate:
     mean = float(differences_SP.mean())
     over = PROBLEMS_ONLY if runs == 1 else BOTH
     if problems > 1 and np.ptp(differences_SP) == 0:
-        ends = equal_differences_interval(mean, problems=problems)
+        ends = with_unseen((mean, mean), differences_SP.mean(axis=0), least=-1.0)
         return Estimate(mean=mean, ci95=ends, over=over, p_value=p_value(differences_SP))
     if runs == 1:
         return Estimate(
