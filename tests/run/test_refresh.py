@@ -197,6 +197,22 @@ def test_killed_and_resumed_is_the_same_run(
             assert found[file] == value, file
 
 
+@pytest.mark.parametrize("name", ["opd", "truncate"])
+def test_why_a_phase_was_begun_is_said_after_a_stop_too(
+    name: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**FAST, **METHODS[name], "optim__steps": 4, "optim__warmup": 0.0, "optim__schedule": "constant"}
+    options |= {"rollout__refresh": {"overlap_below": 0.9999}, "run__save_every": 1}
+    whole = contents(train(tiny(**options, run__name="whole"), quiet=True).directory)
+    cut = tiny(**options, run__name="cut")
+    with monkeypatch.context() as patch:
+        stop_at(patch, "onpath.training", "accumulate", call=3, after=False)
+        with pytest.raises(Stopped):
+            train(cut, quiet=True)
+    assert (Path(cut.run.dir) / "cut" / "rollouts" / "phase_000002").is_dir()
+    assert contents(train(cut, quiet=True).directory)["metrics.jsonl"] == whole["metrics.jsonl"]
+
+
 def test_a_trajectory_survives_its_line(tiny: Tiny) -> None:
     parts = assemble(tiny())
     (rollout,) = parts.sampler.generate([parts.prompts.pool[0]], parts.sampling)

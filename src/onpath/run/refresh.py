@@ -221,12 +221,15 @@ class Refreshed:
         """Those of a step (of this process). If a phase begins with it, all of the phase are made first."""
         phase, self.overlap = self.phase or Phase.running(self.root, step), None
         asked, steps = self._prompts(step), self.config.optim.steps
+        # One that an earlier process has begun with this step may have to be longer than it was then; why it
+        # was begun is asked of the one before it, as it was then.
+        begun = phase is not None and step == phase.first and phase is not self.phase
+        before = Phase.running(self.root, step - 1) if begun else phase
         if (
-            phase is None
-            # One that an earlier process has begun with this step may have to be longer than it was then.
-            or (step == phase.first and phase is not self.phase)
-            or self._is_over(phase, asked, step)
-            or self._has_moved(phase, asked, step)
+            before is None
+            or self._is_over(before, asked, step)
+            or self._has_moved(before, asked, step)
+            or begun
         ):
             last = min(steps, step + (self.rule.every or steps))
             phase = Phase(self.root / f"phase_{step:06d}", step, last)
