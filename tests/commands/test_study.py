@@ -727,7 +727,7 @@ def test_what_the_highest_mean_is_said_to_be() -> None:
     assert sentences(data)[0].endswith("no winner: one seed does not say what another would have given.")
     data["leaders"] = {"test": leader | {"pairs": 2, "without": ["teacher"]}}
     assert sentences(data) == [
-        "test: the highest mean but for teacher is b's, 90.0%; ahead of every other arm but for teacher."
+        "test, teacher aside: the highest mean is b's, 90.0%; ahead of every other arm."
     ]
 
 

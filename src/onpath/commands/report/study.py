@@ -155,7 +155,7 @@ def comparison(data: Row, split: str) -> Sequence[Chart | None]:
     found.append(
         intervals(f"Paired difference from {base}, {split}", rows, f"avg@{n}, same seeds and problems", 0.0)
     )
-    return [*found, table(arms, about, split), first_errors(arms, split)]
+    return [*found, first_errors(arms, split), table(arms, about, split)]
 
 
 def samples(about: Row, split: str) -> int:

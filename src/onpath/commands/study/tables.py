@@ -158,8 +158,8 @@ def sentences(data: Row) -> list[str]:
             rest = f"no winner: not told apart from it: {', '.join(near)}"
         else:
             rest = "ahead of every other arm"
-        aside = f" but for {', '.join(row['without'])}" if row.get("without") else ""
-        said.append(f"{split}: the highest mean{aside} is {top}'s, {row['mean']:.1%}; {rest}{aside}.")
+        aside = f", {' and '.join(row['without'])} aside" if row.get("without") else ""
+        said.append(f"{split}{aside}: the highest mean is {top}'s, {row['mean']:.1%}; {rest}.")
     return said
 
 

@@ -129,7 +129,7 @@ function intervalsChart(spec) {
 function tableChart(spec) {
   const cells = (row, tag) => row.map((cell, i) => el(tag, { class: i ? "num" : null, scope: tag === "th" ? "col" : null }, visible(cell ?? "–")));
   const body = el("div", { class: "scroll", tabindex: "0" }, el("table", {}, el("thead", {}, el("tr", {}, cells(spec.columns, "th"))), el("tbody", {}, spec.rows.map((row) => el("tr", {}, cells(row, "td"))))));
-  return card(spec, body, { table: [spec.columns, ...spec.rows], wide: "wide" });
+  return card(spec, body, { table: [spec.columns, ...spec.rows], wide: spec.columns.length > 7 ? "wide" : "half" });
 }
 
 const CHARTS = { lines: lineChart, stack: stackChart, histogram: histogramChart, scatter: scatterChart, flow: flowChart, intervals: intervalsChart, table: tableChart };
