@@ -27,7 +27,7 @@ RULES = {
     "repeating": "0.\\overline{3} = 0.\\dot{3} = 0.(3) = 1/3, exactly.",
     "tolerance": "Exact values must be equal. A decimal may differ from an exact value by a millionth, and "
     "by two millionths of it, whichever is less.",
-    "percent": "50% = 50 \\text{ percent} = 0.5, and 50% is also 50.",
+    "percent": "50% = 50 \\text{ percent} = 0.5, and 50% is also 50; below 1% only the first holds.",
     "degrees": "A degree sign at the end is a unit, like `degrees`.",
     "units": "A unit on one side only does not count; two units must be the same. Nothing is converted.",
     "money": "$, €, £, `dollars`, `USD` are units that may stand in front.",
@@ -36,7 +36,8 @@ RULES = {
     "choices": "A single capital letter matches that choice, with or without its text: `C: forty`, `(C)`. "
     "Two choices are none.",
     "words": "Words are compared as words, case and white space aside, never as products of letters.",
-    "times": "Hours, minutes and a.m. or p.m. must be the same: 1:20 is not 2:40, though 1:2 is 2:4.",
+    "times": "Hours, minutes and a.m. or p.m. must be the same: 1:20 is not 2:40, though 1:2 is 2:4; "
+    "15:30 is 3:30 p.m.",
     "dates": "Day, month and year must be the same; a date is not a subtraction.",
     "numbers": "Fractions, decimals, roots and mixed numbers of one value are equal.",
     "algebra": "Expressions are equal if they always are; 2t is not 2.",
@@ -60,7 +61,9 @@ _SUFFIX = re.compile(
 )
 _SHORT = 80
 """Characters of a line that may be an answer as a whole."""
-_STATED = re.compile(r"(?:####|\banswer\s*(?:is|:|=)\s*:?|\banswer\s*\*\*\s*:?)", re.I)
+_STATED = re.compile(
+    r"(?:####|\b(?:answer|correct (?:option|choice))\s*(?:is|:|=)\s*:?|\banswer\s*\*\*\s*:?)", re.I
+)
 _BOUND = re.compile(
     r"(?:not|(?:greater|less|more|fewer|larger|smaller) than|at (?:least|most)|above|below)\b", re.I
 )
@@ -199,9 +202,16 @@ _COMMANDS = {
     r"\\degree(?![a-zA-Z])": r"^\\circ ",
     r"\\(?:lbrace)(?![a-zA-Z])": r"\\{", r"\\(?:rbrace)(?![a-zA-Z])": r"\\}", r"\\lbrack(?![a-zA-Z])": "[",
     r"\\rbrack(?![a-zA-Z])": "]", r"\\!": "", r"\{,\}": ",", r"\^\s*\{\s*\\circ\s*\}": r"^\\circ ",
-    r"\\(?:mathrm|textrm|textbf|textit|mathbf|mathit|mathsf|mbox|textnormal|textup|operatorname|text|rm)\s*\{":
-        r"\\text{",
-    r"\\%": "%", r"\\\$": "$",
+    r"\\(?:mathrm|textrm|textbf|textit|mathbf|mathit|mathsf|boldsymbol|bm|mbox|textnormal|textup|operatorname|"
+    r"text|rm)\s*\{": r"\\text{",
+    r"\\text\{\s*(-?[\d.,]*\d)\s*\}": r"\1",
+    r"^(\*{1,3}|`)(.+)\1$": r"\2", r"(?<=[\w)}])\*\*(?=[-\w({])": "^",
+    r"\^\s*(-\d+)": r"^{\1}", r"(?<=\d)\s*[xX]\s*(?=10\s*\^)": r"\\times ",
+    r"(?<![\\a-zA-Z])\\?sqrt\s*\(([^()]*)\)": r"\\sqrt{\1}",
+    r"(?<![\\a-zA-Z])(pi|ln|log|sqrt|sin|cos|tan)(?![a-zA-Z])": r"\\\1 ",
+    r"\\%": "%", r"\\\$": "$", r"\\\\\s*\[[^\]]*\]": r"\\\\", r"^\s*\\(?:approx|sim)(?![a-zA-Z])": "",
+    r"\\(?:underline|(?:text)?color\s*\{[^{}]*\}|(?:bf|it|tiny|small|large|Large|LARGE|huge)(?![a-zA-Z]))":
+        "",
 }
 _UNITS = {
     "cm": "centimeter centimetre", "mm": "millimeter millimetre", "km": "kilometer kilometre",
@@ -242,7 +252,7 @@ _COMMAND = [(re.compile(pattern), to) for pattern, to in _COMMANDS.items()]
 _RAISED, _LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "₀₁₂₃₄₅₆₇₈₉"
 _PLAIN = str.maketrans(_RAISED + _LOWERED, "0123456789+-()n0123456789")
 _SCRIPTS = re.compile(f"([{_RAISED}]+)|([{_LOWERED}]+)")
-_SPACES = re.compile(r"(?:\\[,;:> ]|~|\\quad|\\qquad|\\thinspace|\s)+")
+_SPACES = re.compile(r"(?:(?<!\\)\\[,;:> ]|~|\\quad|\\qquad|\\thinspace|\s)+")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _GROUPED = re.compile(r"(?<![\d.,])(\d{1,3})((?:(?:,| |\\,)\d{3})+)(?![\d,])(?! \d)")
 _NUMBER = r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
@@ -264,6 +274,7 @@ def clean(text: str) -> str:
     text = re.sub(r"\s*\^\s*\\circ", r"^\\circ", text)
     if (whole := _TEXT.fullmatch(text)) and re.search(r"\d", text):
         text = whole.group(1).strip()
+    text = re.sub(r"(?:[,; ]|\\\\)+$", "", text)
     if text.endswith(".") and not text.endswith(".."):
         text = text[:-1].rstrip() if not re.search(r"\b[ap]\.\s?m\.$", text) else text
     return _ungrouped(text)
@@ -312,6 +323,8 @@ class Written:
 
     value: str
     unit: str | None = None
+    percent: str | None = None
+    """Of n% the n, which somebody who was asked for a percentage may have meant."""
 
 
 _CURRENCY = re.compile(r"^(-?)\s*(?:\\text\{\s*)?(\$|€|£|¥|₹|USD|EUR|GBP|Rs\.?)(?:\s*\})?\s*(?=[-\d.\\(])")
@@ -335,8 +348,11 @@ def written(text: str) -> Written:
         unit = unit_of(money.group(2))
         return Written(_multiplied(money.group(1) + text[money.end() :]), unit)
     if re.search(r"\d", text) and (percent := _PERCENT.search(text)):
-        value = text[: percent.start()]
-        return Written(value + r"\%" if re.fullmatch(r"-?\d+", value) else rf"\frac{{{value}}}{{100}}")
+        value = re.sub(r"^[a-zA-Z]\s*=\s*", "", text[: percent.start()])
+        if re.search(r",|\band\b|\bor\b|%", value):
+            return Written(text)  # several of them
+        alone = re.fullmatch(r"-?(?:\d+|[1-9]\d*\.\d+)", value)
+        return Written(rf"\frac{{{value}}}{{100}}", percent=value if alone else None)
     if _TRIGONOMETRY.search(text):
         return Written(re.sub(r"(\d+(?:\.\d+)?)\^\\circ", r"(\\frac{\1\\pi}{180})", text))
     if degrees := _DEGREES.search(text):
@@ -456,7 +472,10 @@ def _fraction(sign: str, value: Fraction) -> str:
 
 _CHOICE = re.compile(r"\(([A-Z])\)|([A-Z])|([A-Z])[).:]|\\?\[([A-Z])\]")
 _CHOSEN = re.compile(r"\(([A-Z])\).*|([A-Z])(?:\s*[):]|\.\s)\s*.*|([A-Z])\.?", re.S)
-_TWO_CHOICES = re.compile(r"\(?[A-Z][).:]?\s*(?:,|;|/|&|and\b|or\b)\s*(?:and\b|or\b)?\s*\(?[A-Z](?![a-zA-Z])")
+_TWO_CHOICES = re.compile(
+    r"\(?[A-Z][).:]?\s*(?:,|;|/|&|and\b|or\b)\s*(?:and\b|or\b)?\s*\(?[A-Z](?![a-zA-Z])|"
+    r"\(?[A-Z][).:]\s*\(?[A-Z](?:[).:]|$)"
+)
 _BASED = re.compile(r"\(?\s*([0-9A-Za-z.]+)\s*\)?\s*_\s*(?:\{\s*([0-9a-z]+)\s*\}|([0-9]))")
 _CLOCK = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}))?\s*(?:([ap])\.?\s?m\.?)?", re.I)
 _HOUR = re.compile(r"(\d{1,2})\s*([ap])\.?\s?m\.?", re.I)
@@ -575,15 +594,37 @@ def _apart(candidate: str, reference: str) -> bool:
             and sorted(items[0]) == sorted(items[1])
             and items[0] != items[1]
         )
+        or sorted(text.lstrip("\\")[:1] for text in pair) == ["(", "{"]  # nor is the interval (3, 4)
+        or any(map(_contradicts_itself, pair))
+        # what f is at 1 does not say what it is at 2
+        or (all(map(_CALLED.fullmatch, sides)) and _squeezed(sides[0]) != _squeezed(sides[1]))
     )
 
 
+_CALLED = re.compile(r"\s*[a-zA-Z]\w*\s*\([^()]*\)\s*")
+_VALUE = re.compile(r"\s*(-?)\s*(?:(\d+(?:\.\d+)?)(?:/(\d+))?|\\frac\s*\{?(\d+)\}?\s*\{?(\d+)\}?)\s*")
+_ROUGHLY = 0.01
 _RELATION = re.compile(r"\s*(<|>|\\le|\\ge|\\ne)(?![a-zA-Z])")
 _PRIMED = re.compile(r"[a-zA-Z)]'")
 _CONGRUENT = re.compile(
     r"(?:.*\\equiv)?\s*(.*?)\s*(?:\\pmod|\(\s*\\?(?:text\{)?mod\}?|\\bmod|\\mod)\s*\{?\s*(\d+)\}?\s*\)?"
 )
 _HALF_OPEN = re.compile(r"[\[(]\s*(-?\d+(?:\.\d+)?)\s*,\s*(-?\d+(?:\.\d+)?)\s*[\])]")
+
+
+def _contradicts_itself(text: str) -> bool:
+    """Whether it says that one number is another, as `7 = 8` does; rounded ones may differ by a hundredth."""
+    values = [float(v) for side in text.split("=") if (v := _value(side)) is not None]
+    return "=" in text and len(values) > 1 and max(values) - min(values) > _ROUGHLY * max(map(abs, values))
+
+
+def _value(side: str) -> Fraction | None:
+    found = _VALUE.fullmatch(side)
+    if found is None:
+        return None
+    sign, plain, over, top, bottom = found.groups()
+    below = int(over or bottom or 1)
+    return Fraction(f"{sign}{plain or top}") / below if below else None
 
 
 def _is_calculation(side: str) -> bool:
@@ -624,12 +665,22 @@ def _times(candidate: str, reference: str) -> bool | None:
     """Where neither side says a.m. or p.m. it may be a ratio, unless both read as a time of the day. A
     candidate may say more than the reference."""
     theirs, ours = clock(candidate), clock(reference)
+    if theirs is not None and ours is not None:
+        theirs, ours = _halved(theirs, beside=ours), _halved(ours, beside=theirs)
     may_be_ratio = any(time is None or time[0] > 23 or time[1] > 59 for time in (theirs, ours))
     if may_be_ratio and not any(time is not None and time[3] for time in (theirs, ours)):
         return None
     if theirs is None or ours is None:
         return False
     return theirs[:3] == ours[:3] and ours[3] in ("", theirs[3])
+
+
+def _halved(
+    time: tuple[int, int, int, str], *, beside: tuple[int, int, int, str]
+) -> tuple[int, int, int, str]:
+    """15:30 as 3:30 p.m., where the other one says which half it means: 13:20 alone may be a ratio."""
+    hour, minute, second, half = time
+    return (hour - 12, minute, second, "p") if beside[3] and not half and 12 < hour < 24 else time
 
 
 def _bases(candidate: str, reference: str) -> bool | None:

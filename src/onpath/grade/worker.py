@@ -66,7 +66,7 @@ def load_judge() -> Callable[[str, str], dict[str, Any]]:
     """The rules around math-verify as a function of (text, answer); `read` is False where one side has no
     maths."""
     from math_verify import parse, verify
-    from math_verify.parser import ExprExtractionConfig, LatexExtractionConfig, NormalizationConfig
+    from math_verify.parser import LatexExtractionConfig, NormalizationConfig
 
     logging.disable(logging.CRITICAL)  # it warns that its own time limits are off; ours are better
     rules = load_rules()
@@ -74,7 +74,8 @@ def load_judge() -> Callable[[str, str], dict[str, Any]]:
     plain = NormalizationConfig(
         basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all"
     )
-    boxed = (LatexExtractionConfig(normalization_config=plain), ExprExtractionConfig())
+    # LaTeX alone: the other reader takes the last number of what it cannot read for the answer.
+    boxed = (LatexExtractionConfig(normalization_config=plain),)
 
     def maths(value: str) -> list[Any]:
         if parts := rules.alternatives(value):
@@ -100,9 +101,13 @@ def load_judge() -> Callable[[str, str], dict[str, Any]]:
         verdict = rules.compared(ours, theirs)
         if verdict is not None:
             return verdict, True
-        found = maths(rules.written(ours).value)
+        given, wanted = rules.written(ours), rules.written(theirs)
+        found = maths(given.value)
         readable = any(not isinstance(v, str) for v in found)
-        return readable and equal(gold(rules.written(theirs).value), found), readable
+        right = readable and equal(gold(wanted.value), found)
+        if readable and (given.percent is None) is not (wanted.percent is None):
+            right |= equal(gold(wanted.percent or wanted.value), maths(given.percent or given.value))
+        return right, readable
 
     def judge(text: str, answer: str) -> dict[str, Any]:
         reference = rules.meant(answer)
