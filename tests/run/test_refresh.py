@@ -201,7 +201,13 @@ def test_killed_and_resumed_is_the_same_run(
 def test_why_a_phase_was_begun_is_said_after_a_stop_too(
     name: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {**FAST, **METHODS[name], "optim__steps": 4, "optim__warmup": 0.0, "optim__schedule": "constant"}
+    options = {
+        **FAST,
+        **METHODS[name],
+        "optim__steps": 4,
+        "optim__warmup": 0.0,
+        "optim__schedule": "constant",
+    }
     options |= {"rollout__refresh": {"overlap_below": 0.9999}, "run__save_every": 1}
     whole = contents(train(tiny(**options, run__name="whole"), quiet=True).directory)
     cut = tiny(**options, run__name="cut")
