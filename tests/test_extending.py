@@ -22,7 +22,7 @@ from onpath.config import Config, build, load
 from onpath.config.build import with_own
 from onpath.config.sections import OF_A_STEP, OF_A_TRAJECTORY, Optim
 from onpath.engines.base import Engine
-from onpath.methods import Edit, Method, MethodOptions, Prepared, own_response
+from onpath.methods import Method, MethodOptions, Prepared, own_response
 from onpath.run.contents import differing
 from onpath.system import code
 from onpath.system.errors import UserError
@@ -557,7 +557,7 @@ def test_a_method_may_say_what_it_had_generated(tiny: Tiny, monkeypatch: pytest.
 
 
 def test_a_method_is_told_what_a_step_measured(tiny: Tiny) -> None:
-    """As metrics.jsonl has it, so that it can adapt."""
+    """As metrics.jsonl has it, so that it can adapt; what it does to that changes no line."""
     told: list[dict[str, Any]] = []
 
     class Adapting(Counting):
@@ -565,6 +565,7 @@ def test_a_method_is_told_what_a_step_measured(tiny: Tiny) -> None:
 
         def after_step(self, measured: Any) -> None:
             told.append(dict(measured))
+            measured.clear()
 
     rows = rows_of(onpath.train(tiny(), method=Adapting, quiet=True).directory)
     elsewhere = {"step", "seconds", "lr", "policy_version", "staleness"}
@@ -616,83 +617,6 @@ def test_a_divergence_that_is_wrong_is_one_sentence(
     path = config_of(tiny, "hellinger.yaml", outside, eval__start=False)
     assert main(["train", str(path), "--quiet", "--allow-code"]) == 2
     assert re.search(expected, capsys.readouterr().err)
-
-
-BAD_TOKENS = [
-    ("weights", float("nan"), r"weights that are not finite \(nan\)"),
-    ("advantages", float("inf"), r"advantages that are not finite \(inf\)"),
-    ("weights", torch.tensor(1.0), "weights that are no plain numbers but Tensor"),
-    ("advantages", 1.0, "advantages, which method.divergence: sampled alone reads"),
-    ("response", 48, "a response with ids that are not within the 48 of both models"),
-    ("response", -1, "a response with ids that are not within the 48 of both models"),
-    ("student_context", 48, "a student_context with ids that are not within the student's 48"),
-    ("writers", "old", "a writer 'old'; there are student, teacher, forced"),
-]
-BAD_PARTS = [
-    ({"response": [4, 5]}, "response as list; it is a tuple of token ids"),
-    ({"student_context": (4,) * 600}, r"6\d\d tokens with its student_context, and the student takes 512"),
-    ({"teacher_context": (4,) * 600}, r"6\d\d tokens with its teacher_context, and the teacher takes 512"),
-    ({"edit": Edit(kind="none", detail={"seen": {1}})}, "seen in its edit's detail, which is no JSON"),
-]
-BAD_ANSWERS: list[tuple[Any, str]] = [
-    (None, "prepare gave NoneType; it gives a Prepared"),
-    ([], "prepare gave list; it gives a Prepared"),
-    (Prepared(trajectories=[4]), "trajectory 0 is int; it is a Trajectory"),  # type: ignore[list-item]
-    (Prepared(trajectories=[], metrics={"a": torch.ones(())}), "metrics has a as Tensor, which is no JSON"),
-    (Prepared(trajectories=[], means={"a": 1.0}), r"means has a, which is no \(sum, count\) of numbers"),  # type: ignore[dict-item]
-    (Prepared(trajectories=[], totals={"a": torch.ones(())}), "totals has a as Tensor, which is no number"),  # type: ignore[dict-item]
-]
-
-
-class Giving(Method):
-    """Answers what a test says."""
-
-    class Options(MethodOptions):
-        """None."""
-
-    answer: Any = None
-
-    def prepare(self, rollouts: Any, *, step: int) -> Prepared:
-        found: Prepared = self.answer(rollouts)
-        return found
-
-
-def refused(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, answer: Callable[[Any], Any], expected: str) -> None:
-    monkeypatch.setattr(Giving, "answer", staticmethod(answer))
-    with pytest.raises(UserError, match=f"Giving: {expected}"):
-        onpath.train(tiny(eval__start=False), method=Giving, quiet=True)
-
-
-@pytest.mark.parametrize(("part", "value", "expected"), BAD_TOKENS)
-def test_what_a_method_gives_for_tokens_is_looked_at(
-    part: str, value: Any, expected: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = {"response": 5, "student_context": 5, "writers": "student"}.get(part, 1.0)
-
-    def answer(rollouts: Any) -> Prepared:
-        rows = [own_response(r) for r in rollouts]
-        return Prepared(
-            trajectories=[replace(t, **{part: (*[before] * (len(t.response) - 1), value)}) for t in rows]
-        )
-
-    refused(tiny, monkeypatch, answer, f"trajectory 0 has {expected}")
-
-
-@pytest.mark.parametrize(("change", "expected"), BAD_PARTS)
-def test_what_a_trajectory_is_made_of_is_looked_at(
-    change: Any, expected: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def answer(rollouts: Any) -> Prepared:
-        return Prepared(trajectories=[replace(own_response(r), **change) for r in rollouts])
-
-    refused(tiny, monkeypatch, answer, f"trajectory 0 has {expected}")
-
-
-@pytest.mark.parametrize(("given", "expected"), BAD_ANSWERS)
-def test_what_prepare_gives_is_looked_at(
-    given: Any, expected: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    refused(tiny, monkeypatch, lambda _: given, f"(Prepared.)?{expected}")
 
 
 METHOD = """

@@ -257,8 +257,9 @@ class Trajectory:
             raise ValueError(f"{len(self.counted)} counted for {len(self.response)} response tokens")
         if self.writers is not None and len(self.writers) != len(self.response):
             raise ValueError(f"{len(self.writers)} writers for {len(self.response)} response tokens")
-        if self.advantages is not None and len(self.advantages) != len(self.response):
-            raise ValueError(f"{len(self.advantages)} advantages for {len(self.response)} response tokens")
+        for part in ("advantages", "behaviour_logprobs"):
+            if (given := getattr(self, part)) is not None and len(given) != len(self.response):
+                raise ValueError(f"{len(given)} {part} for {len(self.response)} response tokens")
         for g in self.guidance:
             if g.start < 0 or g.start + len(g.targets) > len(self.response):
                 raise ValueError(f"guidance at {g.start} for {len(g.targets)} positions leaves the response")

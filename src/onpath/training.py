@@ -137,7 +137,7 @@ def one_step(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> Meter
         optimizer.zero_grad(set_to_none=True)
         models.teacher.follow()
         meter.metrics = meter.row(models.device)
-        parts.method.after_step(meter.metrics)
+        parts.method.after_step({**meter.metrics})
     if parts.overlap is not None:
         with watch("sample"):
             parts.overlap.before_sync()

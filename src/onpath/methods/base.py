@@ -329,13 +329,14 @@ class Method:
 def own_response(
     rollout: Rollout, *, teacher_context: Sequence[int] | None = None, length: int | None = None
 ) -> Trajectory:
-    """The student's rollout, or its first tokens, in the teacher's context (default: the student's)."""
+    """A rollout, or its first tokens, in the teacher's context (default: the student's)."""
     return Trajectory(
         student_context=rollout.context,
         teacher_context=rollout.context if teacher_context is None else tuple(teacher_context),
         response=rollout.ids[:length],
         origin=rollout,
         behaviour_logprobs=rollout.logprobs[:length],
+        writers=rollout.writers[:length] or None,
     )
 
 

@@ -53,7 +53,7 @@ class SideBySide:
         done = self.finish([Mixed.of(r) for r in blank], self.cost, self.kept, when, first=keys)
         if done is None:
             raise RuntimeError("`check` was not asked")
-        self.cost.student -= sum(len(m.z.ids) for m in done)  # counted as the rollouts'
+        self.cost.student -= sum(m.writers.count("student") for m in done)  # counted as the rollouts'
         return [replace(m.z, writers=m.writers) for m in done]
 
     def left(self) -> tuple[Kept, Cost]:

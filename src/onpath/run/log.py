@@ -247,6 +247,7 @@ class Display:
         self.steps, self.first, self.quiet = steps, done, quiet
         self.live = self.console.is_terminal and not quiet
         self._started = self._printed = time.monotonic()
+        self._said_empty = False
         self._bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -285,6 +286,11 @@ class Display:
             left = (self.steps - row["step"]) * each
             self.say(f"step {row['step']}/{self.steps}  {text}  {left:,.0f} s left")
 
+        if not row["tokens"] and not self._said_empty:
+            self._said_empty = True
+            self.say(
+                f"step {row['step']} has no token to train on: no rollout gave a trajectory with a weight"
+            )
         if row["step"] == 1 and row.get("top_overlap") is not None:
             self.say(says_overlap(row["top_overlap"]))
 

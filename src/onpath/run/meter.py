@@ -127,6 +127,7 @@ class Meter:
         """The step's metrics over all processes, but for its seconds."""
         verdicts = [v.correct for v in self.judged.verdicts if v is not None]
         lengths = [len(r.ids) for r in self.rollouts]
+        own = sum(r.writers.count("student") if r.writers else len(r.ids) for r in self.rollouts)
         totals = {**self.step.prepared.totals, **self.scored}
         # What the method had the student generate beside the rollouts.
         continued = totals.pop("student_tokens_generated", 0)
@@ -145,7 +146,7 @@ class Meter:
             **{k: self.sums[k] for k in ("overlap", "tokens of overlap")},
             "rollouts": len(lengths),
             "lengths": sum(lengths),
-            "generated": (sum(lengths) if self.drawn is None else self.drawn) + continued,
+            "generated": (own if self.drawn is None else self.drawn) + continued,
             "right": sum(verdicts),
             "graded": len(verdicts),
             "finished": sum(r.finish_reason == "stop" for r in self.rollouts),

@@ -225,12 +225,8 @@ class Refreshed:
         # was begun is asked of the one before it, as it was then.
         begun = phase is not None and step == phase.first and phase is not self.phase
         before = Phase.running(self.root, step - 1) if begun else phase
-        if (
-            before is None
-            or self._is_over(before, asked, step)
-            or self._has_moved(before, asked, step)
-            or begun
-        ):
+        over = before is None or self._is_over(before, asked, step) or self._has_moved(before, asked, step)
+        if phase is None or begun or over:
             last = min(steps, step + (self.rule.every or steps))
             phase = Phase(self.root / f"phase_{step:06d}", step, last)
         if step == phase.first and phase is not self.phase:

@@ -7,11 +7,12 @@ from dataclasses import replace
 from onpath.data.load import prompts_of_step
 from onpath.engines.base import sample_keys, unwritten
 from onpath.engines.overlap import fresh
-from onpath.methods.base import Prepared
+from onpath.methods.base import Method, Prepared
 from onpath.records import Rollout
-from onpath.run.check_prepared import check_prepared
+from onpath.run.check_prepared import check_prepared, check_rollouts
 from onpath.run.parts import Parts
 from onpath.system import distributed
+from onpath.system.errors import UserError
 
 
 def sample(parts: Parts, step: int) -> list[Rollout]:
@@ -36,7 +37,7 @@ def sample(parts: Parts, step: int) -> list[Rollout]:
         if parts.config.method.writes_rollouts:
             sampler = parts.sampler
             blank = numbered(unwritten(sampler, sampler.renderer, asked, parts.sampling, n=n))
-            return list(parts.method.write_rollouts(blank, keys=sample_keys(keys, n), step=step))
+            return written(parts, blank, sample_keys(keys, n), step)
         return numbered(parts.sampler.generate(asked, parts.sampling, n=n, keys=keys, **scored_early(parts)))
 
     if parts.refreshed is not None:
@@ -48,6 +49,21 @@ def sample(parts: Parts, step: int) -> list[Rollout]:
         rollouts = distributed.dealt(rollouts, lambda r: len(r.context) + len(r.ids), together=together)
     rollouts = [replace(r, place=place) for place, r in enumerate(rollouts)]
     return fresh(parts.config, rollouts, step)
+
+
+def written(parts: Parts, blank: list[Rollout], keys: list[str], step: int) -> list[Rollout]:
+    """Rollouts by a method that writes them itself.
+
+    Raises:
+        UserError: it does not, or gives something else.
+    """
+    method = parts.method
+    if type(method).write_rollouts is Method.write_rollouts:
+        raise UserError(
+            f"method.name {parts.config.method.name}: its options say writes_rollouts, and it has no "
+            "write_rollouts(self, blank, *, keys, step)"
+        )
+    return check_rollouts(method.write_rollouts(blank, keys=keys, step=step), blank, parts)
 
 
 def scored_early(parts: Parts) -> dict[str, Callable[[Rollout], None]]:

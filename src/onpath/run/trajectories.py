@@ -22,6 +22,7 @@ from onpath.system import distributed
 from onpath.system.errors import UserError
 from onpath.system.files import written
 from onpath.system.reading import parse_json
+from onpath.system.text import one_line
 
 
 def store_step(parts: Parts, directory: Path, meter: Meter, step: int) -> None:
@@ -148,11 +149,17 @@ def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Complete or not at all.
 
     Raises:
-        UserError: the disk is full or not writable.
+        UserError: the disk is full or not writable; or a column holds values of several kinds, which only a
+            method of one's own gives.
     """
     columns = dict.fromkeys(name for row in rows for name in row)  # the first row may not have been scored
-    with written(path, also=(pa.ArrowException,)) as temporary:
-        pq.write_table(pa.table({c: [row.get(c) for row in rows] for c in columns}), temporary)
+    try:
+        table = pa.table({c: [row.get(c) for row in rows] for c in columns})
+    except (pa.ArrowException, TypeError, OverflowError) as error:
+        reason = one_line(str(error), 200)
+        raise UserError(f"{path}: what the method says of its trajectories is no table: {reason}") from None
+    with written(path) as temporary:
+        pq.write_table(table, temporary)
 
 
 def read_trajectories(run: Path) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from onpath.data.batch import Batch, collate, micro_batches
 from onpath.data.load import prompts_of_step
+from onpath.engines.base import sample_keys, unwritten
 from onpath.engines.head import evaluating
 from onpath.losses import (
     Head,
@@ -27,8 +28,10 @@ from onpath.losses import (
 )
 from onpath.methods import Prepared
 from onpath.records import Rollout, Trajectory
+from onpath.run.check_prepared import check_prepared
 from onpath.run.origins import judge, with_origins
 from onpath.run.parts import Parts
+from onpath.run.sampling import written
 from onpath.run.trajectories import TOP_TOKENS
 from onpath.run.weights import shaped
 from onpath.system.errors import UserError
@@ -82,11 +85,17 @@ def make_probe(parts: Parts) -> Probe:
         mine = [p for p in parts.prompts.pool if p.teacher == name]
         prompts += mine[:_EACH] if not any(p.teacher == name for p in prompts) else []
     begun = time.perf_counter()
-    rollouts = parts.generators.student.generate(prompts, sampling, keys=[f"doctor/{p.id}" for p in prompts])
+    student, keys = parts.generators.student, [f"doctor/{p.id}" for p in prompts]
     prepared, refused = unread(), ""
     kept: list[Trajectory] = []
+    if config.method.writes_rollouts:
+        blank = unwritten(student, student.renderer, prompts, sampling, n=1)
+        rollouts = written(parts, blank, sample_keys(keys, 1), 0)
+    else:
+        rollouts = student.generate(prompts, sampling, keys=keys)
     try:
         prepared = parts.method.prepare(rollouts, step=0)
+        check_prepared(prepared, parts)
         prepared, judged = with_origins(parts.text, prepared, rollouts, judge(parts.text, rollouts))
         prepared = shaped(parts, prepared, judged.rewards)
         kept = [t for t in prepared.trajectories if t.edit.kept and t.response]
