@@ -426,7 +426,15 @@ def test_small_screens_can_read_the_page() -> None:
     assets = Path(charts.__file__).parent / "assets"
     css, script = (assets / "page.css").read_text(), (assets / "chart.js").read_text()
     size = float(re.findall(r"^svg text \{ font: ([\d.]+)px", css, flags=re.M)[0])
-    card = float(re.findall(r"^\.charts \{.*minmax\(min\((\d+)px", css, flags=re.M)[0]) - 32  # its padding
+    # Just above the width at which there are fewer of them in a row, of which the page keeps 40 and each gap 16.
+    narrowing = re.findall(
+        r"^@media \(max-width: (\d+)px\) \{ \.card \{ grid-column: ([^;]+);", css, flags=re.M
+    )
+    assert [columns for _, columns in narrowing] == ["span 3", "1 / -1"], "three, two, one in a row"
+    widths = [
+        (int(width) + 1 - 40 - 16 * (n - 1)) / n for (width, _), n in zip(narrowing, (3, 2), strict=True)
+    ]
+    card = min(widths) - 32  # its padding
     frame = float(re.findall(r"FRAME = \{ width: (\d+)", script)[0])
     assert size * card / frame >= 11
     what = re.findall(r"^\.list \.what \{(.*)\}", css, flags=re.M)[0]

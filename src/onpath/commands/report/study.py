@@ -139,7 +139,8 @@ def comparison(data: Row, split: str) -> Sequence[Chart | None]:
     base = about.get("base_arm")
     found: list[Chart | None] = []
     n = samples(about, split)
-    for key, title in (("avg_at_k", f"avg@{n}"), ("pass_at_k", f"pass@{min(n, about['k'])}")):
+    shown = [("avg_at_k", f"avg@{n}"), ("pass_at_k", f"pass@{min(n, about['k'])}")]
+    for key, title in shown if n > 1 else shown[:1]:  # of one sample they are the same
         rows = [
             {
                 **estimate(arm["evals"][split][key]),
