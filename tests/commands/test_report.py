@@ -426,7 +426,7 @@ def test_small_screens_can_read_the_page() -> None:
     assets = Path(charts.__file__).parent / "assets"
     css, script = (assets / "page.css").read_text(), (assets / "chart.js").read_text()
     size = float(re.findall(r"^svg text \{ font: ([\d.]+)px", css, flags=re.M)[0])
-    # Just above the width at which there are fewer of them in a row, of which the page keeps 40 and each gap 16.
+    # Just above a width with fewer of them in a row; the page keeps 40 of it, each gap 16.
     narrowing = re.findall(
         r"^@media \(max-width: (\d+)px\) \{ \.card \{ grid-column: ([^;]+);", css, flags=re.M
     )
