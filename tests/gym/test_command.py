@@ -81,6 +81,17 @@ def test_the_other_models_are_made_by_the_same_command(
     assert sorted(trained) == ["student", "teacher"][: len(made)]
 
 
+def test_the_persona_is_made_by_the_same_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    assert gym.main(["train", "--models", "persona", "--out", str(tmp_path), "--quick"]) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "persona").config.num_hidden_layers == 8
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(" kl_nats")[0] for line in said] == [
+        "persona first round 1", "persona then round 1", "persona then round 2",
+    ]  # fmt: skip
+
+
 def test_tasks_of_the_maze(capsys: pytest.CaptureFixture[str]) -> None:
     gym.main(["tasks", "--task", "maze", "--split", "test", "--n", "1"])
     assert json.loads(capsys.readouterr().out)["id"] == "test-0-0"

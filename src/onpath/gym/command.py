@@ -31,9 +31,10 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--out", required=True, help="directory for teacher/ and student/")
     train.add_argument(
         "--models",
-        choices=("gym", "maze", "surface"),
+        choices=("gym", "maze", "surface", "persona"),
         default="gym",
-        help="the gym's pair, the maze's, or the gym's student without its habits (default: gym)",
+        help="the gym's pair, the maze's, the gym's student without its habits, or the teacher that is lost "
+        "behind an error (default: gym)",
     )
     train.add_argument("--seed", type=int, default=0, help="of weights and demonstrations (default: 0)")
     train.add_argument("--quick", action="store_true", help="a run of seconds that only shows that it works")
@@ -68,10 +69,15 @@ def _tasks(*, task: str, split: str, n: int, seed: int, out: str | None) -> None
 
 
 def _train(*, out: str, models: str, seed: int, quick: bool) -> None:
-    from onpath.gym import recipe, surface
+    from onpath.gym import persona, recipe, surface
     from onpath.gym.maze import recipe as maze
 
-    made = {"gym": recipe.make_models, "maze": maze.make_models, "surface": surface.make_student}
+    made = {
+        "gym": recipe.make_models,
+        "maze": maze.make_models,
+        "surface": surface.make_student,
+        "persona": persona.make_persona,
+    }
     directory = place(out, key="--out")
     make_directory(directory)
     made[models](directory, seed=seed, quick=quick)
