@@ -229,6 +229,46 @@ def test_objects_instead_of_names(tiny: Tiny, outside: Path) -> None:
     assert yaml.safe_load((plain.directory / "config.yaml").read_text())["method"]["share"] == 0.5
 
 
+def factory(given: Any) -> Callable[..., Any]:
+    """Its functions have one name."""
+    return lambda text="", answer="": given
+
+
+def test_what_one_call_passes_has_names_of_its_own(tiny: Tiny) -> None:
+    """A reward does not judge, and a grader of an earlier call still does."""
+    one, other, third = factory(False), factory(True), factory(2.0)
+    kl = lambda teacher_logp, student_logp: (student_logp - teacher_logp).sum(-1)  # noqa: E731
+    asked = {"grader": one, "rewards": {"r": other, "s": third}, "divergence": kl}
+    config = with_own(tiny(run__name="lambdas"), **asked)
+    names = {"eval.grader": config.eval.grader, "method.divergence": config.method.divergence}
+    names |= {label: reward.name for label, reward in config.rewards.items()}
+    loaded = {key: code.load(name, key=key) for key, name in names.items()}
+    assert loaded == {"eval.grader": one, "method.divergence": kl, "r": other, "s": third}
+    assert with_own(tiny(run__name="lambdas"), **asked) == config, "a resumed run has the same names"
+    again = with_own(config, rewards={"t": other})
+    assert code.load(again.eval.grader, key="eval.grader") is one
+    done = onpath.train(tiny(run__name="two"), grader=one, rewards={"r": other}, quiet=True)
+    assert {(row["accuracy"], row["r"]) for row in rows_of(done.directory)} == {(0.0, 1.0)}
+
+
+def test_a_name_that_the_config_has_keeps_its_meaning(tiny: Tiny) -> None:
+    """Also where another process gave it: what it meant there is not known here."""
+    one = factory(True)
+    there = with_own(tiny(), grader=one).model_dump(mode="json")
+    code._loaded.clear()
+    with pytest.raises(UserError, match="nothing may run it yet"):
+        with_own(there, rewards={"r": factory(1.0)})
+
+
+def test_a_name_may_be_passed_as_well(tiny: Tiny, outside: Path) -> None:
+    given: dict[str, Any] = {"divergence": "forward_kl", "grader": "math", "allow_code": True}
+    config = with_own(tiny(), method="longer.py:Longer", rewards={"short": "brevity.py:brevity"}, **given)
+    assert (config.method.name, config.method.divergence) == ("longer.py:Longer", "forward_kl")
+    assert (config.eval.grader, config.rewards["short"].name) == ("math", "brevity.py:brevity")
+    with pytest.raises(UserError, match="'forward' must be one of reverse_kl"):
+        with_own(tiny(), divergence="forward")
+
+
 def test_a_run_with_a_grader_of_its_own_is_evaluated(
     tiny: Tiny, outside: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -438,6 +478,10 @@ def test_what_cannot_be_loaded_is_said(
         ("train", {"config": {"rewards": ["no"]}, "rewards": {"a": len}}, r"rewards is \['no'\]"),
         ("train", {"config": {"eval": 5}, "grader": len}, r"eval is 5"),
         ("train", {"rewards": [len]}, r"rewards is list; it must be a mapping, {label: function}"),
+        ("train", {"rewards": {"a": 5}}, "rewards.a is int; it must be a function, or its name as in YAML"),
+        ("train", {"grader": 5}, "eval.grader is int; it must be a function, or its name as in YAML"),
+        ("train", {"divergence": 5}, "method.divergence is int; it must be a function"),
+        ("train", {"method": "odp"}, "method.name is 'odp'; it must be one of"),
         ("train", {"engine": 5}, "engine is int; it must be derived from onpath.engines.base.Engine"),
         ("train", {"engine": Engine()}, "engine Engine: it has no continue_from"),
         ("evaluate_model", {"k": "2"}, "k is '2'; it must be a whole number"),

@@ -214,7 +214,8 @@ def with_own(
 
     Args:
         method: a class with nested `Options`, or an instance of those.
-        divergence, grader, rewards: functions; rewards by label.
+        divergence, grader, rewards: functions; rewards by label. A text, here or for `method`, is a name as a
+            YAML has it.
 
     Raises:
         UserError: the config is not valid, or `method` is not a method.
@@ -238,21 +239,34 @@ def with_own(
     held = labelled(held)
     if not all(isinstance(section, Mapping) for section in (named, held, asked)):
         return build(tree, source=source)  # which refuses it
-    chosen = dict(named)
+    passed: dict[str, Any] = {"method.divergence": divergence, "eval.grader": grader}
+    passed |= {f"rewards.{label}": function for label, function in (rewards or {}).items()}
+    tree["method"] = dict(named)
     if method is not None:
         options = method if isinstance(method, MethodOptions) else None
         owner = type(options).method_class if options else method
-        if owner is None or not hasattr(owner, "Options"):
+        if not isinstance(owner, str) and (owner is None or not hasattr(owner, "Options")):
             raise UserError("method must be a class derived from onpath.methods.Method, or its Options")
-        given = options.model_dump(exclude_unset=True) if options else {}
-        chosen |= {**given, "name": code.register(code.name_of(owner), owner)}
-    if divergence is not None:
-        chosen["divergence"] = code.register(code.name_of(divergence), divergence)
-    tree["method"] = chosen
-    if grader is not None:
-        tree["eval"] = {**asked, "grader": code.register(code.name_of(grader), grader)}
+        tree["method"] |= options.model_dump(exclude_unset=True) if options else {}
+        passed = {"method.name": owner, **passed}
     if rewards:
-        own = {label: {"name": name} for label, name in code.register_all(rewards).items()}
-        tree["rewards"] = {**held, **own}
+        tree["rewards"] = {label: dict(r) if isinstance(r, Section) else r for label, r in held.items()}
+    passed = {key: value for key, value in passed.items() if value is not None}
+    for key, value in passed.items():
+        if not callable(value) and not isinstance(value, str):
+            raise UserError(f"{key} is {type(value).__name__}; it must be a function, or its name as in YAML")
+    # First the objects in the places of their names: no two may get one, nor one that the config has.
+    tree |= _placed(tree, passed)
+    tree |= _placed(tree, code.register_all(passed, beside=tree))
     with code.allowed(allow_code):
         return build(tree, source=source)
+
+
+def _placed(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The sections of a tree with values at these dotted keys."""
+    found: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        section, _, option = key.partition(".")
+        there = found.setdefault(section, dict(tree.get(section) or {}))
+        there[option] = {"name": value} if section == "rewards" else value
+    return found

@@ -84,14 +84,20 @@ def load_all(tree: Any, *, key: str = "") -> None:
     Raises:
         UserError: see `load`.
     """
+    for where, name in names_in(tree, key=key):
+        load(name, key=where)
+
+
+def names_in(tree: Any, *, key: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted key and name of each object of an own file that a config's tree names."""
     if isinstance(tree, Mapping):
         for name, value in tree.items():
-            load_all(value, key=f"{key}.{name}" if key else str(name))
+            yield from names_in(value, key=f"{key}.{name}" if key else str(name))
     elif isinstance(tree, list):
         for value in tree:
-            load_all(value, key=key)
+            yield from names_in(value, key=key)
     elif is_own(tree):
-        load(tree, key=key)
+        yield key, tree
 
 
 def register(name: str, value: Any) -> str:
@@ -100,15 +106,25 @@ def register(name: str, value: Any) -> str:
     return name
 
 
-def register_all(values: Mapping[str, Any]) -> dict[str, str]:
-    """`register` for several objects, each under a name of its own: two lambdas have one `__name__`."""
-    found: dict[str, tuple[str, Any]] = {}
+def register_all(values: Mapping[str, Any], *, beside: Any = ()) -> dict[str, str]:
+    """`register` for all objects that one call passes, each under a name of its own: two lambdas have one
+    `__name__`. Text is a name already.
+
+    Args:
+        beside: a config's tree: what it names keeps its meaning.
+    """
+    taken = {name: _loaded.get(name) for _, name in names_in(beside)}
+    found = {}
     for label, value in values.items():
-        name, taken = name_of(value), {name: other for name, other in found.values() if other is not value}
-        while name in taken:
+        if isinstance(value, str):
+            found[label] = value
+            continue
+        name = name_of(value)
+        while taken.get(name, value) is not value:
             name += "_"
-        found[label] = register(name, value), value
-    return {label: name for label, (name, _) in found.items()}
+        taken[name] = value
+        found[label] = register(name, value)
+    return found
 
 
 def name_of(value: Any) -> str:
