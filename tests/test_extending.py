@@ -451,6 +451,8 @@ WRONG = {
     "no such name": ("longer.py:Shorter", r"longer.py has no Shorter; it defines Longer"),
     "no method": ("hellinger.py:hellinger", "is not a method: derive a class from onpath.methods.Method"),
     "a file that fails": ("broken.py:Mine", r"broken.py, line 2 fails: ZeroDivisionError"),
+    "a file that ends": ("ends.py:Mine", r"method.name: ends.py, line 2 fails: SystemExit: 3"),
+    "a file that is refused": ("refused.py:Mine", r"method.name: refused.py, line 2: there is no such"),
 }
 
 
@@ -459,6 +461,8 @@ def test_what_cannot_be_loaded_is_said(
     name: str, tiny: Tiny, outside: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (outside / "broken.py").write_text("x = 1\ny = 1 / 0\n")
+    (outside / "ends.py").write_text("import sys\nsys.exit(3)\n")
+    (outside / "refused.py").write_text("import onpath\nraise onpath.UserError('there is no such')\n")
     own, expected = WRONG[name]
     path = config_of(tiny, "longer.yaml", outside)
     assert main(["train", str(path), "--allow-code", "--method.name", own]) == 2
@@ -466,6 +470,34 @@ def test_what_cannot_be_loaded_is_said(
     assert re.search(expected, said), said
     assert "\n" not in said
     assert "Traceback" not in said
+
+
+CALLS = [
+    "train(CONFIG, grader=grade)",
+    "run_study('study.yaml')",
+    "evaluate_model('gym:student', data='gym:test')",
+    "export_model('run', 'out')",
+    "write_report('run')",
+    "kept_scores('scores')",
+]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_script_does_no_work_when_a_name_in_it_is_looked_up(
+    call: str, tiny: Tiny, outside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A sweep at the top level of the file that has the grader, of which the first run is gone."""
+    config = tiny(run__name="first").model_dump(mode="json")
+    script = f"import onpath\nCONFIG = {config!r}\n\ndef grade(text, answer):\n    return True\n\n"
+    (outside / "sweep.py").write_text(f"{script}onpath.{call}\n")
+    path = config_of(tiny, "lastword.yaml", outside)
+    assert main(["train", str(path), "--allow-code", "--eval.grader", "sweep.py:grade"]) == 2
+    name = call.partition("(")[0]
+    expected = f"eval.grader: sweep.py, line 7: it calls onpath.{name} when it is loaded; put that below `if"
+    assert expected in capsys.readouterr().err
+    assert not Path(config["run"]["dir"], "first").exists()
+    (outside / "sweep.py").write_text(f"{script}if __name__ == '__main__':\n    onpath.{call}\n")
+    assert main(["train", str(path), "--quiet", "--allow-code", "--eval.grader", "sweep.py:grade"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 from onpath.engines.score_cache import Usage, prune, usage
 from onpath.run.checkpoint import list_steps, step_of
 from onpath.run.refresh import DIRECTORY, first_step, list_phases, rollouts_in
+from onpath.system import code
 from onpath.system.errors import UserError
 from onpath.system.files import place
 
@@ -22,6 +23,7 @@ def kept_scores(directory: str | Path, *, keep_gb: float | None = None) -> Usage
     Raises:
         UserError: there is no such directory, it holds other things and no scores, or `keep_gb` is below 0.
     """
+    code.not_while_loading("onpath.kept_scores")
     path = place(directory)
     if not path.is_dir():
         raise UserError(f"{path}: no such directory; it is what teacher.cache names, or a run's")

@@ -106,6 +106,7 @@ def evaluate_model(
     Raises:
         UserError: something that the caller can fix, in one sentence.
     """
+    code.not_while_loading("onpath.evaluate_model")
     _check_numbers(Integral, n=n, k=k, limit=limit, top_k=top_k, max_new_tokens=max_new_tokens)
     _check_numbers(Integral, batch_tokens=batch_tokens, seed=seed)
     _check_numbers(Real, temperature=temperature, top_p=top_p)

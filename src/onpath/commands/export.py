@@ -11,6 +11,7 @@ from onpath.engines.foreign import check_adapter
 from onpath.engines.models import load_model, load_tokenizer, quietly
 from onpath.run.inputs import with_template
 from onpath.run.trained import Trained, find, load_trained
+from onpath.system import code
 from onpath.system.errors import UserError
 from onpath.system.files import place, written
 
@@ -33,6 +34,7 @@ def export_model(source: str | Path, out: str | Path, *, adapter: bool = False) 
         UserError: no run or checkpoint there, a damaged one, no adapter, a base model that is gone, or `out`
             exists or cannot be written.
     """
+    code.not_while_loading("onpath.export_model")
     target = place(out)
     if target.exists():
         raise UserError(f"{target} is there already; name a directory that is not")

@@ -64,6 +64,7 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
     Raises:
         UserError: in one sentence, whatever the user can fix.
     """
+    code.not_while_loading("onpath.train")
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     if engine is not None:

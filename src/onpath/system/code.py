@@ -28,6 +28,7 @@ _SPEC = re.compile(r"(?P<file>.+\.py):(?P<name>[A-Za-z_]\w*)")
 _process_wide = False
 _here: ContextVar[bool] = ContextVar("own code allowed", default=False)
 _loaded: dict[str, Any] = {}
+_loading: ContextVar[bool] = ContextVar("an own file is being loaded", default=False)
 
 
 def allow() -> None:
@@ -166,6 +167,16 @@ def load(name: str, *, key: str) -> Any:
     return _loaded.setdefault(name, getattr(module, found["name"]))
 
 
+def not_while_loading(call: str) -> None:
+    """Refuses a call that works or writes while an own file is loaded, which is done to look up one name.
+
+    Raises:
+        UserError: such a file makes it.
+    """
+    if _loading.get():
+        raise UserError(f'it calls {call} when it is loaded; put that below `if __name__ == "__main__":`')
+
+
 def digest(name: str) -> str | None:
     """Digest of what a loaded object does, as far as its file says: its own source, and that of what it names
     of the same file; numbers and text likewise. What it imports is not looked at.
@@ -259,15 +270,17 @@ def _module(path: Path, key: str) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[label] = module  # dataclasses and pydantic look a class's module up by name
+    token = _loading.set(True)
     try:
         spec.loader.exec_module(module)
-    except UserError:
-        del sys.modules[label]
-        raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script's own argparse ends with the latter
         del sys.modules[label]
         frames = traceback.extract_tb(error.__traceback__)
         lines = [f.lineno for f in frames if Path(f.filename).resolve() == path.resolve()]
-        line = f", line {lines[-1]}" if lines else ""
-        raise UserError(f"{key}: {path}{line} fails: {type(error).__name__}: {error}") from error
+        where = f"{key}: {path}" + (f", line {lines[-1]}" if lines else "")
+        if isinstance(error, UserError):
+            raise UserError(f"{where}: {error}") from error
+        raise UserError(f"{where} fails: {type(error).__name__}: {error}") from error
+    finally:
+        _loading.reset(token)
     return module

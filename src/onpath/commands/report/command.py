@@ -6,7 +6,7 @@ from onpath.commands.report.doses import draw_doses, gather_doses
 from onpath.commands.report.page import page
 from onpath.commands.report.run import gather_run
 from onpath.commands.report.study import gather_study
-from onpath.system import reading
+from onpath.system import code, reading
 from onpath.system.errors import UserError
 from onpath.system.files import place, write_text
 
@@ -24,6 +24,7 @@ def write_report(directory: str | Path, out: str | Path | None = None) -> Path:
     Raises:
         UserError: neither a run nor a study, a damaged file in it, or a target that cannot be written.
     """
+    code.not_while_loading("onpath.write_report")
     directory = place(directory)
     if (directory / "doses.json").is_file():
         data = reading.safely(lambda: gather_doses(directory), where=str(directory))

@@ -24,6 +24,7 @@ def run_study(path: str | Path, *, allow_code: bool = False, quiet: bool = False
         UserError: something that the user can fix. Where only some runs failed, the results of the others are
             written first.
     """
+    code.not_while_loading("onpath.run_study")
     with code.allowed(allow_code):
         found = from_yaml(path, quiet=quiet)
     found.check()
