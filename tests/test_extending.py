@@ -42,6 +42,7 @@ def _nothing_is_allowed_yet(monkeypatch: pytest.MonkeyPatch) -> None:
 def nothing_was_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in another process."""
     monkeypatch.setattr(code, "_loaded", {})
+    monkeypatch.setattr(sys, "path", [*sys.path])
     for name in [name for name in sys.modules if name.startswith("onpath_own_")]:
         monkeypatch.delitem(sys.modules, name)
 
@@ -444,6 +445,22 @@ def test_an_engine_may_answer_with_lists_or_whole_rollouts(tiny: Tiny) -> None:
         config = tiny(run__name=type(engine).__name__, eval__start=False, run__trajectories_every=1)
         done = onpath.train(config, engine=engine, quiet=True)
         assert {row["mean_length"] for row in rows_of(done.directory)} == {2.0}
+
+
+def test_a_file_imports_its_neighbours_and_hides_nothing(
+    outside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `onpath` starts, which has no working directory on its path; from one below."""
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place not in ("", str(outside))])
+    (outside / "neighbour_of_brevity.py").write_text("VALUE = 2.5\n")
+    (outside / "yaml.py").write_text("1 / 0\n")
+    (outside / "brevity.py").write_text(
+        "from neighbour_of_brevity import VALUE\n\ndef brevity(text):\n    import yaml\n    return VALUE\n"
+    )
+    for name in ("neighbour_of_brevity", "yaml"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with code.allowed():
+        assert code.load("brevity.py:brevity", key="rewards")("") == 2.5
 
 
 WRONG = {

@@ -271,6 +271,8 @@ def _module(path: Path, key: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[label] = module  # dataclasses and pydantic look a class's module up by name
     token = _loading.set(True)
+    if (home := str(path.resolve().parent)) not in sys.path:
+        sys.path.append(home)  # its neighbours; behind all others, so that none of them hides a package
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # a script's own argparse ends with the latter
