@@ -423,6 +423,71 @@ def test_an_engine_that_answers_nonsense_is_named(ids: Any, logprobs: Any, expec
         onpath.train(tiny(eval__start=False, rollout__stop=["9"]), engine=Nonsense(), quiet=True)
 
 
+ENGINE = """
+from onpath.engines.base import Engine, sampled
+from onpath.records import Completion
+
+class Mine(Engine):
+    def continue_from(self, prefixes, sampling, *, keys=None):
+        return [Completion(ids=(5, 2), logprobs=(-1.0, -1.0), finish_reason="stop") for _ in prefixes]
+"""
+LACKING = "must take (self, {}), as docs/extending.md says"
+ENGINES = [
+    ("continue_from(self, prefixes, sampling, *, keys=None): return None",
+     "continue_from gave NoneType; it gives a list of Completions", 0),
+    ("continue_from(self, prefixes, sampling, *, keys=None): return {}",
+     "continue_from gave dict; it gives a list of Completions", 0),
+    ("continue_from(self, prefixes, sampling, *, keys=None): return [None for _ in prefixes]",
+     "continue_from gave a list with NoneType in it; it gives a list of Completions", 0),
+    ("continue_from(self, prefixes, sampling, *, keys=None): return prefixes.nope",
+     "continue_from fails: AttributeError: 'list' object has no attribute 'nope'", 1),
+    ("continue_from(self, prefixes, sampling): return []",
+     f"continue_from {LACKING.format('prefixes, sampling, *, keys')}", 0),
+    ("generate(self, prompts, sampling, *, n=1): return []",
+     f"generate {LACKING.format('prompts, sampling, *, n, keys')}", 0),
+    ("generate(self, prompts, sampling, *, n=1, keys=None): raise OSError('gone')",
+     "generate fails: OSError: gone", 1),
+    ("generate(self, prompts, sampling, *, n=1, keys=None): return [4] * len(prompts) * n",
+     "generate gave a list with int in it; it gives a list of Rollouts", 0),
+    ("sync_weights(self): pass", f"sync_weights {LACKING.format('version')}", 0),
+    ("sync_weights(self, version): raise RuntimeError('no room')",
+     "sync_weights fails: RuntimeError: no room", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("hook", "expected", "frames"), ENGINES)
+def test_an_engine_that_fails_is_named(
+    hook: str, expected: str, frames: int, tiny: Tiny, outside: Path
+) -> None:
+    (outside / "wrong.py").write_text(f"{ENGINE}\n    def {hook}\n")
+    config = tiny(eval__start=False, optim__steps=1)
+    with pytest.raises(UserError, match=f"^engine Mine: {re.escape(expected)}$") as caught:
+        onpath.train(config, engine=mine("wrong").Mine(), quiet=True)
+    assert caught.value.frames.count("wrong.py") == frames
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("None", "a list of log-probs for each response"),
+        ("[None for _ in responses]", "a list of log-probs for each response"),
+        ("[]", "one log-prob for each token of each response"),
+        ("[(-1.0,) for _ in responses]", "one log-prob for each token of each response"),
+        ("responses.nope", "fails: AttributeError"),
+    ],
+)
+def test_what_an_engine_scores_is_looked_at(answer: str, expected: str, tiny: Tiny, outside: Path) -> None:
+    from onpath.engines.own import OwnEngine
+    from onpath.run.assemble import assemble
+
+    scorer = f"{ENGINE}\n    def score(self, contexts, responses): return {answer}\n"
+    (outside / "wrong.py").write_text(scorer)
+    engine = assemble(tiny(), engine=mine("wrong").Mine()).generators.student
+    assert isinstance(engine, OwnEngine)
+    with pytest.raises(UserError, match=f"^engine Mine: score .*{expected}"):
+        engine.score([(4,), (5,)], [(6, 7), (8,)])
+
+
 def test_an_engine_may_answer_with_lists_or_whole_rollouts(tiny: Tiny) -> None:
     from onpath.engines.base import Engine, sampled
     from onpath.records import Completion
@@ -697,7 +762,14 @@ def test_the_names_that_are_taken_are_those_that_are_written(tiny: Tiny, outside
 @pytest.mark.parametrize(
     ("body", "expected"),
     [
-        ("return student_logp.no", "hellinger fails: AttributeError"),
+        ("return student_logp.no", r'hellinger.py", line 2(.|\n)*onpath: divergence hellinger fails: Attrib'),
+        (
+            "import torch\n    class Broken(torch.autograd.Function):\n"
+            "        forward = staticmethod(lambda ctx, x: x.sum(-1))\n"
+            "        backward = staticmethod(lambda ctx, g: g.nope)\n"
+            "    return Broken.apply(student_logp)",
+            r'hellinger.py", line 5(.|\n)*onpath: divergence hellinger: its gradient fails: AttributeError',
+        ),
         ("return student_logp.sum()", r"hellinger gave shape \[\] for log-probs of shape"),
         ("return (student_logp * float('nan')).sum(-1)", "hellinger is not finite where all log-probs are"),
         ("return 0 * student_logp.sum(-1).detach()", "hellinger has no gradient to student_logp"),

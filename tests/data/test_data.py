@@ -9,6 +9,7 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from onpath.commands.doctor.command import diagnose
 from onpath.config.build import build
 from onpath.config.whole import Config
+from onpath.data import tasks
 from onpath.data.load import load_prompts, prompts_of_step, shuffled
 from onpath.data.tasks import split_name
 from onpath.records import Prompt
@@ -263,8 +265,23 @@ def test_own_rows_may_fail_while_they_come(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(
         "def rows():\n    yield {'prompt': 'a'}\n    raise RuntimeError('network')\n"
     )
-    with allowed(), pytest.raises(UserError, match=r"own\.py:rows fails: RuntimeError: network"):
+    with allowed(), pytest.raises(UserError, match=r"own\.py:rows fails: RuntimeError: network") as caught:
         load_prompts(f"{tmp_path / 'own.py'}:rows")
+    assert 'own.py", line 3, in rows' in caught.value.frames
+
+
+def test_a_task_of_ones_own_may_fail_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(tasks.Task):
+        name, splits = "broken", MappingProxyType({"train": 10})
+
+        def rows(self, split: str, count: int) -> list[dict[str, str]]:
+            return [{"prompt": self.nope} for _ in range(count)]  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(tasks, "_TASKS", dict(tasks._TASKS))
+    tasks.register(Broken())
+    with pytest.raises(UserError, match=r"^broken:train fails: AttributeError: 'Broken' object") as caught:
+        load_prompts("broken:train")
+    assert "in rows" in caught.value.frames
 
 
 def test_parquet_and_saved_datasets_read_like_jsonl(tmp_path: Path, write: Callable[..., str]) -> None:

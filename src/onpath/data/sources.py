@@ -14,7 +14,7 @@ from typing import Any
 
 from onpath.data.packs import pack_of, pack_rows
 from onpath.data.rows import COLUMNS, kind_of
-from onpath.data.tasks import task_names, task_of, task_rows
+from onpath.data.tasks import Task, task_names, task_of, task_rows
 from onpath.system import code
 from onpath.system.errors import UserError
 from onpath.system.files import place
@@ -56,7 +56,7 @@ def rows_of(source: str, limit: int | None, split_default: str, theirs: Mapping[
         return _numbered(source, pack_rows(source, limit))
     task = task_of(source)
     if task is not None:
-        return _numbered(source, task_rows(task, source, limit))
+        return _numbered(source, _of_task(task, source, limit))
     path = place(source)
     base, _, split = source.rpartition(":")
     if path.is_file():
@@ -75,11 +75,11 @@ def rows_of(source: str, limit: int | None, split_default: str, theirs: Mapping[
 
 def _own_rows(source: str) -> Iterator[Row]:
     given = code.load(source, key="data")
-    with _named(source):
+    with _named(source, given):
         rows = given() if callable(given) else given
     if not isinstance(rows, Iterable) or isinstance(rows, str | Mapping):
         raise UserError(f"{source}: must give rows, mappings with a key 'prompt', not {kind_of(rows)}")
-    return _numbered(source, _own(source, rows))
+    return _numbered(source, _own(source, rows, given))
 
 
 def _numbered(source: str, rows: Iterable[Any]) -> Iterator[Row]:
@@ -87,20 +87,25 @@ def _numbered(source: str, rows: Iterable[Any]) -> Iterator[Row]:
         yield Row(where=f"{source}, row {number}", value=row)
 
 
-def _own(source: str, rows: Iterable[Any]) -> Iterator[Any]:
-    with _named(source):
+def _own(source: str, rows: Iterable[Any], given: Any) -> Iterator[Any]:
+    with _named(source, given):
         yield from rows
 
 
 @contextmanager
-def _named(source: str) -> Iterator[None]:
+def _named(source: str, given: Any) -> Iterator[None]:
     """What somebody's own rows raise is their fault, and says so."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{source} fails: {type(error).__name__}: {error}") from error
+        raise code.failure(source, error, code.modules_of(given)) from error
+
+
+def _of_task(task: Task, source: str, limit: int | None) -> Iterator[Mapping[str, Any]]:
+    with code.blamed(source, code.modules_of(task)):
+        yield from task_rows(task, source, limit)
 
 
 def _file_rows(path: Path, theirs: Mapping[str, str]) -> Iterator[Row]:

@@ -4,7 +4,9 @@ responses end, and looked at: its completions must be such as the student could 
 
 import copy
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from types import UnionType
 
 from onpath.data.render import Renderer
 from onpath.engines.base import Engine, sampled
@@ -14,14 +16,21 @@ from onpath.engines.decoding.side_by_side import Finished, Start
 from onpath.engines.stops import Stops, string_end
 from onpath.engines.vllm import checked_completion
 from onpath.records import Completion, Prompt, Rollout, Sampling
+from onpath.system import code
 from onpath.system.errors import UserError
+
+_HOOKS = (
+    "generate", "continue_from", "answer", "can_draw_from", "draw_from", "relay", "score", "sync_weights"
+)  # fmt: skip
+"""What onpath calls of an engine."""
 
 
 def check_engine(engine: object) -> None:
     """Before anything is loaded for it.
 
     Raises:
-        UserError: it is no engine, or one that writes nothing.
+        UserError: it is no engine, one that writes nothing, or one that takes other arguments than it is
+            given.
     """
     if not isinstance(engine, Engine):
         given = type(engine).__name__
@@ -29,6 +38,8 @@ def check_engine(engine: object) -> None:
     kind = type(engine)
     if kind.generate is Engine.generate and kind.continue_from is Engine.continue_from:
         raise UserError(f"engine {kind.__name__}: it has no continue_from, as docs/extending.md says")
+    for hook in _HOOKS:
+        code.check_takes(f"engine {kind.__name__}: {hook}", getattr(engine, hook), getattr(Engine, hook))
 
 
 class OwnEngine(Engine):
@@ -41,7 +52,7 @@ class OwnEngine(Engine):
 
     def __init__(self, engine: Engine, renderer: Renderer, stops: Stops, *, vocabulary: int) -> None:
         self.engine, self.vocabulary = engine, vocabulary
-        self.name = f"engine {type(engine).__name__}"
+        self.name, self.modules = f"engine {type(engine).__name__}", code.modules_of(engine)
         # A copy: with rollout.overlap it renders in a thread of its own.
         self.renderer = engine.renderer = copy.deepcopy(renderer)
         self.stop_ids = engine.stop_ids = stops.ids
@@ -55,16 +66,18 @@ class OwnEngine(Engine):
         """See `Engine.generate`; by the engine's own, if it has one."""
         if type(self.engine).generate is Engine.generate:
             return sampled(self, self.renderer, prompts, sampling, n=n, keys=keys)
-        rollouts = self.engine.generate(prompts, sampling, n=n, keys=keys)
-        done = self._all(rollouts, len(prompts) * n, sampling)
+        with self._blamed("generate"):
+            rollouts = self.engine.generate(prompts, sampling, n=n, keys=keys)
+        done = self._all("generate", rollouts, len(prompts) * n, sampling, kind=Rollout)
         return [replace(r, **vars(c)) for r, c in zip(rollouts, done, strict=True)]
 
     def continue_from(
         self, prefixes: Sequence[Sequence[int]], sampling: Sampling, *, keys: Sequence[str] | None = None
     ) -> list[Completion]:
         """See `Engine.continue_from`."""
-        done = self.engine.continue_from(prefixes, sampling, keys=keys)
-        return self._all(done, len(prefixes), sampling)
+        with self._blamed("continue_from"):
+            done = self.engine.continue_from(prefixes, sampling, keys=keys)
+        return self._all("continue_from", done, len(prefixes), sampling)
 
     def answer(
         self,
@@ -77,12 +90,14 @@ class OwnEngine(Engine):
     ) -> list[Completion]:
         """See `Engine.answer`."""
         followed = None if drafts is None else [draft.unkept() for draft in drafts]
-        done = self.engine.answer(prompts, prefixes, sampling, keys=keys, drafts=followed)
-        return self._all(done, len(prefixes), sampling)
+        with self._blamed("answer"):
+            done = self.engine.answer(prompts, prefixes, sampling, keys=keys, drafts=followed)
+        return self._all("answer", done, len(prefixes), sampling)
 
     def can_draw_from(self, past: Past | None) -> bool:
         """See `Engine.can_draw_from`."""
-        return self.engine.can_draw_from(past)
+        with self._blamed("can_draw_from"):
+            return self.engine.can_draw_from(past)
 
     def draw_from(
         self,
@@ -94,29 +109,55 @@ class OwnEngine(Engine):
         drafts: Sequence[Drafts] | None = None,
     ) -> list[Completion]:
         """See `Engine.draw_from`."""
-        done = self.engine.draw_from(past, places, sampling, keys=keys, drafts=drafts)
-        return self._all(done, len(places), sampling)
+        with self._blamed("draw_from"):
+            done = self.engine.draw_from(past, places, sampling, keys=keys, drafts=drafts)
+        return self._all("draw_from", done, len(places), sampling)
 
     def relay(
         self, teacher: Engine, starts: Sequence[Start], sampling: Sampling, *, delta: float
     ) -> list[Finished] | None:
         """See `Engine.relay`."""
-        return self.engine.relay(teacher, starts, sampling, delta=delta)
+        with self._blamed("relay"):
+            return self.engine.relay(teacher, starts, sampling, delta=delta)
 
     def score(
         self, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
     ) -> list[tuple[float, ...]]:
         """See `Engine.score`."""
-        return self.engine.score(contexts, responses)
+        with self._blamed("score"):
+            found = self.engine.score(contexts, responses)
+        try:
+            scores = [tuple(map(float, row)) for row in found]
+        except (TypeError, ValueError):
+            raise UserError(f"{self.name}: score gives a list of log-probs for each response") from None
+        if [len(row) for row in scores] != [len(response) for response in responses]:
+            raise UserError(f"{self.name}: score gives one log-prob for each token of each response")
+        return scores
 
     def sync_weights(self, version: int) -> None:
         """See `Engine.sync_weights`."""
-        self.engine.sync_weights(version)
+        with self._blamed("sync_weights"):
+            self.engine.sync_weights(version)
         self.policy_version = self.engine.policy_version
 
+    def _blamed(self, hook: str) -> AbstractContextManager[None]:
+        return code.blamed(f"{self.name}: {hook}", self.modules)
+
     def _all(
-        self, done: Sequence[Completion] | Sequence[Rollout], asked: int, sampling: Sampling
+        self,
+        hook: str,
+        done: Sequence[Completion] | Sequence[Rollout],
+        asked: int,
+        sampling: Sampling,
+        *,
+        kind: type[Completion] | type[Rollout] | UnionType = Completion | Rollout,
     ) -> list[Completion]:
+        listed = isinstance(done, Sequence) and not isinstance(done, str)
+        parts = [type(c).__name__ for c in done if not isinstance(c, kind)] if listed else []
+        if parts or not listed:
+            given = f"a list with {parts[0]} in it" if parts else type(done).__name__
+            wanted = "Rollouts" if kind is Rollout else "Completions"
+            raise UserError(f"{self.name}: {hook} gave {given}; it gives a list of {wanted}")
         if len(done) != asked:
             raise UserError(f"{self.name}: gave {len(done)} completions where {asked} were asked for")
         return [self._checked(c, sampling) for c in done]

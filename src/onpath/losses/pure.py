@@ -15,7 +15,8 @@ from torch import Tensor
 
 from onpath import divergence
 from onpath.losses.objective import Objective, takes_names
-from onpath.system.errors import UserError
+from onpath.system import code
+from onpath.system.errors import UserError, is_lack_of_memory
 
 
 def divergence_of(objective: Objective, teacher_logp_Rk: Tensor, student_logp_Rk: Tensor) -> Tensor:
@@ -25,7 +26,7 @@ def divergence_of(objective: Objective, teacher_logp_Rk: Tensor, student_logp_Rk
         UserError: a function of the user's own gave another shape, or a value that no divergence has.
     """
     if callable(objective.kind):
-        return _own(objective.kind, objective.name, teacher_logp_Rk, student_logp_Rk)
+        return _own(objective.kind, _named(objective), teacher_logp_Rk, student_logp_Rk)
     options = {} if objective.beta is None else {"beta": objective.beta}
     return divergence.DIVERGENCES[objective.kind](
         teacher_logp=teacher_logp_Rk, student_logp=student_logp_Rk, entry_clip=objective.entry_clip, **options
@@ -40,11 +41,17 @@ def slopes(objective: Objective, value_R: Tensor, leaves: Sequence[Tensor]) -> l
         UserError: a function of the user's own has no gradient, or none that is finite where its value is.
     """
     found: Sequence[Tensor | None] = [None] * len(leaves)
+    modules = code.modules_of(objective.kind) if callable(objective.kind) else ()
     if value_R.requires_grad:
-        found = torch.autograd.grad(value_R.sum(), leaves, allow_unused=True)
+        with code.blamed(f"{_named(objective)}: its gradient", modules):
+            found = torch.autograd.grad(value_R.sum(), leaves, allow_unused=True)
     if callable(objective.kind):
-        _check_slopes(objective.name, value_R, found)
+        _check_slopes(_named(objective), value_R, found)
     return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
+
+
+def _named(objective: Objective) -> str:
+    return f"divergence {objective.name}"
 
 
 def _own(function: Callable[..., Any], name: str, teacher_logp_Rk: Tensor, student_logp_Rk: Tensor) -> Tensor:
@@ -59,10 +66,10 @@ def _own(function: Callable[..., Any], name: str, teacher_logp_Rk: Tensor, stude
             if takes_names(function)
             else function(teacher_Rk, student_Rk)
         )
-    except torch.OutOfMemoryError:  # of which the run says more
-        raise
     except Exception as error:
-        raise UserError(f"{name} fails: {type(error).__name__}: {error}") from error
+        if is_lack_of_memory(error):  # of which the run says more
+            raise
+        raise code.failure(name, error, code.modules_of(function)) from error
     _check_value(name, value_R, teacher_Rk, student_Rk)
     checked: Tensor = value_R
     return checked

@@ -4,10 +4,7 @@
 `onpath.config.methods.foo`: nothing else names it.
 """
 
-import inspect
-from collections.abc import Callable
 from importlib import import_module
-from typing import Any
 
 from onpath.config.methods import MethodOptions
 from onpath.engines.forward import forward, per_token
@@ -44,31 +41,15 @@ def make_method(options: MethodOptions, tools: Tools) -> Method:
     name, owner = f"method.name {options.name}", type(options).method_class
     if not (isinstance(owner, type) and issubclass(owner, Method)):
         raise UserError(f"{name}: it is not derived from onpath.methods.Method")
-    _check_takes(f"{name}: its __init__", owner, Method.__init__)
-    modules = {c.__module__ for c in owner.__mro__ if not c.__module__.startswith("onpath.")}
+    code.check_takes(f"{name}: its __init__", owner, Method.__init__)
+    modules = code.modules_of(owner)
     with code.blamed(f"{name}: __init__", modules):
         method = owner(options, tools)
     if getattr(method.prepare, "__func__", None) is Method.prepare:
         raise UserError(f"{name}: it has no prepare(self, rollouts, *, step)")
     for hook in _HOOKS:
         own = getattr(method, hook)
-        _check_takes(f"{name}: {hook}", own, getattr(Method, hook))
+        code.check_takes(f"{name}: {hook}", own, getattr(Method, hook))
         # Past a __setattr__ of its own, such as a frozen dataclass's.
         object.__setattr__(method, hook, code.blamed(f"{name}: {hook}", modules)(own))
     return method
-
-
-def _check_takes(what: str, own: Callable[..., Any], ours: Callable[..., Any]) -> None:
-    """Whether what is bound can be called as ours is, which is not."""
-    _, *asked = inspect.signature(ours).parameters.values()
-    named = {p.name: p for p in asked if p.kind is p.KEYWORD_ONLY}
-    placed = [p.name for p in asked if p.name not in named]
-    try:
-        takes = inspect.signature(own)
-    except ValueError:  # a builtin's, which nobody can tell
-        return
-    try:
-        takes.bind(*placed, **named)
-    except TypeError:
-        told = ", ".join(["self", *placed, *(["*", *named] if named else [])])
-        raise UserError(f"{what} must take ({told}), as docs/extending.md says") from None

@@ -13,7 +13,7 @@ import re
 import sys
 import textwrap
 import traceback
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -239,7 +239,7 @@ def blamed(what: str, modules: Collection[str]) -> Iterator[None]:
 
     Args:
         what: failed, for the sentence.
-        modules: that hold the own code.
+        modules: that hold the own code (`modules_of`).
     """
     try:
         yield
@@ -248,15 +248,51 @@ def blamed(what: str, modules: Collection[str]) -> Iterator[None]:
     except Exception as error:
         from onpath.system.distributed import lost_a_peer  # torch, which a config does without
 
-        trace = error.__traceback__
-        while trace is not None and trace.tb_frame.f_globals.get("__name__") not in modules:
-            trace = trace.tb_next
-        if trace is None or is_lack_of_memory(error) or lost_a_peer(error):
+        told = failure(what, error, modules)
+        if not told.frames or is_lack_of_memory(error) or lost_a_peer(error):
             raise
-        said = dict.fromkeys([type(error).__name__, first_line(error)])  # one word where it says nothing
-        told = UserError(f"{what} fails: {': '.join(said)}")
-        told.frames = "".join(traceback.format_tb(trace))
         raise told from error
+
+
+def failure(what: str, error: Exception, modules: Collection[str]) -> UserError:
+    """What own code has raised, as a sentence; with the frames from its own on, where it has one."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_globals.get("__name__") not in modules:
+        trace = trace.tb_next
+    said = dict.fromkeys([type(error).__name__, first_line(error)])  # one word where it says nothing
+    told = UserError(f"{what} fails: {': '.join(said)}")
+    told.frames = "".join(traceback.format_tb(trace))
+    return told
+
+
+def modules_of(value: Any) -> set[str]:
+    """The modules that hold what an object does, those of its class's bases included; onpath's own are not
+    the user's."""
+    while isinstance(value, partial):
+        value = value.func
+    made = value if isinstance(value, type) or inspect.isroutine(value) else type(value)
+    found = {str(part.__module__) for part in (made.__mro__ if isinstance(made, type) else [made])}
+    return {name for name in found if not name.startswith("onpath.")}
+
+
+def check_takes(what: str, own: Callable[..., Any], ours: Callable[..., Any]) -> None:
+    """Whether what is bound can be called as ours is, which is not.
+
+    Raises:
+        UserError: it takes other arguments.
+    """
+    _, *asked = inspect.signature(ours).parameters.values()
+    named = {p.name: p for p in asked if p.kind is p.KEYWORD_ONLY}
+    placed = [p.name for p in asked if p.name not in named]
+    try:
+        takes = inspect.signature(own)
+    except ValueError:  # a builtin's, which nobody can tell
+        return
+    try:
+        takes.bind(*placed, **named)
+    except TypeError:
+        told = ", ".join(["self", *placed, *(["*", *named] if named else [])])
+        raise UserError(f"{what} must take ({told}), as docs/extending.md says") from None
 
 
 def _module(path: Path, key: str) -> ModuleType:
