@@ -805,6 +805,9 @@ FAULTY: list[tuple[str, str, bool]] = [
     (GOOD + "    def __init__(self): pass", r"its __init__ must take \(self, options, tools\)", False),
     ("", r"it has no prepare\(self, rollouts, \*, step\)", False),
     ("    def prepare(self, rollouts): pass", r"prepare must take \(self, rollouts, \*, step\), as", False),
+    (GOOD + "    def state(self): pass", "state gave NoneType; it gives a mapping of tensors$", False),
+    (GOOD + "    def before_training(self, prompts, directory): return 5",
+     "before_training gave int; it gives a sentence, or nothing$", False),
     (GOOD + "    def after_step(self): pass", r"after_step must take \(self, measured\), as", False),
 ]  # fmt: skip
 
@@ -848,6 +851,91 @@ def test_a_method_that_fails_is_named(
     assert re.search(f"^onpath: method.name faulty.py:Mine: {expected}", last)
     assert any("faulty.py" in line for line in above) == frames
     assert not any("Traceback" in line or "sampling.py" in line for line in above)
+
+
+def test_answers_of_hooks_that_few_runs_ask_are_looked_at(tiny: Tiny) -> None:
+    from onpath.run.assemble import assemble
+
+    class Few(Giving):
+        def scored_first(self, rollout: Any) -> Any:
+            return rollout
+
+        def rehearse(self, prompts: Any) -> Any:
+            return "fine"
+
+        def write_rollouts(self, blank: Any, *, keys: Any, step: int) -> Any:
+            return None
+
+    method = assemble(with_own(tiny(), method=Few)).method
+    with pytest.raises(UserError, match="Few: scored_first gave int; it gives a Trajectory or None"):
+        method.scored_first(5)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="Few: rehearse gave str; it gives a Rehearsal or None"):
+        method.rehearse([])
+    with pytest.raises(UserError, match="Few: write_rollouts gave NoneType; it gives a list of Rollouts"):
+        method.write_rollouts([], keys=[], step=0)
+
+
+QUESTION = "MethodOptions):\n        @property\n        def "
+OPTIONS: list[tuple[str, str, bool]] = [
+    (":\n        share = 0.5", "Mine.Options must be derived from onpath.methods.MethodOptions", False),
+    ("BaseModel):\n        share: float = 0.5", "Mine.Options must be derived from onpath", False),
+    ("MethodOptions):\n        share: float", "method.share is missing: it has no default, so set", False),
+    ("MethodOptions):\n        share: float = 'a'", "method.share is 'a': input should be a valid nu", False),
+    ("MethodOptions):\n        go: Callable = print",
+     "method.go is <built-in function print>, which config.yaml cannot hold", False),
+    ("MethodOptions):\n        start: Any = torch.zeros(2)", r"method.start is tensor\(\[0", False),
+    (f"{QUESTION}needs(self): return ('foo',)",
+     r"Options.needs gives \('foo',\): 'foo' is no column of a prompt: text, answer, solution", False),
+    (f"{QUESTION}needs(self): return 'solution'", "Options.needs gives 'solution': input should be", False),
+    (f"{QUESTION}warnings(self): return 'no'", "Options.warnings gives 'no': input should be a val", False),
+    (f"{QUESTION}teacher_weights(self): return 'mean'", "Options.teacher_weights gives 'mean': input", False),
+    (f"{QUESTION}on_policy(self): return self.no", "Options.on_policy fails: AttributeError: ", True),
+    (f"{QUESTION}on_policy(self): return int('no')", "Options.on_policy fails: ValueError: inv", True),
+    ("MethodOptions):\n        def on_policy(self): return False",
+     "Options.on_policy is no property; write @property above it", False),
+    ("MethodOptions):\n        def check(self, config): config.no", "Options.check fails: Attr", True),
+    ("MethodOptions):\n        def check(self, config): raise ValueError('no optim.lr here')",
+     "onpath: config.yaml: no optim.lr here$", False),
+    ("MethodOptions):\n        @model_validator(mode='after')\n        def mine(self): self.no",
+     "Options fails: AttributeError", True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "expected", "frames"), OPTIONS)
+def test_options_that_are_wrong_are_one_sentence(
+    body: str, expected: str, frames: bool, tiny: Tiny, outside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = "" if body.startswith(":") else "("
+    (outside / "faulty.py").write_text(
+        "import torch\nfrom collections.abc import Callable\nfrom typing import Any\n"
+        "from pydantic import BaseModel, model_validator\n"
+        "from onpath.methods import Method, MethodOptions\n\n"
+        f"class Mine(Method):\n    class Options{start}{body}\n"
+    )
+    tree = yaml.safe_load(tiny(eval__start=False).to_yaml()) | {"method": {"name": "faulty.py:Mine"}}
+    Path("config.yaml").write_text(yaml.safe_dump(tree))
+    assert main(["train", "config.yaml", "--quiet", "--allow-code"]) == 2
+    *above, last = capsys.readouterr().err.splitlines()
+    assert re.search(expected, last), last
+    assert any("faulty.py" in line for line in above) == frames
+    assert not Path(tree["run"]["dir"], tree["run"]["name"]).exists()
+
+
+def test_answers_of_options_may_be_lists(tiny: Tiny) -> None:
+    class Listing(Counting):
+        said: ClassVar[dict[str, Any]] = {}
+
+        class Options(MethodOptions):
+            @property
+            def needs(self) -> Any:
+                return ["answer"]
+
+            @property
+            def runs_models(self) -> Any:
+                """Whatever is true or false."""
+                return self.needs
+
+    assert with_own(tiny(), method=Listing).method.needs == ["answer"]
 
 
 def test_only_what_a_method_s_own_code_does_is_its_fault() -> None:

@@ -11,18 +11,19 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import ValidationError
+from pydantic_core import PydanticSerializationError
 
 from onpath.config import elsewhere
 from onpath.config.methods import METHODS, MethodOptions, options_class
 from onpath.config.section import Section
 from onpath.config.sections import labelled
-from onpath.config.sentences import first_problem, nearest, section_type, sentence
+from onpath.config.sentences import first_problem, frames_of, nearest, section_type, sentence
 from onpath.config.whole import LABELLED, Config
 from onpath.system import code
 from onpath.system.errors import UserError
 from onpath.system.files import place
 from onpath.system.reading import parse_yaml, read_yaml
-from onpath.system.text import one_line
+from onpath.system.text import first_line, one_line, short
 
 _COMMAND_LINE = "the command line"
 
@@ -72,10 +73,27 @@ def build(
         config = Config.model_validate(data)
         code.load_all(config.model_dump(mode="json"))  # refused, or wrong, before anything is done
         return config
+    except PydanticSerializationError as error:
+        raise UserError(f"{one_line(source, 300)}: {_unwritable(config) or first_line(error)}") from None
     except ValidationError as error:
         key, said = first_problem(error, data)[1], one_line(sentence(error, data), 900)
         ours = any(_is_about(dotted, key, said) for dotted in overridden)
-        raise UserError(f"{one_line(by if ours else source, 300)}: {said}") from None
+        told = UserError(f"{one_line(by if ours else source, 300)}: {said}")
+        told.frames = frames_of(error)
+        raise told from None
+
+
+def _unwritable(config: Config) -> str:
+    """Which option that takes anything holds what no YAML can."""
+    for name in Config.model_fields:
+        section = getattr(config, name)
+        for option in type(section).model_fields if isinstance(section, Section) else ():
+            try:
+                section.model_dump(mode="json", include={option})
+            except PydanticSerializationError:
+                held = f"{name}.{option} is {short(getattr(section, option))}"
+                return f"{held}, which config.yaml cannot hold; it holds numbers, text, lists and mappings"
+    return ""
 
 
 def _is_about(dotted: str, key: str, sentence: str) -> bool:

@@ -11,6 +11,7 @@ from onpath.config import elsewhere
 from onpath.config.methods import METHODS, options_class
 from onpath.config.sections import Refresh
 from onpath.config.whole import LABELLED, Config
+from onpath.system.errors import UserError
 from onpath.system.text import short
 
 _TAKES = {
@@ -40,12 +41,20 @@ def sentence(error: ValidationError, data: Mapping[str, Any]) -> str:
         case "value_error":
             reason = str(first["ctx"]["error"])
             return reason if not key or reason.startswith(key) else f"{key}: {reason}"
+        case "missing":
+            return f"{key} is missing: it has no default, so set it"
         case "dict_type" | "model_type":
             takes = _TAKES.get(key, "a mapping" if first["type"] == "dict_type" else "a mapping of options")
             without = ", or be left out" if first["input"] is None else ""
             return f"{key} is {short(first['input'])}; it must be {takes}{without}"
         case _:
             return f"{key} is {short(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def frames_of(error: ValidationError) -> str:
+    """Those of a user's own code that failed, if that is what is wrong."""
+    causes = [one.get("ctx", {}).get("error") for one in error.errors(include_url=False)]
+    return next((cause.frames for cause in causes if isinstance(cause, UserError)), "")
 
 
 _BRANCH = re.compile(r"literal\[.*|list\[.*|dict\[.*|constrained-.*|function-.*|int|float|str")

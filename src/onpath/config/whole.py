@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from pydantic import Field, model_validator
 
 from onpath.config.methods import MethodOptions, SomeMethod
+from onpath.config.methods.base import check_answers, check_with
 from onpath.config.methods.opd import OPDOptions
 from onpath.config.section import Section
 from onpath.config.sections import (
@@ -27,6 +28,7 @@ from onpath.config.sections import (
 from onpath.config.several import check_several
 from onpath.data.tasks import task_of
 from onpath.records import Sampling
+from onpath.system import code
 from onpath.system.text import short, yaml_text
 
 LABELLED: dict[str, type[Section]] = {"rewards": Reward, "teachers": Teacher}
@@ -92,6 +94,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> "Config":
+        if code.is_own(self.method.name):
+            check_answers(self.method)
         try:
             self.method.objective()
         except ValueError as error:
@@ -123,7 +127,7 @@ class Config(Section):
                 f"method.importance: {self.method.importance} and method.ppo_clip both weigh tokens by the "
                 "ratio of the two policies; take one of them out"
             )
-        self.method.check(self)
+        check_with(self.method, self)
         self._of_one_language()
         self._cachable(loses=self._loses())
         return self

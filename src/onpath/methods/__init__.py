@@ -4,11 +4,15 @@
 `onpath.config.methods.foo`: nothing else names it.
 """
 
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from importlib import import_module
+from types import NoneType
+from typing import Any
 
 from onpath.config.methods import MethodOptions
 from onpath.engines.forward import forward, per_token
-from onpath.methods.base import Method, Prepared, Text, Tools, own_response
+from onpath.methods.base import Method, Prepared, Rehearsal, Text, Tools, own_response
 from onpath.methods.mixed import Cost, Mixed, student_goes_on, trained_on
 from onpath.records import Edit, Guidance, Rollout, Trajectory
 from onpath.system import code
@@ -20,11 +24,17 @@ __all__ = [
 ]  # fmt: skip
 
 
-_HOOKS = (
-    "prepare", "write_rollouts", "scored_first", "check", "before_training", "rehearse", "after_step",
-    "state",
-)  # fmt: skip
-"""What onpath calls of a method."""
+_HOOKS: dict[str, tuple[tuple[type, ...], str]] = {
+    "prepare": ((object,), ""),
+    "write_rollouts": ((Sequence,), "a list of Rollouts"),
+    "scored_first": ((Trajectory, NoneType), "a Trajectory or None"),
+    "check": ((object,), ""),
+    "before_training": ((str, NoneType), "a sentence, or nothing"),
+    "rehearse": ((Rehearsal, NoneType), "a Rehearsal or None"),
+    "after_step": ((object,), ""),
+    "state": ((Mapping,), "a mapping of tensors"),
+}
+"""What onpath calls of a method, and what an answer is that is looked at here, once for all who ask."""
 
 
 def make_method(options: MethodOptions, tools: Tools) -> Method:
@@ -50,6 +60,19 @@ def make_method(options: MethodOptions, tools: Tools) -> Method:
     for hook in _HOOKS:
         own = getattr(method, hook)
         code.check_takes(f"{name}: {hook}", own, getattr(Method, hook))
-        # Past a __setattr__ of its own, such as a frozen dataclass's.
-        object.__setattr__(method, hook, code.blamed(f"{name}: {hook}", modules)(own))
+        asked = _checked(f"{name}: {hook}", code.blamed(f"{name}: {hook}", modules)(own), *_HOOKS[hook])
+        object.__setattr__(method, hook, asked)  # past a __setattr__ of its own, such as a frozen dataclass's
     return method
+
+
+def _checked(what: str, hook: Callable[..., Any], kinds: tuple[type, ...], told: str) -> Callable[..., Any]:
+    """The hook, whose answer is of one of these kinds, or a sentence says so."""
+
+    @wraps(hook)
+    def asked(*given: Any, **named: Any) -> Any:
+        answer = hook(*given, **named)
+        if not isinstance(answer, kinds):
+            raise UserError(f"{what} gave {type(answer).__name__}; it gives {told}")
+        return answer
+
+    return asked

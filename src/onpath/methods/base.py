@@ -254,6 +254,11 @@ class Method:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        if not (isinstance(cls.Options, type) and issubclass(cls.Options, MethodOptions)):
+            raise UserError(
+                f"{cls.__name__}.Options must be derived from onpath.methods.MethodOptions, as in "
+                "class Options(MethodOptions)"
+            )
         inherited = "Options" not in vars(cls)
         if inherited or (cls.Options.method_class and cls.Options.model_fields["name"].annotation is not str):
             # A method is found by its options' class, which must not be another one's, nor ask for its name.

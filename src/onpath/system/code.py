@@ -266,13 +266,13 @@ def failure(what: str, error: Exception, modules: Collection[str]) -> UserError:
 
 
 def modules_of(value: Any) -> set[str]:
-    """The modules that hold what an object does, those of its class's bases included; onpath's own are not
-    the user's."""
+    """The modules that hold what an object does, those of its class's bases included; onpath's own, and
+    pydantic's, are not the user's."""
     while isinstance(value, partial):
         value = value.func
     made = value if isinstance(value, type) or inspect.isroutine(value) else type(value)
     found = {str(part.__module__) for part in (made.__mro__ if isinstance(made, type) else [made])}
-    return {name for name in found if not name.startswith("onpath.")}
+    return {name for name in found if not name.startswith(("onpath.", "pydantic."))}
 
 
 def check_takes(what: str, own: Callable[..., Any], ours: Callable[..., Any]) -> None:

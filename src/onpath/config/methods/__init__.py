@@ -53,7 +53,9 @@ def _own_class(name: str) -> type[MethodOptions]:
 def _own(value: Any) -> MethodOptions:
     if isinstance(value, MethodOptions):
         return value
-    return _own_class(value["name"]).model_validate(value)
+    found = _own_class(value["name"])
+    with code.blamed(f"method.name {value['name']}: Options", code.modules_of(found)):
+        return found.model_validate(value)
 
 
 def _kind(value: Any) -> str:

@@ -4,15 +4,25 @@ the library asks a method instead of asking which one it is. No torch.
 A question is a property with a default; a method's options answer otherwise where they must.
 """
 
-from typing import Annotated, Any, ClassVar, Literal
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from onpath.config.section import NEUTRAL, GoesWith, OneOf, Section
 from onpath.losses.objective import KINDS, Objective
 from onpath.system import code
+from onpath.system.errors import UserError
+from onpath.system.text import short
 
 TeacherWeights = Literal["base", "live", "ema"]
+_COLUMNS = ("text", "answer", "solution", "teacher")
+
+
+def _is_column(name: str) -> str:
+    if name not in _COLUMNS:
+        raise ValueError(f"{name!r} is no column of a prompt: {', '.join(_COLUMNS)} are")
+    return name
 
 
 Divergence = Annotated[str, OneOf(KINDS, "function")]
@@ -20,6 +30,8 @@ Divergence = Annotated[str, OneOf(KINDS, "function")]
 
 class MethodOptions(Section):
     """Options of a method. The names of the per-token objective are those of `onpath.losses.Objective`."""
+
+    model_config = ConfigDict(validate_default=True)  # those of a user's own may be wrong
 
     method_class: ClassVar[Any] = None
     """The `onpath.methods.Method` that these options belong to; set where that class is defined."""
@@ -114,7 +126,7 @@ class MethodOptions(Section):
         return 10
 
     @property
-    def needs(self) -> tuple[str, ...]:
+    def needs(self) -> tuple[Annotated[str, AfterValidator(_is_column)], ...]:
         """Columns that every training prompt must have."""
         return ()
 
@@ -229,3 +241,45 @@ class MethodOptions(Section):
     def without_traces(self) -> "MethodOptions":
         """The same method where nothing may be written beside a run (`onpath doctor`)."""
         return self
+
+
+def check_answers(method: MethodOptions) -> None:
+    """Asks the options of a user's own method all questions, before anything relies on an answer.
+
+    Raises:
+        UserError: one fails, or its answer is of no use.
+    """
+    for name, kind in _questions().items():
+        where = f"method.name {method.name}: Options.{name}"
+        with code.blamed(where, code.modules_of(method)):
+            answer = getattr(method, name)
+        if callable(answer):
+            raise UserError(f"{where} is no property; write @property above it")
+        try:
+            kind.validate_python(answer, strict=not isinstance(answer, list))
+        except ValidationError as error:
+            said = error.errors(include_url=False)[0]
+            reason = str(said.get("ctx", {}).get("error") or said["msg"])
+            raise UserError(f"{where} gives {short(answer)}: {reason[0].lower()}{reason[1:]}") from None
+
+
+@cache
+def _questions() -> dict[str, TypeAdapter[Any]]:
+    """Of each question what an answer must be; whatever is true or false answers one about that."""
+    asked = {name: value.fget for name, value in vars(MethodOptions).items() if isinstance(value, property)}
+    kinds = {n: get_type_hints(function, include_extras=True)["return"] for n, function in asked.items()}
+    return {name: TypeAdapter(Any if kind is bool else kind) for name, kind in kinds.items()}
+
+
+def check_with(method: MethodOptions, config: Any) -> None:
+    """`MethodOptions.check` of any method.
+
+    Raises:
+        ValueError: it refuses the config; or one of the user's own fails.
+    """
+    own = code.is_own(method.name)
+    with code.blamed(f"method.name {method.name}: Options.check", code.modules_of(method) if own else ()):
+        try:
+            method.check(config)
+        except ValueError as error:
+            raise UserError(str(error)) from error
