@@ -354,6 +354,34 @@ def test_a_task_of_ones_own(tiny: Tiny, outside: Path, monkeypatch: pytest.Monke
     done = mine("parity").main(tree)
     assert done.evaluations[0]["grader"] == "parity"
     assert done.evaluations[0]["problems"] == 20
+    again = mine("parity").main({**tree, "run": {**tree["run"], "name": "again"}})
+    assert again.evaluations[0]["problems"] == 20, "a cell that runs again"
+
+
+def test_a_task_does_not_take_another_ones_name(outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from onpath.data import tasks
+
+    monkeypatch.setattr(tasks, "_TASKS", dict(tasks._TASKS))
+    Parity = mine("parity").Parity
+    tasks.register(Parity())
+    for name, kind, of in (("gym", "Gym", "Gym"), ("parity", "Odd", "Parity"), ("maze", "Odd", "MazeTask")):
+        other = type(kind, (Parity,), {"name": name})
+        with pytest.raises(UserError, match=f"a task {name} already, {of}; give {kind} another name"):
+            tasks.register(other())
+    assert tasks.task_of("parity:train").name == "parity"  # type: ignore[union-attr]
+
+
+def test_a_task_s_models_are_named_where_it_has_them(outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from onpath.data import tasks
+
+    monkeypatch.setattr(tasks, "_TASKS", dict(tasks._TASKS))
+    tasks.register(mine("parity").Parity())
+    data = {"train": "parity:train", "eval": {"test": "parity:test"}}
+    expected = r"of data.train, parity:train: use one that does \(parity brings no student\)$"
+    with pytest.raises(UserError, match=expected):
+        build({"data": data, "student": {"model": "gym:student"}})
+    with pytest.raises(UserError, match=r"of data.train, maze:train: use maze:student$"):
+        build({"data": {**data, "train": "maze:train"}, "student": {"model": "gym:student"}})
 
 
 def test_an_engine_of_ones_own(tiny: Tiny) -> None:

@@ -26,7 +26,7 @@ from onpath.config.sections import (
     labelled,
 )
 from onpath.config.several import check_several
-from onpath.data.tasks import task_of
+from onpath.data.tasks import brings, task_of
 from onpath.records import Sampling
 from onpath.system import code
 from onpath.system.text import short, yaml_text
@@ -199,9 +199,15 @@ class Config(Section):
         for key, section in models.items():
             other = task_of(section.model)
             if task is not None and other is not None and other.name != task.name:
+                role = "student" if key == "student" else "teacher"
+                remedy = (
+                    f"{task.name}:{role}"
+                    if brings(task, role)
+                    else f"one that does ({task.name} brings no {role})"
+                )
                 raise ValueError(
                     f"{key}.model is {section.model}, which does not know the language of data.train, "
-                    f"{self.data.train}: use {task.name}:{'student' if key == 'student' else 'teacher'}"
+                    f"{self.data.train}: use {remedy}"
                 )
 
     def _loses(self) -> bool:

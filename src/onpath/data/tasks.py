@@ -147,13 +147,18 @@ _TASKS: dict[str, Callable[[], Task]] = {"gym": _gym, "maze": _maze}
 
 
 def register(task: Task) -> None:
-    """Makes a task known in this process: `data.train: <its name>:<split>`.
+    """Makes a task known in this process: `data.train: <its name>:<split>`. One of the user's own is replaced
+    by another of its class's name: a cell that runs again has a class of its own.
 
     Raises:
-        ValueError: there is a task of that name.
+        UserError: there is another task of that name.
     """
     if task.name in _TASKS:
-        raise ValueError(f"there is a task {task.name} already")
+        known, kind = type(_TASKS[task.name]()), type(task).__qualname__
+        if known.__module__.startswith("onpath.") or known.__qualname__ != kind:
+            raise UserError(
+                f"there is a task {task.name} already, {known.__qualname__}; give {kind} another name"
+            )
     _TASKS[task.name] = lambda: task
 
 
@@ -193,6 +198,15 @@ def _setting(text: str) -> tuple[str, float]:
     if not 0 <= number <= 1:
         raise ValueError(f"{name} is a number from 0 to 1, not {value or 'nothing'}")
     return name, number
+
+
+def brings(task: Task, role: str) -> bool:
+    """Whether a task has a model of its own in this role."""
+    try:
+        task.model(role)
+    except ValueError:
+        return False
+    return True
 
 
 def part_of(source: str) -> str:
