@@ -14,6 +14,7 @@ import onpath
 from onpath.commands.cli import main
 from onpath.commands.eval import Evaluated
 from onpath.config import build, load
+from onpath.run.assemble import assemble
 from onpath.run.log import read_lines
 from onpath.system.errors import UserError
 from onpath.training import train
@@ -152,6 +153,23 @@ def test_a_run_and_its_checkpoints_are_asked_as_the_run_asks(run: Path) -> None:
     assert bare.results[str(run / "model")].details != found[4].details, "without the run's system prompt"
 
 
+def test_a_run_without_a_final_model_says_which_checkpoint_it_is(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its final model is damaged, and so is its last checkpoint."""
+    cut = shutil.copytree(run, tmp_path / "cut")
+    next((cut / "model").glob("*.safetensors")).write_bytes(b"no weights")
+    (cut / "checkpoints" / "step_4" / "state.json").write_text("{")
+    found = onpath.evaluate_model(cut, against=run)
+    assert list(found.results) == [f"{cut} (checkpoints/step_2)", str(run)]
+    assert found.difference is not None
+    assert list(found.to_json()["models"]) == list(found.results)
+    capsys.readouterr()
+    assert main(["export", str(cut), str(tmp_path / "out")]) == 0
+    expected = f"onpath: {cut} (checkpoints/step_2) is exported: the run has no sound final model\n"
+    assert capsys.readouterr() == (f"model: {tmp_path / 'out'}\n", expected)
+
+
 def run_data(run: Path) -> str:
     return next(iter(load(run / "config.yaml").data.eval.values()))
 
@@ -203,6 +221,18 @@ def test_a_checkpoint_is_trained_from(run: Path, model_dirs: dict[str, Path], tm
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
     with pytest.raises(UserError, match=r"student\.model: an adapter .* needs a base .* onpath export"):
         train(config(run / "checkpoints" / "step_2", "three", rank=2), quiet=True)
+
+
+def test_a_run_begins_at_a_checkpoint_of_another_and_says_so(run: Path, tmp_path: Path) -> None:
+    cut = shutil.copytree(run, tmp_path / "cut")
+    shutil.rmtree(cut / "model")
+    tree = load(run / "config.yaml").model_dump(mode="json")
+    said = {}
+    for start in (cut, run):
+        tree["student"] = {"model": str(start), "device": "cpu"}
+        said[start] = [w for w in assemble(build(tree)).warnings if "final model" in w]
+    sentence = f"student.model is {cut} (checkpoints/step_4): that run has no sound final model"
+    assert said == {cut: [sentence], run: []}
 
 
 def test_without_data_there_must_be_one_evaluation_set(run: Path, model_dirs: dict[str, Path]) -> None:

@@ -39,7 +39,8 @@ class Evaluated:
     """What `evaluate_model` found."""
 
     results: Mapping[str, EvalResult]
-    """Model → its numbers; the first is the model that was asked for."""
+    """Model → its numbers; the first is the model that was asked for. A run without a final model is
+    `run (checkpoints/step_N)`."""
     difference: PairedDifference | None
     """The model minus the one that it was compared with."""
     skipped: int = 0
@@ -151,10 +152,10 @@ def evaluate_model(
             batch_tokens=batch_tokens,
         )
         for index, subject in enumerate([first, *others]):
-            results[subject.name], rows = questions.to(subject)
+            results[subject.label], rows = questions.to(subject)
             if directory is not None:
                 write_parquet(directory / f"samples_{index}.parquet", rows)
-    difference = None if against is None else compare(results[str(model)], results[str(against)])
+    difference = None if against is None else compare(*(results[s.label] for s in (first, *others)))
     found = Evaluated(results=results, difference=difference, skipped=loaded.skipped)
     if directory is not None:
         write_text(directory / "eval.json", json.dumps(found.to_json(), indent=1) + "\n")
@@ -182,6 +183,11 @@ class _Subject:
     config: Config
     """The run's `data`, `eval` and `optim`, or the defaults; `student` says what to load."""
     of_run: Trained | None
+
+    @property
+    def label(self) -> str:
+        """What its numbers stand by."""
+        return self.name if self.of_run is None else self.of_run.shown(self.name)
 
 
 def _subject(name: str, dtype: str | None, device: str, key: str, *, graded: bool) -> _Subject:

@@ -14,6 +14,7 @@ from onpath.run.trained import Trained, find, load_trained
 from onpath.system import code
 from onpath.system.errors import UserError
 from onpath.system.files import place, written
+from onpath.system.streams import say
 
 
 def export_model(source: str | Path, out: str | Path, *, adapter: bool = False) -> Path:
@@ -41,6 +42,8 @@ def export_model(source: str | Path, out: str | Path, *, adapter: bool = False) 
     found = find(source)
     if found is None:
         raise UserError(f"{source}: neither a run directory nor one of its checkpoints/step_N")
+    if found.instead:
+        say(f"onpath: {found.shown(str(source))} is exported: the run has no sound final model")
     lora = found.config().student.lora_rank
     if adapter and not lora:
         raise UserError(f"{found.run}: this run trained all weights, so it has no adapter")

@@ -49,7 +49,7 @@ from onpath.run.inputs import (
 )
 from onpath.run.parts import Parts
 from onpath.run.refresh import Refreshed
-from onpath.run.trained import find, load_its_tokenizer, load_start
+from onpath.run.trained import Trained, find, load_its_tokenizer, load_start
 from onpath.system import code, distributed
 from onpath.system.allocator import keep_freed_memory
 
@@ -91,7 +91,7 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
     stops = stops_of(config, base, tokenizer, vocabulary)
     if config.method.ends == "one":
         objective = replace(objective, ends=tuple(sorted(i for i in stops.ids if i < vocabulary)))
-    warnings += warnings_of(config, prompts, renderer, stops)
+    warnings += warnings_of(config, prompts, renderer, stops, start)
     if stops.ids != stops.student:
         base.generation_config.eos_token_id = sorted(stops.ids)  # so that the saved model ends alike
     teacher = make_teacher(config, student, renderer, vocabulary, stops, host)
@@ -171,9 +171,12 @@ def own_engine(
     )
 
 
-def warnings_of(config: Config, prompts: Prompts, renderer: Renderer, stops: Stops) -> list[str]:
+def warnings_of(
+    config: Config, prompts: Prompts, renderer: Renderer, stops: Stops, start: Trained | None
+) -> list[str]:
     """What to know before the first step."""
     found = [
+        start_warning(config, start),
         clock_warning(renderer),
         precision_warning(config),
         rate_warning(config),
@@ -210,6 +213,13 @@ def data_warnings(prompts: Prompts) -> list[str]:
             "test"
         )
     return found
+
+
+def start_warning(config: Config, start: Trained | None) -> str | None:
+    """Where the student is of a run that has not ended."""
+    if start is None or not start.instead:
+        return None
+    return f"student.model is {start.shown(config.student.model)}: that run has no sound final model"
 
 
 def clock_warning(renderer: Renderer) -> str | None:

@@ -30,6 +30,12 @@ class Trained:
     run: Path
     weights: Path
     """A directory of the run: `model` or `best` in Hugging Face format, or a checkpoint."""
+    instead: bool = False
+    """Whether the run was named, which has no sound final model, and this is its newest checkpoint."""
+
+    def shown(self, name: str) -> str:
+        """What people are told of it who named it so."""
+        return f"{name} ({self.weights.relative_to(self.run)})" if self.instead else name
 
     @property
     def is_checkpoint(self) -> bool:
@@ -90,7 +96,7 @@ def find(source: str | Path) -> Trained | None:
         newest = next(sound, None)
         if newest is None:
             raise UserError(f"{path}: it has neither a final model nor a sound checkpoint yet")
-        return Trained(run=path, weights=newest)
+        return Trained(run=path, weights=newest, instead=True)
     if path.name == BEST and (path.parent / "config.yaml").is_file():
         return Trained(run=path.parent, weights=path)
     run = path.parent.parent
