@@ -683,8 +683,9 @@ def test_a_reward_may_have_parameters_that_need_nothing(tiny: Tiny) -> None:
 def test_a_grader_that_fails_is_named(body: str, expected: str, tiny: Tiny, outside: Path) -> None:
     (outside / "lastword.py").write_text(body)
     path = config_of(tiny, "lastword.yaml", outside)
-    with pytest.raises(UserError, match=expected):
+    with pytest.raises(UserError, match=expected) as caught:
         onpath.train(load(path, allow_code=True), quiet=True)
+    assert ("lastword.py" in caught.value.frames) == ("1 / 0" in body), "the line that failed"
 
 
 @pytest.mark.parametrize(
@@ -698,8 +699,9 @@ def test_a_grader_that_fails_is_named(body: str, expected: str, tiny: Tiny, outs
 def test_a_reward_that_fails_is_named(body: str, expected: str, tiny: Tiny, outside: Path) -> None:
     (outside / "brevity.py").write_text(body)
     path = config_of(tiny, "brevity.yaml", outside)
-    with pytest.raises(UserError, match=expected):
+    with pytest.raises(UserError, match=expected) as caught:
         onpath.train(load(path, allow_code=True), quiet=True)
+    assert ("text.no" in caught.value.frames) == ("text.no" in body), "the line that failed"
 
 
 class Counting(Method):
@@ -884,7 +886,7 @@ def test_a_method_that_fails_is_named(
 def test_answers_of_hooks_that_few_runs_ask_are_looked_at(tiny: Tiny) -> None:
     from onpath.run.assemble import assemble
 
-    class Few(Giving):
+    class Few(Counting):
         def scored_first(self, rollout: Any) -> Any:
             return rollout
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from onpath.grade.base import Grader, Verdict
 from onpath.grade.exact import last_line
+from onpath.system import code
 from onpath.system.errors import UserError
 
 
@@ -32,10 +33,8 @@ class OwnGrader(Grader):
         try:
             said = self.function(text, answer)
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise UserError(
-                f"eval.grader: {self.name} fails for the answer {answer[:60]!r}: {reason}"
-            ) from error
+            on, modules = f"for the answer {answer[:60]!r}", code.modules_of(self.function)
+            raise code.failure(f"eval.grader: {self.name}", error, modules, on=on) from error
         if not isinstance(said, bool | int | np.bool_) or said not in (0, 1):
             raise UserError(f"eval.grader: {self.name} must give True or False, not {said!r}")
         return Verdict(correct=bool(said), extracted=last_line(text))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from onpath.records import Rollout
+from onpath.system import code
 from onpath.system.errors import UserError
 
 ARGUMENTS = ("text", "answer", "prompt", "rollout")
@@ -55,10 +56,8 @@ class Reward:
         try:
             value = float(self.function(**asked))
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise UserError(
-                f"rewards.{self.label} fails for prompt {rollout.prompt.id!r}: {reason}"
-            ) from error
+            on, modules = f"for prompt {rollout.prompt.id!r}", code.modules_of(self.function)
+            raise code.failure(f"rewards.{self.label}", error, modules, on=on) from error
         if not math.isfinite(value):
             raise UserError(
                 f"rewards.{self.label} is {value} for prompt {rollout.prompt.id!r}; it must be finite"

@@ -254,13 +254,17 @@ def blamed(what: str, modules: Collection[str]) -> Iterator[None]:
         raise told from error
 
 
-def failure(what: str, error: Exception, modules: Collection[str]) -> UserError:
-    """What own code has raised, as a sentence; with the frames from its own on, where it has one."""
+def failure(what: str, error: Exception, modules: Collection[str], *, on: str = "") -> UserError:
+    """What own code has raised, as a sentence; with the frames from its own on, where it has one.
+
+    Args:
+        on: what it was given, as in `for the answer 7`.
+    """
     trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_globals.get("__name__") not in modules:
         trace = trace.tb_next
     said = dict.fromkeys([type(error).__name__, first_line(error)])  # one word where it says nothing
-    told = UserError(f"{what} fails: {': '.join(said)}")
+    told = UserError(f"{what} fails{on and ' '}{on}: {': '.join(said)}")
     told.frames = "".join(traceback.format_tb(trace))
     return told
 
