@@ -48,9 +48,9 @@ def train(
     config: Config | Mapping[str, Any] | str | Path | None = None,
     *,
     method: Any = None,
-    divergence: Callable[..., Any] | None = None,
-    grader: Callable[[str, str], bool] | None = None,
-    rewards: Mapping[str, Callable[..., float]] | None = None,
+    divergence: Callable[..., Any] | str | None = None,
+    grader: Callable[[str, str], bool] | str | None = None,
+    rewards: Mapping[str, Callable[..., float] | str] | None = None,
     engine: Engine | None = None,
     allow_code: bool = False,
     resume_with_changes: bool = False,
@@ -60,12 +60,12 @@ def train(
 
     Args:
         config: see `onpath.config`; or its sections as a mapping, or the path of its YAML; None: the gym.
-        method: a class derived from `onpath.methods.Method`, in place of `method.name`; or an instance of its
-            `Options`.
+        method: a class derived from `onpath.methods.Method`, or an instance of its `Options`.
         divergence: a function of `teacher_logp` and `student_logp`, [..., V] → [...], in place of
             `method.divergence`.
         grader: a function of (text, answer), in place of `eval.grader`.
-        rewards: label → function, beside those of the config (see `onpath.grade.rewards`).
+        rewards: label → function, beside those of the config (see `onpath.grade.rewards`). Names as YAML has
+            them do in place of a method and of functions.
         engine: generates rollouts and evaluations, in place of `rollout.engine`.
         allow_code: run the Python files that the config names.
         resume_with_changes: go on with a run even if its config, data or models are others than they were.
