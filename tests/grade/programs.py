@@ -44,6 +44,7 @@ HARM = {
     "environment of its parent": "f = open('/proc/{parent}/environ', 'rb').read()",
     "becoming root": "import os\nos.setuid(0)",
     "leaving its session": "import os\nos.setsid()",
+    "a program of the standard library": "from venv import __main__",
     "a daemon": "import os\nif os.fork() == 0:\n    os.setsid()\n    open('{trace}/daemon', 'w')\n"
     "def f(x):\n    return x + 1",
 }

@@ -321,6 +321,32 @@ def test_it_has_a_name() -> None:
         assert grader.stated("assert f(1)") is None
 
 
+LATE = [
+    "from math import gcd\nimport heapq\nheapq.heapify([])",
+    "from math import (  # comment\n    gcd,  # another, longer\n    lcm,\n)\nfrom bisect import bisect",
+    "from collections import Counter\nCounter('aab').most_common(1)",
+    "from functools import singledispatch\n@singledispatch\ndef f(x): return 1\n"
+    "@f.register\ndef _(x: int): return 2\nassert f(1) == 2",
+    "import argparse\np = argparse.ArgumentParser()\np.add_argument('--x', help='y')\np.format_help()",
+    "import unittest\nclass T(unittest.TestCase):\n    def test(self): self.assertEqual(1, 1)\n"
+    "assert unittest.main(argv=['x'], exit=False).result.testsRun == 1",
+    "import codecs\nassert codecs.encode('s', 'rot13') == 'f' and codecs.encode(b'a', \"hex\") == b'61'",
+    "assert 'é'.encode('cp1252') and 'a\\n'.encode('unicode_escape') and 'é'.encode('idna')",
+    "assert __import__('bisect').bisect([1], 2) == 1",
+    "import importlib\nimportlib.import_module('heapq').heapify([])",
+    "exec('import heapq')",
+    "import concurrent.futures\nconcurrent.futures.ThreadPoolExecutor()",
+    "assert '\\N{BULLET}'",
+    "é = 1",
+    "from xml.dom import minidom\nminidom.parseString('<a/>')",
+    "import xml.sax\nxml.sax.parseString(b'<a/>', xml.sax.ContentHandler())",
+    "import xml.etree.ElementTree as e\nassert e.tostring(e.fromstring('<a/>'))",
+    "import email\nemail.message_from_string('A: b')",
+    "import statistics\nstatistics.mode([1])",
+    "import ast\nast.get_docstring(ast.parse('1'))",
+    "import sys\nassert sys.argv == ['program']",
+]
+"""Programs for which Python loads modules late."""
 SUM_OF_LINE = "a, b = map(int, input().split())\nprint(a + b)"
 
 
@@ -337,6 +363,7 @@ SUM_OF_LINE = "a, b = map(int, input().split())\nprint(a + b)"
         f"from concurrent.futures import ThreadPoolExecutor\n{SUM_OF_LINE}",
         f"from unittest import mock\n{SUM_OF_LINE}",
         f"s = 'a\x0cb\x85c\u2028d'\n{SUM_OF_LINE}",
+        *(f"{program}\n{SUM_OF_LINE}" for program in LATE),
     ],
 )
 def test_what_programs_use_is_there(grader: CodeGrader, program: str) -> None:

@@ -166,7 +166,8 @@ def test_where_programs_cannot_be_confined_they_run_only_if_somebody_says_so(
 def test_a_machine_without_seccomp_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The worker's own word reaches the parent: a filter that is refused is not taken for one that holds."""
     worker = Path(sandbox.code_worker.__file__)
-    (tmp_path / worker.name).write_text(worker.read_text())
+    for name in (worker.name, "code_source.py"):
+        (tmp_path / name).write_text(worker.with_name(name).read_text())
     told = worker.with_name("seccomp.py").read_text().replace('"x86_64": (0', '"pdp11": (0')
     (tmp_path / "seccomp.py").write_text(told.replace('"aarch64": (1', '"vax": (1'))
     monkeypatch.setattr(sandbox.code_worker, "__file__", str(tmp_path / worker.name))

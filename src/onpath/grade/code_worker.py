@@ -33,14 +33,6 @@ UNCONFINED = 97
 """Exit code: this machine cannot confine a process; stderr says why. The program has not run."""
 LONGEST_REPLY = 1 << 26
 """Bytes of one message."""
-_IMPORTS = re.compile(
-    r"(?:^|[;:])[ \t]*(?:import[ \t]+([\w., \t]+)|from[ \t]+([\w.]+)[ \t]+import\b[ \t(]*([\w, \t\n]*))",
-    re.MULTILINE,
-)
-_UNHELPFUL = {"antigravity", "this", "idlelib", "turtle", "turtledemo", "tkinter", "test", "ensurepip"}
-"""Modules of the standard library that do something, or need a screen."""
-_LATE = {"strptime": "_strptime"}
-"""What the standard library itself loads at first use, by the word that uses it."""
 _ENDINGS = (StopIteration, StopAsyncIteration)
 """Exceptions that end a loop of the tests', as if all of it had been seen."""
 
@@ -52,7 +44,8 @@ def main(spec: Mapping[str, Any]) -> int:
     with os.fdopen(spec["source"], "rb") as file:
         given = json.loads(file.read())
     seccomp.limit(memory=spec["memory"], cpu_seconds=spec["cpu"], file_bytes=spec["file_bytes"])
-    load_modules("\n".join(text for text in given.values() if isinstance(text, str)))
+    sys.argv = ["program"]  # a module may look at it when it is loaded
+    _beside("code_source").load_modules("\n".join(v for v in given.values() if isinstance(v, str)))
     if spec["role"] == "tests":
         importlib.import_module("ast")
     os.environ.clear()
@@ -82,25 +75,10 @@ def _beside(name: str) -> Any:
     return module
 
 
-def load_modules(source: str) -> None:
-    """Loads what a source imports from the standard library, while files can still be opened."""
-    names = [module for word, module in _LATE.items() if word in source]
-    for plain, whole, of in _IMPORTS.findall(source.replace("\\\n", " ")):
-        parts = [part.split()[0] for part in (plain or of).split(",") if part.strip()]
-        names += parts if plain else [whole, *(f"{whole}.{part}" for part in parts)]
-    for name in dict.fromkeys(names):
-        top, (package, _, last) = name.partition(".")[0], name.rpartition(".")
-        if top in sys.stdlib_module_names and top not in _UNHELPFUL:
-            with contextlib.suppress(Exception):  # the program will see it itself
-                # What a package loads at first use it loads now: concurrent.futures does so.
-                if not package or not hasattr(importlib.import_module(package), last):
-                    importlib.import_module(name)
-
-
 def _as_main(source: str) -> None:
     builtins.exit = builtins.quit = sys.exit  # type: ignore[assignment]  # as `site` has it, which is not here
     module = types.ModuleType("__main__")
-    sys.modules["__main__"], sys.argv = module, ["program"]
+    sys.modules["__main__"] = module
     exec(compile(source, "<program>", "exec"), module.__dict__)
 
 
