@@ -131,6 +131,94 @@ def test_function_tests(grader: CodeGrader, program: str, tests: str, right: boo
 
 
 @pytest.mark.parametrize(
+    ("program", "tests"),
+    [
+        ("def f(xs): xs.append(1)", "a = []\nf(xs=a)\nassert a == [1]"),
+        ("def f(m): m[0][0] = 9", "m = [[1]]\nrow = m[0]\nf(m)\nassert row == [9]"),
+        ("def f(m): m[0] = [9]", "m = [[1]]\nrow = m[0]\nf(m)\nassert row == [1] and m == [[9]]"),
+        ("def f(pair): pair[0].append(1)", "a = []\nf((a,))\nassert a == [1]"),
+        ("def f(d): d['a'].add(2)", "s = {1}\nf({'a': s})\nassert s == {1, 2}"),
+        ("def f(xs, ys):\n    xs.append(1)\n    return ys", "a = []\nassert f(a, a) is a"),
+        ("def f(xs): xs.append(xs)", "a = []\nf(a)\nassert a[0] is a"),
+        (
+            "def f(xs):\n    xs.append(1)\n    raise ValueError",
+            "a = []\ntry:\n    f(a)\nexcept ValueError:\n    assert a == [1]\nassert a",
+        ),
+        ("def f(b): b += b'x'", "b = bytearray(b'a')\nf(b)\nassert b == bytearray(b'ax')"),
+        (
+            "def f(q): q.append(q.popleft())",
+            "from collections import deque\nq = deque([1, 2])\nf(q)\nassert q == deque([2, 1])",
+        ),
+    ],
+)
+def test_what_a_call_changes_is_seen(grader: CodeGrader, program: str, tests: str) -> None:
+    assert grader.grade(fenced(program), tests).correct
+
+
+DATES = (
+    "[d.date(2020, 1, 2), d.datetime(2020, 1, 2, 3), d.datetime.fromtimestamp(5, d.timezone.utc), d.time(1)]"
+)
+KINDS = "[deque([1], 3), Counter('ab'), OrderedDict(b=1, a=2), defaultdict(list, a=[1])]"
+POINT = "from collections import namedtuple\nP = namedtuple('P', 'x y')\n"
+
+
+@pytest.mark.parametrize(
+    ("head", "value", "more"),
+    [
+        ("from fractions import Fraction", "Fraction(1, 2)", "assert f() == 0.5"),
+        ("from decimal import Decimal", "Decimal('1.10')", "assert str(f()) == '1.10'"),
+        ("import datetime as d", DATES, ""),
+        ("import datetime as d", "d.timedelta(1, 2, 3)", "assert f().days == 1"),
+        (
+            "from collections import Counter, OrderedDict, defaultdict, deque",
+            KINDS,
+            "q, c, o, d = f()\nassert q.maxlen == 3 and c.most_common(1) and d['z'] == []\n"
+            "assert list(o) == ['b', 'a'] and type(o) is OrderedDict",
+        ),
+        ("", "range(1, 7, 2)", "assert f()[-1] == 5"),
+        ("", "range(2 ** 70)", ""),
+        ("", "bytearray(b'a')", "assert type(f()) is bytearray"),
+    ],
+)
+def test_values_of_the_standard_library_go_both_ways(
+    grader: CodeGrader, head: str, value: str, more: str
+) -> None:
+    program = f"{head}\ndef f(x=None):\n    return {value} if x is None else x == {value}"
+    tests = f"{head}\nv = {value}\nassert f() == v and f(v) is True\n{more}"
+    assert grader.grade(fenced(program), tests).correct
+
+
+@pytest.mark.parametrize(
+    ("program", "tests"),
+    [
+        (
+            f"{POINT}def f(p):\n    return P(p.y, p.x)",
+            "q = f(P(1, 2))\nassert q == (2, 1) and q.x == 2 and f(q).x == 1\n"
+            "assert q._asdict() == {'x': 2, 'y': 1}",
+        ),
+        ("def f(p):\n    return p.x", f"{POINT}assert f(P(1, 2)) == 1"),
+        ("from fractions import Fraction as F\ndef f():\n    return F(1, 2)", "assert f() == 0.5"),
+        (
+            "class Node:\n    def __init__(self, v):\n        self.v, self.next = v, None\n"
+            "def f(n):\n    return n.next.v",
+            "n = Node(1)\nn.next = Node(2)\nassert f(n) == 2\nn.v = 7\nassert n.v == 7",
+        ),
+        ("import enum\nclass C(enum.Enum):\n    A = 1\ndef f():\n    return C.A", "assert f() == C.A"),
+        (
+            "class C:\n    def __str__(self):\n        return 'c'\n"
+            "    def __repr__(self):\n        return 'r'\n"
+            "    def __contains__(self, x):\n        return x == 3\n"
+            "    def __setitem__(self, k, v):\n        self.held = k, v",
+            "c = C()\nassert f'{c}' == 'c' and repr(c) == 'r' and 3 in c and 4 not in c\n"
+            "c[1] = 2\nassert c.held == (1, 2)",
+        ),
+    ],
+)  # fmt: skip
+def test_objects_of_a_program(grader: CodeGrader, program: str, tests: str) -> None:
+    assert grader.grade(fenced(program), tests).correct
+
+
+@pytest.mark.parametrize(
     ("program", "tests", "right"),
     [
         (SUM, PAIRS, True),

@@ -141,10 +141,12 @@ def run_tests(program: str, tests: Mapping[str, Any], limits: Limits, *, confine
             ("program", {"program": program}, asked.reading, replies.writing, []),
             ("tests", tests, replies.reading, asked.writing, [verdict.writing]),
         )
+        text = program + json.dumps(tests)
+        modules = [name for name in code_worker.MODULES if name in text]
         for role, given, reading, writing, more in sides:
             source = stack.enter_context(_source(given))
             spec = _spec(role, source, limits, confined=confined, peer=[reading, writing])
-            spec |= {"file_bytes": 0, "verdict": verdict.writing}
+            spec |= {"file_bytes": 0, "verdict": verdict.writing, "modules": modules}
             fds = [source.fileno(), reading, writing, *more]
             stack.enter_context(_ended(_start(spec, fds)))
         for pipe in (asked, replies):
@@ -187,6 +189,7 @@ def _spec(
         "role": role,
         "source": source.fileno(),
         "peer": list(peer),
+        "modules": [],
         "confined": confined,
         "memory": limits.memory_bytes,
         "cpu": limits.cpu_seconds,
