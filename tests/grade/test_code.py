@@ -130,6 +130,43 @@ def test_function_tests(grader: CodeGrader, program: str, tests: str, right: boo
     assert grader.grade(fenced(program), tests).correct == right
 
 
+TYPE_ERROR = "try:\n    f('a')\n    assert False\nexcept TypeError:\n    pass"
+GUARDED = "def check(g):\n    assert g(1) == 2\n\nif __name__ == '__main__':\n    check(f)"
+
+
+@pytest.mark.parametrize(
+    ("program", "tests", "right"),
+    [
+        ("f = 5", TYPE_ERROR, False),
+        ("f = 5", f"{TYPE_ERROR}\nassert g(1) == 1", False),
+        ("g = 5", "try:\n    f('a')\nexcept Exception:\n    pass", False),
+        ("class f:\n    pass", "try:\n    f.g(1)\nexcept AttributeError:\n    pass", False),
+        ("def f(x):\n    raise TypeError", TYPE_ERROR, True),
+        ("def f(x):\n    return 2", "def test_f():\n    assert f(1) == 2", True),
+        ("def f(x):\n    return 3", "def test_f():\n    assert f(1) == 2", False),
+        ("def f(x):\n    return 2", GUARDED, True),
+        ("def f(x):\n    return 3", GUARDED, False),
+        ("x = 5", "assert x == 5", True),
+        ("x = 6", "assert x == 5", False),
+        ("y = 5", "try:\n    assert x == 5\nexcept NameError:\n    pass", False),
+        ("def sum(a, b):\n    return 6", "assert sum(10, 15) == 6", True),
+        ("def sum(a, b):\n    return 7", "assert sum(10, 15) == 6", False),
+        ("def f(a, b):\n    return 6", "assert sum(10, 15) == 6", False),
+        ("def all(x):\n    return True\ndef f(x):\n    pass", "assert all(f(x) == 3 for x in [1])", False),
+    ],
+)  # fmt: skip
+def test_what_counts_as_tested(grader: CodeGrader, program: str, tests: str, right: bool) -> None:
+    """A program's answer is a verdict, never a fault of the tests."""
+    assert grader.grade(fenced(program), tests).correct is right
+
+
+def test_tests_that_turn_out_to_call_nothing_are_a_fault_only_if_no_program_has_a_part_in_it(
+    grader: CodeGrader,
+) -> None:
+    with pytest.raises(UserError, match="they call nothing of the program's"):
+        grader.grade("def f(x):\n    return x", "if False:\n    f(1)")
+
+
 @pytest.mark.parametrize(
     ("program", "tests"),
     [
@@ -240,10 +277,22 @@ def test_scripts_and_calls(grader: CodeGrader, program: str, tests: str, right: 
     assert grader.grade(fenced(program), tests).correct == right
 
 
+NOTHING = [
+    "12",
+    CHECK,
+    "def test_f(x):\n    assert f(1) == 2",
+    "class TestF:\n    def test_f(self):\n        assert f(1) == 2",
+    "import unittest\nclass T(unittest.TestCase):\n    def test(self):\n        f(1)\nunittest.main()",
+    "assert sorted(sum(10, 15)) == [6]",
+    "x = sum(10, 15)",
+    '{"test": "x = 1", "entry_point": "f"}',
+]
+
+
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        ("12", "they call nothing of the program's"),
+        *((tests, "they call nothing of the program's") for tests in NOTHING),
         ("def f(x) return", "SyntaxError"),
         ('{"inputs": []}', "must be lists, and not empty"),
         ('{"inputs": ["1"], "outputs": []}', "there are 1 inputs, but 0 outputs"),
@@ -327,13 +376,19 @@ def test_a_row_whose_tests_cannot_be_used_is_a_bad_row(tiny: Callable[..., Confi
     assert len(load_data(tiny(**options | {"eval__grader": "exact"})).pool) == 5
 
 
-@pytest.mark.parametrize("tests", ['{"inputs": []}', '{"test": 5}', "f(", "12", "x = '\0'"])
+@pytest.mark.parametrize("tests", ['{"inputs": []}', '{"test": 5}', "f(", "x = '\0'", *NOTHING])
 def test_what_is_no_test_is_known_without_a_program(tests: str) -> None:
     assert refuses("code")(Prompt(id="0", text="?", answer=tests))
     assert not refuses("exact")(Prompt(id="0", text="?", answer=tests))
 
 
-@pytest.mark.parametrize("tests", [PAIRS, CALLS, METHOD, COMPLETION, "assert f('\\d') == 1", CHECK])
+@pytest.mark.parametrize(
+    "tests",
+    [
+        *(PAIRS, CALLS, METHOD, COMPLETION, "assert f('\\d') == 1", f"{CHECK}check(f)", "assert x == 5"),
+        *("def test_f():\n    assert f(1) == 2", "assert sum(10, 15) == 6", "def g(f):\n    f(1)\ng(f)"),
+    ],
+)
 def test_what_is_a_test_is_let_through(tests: str) -> None:
     assert refuses("auto")(Prompt(id="0", text="?", answer=tests, tests=True)) is None
 

@@ -1,19 +1,19 @@
 """`code`: the answer's program, against tests, in a process of its own that can do no harm (docs/code.md)."""
 
-import ast
-import builtins
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 from onpath.data.thinking import answer_part
 from onpath.grade import sandbox
 from onpath.grade.base import Grader, Verdict
+from onpath.grade.code_source import PythonTests
 from onpath.grade.sandbox import Limits, Outcome
 from onpath.records import Prompt
 from onpath.system.errors import UserError
@@ -109,15 +109,23 @@ def check_python(tests: CodeTests, answer: str) -> None:
     if source is None:
         return
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an invalid escape, say: it runs all the same
-            tree = ast.parse(source)
-            compile(source, "<tests>", "exec", dont_inherit=True)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        read = _read(source, tests.entry_point)
+    except _NO_PYTHON as error:
         raise _unusable(answer, f"{type(error).__name__}: {error}") from None
-    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    if not tests.entry_point and not names - set(dir(builtins)):
+    if not read.needed:
         raise _unusable(answer, "they call nothing of the program's")
+
+
+@lru_cache(maxsize=1024)
+def _read(source: str, entry: str) -> PythonTests:
+    with _READING, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an invalid escape, say: it runs all the same
+        return PythonTests(source, entry)
+
+
+_READING = Lock()
+"""Filters of warnings are all threads'."""
+_NO_PYTHON = (SyntaxError, ValueError, RecursionError, MemoryError)
 
 
 def _lines(value: Any) -> str:
@@ -166,6 +174,7 @@ class CodeGrader(Grader):
 
     def _judge(self, text: str, answer: str) -> Verdict:
         tests = CodeTests.of(answer)
+        check_python(tests, answer)
         program = program_of(text, tests)
         if program is None:
             return Verdict(correct=False, extracted=None)
@@ -205,7 +214,7 @@ def program_of(text: str, tests: CodeTests) -> str | None:
     blocks = [b for b in _blocks(said) if b.label in ("", *_PYTHON)]
     if not blocks and _FENCE.search(said):
         return None
-    asked = [tests.entry_point] if tests.entry_point else called(tests.function.get("tests") or "")
+    asked = _asked(tests)
     found = [
         (_defines_one(b.code, asked), b.closed, b.label in _PYTHON, place) for place, b in enumerate(blocks)
     ]
@@ -225,28 +234,17 @@ def _definition(name: str) -> str:
     return rf"^(?:(?:async )?def {first}\b|class {first}\b|{first}[ \t]*=)"
 
 
-@lru_cache(maxsize=1024)
-def called(tests: str) -> tuple[str, ...]:
-    """Names that Python tests take from a program, as far as they can be read.
-
-    >>> called("x = 1\nassert add(x, 2) == max(3, 0)")
-    ('add',)
-    """
+def _asked(tests: CodeTests) -> Collection[str]:
+    """Names that tests take from a program, as far as they can be read."""
+    if tests.entry_point or not tests.function:
+        return {tests.entry_point} - {""}
     try:
-        nodes = list(ast.walk(ast.parse(tests)))
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return _read(tests.function["tests"], "").needed
+    except _NO_PYTHON:
         return ()
-    used = dict.fromkeys(n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load))
-    own = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)} | set(
-        dir(builtins)
-    )
-    own |= {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
-    own |= {n.arg for n in nodes if isinstance(n, ast.arg)}
-    own |= {(n.asname or n.name).partition(".")[0] for n in nodes if isinstance(n, ast.alias)}
-    return tuple(name for name in used if name not in own)
 
 
-def _defines_one(code: str, names: Sequence[str]) -> bool:
+def _defines_one(code: str, names: Collection[str]) -> bool:
     """A method of a class Solution counts too."""
     method = any(re.search(rf"^[ \t]+def {re.escape(name)}\b", code, re.MULTILINE) for name in names)
     return any(_defines(code, name) for name in names) or (method and _defines(code, "Solution"))

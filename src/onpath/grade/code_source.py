@@ -1,16 +1,25 @@
-"""What Python text says before it runs: which modules it will load.
+"""What Python text says before it runs: which modules it will load, and what tests ask of a program.
 
 Loaded by path in the processes of programs too, with the standard library alone, and little of it.
 """
 
 from __future__ import annotations
 
+import builtins
 import codecs
 import contextlib
 import importlib
 import re
 import sys
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import symtable
+    from collections.abc import Iterable
+    from typing import Any
+
+FILE = "<tests>"
+"""What tests are called in tracebacks."""
 _IMPORTS = re.compile(
     r"""(?:^|[;:"'])[ \t]*(?:import[ \t]+([\w., \t]+)"""
     r"""|from[ \t]+([\w.]+)[ \t]+import\b[ \t]*(\([^)]*|[\w, \t]*))"""
@@ -52,6 +61,8 @@ _LATE = {
     "\\N{": "unicodedata",
 }
 """What Python itself loads at first use, by the text that uses it."""
+_OF_SITE = {"exit", "quit", "copyright", "credits", "license", "help"}
+_BUILTINS = set(dir(builtins)) - _OF_SITE
 
 
 def load_modules(source: str) -> None:
@@ -73,3 +84,113 @@ def load_modules(source: str) -> None:
         for name in dict.fromkeys(_CODECS.findall(source)):
             with contextlib.suppress(Exception):  # most words name none
                 codecs.lookup(name)
+
+
+class PythonTests:
+    """Tests as Python text: asserts, a function check(candidate), functions test_… as pytest calls them.
+
+    Args:
+        entry: the function that they test, where they say so; `check` gets it, as `candidate`.
+
+    Raises:
+        SyntaxError, ValueError, RecursionError, MemoryError: they are no Python.
+
+    >>> PythonTests("x = 1\\nassert add(x, 2) == max(3, 0)").needed
+    {'add'}
+    """
+
+    def __init__(self, source: str, entry: str = "") -> None:
+        import ast
+        import symtable
+
+        if entry and re.search(r"^def check\(", source, re.MULTILINE):
+            source += "\n\ncheck(candidate)\n"
+        tree = ast.parse(source, FILE)
+        self.code = compile(tree, FILE, "exec", dont_inherit=True)
+        tests = [n.name for n in tree.body if isinstance(n, ast.FunctionDef) and n.name.startswith("test_")]
+        needy = {n.name for n in tree.body if isinstance(n, ast.FunctionDef) and _needs_arguments(n.args)}
+        scopes = _Scopes(symtable.symtable(source, FILE, "exec"))
+        by_itself = scopes.reached(())
+        self.uncalled = [name for name in dict.fromkeys(tests) if name not in by_itself | needy]
+        """Functions that pytest would call, and the tests do not."""
+        reached = scopes.reached(self.uncalled)
+        self.entry = {"candidate", entry.rpartition(".")[2]} if entry else set()
+        """How they call the function that they test."""
+        self.asked = reached - _BUILTINS - self.entry
+        """Global names that they look up: the program's, and some that they define themselves."""
+        self.needed = reached - (_BUILTINS - self.entry) - scopes.bound
+        """Those of them that they do not define."""
+        nodes = list(ast.walk(tree))
+        called = [node.func for node in nodes if isinstance(node, ast.Call)]
+        names = {function.id for function in called if isinstance(function, ast.Name)}
+        if not self.needed and not entry:
+            asserted = {id(n) for a in nodes if isinstance(a, ast.Assert) for n in ast.walk(a.test)}
+            tested = {f.id for f in called if isinstance(f, ast.Name) and id(f) in asserted}
+            own = names & _BUILTINS - scopes.bound
+            # A function of the program's may be called like a built-in one, if that is the only one which the
+            # tests call: none on which a verdict rests can be replaced.
+            if len(own) == 1 and own <= tested & reached:
+                self.asked = self.needed = own
+        self.functions = names & (self.needed | self.entry)
+        """Those that they call by their names."""
+        parameters = {node.arg for node in nodes if isinstance(node, ast.arg)}
+        self.calls = bool(entry or set(map(_root, called)) & (self.needed | parameters))
+        """Whether they call something of the program's; else its values are all that they look at."""
+
+
+def _needs_arguments(arguments: Any) -> bool:
+    return bool(arguments.posonlyargs or arguments.args or arguments.kwonlyargs)
+
+
+def _root(node: Any) -> str:
+    """`Solution` of `Solution().f`, `s` of `s.held[0]`."""
+    while not hasattr(node, "id"):
+        node = getattr(node, "func", None) or getattr(node, "value", None)
+        if node is None:
+            return ""
+    return str(node.id)
+
+
+class _Scopes:
+    """The global names of a module: which it defines, and which are looked up where."""
+
+    def __init__(self, module: symtable.SymbolTable) -> None:
+        every = [module]
+        for table in every:
+            every += table.get_children()
+        self.bound = {
+            symbol.get_name()
+            for table in every
+            for symbol in table.get_symbols()
+            if (symbol.is_assigned() or symbol.is_imported())
+            and (table is module or symbol.is_declared_global())
+        }
+        self._named: dict[str, list[symtable.SymbolTable]] = {}
+        self._at_once = _globals(module)
+        for child in module.get_children():
+            if child.get_name() in self.bound:
+                self._named.setdefault(child.get_name(), []).append(child)
+            else:  # a lambda, or a comprehension
+                self._at_once |= _globals_within(child)
+            if child.get_type() == "class":  # its body runs, and its methods do not
+                self._at_once |= _globals(child)
+
+    def reached(self, called: Iterable[str]) -> set[str]:
+        """Names that are looked up if the module is run, and these functions of it are called."""
+        reached: set[str] = set()
+        queue = [*self._at_once, *called]
+        while queue:
+            name = queue.pop()
+            if name not in reached:
+                reached.add(name)
+                for table in self._named.get(name, ()):
+                    queue += _globals_within(table)
+        return reached
+
+
+def _globals(table: symtable.SymbolTable) -> set[str]:
+    return {s.get_name() for s in table.get_symbols() if s.is_referenced() and s.is_global()}
+
+
+def _globals_within(table: symtable.SymbolTable) -> set[str]:
+    return _globals(table).union(*map(_globals_within, table.get_children()))

@@ -19,7 +19,6 @@ import importlib
 import importlib.util
 import json
 import os
-import re
 import signal
 import sys
 import types
@@ -48,8 +47,9 @@ def main(spec: Mapping[str, Any]) -> int:
         given = json.loads(file.read())
     seccomp.limit(memory=spec["memory"], cpu_seconds=spec["cpu"], file_bytes=spec["file_bytes"])
     sys.argv = ["program"]  # a module may look at it when it is loaded
-    _beside("code_source").load_modules("\n".join(v for v in given.values() if isinstance(v, str)))
-    for name in (*spec["modules"], *(("ast",) if spec["role"] == "tests" else ())):
+    source = _beside("code_source")
+    source.load_modules("\n".join(text for text in given.values() if isinstance(text, str)))
+    for name in (*spec["modules"], *(("ast", "symtable") if spec["role"] == "tests" else ())):
         importlib.import_module(name)
     os.environ.clear()
     if spec["confined"]:
@@ -63,7 +63,7 @@ def main(spec: Mapping[str, Any]) -> int:
     elif spec["role"] == "program":
         serve(given["program"], Peer(*spec["peer"]), spec["modules"])
     else:
-        said = judge(given, Peer(*spec["peer"]), spec["modules"])
+        said = judge(given, Peer(*spec["peer"]), spec["modules"], source.PythonTests)
         os.write(spec["verdict"], json.dumps(said).encode())
     return 0
 
@@ -413,11 +413,25 @@ class Gone(Exception):
     """The program has ended before the tests have."""
 
 
+class Untested(Exception):
+    """The tests came to their end, and tested nothing of the program's.
+
+    Args:
+        fault: whatever it does, they would not.
+    """
+
+    def __init__(self, reason: str, *, fault: bool) -> None:
+        super().__init__(reason)
+        self.fault = fault
+
+
 class Asking:
     """On the tests' side: what is asked of the program."""
 
     def __init__(self, peer: Peer, modules: Sequence[str]) -> None:
-        self.peer, self._modules, self.calls = peer, modules, 0
+        self.peer, self._modules = peer, modules
+        self.calls, self.others = 0, 0
+        """Calls, and what else was asked, names aside."""
         self._remotes: dict[int, Remote] = {}
 
     def __call__(
@@ -427,6 +441,7 @@ class Asking:
         sent = wire.pack((list(arguments), dict(keywords)))
         given = wire.shared[:]
         self.calls += what == "call"
+        self.others += what not in ("call", "name", "load")
         try:
             self.peer.send([what, number, *rest, sent])
             reply = self.peer.receive()
@@ -463,11 +478,17 @@ def _error(name: str, said: str) -> Exception:
     return RuntimeError(f"{name}: {said}")
 
 
-def judge(given: Mapping[str, Any], peer: Peer, modules: Sequence[str]) -> dict[str, Any]:
-    """The tests' side: whether all of them hold. `fault`: the tests themselves cannot be used."""
+def judge(given: Mapping[str, Any], peer: Peer, modules: Sequence[str], read: Any) -> dict[str, Any]:
+    """The tests' side: whether all of them hold. `fault`: the tests themselves cannot be used.
+
+    Args:
+        given: `tests`, Python text, with `setup`, what the program completes; or `calls`, a list of
+            (arguments, result); and `entry_point`.
+        read: `code_source.PythonTests`.
+    """
     ask = Asking(peer, modules)
     try:
-        run = _calls(given, ask) if given.get("calls") else _assertions(given, ask)
+        run = _calls(given, ask) if given.get("calls") else _assertions(given, ask, read)
     except (SyntaxError, ValueError, RecursionError) as error:
         return {"passed": False, "fault": True, "reason": f"{type(error).__name__}: {error}"}
     try:
@@ -476,10 +497,10 @@ def judge(given: Mapping[str, Any], peer: Peer, modules: Sequence[str]) -> dict[
         return {"passed": False, "fault": False, "reason": f"the program does not load: {_told(error)}"}
     try:
         run()
+    except Untested as error:
+        return {"passed": False, "fault": error.fault, "reason": str(error)}
     except BaseException as error:
         return {"passed": False, "fault": False, "reason": _told(error)}
-    if not ask.calls:
-        return {"passed": False, "fault": True, "reason": "they call nothing of the program's"}
     return {"passed": True, "fault": False, "reason": "passed"}
 
 
@@ -493,31 +514,34 @@ def _told(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error)[:200]}{where}"
 
 
-def _assertions(given: Mapping[str, Any], ask: Asking) -> Callable[[], None]:
-    """Python tests: asserts, or a function check(candidate) with the name that it is to be called with."""
-    import ast
-
-    source, entry = given["tests"], given.get("entry_point")
-    if entry and re.search(r"^def check\(", source, re.MULTILINE):
-        source += "\n\ncheck(candidate)\n"
-    tree = ast.parse(source, "<tests>")
-    code = compile(tree, "<tests>", "exec")
-    asked = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - set(dir(builtins))
+def _assertions(given: Mapping[str, Any], ask: Asking, read: Any) -> Callable[[], None]:
+    """Python tests: see `PythonTests`."""
+    entry = given.get("entry_point")
+    tests = read(given["tests"], entry or "")
 
     def run() -> None:
-        space: dict[str, Any] = {"__name__": "tests"}
+        space: dict[str, Any] = {"__name__": "__main__"}
         try:  # a stub's imports and helpers, which tests may use
             exec(compile(given.get("setup") or "", "<setup>", "exec"), space)
         except Exception:
-            space = {"__name__": "tests"}
-        if entry:
-            space["candidate"] = space[entry.rpartition(".")[2]] = ask("name", 0, entry)
-        for name in sorted(asked - set(space)):
+            space = {"__name__": "__main__"}
+        needed = (tests.needed | tests.entry) - (set(space) - tests.entry)
+        came: dict[str, Any] = dict.fromkeys(tests.entry, ask("name", 0, entry)) if entry else {}
+        for name in sorted(tests.asked - set(space) - tests.entry):
             try:
-                space[name] = ask("name", 0, name)
+                came[name] = ask("name", 0, name)
             except AttributeError:
                 continue  # what the tests define themselves, and what nobody does
-        exec(code, space)
+        if plain := [name for name in tests.functions & set(came) if not isinstance(came[name], Remote)]:
+            raise Untested(f"{min(plain)} is no function", fault=False)
+        space.update(came)
+        exec(tests.code, space)
+        for name in tests.uncalled:
+            space[name]()
+        if not ask.calls and (tests.calls or not needed or needed - set(came)):
+            # Had the program any part in it? It has none where all that is asked for are its functions.
+            functions = all(isinstance(came.get(name), Remote) for name in needed)
+            raise Untested("they call nothing of the program's", fault=functions and not ask.others)
 
     return run
 
