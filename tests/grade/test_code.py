@@ -293,6 +293,8 @@ NOTHING = [
     ("answer", "said"),
     [
         *((tests, "they call nothing of the program's") for tests in NOTHING),
+        ("import pytest\ndef test_f():\n    f(1)", "import pytest, which is not of the standard library"),
+        ("from solution import f\nassert f(1) == 2", "they import solution, which"),
         ("def f(x) return", "SyntaxError"),
         ('{"inputs": []}', "must be lists, and not empty"),
         ('{"inputs": ["1"], "outputs": []}', "there are 1 inputs, but 0 outputs"),

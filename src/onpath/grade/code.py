@@ -112,6 +112,8 @@ def check_python(tests: CodeTests, answer: str) -> None:
         read = _read(source, tests.entry_point)
     except _NO_PYTHON as error:
         raise _unusable(answer, f"{type(error).__name__}: {error}") from None
+    if read.foreign:
+        raise _unusable(answer, f"they import {min(read.foreign)}, which is not of the standard library")
     if not read.needed:
         raise _unusable(answer, "they call nothing of the program's")
 

@@ -107,6 +107,10 @@ class PythonTests:
             source += "\n\ncheck(candidate)\n"
         tree = ast.parse(source, FILE)
         self.code = compile(tree, FILE, "exec", dont_inherit=True)
+        modules = [a.name for n in tree.body if isinstance(n, ast.Import) for a in n.names]
+        modules += [n.module or "." for n in tree.body if isinstance(n, ast.ImportFrom)]
+        self.foreign = {m for m in modules if m.partition(".")[0] not in sys.stdlib_module_names}
+        """Modules that they import, and that no process of a program has."""
         tests = [n.name for n in tree.body if isinstance(n, ast.FunctionDef) and n.name.startswith("test_")]
         needy = {n.name for n in tree.body if isinstance(n, ast.FunctionDef) and _needs_arguments(n.args)}
         scopes = _Scopes(symtable.symtable(source, FILE, "exec"))
