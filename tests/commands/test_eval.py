@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,36 @@ def test_samples_of_an_earlier_call_do_not_stay(
     (tmp_path / "samples_1.parquet").mkdir()
     with pytest.raises(UserError, match=r"samples_1.parquet: cannot write"):
         onpath.evaluate_model(model_dirs["student"], data=data_file, out=tmp_path, **SMALL)
+
+
+GRADERS = """
+import sys
+
+def moody(text, answer):
+    sys.modules["moody_calls"] = calls = sys.modules.get("moody_calls", 0) + 1
+    return 1 // (2 - calls) == 1
+"""
+
+
+def test_samples_outlive_a_grader_that_fails(
+    model_dirs: dict[str, Path], data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text(GRADERS)
+    monkeypatch.setitem(sys.modules, "moody_calls", 0)  # type: ignore[arg-type]
+    out, model = tmp_path / "out", model_dirs["student"]
+    changes = {"grader": f"{tmp_path / 'mine.py'}:moody", "allow_code": True}
+    with pytest.raises(
+        UserError, match=r"moody fails.*ZeroDivisionError.*; the 18 samples are kept"
+    ) as caught:
+        onpath.evaluate_model(model, data=data_file, out=out, **{**SMALL, **changes})
+    assert str(caught.value).endswith(f"ungraded, in {out / 'ungraded_0.parquet'}")
+    assert [p.name for p in out.iterdir()] == ["ungraded_0.parquet"]
+    kept = pq.read_table(out / "ungraded_0.parquet").to_pylist()
+    assert list(kept[0]) == ["id", "sample", "prompt", "answer", "length", "finish_reason", "text", "ids"]
+    onpath.evaluate_model(model, data=data_file, out=out, **SMALL)
+    assert sorted(p.name for p in out.iterdir()) == ["eval.json", "samples_0.parquet"]
+    graded = pq.read_table(out / "samples_0.parquet").to_pylist()
+    assert [row["text"] for row in kept] == [row["text"] for row in graded]
 
 
 # Runs and checkpoints.

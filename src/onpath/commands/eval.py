@@ -23,7 +23,7 @@ from onpath.records import Prompt, Rollout, Sampling
 from onpath.run.evaluation import error_kind_of
 from onpath.run.inputs import load_problems, make_renderer
 from onpath.run.trained import Trained, find, load_its_tokenizer, load_start
-from onpath.run.trajectories import sample_row, write_parquet
+from onpath.run.trajectories import sample_row, ungraded_row, write_parquet
 from onpath.system import code
 from onpath.system.errors import UserError
 from onpath.system.files import make_directory, place, unwritable, write_text
@@ -102,7 +102,7 @@ def evaluate_model(
         device: auto, or as torch names it.
         allow_code: run the Python files that `grader`, `data` and a run's config name. A run's own grader is
             not looked up where `grader` is given.
-        out: directory for eval.json and the graded samples.
+        out: directory for eval.json and the graded samples; where a grader fails, for the ungraded ones.
 
     Raises:
         UserError: something that the caller can fix, in one sentence.
@@ -152,7 +152,8 @@ def evaluate_model(
             batch_tokens=batch_tokens,
         )
         for index, subject in enumerate([first, *others]):
-            results[subject.label], rows = questions.to(subject)
+            ungraded = None if directory is None else directory / f"ungraded_{index}.parquet"
+            results[subject.label], rows = questions.to(subject, ungraded)
             if directory is not None:
                 write_parquet(directory / f"samples_{index}.parquet", rows)
     difference = None if against is None else compare(*(results[s.label] for s in (first, *others)))
@@ -166,7 +167,8 @@ def _clear(out: Path) -> None:
     """Makes the directory, without an earlier call's files: eval.json comes last, and where it is, its
     samples are, and no others."""
     make_directory(out)
-    for name in ("eval.json", "samples_0.parquet", "samples_1.parquet"):
+    samples = (f"{kind}_{index}.parquet" for kind in ("samples", "ungraded") for index in (0, 1))
+    for name in ("eval.json", *samples):
         try:
             (out / name).unlink(missing_ok=True)
         except OSError as error:
@@ -266,10 +268,13 @@ class _Questions:
     source: str
     batch_tokens: int
 
-    def to(self, subject: _Subject) -> tuple[EvalResult, list[dict[str, Any]]]:
+    def to(self, subject: _Subject, ungraded: Path | None) -> tuple[EvalResult, list[dict[str, Any]]]:
         """A model's numbers, and every graded sample as plain values.
 
         The model is freed at the end: the next one may need its room.
+
+        Args:
+            ungraded: where samples are written if their grading fails; None: nowhere.
         """
         config, section, key = subject.config, subject.config.student, subject.key
         tokenizer = load_its_tokenizer(section, subject.of_run, key)
@@ -292,6 +297,11 @@ class _Questions:
         def generate(prompts: Sequence[Prompt], n: int) -> list[Rollout]:
             return engine.generate(prompts, self.sampling, n=n)
 
+        def keep(rollouts: Sequence[Rollout]) -> Path:
+            assert ungraded is not None
+            write_parquet(ungraded, [ungraded_row(r, renderer) for r in rollouts])
+            return ungraded
+
         result, graded = evaluate(
             self.prompts,
             generate,
@@ -302,6 +312,7 @@ class _Questions:
             step=0,
             split=self.split,
             error_kind=error_kind_of(self.source, renderer),
+            keep=None if ungraded is None else keep,
         )
         return result, [sample_row(g, renderer) for g in graded]
 

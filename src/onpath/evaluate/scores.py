@@ -28,6 +28,8 @@ Decode = Callable[[Sequence[int]], str]
 """Response ids → the text that is graded, with special tokens only where they are tags of thinking."""
 ErrorKind = Callable[[Rollout], str]
 """What went wrong first in a wrong sample."""
+Keep = Callable[[Sequence[Rollout]], Path]
+"""Writes samples that could not be graded; says where."""
 NAMED = 3
 """Differing problems named in a message."""
 
@@ -129,6 +131,7 @@ def evaluate(
     step: int,
     split: str,
     error_kind: ErrorKind | None = None,
+    keep: Keep | None = None,
 ) -> tuple[EvalResult, list[Graded]]:
     """Samples, grades and counts.
 
@@ -137,12 +140,13 @@ def evaluate(
         n: samples per problem, k: of pass@k, 1 ≤ k ≤ n.
         step: optimiser steps that the weights had seen.
         error_kind: says what went wrong first in a wrong sample.
+        keep: is given the rollouts where the grader fails; None: then they are lost.
 
     Returns:
         The result, and every rollout with its verdict in the engine's order.
 
     Raises:
-        UserError: no prompts, k > n, or a prompt without an answer.
+        UserError: no prompts, k > n, a prompt without an answer, or a grader that says what is wrong.
     """
     check(prompts, n=n, k=k, split=split)
     rollouts = list(generate(prompts, n))
@@ -152,7 +156,16 @@ def evaluate(
     )
     sampling = rollouts[0].sampling
     assert all(r.sampling == sampling for r in rollouts), "an evaluation samples in one way"
-    verdicts = grader.grade_many([(decode(r.ids), r.prompt.answer or "") for r in rollouts])
+    try:
+        verdicts = grader.grade_many([(decode(r.ids), r.prompt.answer or "") for r in rollouts])
+    except Exception as error:
+        if keep is None:
+            raise
+        said = f"the {len(rollouts):,} samples are kept, ungraded, in {keep(rollouts)}"
+        if isinstance(error, UserError):
+            raise UserError(f"{error}; {said}") from error
+        error.add_note(said)
+        raise
     graded = [
         Graded(rollout=r, correct=v.correct, extracted=v.extracted)
         for r, v in zip(rollouts, verdicts, strict=True)

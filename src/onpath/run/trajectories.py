@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from onpath.config.whole import Config
 from onpath.data.load import prompts_of_step
 from onpath.data.render import Renderer
-from onpath.records import Graded, Trajectory
+from onpath.records import Graded, Rollout, Trajectory
 from onpath.run.meter import Meter
 from onpath.run.parts import Parts
 from onpath.system import distributed
@@ -132,12 +132,28 @@ def top_columns(top: Mapping[str, Sequence[Sequence[Any]]], renderer: Renderer) 
 
 def sample_row(graded: Graded, renderer: Renderer) -> dict[str, Any]:
     """One graded sample as plain values."""
-    rollout = graded.rollout
+    return {
+        "id": graded.rollout.prompt.id,
+        "sample": graded.rollout.sample,
+        "correct": graded.correct,
+        "extracted": graded.extracted,
+        **_response(graded.rollout, renderer),
+    }
+
+
+def ungraded_row(rollout: Rollout, renderer: Renderer) -> dict[str, Any]:
+    """One sample without a verdict as plain values, with what a verdict takes."""
     return {
         "id": rollout.prompt.id,
         "sample": rollout.sample,
-        "correct": graded.correct,
-        "extracted": graded.extracted,
+        "prompt": rollout.prompt.question,
+        "answer": rollout.prompt.answer,
+        **_response(rollout, renderer),
+    }
+
+
+def _response(rollout: Rollout, renderer: Renderer) -> dict[str, Any]:
+    return {
         "length": len(rollout.ids),
         "finish_reason": rollout.finish_reason,
         "text": renderer.text(rollout.ids),
