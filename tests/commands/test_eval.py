@@ -84,6 +84,13 @@ def test_what_makes_no_sense_is_said(
         onpath.evaluate_model(model_dirs["student"], data=data_file, **{**SMALL, **changes})
 
 
+@pytest.mark.parametrize("end", ["", "/"])
+def test_a_model_is_not_compared_with_itself(end: str, data_file: Path, model_dirs: dict[str, Path]) -> None:
+    model = model_dirs["student"]
+    with pytest.raises(UserError, match=r"^against: .* is the same model; name another"):
+        onpath.evaluate_model(model, data=data_file, against=f"{model}{end}", **SMALL)
+
+
 def test_a_place_that_cannot_be_written_is_said_before_anything_loads(
     data_file: Path, model_dirs: dict[str, Path]
 ) -> None:

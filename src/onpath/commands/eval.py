@@ -113,7 +113,7 @@ def evaluate_model(
     _check_numbers(Real, temperature=temperature, top_p=top_p)
     with code.allowed(allow_code):
         first = _subject(str(model), dtype, device, "model", graded=grader is None)
-        others = [] if against is None else [_subject(str(against), dtype, device, "against", graded=False)]
+        others = _others(against, first, dtype, device)
     asked = first.config.eval
     given: dict[str, Any] = {
         "temperature": temperature,
@@ -204,6 +204,16 @@ def _subject(name: str, dtype: str | None, device: str, key: str, *, graded: boo
         raise UserError(f"device is {device!r}; it must be auto, cpu, cuda or cuda:0")
     student = Student.model_validate({"model": name, "dtype": dtype or own, "device": device})
     return _Subject(name=name, key=key, config=config.model_copy(update={"student": student}), of_run=found)
+
+
+def _others(
+    against: str | Path | None, first: _Subject, dtype: str | None, device: str
+) -> Sequence[_Subject]:
+    if against is None:
+        return ()
+    if Path(against) == Path(first.name):
+        raise UserError(f"against: {against} is the same model; name another one to compare it with")
+    return (_subject(str(against), dtype, device, "against", graded=False),)
 
 
 def _problems(subject: _Subject, data: str | Path | None) -> tuple[str, str]:
