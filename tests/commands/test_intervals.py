@@ -50,3 +50,19 @@ def test_an_interval_that_covers_0_is_no_verdict() -> None:
     _judge(rows)
     assert all(row["p_holm"] < 0.05 for row in rows)
     assert [row["verdict"] for row in rows] == ["inside the noise", "higher"]
+
+
+ROUNDED = [0.3 - 0.2, 0.2 - 0.1, 0.1 - 0.0]
+"""Equal but for rounding."""
+
+
+@pytest.mark.parametrize("runs", [1, 2, 4])
+def test_rounding_is_no_spread(runs: int) -> None:
+    rounded, equal = np.array([ROUNDED] * runs), np.full((runs, 3), 0.1)
+    assert np.ptp(rounded) > 0
+    assert p_value(rounded) == p_value(equal) == 0.25
+    assert p_value(rounded - 0.1) == p_value(equal - 0.1) == 1.0
+    for found, exact in ((difference(rounded), difference(equal)), (estimate(rounded), estimate(equal))):
+        assert found.ci95 == pytest.approx(exact.ci95)
+        assert found.p_value == exact.p_value
+    assert difference(rounded - 0.1).p_value == 1.0

@@ -20,6 +20,8 @@ CHUNK_ENTRIES = 1 << 20
 """Random numbers held at once."""
 Z_95 = 1.959963984540054
 """97.5% quantile of the standard normal."""
+ROUNDING = 1e-9
+"""Scores are means of verdicts, and differences of them: what is closer than so much is equal."""
 _FEW = 5
 """Values unlike the others below which resampling shows too little."""
 
@@ -67,7 +69,7 @@ def bootstrap_interval(
     scores_P = _vector(scores)
     if scores_P.min() < 0 or scores_P.max() > 1:
         raise ValueError("scores must lie within [0, 1]")
-    if np.ptp(scores_P) == 0:
+    if np.ptp(scores_P) <= ROUNDING:
         return wilson_interval(float(scores_P[0]), trials=len(scores_P))
     return with_unseen(_percentiles(scores_P, seed, resamples), scores_P, least=0.0)
 
@@ -131,8 +133,8 @@ def sign_flip_p_value(differences: ArrayLike, *, seed: int = 0, resamples: int =
     patterns. 1 where all differences are 0.
     """
     differences_P = _vector(differences)
-    moved = differences_P[differences_P != 0]
-    observed = abs(moved.sum()) - 1e-9 * np.abs(moved).sum()  # ties must count in spite of rounding
+    moved = differences_P[np.abs(differences_P) > ROUNDING]
+    observed = abs(moved.sum()) - ROUNDING * np.abs(moved).sum()  # ties must count in spite of rounding
     if len(moved) <= EXACT_SIGNS:
         patterns = np.arange(2 ** len(moved))[:, None] >> np.arange(len(moved)) & 1
         return float(np.mean(np.abs((2 * patterns - 1) @ moved) >= observed))

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from scipy.special import stdtr, stdtrit
 
 from onpath.evaluate.stats import (
+    ROUNDING,
     bootstrap_interval,
     difference_interval,
     sign_flip_p_value,
@@ -65,7 +66,7 @@ def estimate(scores_SP: NDArray[np.float64]) -> Estimate:
     mean = float(scores_SP.mean())
     if runs == 1:
         return Estimate(mean=mean, ci95=bootstrap_interval(scores_SP[0]), over=PROBLEMS_ONLY)
-    if problems == 1 or np.ptp(scores_SP) == 0:  # a spread of zero would claim certainty
+    if problems == 1 or np.ptp(scores_SP) <= ROUNDING:  # a spread of zero would claim certainty
         return Estimate(mean=mean, ci95=wilson_interval(mean, trials=problems), over=BOTH)
     half = _half_width(scores_SP, 0.05)
     ends = with_unseen((mean - half, mean + half), scores_SP.mean(axis=0), least=0.0)
@@ -77,7 +78,7 @@ def difference(differences_SP: NDArray[np.float64]) -> Estimate:
     runs, problems = differences_SP.shape
     mean = float(differences_SP.mean())
     over = PROBLEMS_ONLY if runs == 1 else BOTH
-    if problems > 1 and np.ptp(differences_SP) == 0:
+    if problems > 1 and np.ptp(differences_SP) <= ROUNDING:
         ends = with_unseen((mean, mean), differences_SP.mean(axis=0), least=-1.0)
         return Estimate(mean=mean, ci95=ends, over=over, p_value=p_value(differences_SP))
     if runs == 1:
@@ -98,9 +99,9 @@ def p_value(differences_SP: NDArray[np.float64]) -> float:
     """Two-sided, of a mean paired difference being 0, by t alone: quick, for many pairs."""
     runs, problems = differences_SP.shape
     mean = float(differences_SP.mean())
-    if problems == 1 or mean == 0:
+    if problems == 1 or abs(mean) <= ROUNDING:
         return 1.0
-    if np.ptp(differences_SP) == 0:
+    if np.ptp(differences_SP) <= ROUNDING:
         return float(2.0 ** (1 - problems))  # of all patterns of signs, these two are as far from 0
     if 2 <= runs < _ENOUGH_SEEDS:
         return _level_reaching(differences_SP, abs(mean))
