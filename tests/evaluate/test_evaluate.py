@@ -134,6 +134,13 @@ def test_equal_scores_get_wilsons_interval(scores: list[float], expected: tuple[
     assert bootstrap_interval(scores) == pytest.approx(expected, abs=5e-4)
 
 
+def test_rounding_is_no_difference() -> None:
+    rounded = [0.3 - 0.2, 0.2 - 0.1, 0.1 - 0.0]
+    assert len(set(rounded)) > 1
+    assert bootstrap_interval(rounded) == pytest.approx(bootstrap_interval([0.1] * 3))
+    assert sign_flip_p_value([0.3 - 0.2 - 0.1, 0.2 - 0.1 - 0.1, 0.1 + 0.2 - 0.3]) == 1.0
+
+
 @pytest.mark.parametrize(("hits", "trials"), [(0, 7), (3, 7), (7, 7), (50, 100)])
 def test_wilson_equals_scipys(hits: int, trials: int) -> None:
     theirs = scipy.stats.binomtest(hits, trials).proportion_ci(method="wilson")
