@@ -40,6 +40,7 @@ COMPLETION = json.dumps({"prompt": STUB, "test": CHECK, "entry_point": "middle"}
 PAIRS = json.dumps({"inputs": ["1 2\n", ["3", "4"]], "outputs": ["3\n", "7"]})
 CALLS = json.dumps({"fn_name": "add", "inputs": [[1, 2], [[1], [2]]], "outputs": [3, [[1, 2]]]})
 METHOD = json.dumps({"test": "def check(f):\n    assert f(a=1) == 1", "entry_point": "Solution().add"})
+LATER = "def middle(xs: Later) -> int:\n    return xs[half(len(xs))]"
 SUM = "import sys\nprint(sum(map(int, sys.stdin.read().split())), ' ')"
 
 
@@ -98,6 +99,8 @@ def test_a_block_that_defines_the_tested_function_comes_first() -> None:
             True,
         ),
         (fenced("return xs[1]"), False),
+        (fenced(f"from __future__ import annotations\n{LATER}"), True),
+        (fenced(f"from __future__ import (  # first\n    annotations,\n)\nimport math\n\n{LATER}"), True),
     ],
 )
 def test_a_completion_and_a_whole_function_are_both_read(grader: CodeGrader, text: str, right: bool) -> None:
@@ -333,13 +336,18 @@ def test_rows_bring_tests_in_the_forms_of_common_data_sets(tmp_path: Path, grade
         {"prompt": "x", "tests": json.loads(CALLS)},
         {"prompt": "x", "tests": [{"input": "1", "output": "1"}]},
         {"prompt": "x", "answer": "assert add(1, 2) == 3"},
+        {"prompt": "x", "tests": json.dumps(asserts)},
+        {"prompt": "x", "answer": json.dumps(asserts)},
+        {"prompt": "x", "tests": json.dumps([{"input": "1", "output": ""}])},
+        {"prompt": "x", "answer": json.dumps([{"input": "1", "output": ""}])},
+        {"prompt": "x", "tests": "[add(i, 1) for i in (1, 2)]"},
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in given))
     answers = [p.answer or "" for p in load_prompts(str(path)).prompts]
     assert answers[0] == "\n".join(asserts)
     assert [grader.grade("def add(a, b):\n    return a + b", a).correct for a in answers] == [
-        *(True, True, True, False, True)
+        *(True, True, True, False, True, True, True, True, True, True)
     ]
     path.write_text('{"prompt": "x", "tests": [1]}')
     with pytest.raises(UserError, match="line 1: 'tests' must be text, a list of asserts, or an object"):
@@ -552,9 +560,22 @@ def test_a_block_of_usage_is_not_the_program(code: str, usage: str, tests: str, 
     assert grader.grade(fenced(code) + fenced(usage), tests).correct
 
 
-def test_a_block_in_a_list_is_its_program() -> None:
-    text = "1. So:\n   ```python\n   def f(x):\n       return x\n   ```\n2. Done."
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1. So:\n   ```python\n   def f(x):\n       return x\n   ```\n2. Done.",
+        "- ```python\n  def f(x):\n      return x\n  ```\n- Done.",
+        "* 2) ```python\n     def f(x):\n         return x\n     ```\nDone.",
+        "-  ```\n   def f(x):\n       return x\n```\nDone.",
+    ],
+)
+def test_a_block_in_a_list_is_its_program(text: str) -> None:
     assert program_of(text, CodeTests()) == "def f(x):\n    return x"
+
+
+def test_an_item_in_a_block_does_not_end_it() -> None:
+    text = "```python\ns = '''\n- ```\n'''\n```"
+    assert program_of(text, CodeTests()) == "s = '''\n- ```\n'''"
 
 
 def test_tests_of_several_forms_stand_in_one_parquet(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from onpath.records import Message, Prompt
@@ -182,13 +183,29 @@ def _answer(value: Any) -> str | None:
     return _encodable(str(value), "answer")
 
 
+def unlisted(tests: Any) -> Any:
+    """Tests that stand in a list, also in one as JSON: asserts one below the other, pairs of input and output
+    as one object. Other tests as they are.
+
+    >>> unlisted('["assert f(1) == 2", "assert f(2) == 3"]')
+    'assert f(1) == 2\\nassert f(2) == 3'
+    """
+    listed = tests
+    if isinstance(tests, str) and tests.lstrip().startswith("["):
+        with suppress(ValueError):  # it may be Python
+            listed = parse_json(tests)
+    if not isinstance(listed, list) or not listed:
+        return tests
+    if all(isinstance(v, str) for v in listed):
+        return "\n".join(listed)
+    if all(isinstance(v, Mapping) and {"input", "output"} <= set(v) for v in listed):
+        return {"inputs": [v["input"] for v in listed], "outputs": [v["output"] for v in listed]}
+    return tests
+
+
 def _tests(value: Any) -> str:
-    """Tests of a program as text: asserts one below the other, objects as JSON."""
-    pairs = isinstance(value, list) and all(isinstance(v, Mapping) for v in value)
-    if pairs and all({"input", "output"} <= set(v) for v in value):
-        value = {"inputs": [v["input"] for v in value], "outputs": [v["output"] for v in value]}
-    if isinstance(value, list) and all(isinstance(v, str) for v in value):
-        value = "\n".join(value)
+    """Tests of a program as text, objects as JSON."""
+    value = unlisted(value)
     if isinstance(value, Mapping):
         try:
             value = json.dumps(value)

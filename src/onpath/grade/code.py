@@ -10,6 +10,7 @@ from functools import lru_cache
 from threading import Lock
 from typing import Any
 
+from onpath.data.rows import unlisted
 from onpath.data.thinking import answer_part
 from onpath.grade import sandbox
 from onpath.grade.base import Grader, Verdict
@@ -26,7 +27,9 @@ FORMS = (
 )
 """What tests look like."""
 _PYTHON = ("python", "py", "python3")
-_FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})[ \t]*(\w*)")
+_FENCE = re.compile(r"[ \t]*+(?:(?:[-*+]|\d{1,9}[.)])[ \t]++)*+(`{3,}|~{3,})[ \t]*(\w*)")
+"""Also where it begins an item of a list."""
+_FUTURE = re.compile(r"^from[ \t]+__future__[ \t]+import[ \t]+(?:\([^)]*\)|[^\n]*)\n?", re.MULTILINE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +56,11 @@ class CodeTests:
         Raises:
             UserError: they have none of `FORMS`.
         """
-        if not answer.lstrip().startswith("{"):
-            return cls(function={"tests": answer})
+        given = unlisted(answer)
+        if isinstance(given, str) and not given.lstrip().startswith("{"):
+            return cls(function={"tests": given})
         try:
-            given = parse_json(answer)
+            given = parse_json(given) if isinstance(given, str) else given
         except ValueError as error:
             raise _unusable(answer, str(error)) from None
         if given.get("inputs") is not None or given.get("outputs") is not None:
@@ -227,8 +231,14 @@ def program_of(text: str, tests: CodeTests) -> str | None:
         return code
     head = re.search(_definition(tests.entry_point), tests.stub, re.MULTILINE)
     if head is not None and _defines(code, tests.entry_point):
-        return tests.stub[: head.start()] + code  # its imports and helpers
+        return _joined(tests.stub[: head.start()], code)  # its imports and helpers
     return tests.stub.rstrip() + "\n" + _body(code)
+
+
+def _joined(before: str, code: str) -> str:
+    """One program of two; Python wants imports of __future__ at its top."""
+    future = "".join(line.rstrip() + "\n" for line in _FUTURE.findall(code))
+    return future + before + _FUTURE.sub("", code) if future else before + code
 
 
 def _definition(name: str) -> str:
@@ -279,7 +289,7 @@ def _blocks(text: str) -> Sequence[_Block]:
         if not mark:
             if fence is not None:
                 mark, label, held = fence[1], fence[2].lower(), []
-                margin = re.compile(rf"[ \t]{{0,{len(line) - len(line.lstrip())}}}")  # of a list's item
+                margin = re.compile(rf"[ \t]{{0,{fence.start(1)}}}")  # of a list's item
         elif fence is not None and line.strip().startswith(mark) and not fence[2]:
             blocks.append(_Block(label=label, code="\n".join(held), closed=True))
             mark = ""
