@@ -69,6 +69,16 @@ FORGERY = {
     "    __hash__ = int.__hash__\ndef f(x):\n    return Any(7)",
     "an object equal to everything": "class Any:\n    def __eq__(self, other):\n        return True\n"
     "def f(x):\n    return Any()",
+    "fields equal to everything": "class P(tuple):\n    _fields = ('__eq__', '_number')\n"
+    "    def __eq__(self, other):\n        return True\ndef f(x):\n    return P((lambda *a: True, 0))",
+    "a fraction equal to everything": "import fractions\nclass Fraction(fractions.Fraction):\n"
+    "    def __eq__(self, other):\n        return True\nfractions.Fraction = Fraction\n"
+    "def f(x):\n    return Fraction(7)",
+    "replies that are none": "import os\n"
+    "said = [{'value': {'same': 0}, 'changed': [{'kept': 0}] * 9}, {'x': 1}]\n"
+    "for d in range(3, 64):\n    try:\n        for one in said * 3:\n"
+    "            os.write(d, repr(one).replace(chr(39), chr(34)).encode() + b'\\n')\n"
+    "    except OSError:\n        pass",
     "the end of a loop": "def f(x):\n    raise StopIteration",
     "asserts that hold": "import builtins\nbuiltins.AssertionError = type('Never', (BaseException,), {})\n"
     "def f(x):\n    return 7",

@@ -179,6 +179,10 @@ def test_tests_that_turn_out_to_call_nothing_are_a_fault_only_if_no_program_has_
         ("def f(pair): pair[0].append(1)", "a = []\nf((a,))\nassert a == [1]"),
         ("def f(d): d['a'].add(2)", "s = {1}\nf({'a': s})\nassert s == {1, 2}"),
         ("def f(xs, ys):\n    xs.append(1)\n    return ys", "a = []\nassert f(a, a) is a"),
+        (
+            "def f(xs, n):\n    for _ in range(n):\n        xs[0] = [xs[0]]\n    return xs[0]",
+            "a, b = [[]], []\nfor _ in range(600):\n    b = [b]\nassert f(a, 600) == b and a == [b]",
+        ),
         ("def f(xs): xs.append(xs)", "a = []\nf(a)\nassert a[0] is a"),
         (
             "def f(xs):\n    xs.append(1)\n    raise ValueError",

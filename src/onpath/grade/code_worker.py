@@ -286,6 +286,17 @@ _LIBRARY: dict[str, tuple[str, Callable[[Any], Any], Callable[[Any, Any], Any]]]
 """Name of a type → its module, its parts, and how it is made of them."""
 
 
+@contextlib.contextmanager
+def _depth() -> Iterator[None]:
+    """Room for nested values: a level takes four calls here, where a program needs one."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(limit, 5_000))
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(limit)
+
+
 def serve(source: str, peer: Peer, modules: Sequence[str]) -> None:
     """The program's side: loads it, then answers until the tests have ended."""
     module = types.ModuleType("program")
@@ -311,7 +322,8 @@ def serve(source: str, peer: Peer, modules: Sequence[str]) -> None:
 
     while (request := peer.receive()) is not None:
         wire = Wire(keep, objects.__getitem__, modules)
-        arguments, keywords = wire.unpack(request.pop())
+        with _depth():
+            arguments, keywords = wire.unpack(request.pop())
         given = len(wire.shared)
         what, number, *rest = request
         reply: dict[str, Any] = {}
@@ -319,20 +331,25 @@ def serve(source: str, peer: Peer, modules: Sequence[str]) -> None:
             value = answer(what, objects[number], rest)
         except BaseException as error:
             reply = _raised(error)
-        try:  # what a call did to its arguments, which the tests may look at
-            reply["changed"] = [wire.contents(each) for each in wire.shared[:given]]
-            if "error" not in reply:
-                reply["value"] = wire.pack(value)
+        try:
+            with _depth():  # what a call did to its arguments, which the tests may look at, comes first
+                reply["changed"] = [wire.contents(each) for each in wire.shared[:given]]
+                if "error" not in reply:
+                    reply["value"] = wire.pack(value)
         except BaseException as error:
             reply = reply if "error" in reply else _raised(error)
         peer.send(reply)
 
 
 def _raised(error: BaseException) -> dict[str, Any]:
+    return {"error": type(error).__name__, "said": _words(error)}
+
+
+def _words(error: BaseException) -> str:
     try:
-        return {"error": type(error).__name__, "said": str(error)[:300]}
-    except BaseException:
-        return {"error": type(error).__name__, "said": ""}
+        return str(error)[:300]
+    except BaseException:  # of its own, or of an object of the program's in it
+        return ""
 
 
 _OPERATIONS: dict[str, Callable[..., Any]] = {
@@ -438,7 +455,8 @@ class Asking:
         self, what: str, number: int, *rest: Any, arguments: Any = (), keywords: Mapping[str, Any] = {}
     ) -> Any:
         wire = Wire(_number_of, self.remote, self._modules)
-        sent = wire.pack((list(arguments), dict(keywords)))
+        with _depth():
+            sent = wire.pack((list(arguments), dict(keywords)))
         given = wire.shared[:]
         self.calls += what == "call"
         self.others += what not in ("call", "name", "load")
@@ -449,11 +467,12 @@ class Asking:
             reply = None
         if not isinstance(reply, dict):
             raise Gone("it ended, or said what is no reply")
-        for ours, theirs in zip(given, reply.get("changed") or [], strict=False):
-            wire.fill(ours, theirs)
-        if "error" in reply:
-            raise _error(str(reply["error"]), str(reply.get("said")))
-        return wire.unpack(reply.get("value"))
+        with _depth():
+            for ours, theirs in zip(given, reply.get("changed") or [], strict=False):
+                wire.fill(ours, theirs)
+            if "error" in reply:
+                raise _error(str(reply["error"]), str(reply.get("said")))
+            return wire.unpack(reply.get("value"))
 
     def remote(self, number: int) -> Remote:
         """The same for the same object, so that it is equal to itself."""
@@ -511,7 +530,7 @@ def _told(error: BaseException) -> str:
             line = trace.tb_lineno
         trace = trace.tb_next
     where = f" (line {line} of the tests)" if line else ""
-    return f"{type(error).__name__}: {str(error)[:200]}{where}"
+    return f"{type(error).__name__}: {_words(error)[:200]}{where}"
 
 
 def _assertions(given: Mapping[str, Any], ask: Asking, read: Any) -> Callable[[], None]:
