@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 from onpath.gym.check import ERROR_KINDS, error_kind, first_error, grade, label_tokens, skills
 from onpath.gym.mixture import TEMPLATES
-from onpath.gym.models import model_dir
+from onpath.gym.models import Role, model_dir
 from onpath.gym.surface import student
 from onpath.gym.tasks import SIZES
 from onpath.gym.vocab import ONSET_WORDS
@@ -64,13 +64,13 @@ class Gym:
 
     def model(self, role: str) -> Path:
         """See `Task.model`."""
-        if role not in ("student", "teacher"):
-            raise ValueError("the bundled models are gym:student and gym:teacher")
+        if role not in get_args(Role):
+            raise ValueError("the bundled models are gym:student, gym:teacher and gym:persona")
         if self.world != Worlds(surface=self.world.surface):
             raise ValueError("late, spoil and lost are of the data: data.train: gym:train?late=1")
         if self.world.surface < 1 and role != "student":
             raise ValueError("surface is the student's: student.model: gym:student?surface=0")
-        return student(self.world.surface) if role == "student" else model_dir("teacher")
+        return student(self.world.surface) if role == "student" else model_dir(cast(Role, role))
 
     def stated(self, answer: str) -> str:
         """See `Task.stated`."""
