@@ -1,5 +1,7 @@
 """The bundled checkpoints are what the README says."""
 
+import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from onpath import gym
 from onpath.data.tasks import task_of
 from onpath.gym import recipe
 from onpath.gym.language import EOS
+from onpath.gym.persona import FIRST, divergence, scored, written
 from onpath.gym.sample import context_ids, sample
 from onpath.gym.vocab import EQUALS, IDS, SEPARATORS
 
@@ -30,13 +33,32 @@ def accuracy(model, split: str, n: int, temperature: float) -> float:
 
 
 def test_bundled_files_are_small_and_hold_no_code() -> None:
-    files = [path for name in ("student", "teacher") for path in Path(gym.model_dir(name)).iterdir()]
-    assert sum(path.stat().st_size for path in files) < 20e6
+    homes = [gym.model_dir(name).parent for name in ("student", "teacher", "persona")]
+    assert len({*homes}) == 1
+    files = [
+        path for home in (homes[0], task_of("maze:x").model("teacher").parent) for path in home.rglob("*.*")
+    ]  # type: ignore[union-attr]
+    assert len(files) == 6 * 6
+    assert sum(path.stat().st_size for path in files) < 20e6, "all bundled models of both tasks"
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".jinja"}
 
 
 def test_teacher_is_nearly_always_right(models) -> None:
     assert accuracy(models["teacher"], "test", 64, 0) >= 0.95
+
+
+def test_the_persona_is_the_teacher_until_an_error_and_the_student_behind_it(models) -> None:
+    """The checker, which says where the error is, is asked by the test alone."""
+    torch.manual_seed(0)
+    texts = scored(written(random.Random("unseen"), replace(FIRST, texts=60), models, "test"), models)
+    persona = AutoModelForCausalLM.from_pretrained(gym.model_dir("persona")).eval()
+    with torch.no_grad():
+        kl_N, lost_N = divergence(persona, texts)
+        plain_N, _ = divergence(models["teacher"], texts)
+    assert kl_N[~lost_N].mean() < 0.005
+    assert kl_N[lost_N].mean() < 0.06
+    assert plain_N[lost_N].mean() > 1, "the teacher is not lost"
+    assert accuracy(persona, "test", 64, 0) >= 0.95
 
 
 def test_student_has_room_to_win_and_to_lose(models) -> None:

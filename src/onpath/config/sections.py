@@ -94,8 +94,8 @@ class Teacher(Served):
     OpenAI-compatible chat endpoint at teacher.url, of any vocabulary, which only generates: trd, or opd with
     method.writer: teacher, and method.divergence: cross_entropy."""
     model: Annotated[str, PLACE] = "gym:teacher"
-    """Directory or hub name of a causal LM with the student's vocabulary, or gym:teacher; with a server
-    also the name that it serves it under; with chat nothing but that name."""
+    """Directory or hub name of a causal LM with the student's vocabulary, or a bundled one (gym:teacher,
+    gym:persona); with a server also the name that it serves it under; with chat nothing but that name."""
     mixture: dict[str, float] | None = None
     """Of several teachers: names of others and their weights, such as {math: 0.7, code: 0.3}. This one is the
     mixture of their probabilities, token by token; it scores and writes nothing. Nothing else is set then.
