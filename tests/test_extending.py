@@ -982,21 +982,6 @@ def test_only_what_a_method_s_own_code_does_is_its_fault() -> None:
             fails()
 
 
-def test_kept_rollouts_are_those_of_their_trajectories(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A replay buffer's are of another time."""
-    buffer: list[Any] = []
-
-    def answer(rollouts: Any) -> Prepared:
-        buffer.extend(rollouts)
-        return Prepared(trajectories=[own_response(buffer[0]) for _ in rollouts])
-
-    monkeypatch.setattr(Giving, "answer", staticmethod(answer))
-    config = tiny(eval__start=False, rollout__refresh={"every": 1})
-    with pytest.raises(UserError, match=r"makes one of another time's \(of prompt .*\); set rollout.refresh"):
-        onpath.train(config, method=Giving, quiet=True)
-    assert onpath.train(tiny(eval__start=False, run__name="fresh"), method=Giving, quiet=True).steps > 1
-
-
 class Keeping(Method):
     """Keeps a tensor in one of four ways of which none can be restored, and in the one that can."""
 

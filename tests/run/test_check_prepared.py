@@ -226,3 +226,18 @@ def test_a_run_says_that_it_trains_on_nothing(
     with pytest.raises(UserError, match="in none of 2 steps was a token trained on"):
         onpath.train(tiny(optim__steps=2, eval__start=False), method=Giving)
     assert capsys.readouterr().err.count("step 1 has no token to train on") == 1
+
+
+def test_kept_rollouts_are_those_of_their_trajectories(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay buffer's are of another time."""
+    buffer: list[Any] = []
+
+    def answer(rollouts: Any) -> Prepared:
+        buffer.extend(rollouts)
+        return Prepared(trajectories=[own_response(buffer[0]) for _ in rollouts])
+
+    monkeypatch.setattr(Giving, "answer", staticmethod(answer))
+    config = tiny(eval__start=False, rollout__refresh={"every": 1})
+    with pytest.raises(UserError, match=r"makes one of another time's \(of prompt .*\); set rollout.refresh"):
+        onpath.train(config, method=Giving, quiet=True)
+    assert onpath.train(tiny(eval__start=False, run__name="fresh"), method=Giving, quiet=True).steps > 1

@@ -86,7 +86,7 @@ def test_trl_gives_the_same_loss_and_gradients(beta: float, tiny: Tiny) -> None:
     kind = {1.0: "reverse_kl", 0.0: "forward_kl"}.get(beta, "jensen_shannon")
     options = {"method__beta": beta} if kind == "jensen_shannon" else {}
     parts = assemble(tiny(method__divergence=kind, optim__max_grad_norm=1e9, data__eval={}, **options))
-    made = [replace(t, response=t.response[: 1 + 2 * i]) for i, t in enumerate(rollouts_of(parts))]
+    made = [t.truncated(1 + 2 * i) for i, t in enumerate(rollouts_of(parts))]
     assert len({len(t.student_context) for t in made}) > 1
     assert len({len(t.response) for t in made}) > 3
     meter, ours = step_on(parts, made, micro_batch_tokens=60)

@@ -122,9 +122,8 @@ def evaluate_model(
         "max_new_tokens": max_new_tokens,
         "seed": seed,
     }
-    sampling = replace(
-        asked.sampling(), **{name: value for name, value in given.items() if value is not None}
-    )
+    given = {name: value for name, value in given.items() if value is not None}
+    sampling = replace(asked.sampling(), **given)
     samples = n if n is not None else asked.n if k is None else k
     passes = asked.k if k is None else k
     _check(sampling, n=samples, k=passes, batch_tokens=batch_tokens)
