@@ -19,8 +19,8 @@ class RelayOptions(MethodOptions):
     token opens a correction and is not among the student's `reflection_k` (Relay-OPD); at TOPD's fork; at the
     first wrong token by the task's checker."""
     delta: Annotated[float, GoesWith("trigger", "log_ratio")] = 8.0
-    """log_ratio: δ, nats; 8 is the paper's. A teacher whose tail is soft, such as a distilled one, seldom
-    reaches it: look at the log's `relay_share`, and try 4 where it is near 0."""
+    """log_ratio: δ, nats. A teacher whose tail is soft, such as a distilled one, seldom reaches it: look at
+    the log's `relay_share`, and try 4 where it is near 0."""
     from_start: Annotated[bool, GoesWith("trigger", "log_ratio")] = False
     """Both models write side by side from the first token on, and the student's own response never is: a step
     costs little more than OPD's, and the accuracy and rewards of rollouts are those of the mended ones. With
