@@ -101,8 +101,8 @@ def check_written(t: Trajectory, where: str) -> None:
     if not isinstance(t.edit.detail, Mapping):
         raise UserError(f"{where} its edit's detail as {_kind(t.edit.detail)}; it is a mapping by names")
     _check_writers(t.writers or (), where)
-    if wrong := next((key for key, value in t.edit.detail.items() if not _is_json(value)), None):
-        raise UserError(f"{where} {wrong} in its edit's detail, which is no JSON")
+    if wrong := [key for key, value in t.edit.detail.items() if not _is_json(value)]:
+        raise UserError(f"{where} {wrong[0]} in its edit's detail, which is no JSON")
 
 
 def check_tokens(t: Trajectory, where: str, parts: Parts) -> None:
@@ -199,9 +199,9 @@ def check_rollouts(rollouts: object, blank: Sequence[Rollout], parts: Parts) -> 
 def _check_ids(ids: object, where: str, part: str) -> None:
     if not isinstance(ids, tuple):
         raise UserError(f"{where} {part} as {_kind(ids)}; it is a tuple of token ids")
-    if wrong := next((x for x in ids if not isinstance(x, Integral)), None):
+    if wrong := [x for x in ids if not isinstance(x, Integral)]:  # None and 0.0 among them
         raise UserError(
-            f"{where} {_said(wrong)} in its {part}; it is a tuple of token ids, plain whole numbers"
+            f"{where} {_said(wrong[0])} in its {part}; it is a tuple of token ids, plain whole numbers"
         )
 
 
@@ -218,8 +218,8 @@ def _check_numbers(given: object, where: str, part: str) -> None:
 
 
 def _check_writers(writers: Sequence[str], where: str) -> None:
-    if unknown := next((who for who in writers if who not in WRITERS), None):
-        raise UserError(f"{where} a writer {unknown!r}; there are {', '.join(WRITERS)}")
+    if unknown := [who for who in writers if who not in WRITERS]:
+        raise UserError(f"{where} a writer {unknown[0]!r}; there are {', '.join(WRITERS)}")
 
 
 def _within(ids: tuple[int, ...], count: int) -> bool:
