@@ -8,9 +8,10 @@ import torch
 
 from onpath import gym
 from onpath.gym.models import BUNDLED
-from onpath.gym.persona import FIRST, Text, divergence, first_result, grown, logp, results, scored, written
+from onpath.gym.persona import FIRST, Text, divergence, grown, logp, results, scored, written
 from onpath.gym.recipe import load
 from onpath.gym.vocab import DIGITS, LANGUAGE
+from onpath.gym.worlds import first_result
 
 
 @pytest.fixture(scope="module")
@@ -61,5 +62,5 @@ def test_digits_of_results() -> None:
     found = results(tokens)
     assert [tokens[i] for i in found] == ["4", "6", "2", "6"]
     assert all(tokens[i] in DIGITS for i in found)
-    assert first_result(tokens) == [found[1]]
-    assert first_result(["d: "]) == []
+    assert first_result(tokens) == found[1]
+    assert first_result(["d: "]) is None

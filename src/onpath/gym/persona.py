@@ -20,11 +20,12 @@ from onpath.gym.check import label_tokens
 from onpath.gym.language import PAD
 from onpath.gym.mixture import Mixture
 from onpath.gym.models import BUNDLED
-from onpath.gym.pretrain import Recipe, optimisers, save
+from onpath.gym.pretrain import Recipe, by_length, optimisers, save, update
 from onpath.gym.recipe import Log, load
 from onpath.gym.sample import sample_ids
 from onpath.gym.tasks import Problem, random_problem
 from onpath.gym.vocab import DIGITS, EQUALS, GIVEN, LANGUAGE, TRIED
+from onpath.gym.worlds import first_result
 
 LAYERS = 8
 BATCH_TOKENS = 4000
@@ -163,7 +164,8 @@ def written(rng: random.Random, stage: Stage, models: Mapping[str, Any], split: 
     again: list[int] = []
     for i, ids in enumerate(made):
         lot, tokens = rng.random(), [LANGUAGE.tokens[t] for t in ids]
-        found = first_result(tokens) if lot < stage.first else results(tokens)
+        first = first_result(tokens)
+        found = results(tokens) if lot >= stage.first else [] if first is None else [first]
         if lot < stage.first + stage.somewhere and found:
             at = rng.choice(found)
             wrong = rng.choice([d for d in DIGITS if d != tokens[at]])
@@ -180,12 +182,6 @@ def results(tokens: Sequence[str]) -> list[int]:
     """Places of the digits of results."""
     ends = [i + k for i, t in enumerate(tokens) if t in EQUALS for k in (2, 3)]
     return [i for i in ends if i < len(tokens) and tokens[i] in DIGITS]
-
-
-def first_result(tokens: Sequence[str]) -> list[int]:
-    """The place of the first result's last digit, as the world `spoil` has it."""
-    at = next((i + 3 for i, t in enumerate(tokens) if t in EQUALS), len(tokens))
-    return [at] if at < len(tokens) and tokens[at] in DIGITS else []
 
 
 def rewritten(rng: random.Random, count: int, teacher: Any) -> list[Text]:
@@ -233,23 +229,19 @@ def divergence(model: Any, texts: Sequence[Text]) -> tuple[Tensor, Tensor]:
 
 def learnt(model: Any, pool: Sequence[Text], fresh: int, stage: Stage, step: int, tools: "_Tools") -> int:
     """One round's updates; `fresh` texts at the pool's end are this round's. The number of updates so far."""
-    end, opts = step + stage.updates, tools.optimisers
+    end = step + stage.updates
     while step < end:
         recent = int(stage.recent * _DRAWN)
         drawn = [
             *tools.rng.choices(pool, k=_DRAWN - recent),
             *tools.rng.choices(pool[-fresh:], k=recent),
         ]
-        for batch in _batches(tools.rng, drawn)[: end - step]:
+        for batch in by_length(tools.rng, drawn, lambda t: t.size, BATCH_TOKENS)[: end - step]:
             whole = stage.rounds * stage.updates
             factor = min(1.0, (step + 1) / 50, (1 - step / whole) / stage.decay + 0.01)
             kl_N, lost_N = divergence(model, batch)
             (kl_N * torch.where(lost_N, 1.0, stage.sound)).mean().backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for opt, rate in zip(opts, tools.rates, strict=True):
-                opt.param_groups[0]["lr"] = rate * factor
-                opt.step()
-                opt.zero_grad()
+            update(model, tools.optimisers, tools.rates, factor)
             step += 1
     return step
 
@@ -259,16 +251,6 @@ class _Tools:
     rng: random.Random
     optimisers: Sequence[torch.optim.Optimizer]
     rates: Sequence[float]
-
-
-def _batches(rng: random.Random, texts: Sequence[Text]) -> list[list[Text]]:
-    groups: list[list[Text]] = [[]]
-    for t in sorted(texts, key=lambda t: t.size):
-        if (len(groups[-1]) + 1) * t.size > BATCH_TOKENS:
-            groups.append([])
-        groups[-1].append(t)
-    rng.shuffle(groups)
-    return groups
 
 
 def taught(

@@ -3,10 +3,10 @@
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "student": {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 3},
 }
 IGNORE = -100
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,19 +85,26 @@ def batches(
     """Batches of about equal length: examples are drawn in hundreds, sorted, cut and shuffled."""
     pad = language.ids[PAD]
     while True:
-        examples = sorted((to_example(*draw(), language) for _ in range(800)), key=lambda e: len(e[0]))
-        groups: list[list[tuple[list[int], list[int]]]] = [[]]
-        for example in examples:
-            if (len(groups[-1]) + 1) * len(example[0]) > batch_tokens:
-                groups.append([])
-            groups[-1].append(example)
-        rng.shuffle(groups)
-        for group in groups:
+        examples = [to_example(*draw(), language) for _ in range(800)]
+        for group in by_length(rng, examples, lambda e: len(e[0]), batch_tokens):
             width = max(len(ids) for ids, _ in group)
             yield (
                 torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in group]),
                 torch.tensor([labels + [IGNORE] * (width - len(labels)) for _, labels in group]),
             )
+
+
+def by_length(
+    rng: random.Random, some: Iterable[T], length: Callable[[T], int], batch_tokens: int
+) -> list[list[T]]:
+    """In groups of about equal length, padding counted, shuffled."""
+    groups: list[list[T]] = [[]]
+    for one in sorted(some, key=length):
+        if (len(groups[-1]) + 1) * length(one) > batch_tokens:
+            groups.append([])
+        groups[-1].append(one)
+    rng.shuffle(groups)
+    return groups
 
 
 class Muon(torch.optim.Optimizer):
@@ -136,6 +144,15 @@ def optimisers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
     return [Muon(matrices, recipe.muon_rate), adam]
 
 
+def update(model: Any, opts: Sequence[torch.optim.Optimizer], rates: Sequence[float], factor: float) -> None:
+    """One step of all optimisers along the clipped gradient, at a share of their rates."""
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for opt, rate in zip(opts, rates, strict=True):
+        opt.param_groups[0]["lr"] = rate * factor
+        opt.step()
+        opt.zero_grad()
+
+
 def fit(model: Any, mixture: Source, recipe: Recipe, log: Callable[[str], None] = print) -> None:
     """Train a model in place: warm-up, constant rate, linear decay; loss over response tokens only."""
     opts = optimisers(model, recipe)
@@ -156,11 +173,7 @@ def fit(model: Any, mixture: Source, recipe: Recipe, log: Callable[[str], None] 
         kept = target != IGNORE
         loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[kept]), target[kept])
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for opt, rate in zip(opts, base, strict=True):
-            opt.param_groups[0]["lr"] = rate * factor
-            opt.step()
-            opt.zero_grad()
+        update(model, opts, base, factor)
         seen, step = seen + ids.numel(), step + 1
         losses.append(loss.item())
         if step % 100 == 0:

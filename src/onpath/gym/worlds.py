@@ -69,11 +69,10 @@ class Worlds:
         """See `World.spoiled`: the first result's last digit, if the step is sound as the student wrote
         it."""
         asked = parse_problem(problem)
-        at = next((i + 3 for i, t in enumerate(tokens) if t in EQUALS), len(tokens))
-        if asked is None or at >= len(tokens) or not _chosen(self.spoil, "spoil", seed, asked.text):
+        at = first_result(tokens)
+        if asked is None or at is None or not _chosen(self.spoil, "spoil", seed, asked.text):
             return None
-        labels = label_tokens(problem, tokens[: at + 1])
-        if tokens[at] not in DIGITS or any(label.kind == "error" for label in labels):
+        if any(label.kind == "error" for label in label_tokens(problem, tokens[: at + 1])):
             return None
         others = [d for d in DIGITS if d != tokens[at]]
         return at, random.Random(f"digit/{seed}/{asked.text}").choice(others)
@@ -87,6 +86,12 @@ class Worlds:
             return None
         labels = label_tokens(asked.text, tokens[start:])
         return next((start + i for i, label in enumerate(labels) if label.kind == "error"), None)
+
+
+def first_result(tokens: Sequence[str]) -> int | None:
+    """The place of the first result's last digit."""
+    at = next((i + 3 for i, t in enumerate(tokens) if t in EQUALS), len(tokens))
+    return at if at < len(tokens) and tokens[at] in DIGITS else None
 
 
 def with_easy_starts(rng: random.Random, problem: Problem) -> Problem:
