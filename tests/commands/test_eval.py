@@ -131,6 +131,7 @@ def test_samples_outlive_a_grader_that_fails(
     ) as caught:
         onpath.evaluate_model(model, data=data_file, out=out, **{**SMALL, **changes})
     assert str(caught.value).endswith(f"ungraded, in {out / 'ungraded_0.parquet'}")
+    assert "in moody" in caught.value.frames, "the line that failed"
     assert [p.name for p in out.iterdir()] == ["ungraded_0.parquet"]
     kept = pq.read_table(out / "ungraded_0.parquet").to_pylist()
     assert list(kept[0]) == ["id", "sample", "prompt", "answer", "length", "finish_reason", "text", "ids"]

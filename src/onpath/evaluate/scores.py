@@ -163,7 +163,9 @@ def evaluate(
             raise
         said = f"the {len(rollouts):,} samples are kept, ungraded, in {keep(rollouts)}"
         if isinstance(error, UserError):
-            raise UserError(f"{error}; {said}") from error
+            told = UserError(f"{error}; {said}")
+            told.frames = error.frames
+            raise told from error
         error.add_note(said)
         raise
     graded = [
