@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
 from onpath.data.batch import collate
 from onpath.data.render import Renderer
+from onpath.engines import hf
 from onpath.engines.decoding import branches
 from onpath.engines.decoding.branches import Past, branch
 from onpath.engines.decoding.drafts import Drafts
@@ -181,10 +182,12 @@ def test_an_answer_that_repeats_a_text_is_the_same_in_fewer_passes(
         assert counted.passes < 0.75 * before
 
 
+@pytest.mark.parametrize("together", [16, 3])
 @pytest.mark.parametrize("batch_tokens", [32_768, 60])
 def test_what_was_read_while_it_was_written_is_what_a_pass_over_it_reads(
-    batch_tokens: int, counted: Counted
+    batch_tokens: int, together: int, counted: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(hf, "_READ_TOGETHER", together)
     counted.engine.batch_tokens = batch_tokens
     prompts, drafts = rewrites_of(counted)
     sampling, keys = Sampling(temperature=0.6, max_new_tokens=K, seed=4), [str(i) for i in range(4)]

@@ -35,6 +35,7 @@ _COMPACT_BELOW = 0.75  # drop finished rows once fewer than this share of the ba
 
 
 _LOOK_EVERY = {"cpu": 1}  # tokens between two looks at which rows are active: each look waits for a GPU
+_READ_TOGETHER = 16  # prefixes of one pass: they come by length, so that few of them need little padding
 
 
 class HFEngine(Engine):
@@ -156,15 +157,17 @@ class HFEngine(Engine):
 
     @torch.no_grad()
     def _read(self, prefixes: Sequence[tuple[int, ...]]) -> Past:
-        """The keys and values of prefixes."""
+        """The keys and values of prefixes, the longest first."""
         rows = [
             Trajectory(student_context=p[:-1], teacher_context=p[:-1], response=p[-1:], place=i)
             for i, p in enumerate(prefixes)
         ]
-        batch = collate(rows, device=self.device)
-        past = Past(self.model, [batch])
+        together = [rows[at : at + _READ_TOGETHER] for at in range(0, len(rows), _READ_TOGETHER)]
+        batches = [collate(some, device=self.device) for some in together]
+        past = Past(self.model, batches)
         with evaluating(self.model), self._autocast():
-            hidden_states(self.model, batch.teacher_ids_BT, batch.teacher_mask_BT, past.parts[0])
+            for batch, part in zip(batches, past.parts, strict=True):
+                hidden_states(self.model, batch.teacher_ids_BT, batch.teacher_mask_BT, part)
         return past
 
     def can_draw_from(self, past: Past | None) -> bool:
