@@ -742,6 +742,10 @@ def test_edit_distance() -> None:
         ("abcde", "xbxdx"),
         ("aab", "baa"),
         ("flaw", "lawn"),
+        ("abab", "ab"),  # what they begin with alike is not what they end with alike once more
+        ("aa", "aaaa"),
+        ("abxcd", "abycd"),
+        ("abc", "abc"),
     ):
         assert edit_distance([ord(c) for c in a], [ord(c) for c in b]) == slow(a, b)
 

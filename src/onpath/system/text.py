@@ -1,6 +1,7 @@
 """Text that came from elsewhere (prompts, answers, files, other programs' errors), safe to look at."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -54,3 +55,12 @@ def short(value: Any) -> str:
     """A value as a sentence shows it: sixty characters of its repr."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def shared_start(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Characters, or tokens, that two begin with alike.
+
+    >>> shared_start("12 + 3", "12 - 3")
+    3
+    """
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

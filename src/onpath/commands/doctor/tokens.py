@@ -17,6 +17,7 @@ from onpath.engines.models import check_vocabulary
 from onpath.records import Prompt
 from onpath.run.parts import Parts
 from onpath.system.errors import UserError
+from onpath.system.text import shared_start
 
 Tokenizer = PreTrainedTokenizerBase
 MOST_TEXTS = 64
@@ -242,6 +243,6 @@ def _difference(
     a, b = next((a, b) for a, b in zip(mine, theirs or (), strict=True) if a != b)
     if not b:
         return "it refuses them"
-    at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    at = shared_start(a, b)
     ours, other = ("".join(renderer.tokens(x[at : at + 8])) for x in (a, b))
     return f"from token {at} on {ours!r} there, {other!r} from the teacher's"

@@ -5,15 +5,22 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from onpath.system.text import shared_start
+
 
 def edit_distance(a: Sequence[int], b: Sequence[int]) -> int:
     """Fewest insertions, deletions and substitutions of tokens that make b of a.
 
-    Row by row; insertions within a row are a running minimum: d_j = min_{k ≤ j} (d'_k + j − k).
+    What they begin and end with alike costs nothing. Between, row by row; insertions within a row are a
+    running minimum: d_j = min_{k ≤ j} (d'_k + j − k).
 
     >>> edit_distance((1, 2, 3), (1, 3, 4))
     2
     """
+    same = shared_start(a, b)
+    a, b = a[same:], b[same:]
+    if same := shared_start(a[::-1], b[::-1]):
+        a, b = a[:-same], b[:-same]
     target, steps = np.asarray(b, dtype=np.int64), np.arange(len(b) + 1)
     row = steps.copy()
     for i, token in enumerate(a, start=1):
