@@ -100,7 +100,7 @@ def test_a_prefix_is_labelled_as_in_the_whole(words: Any) -> None:
     )
 
 
-@pytest.mark.parametrize("split", ["train", "hard"])
+@pytest.mark.parametrize("split", ["train", "hard", "hard_train"])
 def test_both_writers_are_right_in_their_own_words(words: Any, split: str) -> None:
     for i, problem in enumerate(islice(words.problems(split), 100)):
         texts = [w.write(random.Random(i), problem) for w in (words.TEACHER, words.STUDENT)]
@@ -110,14 +110,14 @@ def test_both_writers_are_right_in_their_own_words(words: Any, split: str) -> No
             assert not reading.errors, (problem.text, text)
             assert reading.written == problem.values()
             assert words.grade(text, str(problem.answer))
-        assert len(problem.steps) in words.LENGTHS.get(split, (2, 2))
+        assert len(problem.steps) in ((3, 4) if split.startswith("hard") else (2,))
         assert max(problem.values().values()) <= words.LARGEST
 
 
 def test_splits_do_not_overlap(words: Any) -> None:
     task = words.WordProblems()
-    texts = [row["prompt"] for split in ("train", "test", "validation") for row in task.rows(split, 150)]
-    assert len(set(texts)) == 450
+    texts = [row["prompt"] for split in words.SPLITS for row in task.rows(split, 150)]
+    assert len(set(texts)) == 150 * len(words.SPLITS)
     assert list(task.rows("test", 5)) == list(task.rows("test", 9))[:5]
 
 

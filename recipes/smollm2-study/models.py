@@ -1,16 +1,18 @@
 """Student and teacher of the study, of SmolLM2-135M-Instruct, by one run that goes on where it was stopped.
 
-    python recipes/smollm2/prepare.py --perturb 0            build/smollm2/model: the base
-    python recipes/smollm2-study/models.py merge             build/smollm2-study/{student,teacher,better}
-    python recipes/smollm2-study/models.py train             build/smollm2-study/adapters/, with checkpoints
-    python recipes/smollm2-study/models.py further           likewise, the better teacher
+    python recipes/smollm2/prepare.py --perturb 0      build/smollm2/model: the base
+    python recipes/smollm2-study/models.py merge       build/smollm2-study/{student,teacher,better,longer}
+    python recipes/smollm2-study/models.py train       build/smollm2-study/adapters/, with checkpoints
+    python recipes/smollm2-study/models.py further     likewise, the better teacher
+    python recipes/smollm2-study/models.py longer      likewise, the student of longer problems
 
 `merge` takes the adapters that lie beside this file, or those that were made anew.
 
 The student is the base after a short SFT on its own wording. The teacher goes on from it with another wording
 and then also learns to rewrite the student's real attempts. The better one goes on from that with problems of
-three and four steps as well. All are LoRA adapters. More updates than before, and each goes on from where the
-last ones ended.
+three and four steps as well. The student of longer problems goes on from the student with such problems too,
+in its own words. All are LoRA adapters. More updates than before, and each goes on from where the last ones
+ended.
 """
 
 import argparse
@@ -48,7 +50,8 @@ STUDENT: dict[str, Any] = {"lr": 1e-3, "rounds": ((16, 16), (14, 10))}
 TEACHER = {"lr": 1.5e-3, "updates": 80, "mixed": 60, "examples": 12}
 FURTHER = {"lr": 1.5e-3, "updates": 240, "examples": 12, "attempts": 384}
 """Half of each are of two steps, half of three or four; so are the attempts, as many of each."""
-LONGER = (3, 4)
+LONGER = {"lr": 1e-3, "updates": 60, "examples": 12}
+"""Likewise half and half, in the student's words."""
 ATTEMPTS, HELD_OUT = 256, 48
 """Of the student's, for the teacher to rewrite; those that it never sees."""
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
@@ -261,7 +264,7 @@ def further(made: Maker) -> None:
     n = int(FURTHER["attempts"])
     pools = {
         "two": list(islice(words.problems("sft"), 4000)),
-        "longer": list(islice(words.problems("sft", LONGER), 4000)),
+        "longer": list(islice(words.problems("sft", words.LONGER), 4000)),
     }
     pairs = {
         name: attempted(made, f"attempts_{name}", lambda: made.adapted("student"), pool[-n:])
@@ -276,9 +279,28 @@ def further(made: Maker) -> None:
         examples=lambda update: [pair for examples in both for pair in examples(update)],
     )  # fmt: skip
     made.save(model, "better")
-    for name, steps in (("two", None), ("longer", LONGER)):
+    for name, steps in (("two", None), ("longer", words.LONGER)):
         check = list(islice(words.problems("validation", steps), HELD_OUT))
         examined(made, model, name, check, pairs[name][-HELD_OUT:])
+
+
+def longer(made: Maker) -> None:
+    """The student goes on with longer problems as well, in words of its own."""
+    half = int(LONGER["examples"]) // 2
+    both = [
+        demonstrations(made, words.STUDENT, list(islice(words.problems("sft", steps), 4000)), half)
+        for steps in (None, words.LONGER)
+    ]
+    model = made.trained(
+        made.adapted("student"), "longer", updates=int(LONGER["updates"]), lr=LONGER["lr"],
+        examples=lambda update: [pair for examples in both for pair in examples(update)],
+    )  # fmt: skip
+    made.save(model, "longer")
+    for name in ("validation", "hard_validation"):
+        check = list(islice(words.problems(name), 2 * HELD_OUT))
+        texts = made.written(model, [p.text for p in check], temperature=1.0, seed=1)
+        right = share_right(check, texts)
+        made.say(stage="longer", split=name, n=len(check), right=right, texts=texts[:4])
 
 
 def attempted(
@@ -316,7 +338,7 @@ def adapter(name: str) -> Path:
 def merge() -> None:
     """Models that onpath and transformers load by themselves."""
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    for name in ("student", "teacher", "better"):
+    for name in ("student", "teacher", "better", "longer"):
         base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
         merged: PreTrainedModel = PeftModel.from_pretrained(base, adapter(name)).merge_and_unload()
         merged.save_pretrained(MERGED / name)
@@ -326,19 +348,21 @@ def merge() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("train", "further", "merge"))
+    parser.add_argument("what", choices=("train", "further", "longer", "merge"))
     parser.add_argument(
         "--work", type=Path, default=Path("build/smollm2-study/making"), help="checkpoints and log"
     )
     parser.add_argument("--bf16", action="store_true", help="autocast: 2.4 x as fast where AVX-512 has bf16")
     options = parser.parse_args()
     logging.disable_progress_bar()
+    if not BASE.is_dir():
+        parser.error(f"{BASE} is not there; make it: python recipes/smollm2/prepare.py --perturb 0")
     if options.what == "merge":
         merge()
         return
     options.work.mkdir(parents=True, exist_ok=True)
     made = Maker(options.work, f"{options.what}.jsonl", bf16=options.bf16)
-    {"train": train, "further": further}[options.what](made)
+    {"train": train, "further": further, "longer": longer}[options.what](made)
     with (HERE / "models.jsonl").open("w" if options.what == "train" else "a") as log:
         log.write(made.log.read_text())
 

@@ -16,10 +16,14 @@ from itertools import islice
 
 from onpath.data.tasks import Task, register
 
-SPLITS = {"train": 2000, "sft": 4000, "test": 400, "hard": 400, "validation": 200}
+SPLITS = {
+    "train": 2000, "sft": 4000, "test": 400, "hard": 400, "validation": 200,
+    "hard_train": 2000, "hard_validation": 200,
+}  # fmt: skip
 """Split → problems where no limit is given; `sft` is what the models are made of."""
-LENGTHS = {"hard": (3, 4)}
-"""Steps; two elsewhere."""
+LONGER = (3, 4)
+HARD_OF = {"hard_train": "train", "hard_validation": "validation"}
+"""Splits of three and four steps → the split of two whose share of all texts they take."""
 LARGEST = 100
 """No result is larger."""
 
@@ -443,13 +447,13 @@ class WordProblems(Task):
 
 def problems(split: str, steps: tuple[int, int] | None = None) -> Iterator[Problem]:
     """All problems of a split, none twice, none of another split; of other lengths if `steps` says so."""
-    names = tuple(SPLITS)
+    names, mine = [name for name in SPLITS if name not in HARD_OF], HARD_OF.get(split, split)
     rng, seen = random.Random(f"words/{split}"), set()
-    low, high = steps or LENGTHS.get(split, (2, 2))
+    low, high = steps or (LONGER if split.startswith("hard") else (2, 2))
     while True:
         problem = make(rng, rng.randint(low, high))
         owner = names[random.Random(problem.text).randrange(len(names))]
-        if owner == split and problem.text not in seen:
+        if owner == mine and problem.text not in seen:
             seen.add(problem.text)
             yield problem
 
