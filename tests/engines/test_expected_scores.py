@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from onpath.config.whole import Config
-from onpath.data.batch import Batch
+from onpath.data.batch import Batch, collate
 from onpath.engines.ahead import AheadTeacher
 from onpath.engines.make import _reads_ahead
+from onpath.engines.routed import RoutedTeacher
+from onpath.engines.score_cache import CachedTeacher, ScoreStore
 from onpath.engines.served import ServedTeacher
-from onpath.engines.teacher import ModelTeacher
+from onpath.engines.teacher import ModelTeacher, Teacher
 from onpath.records import Trajectory
 from onpath.run.assemble import assemble
 from onpath.run.log import read_lines
@@ -267,3 +270,42 @@ def test_a_failure_is_not_kept(tiny: Tiny, teacher: FakeVLLM) -> None:
     teacher.spoil = lambda answer: answer
     assert parts.method.prepare(rollouts, step=0).trajectories
     parts.close()
+
+
+def test_scores_are_kept_for_their_step_alone(tiny: Tiny, teacher: FakeVLLM) -> None:
+    where = {"teacher__engine": "vllm", "teacher__url": teacher.url}
+    parts = assemble(tiny(**where, **TOPK))
+    served = parts.models.teacher
+    assert isinstance(served, ServedTeacher)
+    rows = [Trajectory(student_context=(1, 5), teacher_context=(1, 5), response=(7, i)) for i in range(3)]
+    served.expect(rows)
+    served.scores(collate(rows[:2]))
+    served.follow()
+    assert not served._known
+    assert len(served._coming) == 1, "it may be of the next step"
+    served.follow()
+    assert not served._coming, "which is over"
+    served.scores(collate(rows))
+    assert len(scored(teacher)) == 6
+    parts.close()
+
+
+class Followed(Teacher):
+    """Counts the steps that it is told of."""
+
+    model = separate = None
+    context_length = 64
+    steps = 0
+
+    def follow(self) -> None:
+        self.steps += 1
+
+
+@pytest.mark.parametrize("kind", ["several", "kept"])
+def test_whoever_stands_before_a_teacher_says_that_a_step_is_over(kind: str, tmp_path: Path) -> None:
+    inner = Followed()
+    outer: Teacher = RoutedTeacher({"a": inner, "b": inner}, homes=None)
+    if kind == "kept":
+        outer = CachedTeacher(inner, ScoreStore(tmp_path, most=1e6), weights="w", dtype=torch.float16)
+    outer.follow()
+    assert inner.steps == 1

@@ -80,6 +80,11 @@ class RoutedTeacher(Teacher):
         for name, member in self.members.items():
             member.expect([t for t in several if t.teacher == name])
 
+    def follow(self) -> None:
+        """See `Teacher.follow`: all of them do."""
+        for member in dict.fromkeys(self.members.values()):
+            member.follow()
+
     def close(self) -> None:
         """See `Teacher.close`."""
         for member in dict.fromkeys(self.members.values()):

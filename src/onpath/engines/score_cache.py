@@ -260,7 +260,8 @@ class CachedTeacher(Teacher):
         return counts
 
     def follow(self) -> None:
-        """See `Teacher.follow`: its weights stand still."""
+        """See `Teacher.follow`."""
+        self.teacher.follow()
 
     def _key(self, t: Trajectory) -> str:
         return address(self.weights, str(self.dtype), t.teacher_context, t.response)

@@ -1,7 +1,6 @@
 """A teacher behind a wire: its likeliest tokens at each response position, as the losses take them."""
 
 import threading
-from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import Future
 
@@ -14,8 +13,6 @@ from onpath.engines.teacher import Read, Teacher, read_by
 from onpath.engines.wire import Questions
 from onpath.losses import TeacherTopK
 from onpath.records import Trajectory
-
-_KEPT = 8192  # responses whose scores are kept: a method and the loss of the same step ask for the same ones
 
 
 class ServedTeacher(Teacher):
@@ -32,8 +29,11 @@ class ServedTeacher(Teacher):
     def __init__(self, engine: ServerEngine, *, k: int, context_length: int) -> None:
         self.engine, self.k = engine, k
         self.context_length = engine.server.context_length or context_length
-        self._known: OrderedDict[Read, ServedScores] = OrderedDict()
+        self._known: dict[Read, ServedScores] = {}
+        """Of this step: a method and the loss ask for the same ones."""
         self._coming: dict[Read, Future[ServedScores]] = {}
+        self._unread: set[Read] = set()
+        """Of what is coming, what was there when the last step ended."""
         self._asking = threading.Lock()
         self._questions: Questions | None = None
 
@@ -47,6 +47,15 @@ class ServedTeacher(Teacher):
                 contexts, responses = zip(*new, strict=True)
                 asked = self.engine.begin_scores(self._questions, contexts, responses, k=self.k)
                 self._coming.update(zip(new, asked, strict=True))
+
+    def follow(self) -> None:
+        """See `Teacher.follow`: the step is over. Rollouts of the next one may have been shown already; what
+        nobody has read by its end is not wanted any more."""
+        with self._asking:
+            self._known.clear()
+            for key in self._unread & self._coming.keys():
+                del self._coming[key]
+            self._unread = set(self._coming)
 
     def close(self) -> None:
         """See `Teacher.close`."""
@@ -87,10 +96,7 @@ class ServedTeacher(Teacher):
                     self.close()  # the next one who asks is not given the failure of this one
                     raise
                 del self._coming[key]
-        answers = [self._known[key] for key in keys]
-        while len(self._known) > _KEPT:
-            self._known.popitem(last=False)
-        return answers
+        return [self._known[key] for key in keys]
 
 
 def _unused(ids: tuple[int, ...], count: int) -> list[int]:

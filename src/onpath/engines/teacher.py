@@ -94,7 +94,7 @@ class Teacher:
         return {}
 
     def follow(self) -> None:
-        """Called after each optimiser step: one step of a moving average."""
+        """Called after each optimiser step: one step of a moving average, and what was read for the step goes."""
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run cannot recompute, restored in place."""
