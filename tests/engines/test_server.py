@@ -179,6 +179,16 @@ def test_rollouts_of_a_server_carry_the_models_logprobs(tiny: Tiny, student: Fak
     }
 
 
+def test_a_models_own_generation_config_changes_no_sample(teacher: FakeVLLM) -> None:
+    """What a request leaves open vLLM takes from there: of an instruct model often a penalty."""
+    client(teacher).continue_from([(1, 5)], Sampling(max_new_tokens=3))
+    nothing = {
+        "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0,
+        "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+    }  # fmt: skip
+    assert {name: teacher.requests[-1].get(name) for name in nothing} == nothing
+
+
 def test_a_server_that_came_back_with_its_old_weights_is_given_the_new_ones(
     tiny: Tiny, student: FakeVLLM
 ) -> None:

@@ -30,6 +30,8 @@ _ROUNDING = 1e-3  # by which a probability may exceed 1
 
 _PADDED, _MORE_ROWS = 1.1, 1024  # rows of a head beyond the shared vocabulary
 _LOST = 0.05  # by which half-precision probabilities may fall short of 1
+_AS_IT_IS = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+"""What a server takes from the model's generation_config.json where a request does not say it."""
 _DRIFT = 0.1  # of the tolerance: one server asked twice for the same log-probs
 
 
@@ -121,6 +123,7 @@ class ServerEngine(Engine):
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
+            **_AS_IT_IS,
             "stop_token_ids": sorted(self.stop_ids),
             **({"stop": list(self.stop_strings)} if self.stop_strings else {}),
             "ignore_eos": True,
