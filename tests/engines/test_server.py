@@ -126,10 +126,15 @@ def test_methods_run_with_a_served_teacher(method: str, tiny: Tiny, teacher: Fak
 
 def test_a_rollout_server_with_too_little_room(tiny: Tiny, student: FakeVLLM) -> None:
     where = {"rollout__engine": "vllm", "rollout__url": student.url, "rollout__max_new_tokens": 8}
-    student.longest = 20
+    parts = assemble(tiny())
+    longest = max(len(parts.text.renderer.ids(prompt)) for prompt in parts.prompts.pool)
+    student.longest = longest + 8
     assemble(tiny(**where, eval__max_new_tokens=8))
-    student.longest = 16
-    with pytest.raises(UserError, match=r"room for 16 tokens.* but eval\.max_new_tokens is 16; start"):
+    student.longest -= 1
+    with pytest.raises(UserError, match=rf"a prompt has {longest} tokens and rollout\.max_new_tokens is 8"):
+        assemble(tiny(**where, eval__max_new_tokens=8))
+    student.longest = longest + 8
+    with pytest.raises(UserError, match=r"and eval\.max_new_tokens is 16; start it with --max-model-len"):
         assemble(tiny(**where, eval__max_new_tokens=16))
 
 

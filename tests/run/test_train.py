@@ -628,3 +628,20 @@ def test_a_quiet_run_says_how_many_rows_it_skipped(
     options = {"data__train": str(path), "data__eval": {}, "optim__steps": 1, "rollout__prompts": 2}
     train(tiny(**options, data__skip_bad=True), quiet=True)
     assert "1 bad rows of" in capsys.readouterr().err
+
+
+def test_a_teacher_need_not_have_room_for_evaluations(
+    tiny: Callable[..., Config], model_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    plain = assemble(tiny())
+    room = max(len(plain.text.renderer.ids(p)) for p in plain.prompts.pool) + 12
+    shutil.copytree(model_dirs["teacher"], tmp_path / "teacher")
+    told = json.loads((tmp_path / "teacher/config.json").read_text())
+    (tmp_path / "teacher/config.json").write_text(json.dumps({**told, "max_position_embeddings": room}))
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "1+" * room + "1=?", "answer": "1"}) + "\n")
+    config = tiny(teacher__model=str(tmp_path / "teacher"), data__eval={"long": str(tmp_path / "long.jsonl")})
+    assert assemble(config).models.teacher.context_length == room
+    with pytest.raises(UserError, match=f"context of {room} tokens is too short"):
+        assemble(
+            config.model_copy(update={"rollout": config.rollout.model_copy(update={"max_new_tokens": 13})})
+        )

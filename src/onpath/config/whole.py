@@ -34,7 +34,7 @@ from onpath.system.text import short, yaml_text
 LABELLED: dict[str, type[Section]] = {"rewards": Reward, "teachers": Teacher}
 """Sections that hold several of a kind, by names of the user's."""
 
-
+ROLLOUTS, EVALUATIONS = "rollout.max_new_tokens", "eval.max_new_tokens"
 _SPARE = 60.0
 """Seconds beyond a server's last answer, in which its sentence reaches every process."""
 
@@ -256,7 +256,7 @@ class Config(Section):
         options that say so."""
         most, (window, option) = self.rollout.max_new_tokens, self.method.longest_window
         if window < 2:
-            return most, "rollout.max_new_tokens"
+            return most, ROLLOUTS
         return most + window - 1, f"rollout.max_new_tokens or {option}"
 
     @property
@@ -264,6 +264,12 @@ class Config(Section):
         """Most tokens behind a training prompt, what the method asks for beside the rollout included; and the
         options that say so."""
         return max(self.longest_response, self.method.longest_generated, key=lambda limit: limit[0])
+
+    @property
+    def generated(self) -> dict[str, int]:
+        """Option → most tokens that the student's engine generates behind a prompt."""
+        evaluated = {EVALUATIONS: self.eval.sampling().max_new_tokens} if self.evaluations else {}
+        return {ROLLOUTS: self.rollout.max_new_tokens, **evaluated}
 
     @property
     def mixtures(self) -> dict[str, dict[str, float]]:

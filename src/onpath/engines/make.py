@@ -48,11 +48,14 @@ from onpath.system.files import place
 _EXACT, _HALF = 1e-3, 0.5  # nats by which a vLLM's log-probs may differ from the trainer's, by dtype
 
 
-def student_engine(config: Config, student: nn.Module, own: HFEngine) -> Engine:
+def student_engine(
+    config: Config, student: nn.Module, own: HFEngine, *, longest: Mapping[str, int]
+) -> Engine:
     """Generates the rollouts and the evaluations.
 
     Args:
         own: over the student itself.
+        longest: option that says how much is generated → tokens of the longest prompt that it is for.
     """
     # With rollout.overlap it generates from a thread of its own, and tokenizers are not safe to share.
     renderer = copy.deepcopy(own.renderer) if config.rollout.overlap else own.renderer
@@ -71,7 +74,7 @@ def student_engine(config: Config, student: nn.Module, own: HFEngine) -> Engine:
                 "adapter itself; leave rollout.push at weights"
             )
         server = Server(section, "rollout", [config.student.model, str(base)])
-        _check_room(config, server)
+        _check_room(config, server, longest)
         return ServerEngine(
             server,
             renderer,
@@ -99,17 +102,17 @@ def student_engine(config: Config, student: nn.Module, own: HFEngine) -> Engine:
     )
 
 
-def _check_room(config: Config, server: Server) -> None:
+def _check_room(config: Config, server: Server, longest: Mapping[str, int]) -> None:
     """A server that reads too little ends responses early, or refuses to begin them."""
-    asked = {"rollout.max_new_tokens": config.rollout.max_new_tokens}
-    if config.evaluations:
-        asked["eval.max_new_tokens"] = config.eval.sampling().max_new_tokens
-    option, new = max(asked.items(), key=lambda item: item[1])
-    if server.context_length is not None and server.context_length <= new:
-        raise UserError(
-            f"rollout.url: the server has room for {server.context_length} tokens, prompt and response, but "
-            f"{option} is {new}; start it with a larger --max-model-len, or lower {option}"
-        )
+    room = server.context_length
+    for option, prompt in longest.items():
+        new = config.generated[option]
+        if room is not None and prompt + new > room:
+            raise UserError(
+                f"rollout.url: the server has room for {room} tokens, prompt and response, but a prompt has "
+                f"{prompt} tokens and {option} is {new}; start it with --max-model-len {prompt + new}, or "
+                f"lower {option}"
+            )
 
 
 def _handover(config: Config, student: nn.Module, server: Server, *, half: bool) -> Handover:
@@ -290,7 +293,7 @@ def check_teacher(config: Config, teacher: Teacher, longest: int) -> None:
     """It must be able to read what the student reads and generates.
 
     Args:
-        longest: tokens of the longest prompt.
+        longest: tokens of the longest prompt of the training data.
     """
     new, _ = config.longest_response
     for name in teacher.names:

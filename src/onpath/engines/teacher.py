@@ -94,7 +94,7 @@ class Teacher:
         return {}
 
     def follow(self) -> None:
-        """Called after each optimiser step: one step of a moving average, and what was read for the step goes."""
+        """Called after each optimiser step: one step of a moving average; what was read for it may go."""
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run cannot recompute, restored in place."""

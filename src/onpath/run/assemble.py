@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from onpath.config.whole import Config, teacher_key
+from onpath.config.whole import ROLLOUTS, Config, teacher_key
 from onpath.data.render import Renderer
 from onpath.data.tasks import correction_ids, task_of, templates_of
 from onpath.engines import sharding
@@ -98,7 +98,7 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
     after = lost_behind(world, config.run.seed, renderer)
     if untouched is not None:
         teacher = LostTeacher(teacher, ModelTeacher(untouched, vocabulary=vocabulary), after)
-    check_teacher(config, teacher, longest)
+    check_teacher(config, teacher, longest[ROLLOUTS])
     frozen = frozen_copy(config, student, engine)
     if shards:  # after every copy: a sharded model has none
         sharding.place(config, device, student=student, teachers=teacher.models, frozen=frozen)
@@ -116,7 +116,7 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
     own = own_engine(config, student, renderer, stops, vocabulary)
     writer = teacher_engine(config, teacher, own, make_replay(config))
     generators = Generators(
-        student=student_engine(config, student, own)
+        student=student_engine(config, student, own, longest=longest)
         if engine is None
         else OwnEngine(engine, renderer, stops, vocabulary=vocabulary),
         teacher=writer if untouched is None else LostEngine(writer, own.over(untouched), after),

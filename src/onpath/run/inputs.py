@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from onpath.config.sections import Data
-from onpath.config.whole import Config
+from onpath.config.whole import EVALUATIONS, ROLLOUTS, Config
 from onpath.data.load import LoadedPrompts, load_prompts, prompts_of_step
 from onpath.data.render import Renderer
 from onpath.engines.head import head_of
@@ -205,12 +205,12 @@ def fitting(
     renderer: Renderer,
     student: PreTrainedModel,
     prompts: Prompts,
-) -> tuple[Prompts, int]:
+) -> tuple[Prompts, dict[str, int]]:
     """Every prompt and its response must fit the model before the first step, not at the thousandth.
 
     Returns:
         The prompts, with data.skip_bad but for training prompts that do not fit (evaluations stay what they
-        are); and the most tokens of one.
+        are); and the most tokens of one, by the option that says how much is generated after it.
 
     Raises:
         UserError: one does not fit, or too few do; or one cannot be rendered, or not twice alike.
@@ -239,25 +239,26 @@ def fitting(
     if len(pool) < len(prompts.pool):
         prompts_of_step(pool, size=config.rollout.prompts, seed=0, step=0)  # enough are left
         check_taught(config, pool)
-    most = [max(size for size in sizes if size + new <= fits)]
-    _check_room(config, most[0], config.rollout.max_new_tokens, "rollout.max_new_tokens")
+    most = {ROLLOUTS: max(size for size in sizes if size + new <= fits)}
     for split, problems in prompts.evals.items():
-        asked, option = config.eval.sampling().max_new_tokens, "eval.max_new_tokens"
-        most.append(max(sized(problems, asked, option, data.eval[split], trained=False)))
-        _check_room(config, most[-1], asked, option)
+        sizes = sized(problems, config.generated[EVALUATIONS], EVALUATIONS, data.eval[split], trained=False)
+        most[EVALUATIONS] = max(*sizes, most.get(EVALUATIONS, 0))
+    _check_room(config, most)
     skipped = prompts.skipped + len(prompts.pool) - len(pool)
-    return replace(prompts, pool=pool, skipped=skipped), max(most)
+    return replace(prompts, pool=pool, skipped=skipped), most
 
 
-def _check_room(config: Config, longest: int, new: int, option: str) -> None:
+def _check_room(config: Config, longest: Mapping[str, int]) -> None:
     """A vLLM in this process that has less room than the student ends responses early."""
     section = config.rollout
     room = section.vllm.get("max_model_len") if section.engine == "vllm" and section.url is None else None
-    if isinstance(room, int) and longest + new > room:
-        raise UserError(
-            f"rollout.vllm: max_model_len is {room}, but a prompt has {longest} tokens and {option} is "
-            f"{new}; set it to at least {longest + new}, or lower {option}"
-        )
+    for option, prompt in longest.items():
+        new = config.generated[option]
+        if isinstance(room, int) and prompt + new > room:
+            raise UserError(
+                f"rollout.vllm: max_model_len is {room}, but a prompt has {prompt} tokens and {option} is "
+                f"{new}; set it to at least {prompt + new}, or lower {option}"
+            )
 
 
 def _tokens(renderer: Renderer, prompt: Prompt, rows: int) -> int:
