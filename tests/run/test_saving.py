@@ -64,6 +64,20 @@ def test_a_full_disk_is_said_at_the_next_step(tiny: Tiny, monkeypatch: pytest.Mo
     assert not list((run / "checkpoints").iterdir()), "nothing half-written"
 
 
+def test_no_room_for_its_directory_is_said(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system may have bytes left and no inodes."""
+    real = Path.mkdir
+
+    def full(self: Path, *args: Any, **options: Any) -> None:
+        if ".step_2" in self.name:
+            raise OSError(28, "No space left on device")
+        real(self, *args, **options)
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(UserError, match=r"cannot write the checkpoint of step 2: No space left .* free some"):
+        train(tiny(**OPTIONS), quiet=True)
+
+
 def test_a_run_that_fails_meanwhile_keeps_what_it_was_writing(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:

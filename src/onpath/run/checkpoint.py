@@ -88,13 +88,19 @@ def save(
     }
     copies = [_copied(part, tensors, suffix=_suffix() if shared else "") for part, tensors in parts.items()]
     whole = ExitStack()
-    if distributed.rank() == 0:
+
+    def begun() -> str:
         # One that is there was written before a crash that lost nothing else: a step has one state.
         what = f"the checkpoint of step {step}"
         temporary = whole.enter_context(written(target, what=what, sync=True, also=(SafetensorError,)))
-        temporary.mkdir()
-    if shared:
-        temporary = Path(distributed.first_decides(lambda: str(temporary)))
+        try:
+            temporary.mkdir()
+        except OSError:
+            with whole:  # which says it in a sentence
+                raise
+        return str(temporary)
+
+    temporary = Path(distributed.first_decides(begun) if shared else begun())
     told = {"step": step, "inputs": dict(inputs or {})}
     return Saving(target, temporary, copies, whole, told=told, timeout=timeout)
 
