@@ -217,12 +217,15 @@ def test_another_spelling_of_a_path_is_no_change(halfway: Any, monkeypatch: pyte
     assert [line["key"] for line in read_lines(directory / "changes.jsonl")] == ["run.dir"]
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "constant"])
-def test_a_run_is_made_longer(schedule: str, tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("schedule", "warmup"), [("cosine", 0.0), ("constant", 0.0), ("constant", 0.9)])
+def test_a_run_is_made_longer(
+    schedule: str, warmup: float, tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Also one that is finished: with a constant rate it ends as if it had been longer from the start."""
+    level = schedule == "constant" and not warmup
     options = {
         "optim__schedule": schedule,
-        "optim__warmup": 0.0,
+        "optim__warmup": warmup,
         "data__eval": {},
         "run__trajectories_every": 0,
     }
@@ -232,11 +235,15 @@ def test_a_run_is_made_longer(schedule: str, tiny: Tiny, capsys: pytest.CaptureF
     result = train(longer)
     said = capsys.readouterr().err
     assert "optim.steps is 4 from step 3 on, it was 2" in said
-    assert ("learning rate" in said) == (schedule == "cosine")
+    jump = (
+        f"optim.{'warmup' if warmup else 'schedule cosine'} is stretched over all of them: the learning rate"
+    )
+    assert (jump in said) != level
+    assert ("learning rate" in said) != level
     assert (result.steps, result.trained) == (4, True)
     whole = train(tiny(**options, optim__steps=4, run__name="whole"), quiet=True)
     same = all(torch.equal(v, weights(result.directory)[k]) for k, v in weights(whole.directory).items())
-    assert same == (schedule == "constant")
+    assert same == level
     old = load_file(result.directory / "model_step_2" / "model.safetensors")
     assert all(torch.equal(old[k], v) for k, v in short.items()), "the shorter run's model stays"
     (line,) = read_lines(result.directory / "changes.jsonl")

@@ -474,13 +474,17 @@ def _set_aside(directory: Path, step: int) -> None:
 
 def _note(change: Change, config: Config, done: int) -> str:
     text = f"{change.key} is {change.after!r} from step {done + 1} on, it was {change.before!r}"
-    if change.key != "optim.steps" or config.optim.schedule == "constant":
+    if change.key != "optim.steps":
         return text
     shorter = config.model_copy(update={"optim": config.optim.model_copy(update={"steps": change.before})})
-    last = max(0, min(done, change.before) - 1)
+    last, schedule = max(0, min(done, change.before) - 1), config.optim.schedule
+    before, after = rate(last, shorter), rate(done, config)
+    if schedule == "constant" and before == after:
+        return text
+    shares = f"optim.schedule {schedule}" if schedule != "constant" else "optim.warmup"
     return (
-        f"{text}; optim.schedule {config.optim.schedule} is stretched over all of them: the learning rate "
-        f"goes from {config.optim.lr * rate(last, shorter):.3g} to {config.optim.lr * rate(done, config):.3g}"
+        f"{text}; {shares} is stretched over all of them: the learning rate goes from "
+        f"{config.optim.lr * before:.3g} to {config.optim.lr * after:.3g}"
     )
 
 
