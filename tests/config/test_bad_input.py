@@ -228,6 +228,10 @@ CASES: dict[str, tuple[Break, str]] = {
         lambda c: (c.set("student.lora_rank", 2), c.set("student.lora_targets", ["nothing"]))[0],
         r"student\.lora_targets",
     ),
+    "LoRA on no regular expression": (
+        lambda c: (c.set("student.lora_rank", 2), c.set("student.lora_targets", "*q_proj"))[0],
+        r"student\.lora_targets: nothing to repeat",
+    ),
     "unknown device": (lambda c: c.set("student.device", "gpu"), r"student\.device"),
     "tracker not known": (lambda c: c.set("run.trackers", ["mlflow"]), r"run\.trackers"),
     "run of another config": (other_config_there, r"belongs to a run with another config"),

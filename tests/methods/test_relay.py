@@ -134,6 +134,17 @@ def test_from_the_start_trains_as_relaying_afterwards_does(tiny: Tiny) -> None:
     torch.testing.assert_close(*steps, rtol=1e-3, atol=1e-6)
 
 
+def test_a_prompt_may_be_one_token(tiny: Tiny) -> None:
+    """Then there is nothing to read before both write."""
+    parts = assemble(tiny())
+    student, teacher = parts.generators.student, parts.generators.teacher
+    starts = [Start(ids=(i,), position=0, room=12, key="", first=str(i), takeovers=0) for i in (5, 9)]
+    found = student.relay(teacher, starts, parts.sampling, delta=8.0)
+    assert found is not None
+    alone = student.continue_from([s.ids for s in starts], parts.sampling, keys=[s.first for s in starts])
+    assert [f.ids for f in found] == [c.ids for c in alone]
+
+
 def test_batches_do_not_matter(tiny: Tiny) -> None:
     parts = parts_of(tiny, name="relay", delta=1.0)
     rollouts = sample(parts, 0)

@@ -1,5 +1,6 @@
 """The student that trains: all of its weights or an adapter, and the ids that it shares with the teacher."""
 
+import re
 from functools import partial
 from pathlib import Path
 from types import MethodType
@@ -37,7 +38,7 @@ def trainable(config: Config, base: nn.Module) -> nn.Module:
     try:
         with quietly():
             model: nn.Module = get_peft_model(base, lora)
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         raise UserError(f"student.lora_targets: {str(error).splitlines()[0]}") from None
     untie(unwrapped(model))
     return model

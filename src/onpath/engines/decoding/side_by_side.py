@@ -213,8 +213,9 @@ def _prefilled(starts: Sequence[Start], readers: Sequence[_Reader], device: torc
     gaps = [max(len(s.ids) for s in starts) - len(s.ids) for s in starts]
     ids = [[*[0] * gap, *s.ids[:-1]] for gap, s in zip(gaps, starts, strict=True)]
     seen = [[False] * gap + [True] * (len(s.ids) - 1) for gap, s in zip(gaps, starts, strict=True)]
-    ids_NT, visible_NT = torch.tensor(ids, device=device), torch.tensor(seen, device=device)
-    for reader in readers:
+    ids_NT = torch.tensor(ids, dtype=torch.long, device=device)
+    visible_NT = torch.tensor(seen, dtype=torch.bool, device=device)
+    for reader in readers if ids_NT.numel() else ():
         reader(ids_NT, (visible_NT.long().cumsum(-1) - 1).clamp(min=0), visible_NT.long())
     nothing = torch.zeros(len(starts), dtype=torch.long, device=device)
     return _Rows(
