@@ -76,7 +76,7 @@ def test_any_checkpoint_has_the_logits_of_the_runs_own_model(
 
 
 @pytest.mark.parametrize("options", [FULL, LORA], ids=["full", "lora"])
-def test_what_is_exported_ends_and_renders_as_the_run_does(
+def test_what_is_exported_or_trained_on_ends_and_renders_as_the_run_does(
     options: dict[str, Any], tiny: Tiny, tmp_path: Path
 ) -> None:
     template = tmp_path / "template.jinja"
@@ -91,6 +91,8 @@ def test_what_is_exported_ends_and_renders_as_the_run_does(
         model = AutoModelForCausalLM.from_pretrained(out)
         assert model.generation_config.eos_token_id == [2, 20]
         assert AutoTokenizer.from_pretrained(out).chat_template == template.read_text()
+        renderer = assemble(tiny(student__model=str(source))).text.renderer
+        assert renderer.tokenizer.chat_template == template.read_text()
 
 
 def test_an_adapter_by_itself(tiny: Tiny, model_dirs: dict[str, Path], tmp_path: Path) -> None:

@@ -9,8 +9,7 @@ from safetensors import SafetensorError
 from onpath.engines import adapters
 from onpath.engines.foreign import check_adapter
 from onpath.engines.models import load_model, load_tokenizer, quietly
-from onpath.run.inputs import with_template
-from onpath.run.trained import Trained, find, load_trained
+from onpath.run.trained import Trained, find, load_its_tokenizer, load_trained
 from onpath.system import code
 from onpath.system.errors import UserError
 from onpath.system.files import place, written
@@ -54,8 +53,7 @@ def export_model(source: str | Path, out: str | Path, *, adapter: bool = False) 
             adapters.name_base(temporary, home=target)
         return target
     model = load_trained(found, adapter=adapter)
-    tokenizer = load_tokenizer(found.config().student, "student.model")
-    with_template(found.config("data"), tokenizer)
+    tokenizer = load_its_tokenizer(found.config().student, found, "student.model")
     with quietly(), written(target, also=(SafetensorError,)) as temporary:
         adapters.save(model, temporary, home=target)
         tokenizer.save_pretrained(temporary)

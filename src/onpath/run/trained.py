@@ -15,6 +15,7 @@ from onpath.engines.head import unwrapped
 from onpath.engines.models import load_model, load_tokenizer
 from onpath.engines.student import trainable
 from onpath.run import checkpoint
+from onpath.run.inputs import with_template
 from onpath.system.errors import UserError
 from onpath.system.files import place
 from onpath.system.reading import check_keys, json_lines
@@ -157,5 +158,12 @@ def load_start(section: Student, found: Trained | None, key: str, device: torch.
 
 
 def load_its_tokenizer(section: Student, found: Trained | None, key: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of what `load_start` loads."""
-    return load_tokenizer(section if found is None else found.config().student, key)
+    """The tokenizer of what `load_start` loads, with the chat template that its run had."""
+    if found is None:
+        return load_tokenizer(section, key)
+    student = found.config().student
+    if not found.is_checkpoint:
+        return load_tokenizer(student.model_copy(update={"model": str(found.weights)}), key)
+    tokenizer = load_tokenizer(student, key)
+    with_template(found.config("data"), tokenizer)
+    return tokenizer
