@@ -12,10 +12,10 @@ from onpath import config as configuration
 from onpath.data.batch import Batch, collate
 from onpath.engines.decoding.draw import draw
 from onpath.engines.decoding.side_by_side import Start, side_by_side
-from onpath.engines.forward import Kept, Models
+from onpath.engines.forward import Kept, Models, forward, teacher_key
 from onpath.engines.hf import HFEngine
 from onpath.engines.teacher import ModelTeacher
-from onpath.methods import make_method
+from onpath.methods import make_method, relay
 from onpath.methods.base import Prepared
 from onpath.records import Rollout, Sampling, token_count
 from onpath.run.assemble import assemble
@@ -328,6 +328,23 @@ def test_from_the_start_takes_rollouts_of_this_step_alone(changes: dict[str, Any
 def test_from_the_start_asks_whether_it_can(changes: dict[str, Any], tiny: Tiny) -> None:
     with pytest.raises(UserError, match=r"method\.from_start has both models write in this process"):
         train(tiny(method__name="relay", method__from_start=True, **changes), quiet=True)
+
+
+def test_legs_leave_nothing_that_the_loss_does_not_use(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is read with a graph: those of all legs would live at once."""
+    parts = parts_of(tiny, name="relay", delta=0.5, hold=1)
+    graphs: list[int] = []
+
+    def counted(*args: Any, keep: Kept, **options: Any) -> Any:
+        graphs.append(len(keep.student))
+        return forward(*args, keep=keep, **options)
+
+    monkeypatch.setattr(relay, "forward", counted)
+    done = parts.method.prepare(sample(parts, 0), step=0)
+    assert len(graphs) > 5, "several legs"
+    assert max(graphs) <= 1
+    assert done.kept.teacher.keys() <= {teacher_key(t) for t in done.trajectories}
+    assert sum(graph.tokens for graph in done.kept.student) <= 1.5 * token_count(done.trajectories)
 
 
 @pytest.mark.parametrize("delta", [4.25, 4.75])

@@ -139,6 +139,18 @@ class Kept:
         """What this teacher has scored."""
         self.teacher = {key: row for key, row in self.teacher.items() if key[0] != teacher}
 
+    def only(self, trajectories: Iterable[Trajectory]) -> None:
+        """Forgets what a loss along these would not use: other responses' states, and graphs of which they
+        are too little (see `batches`)."""
+        wanted = list(trajectories)
+        teachers, students = {teacher_key(t) for t in wanted}, {student_key(t) for t in wanted}
+        self.teacher = {key: row for key, row in self.teacher.items() if key in teachers}
+        self.student = [
+            graph
+            for graph in self.student
+            if sum(len(graph.rows[key]) for key in students & graph.rows.keys()) >= _WORTH * graph.tokens
+        ]
+
     def truncated(self, whole: Trajectory, length: int) -> None:
         """Only the first `length` tokens of a response are trained on: states look backwards alone."""
         short = whole.truncated(length)

@@ -158,4 +158,6 @@ def trained_on(
         "others_token_share": (float(others), float(sum(len(m.z.ids) for m in made))),
     }
     totals = {"student_tokens_generated": cost.student, "teacher_tokens_generated": cost.teacher}
+    if kept is not None:
+        kept.only(trajectories)
     return Prepared(trajectories=trajectories, kept=kept or Kept(), means=means, totals=totals)

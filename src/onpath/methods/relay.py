@@ -69,6 +69,9 @@ class Relay(Method):
                 legs = student_goes_on(list(taken.values()), self.tools, cost, keys)
             for i, leg in zip(todo, legs, strict=True):
                 done[i] = leg
+            kept.only(
+                own_response(m.z) for m in done
+            )  # else the graphs of all legs would live until the loss
             if settled:
                 break
             todo = [i for i in todo if done[i].start < len(done[i].z.ids) and len(done[i].places) < self.most]
