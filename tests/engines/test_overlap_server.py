@@ -100,7 +100,7 @@ def test_without_waiting_the_weights_would_move_under_a_batch(
 def test_a_batch_that_cannot_be_drawn_says_why(tiny: Tiny, student: FakeVLLM) -> None:
     config = remote(tiny, student, rollout__overlap=True, rollout__patience=0.3)
     student.spoil = lambda answer: 503 if len(student.requests) > 24 else answer
-    with pytest.raises(UserError, match=r"no answer from .* for 0\.3 s \(status 503\)"):
+    with pytest.raises(UserError, match=r"no answer from .* for 0\.3 s \(status 503: told to\)"):
         train(config, quiet=True)
 
 

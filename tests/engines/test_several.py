@@ -121,7 +121,9 @@ def test_a_run_goes_on_with_one_dead_teacher_and_one_warning(
     assert losses[0] == losses[1]
     said = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
     assert len(said) == 1
-    assert f"teacher.url: no answer from {teachers[1].url} (status 503); the other servers" in said[0]
+    assert (
+        f"teacher.url: no answer from {teachers[1].url} (status 503: told to); the other servers" in said[0]
+    )
 
 
 def test_a_server_that_is_back_is_asked_again(teachers: Pair) -> None:
@@ -149,7 +151,7 @@ def test_both_dead_is_one_sentence(
     assert main(["train", str(path)]) == 2
     (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("onpath: ")]
     assert all(fake.url in said for fake in teachers)
-    assert "for 0.3 s (status 503); nothing is lost" in said
+    assert "for 0.3 s (status 503: told to); nothing is lost" in said
 
 
 def test_a_busy_server_is_not_a_dead_one(teachers: Pair, capfd: pytest.CaptureFixture[str]) -> None:

@@ -164,7 +164,7 @@ def test_a_server_that_refuses_while_we_wait_is_heard(
     parts = assemble(sent(tiny, servers[:1], rollout__patience=0.5))
     monkeypatch.setattr(servers[0], "_receive", lambda names: 500)
     with pytest.raises(
-        UserError, match=r"broke off while .* \(status 500\), and this process's GPU may wait"
+        UserError, match=r"broke off while .* \(status 500: told to\), and this process's GPU may wait"
     ):
         engine_of(parts).sync_weights(0)
 

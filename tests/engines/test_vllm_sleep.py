@@ -2,7 +2,9 @@
 calls and their order, noted by a stand-in. (The CPU build does not sleep; tests/vllm has what it does.)"""
 
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -82,6 +84,28 @@ def library(model_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> typ
     monkeypatch.setattr(module, "SamplingParams", SimpleNamespace, raising=False)
     monkeypatch.setitem(sys.modules, "vllm", module)
     return Recorder
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_copy_that_it_starts_from_goes(
+    fails: bool, tiny: Tiny, library: type[Recorder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Path] = []
+
+    def start(model: str, **settings: Any) -> Recorder:
+        seen.append(Path(model))
+        assert (seen[0] / "config.json").is_file()
+        if fails:
+            raise RuntimeError("no room")
+        return library(**settings)
+
+    monkeypatch.setattr(sys.modules["vllm"], "LLM", start, raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    config = tiny(rollout__engine="vllm", student__lora_rank=2, student__lora_targets=["lm_head"])
+    with pytest.raises(UserError, match="no room") if fails else nullcontext():
+        assemble(config)
+    assert [place.parent for place in seen] == [tmp_path]
+    assert not seen[0].exists()
 
 
 @pytest.mark.parametrize("sleeps", [True, False])

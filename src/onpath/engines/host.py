@@ -104,13 +104,16 @@ class Host:
                 data += piece
                 if len(data) > limit:
                     raise Nonsense(f"an answer of more than {limit / 2**20:.0f} MiB to a request for less")
+        word = self._without_secrets(_excerpt(bytes(data))) if response.is_error else ""
         if response.status_code in _DOWN | _ASKED_TOO_MUCH:
             kind = Down if response.status_code in _DOWN else Busy
-            raise kind(f"status {response.status_code}")
+            raise kind(
+                f"status {response.status_code}" + (f": {word}" if word and word[0] != "<" else "")
+            )  # no page of a proxy's
         if response.is_error:
             raise UserError(
                 f"{self.key}.url: {self.url} refuses a request with status {response.status_code}: "
-                f"{self._without_secrets(_excerpt(bytes(data))) or 'without a word'}"
+                f"{word or 'without a word'}"
             )
         return _body(bytes(data)) if wanted else None
 

@@ -1,9 +1,11 @@
 """Who generates and who scores, as the config says: models in this process, a vLLM, servers."""
 
 import copy
+import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,18 +90,19 @@ def student_engine(
         )
     from onpath.engines.vllm import VLLMEngine
 
-    return VLLMEngine(
-        student,
-        _directory(config, student, own),
-        renderer,
-        stop_ids=own.stop_ids,
-        stop_strings=own.stop_strings,
-        vocabulary=own.vocabulary,
-        context_length=context_length(unwrapped(student).config),
-        dtype="bfloat16" if half else "float32",
-        tolerance=_HALF if half else _EXACT,
-        options=section.vllm,
-    )
+    with _directory(config, student, own) as directory:
+        return VLLMEngine(
+            student,
+            directory,
+            renderer,
+            stop_ids=own.stop_ids,
+            stop_strings=own.stop_strings,
+            vocabulary=own.vocabulary,
+            context_length=context_length(unwrapped(student).config),
+            dtype="bfloat16" if half else "float32",
+            tolerance=_HALF if half else _EXACT,
+            options=section.vllm,
+        )
 
 
 def _check_room(config: Config, server: Server, longest: Mapping[str, int]) -> None:
@@ -127,20 +130,28 @@ def _handover(config: Config, student: nn.Module, server: Server, *, half: bool)
             return WholeWeights(student, directory)
 
 
-def _directory(config: Config, student: nn.Module, own: HFEngine) -> str:
-    """Weights that vLLM can start from: the student's directory, or a copy (of an adapter's model, say)."""
+@contextmanager
+def _directory(config: Config, student: nn.Module, own: HFEngine) -> Iterator[str]:
+    """Weights that vLLM can start from: the student's directory, or a copy (of an adapter's model, say) that
+    goes when vLLM has read it."""
     given = Path(locate(config.student.model))
     whole = (given / "config.json").is_file() and list(given.glob("*.safetensors")) and not is_adapter(given)
     # An adapter on head or embeddings unties them: vLLM would tie them again, as the given config may say.
     if not ends_adapted(unwrapped(student)) and (whole or not given.is_dir()):
-        return str(given)
+        yield str(given)
+        return
     merged = Path(distributed.first_decides(lambda: tempfile.mkdtemp(prefix="onpath-vllm-")))
     first = distributed.local_rank() == 0  # each host has a /tmp of its own
-    save_weights(student, merged, here=first)
-    if own.stop_strings and first:
-        own.renderer.tokenizer.save_pretrained(merged)
-    distributed.barrier()
-    return str(merged)
+    try:
+        save_weights(student, merged, here=first)
+        if own.stop_strings and first:
+            own.renderer.tokenizer.save_pretrained(merged)
+        distributed.barrier()
+        yield str(merged)
+        distributed.barrier()
+    finally:
+        if first:
+            shutil.rmtree(merged, ignore_errors=True)
 
 
 def make_teacher(
