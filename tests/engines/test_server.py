@@ -210,6 +210,10 @@ def test_a_server_that_came_back_with_its_old_weights_is_given_the_new_ones(
     assert rollout.policy_version == 1
     (expected,) = parts.generators.over(parts.models.student).score([rollout.context], [rollout.ids])
     assert rollout.logprobs == pytest.approx(expected, abs=1e-5)
+    restarted(student)
+    (scores,) = engine.score([rollout.context], [rollout.ids])
+    assert engine.resyncs == 2
+    assert scores == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_restart_is_seen_however_little_the_weights_have_moved(tiny: Tiny, student: FakeVLLM) -> None:

@@ -173,6 +173,8 @@ class ServerEngine(Engine):
         self, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, k: int
     ) -> list[ServedScores]:
         """The k likeliest tokens at each position of the responses, and the responses' own."""
+        if any(len(r) for r in responses):
+            self._by_current_weights()
         return self.server.answers(lambda asked: self.begin_scores(asked, contexts, responses, k=k))
 
     def begin_scores(
