@@ -36,8 +36,9 @@ from onpath.run.optimizer import finite, make_optimizer
 from onpath.run.origins import judge, with_origins
 from onpath.run.parts import Parts
 from onpath.run.per_teacher import PerTeacher
+from onpath.run.rescue import Rescue
 from onpath.run.rounds import is_filler, rounds, sum_when_needed
-from onpath.run.sampling import prepare, sample
+from onpath.run.sampling import hand_over, prepare, sample
 from onpath.run.trajectories import store_step, top_tokens
 from onpath.run.weights import shaped
 from onpath.system import distributed
@@ -97,7 +98,7 @@ def optimise(parts: Parts, run: Run, *, quiet: bool) -> None:
         run.note(parts.method.before_training(parts.prompts.pool, run.directory))
     done = run.resume(optimizer)
     shown = Display(steps=config.optim.steps, done=done, quiet=quiet or distributed.rank() > 0)
-    with shown as display, stop_requests() as asked:
+    with shown as display, stop_requests() as asked, Rescue(run, optimizer, done) as rescue:
         run.announce(display, done)
         if done == 0 and config.eval.start:
             run.judge(display, evaluate_all(parts, run, display, step=0))
@@ -105,6 +106,7 @@ def optimise(parts: Parts, run: Run, *, quiet: bool) -> None:
             schedule(step)
             meter = one_step(parts, optimizer, step)
             row = run.log(step + 1, meter, lr=optimizer.param_groups[0]["lr"])
+            rescue.reached(step + 1)
             display.step(row)
             last = step + 1 == config.optim.steps
             if last or (config.eval.every and (step + 1) % config.eval.every == 0):
@@ -138,12 +140,7 @@ def one_step(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> Meter
         models.teacher.follow()
         meter.metrics = meter.row(models.device)
         parts.method.after_step({**meter.metrics})
-    if parts.overlap is not None:
-        with watch("sample"):
-            parts.overlap.before_sync()
-    with watch("sync"):
-        parts.generators.student.sync_weights(step + 1)
-        sharding.give_back(models.student)
+    hand_over(parts, meter, step + 1)
     return meter
 
 

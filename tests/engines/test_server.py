@@ -29,8 +29,9 @@ from onpath.engines.wire import Server
 from onpath.records import Sampling
 from onpath.run.assemble import assemble
 from onpath.run.log import read_lines
+from onpath.run.parts import Parts
 from onpath.system.draws import request_seed
-from onpath.system.errors import UserError
+from onpath.system.errors import ServerError, UserError
 from onpath.training import sample, train
 from tests.conftest import make_model
 from tests.engines.fake_vllm import FakeVLLM
@@ -451,6 +452,48 @@ def test_a_run_whose_teacher_died_goes_on_where_it_was(tiny: Tiny, teacher: Fake
     after = read_lines(Path(config.run.dir) / "tiny" / "metrics.jsonl")
     assert [r["step"] for r in after] == [1, 2, 3, 4]
     assert after[: len(before)] == before
+
+
+def away_in(stage: str, servers: Mapping[str, FakeVLLM]) -> Callable[[Parts, Any, int], Any]:
+    """`one_step`, in whose third call a server goes: while rollouts are written, scored, or weights moved."""
+    real = training.one_step
+
+    def step(parts: Parts, optimizer: Any, at: int) -> Any:
+        if at == 2:
+            if stage == "sync":
+                optimizer.register_step_post_hook(lambda *_: servers["student"].stop())
+            else:
+                servers["teacher" if stage == "score" else "student"].stop()
+        return real(parts, optimizer, at)
+
+    return step
+
+
+@pytest.mark.parametrize("stage", ["sample", "score", "sync"])
+@pytest.mark.parametrize("method", ["opd", "topd"])
+def test_a_server_that_goes_costs_no_finished_step(
+    method: str, stage: str, tiny: Tiny, teacher: FakeVLLM, student: FakeVLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However rare checkpoints are; a method's state goes on as if nothing had happened."""
+    where = {
+        "rollout__engine": "vllm", "rollout__url": student.url, "rollout__patience": 0.3,
+        "teacher__patience": 0.3, "optim__steps": 4, "run__save_every": 50,
+        "method__name": method, **({"method__window": 4} if method == "topd" else {}),
+    }  # fmt: skip
+    servers = {"student": student, "teacher": teacher}
+    calm = train(served(tiny, teacher, run__name="calm", **where), quiet=True)
+    config = served(tiny, teacher, **where)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "one_step", away_in(stage, servers))
+        with pytest.raises(ServerError, match="no answer from"):
+            train(config, quiet=True)
+    done = 3 if stage == "sync" else 2
+    assert [p.name for p in (Path(config.run.dir) / "tiny/checkpoints").iterdir()] == [f"step_{done}"]
+    servers["teacher" if stage == "score" else "student"].start(fresh=True)
+    rough = train(config, quiet=True)
+    rows = [read_lines(r.directory / "metrics.jsonl") for r in (calm, rough)]
+    assert [row["step"] for row in rows[1]] == [1, 2, 3, 4]
+    assert [row["loss"] for row in rows[1]] == [row["loss"] for row in rows[0]]
 
 
 def test_another_model_at_the_url_is_refused(tiny: Tiny, student: FakeVLLM) -> None:

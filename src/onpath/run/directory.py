@@ -363,14 +363,20 @@ class Run:
             tell(self.trackers, flatten({k: v for k, v in row.items() if k != "step"}), step)
         return row
 
-    def checkpoint(self, step: int, optimizer: torch.optim.Optimizer, *, wait: bool) -> None:
+    def checkpoint(
+        self, step: int, optimizer: torch.optim.Optimizer, *, wait: bool, agreed: bool = True
+    ) -> None:
         """Saves the complete state; it is written while the next step runs, unless nothing comes after it.
+
+        Args:
+            agreed: whether all processes call it.
 
         Raises:
             UserError: it cannot be written.
         """
         self.settle()
-        self.method_state.check_alike()
+        if agreed:
+            self.method_state.check_alike()
         root, student = self.directory / "checkpoints", self.parts.models.student
         if distributed.rank() == 0 or sharded(student):
             self.saving = checkpoint.save(

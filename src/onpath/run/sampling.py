@@ -5,14 +5,16 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from onpath.data.load import prompts_of_step
+from onpath.engines import sharding
 from onpath.engines.base import sample_keys, unwritten
 from onpath.engines.overlap import fresh
 from onpath.methods.base import Method, Prepared
 from onpath.records import Rollout
 from onpath.run.check_prepared import check_prepared, check_rollouts
+from onpath.run.meter import Meter
 from onpath.run.parts import Parts
 from onpath.system import distributed
-from onpath.system.errors import UserError
+from onpath.system.errors import ServerError, UserError
 
 
 def sample(parts: Parts, step: int) -> list[Rollout]:
@@ -49,6 +51,24 @@ def sample(parts: Parts, step: int) -> list[Rollout]:
         rollouts = distributed.dealt(rollouts, lambda r: len(r.context) + len(r.ids), together=together)
     rollouts = [replace(r, place=place) for place, r in enumerate(rollouts)]
     return fresh(parts.config, rollouts, step)
+
+
+def hand_over(parts: Parts, meter: Meter, version: int) -> None:
+    """The trained weights go to whoever generates, once the next batch is drawn (rollout.overlap).
+
+    Raises:
+        ServerError: a server does not take them. The step is done all the same, and the error has its meter.
+    """
+    try:
+        if parts.overlap is not None:
+            with meter.watch("sample"):
+                parts.overlap.before_sync()
+        with meter.watch("sync"):
+            parts.generators.student.sync_weights(version)
+            sharding.give_back(parts.models.student)
+    except ServerError as error:
+        error.finished = meter
+        raise
 
 
 def written(parts: Parts, blank: list[Rollout], keys: list[str], step: int) -> list[Rollout]:

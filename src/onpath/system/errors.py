@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from onpath.system.signals import Interrupted, Stopped
 from onpath.system.streams import say, silence
@@ -28,6 +29,13 @@ class UserError(ValueError):
 
     frames = ""
     """Of a user's own code that failed: where, as tracebacks show it. Stands above the sentence."""
+
+
+class ServerError(UserError):
+    """A server that stays away, refuses, or talks nonsense: what was finished before may be saved first."""
+
+    finished: Any = None
+    """The step that was done when a server did not take its weights: see `onpath.run.rescue`."""
 
 
 def guarded(run: Callable[[], int | None]) -> int:
