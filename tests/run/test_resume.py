@@ -10,7 +10,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -396,6 +398,37 @@ def test_a_tracker_that_cannot_begin_or_end_ends_no_run(
     who = "tensorboard" if when == "__init__" else "Down"
     said = f"run.trackers: {who} fails (RuntimeError: no route to host) and is left out"
     assert capfd.readouterr().err.count(said) == 1
+
+
+def test_a_tracker_goes_on_with_the_same_run_alone(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of two studies have the same names, and so has one that is made anew."""
+    begun: dict[str, list[str]] = {"wandb": [], "trackio": []}
+    shown = []
+
+    def init(*, project: str, name: str, config: Any, resume: str, **given: Any) -> SimpleNamespace:
+        assert resume == "allow"
+        shown.append(name)
+        begun["wandb" if given else "trackio"].append(given.get("id", name))
+        return SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
+
+    for name in begun:
+        module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None, origin="here")
+        vars(module).update(init=init, log=lambda *_, **__: None, finish=lambda: None)
+        monkeypatch.setitem(sys.modules, name, module)
+    config = tiny(run__trackers=[*begun], data__eval={}, run__save_every=1)
+    with monkeypatch.context() as patch:
+        stop_at(patch, "onpath.training", "one_step", call=3, after=False)
+        with pytest.raises(Stopped):
+            train(config, quiet=True)
+    first = train(config, quiet=True)
+    shutil.rmtree(first.directory)
+    train(config, quiet=True)
+    for names in begun.values():
+        assert len(names) == 3
+        assert names[0] == names[1] != names[2]
+    assert shown[0] == "tiny"
+    assert shown[1].startswith("tiny-")
 
 
 def test_a_damaged_newer_checkpoint_costs_no_sound_one(tmp_path: Path) -> None:

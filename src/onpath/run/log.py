@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,9 @@ from onpath.system.streams import Steady, say
 from onpath.system.text import first_line, named_controls
 
 Metrics = Mapping[str, Any]
+
+TRACKER_ID = "tracker_id"
+"""In a run's directory: what Weights & Biases and trackio know it by."""
 
 
 class JsonLines:
@@ -128,7 +132,8 @@ class _Trackio:
         import trackio
 
         self.api = trackio
-        trackio.init(project="onpath", name=name, config=dict(config), resume="allow")
+        shown = f"{name}-{tracked_as(directory)}"  # it knows runs by nothing but their names
+        trackio.init(project="onpath", name=shown, config=dict(config), resume="allow")
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self.api.log(dict(values), step=step)
@@ -144,7 +149,7 @@ class _Wandb:
         self.run = wandb.init(
             project="onpath",
             name=name,
-            id=name.replace("/", "-"),
+            id=tracked_as(directory),
             resume="allow",
             config=dict(config),
             dir=str(directory),
@@ -156,6 +161,19 @@ class _Wandb:
 
     def close(self) -> None:
         self.run.finish()
+
+
+def tracked_as(directory: Path) -> str:
+    """The id that trackers know a run by: drawn once and kept in its directory, so that a resumed run goes on
+    with its own there, and another run of the same name does not.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    path = directory / TRACKER_ID
+    if not path.is_file():
+        write_text(path, f"{secrets.token_hex(4)}\n")
+    return path.read_text(encoding="utf-8").strip()
 
 
 _TRACKERS: dict[str, Callable[[Path, str, Metrics], Tracker]] = {

@@ -16,7 +16,7 @@ from onpath.run.contents import digests
 from onpath.run.directory import Run
 from onpath.run.environment import environment
 from onpath.run.inputs import CLOCK_FILE
-from onpath.run.log import JsonLines, check_trackers, open_trackers
+from onpath.run.log import TRACKER_ID, JsonLines, check_trackers, open_trackers
 from onpath.run.parts import Parts
 from onpath.run.refresh import DIRECTORY as ROLLOUTS
 from onpath.run.refresh import Refreshed, forget_phases
@@ -27,7 +27,7 @@ from onpath.system.reading import read_yaml
 
 _NAMED = 5
 """Keys that a refusal names."""
-_OF_A_START = ("environment.json", "refine.json")
+_OF_A_START = ("environment.json", "refine.json", TRACKER_ID)
 """Files of a run that was refused before its first step; another config writes its own."""
 _STARTS = "environment.jsonl"
 """A line for each start."""
