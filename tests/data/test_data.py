@@ -87,6 +87,24 @@ def test_an_array_of_rows_and_lines_of_cells(tmp_path: Path) -> None:
     )
 
 
+def test_cells_of_any_length_below_names_with_spaces(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(f"prompt, answer ,a note\n{'7' * 200_000}, 12\n9?\n")
+    found = load_prompts(str(tmp_path / "a.csv")).prompts
+    assert [(len(p.text or ""), p.answer) for p in found] == [(200_000, " 12"), (2, None)]
+    theirs = load_prompts(str(tmp_path / "a.csv"), columns={"answer": " answer "}).prompts
+    assert theirs == found
+
+
+def test_a_column_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    names = ["prompt", "note", "note", "answer", "answer"]
+    table = pa.Table.from_arrays([pa.array(["7?"])] * 5, names=names)
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: two columns are called 'answer'"):
+        load_prompts(str(tmp_path / "a.parquet"))
+    pq.write_table(table.select([0, 1, 2, 3]), tmp_path / "a.parquet")
+    assert load_prompts(str(tmp_path / "a.parquet")).prompts[0].answer == "7?"
+
+
 def test_a_small_file_cannot_be_a_large_one(tmp_path: Path) -> None:
     """A line of a compressed file has a limit; of a Parquet file no more is written out than is asked for."""
     packed = tmp_path / "bomb.jsonl.gz"

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ _LONGEST_ARRAY = 2**30
 """Bytes of a file that is read whole."""
 _ROWS_AT_ONCE = 256
 """Of a Parquet file, in which a few bytes can be one long text many times over."""
-_MORE = "cells without a name"
+_QUOTED = re.compile(r'(?:^|(?<=[,\r\n]))"(?:[^"]|"")*+(?P<end>"(?=[,\r\n]|\Z))?')
+"""A cell of CSV; without an end it is not whole."""
+_LINE_END = re.compile(r"\r\n|\r|\n")
 _JSONL_SUFFIXES = (".jsonl", ".jsonlines", ".ndjson")
 _SOURCES = (
     "a .jsonl, .jsonl.gz, .json, .csv or .parquet file, a directory saved by datasets, a datasets "
@@ -158,21 +161,69 @@ def _json_rows(path: Path) -> Iterator[Row]:
 
 def _csv_rows(path: Path, theirs: Mapping[str, str]) -> Iterator[Row]:
     """Below a line of names; an empty cell is none. A row is named by the line that it ends in."""
+    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_LINE))
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restkey=_MORE)
-            _usable_columns(str(path), reader.fieldnames or (), theirs)
-            for cells in reader:
-                more = cells.pop(_MORE, ())
+            lines = _Lines(path, file)
+            named = next(lines.rows(), [])
+            names = [name if name in theirs.values() else name.strip() for name in named]
+            _usable_columns(str(path), names, theirs)
+            for cells in lines.rows():
+                more = len(cells) > len(names)
                 yield Row(
-                    where=f"{path}, line {reader.line_num}",
-                    value={name: cell or None for name, cell in cells.items()},
+                    where=f"{path}, line {lines.number}",
+                    value={name: cell or None for name, cell in zip_longest(names, cells[: len(names)])},
                     wrong="more cells than the first line names; quote what holds commas" if more else "",
                 )
-    except (csv.Error, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a readable CSV file in UTF-8: {first_line(error)}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+class _Lines:
+    """Of a CSV file, one after the other."""
+
+    def __init__(self, path: Path, file: Iterable[str]) -> None:
+        self.path, self.number = path, 0
+        self._file = iter(file)
+        self._of_row: list[str] = []
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._file)
+        self.number += 1
+        self._of_row.append(line)
+        return line
+
+    def rows(self) -> Iterator[list[str]]:
+        """Cells of each row that is left; a quoted cell may go over several lines.
+
+        Raises:
+            UserError: one has no end, or goes on behind it.
+        """
+        try:
+            for cells in csv.reader(self, strict=True):
+                self._of_row.clear()
+                if cells:
+                    yield cells
+        except csv.Error as error:
+            raise UserError(self._why(error)) from None
+
+    def _why(self, error: csv.Error) -> str:
+        """The quoted cell that is wrong, by the line in which it begins."""
+        text = "".join(self._of_row)
+        cell = next((c for c in _QUOTED.finditer(text) if c["end"] is None), None)
+        if cell is None:
+            return f"{self.path}, line {self.number}: not readable as CSV: {first_line(error)}"
+        line = self.number - len(self._of_row) + 1 + len(_LINE_END.findall(text[: cell.start()]))
+        wrong = "goes on behind its last quote" if cell.end() < len(text) else "has no end"
+        return (
+            f"{self.path}, line {line}: the quoted cell that begins here {wrong}; a quote within quotes is "
+            'written twice, ""'
+        )
 
 
 def _parquet_rows(path: Path, theirs: Mapping[str, str]) -> Iterator[Row]:
@@ -249,4 +300,7 @@ def _usable_columns(where: str, names: Sequence[str], theirs: Mapping[str, str])
             f"{where}: no column 'prompt' (it has {held}); say which one has the problem: "
             "data.columns: {prompt: …}"
         )
-    return [name for name in names if name in set(COLUMNS).union(*given.values())]
+    used = [name for name in names if name in set(COLUMNS).union(*given.values())]
+    if twice := next((name for name in used if used.count(name) > 1), None):
+        raise UserError(f"{where}: two columns are called {twice!r}, of which one would be lost; rename it")
+    return used
