@@ -316,6 +316,9 @@ def test_parquet_and_saved_datasets_read_like_jsonl(tmp_path: Path, write: Calla
     assert load_prompts(str(tmp_path / "two")).prompts == expected
     assert load_prompts(f"{tmp_path / 'two'}:test").prompts == expected[:1]
     assert load_prompts(str(tmp_path / "two"), split_default="test").prompts == expected[:1]
+    for split in ("train", "test", ""):
+        with pytest.raises(UserError, match=rf"one: one data set without splits .* leave out :{split}$"):
+            load_prompts(f"{tmp_path / 'one'}:{split}")
     with pytest.raises(UserError, match="no split 'dev'; it has train, test"):
         load_prompts(f"{tmp_path / 'two'}:dev")
 

@@ -65,9 +65,9 @@ def rows_of(source: str, limit: int | None, split_default: str, theirs: Mapping[
     if path.is_file():
         return _file_rows(path, theirs)
     if path.is_dir():
-        return _saved_rows(path, split_default, theirs)
+        return _saved_rows(path, None, split_default, theirs)
     if base and (saved := place(base)).is_dir():
-        return _saved_rows(saved, split, theirs)
+        return _saved_rows(saved, split, split_default, theirs)
     file_like = _plain(path).suffix in (*_JSONL_SUFFIXES, ".json", ".csv", ".parquet")
     looks_like_path = file_like or source.startswith(("/", "./", "../", "~"))
     if looks_like_path or not _HUB_NAME.fullmatch(source):
@@ -244,7 +244,9 @@ def _parquet_rows(path: Path, theirs: Mapping[str, str]) -> Iterator[Row]:
         raise UserError(f"{path}: not a readable Parquet file: {first_line(error)}") from None
 
 
-def _saved_rows(path: Path, split: str, theirs: Mapping[str, str]) -> Iterator[Row]:
+def _saved_rows(
+    path: Path, asked: str | None, split_default: str, theirs: Mapping[str, str]
+) -> Iterator[Row]:
     import datasets
 
     try:
@@ -254,10 +256,13 @@ def _saved_rows(path: Path, split: str, theirs: Mapping[str, str]) -> Iterator[R
             f"{path}: not a readable directory of datasets.save_to_disk: {first_line(error)}"
         ) from None
     if isinstance(data, datasets.DatasetDict):
+        split = split_default if asked is None else asked
         if split not in data:
             known = ", ".join(map(str, data))
             raise UserError(f"{path}: no split {split!r}; it has {known}: append :<split>")
         data = data[split]
+    elif asked is not None:
+        raise UserError(f"{path}: one data set without splits was saved there; leave out :{asked}")
     return _dataset_rows(str(path), data, theirs)
 
 
