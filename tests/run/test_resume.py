@@ -400,6 +400,32 @@ def test_a_tracker_that_cannot_begin_or_end_ends_no_run(
     assert capfd.readouterr().err.count(said) == 1
 
 
+def test_nothing_stays_of_steps_that_the_run_does_not_come_to(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after step 3 with a checkpoint of step 2; from there on it is to store less."""
+    stored = {"run__trajectories_every": 1, "eval__every": 1, "eval__start": True}
+    config = tiny(**(OPTIONS | stored | {"optim__steps": 5}))
+    with monkeypatch.context() as patch:
+        stop_at(patch, "onpath.training", "store_step", call=3, after=True)
+        with pytest.raises(Stopped):
+            train(config, quiet=True)
+    directory = Path(config.run.dir) / config.run.name
+
+    def steps(pattern: str) -> list[int]:
+        return sorted(int(path.stem[-6:]) for path in directory.glob(pattern))
+
+    assert steps("trajectories/*") == [1, 2, 3]
+    assert steps("evals/*.jsonl") == steps("evals/*.parquet") == [0, 1, 2, 3]
+    (directory / "trajectories" / "notes.txt").write_text("mine")
+    sparse = {"run__trajectories_every": 0, "eval__every": 0}
+    train(tiny(**(OPTIONS | sparse | {"optim__steps": 5})), quiet=True)
+    (directory / "trajectories" / "notes.txt").unlink()
+    assert steps("trajectories/*") == [1, 2]
+    assert steps("evals/*.jsonl") == steps("evals/*.parquet") == [0, 1, 2, 5]
+    assert [row["step"] for row in read_lines(directory / "eval.jsonl")] == [0, 1, 2, 5]
+
+
 def test_a_tracker_goes_on_with_the_same_run_alone(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of two studies have the same names, and so has one that is made anew."""
     begun: dict[str, list[str]] = {"wandb": [], "trackio": []}

@@ -2,8 +2,9 @@
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +41,7 @@ from onpath.run.refresh import Refreshed, forget_phases
 from onpath.run.trained import BEST
 from onpath.system import distributed
 from onpath.system.errors import UserError
-from onpath.system.files import write_text, written
+from onpath.system.files import unwritable, write_text, written
 from onpath.system.reading import read_json
 from onpath.system.signals import Interrupted, Requests, Stopped
 from onpath.system.streams import say
@@ -49,6 +50,8 @@ _PATIENCE = 10.0
 """Seconds that a run which ends before its time waits for the other processes' parts of a checkpoint."""
 
 
+_STORED = re.compile(r"(?:.*_)?step_(\d+)\.(?:jsonl|parquet)")
+"""Files of one step, in trajectories/ and evals/."""
 _OF_AN_END = {"optim.steps", "run.stop_after", "run.keep_best"}
 """Options that say where a run ends."""
 _BEST_OF = "best.json"
@@ -191,8 +194,11 @@ class Run:
                 f"checkpoint {name} is damaged or incomplete and was passed over" for name in loaded.broken
             ]
         if distributed.rank() == 0:
+            evaluated = done if done else -1
             self.metrics.rewind(step=done)
-            self.evals.rewind(step=done if done else -1)
+            self.evals.rewind(step=evaluated)
+            _forget((self.directory / "trajectories").glob("step_*"), after=done)
+            _forget((self.directory / "evals").glob("*_step_*"), after=evaluated)
         self.best, self.since_best = distributed.first_decides(self._best_so_far)
         if loaded:
             self.parts.generators.student.sync_weights(done)
@@ -460,6 +466,21 @@ class Run:
             (temporary / "README.md").write_text(card, encoding="utf-8")
             if told is not None:
                 (temporary / _BEST_OF).write_text(json.dumps(told) + "\n")
+
+
+def _forget(files: Iterable[Path], *, after: int) -> None:
+    """What was stored of later steps goes with their lines: the run comes by there again, or never.
+
+    Raises:
+        UserError: it cannot be removed.
+    """
+    for path in files:
+        found = _STORED.fullmatch(path.name)
+        if found is not None and int(found[1]) > after:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise unwritable(path, error) from None
 
 
 def _set_aside(directory: Path, step: int) -> None:
