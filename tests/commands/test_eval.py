@@ -110,6 +110,44 @@ def test_samples_of_an_earlier_call_do_not_stay(
         onpath.evaluate_model(model_dirs["student"], data=data_file, out=tmp_path, **SMALL)
 
 
+@pytest.mark.parametrize("against", ["./nowhere", "no/such-model", "adapter", "tokenizer"])
+def test_a_second_model_that_is_not_there_is_said_before_anything_is_sampled(
+    against: str,
+    model_dirs: dict[str, Path],
+    data_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("onpath.commands.eval.load_start", None)
+    shutil.copytree(model_dirs["student"], tmp_path / "adapter")
+    shutil.copytree(model_dirs["student"], tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "config.json").unlink()
+    lost = {"base_model_name_or_path": str(tmp_path / "base"), "peft_type": "LORA"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(lost))
+    other = tmp_path / against if against in ("adapter", "tokenizer") else against
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "eval.json").write_text("of an earlier call")
+    options = {**SMALL, "data": data_file, "out": tmp_path / "out"}
+    with pytest.raises(UserError, match=r"^against: "):
+        onpath.evaluate_model(model_dirs["student"], against=other, **options)
+    assert (tmp_path / "out" / "eval.json").is_file()
+
+
+def test_what_the_first_model_did_outlives_the_second(
+    model_dirs: dict[str, Path], data_file: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(model_dirs["teacher"], broken)
+    (broken / "model.safetensors").write_bytes(b"")
+    options = {**SMALL, "data": data_file, "out": tmp_path / "out"}
+    with pytest.raises(UserError, match=r"^against: "):
+        onpath.evaluate_model(model_dirs["student"], against=broken, **options)
+    told = json.loads((tmp_path / "out" / "eval.json").read_text())
+    assert list(told["models"]) == [str(model_dirs["student"])]
+    assert pq.read_table(tmp_path / "out" / "samples_0.parquet").num_rows == 18
+    assert not (tmp_path / "out" / "samples_1.parquet").exists()
+
+
 GRADERS = """
 import sys
 

@@ -12,10 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from onpath.config import Config, Data, Student
+from onpath.data.render import Renderer
 from onpath.data.tasks import split_name
+from onpath.engines.foreign import check_model
 from onpath.engines.head import head_of
 from onpath.engines.hf import HFEngine
-from onpath.engines.models import pick_device, stop_ids
+from onpath.engines.models import model_directory, pick_device, stop_ids
 from onpath.evaluate.scores import EvalResult, PairedDifference, compare, evaluate
 from onpath.grade.base import Grader
 from onpath.grade.graders import grader_for
@@ -45,6 +47,13 @@ class Evaluated:
     """The model minus the one that it was compared with."""
     skipped: int = 0
     """Bad rows of the data that were left out (data.skip_bad)."""
+
+    def and_of(self, model: str, result: EvalResult) -> "Evaluated":
+        """The same with one more model; of a second one, how far they are apart."""
+        results = {**self.results, model: result}
+        return replace(
+            self, results=results, difference=compare(*results.values()) if len(results) == 2 else None
+        )
 
     def to_json(self) -> dict[str, Any]:
         """eval.json."""
@@ -115,13 +124,8 @@ def evaluate_model(
         first = _subject(str(model), dtype, device, "model", graded=grader is None)
         others = _others(against, first, dtype, device)
     asked = first.config.eval
-    given: dict[str, Any] = {
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "max_new_tokens": max_new_tokens,
-        "seed": seed,
-    }
+    given: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    given["max_new_tokens"] = max_new_tokens
     given = {name: value for name, value in given.items() if value is not None}
     sampling = replace(asked.sampling(), **given)
     samples = n if n is not None else asked.n if k is None else k
@@ -137,8 +141,12 @@ def evaluate_model(
         chosen = grader_for(grader or asked.grader, {source: loaded.prompts})
     directory = None if out is None else place(out, key="--out")
     if directory is not None:
+        make_directory(directory)
+    subjects = [first, *others]
+    renderers = [_renderer(subject, loaded.prompts) for subject in subjects]
+    if directory is not None:
         _clear(directory)
-    results = {}
+    found = Evaluated(results={}, difference=None, skipped=loaded.skipped)
     with chosen as judge:
         questions = _Questions(
             prompts=loaded.prompts,
@@ -150,22 +158,19 @@ def evaluate_model(
             source=source,
             batch_tokens=batch_tokens,
         )
-        for index, subject in enumerate([first, *others]):
+        for index, (subject, renderer) in enumerate(zip(subjects, renderers, strict=True)):
             ungraded = None if directory is None else directory / f"ungraded_{index}.parquet"
-            results[subject.label], rows = questions.to(subject, ungraded)
-            if directory is not None:
+            result, rows = questions.to(subject, renderer, ungraded)
+            found = found.and_of(subject.label, result)
+            if directory is not None:  # before the next one, which may fail
                 write_parquet(directory / f"samples_{index}.parquet", rows)
-    difference = None if against is None else compare(*(results[s.label] for s in (first, *others)))
-    found = Evaluated(results=results, difference=difference, skipped=loaded.skipped)
-    if directory is not None:
-        write_text(directory / "eval.json", json.dumps(found.to_json(), indent=1) + "\n")
+                write_text(directory / "eval.json", json.dumps(found.to_json(), indent=1) + "\n")
     return found
 
 
 def _clear(out: Path) -> None:
-    """Makes the directory, without an earlier call's files: eval.json comes last, and where it is, its
-    samples are, and no others."""
-    make_directory(out)
+    """Removes an earlier call's files: eval.json comes after samples, and where it is, those of its models
+    are, and no others."""
     samples = (f"{kind}_{index}.parquet" for kind in ("samples", "ungraded") for index in (0, 1))
     for name in ("eval.json", *samples):
         try:
@@ -213,6 +218,21 @@ def _others(
     if Path(against) == Path(first.name):
         raise UserError(f"against: {against} is the same model; name another one to compare it with")
     return (_subject(str(against), dtype, device, "against", graded=False),)
+
+
+def _renderer(subject: _Subject, prompts: Sequence[Prompt]) -> Renderer:
+    """How a model is asked; what can be known to be wrong with it before its weights load is said now.
+
+    Raises:
+        UserError: it is not there, or cannot be asked.
+    """
+    section, key = subject.config.student, subject.key
+    renderer = make_renderer(subject.config, load_its_tokenizer(section, subject.of_run, key))
+    if subject.of_run is None and (where := Path(model_directory(section.model, key))).is_dir():
+        check_model(where, key)
+    for prompt in prompts:
+        renderer.check(prompt)
+    return renderer
 
 
 def _problems(subject: _Subject, data: str | Path | None) -> tuple[str, str]:
@@ -277,7 +297,9 @@ class _Questions:
     source: str
     batch_tokens: int
 
-    def to(self, subject: _Subject, ungraded: Path | None) -> tuple[EvalResult, list[dict[str, Any]]]:
+    def to(
+        self, subject: _Subject, renderer: Renderer, ungraded: Path | None
+    ) -> tuple[EvalResult, list[dict[str, Any]]]:
         """A model's numbers, and every graded sample as plain values.
 
         The model is freed at the end: the next one may need its room.
@@ -286,12 +308,10 @@ class _Questions:
             ungraded: where samples are written if their grading fails; None: nowhere.
         """
         config, section, key = subject.config, subject.config.student, subject.key
-        tokenizer = load_its_tokenizer(section, subject.of_run, key)
+        tokenizer = renderer.tokenizer
         model = load_start(section, subject.of_run, key, pick_device(section.device, "device"))
-        renderer, stops = make_renderer(config, tokenizer), stop_ids(model, tokenizer, key)
+        stops = stop_ids(model, tokenizer, key)
         strings = () if subject.of_run is None else subject.of_run.stops()[1]
-        for prompt in self.prompts:
-            renderer.check(prompt)
         ids = min(max(tokenizer.get_vocab().values()) + 1, head_of(model).vocabulary)
         engine = HFEngine(
             model,
