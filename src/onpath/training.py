@@ -100,8 +100,8 @@ def optimise(parts: Parts, run: Run, *, quiet: bool) -> None:
     shown = Display(steps=config.optim.steps, done=done, quiet=quiet or distributed.rank() > 0)
     with shown as display, stop_requests() as asked, Rescue(run, optimizer, done) as rescue:
         run.announce(display, done)
-        if done == 0 and config.eval.start:
-            run.judge(display, evaluate_all(parts, run, display, step=0))
+        if run.evaluates_first(done):
+            run.judge(display, evaluate_all(parts, run, display, step=done))
         for step in run.steps_left(done):
             schedule(step)
             meter = one_step(parts, optimizer, step)

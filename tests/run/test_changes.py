@@ -19,6 +19,8 @@ from onpath.commands.cli import main
 from onpath.config import METHODS, Config, build, load
 from onpath.config.changes import changes
 from onpath.run.log import read_lines
+from onpath.run.meter import Meter
+from onpath.run.parts import Parts
 from onpath.system.errors import UserError
 from onpath.system.signals import stop_requests
 from onpath.training import train
@@ -251,6 +253,34 @@ def test_a_run_is_made_longer(
     again = train(longer)
     assert not again.trained
     assert "was finished before" in capsys.readouterr().err
+
+
+def test_a_run_that_is_ended_where_it_stopped_is_evaluated_there(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"optim__schedule": "cosine", "run__save_every": 2}
+    real = training.one_step
+
+    def stopped(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> Meter:
+        if step == 3:
+            raise UserError("stopped")
+        return real(parts, optimizer, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "one_step", stopped)
+        with pytest.raises(UserError, match="stopped"):
+            train(tiny(**options, optim__steps=5), quiet=True)
+    capsys.readouterr()
+    result = train(tiny(**options, optim__steps=2), resume_with_changes=True)
+    said = capsys.readouterr().err
+    assert "all 2 steps are done" in said
+    assert "optim.steps is 2, as many as are done; it was 5" in said
+    assert "steps 3 to 2" not in said
+    assert [row["step"] for row in result.evaluations] == [2]
+    assert sorted(p.name for p in (result.directory / "evals").iterdir()) == [
+        "test_step_000002.jsonl",
+        "test_step_000002.parquet",
+    ]
 
 
 def test_what_is_asked_for_is_recorded(

@@ -296,6 +296,16 @@ class Run:
         limit = self.parts.config.run.stop_after
         return bool(limit) and self.since_best >= limit
 
+    def evaluates_first(self, done: int) -> bool:
+        """Whether an evaluation is due before another step: of the start; or of the end, where an earlier
+        process did not take that step for the last one."""
+        config = self.parts.config
+        if done == 0:
+            return config.eval.start
+        ends = done == config.optim.steps or self.stalled
+        seen = distributed.first_decides(lambda: [row["step"] for row in read_lines(self.evals.path)])
+        return ends and done not in seen
+
     def steps_left(self, done: int) -> Iterator[int]:
         """Steps (from 0) after those that are done, until the run stalls."""
         for step in range(done, self.parts.config.optim.steps):
@@ -352,9 +362,11 @@ class Run:
             display.say(f"warning: {warning}")
         for note in self.notes:
             display.say(note)
+        steps = config.optim.steps
+        left = f"steps {done + 1} to {steps}" if done < steps else f"all {steps} steps are done"
         display.say(
-            f"{config.run.name}: {config.method.name}, {len(self.parts.prompts.pool):,} prompts, steps "
-            f"{done + 1} to {config.optim.steps} → {self.directory}"
+            f"{config.run.name}: {config.method.name}, {len(self.parts.prompts.pool):,} prompts, {left} → "
+            f"{self.directory}"
         )
 
     def log(self, step: int, meter: Meter, *, lr: float) -> dict[str, Any]:
@@ -500,6 +512,8 @@ def _set_aside(directory: Path, step: int) -> None:
 
 
 def _note(change: Change, config: Config, done: int) -> str:
+    if change.key == "optim.steps" and done == config.optim.steps:
+        return f"optim.steps is {done}, as many as are done; it was {change.before!r}"
     text = f"{change.key} is {change.after!r} from step {done + 1} on, it was {change.before!r}"
     if change.key != "optim.steps":
         return text
