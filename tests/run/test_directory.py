@@ -1,12 +1,14 @@
 """A run's directory: whose it is, what a start may do there, and what becomes of a finished run."""
 
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from onpath.config import Config
+from onpath.run.environment import commit_of
 from onpath.system.errors import UserError
 from onpath.training import train
 
@@ -115,3 +117,29 @@ def test_a_start_that_fails_leaves_the_directory_free(tiny: Tiny, monkeypatch: p
         train(tiny(), quiet=True)
     monkeypatch.undo()
     assert train(tiny(), quiet=True).directory.is_dir()
+
+
+def test_the_commit_is_that_of_the_checkout_that_runs(tmp_path: Path) -> None:
+    """And not of somebody's repository in which onpath is installed."""
+    own, installed = tmp_path / "src" / "onpath", tmp_path / ".venv" / "lib" / "onpath"
+    for package in (own, installed):
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+    assert commit_of(own / "__init__.py") is None, "no repository"
+
+    def git(*arguments: str) -> str:
+        who = ("-c", "user.name=me", "-c", "user.email=me@example.org")
+        return subprocess.run(
+            ["git", *who, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    git("init", "-q")
+    git("add", "src")
+    git("commit", "-qm", "first")
+    git("tag", "v1")
+    head = git("rev-parse", "HEAD")
+    (own / "more.py").touch()
+    assert commit_of(own / "__init__.py") == head
+    assert commit_of(installed / "__init__.py") is None
+    (own / "__init__.py").write_text("changed = True\n")
+    assert commit_of(own / "__init__.py") == f"{head}-dirty"

@@ -43,10 +43,27 @@ def _versions() -> dict[str, str]:
 
 @cache
 def _commit() -> str | None:
-    """Of the checkout that onpath runs from; None: it runs from none."""
+    return commit_of(Path(__file__).parents[1] / "__init__.py")
+
+
+def commit_of(package: Path) -> str | None:
+    """The commit of onpath's checkout, with -dirty where tracked files are others than there.
+
+    Args:
+        package: onpath's `__init__.py`, as it runs.
+
+    Returns:
+        None: it runs from no checkout of its own. An environment inside somebody's repository is none.
+    """
     with suppress(OSError, subprocess.SubprocessError):
-        here = Path(__file__).parent
-        return subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5, check=True
-        ).stdout.strip()
+        top = Path(_git(package.parent, "rev-parse", "--show-toplevel"))
+        if (top / "src" / "onpath" / "__init__.py").samefile(package):
+            return _git(top, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     return None
+
+
+def _git(directory: Path, *arguments: str) -> str:
+    command = ["git", "--no-optional-locks", *arguments]
+    return subprocess.run(
+        command, cwd=directory, capture_output=True, text=True, timeout=5, check=True
+    ).stdout.strip()

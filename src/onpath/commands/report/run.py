@@ -137,9 +137,19 @@ def facts(config: dict[str, Any], environment: dict[str, Any], metrics: Sequence
         "training time": f"{seconds:,.0f} s" if metrics else None,
         "device": environment.get("device"),
         "onpath, torch": ", ".join(packages[k] for k in ("onpath", "torch") if k in packages) or None,
-        "commit": (environment.get("git_commit") or "")[:12] or None,
+        "commit": short_commit(environment.get("git_commit")),
     }
     return [[label, str(value)] for label, value in known.items() if value is not None]
+
+
+def short_commit(commit: str | None) -> str | None:
+    """Twelve digits of it, and whether the files were its.
+
+    >>> short_commit("0123456789abcdef-dirty")
+    '0123456789ab-dirty'
+    """
+    head, dash, state = (commit or "").partition("-")
+    return f"{head[:12]}{dash}{state}" or None
 
 
 def objective(config: dict[str, Any]) -> str | None:

@@ -19,6 +19,7 @@ from onpath.commands.report.run import (
     read_config,
     read_json,
     section,
+    short_commit,
     truth_of,
 )
 from onpath.commands.report.text import known_tokens
@@ -127,7 +128,7 @@ def facts(about: Row, environment: Row, arms: Sequence[Row]) -> list[list[str]]:
         "samples per problem": about.get("n"),
         "grader": about.get("grader"),
         "device": environment.get("device"),
-        "commit": (environment.get("git_commit") or "")[:12] or None,
+        "commit": short_commit(environment.get("git_commit")),
     }
     return [[label, str(value)] for label, value in known.items() if value not in (None, "")]
 
