@@ -27,6 +27,7 @@ from onpath.engines.server import ServerEngine
 from onpath.engines.weights import probe_ids, probe_logprobs, save_weights
 from onpath.engines.wire import Server
 from onpath.records import Sampling
+from onpath.run import evaluation
 from onpath.run.assemble import assemble
 from onpath.run.log import read_lines
 from onpath.run.parts import Parts
@@ -494,6 +495,35 @@ def test_a_server_that_goes_costs_no_finished_step(
     rows = [read_lines(r.directory / "metrics.jsonl") for r in (calm, rough)]
     assert [row["step"] for row in rows[1]] == [1, 2, 3, 4]
     assert [row["loss"] for row in rows[1]] == [row["loss"] for row in rows[0]]
+
+
+def test_a_server_that_goes_during_an_evaluation(
+    tiny: Tiny, student: FakeVLLM, data_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is made again, whole, and no step is."""
+    where = {
+        "rollout__engine": "vllm", "rollout__url": student.url, "rollout__patience": 0.3, "optim__steps": 4,
+        "eval__every": 2, "data__eval": {"one": str(data_file), "two": str(data_file)},
+    }  # fmt: skip
+    calm = train(tiny(run__name="calm", **where), quiet=True)
+    config, real, sets = tiny(**where), evaluation.evaluate, iter("abc")
+
+    def goes(*given: Any, **options: Any) -> Any:
+        if next(sets) == "b":
+            student.stop()
+        return real(*given, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "evaluate", goes)
+        with pytest.raises(ServerError, match="no answer from"):
+            train(config, quiet=True)
+    run = Path(config.run.dir) / "tiny"
+    assert [row["split"] for row in read_lines(run / "eval.jsonl")] == ["one"]
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step_2"]
+    student.start(fresh=True)
+    train(config, quiet=True)
+    assert read_lines(run / "eval.jsonl") == read_lines(calm.directory / "eval.jsonl")
+    assert [row["step"] for row in read_lines(run / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
 def test_another_model_at_the_url_is_refused(tiny: Tiny, student: FakeVLLM) -> None:

@@ -297,14 +297,21 @@ class Run:
         return bool(limit) and self.since_best >= limit
 
     def evaluates_first(self, done: int) -> bool:
-        """Whether an evaluation is due before another step: of the start; or of the end, where an earlier
-        process did not take that step for the last one."""
+        """Whether an evaluation is due before another step: of the start; or of the last step, where an
+        earlier process was not asked for it, or has not ended it."""
         config = self.parts.config
         if done == 0:
             return config.eval.start
+        lines = distributed.first_decides(lambda: read_lines(self.evals.path))
+        seen = {row["split"] for row in lines if row["step"] == done}
         ends = done == config.optim.steps or self.stalled
-        seen = distributed.first_decides(lambda: [row["step"] for row in read_lines(self.evals.path)])
-        return ends and done not in seen
+        due = ends or (config.eval.every > 0 and done % config.eval.every == 0)
+        if not due or config.evaluations.keys() <= seen:
+            return False
+        if distributed.rank() == 0:
+            self.evals.rewind(step=done - 1)  # some sets were done: all are, in one go
+        self.best, self.since_best = distributed.first_decides(self._best_so_far)
+        return True
 
     def steps_left(self, done: int) -> Iterator[int]:
         """Steps (from 0) after those that are done, until the run stalls."""
