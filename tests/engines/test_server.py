@@ -32,7 +32,7 @@ from onpath.run.assemble import assemble
 from onpath.run.log import read_lines
 from onpath.run.parts import Parts
 from onpath.system.draws import request_seed
-from onpath.system.errors import ServerError, UserError
+from onpath.system.errors import UserError
 from onpath.training import sample, train
 from tests.conftest import make_model
 from tests.engines.fake_vllm import FakeVLLM
@@ -486,7 +486,7 @@ def test_a_server_that_goes_costs_no_finished_step(
     config = served(tiny, teacher, **where)
     with monkeypatch.context() as patch:
         patch.setattr(training, "one_step", away_in(stage, servers))
-        with pytest.raises(ServerError, match="no answer from"):
+        with pytest.raises(UserError, match="no answer from"):
             train(config, quiet=True)
     done = 3 if stage == "sync" else 2
     assert [p.name for p in (Path(config.run.dir) / "tiny/checkpoints").iterdir()] == [f"step_{done}"]
@@ -515,7 +515,7 @@ def test_a_server_that_goes_during_an_evaluation(
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "evaluate", goes)
-        with pytest.raises(ServerError, match="no answer from"):
+        with pytest.raises(UserError, match="no answer from"):
             train(config, quiet=True)
     run = Path(config.run.dir) / "tiny"
     assert [row["split"] for row in read_lines(run / "eval.jsonl")] == ["one"]

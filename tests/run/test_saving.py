@@ -106,3 +106,30 @@ def test_a_run_that_fails_meanwhile_keeps_what_it_was_writing(
         load_file(r / "model" / "model.safetensors") for r in (train(config, quiet=True).directory, whole)
     )
     assert all(one[k].equal(two[k]) for k in one)
+
+
+@pytest.mark.parametrize("error", [UserError("the grader fails"), RuntimeError("CUDA out of memory")])
+def test_a_run_that_fails_saves_its_last_finished_step(
+    error: Exception, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the older ones: of a gradient that is not finite they may be the better ones."""
+    options = OPTIONS | {"optim__steps": 5, "run__save_every": 2, "run__keep": 1}
+    calm = train(tiny(**options, run__name="calm"), quiet=True).directory
+    real = training.prepare
+
+    def fails(parts: Any, rollouts: Any, step: int) -> Any:
+        if step == 3:
+            raise error
+        return real(parts, rollouts, step)
+
+    config = tiny(**options)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "prepare", fails)
+        with pytest.raises(type(error), match=str(error)):
+            train(config, quiet=True)
+    run = Path(config.run.dir) / config.run.name
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_2", "step_3"]
+    train(config, quiet=True)
+    one, two = (load_file(r / "model" / "model.safetensors") for r in (calm, run))
+    assert all(one[name].equal(two[name]) for name in one)
+    assert [row["step"] for row in read_lines(run / "metrics.jsonl")] == [1, 2, 3, 4, 5]

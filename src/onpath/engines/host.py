@@ -12,7 +12,7 @@ import httpx
 
 from onpath.config.sections import Served
 from onpath.engines.deadline import bounded, within
-from onpath.system.errors import ServerError, UserError
+from onpath.system.errors import UserError
 from onpath.system.reading import parse_json
 from onpath.system.text import one_line
 
@@ -111,7 +111,7 @@ class Host:
                 f"status {response.status_code}" + (f": {word}" if word and word[0] != "<" else "")
             )  # no page of a proxy's
         if response.is_error:
-            raise ServerError(
+            raise UserError(
                 f"{self.key}.url: {self.url} refuses a request with status {response.status_code}: "
                 f"{word or 'without a word'}"
             )

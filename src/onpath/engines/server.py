@@ -24,7 +24,7 @@ from onpath.engines.wire import Questions, Server
 from onpath.records import Completion, Prompt, Rollout, Sampling
 from onpath.system import distributed
 from onpath.system.draws import request_seed
-from onpath.system.errors import ServerError, UserError
+from onpath.system.errors import UserError
 
 _ROUNDING = 1e-3  # by which a probability may exceed 1
 
@@ -211,7 +211,7 @@ class ServerEngine(Engine):
             ids, pushed = probe_ids(self.vocabulary), self.handover.tensors()
             flaw = self._arrival.flaw(self.student, ids, self._held, pushed)
             if flaw is not None:
-                raise ServerError(
+                raise UserError(
                     f"rollout.url: after step {version} the server's log-probs {flaw[1]}: {flaw[0].url} did "
                     f"not take the weights ({self.handover.where})"
                 )
@@ -254,7 +254,7 @@ class ServerEngine(Engine):
         self.handover.give(host)
         answers = self._answers(host)
         if not largest_gap(answers, held or next(iter(tuple(self._held.values())))) <= self.tolerance:
-            raise ServerError(
+            raise UserError(
                 f"rollout.url: {host.url} was restarted and does not answer as before with the weights "
                 f"({self.handover.where}); start the same command again"
             )

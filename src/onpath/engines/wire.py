@@ -21,7 +21,7 @@ import httpx
 
 from onpath.config.sections import Served
 from onpath.engines.host import Busy, Down, Host, Nonsense
-from onpath.system.errors import ServerError, UserError, say_once
+from onpath.system.errors import UserError, say_once
 from onpath.system.signals import asked_to_stop
 from onpath.system.text import one_line
 
@@ -163,7 +163,7 @@ class Line:
             if isinstance(error, Nonsense | httpx.DecodingError):
                 nonsense, deadline = nonsense + 1, math.inf  # somebody is there
                 if nonsense == _TRIES_OF_NONSENSE:
-                    raise ServerError(
+                    raise UserError(
                         f"{self.key}.url: the server at {host.url} talks nonsense: {host.said(error)}; "
                         "nothing is lost: mend it and start the same command again"
                     )
@@ -173,7 +173,7 @@ class Line:
                 deadline = min(deadline, time.monotonic() + self.section.patience)
                 if time.monotonic() + wait > deadline:
                     where = ", ".join(h.url for h in self.hosts if h is host or not h.well)
-                    raise ServerError(
+                    raise UserError(
                         f"{self.key}.url: no answer from {where} for {self.section.patience:g} s "
                         f"({host.said(error)}); nothing is lost: start the server and then the same command "
                         "again"
@@ -182,7 +182,7 @@ class Line:
                 alone = host.well or not any(h.well for h in self.hosts)
                 # Without an answer the step cannot be ended.
                 if alone and not host.well and (signal := asked_to_stop()):
-                    raise ServerError(
+                    raise UserError(
                         f"{self.key}.url: {signal} while {host.url} gave no answer ({host.said(error)}): the "
                         "step is not ended, and the same command goes on before it"
                     )
@@ -195,7 +195,7 @@ class Line:
                     )
                 _pause(wait, stop)
                 wait = min(2 * wait, _LONGEST_WAIT)
-        raise ServerError(f"{self.key}.url: stopped asking {self.url}")
+        raise UserError(f"{self.key}.url: stopped asking {self.url}")
 
     @contextmanager
     def _chosen(self, home: int, at: Host | None) -> Iterator[tuple[Host, int]]:

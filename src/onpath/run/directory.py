@@ -23,6 +23,7 @@ from onpath.engines.sharding import give_back
 from onpath.evaluate.scores import EvalResult
 from onpath.run import checkpoint
 from onpath.run.card import model_card
+from onpath.run.checkpoint import Saving
 from onpath.run.contents import differing
 from onpath.run.log import (
     Display,
@@ -388,33 +389,41 @@ class Run:
             tell(self.trackers, flatten({k: v for k, v in row.items() if k != "step"}), step)
         return row
 
-    def checkpoint(
-        self, step: int, optimizer: torch.optim.Optimizer, *, wait: bool, agreed: bool = True
-    ) -> None:
+    def checkpoint(self, step: int, optimizer: torch.optim.Optimizer, *, wait: bool) -> None:
         """Saves the complete state; it is written while the next step runs, unless nothing comes after it.
-
-        Args:
-            agreed: whether all processes call it.
 
         Raises:
             UserError: it cannot be written.
         """
         self.settle()
-        if agreed:
-            self.method_state.check_alike()
-        root, student = self.directory / "checkpoints", self.parts.models.student
-        if distributed.rank() == 0 or sharded(student):
-            self.saving = checkpoint.save(
-                root,
-                step=step,
-                model=student,
-                optimizer=optimizer,
-                extra=self.state(),
-                inputs=self.inputs,
-                timeout=self.parts.config.longest_wait,
-            )
+        self.method_state.check_alike()
+        if distributed.rank() == 0 or sharded(self.parts.models.student):
+            self.saving = self._saving(step, optimizer)
         if wait or not self.parts.config.run.save_in_background:
             self.settle()
+
+    def save_alone(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Likewise, by the first process without the others, at once; no older one goes for it.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        before, self.saving = self.saving, None
+        if before is not None:
+            before.wait()
+        if step not in map(checkpoint.step_of, checkpoint.list_steps(self.directory / "checkpoints")):
+            self._saving(step, optimizer).wait()
+
+    def _saving(self, step: int, optimizer: torch.optim.Optimizer) -> Saving:
+        return checkpoint.save(
+            self.directory / "checkpoints",
+            step=step,
+            model=self.parts.models.student,
+            optimizer=optimizer,
+            extra=self.state(),
+            inputs=self.inputs,
+            timeout=self.parts.config.longest_wait,
+        )
 
     def settle(self) -> None:
         """Waits for the checkpoint that is being written, then removes old ones.

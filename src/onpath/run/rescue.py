@@ -1,27 +1,32 @@
-"""What a run is saved as if a server stays away: its last finished step, however rare checkpoints are."""
+"""What a run that fails is saved as: its last finished step, however rare checkpoints are."""
 
+from contextlib import suppress
 from types import TracebackType
 
 import torch
 
 from onpath.engines.head import sharded
 from onpath.run.directory import Run
+from onpath.run.meter import Meter
 from onpath.system import distributed
-from onpath.system.errors import ServerError
+from onpath.system.errors import UserError, is_lack_of_memory
 
 
 class Rescue:
-    """Around the steps of a run. The first process saves alone: the others may wait for it, or be gone; a
-    sharded model needs all of them. Where a copy samples ahead in this process (`rollout.overlap`), a step
-    that failed has moved more than is known here, and the last checkpoint is what there is.
+    """Around the steps of a run. A server that stays away, a grader or method that fails, a lack of memory:
+    up to the update of a step, weights and moments are those of the one before.
+
+    The first process saves alone: the others may wait for it, or be gone; a sharded model needs all of them.
+    Where a copy samples ahead in this process (`rollout.overlap`), a step that failed has moved more than is
+    known here, and the last checkpoint is what there is.
 
     Args:
         optimizer: it says when the weights move.
-        done: steps that are done, and saved.
+        done: steps that are done.
     """
 
     def __init__(self, run: Run, optimizer: torch.optim.Optimizer, done: int) -> None:
-        self.run, self.optimizer, self.saved = run, optimizer, done
+        self.run, self.optimizer = run, optimizer
         optimizer.register_step_pre_hook(lambda *_: self._moves())
         self.reached(done)
 
@@ -37,19 +42,27 @@ class Rescue:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         parts = self.run.parts
+        fails = isinstance(error, UserError) or (isinstance(error, Exception) and is_lack_of_memory(error))
         alone = distributed.rank() == 0 and not sharded(parts.models.student)
         ahead = parts.overlap is not None and parts.overlap.state()
-        if not isinstance(error, ServerError) or not alone or ahead:
-            return
-        if error.finished is not None:
+        if fails and alone and not ahead:
+            with suppress(Exception):  # the run's own failure is what people are told
+                self._save(getattr(error, "finished", None))
+
+    @torch.no_grad()
+    def _save(self, finished: Meter | None) -> None:
+        """
+        Args:
+            finished: of a step that was done but for its hand-over.
+        """
+        if finished is not None:
             self.step, self.moved = self.step + 1, False
-            self.run.log(self.step, error.finished, lr=self.optimizer.param_groups[0]["lr"])
+            self.run.log(self.step, finished, lr=self.optimizer.param_groups[0]["lr"])
         elif not self.moved:
-            with torch.no_grad():
-                for name, tensor in parts.method.state().items():  # the failed step may have moved it
-                    tensor.copy_(self._state[name])
-        if self.step > self.saved and not self.moved:
-            self.run.checkpoint(self.step, self.optimizer, wait=True, agreed=False)
+            for name, tensor in self.run.parts.method.state().items():  # the failed step may have moved it
+                tensor.copy_(self._state[name])
+        if self.step and not self.moved:
+            self.run.save_alone(self.step, self.optimizer)
 
     def _moves(self) -> None:
         self.moved = True

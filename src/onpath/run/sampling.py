@@ -14,7 +14,7 @@ from onpath.run.check_prepared import check_prepared, check_rollouts
 from onpath.run.meter import Meter
 from onpath.run.parts import Parts
 from onpath.system import distributed
-from onpath.system.errors import ServerError, UserError
+from onpath.system.errors import UserError
 
 
 def sample(parts: Parts, step: int) -> list[Rollout]:
@@ -57,7 +57,7 @@ def hand_over(parts: Parts, meter: Meter, version: int) -> None:
     """The trained weights go to whoever generates, once the next batch is drawn (rollout.overlap).
 
     Raises:
-        ServerError: a server does not take them. The step is done all the same, and the error has its meter.
+        UserError: the engine does not take them. The step is done all the same, and the error has its meter.
     """
     try:
         if parts.overlap is not None:
@@ -66,7 +66,7 @@ def hand_over(parts: Parts, meter: Meter, version: int) -> None:
         with meter.watch("sync"):
             parts.generators.student.sync_weights(version)
             sharding.give_back(parts.models.student)
-    except ServerError as error:
+    except UserError as error:
         error.finished = meter
         raise
 

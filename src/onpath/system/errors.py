@@ -29,13 +29,8 @@ class UserError(ValueError):
 
     frames = ""
     """Of a user's own code that failed: where, as tracebacks show it. Stands above the sentence."""
-
-
-class ServerError(UserError):
-    """A server that stays away, refuses, or talks nonsense: what was finished before may be saved first."""
-
     finished: Any = None
-    """The step that was done when a server did not take its weights: see `onpath.run.rescue`."""
+    """The step that was done when an engine did not take its weights: see `onpath.run.rescue`."""
 
 
 def guarded(run: Callable[[], int | None]) -> int:
