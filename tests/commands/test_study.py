@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -17,12 +19,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from datasets import Dataset, DatasetDict
 from scipy import stats
 
 from onpath.commands.cli import main
 from onpath.commands.study import command as study
 from onpath.commands.study import fork_server as forked
-from onpath.commands.study import plan, results
+from onpath.commands.study import plan, results, sources
 from onpath.commands.study.budget import Used, missed, steps_of
 from onpath.commands.study.intervals import crossed_variance, difference, estimate, holm, p_value
 from onpath.commands.study.jobs import Progress, Slots, locked, run_jobs
@@ -589,6 +592,69 @@ def test_data_is_opened_before_anything_runs_and_where_something_is_left(
     assert len(in_process) == 1
 
 
+def test_what_names_stand_for_is_the_same_to_the_end(
+    make: Make, in_process: list[Job], study_files: Path, tmp_path: Path
+) -> None:
+    """Weights, directories of data, a chat template; of older studies none is known."""
+    models = {
+        name: Path(shutil.copytree(study_files / name, tmp_path / name)) for name in ("student", "teacher")
+    }
+    rows = [json.loads(line) for line in (study_files / "train.jsonl").read_text().splitlines()]
+    saved, template = tmp_path / "saved", tmp_path / "chat.jinja"
+    DatasetDict(train=Dataset.from_list(rows), test=Dataset.from_list(rows[:8])).save_to_disk(saved)
+    template.write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    base = best_of_test(study_files) | {
+        "student": {"model": str(models["student"]), "device": "cpu"},
+        "teacher": {"model": str(models["teacher"]), "device": "cpu"},
+        "data": {"train": f"{saved}:train", "chat_template": str(template)},
+        "optim": {"steps": 1},
+        "run": {"save_every": 0, "trajectories_every": 0},
+    }
+    path = make(base=base, arms={"opd": {}}, seeds=1)
+    begun_with = run_study(path, quiet=True).directory / "sources.json"
+    known = json.loads(begun_with.read_text())
+    assert {str(models["student"]), str(models["teacher"]), f"{saved}:train", str(template)} < known.keys()
+
+    def change(name: str, file: Path) -> None:
+        before = file.read_bytes()
+        file.write_bytes(before + b" ")
+        with pytest.raises(UserError, match=re.escape(f"{name} has changed since the study in")):
+            run_study(path, quiet=True)
+        kept = {key: digest for key, digest in known.items() if key != name}
+        begun_with.write_text(json.dumps(kept))
+        run_study(path, quiet=True)  # nobody knows what it was
+        file.write_bytes(before)
+        begun_with.write_text(json.dumps(known))
+
+    for name, model in models.items():
+        change(str(model), model / ("model.safetensors" if name == "student" else "tokenizer.json"))
+    change(f"{saved}:train", next((saved / "train").glob("*.arrow")))
+    change(str(template), template)
+    (saved / "test" / "state.json").touch()
+    (models["student"] / "README.md").write_text("a card")
+    run_study(path, quiet=True)
+    assert len(in_process) == 1
+
+
+def test_a_study_whose_runs_have_done_nothing_has_not_begun(
+    make: Make, study_files: Path, tmp_path: Path
+) -> None:
+    """What kept them from it may be mended."""
+    model = Path(shutil.copytree(study_files / "student", tmp_path / "student"))
+    config = study.load_study(make(base={"student": {"model": str(model)}}))
+    config.directory.mkdir(parents=True)
+    sources.claim(config)
+    (model / "tokenizer_config.json").write_text("{}")
+    sources.claim(config)
+    metrics = config.directory / "runs" / "opd-seed0" / "metrics.jsonl"
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text('{"step": 1}\n')
+    sources.claim(config)
+    (model / "tokenizer_config.json").write_text("{ }")
+    with pytest.raises(UserError, match="student has changed since the study"):
+        sources.claim(config)
+
+
 def test_a_data_file_that_cannot_be_read(
     make: Make, in_process: list[Job], study_files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -600,9 +666,10 @@ def test_a_data_file_that_cannot_be_read(
             raise PermissionError(13, "Permission denied", closed)
         return real(self, *arguments, **options)
 
+    sources._read.cache_clear()
     monkeypatch.setattr(Path, "open", refuses)
     with pytest.raises(UserError, match=r"test\.jsonl: cannot be read: Permission denied$"):
-        plan.digests(study.load_study(make()))
+        sources.digests(study.load_study(make()))
     assert main(["study", str(make()), "--quiet"]) == 2
     assert not in_process
 

@@ -27,6 +27,7 @@ from onpath.commands.study.config import StudyConfig, load_study
 from onpath.commands.study.jobs import Progress, locked, run_jobs, slots_for
 from onpath.commands.study.plan import Job
 from onpath.commands.study.results import Choice, gather, notes_of, stopped, tuned, tuning_notes
+from onpath.commands.study.sources import check_sources, claim
 from onpath.commands.study.tables import markdown
 from onpath.system.errors import UserError
 from onpath.system.files import remove_leftovers, write_text
@@ -74,7 +75,7 @@ def check(study: StudyConfig) -> None:
     """
     plan.check_alike(study)
     plan.check_pilots(study)
-    plan.check_sources(study)
+    check_sources(study)
 
 
 def carry_out(study: StudyConfig, *, command: str, quiet: bool = False) -> StudyResult:
@@ -86,7 +87,8 @@ def carry_out(study: StudyConfig, *, command: str, quiet: bool = False) -> Study
     check(study)
     with locked(study.directory) as lock, _terminable():
         remove_leftovers(study.directory)
-        _claim(study)
+        claim(study)
+        write_text(study.directory / "study.yaml", yaml_text(study.model_dump(mode="json")))
         slots = slots_for(study.parallel, study.base.student.device)
         stages = plan.stages(study)
         progress = Progress(
@@ -157,20 +159,6 @@ def results(
         "notes": notes_of(study, data, failed) + stopped(jobs),
         **data,
     }
-
-
-def _claim(study: StudyConfig) -> None:
-    """Writes the resolved study, and refuses to go on where a data file or own code is not as it began."""
-    path, now = study.directory / "sources.json", plan.digests(study)
-    before = read_json(path, keys={}) if path.is_file() else {}
-    for source, digest in now.items():
-        if before.get(source, digest) != digest:
-            raise UserError(
-                f"{source} has changed since the study in {study.directory} began: its runs would not be "
-                "comparable; give the study another name"
-            )
-    write_text(path, json.dumps(before | now, indent=1) + "\n")
-    write_text(study.directory / "study.yaml", yaml_text(study.model_dump(mode="json")))
 
 
 @contextmanager

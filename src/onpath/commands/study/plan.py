@@ -5,7 +5,6 @@
 <study>/pilots/<arm>              tokens and seconds per step, where the budget is in those
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +12,11 @@ from typing import Any
 
 from onpath import config as configuration
 from onpath.commands.study.config import StudyConfig, merged
-from onpath.config.changes import own_code
 from onpath.config.whole import Config
-from onpath.data.load import load_prompts
 from onpath.data.tasks import task_of
-from onpath.grade.code import refuses
 from onpath.run.checkpoint import holds_model
-from onpath.run.inputs import load_evals
 from onpath.run.log import read_lines
-from onpath.system import code
 from onpath.system.errors import UserError
-from onpath.system.files import place
 
 _BARE = {"start": False, "every": 0, "also_at": []}
 TUNING_SPLIT = "tuning"
@@ -265,30 +258,7 @@ def check_existing(jobs: list[Job]) -> None:
             )
 
 
-def check_sources(study: StudyConfig) -> None:
-    """Opens all data once, as a run does, so that none is missed when half of the runs are done; of a study
-    with nothing left to run it may be gone.
-
-    Raises:
-        UserError: a source cannot be read, or an evaluation set has no answers.
-    """
-    if not any(map(_left, stages(study)[-1])):
-        return
-    config = arm_config(study, study.base_arm)
-    data = config.data
-    load_prompts(
-        data.train,
-        limit=data.limit,
-        skip_bad=data.skip_bad,
-        columns=data.columns,
-        refuses=refuses(config.eval.grader),
-    )
-    load_evals(config)
-    for job in tuning(study, dict.fromkeys(study.trained, 1))[:1]:
-        load_evals(job.config)
-
-
-def _left(job: Job) -> bool:
+def left(job: Job) -> bool:
     """Whether it has not run, or answered other questions."""
     asked, ours = questions(job.config), job.config.model_dump(mode="json")
     return not job.finished or any(key in asked for key, _, _ in differing(ours, made_with(job) or {}))
@@ -317,22 +287,3 @@ def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[tu
         for key in {**mine, **other}:
             if mine.get(key) != other.get(key):
                 yield f"{section}.{key}", mine.get(key), other.get(key)
-
-
-def digests(study: StudyConfig) -> dict[str, str]:
-    """Source → digest of each data file, and name → digest of each arm's own code, so that a study is not
-    continued on what has changed."""
-    base = arm_config(study, study.base_arm)
-    sources = [base.data.train, *base.data.eval.values(), *([study.tune.split] if study.tune else [])]
-    files = {source: place(source) for source in sources}
-    found = {source: _digest(path) for source, path in files.items() if path.is_file()}
-    own = {name for arm in study.arms for name in own_code(arm_config(study, arm)).values()}
-    return found | code.digests({name: name for name in sorted(own)})
-
-
-def _digest(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
