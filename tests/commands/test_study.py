@@ -25,7 +25,7 @@ from scipy import stats
 from onpath.commands.cli import main
 from onpath.commands.study import command as study
 from onpath.commands.study import fork_server as forked
-from onpath.commands.study import plan, results, sources
+from onpath.commands.study import plan, reevaluate, results, sources
 from onpath.commands.study.budget import Used, missed, steps_of
 from onpath.commands.study.intervals import crossed_variance, difference, estimate, holm, p_value
 from onpath.commands.study.jobs import Progress, Slots, locked, run_jobs
@@ -464,11 +464,12 @@ def test_other_questions_do_not_train_again(make: Make, in_process: list[Job], s
         "opd": {},
         "sft": {"method": {"writer": "teacher", "divergence": "cross_entropy"}, "rollout.temperature": 0.8},
         "adapter": {"student": {"lora_rank": 4, "lora_alpha": 8.0}},
+        "half": {"student": {"lora_rank": 4, "lora_alpha": 8.0, "dtype": "float16"}, "optim.lr": 0.03},
     }
     first = run_study(make(arms=arms, seeds=1), quiet=True).directory
     before = result(first)
     trained = [j.name for j in in_process if j.trains]
-    assert trained == ["opd-seed0", "sft-seed0", "adapter-seed0"]
+    assert trained == ["opd-seed0", "sft-seed0", "adapter-seed0", "half-seed0"]
 
     more = {"splits": [str(study_files / f"{s}.jsonl") for s in ("test", "held")], "n": 6, "k": 3}
     run_study(make(arms=arms, seeds=1, evals=more), quiet=True)
@@ -497,6 +498,44 @@ def test_other_questions_do_not_train_again(make: Make, in_process: list[Job], s
 
     with pytest.raises(UserError, match=r"was made with eval\.every 0, the study now says 1"):
         run_study(make(arms=arms, seeds=1, evals=more | {"every": 1}), quiet=True)
+
+
+BITS = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        {"method": {"off_policy": True}, "rollout": {"temperature": 0.7, "top_p": 0.9, "top_k": 5}},
+        {"method": {"name": "trd"}, "rollout": {"temperature": 0.7}},
+        {"student": {"lora_rank": 4, "quantization": BITS}},
+        {"student": {"lora_rank": 4, "dtype": "float16"}, "rollout": {"overlap": True}},
+        {"teacher": {"quantization": BITS}, "rollout": {"overlap": True}},
+        {"teacher": {"dtype": "float16"}},
+        {
+            "student": {"lora_rank": 4},
+            "rollout": {"engine": "vllm", "url": "http://localhost:8000", "push": "adapter"},
+        },
+    ],
+)
+def test_whatever_trains_its_models_can_be_evaluated(
+    base: dict[str, Any], make: Make, tmp_path: Path
+) -> None:
+    arms = {"opd": {}, "untouched": "untouched", "teacher": "teacher"}
+    config = study.load_study(make(base=base, arms=arms, seeds=1))
+    jobs = {job.arm: job for job in plan.runs(config, {"opd": 1}, {})}
+    given = config.base.teacher.quantization
+    assert jobs["teacher"].config.student.quantization == given
+    assert jobs["untouched"].config.student == config.base.student
+    for job in jobs.values():
+        asked = reevaluate._evaluation(tmp_path, job, job).config
+        assert asked.method.name == "opd"
+        assert asked.rollout.sampling(seed=0).untruncated
+    trained = reevaluate._evaluation(tmp_path, jobs["opd"], jobs["opd"]).config.student
+    kept = config.base.student
+    if kept.quantization is None and kept.dtype == "float32":
+        kept = kept.model_copy(update={"model": str(jobs["opd"].directory / "model"), "lora_rank": 0})
+    assert trained == kept
 
 
 def verdicts(run: Path) -> dict[str, list[bool]]:

@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -21,6 +23,7 @@ from onpath.engines.head import adapted_weight, base_layer, lora_deltas, sharded
 from onpath.engines.sharding import full, gathered, same_weights
 from onpath.system.errors import UserError
 from onpath.system.reading import read_json
+from onpath.system.text import one_line
 
 _CONFIG = "adapter_config.json"
 _BASE = "base"  # beside an adapter whose base stands nowhere else
@@ -183,6 +186,23 @@ def save(model: nn.Module, directory: Path | None, *, home: Path) -> None:
         save_merged(model, None if directory is None else directory / _BASE, adapted=False)
         if directory is not None:
             name_base(directory, home=home)
+
+
+def load(model: nn.Module, directory: Path) -> None:
+    """Gives a model with an adapter the weights of one that `save` wrote.
+
+    Raises:
+        UserError: it is damaged, or another model's.
+    """
+    path = directory / "adapter_model.safetensors"
+    try:
+        given = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged: {one_line(str(error))}") from None
+    wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if {n: t.shape for n, t in given.items()} != {n: t.shape for n, t in wanted.items()}:
+        raise UserError(f"{path}: holds other tensors than the adapter that student.lora_* describe")
+    set_peft_model_state_dict(model, given)
 
 
 def name_base(directory: Path, *, home: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from onpath import config as configuration
 from onpath.commands.study.config import StudyConfig, merged
+from onpath.commands.study.untrained import as_it_is, teacher_as_it_is
 from onpath.config.whole import Config
 from onpath.data.tasks import task_of
 from onpath.run.checkpoint import holds_model
@@ -94,13 +95,8 @@ def arm_config(study: StudyConfig, arm: str) -> Config:
         raise UserError(
             f"{study.named(arm)}: teacher.engine: chat has no weights here to evaluate; drop this arm"
         )
-    if spec.kind == "teacher":
-        shared = {k: tree["teacher"][k] for k in ("model", "dtype", "trust_remote_code")}
-        if shared["dtype"] == "float16":  # no dtype to train in, and this arm does not
-            shared["dtype"] = "bfloat16"
-        tree["student"] = {**shared, "device": tree["student"]["device"]}
     if spec.kind != "train":
-        tree["method"] = evaluated_only(tree)
+        tree = teacher_as_it_is(tree) if spec.kind == "teacher" else as_it_is(tree)
         return configuration.build(tree, source=study.named(arm))
     method = spec.overrides.get("method")
     if isinstance(method, dict) and method.get("name", tree["method"]["name"]) != tree["method"]["name"]:
@@ -113,16 +109,6 @@ def _tell_errors(sources: Iterable[str]) -> bool:
     other temperatures too, since some are indecision alone."""
     tasks = [task_of(source) for source in sources]
     return bool(tasks) and all(task is not None and task.error_kinds for task in tasks)
-
-
-def evaluated_only(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """`method` where nothing is trained: one that the engines of a config's teachers can serve."""
-    engines = {section["engine"] for section in (tree["teacher"], *tree.get("teachers", {}).values())}
-    served = {
-        "vllm": {"support": "teacher_topk"},
-        "chat": {"writer": "teacher", "divergence": "cross_entropy"},
-    }
-    return {"name": "opd", **next((served[engine] for engine in served if engine in engines), {})}
 
 
 def check_alike(study: StudyConfig) -> None:

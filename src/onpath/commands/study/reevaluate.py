@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from onpath import config as configuration
-from onpath.commands.study.plan import Job, differing, evaluated_only, made_with, questions
-from onpath.config.sections import Student
+from onpath.commands.study.plan import Job, differing, made_with, questions
+from onpath.commands.study.untrained import EVALUATIONS, final_model
 
 
 def as_made(job: Job) -> Job:
@@ -36,13 +36,10 @@ def evaluations(study: Path, planned: Sequence[Job], made: Sequence[Job]) -> dic
 
 def _evaluation(study: Path, job: Job, run: Job) -> Job:
     asked = json.dumps(questions(job.config), sort_keys=True).encode()
-    folder = study / f"evaluations-{hashlib.sha256(asked).hexdigest()[:8]}"
+    folder = study / f"{EVALUATIONS}{hashlib.sha256(asked).hexdigest()[:8]}"
     tree = job.config.model_dump(mode="json")
     tree["run"] |= {"dir": str(folder)}
     if job.trains:
-        lora = {name: value for name, value in Student().model_dump().items() if name.startswith("lora_")}
-        tree["student"] |= {**lora, "model": str(run.directory / "model")}
-        tree["method"] = evaluated_only(tree)
-        tree["rollout"] |= {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "overlap": False}  # as that demands
+        tree = final_model(tree, run.directory)
     config = configuration.build(tree, source=f"evaluation of {job.name}")
     return Job(arm=job.arm, seed=job.seed, config=config, trains=False)

@@ -5,7 +5,9 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401  (slow to import, and always needed)
 
 from onpath import config as configuration
+from onpath.commands.study.untrained import adapter_of
 from onpath.config.whole import Config
+from onpath.engines import adapters
 from onpath.run.assemble import assemble
 from onpath.run.evaluation import evaluate_all
 from onpath.run.log import Display
@@ -35,6 +37,8 @@ def evaluate_untrained(config: Config) -> None:
         parts = assemble(config)
         run = open_run(config, parts)
         run.evals.rewind(step=-1)
+        if (adapter := adapter_of(config)) is not None:
+            adapters.load(parts.models.student, adapter)
         parts.generators.student.sync_weights(0)
         with Display(steps=0, done=0, quiet=True) as display:
             evaluate_all(parts, run, display, step=0)
