@@ -837,6 +837,33 @@ def test_what_the_highest_mean_is_said_to_be() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("late", "said"),
+    [
+        (-0.3, "; ahead of every other arm."),  # an arm far behind, whose other seeds failed
+        (0.15, "no winner: late has no two seeds in common with it, and one does not say what another would"),
+        (0.5, "; no winner: one seed does not say what another would"),
+    ],
+)
+def test_one_seed_of_an_arm_is_nothing_to_the_others(late: float, said: str, make: Make) -> None:
+    config = study.load_study(make(arms={"opd": {}, "trd": {}, "late": {}}, seeds=5))
+    rng = np.random.default_rng(0)
+    problems = rng.uniform(0.3, 0.6, size=100)
+
+    def scores(above: float, seeds: int) -> dict[int | None, np.ndarray]:
+        return {s: np.clip(problems + above + 0.02 * rng.standard_normal(100), 0, 1) for s in range(seeds)}
+
+    by_arm = {"opd": scores(0.0, 5), "trd": scores(0.3, 5), "late": scores(late, 1)}
+    leader = results._leaders(config, by_arm)
+    assert leader is not None
+    data = {"study": {"seeds": config.seeds}, "leaders": {"test": leader}}
+    assert said in sentences(data)[0]
+    one = results._leaders(config, {arm: {0: held[0]} for arm, held in by_arm.items()})
+    assert sentences({**data, "leaders": {"test": one}})[0].endswith(
+        "no winner: one seed does not say what another would have given."
+    )
+
+
 def test_a_rate_that_comes_back_comes_too_late(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its run had failed when the arm's own runs began; they keep the rate that they have."""
     config = study.load_study(make(arms={"opd": {}, "b": {}}, tune={"lrs": [1e-3, 2e-3, 4e-3]}))

@@ -227,7 +227,9 @@ def _judge(differences: Sequence[dict[str, Any] | None]) -> None:
 def _leaders(study: StudyConfig, by_arm: Mapping[str, Scores]) -> dict[str, Any] | None:
     """The highest mean among the arms but the teacher, and the arms that the noise does not tell from it.
 
-    All pairs are corrected for together, since which one is highest is itself seen in the data.
+    All pairs are corrected for together, since which one is highest is itself seen in the data. `pairs` is
+    the least number of seeds that it has in common with the runner-up and with those; `too_few_pairs` are the
+    ones with fewer than two of them, None: all arms are.
     """
     names = [a for a in by_arm if study.arms[a].kind != "teacher"]
     if len(names) < 2:
@@ -237,13 +239,18 @@ def _leaders(study: StudyConfig, by_arm: Mapping[str, Scores]) -> dict[str, Any]
     gaps = {(a, b): paired(by_arm[a], by_arm[b]) for a, b in combinations(names, 2)}
     known = {pair: gap for pair, gap in gaps.items() if gap is not None}
     adjusted = dict(zip(known, holm([p_value(gap) for gap in known.values()]), strict=True))
+    rivals = sorted((a for a in names if a != top), key=lambda a: -means[a])
     near = [a for a in names if a != top and adjusted.get((a, top), adjusted.get((top, a), 1.0)) >= LEVEL]
+    counts = {a: next((len(gap) for pair, gap in known.items() if {a, top} == {*pair}), 0) for a in rivals}
+    contest = [a for a in rivals if a == rivals[0] or a in near]
+    few = [a for a in contest if counts[a] < 2]
     return {
         "measure": "avg_at_k",
         "highest": top,
         "mean": means[top],
         "not_told_apart": near,
-        "pairs": min((len(gap) for pair, gap in known.items() if top in pair), default=0),
+        "pairs": min(counts[a] for a in contest),
+        "too_few_pairs": few if any(count >= 2 for count in counts.values()) else None,
         "without": [a for a in by_arm if a not in names],
     }
 

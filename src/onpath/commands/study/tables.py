@@ -151,16 +151,23 @@ def sentences(data: Row) -> list[str]:
     for split, row in data["leaders"].items():
         if row is None:
             continue
-        top, near = row["highest"], row["not_told_apart"]
-        if row.get("pairs", len(data["study"]["seeds"])) < 2:
-            rest = "no winner: one seed does not say what another would have given"
-        elif near:
-            rest = f"no winner: not told apart from it: {', '.join(near)}"
-        else:
-            rest = "ahead of every other arm"
         aside = f", {' and '.join(row['without'])} aside" if row.get("without") else ""
-        said.append(f"{split}{aside}: the highest mean is {top}'s, {row['mean']:.1%}; {rest}.")
+        rest = _lead(row, seeds=len(data["study"]["seeds"]))
+        said.append(f"{split}{aside}: the highest mean is {row['highest']}'s, {row['mean']:.1%}; {rest}.")
     return said
+
+
+def _lead(row: Row, *, seeds: int) -> str:
+    """Whether the arm with the highest mean is ahead; earlier versions did not say who has one seed only."""
+    few, near = row.get("too_few_pairs"), row["not_told_apart"]
+    if few:
+        who = f"{' and '.join(few)} {'has' if len(few) == 1 else 'have'} no two seeds in common with it"
+        others = [arm for arm in near if arm not in few]
+        also = f"; nor told apart from it: {', '.join(others)}" if others else ""
+        return f"no winner: {who}, and one does not say what another would have given{also}"
+    if few is None and row.get("pairs", seeds) < 2:
+        return "no winner: one seed does not say what another would have given"
+    return f"no winner: not told apart from it: {', '.join(near)}" if near else "ahead of every other arm"
 
 
 def print_study(console: Console, data: Row) -> None:
