@@ -5,9 +5,11 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from itertools import product
 from math import comb
 from multiprocessing import get_context
@@ -20,6 +22,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset, DatasetDict
+from rich.console import Console
 from scipy import stats
 
 from onpath.commands.cli import main
@@ -33,7 +36,7 @@ from onpath.commands.study.plan import Job
 from onpath.commands.study.run import run_study
 from onpath.commands.study.tables import sentences
 from onpath.run.log import read_lines
-from onpath.system.errors import UserError
+from onpath.system.errors import UserError, guarded
 from onpath.training import train
 from tests.conftest import CHARACTERS, make_model, make_tokenizer
 from tests.forks import begun
@@ -783,30 +786,49 @@ def test_slots_give_threads_and_gpus() -> None:
     assert {e["OMP_NUM_THREADS"] for e in seen} == {"2"}
 
 
-def test_a_process_that_dies_is_reported(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rich.console import Console
-
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        (
+            lambda: os.kill(os.getpid(), signal.SIGKILL),
+            r"was killed by SIGKILL \(often: out of memory\) \(log: ",
+        ),
+        (lambda: os.kill(os.getpid(), signal.SIGUSR1), r"was killed by SIGUSR1 \(log: "),
+        (lambda: sys.exit(1), r"ended without a word \(log: "),
+        (lambda: guarded(partial(fail, "no such file")), r"no such file \(log: "),
+    ],
+)
+def test_a_process_that_dies_is_reported(
+    ends: Callable[[], Any], said: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its own end, not by what an earlier one had said."""
     config = study.load_study(make(arms={"opd": {}}, seeds=1))
     (job,) = plan.runs(config, {"opd": 1}, {})
 
-    def stillborn(*args: Any, **options: Any) -> BaseProcess:
-        process = start(*args, **options)
-        process.kill()
-        return process
+    def ending(log: Path) -> None:
+        with log.open("ab") as output:
+            os.dup2(output.fileno(), 2)
+        ends()
 
-    start = forked.start
-    monkeypatch.setattr(forked, "start", stillborn)
-    config.directory.mkdir(parents=True)
+    def start(work: str, path: Path, *, log: Path, **options: Any) -> BaseProcess:
+        return begun(partial(ending, log))
+
+    monkeypatch.setattr(forked, "start", start)
+    log = config.directory / "logs" / "runs-opd-seed0.txt"
+    log.parent.mkdir(parents=True)
+    log.write_text("onpath: an error of the process before\n")
     progress = Progress(console=Console(quiet=True), processes=1, total=1)
     with locked(config.directory) as lock:
         failed = run_jobs([job], Slots(processes=1, threads=1), progress, study=config.directory, lock=lock)
-    assert failed["opd-seed0"].startswith("ended without a word (log: ")
+    assert re.match(said, failed["opd-seed0"])
     assert progress.done == 1
 
 
-def test_time_left_counts_what_is_ahead(make: Make) -> None:
-    from rich.console import Console
+def fail(sentence: str) -> None:
+    raise UserError(sentence)
 
+
+def test_time_left_counts_what_is_ahead(make: Make) -> None:
     config = study.load_study(make(arms={"opd": {}, "b": {}}, seeds=2))
     jobs = plan.stages(config)[2]
     progress = Progress(console=Console(quiet=True), processes=2, ahead=jobs[2:])

@@ -7,6 +7,7 @@ the study and by every process that it started, so that two of them never write 
 import fcntl
 import os
 import shutil
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -129,6 +130,8 @@ class _Running:
     process: BaseProcess
     slot: int
     log: Path
+    since: int
+    """Bytes of the log that earlier processes wrote."""
     begun: float = field(default_factory=time.monotonic)
     resumed: bool = False
     """An earlier process had begun it: its time here says little."""
@@ -193,6 +196,7 @@ def _start(job: Job, slots: Slots, slot: int, study: Path, lock: int) -> _Runnin
     write_text(config, job.config.to_yaml())
     log.parent.mkdir(exist_ok=True)
     log.touch()
+    since = log.stat().st_size
     resumed = job.directory.exists()
     process = forked.start(
         "trained" if job.trains else "untrained",
@@ -201,7 +205,7 @@ def _start(job: Job, slots: Slots, slot: int, study: Path, lock: int) -> _Runnin
         lock=lock,
         environment=slots.environment(slot),
     )
-    return _Running(job=job, process=process, slot=slot, log=log, resumed=resumed)
+    return _Running(job=job, process=process, slot=slot, log=log, since=since, resumed=resumed)
 
 
 def _finish(
@@ -213,7 +217,7 @@ def _finish(
 ) -> None:
     job, progress.done = ended.job, progress.done + 1
     if ended.process.exitcode or not job.finished:
-        failed[job.name] = _last_line(ended.log)
+        failed[job.name] = _why(ended)
         outcome = f"failed: {failed[job.name]}"
     else:
         _tidy(job)
@@ -242,10 +246,22 @@ def _left(progress: Progress, waiting: Sequence[Job], running: Sequence[_Running
     )
 
 
-def _last_line(log: Path) -> str:
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return (
-        f"{lines[-1].removeprefix('onpath: ')} (log: {log})"
-        if lines
-        else f"ended without a word (log: {log})"
-    )
+def _why(ended: _Running) -> str:
+    """The signal that killed a process, else the last line that it wrote."""
+    code = ended.process.exitcode
+    if code is not None and code < 0:
+        hint = " (often: out of memory)" if code == -signal.SIGKILL else ""
+        return f"was killed by {_signal_name(-code)}{hint} (log: {ended.log})"
+    with ended.log.open("rb") as file:
+        file.seek(ended.since)
+        text = file.read().decode("utf-8", errors="replace")
+    lines = [line for line in text.splitlines() if line.strip()]
+    said = lines[-1].removeprefix("onpath: ") if lines else "ended without a word"
+    return f"{said} (log: {ended.log})"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # one of a real-time kernel's
+        return f"signal {number}"
