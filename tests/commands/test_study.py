@@ -503,6 +503,29 @@ def test_other_questions_do_not_train_again(make: Make, in_process: list[Job], s
         run_study(make(arms=arms, seeds=1, evals=more | {"every": 1}), quiet=True)
 
 
+def test_a_study_that_is_moved_or_spelled_otherwise_goes_on(
+    make: Make, in_process: list[Job], study_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arms = {"untouched": "untouched", "opd": {}}
+    evals = {"splits": {"test": str(study_files / "test.jsonl")}, "n": 2, "k": 1, "limit": 4}
+    more = {**evals, "n": 3}
+    run_study(make(arms=arms, seeds=1, evals=evals), quiet=True)
+    first = run_study(make(arms=arms, seeds=1, evals=more), quiet=True)
+    ran = len(in_process)
+    monkeypatch.chdir(study_files)
+    spelled = {**more, "splits": {"test": "./test.jsonl"}}
+    base = yaml.safe_load(make().read_text())["base"] | {"data": {"train": "train.jsonl"}}
+    changes = {"arms": arms, "seeds": 1, "base": base}
+    (tmp_path / "studies").rename(tmp_path / "moved")
+    for directory in (str(tmp_path / "moved"), os.path.relpath(tmp_path / "moved")):
+        run_study(make(**changes, dir=directory, evals={**spelled, "n": 2}), quiet=True)
+        found = run_study(make(**changes, dir=directory, evals=more), quiet=True)
+        assert len(in_process) == ran
+        assert found.data["rows"] == first.data["rows"]
+    with pytest.raises(UserError, match=r"made with optim.steps 2, the study now says 5: give the .* said$"):
+        run_study(make(**changes, dir=str(tmp_path / "moved"), evals=more, budget={"updates": 5}), quiet=True)
+
+
 BITS = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 
 

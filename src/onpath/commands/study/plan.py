@@ -5,7 +5,7 @@
 <study>/pilots/<arm>              tokens and seconds per step, where the budget is in those
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from onpath import config as configuration
 from onpath.commands.study.config import StudyConfig, merged
 from onpath.commands.study.untrained import as_it_is, teacher_as_it_is
+from onpath.config.changes import Change, changes
 from onpath.config.whole import Config
 from onpath.data.tasks import task_of
 from onpath.run.checkpoint import holds_model
@@ -233,21 +234,19 @@ def check_existing(jobs: list[Job]) -> None:
         UserError: one has another config, with the key and both values.
     """
     for job in jobs:
-        theirs = made_with(job)
-        found = list(differing(job.config.model_dump(mode="json"), theirs or {}))
-        if found:
-            asked = questions(job.config)  # these alone would be no reason (study/again.py)
-            key, ours, there = min(found, key=lambda difference: difference[0] in asked)
+        if found := changed(job):
+            asked = questions(job.config)  # these alone would be no reason (study/reevaluate.py)
+            first = min(found, key=lambda change: change.key in asked)
             raise UserError(
-                f"{job.directory} was made with {key} {there!r}, the study now says {ours!r}: give the study "
-                "another name, or remove that directory"
+                f"{job.directory} was made with {first.key} {first.before!r}, the study now says "
+                f"{first.after!r}: give the study or the arm another name, or go back to what it said"
             )
 
 
 def left(job: Job) -> bool:
     """Whether it has not run, or answered other questions."""
-    asked, ours = questions(job.config), job.config.model_dump(mode="json")
-    return not job.finished or any(key in asked for key, _, _ in differing(ours, made_with(job) or {}))
+    asked = questions(job.config)
+    return not job.finished or any(change.key in asked for change in changed(job))
 
 
 def questions(config: Config) -> dict[str, Any]:
@@ -266,10 +265,17 @@ def made_with(job: Job) -> Mapping[str, Any] | None:
     return configuration.resolved(configuration.read_yaml(path))
 
 
-def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Dotted key and both values, wherever two configs differ; nothing if `theirs` is empty."""
-    for section in ours if theirs else ():
-        mine, other = ours[section], theirs.get(section) or {}
-        for key in {**mine, **other}:
-            if mine.get(key) != other.get(key):
-                yield f"{section}.{key}", mine.get(key), other.get(key)
+def changed(job: Job) -> list[Change]:
+    """What the run in the job's directory was made with otherwise, as a resumed run compares; where it lies,
+    and what it is called, is no difference."""
+    theirs = made_with(job)
+    found = changes(theirs, job.config) if theirs else []
+    return [c for c in found if c.key not in ("run.dir", "run.name") and not _moved(c, job)]
+
+
+def _moved(change: Change, job: Job) -> bool:
+    """Whether it is the same run's final model, of a study that lay elsewhere."""
+    if change.key != "student.model" or job.trains:
+        return False
+    ends = {Path(model).parts[-3:] for model in (change.before, change.after)}
+    return ends == {("runs", job.name, "model")}

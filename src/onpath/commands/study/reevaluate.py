@@ -10,19 +10,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from onpath import config as configuration
-from onpath.commands.study.plan import Job, differing, made_with, questions
+from onpath.commands.study.plan import Job, changed, made_with, questions
 from onpath.commands.study.untrained import EVALUATIONS, final_model
 
 
 def as_made(job: Job) -> Job:
     """The job; with its run's own config where that is there and differs from the plan in questions alone."""
     theirs = made_with(job)
-    if theirs is None:
-        return job
-    others = {key for key, _, _ in differing(job.config.model_dump(mode="json"), theirs)}
-    if not others or others - questions(job.config).keys():
+    others = {change.key for change in changed(job)}
+    if theirs is None or not others or others - questions(job.config).keys():
         return job  # nothing to do, or to be refused
-    return replace(job, config=configuration.build(dict(theirs), source=f"{job.directory}/config.yaml"))
+    here = {"name": job.name, "dir": job.config.run.dir}
+    tree = {**theirs, "run": {**theirs["run"], **here}}
+    return replace(job, config=configuration.build(tree, source=f"{job.directory}/config.yaml"))
 
 
 def evaluations(study: Path, planned: Sequence[Job], made: Sequence[Job]) -> dict[str, Job]:
