@@ -499,8 +499,41 @@ def test_other_questions_do_not_train_again(make: Make, in_process: list[Job], s
     for ours, theirs in zip(data["rows"], fresh["rows"], strict=True):
         assert ours["evals"] == theirs["evals"]
 
-    with pytest.raises(UserError, match=r"was made with eval\.every 0, the study now says 1"):
-        run_study(make(arms=arms, seeds=1, evals=more | {"every": 1}), quiet=True)
+    ran = len(in_process)
+    run_study(make(arms=arms, seeds=1, evals=more | {"every": 1, "start": True}), quiet=True)
+    assert len(in_process) == ran, "finished runs have no curve to add to"
+    assert result(first)["rows"] == data["rows"]
+
+
+def test_what_leaves_the_weights_as_they_are_may_change(make: Make, study_files: Path) -> None:
+    """Of a finished run nothing changes; of one that was cut off all but the questions that it began with."""
+    evals = {"splits": {"test": str(study_files / "test.jsonl")}, "n": 4, "k": 2}
+    runs = {"save_every": 0, "trajectories_every": 0}
+    base = {"student": {"device": "cpu"}, "optim": {"steps": 2}, "run": runs}
+    other = {
+        **base,
+        "optim": {"steps": 2, "micro_batch_tokens": 4096},
+        "run": {**runs, "save_every": 1},
+    }
+    arms = {"opd": {}, "cut": {}}
+    for job in plan.runs(study.load_study(make(base=base, arms=arms, seeds=1)), {"opd": 2, "cut": 2}, {}):
+        job.directory.mkdir(parents=True)
+        (job.directory / "config.yaml").write_text(job.config.to_yaml())
+        if job.arm == "opd":
+            shutil.copytree(study_files / "student", job.directory / "model")
+    again = study.load_study(make(base=other, arms=arms, seeds=1, evals={**evals, "n": 6, "every": 1}))
+    planned = plan.runs(again, {"opd": 2, "cut": 2}, {})
+    made = [reevaluate.as_made(job) for job in planned]
+    plan.check_existing(made)
+    seen = {
+        job.arm: (
+            *(job.config.eval.every, job.config.eval.n),
+            *(job.config.optim.micro_batch_tokens, job.config.run.save_every),
+        )
+        for job in made
+    }
+    assert seen == {"opd": (0, 4, 16384, 0), "cut": (1, 4, 4096, 1)}
+    assert list(reevaluate.evaluations(again.directory, planned, made)) == ["opd-seed0"]
 
 
 def test_a_study_that_is_moved_or_spelled_otherwise_goes_on(

@@ -22,6 +22,8 @@ from onpath.system.errors import UserError
 
 _BARE = {"start": False, "every": 0, "also_at": []}
 TUNING_SPLIT = "tuning"
+HARMLESS = ("neutral", "rounding")
+"""Changes with which a run is still the same: its weights are, but for sums in another order."""
 _NOT_ASKED = ("eval.every", "eval.start")  # of the training run: a finished one has no curve to add to
 
 
@@ -234,7 +236,7 @@ def check_existing(jobs: list[Job]) -> None:
         UserError: one has another config, with the key and both values.
     """
     for job in jobs:
-        if found := changed(job):
+        if found := [change for change in changed(job) if change.rule not in HARMLESS]:
             asked = questions(job.config)  # these alone would be no reason (study/reevaluate.py)
             first = min(found, key=lambda change: change.key in asked)
             raise UserError(

@@ -10,18 +10,26 @@ from dataclasses import replace
 from pathlib import Path
 
 from onpath import config as configuration
-from onpath.commands.study.plan import Job, changed, made_with, questions
+from onpath.commands.study.plan import HARMLESS, Job, changed, made_with, questions
 from onpath.commands.study.untrained import EVALUATIONS, final_model
 
 
 def as_made(job: Job) -> Job:
-    """The job; with its run's own config where that is there and differs from the plan in questions alone."""
-    theirs = made_with(job)
-    others = {change.key for change in changed(job)}
-    if theirs is None or not others or others - questions(job.config).keys():
-        return job  # nothing to do, or to be refused
+    """The job; where its run is there and differs from the plan in what a run may, or in questions, with the
+    run's own config, or of an unfinished one with the questions that it began with."""
+    theirs, found, asked = made_with(job), changed(job), questions(job.config)
+    if theirs is None or not found:
+        return job
+    if any(change.rule not in HARMLESS and change.key not in asked for change in found):
+        return job  # to be refused
     here = {"name": job.name, "dir": job.config.run.dir}
     tree = {**theirs, "run": {**theirs["run"], **here}}
+    made = replace(job, config=configuration.build(tree, source=f"{job.directory}/config.yaml"))
+    if made.finished:
+        return made
+    tree = job.config.model_dump(mode="json")
+    for section, name in (change.key.split(".", 1) for change in found if change.key in asked):
+        tree[section][name] = theirs[section][name]
     return replace(job, config=configuration.build(tree, source=f"{job.directory}/config.yaml"))
 
 
