@@ -30,6 +30,7 @@ from onpath.commands.study import command as study
 from onpath.commands.study import fork_server as forked
 from onpath.commands.study import plan, reevaluate, results, sources
 from onpath.commands.study.budget import Used, missed, steps_of
+from onpath.commands.study.config import nested
 from onpath.commands.study.intervals import crossed_variance, difference, estimate, holm, p_value
 from onpath.commands.study.jobs import Progress, Slots, locked, run_jobs
 from onpath.commands.study.plan import Job
@@ -798,6 +799,38 @@ def test_names_bases_and_layers(make: Make, tmp_path: Path) -> None:
     assert topd.method.divergence == "reverse_kl"  # topd's own default, not the base's option of opd
     assert topd.method.window == 7  # type: ignore[union-attr]
     assert (opd.eval.n, opd.eval.k, opd.eval.start, opd.data.eval_limit) == (4, 2, False, 16)
+
+
+@pytest.mark.parametrize(
+    ("tree", "found"),
+    [
+        ({"optim.lr": 1, "optim": {"steps": 2}}, {"optim": {"lr": 1, "steps": 2}}),
+        ({"data": {"eval": {"math.hard": "a"}}}, {"data": {"eval": {"math.hard": "a"}}}),
+        ({"data.eval.math.hard": "a"}, {"data": {"eval": {"math.hard": "a"}}}),
+        ({"data.eval": {"math.hard": "a"}}, {"data": {"eval": {"math.hard": "a"}}}),
+        ({"data": {"eval.hard": "a", "eval": {"b": "c"}}}, {"data": {"eval": {"hard": "a", "b": "c"}}}),
+        ({"teachers": {"qwen2.5": {"model": "a"}}}, {"teachers": {"qwen2.5": {"model": "a"}}}),
+        ({"teachers": {"a.model": {"model": "a"}}}, {"teachers": {"a.model": {"model": "a"}}}),
+        ({"teachers.qwen2.5.model": "a"}, {"teachers": {"qwen2.5": {"model": "a"}}}),
+        ({"teachers": {"qwen2.5.model": "a"}}, {"teachers": {"qwen2.5": {"model": "a"}}}),
+        ({"teachers.qwen2.5": {"model": "a"}}, {"teachers": {"qwen2.5": {"model": "a"}}}),
+        ({"teachers.a.extra_body.x.y": 1}, {"teachers": {"a": {"extra_body": {"x.y": 1}}}}),
+        ({"teachers.a.mixture": {"b.c": 1}}, {"teachers": {"a": {"mixture": {"b.c": 1}}}}),
+        ({"rewards": {"short.er": {"name": "f"}}}, {"rewards": {"short.er": {"name": "f"}}}),
+        (
+            {"rewards": [{"name": "f"}], "rollout.vllm.a.b": 1},
+            {"rewards": [{"name": "f"}], "rollout": {"vllm": {"a.b": 1}}},
+        ),
+    ],
+)
+def test_dots_of_names_of_one_s_own_stay(tree: dict[str, Any], found: dict[str, Any]) -> None:
+    assert nested(tree) == found
+
+
+def test_sets_with_dots_in_their_names(make: Make, study_files: Path) -> None:
+    file = str(study_files / "test.jsonl")
+    config = study.load_study(make(base={"data": {"eval": {"math.hard": file}}}, evals={"n": 1, "k": 1}))
+    assert plan.arm_config(config, "opd").data.eval == {"math.hard": file}
 
 
 def test_a_base_lies_beside_the_study_or_in_the_working_directory(

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ from pydantic import Field, PrivateAttr, ValidationError, field_validator, model
 from onpath import config as configuration
 from onpath.config.section import Section
 from onpath.config.sentences import closest, first_problem
-from onpath.config.whole import Config
+from onpath.config.whole import LABELLED, Config
 from onpath.data.tasks import split_name
 from onpath.system import code
 from onpath.system.errors import UserError
@@ -330,13 +331,39 @@ def _base_file(base: str, path: Path) -> Path:
 
 
 def nested(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys as mappings: {"optim.lr": 1} → {"optim": {"lr": 1}}."""
+    """Dotted keys as mappings: {"optim.lr": 1} → {"optim": {"lr": 1}}. A key is split behind its section and
+    once behind its option; what stands below, such as the names of evaluation sets, is the user's own.
+
+    >>> nested({"data": {"eval.math.hard": "a.jsonl"}, "rollout.refresh.every": 2})
+    {'data': {'eval': {'math.hard': 'a.jsonl'}}, 'rollout': {'refresh': {'every': 2}}}
+    """
     result: dict[str, Any] = {}
     for key, value in tree.items():
-        head, _, rest = str(key).partition(".")
-        layer = nested({rest: value}) if rest else nested(value) if isinstance(value, Mapping) else value
-        result[head] = merged(result.get(head), layer)
+        section, _, rest = str(key).partition(".")
+        options = {rest: value} if rest else value
+        if isinstance(options, Mapping):
+            layers = [_layer(section, str(k), v, dotted=bool(rest)) for k, v in options.items()]
+            options = reduce(merged, layers, {})
+        result[section] = merged(result.get(section), options)
     return result
+
+
+def _layer(section: str, key: str, value: Any, *, dotted: bool) -> dict[str, Any]:
+    """One option of a section. In one that holds several of a kind (`teachers`) a name comes before it, which
+    may have dots itself.
+
+    Args:
+        dotted: the section stands in the same key.
+    """
+    head, _, below = key.partition(".")
+    if section in LABELLED:
+        parts, known = key.split("."), LABELLED[section].model_fields
+        options = [place for place in range(len(parts) - 1, 0, -1) if parts[place] in known]
+        if not options or (isinstance(value, Mapping) and not dotted):
+            return {key: value}
+        label, option = ".".join(parts[: options[0]]), ".".join(parts[options[0] :])
+        return {label: _layer("", option, value, dotted=True)}
+    return {head: {below: value} if below else value}
 
 
 def merged(below: Any, above: Any) -> Any:
