@@ -206,6 +206,7 @@ STUDIES: tuple[tuple[str, str], ...] = (
     ("arms: {opd: {optim.lr: abc}}\nbudget: {updates: 1}", "arm opd: optim.lr is 'abc'"),
     ("arms: {opd: {optim: {lr: .nan}}}\nbudget: {updates: 1}", "arm opd: optim.lr is nan"),
     ("arms: {opd: {2: 3}}\nbudget: {updates: 1}", "arm opd: unknown key 2"),
+    ("arms: {opd: {run.seed: 7}}", "arm opd sets run.seed, which the study decides: give its seeds"),
     (_ARM + "base: 5", "base must be a mapping of sections or the path of a config"),
     (_ARM + "base: ~nouser/x.yaml", "no such user|no such config file"),
     (_ARM + f"base: {_LONG}", "too long"),

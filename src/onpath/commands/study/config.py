@@ -20,6 +20,12 @@ from onpath.system.files import place
 MEASURES = ("updates", "updated_tokens", "generated_tokens", "wall_seconds")
 Kind = Literal["train", "untouched", "teacher"]
 Amount = int | float | str | None
+_OF_RUNS = {
+    "seed": "the study decides: give its seeds",
+    "name": "the study decides, by arm and seed",
+    "dir": "the study decides: give its dir",
+}
+"""Options of a run that an arm cannot have of its own."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
 
@@ -249,6 +255,9 @@ class StudyConfig(Section):
     def _check_arm(self, name: str) -> None:
         arm, given = self.arms[name], self.arms[name].overrides.get("optim")
         optim = given if isinstance(given, Mapping) else {}  # what is none, the config's own check refuses
+        run = self.arms[name].overrides.get("run")
+        if fixed := next((key for key in _OF_RUNS if isinstance(run, Mapping) and key in run), None):
+            raise ValueError(f"arm {name} sets run.{fixed}, which {_OF_RUNS[fixed]}")
         if self.budget_of(name) and "steps" in optim:
             raise ValueError(f"arm {name} sets optim.steps, which the budget decides")
         if self.tune and "lr" in optim:
