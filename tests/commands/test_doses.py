@@ -228,11 +228,15 @@ def test_the_trained_teacher_s_study_is_the_map_s_world_without_the_checker() ->
 
 
 def test_studies_ask_at_other_temperatures_where_errors_have_kinds(make: Make) -> None:
-    def asked(**evals: Any) -> list[float]:
-        study = load_study(make(x=None, base={}, evals=evals))
+    def asked(base: Any = (), **evals: Any) -> list[float]:
+        study = load_study(make(x=None, base=dict(base), evals=evals))
         return plan.arm_config(study, "opd").eval.also_at
 
     assert asked(splits=["gym:hard"]) == [0.6, 0.0]
     assert asked(splits=["gym:hard"], also_at=[]) == []
+    for own in ([], [0.3]):
+        assert asked(base={"eval": {"also_at": own}}, splits=["gym:hard"]) == own
+        assert asked(base={"eval.also_at": own}, splits=["gym:hard"], also_at=[0.5]) == [0.5]
+    assert asked(base={"eval": {"n": 8}}, splits=["gym:hard"]) == [0.6, 0.0]
     (file,) = (loaded(make()).studies[0.001].evals.splits or {}).values()
     assert asked(splits={"gym": "gym:hard", "file": file}) == []

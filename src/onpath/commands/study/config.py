@@ -106,8 +106,8 @@ class Evals(Section):
     every: int | None = Field(None, ge=0)
     """Also every so many steps, for learning curves."""
     also_at: list[float] | None = None
-    """Further temperatures (eval.also_at). None: 0.6 and greedy where the task knows kinds of errors, as the
-    gym does; else none."""
+    """Further temperatures (eval.also_at). None: those of the base; where that does not say any, 0.6 and
+    greedy if the task knows kinds of errors, as the gym does."""
     start: bool = False
     """Also before the first step of each run; the arm untouched measures that once."""
 

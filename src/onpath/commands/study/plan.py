@@ -88,7 +88,8 @@ def arm_config(study: StudyConfig, arm: str) -> Config:
     tree["eval"] |= {key: value for key, value in given.items() if value is not None}
     tree["data"] |= {"eval": evals.splits} if evals.splits else {}
     tree["data"] |= {"eval_limit": evals.limit} if evals.limit else {}
-    if evals.also_at is None and _tell_errors(tree["data"]["eval"].values()):
+    unset = evals.also_at is None and "also_at" not in study.base.eval.model_fields_set
+    if unset and _tell_errors(tree["data"]["eval"].values()):
         tree["eval"]["also_at"] = [0.6, 0.0]
     if spec.kind == "teacher" and tree["teachers"]:
         raise UserError(
