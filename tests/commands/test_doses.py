@@ -86,6 +86,12 @@ def test_each_level_is_a_study_with_the_level_in_it(make: Make, tmp_path: Path) 
         ({"x": {"levels": [0, 1]}}, "x.name"),
         ({"x": {"name": "late", "levels": [0, 1]}, "base": {}}, r"nothing says \{x\}"),
         ({"x": {"name": "rate", "levels": [0, 1]}}, "optim.lr"),
+        (
+            {"base": {"optim": {"lr": {"x": None}}}},
+            r"base\.optim\.lr is \{x\} without quotes, a mapping in YAML",
+        ),
+        ({"dir": 5}, "dir is 5, which is no text: write it in quotes"),
+        ({"name": "../../up"}, r"name is '\.\./\.\./up', which cannot name a directory"),
     ],
 )
 def test_what_cannot_be_read(make: Make, changes: dict[str, Any], why: str) -> None:

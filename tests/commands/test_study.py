@@ -641,6 +641,14 @@ def verdicts(run: Path) -> dict[str, list[bool]]:
         ({"seeds": [1, 1]}, "holds one twice"),
         ({"tune": {"lrs": [1e-3, 1.0000001e-3]}}, "holds 0.001 twice"),
         ({"arms": {"opd": {}, "opd-seed0": "untouched"}}, "would have the directory of a run of arm opd"),
+        ({"name": None}, "study.yaml: name is null, which is no text: give it some, or leave it out"),
+        ({"name": False}, "name is false, which is no text: write it in quotes, as yes, no, on and off are"),
+        ({"name": 2024}, "name is 2024, which is no text: write it in quotes"),
+        ({"name": "../up"}, "name is '../up', which cannot name a directory"),
+        ({"arms": {"opd": {}, False: {}}}, "arms: the name false is no text: write it in quotes, as yes, no"),
+        ({"arms": {"opd": {}, 1: {}}}, "arms: the name 1 is no text: write it in quotes"),
+        ({"base_arm": False}, "base_arm is false, which is no text: write it in quotes"),
+        ({"seeds": 10**10}, "seeds: 10000000000 is more than 10,000 seeds"),
         ({"seed": 1}, "unknown key seed; did you mean seeds? a study has name"),
         ({"budget": {"steps": 2}}, "unknown key budget.steps; budget has updates, "),
         ({"parallel": {"processes": 0}}, "at least 1"),
@@ -784,6 +792,49 @@ def test_unreadable_studies(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(UserError, match=sentence):
             study.load_study(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "base: {data: {train: gym:train}}\nseeds: 2",
+            "arms is missing: it has no default, so set it, such as {",
+        ),
+        (
+            "base: {}\narm: {opd: {}}",
+            "unknown key arm; did you mean arms? a study has name, dir, base, arms, ",
+        ),
+        ("optim: {steps: 2}\narm: {opd: {}}", "unknown key optim; a study has name"),
+        ("optim: {steps: 2}", "has no arms: it is the config of one run; use onpath train"),
+    ],
+)
+def test_arms_that_are_not_there(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=re.escape(said)) as error:
+        study.load_study(path)
+    assert "train" not in str(error.value) or "onpath train" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        (
+            "étude.yaml",
+            "called by its file, and 'étude' cannot name the directory of its results: give it a name",
+        ),
+        ("my study/config.yaml", "called by its directory, and 'my study' cannot"),
+    ],
+)
+def test_a_file_whose_name_names_no_directory(file: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("arms: {opd: {}}")
+    with pytest.raises(UserError, match=re.escape(said)):
+        study.load_study(path)
+    path.write_text("arms: {opd: {}}\nname: mine")
+    assert study.load_study(path).name == "mine"
 
 
 def test_names_bases_and_layers(make: Make, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from onpath.data.tasks import split_name
 from onpath.system import code
 from onpath.system.errors import UserError
 from onpath.system.files import place
+from onpath.system.text import short
 
 MEASURES = ("updates", "updated_tokens", "generated_tokens", "wall_seconds")
 Kind = Literal["train", "untouched", "teacher"]
@@ -26,6 +27,8 @@ _OF_RUNS = {
     "dir": "the study decides: give its dir",
 }
 """Options of a run that an arm cannot have of its own."""
+_NO_NAME = "cannot name a directory: use letters, digits and _ . + -"
+_MOST_SEEDS = 10_000
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
 
@@ -219,13 +222,17 @@ class StudyConfig(Section):
             return value
         if value < 1:
             raise ValueError(f"{value} makes no run; give a number of seeds, at least 1, or a list of them")
+        if value > _MOST_SEEDS:
+            raise ValueError(
+                f"{short(value)} is more than {_MOST_SEEDS:,} seeds; give fewer, or a list of them"
+            )
         return list(range(value))
 
     @model_validator(mode="after")
     def _possible(self) -> "StudyConfig":
         for name in (self.name, *self.arms):
             if not _NAME.fullmatch(name):
-                raise ValueError(f"{name!r} cannot name a directory: use letters, digits and _ . + -")
+                raise ValueError(f"{name!r} {_NO_NAME}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds {self.seeds} holds one twice; a repetition needs a seed of its own")
         if self.base_arm not in self.arms:
@@ -303,8 +310,43 @@ def load_study(path: str | Path) -> StudyConfig:
 def read_study(path: Path) -> tuple[dict[str, Any], str]:
     """A study's YAML as it stands there, and its name."""
     tree: dict[str, Any] = code.beside(_read(path), path.parent)
-    default = path.resolve().parent.name if path.stem == "config" else path.stem
-    return tree, str(tree.pop("name", default))
+    return tree, _name(tree, path)
+
+
+def _name(tree: dict[str, Any], path: Path) -> str:
+    """What a study is called, taken out of its tree."""
+    of, default = ("directory", path.resolve().parent.name) if path.stem == "config" else ("file", path.stem)
+    name = text(tree.pop("name", default), path, "name")
+    if name == default and not _NAME.fullmatch(name):
+        raise UserError(
+            f"{path}: without name the study is called by its {of}, and {name!r} cannot name the directory "
+            "of its results: give it a name, of letters, digits and _ . + -"
+        )
+    if not _NAME.fullmatch(name):
+        raise UserError(f"{path}: name is {name!r}, which {_NO_NAME}")
+    return name
+
+
+def text(value: Any, path: Path, key: str) -> str:
+    """What must be text, and was not always meant as something else.
+
+    Raises:
+        UserError: YAML reads it as no text.
+    """
+    if not isinstance(value, str):
+        raise UserError(f"{path}: {key} is {_shown(value)}, which is no text: {_quote(value)}")
+    return value
+
+
+def _shown(value: Any) -> str:
+    """A value as YAML has it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else short(value)
+
+
+def _quote(value: Any) -> str:
+    if isinstance(value, bool):
+        return "write it in quotes, as yes, no, on and off are none without them"
+    return "write it in quotes" if isinstance(value, int | float) else "give it some, or leave it out"
 
 
 def study_of(data: dict[str, Any], path: Path) -> StudyConfig:
@@ -313,8 +355,14 @@ def study_of(data: dict[str, Any], path: Path) -> StudyConfig:
     Raises:
         UserError: see `load_study`.
     """
-    if "arms" not in data and data.keys() & Config.model_fields.keys():
+    if "arms" not in data and "base" not in data and _is_of_a_run(data):
         raise UserError(f"{path} has no arms: it is the config of one run; use onpath train {path}")
+    if unknown := next((key for key in data if key not in StudyConfig.model_fields), None):
+        raise UserError(f"{path}: {_unknown(str(unknown), str(unknown), '')}")
+    arms = data.get("arms")
+    for arm in arms if isinstance(arms, Mapping) else ():
+        if not isinstance(arm, str):
+            raise UserError(f"{path}: arms: the name {_shown(arm)} is no text: {_quote(arm)}")
     base = data.get("base")
     if isinstance(base, str):
         data["base"] = configuration.load(_base_file(base, path))
@@ -328,6 +376,12 @@ def study_of(data: dict[str, Any], path: Path) -> StudyConfig:
         raise UserError(f"{path}: {_sentence(error, data)}") from None
     study._file = str(path)
     return study
+
+
+def _is_of_a_run(data: Mapping[str, Any]) -> bool:
+    """Whether it has sections of a run's config, and nothing that may have been meant as arms."""
+    sections = Config.model_fields.keys() - StudyConfig.model_fields.keys()
+    return bool(data.keys() & sections) and not any(closest(str(key), ["arms"], cutoff=0.7) for key in data)
 
 
 def _base_file(base: str, path: Path) -> Path:
@@ -400,18 +454,25 @@ _FIELDS = {
 
 def _sentence(error: ValidationError, data: Mapping[str, Any]) -> str:
     first, key = first_problem(error, data)
+    form = ", such as {opd: {}, trd: {method: {name: trd}}}" if key == "arms" else ""
     match first["type"]:
         case "extra_forbidden":
             *inside, last = map(str, first["loc"])
-            section = ".".join(inside)
-            known = _FIELDS.get(section, {})
-            guess = closest(last, known, cutoff=0.7)
-            told = f"{section or 'a study'} has {', '.join(known)}"
-            return f"unknown key {key}; {guess}{' ' if guess else ''}{told}"
+            return _unknown(key, last, ".".join(inside))
+        case "missing":
+            return f"{key} is missing: it has no default, so set it{form}"
         case "dict_type" | "model_type":
-            form = ", such as {opd: {}, trd: {method: {name: trd}}}" if key == "arms" else ""
             return f"{key} is {str(first['input'])[:60]!r}; it must be a mapping{form}"
+        case "string_type":
+            return f"{key} is {_shown(first['input'])}, which is no text: {_quote(first['input'])}"
         case "value_error":
             return f"{key + ': ' if key else ''}{first['ctx']['error']}"
         case _:
             return f"{key} is {str(first['input'])[:60]!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _unknown(key: str, last: str, section: str) -> str:
+    known = _FIELDS.get(section, {})
+    guess = closest(last, known, cutoff=0.7)
+    told = f"{section or 'a study'} has {', '.join(known)}"
+    return f"unknown key {key}; {guess}{' ' if guess else ''}{told}"

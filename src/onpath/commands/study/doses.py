@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import Field, ValidationError, field_validator
 
 from onpath.commands.study.command import NothingFinished, StudyResult, carry_out, check
-from onpath.commands.study.config import StudyConfig, read_study, study_of
+from onpath.commands.study.config import StudyConfig, read_study, study_of, text
 from onpath.commands.study.tables import Sheet, measured
 from onpath.config.section import Section
 from onpath.system.errors import UserError
@@ -68,9 +68,11 @@ def load_doses(path: str | Path) -> Doses | None:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in ("x", *first["loc"]))
         raise UserError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}") from None
+    if unquoted := _unquoted(tree):
+        raise UserError(f"{path}: {unquoted} is {MARK} without quotes, a mapping in YAML: write '{MARK}'")
     if MARK not in json.dumps(tree, default=str):
         raise UserError(f"{path}: x is {axis.name}, but nothing says {MARK}: put it where the level belongs")
-    directory = place(str(tree.pop("dir", "studies")), key="dir") / name
+    directory = place(text(tree.pop("dir", "studies"), path, "dir"), key="dir") / name
     studies = {
         level: study_of(
             {**_with_level(tree, level), "dir": str(directory), "name": f"{axis.name}-{level_text(level)}"},
@@ -79,6 +81,15 @@ def load_doses(path: str | Path) -> Doses | None:
         for level in axis.levels
     }
     return Doses(name=name, directory=directory, axis=axis, studies=studies)
+
+
+def _unquoted(tree: Any, key: str = "") -> str:
+    """Where a mark stands without quotes; empty: nowhere."""
+    if tree == {"x": None}:
+        return key
+    pairs = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list) else ()
+    found = (_unquoted(value, f"{key}.{name}" if key else str(name)) for name, value in pairs)
+    return next(filter(None, found), "")
 
 
 def _with_level(tree: Any, level: float) -> Any:
