@@ -11,7 +11,7 @@ import yaml
 
 from onpath.commands.cli import main
 from onpath.commands.report.command import write_report
-from onpath.commands.report.doses import PICTURE, arms_of, draw_doses, points, responses
+from onpath.commands.report.doses import PICTURE, arms_of, draw_doses, gather_doses, points, responses
 from onpath.commands.study import doses as doses_module
 from onpath.commands.study import plan
 from onpath.commands.study.command import NothingFinished, load_study
@@ -97,6 +97,31 @@ def test_each_level_is_a_study_with_the_level_in_it(make: Make, tmp_path: Path) 
 def test_what_cannot_be_read(make: Make, changes: dict[str, Any], why: str) -> None:
     with pytest.raises(UserError, match=why):
         load_doses(make(**changes))
+
+
+def test_whole_levels_are_whole_numbers(make: Make) -> None:
+    x = {"name": "many", "levels": [1, 2.0]}
+    evals = {"splits": ["gym:hard"], "n": "{x}", "k": 1}
+    doses = loaded(make(x=x, base={}, seeds="{x}", evals=evals))
+    assert [study.seeds for study in doses.studies.values()] == [[0], [0, 1]]
+    with pytest.raises(UserError, match=r"x\.name"):
+        loaded(make(x={"name": "a/../b", "levels": [1, 2]}))
+
+
+def test_what_depends_on_the_level_is_not_the_first_one_s(make: Make, in_process: list[Job]) -> None:
+    x, levels = "samples", [1, 2]
+    base = yaml.safe_load(make().read_text())["base"] | {"optim": {"steps": 1, "lr": 0.001}}
+    evals = yaml.safe_load(make().read_text())["evals"] | {"n": "{x}", "k": 1, "limit": "{x}"}
+    found = run_study(
+        make(x={"name": x, "levels": levels}, base=base, evals=evals, seeds=1, arms={"opd": {}}), quiet=True
+    )
+    (sheet,) = dose_sheets(found.data)
+    assert sheet.title == "test: 1 to 2 problems, by samples"
+    assert "avg@1 to 2" in sheet.columns
+    facts = dict(gather_doses(found.directory)["facts"])
+    assert facts["problems"] == "test 1 to 2"
+    assert facts["samples per problem"] == "1, 2"
+    assert draw_doses(found.directory).is_file()
 
 
 def test_one_study_is_asked_for(make: Make) -> None:

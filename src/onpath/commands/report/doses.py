@@ -10,6 +10,7 @@ from onpath.commands.report import charts
 from onpath.commands.report.charts import Chart, Series
 from onpath.commands.report.run import read_json, section
 from onpath.commands.report.study import comparison, estimate, facts
+from onpath.commands.study.doses import counted
 from onpath.run.trajectories import Row
 from onpath.system.errors import UserError
 
@@ -37,6 +38,11 @@ def gather_doses(directory: Path) -> dict[str, Any]:
     levels = data["levels"]
     about = levels[0]["study"]
     splits = list(dict.fromkeys(split for level in levels for split in level["study"]["splits"]))
+    known = facts({**about, "command": data.get("command")}, levels[0]["environment"], levels[0]["arms"])
+    of_levels = {
+        "problems": ", ".join(f"{split} {counted(data, 'problems', split)}" for split in splits),
+        "samples per problem": ", ".join(dict.fromkeys(str(level["study"]["n"]) for level in levels)),
+    }
     per_level = [
         section(
             f"{data['x']} {level['x']:g}",
@@ -50,7 +56,7 @@ def gather_doses(directory: Path) -> dict[str, Any]:
         "title": data["name"],
         "facts": [
             [data["x"], ", ".join(f"{level['x']:g}" for level in levels)],
-            *facts({**about, "command": data.get("command")}, levels[0]["environment"], levels[0]["arms"]),
+            *([label, of_levels.get(label, value)] for label, value in known),
         ],
         "tiles": [],
         "notes": [f"{data['x']} {level['x']:g}: {note}" for level in levels for note in level["notes"]],
@@ -143,8 +149,8 @@ def draw_doses(directory: Path, split: str | None = None) -> Path:
         seeds = sorted({len(level["study"]["seeds"]) for level in data["levels"]})
         many = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}"
         axis.set_title(
-            f"{split}, avg@{about['samples'][split]}: {many} seed{'s' * (seeds[-1] != 1)}, "
-            f"{about['problems'][split]:,} problems; bars: 95%{', paired' if key else ''}",
+            f"{split}, avg@{counted(data, 'samples', split)}: {many} seed{'s' * (seeds[-1] != 1)}, "
+            f"{counted(data, 'problems', split)} problems; bars: 95%{', paired' if key else ''}",
             fontsize=10,
             loc="left",
         )

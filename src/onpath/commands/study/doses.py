@@ -29,7 +29,7 @@ MARK = "{x}"
 class Axis(Section):
     """What is varied."""
 
-    name: str = Field(pattern=r"[A-Za-z][A-Za-z0-9_]*")
+    name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")
     """For tables, pictures and directories."""
     levels: list[float] = Field(min_length=2)
     """Its values, each a study of its own."""
@@ -100,7 +100,9 @@ def _with_level(tree: Any, level: float) -> Any:
         return [_with_level(value, level) for value in tree]
     if not isinstance(tree, str):
         return tree
-    return level if tree == MARK else tree.replace(MARK, level_text(level))
+    if tree != MARK:
+        return tree.replace(MARK, level_text(level))
+    return int(level) if level.is_integer() else level  # seeds: 2
 
 
 def level_text(level: float) -> str:
@@ -160,6 +162,7 @@ def dose_sheets(data: Mapping[str, Any]) -> list[Sheet]:
 def _sheet(data: Mapping[str, Any], split: str) -> Sheet:
     levels = [level for level in data["levels"] if split in level["study"]["splits"]]
     about = levels[0]["study"]
+    samples, problems = (counted(data, key, split) for key in ("samples", "problems"))
     arms = dict.fromkeys(arm["arm"] for level in levels for arm in level["arms"])
     rows = []
     for name in arms:
@@ -168,9 +171,15 @@ def _sheet(data: Mapping[str, Any], split: str) -> Sheet:
             if arm is not None:
                 cells = measured(arm["evals"][split]["avg_at_k"])
                 rows.append((f"{name}, {data['x']} {level['x']:g}", str(len(arm["seeds"]) or "-"), *cells))
-    name = f"avg@{about['samples'][split]}"
+    name = f"avg@{samples}"
     return Sheet(
-        title=f"{split}: {about['problems'][split]:,} problems, by {data['x']}",
+        title=f"{split}: {problems} problems, by {data['x']}",
         columns=(f"arm, {data['x']}", "seeds", name, "95%", f"− {about['base_arm']}", "95%", ""),
         rows=tuple(rows),
     )
+
+
+def counted(data: Mapping[str, Any], key: str, split: str) -> str:
+    """Samples or problems of a set, which may depend on the level."""
+    found = sorted({level["study"][key][split] for level in data["levels"] if split in level["study"][key]})
+    return f"{found[0]:,}" if len(found) == 1 else f"{found[0]:,} to {found[-1]:,}"
