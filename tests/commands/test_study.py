@@ -922,11 +922,20 @@ def test_two_studies_do_not_share_a_directory(tmp_path: Path) -> None:
         pass  # free again
 
 
-def test_slots_give_threads_and_gpus() -> None:
-    slots = Slots(processes=3, threads=2, gpus=("4", "7"))
-    seen = [slots.environment(i) for i in range(3)]
-    assert [e["CUDA_VISIBLE_DEVICES"] for e in seen] == ["4", "7", "4"]
-    assert {e["OMP_NUM_THREADS"] for e in seen} == {"2"}
+@pytest.mark.parametrize(
+    ("processes", "gpus", "seen"),
+    [
+        (3, "47", ["4", "7", "4"]),
+        (2, "47", ["4", "7"]),
+        (1, "47", ["4,7"]),  # a teacher on another GPU than the student: teacher.device: cuda:1
+        (2, "01234", ["0,1", "2,3"]),
+    ],
+)
+def test_slots_give_threads_and_gpus(processes: int, gpus: str, seen: list[str]) -> None:
+    slots = Slots(processes=processes, threads=2, gpus=tuple(gpus))
+    environments = [slots.environment(i) for i in range(processes)]
+    assert [e["CUDA_VISIBLE_DEVICES"] for e in environments] == seen
+    assert {e["OMP_NUM_THREADS"] for e in environments} == {"2"}
 
 
 @pytest.mark.parametrize(

@@ -39,14 +39,17 @@ class Slots:
     processes: int
     threads: int
     gpus: tuple[str, ...] = ()
-    """Visible GPUs, given to the processes in turn."""
+    """Visible GPUs, dealt to the processes: each has as many of its own as there are for all, at least one.
+    """
 
     def environment(self, slot: int) -> dict[str, str]:
         """Of the process in one slot."""
         threads = str(self.threads)
         own = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         if self.gpus:
-            own["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
+            each = max(1, len(self.gpus) // self.processes)
+            mine = (self.gpus[(slot * each + i) % len(self.gpus)] for i in range(each))
+            own["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
         return {**os.environ, **own}
 
 
