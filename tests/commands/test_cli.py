@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import onpath
-from onpath.commands.cli import main, make_parser
+from onpath.commands.cli import main, make_parser, split_overrides
 from onpath.commands.demo import demo
 from onpath.commands.doctor.command import run_doctor
 from onpath.commands.inspect import ONLY, run_inspect
@@ -78,6 +78,13 @@ def test_functions_check_what_the_parser_would_have(tmp_path: Path) -> None:
 
 def keys(text: str) -> list[str]:
     return re.findall(r"^  ([\w.]+)  \(", text, flags=re.M)
+
+
+def test_values_may_begin_as_options_do() -> None:
+    arguments = ["train", "--eval.seed", "-3", "--data.system=--be brief", "--rollout.stop", "-- end"]
+    pairs = [("eval.seed", "-3"), ("data.system", "--be brief"), ("rollout.stop", "-- end")]
+    assert split_overrides([*arguments, "--quiet"]) == (["train", "--quiet"], pairs)
+    assert split_overrides(["--optim.lr", "-.5e-3", "--run.name", "---"])[1][0] == ("optim.lr", "-.5e-3")
 
 
 def test_every_option_is_described_once() -> None:

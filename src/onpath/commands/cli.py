@@ -17,8 +17,10 @@ from onpath.system import __version__, code
 from onpath.system.arguments import Parser
 from onpath.system.errors import guarded
 from onpath.system.streams import say
+from onpath.system.text import one_line
 
 TAKES_OVERRIDES = ("train", "doctor", "config")
+_OPTION = re.compile(r"--[A-Za-z][\w.-]*(=.*)?", re.DOTALL)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -248,7 +250,9 @@ def _add_eval(commands: Any) -> None:
         "--data", metavar="F", help="problems with answers: as data.eval (default: those of a run)"
     )
     command.add_argument("--against", metavar="MODEL", help="a second model, compared on the same problems")
-    command.add_argument("--n", type=int, help="samples per problem (default: k)")
+    command.add_argument(
+        "--n", type=int, help="samples per problem (default: k if that is given, else the run's, or 4)"
+    )
     command.add_argument("--k", type=int, help="pass@k (default: the run's, or 4)")
     command.add_argument("--limit", type=int, help="only the first so many problems")
     command.add_argument(
@@ -523,7 +527,8 @@ def _config(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Takes `--section.key value` and `--section.key=value` out of the arguments; argparse sees the rest."""
+    """Takes `--section.key value` and `--section.key=value` out of the arguments; argparse sees the rest.
+    What looks like an option is a value only behind the sign of equality."""
     rest: list[str] = []
     pairs: list[tuple[str, str]] = []
     items = iter(arguments)
@@ -533,8 +538,11 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str
             rest.append(item)
             continue
         following = value if equals else next(items, None)
-        if following is None:
-            print(f"onpath: {item} needs a value: --section.key value", file=sys.stderr)
+        if following is None or (not equals and _OPTION.fullmatch(following)):
+            lacks = f"{item} needs a value: --section.key value"
+            if following is not None:
+                lacks += f", and {following} is an option (as a value: {item}={following})"
+            print(f"onpath: {one_line(lacks, 400)}", file=sys.stderr)
             raise SystemExit(2)
         pairs.append((name, following))
     return rest, pairs
