@@ -1,26 +1,37 @@
 """What fits: the parts of the calculation against what is really there, and the plan that the docs show."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from onpath.commands.doctor.costs import disk
 from onpath.commands.doctor.fits import (
     SHARDS,
     Decoder,
     Step,
     activations,
     cache_bytes,
+    copy_bytes,
     cures,
     decoder_of,
     decoder_of_config,
     fewest_processes,
     parts_of,
+    step_of,
 )
+from onpath.config.whole import Config
 from onpath.engines.student import recompute
 from onpath.losses import Head, Objective, StatsRequest, TeacherHidden
 from onpath.losses import one_pass as engine
 from onpath.losses.one_pass import workspace
+from onpath.run.assemble import assemble
+
+Tiny = Callable[..., Config]
 
 SIZES = {
     "wide": {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "head_dim": 32},
@@ -154,6 +165,44 @@ def test_shards_fit_where_whole_copies_do_not() -> None:
 def test_one_process_has_nothing_to_share() -> None:
     step = step_of_size("1.7B", True, "8B")
     assert parts_of(step, shard="layer", world=1) == parts_of(step)
+
+
+OPSD = {"method__name": "opsd", "method__template": "{problem} {solution}"}
+COPIES: dict[str, dict[str, Any]] = {
+    "start": {**OPSD, "method__weights": "base"},
+    "average": {**OPSD, "method__weights": "ema"},
+    "average of half": {**OPSD, "method__weights": "ema", "student__dtype": "bfloat16"},
+    "ahead": {"rollout__overlap": True},
+}
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+@pytest.mark.parametrize("kind", COPIES)
+def test_copies_of_the_student_are_what_they_take(kind: str, lora: int, tiny: Tiny) -> None:
+    parts = assemble(tiny(data__eval={}, student__lora_rank=lora, **COPIES[kind]))
+    sampler: Any = parts.sampler
+    copies = [sampler.model] if kind == "ahead" else [*parts.models.teacher.models]
+    theirs = {id(p) for p in parts.models.student.parameters()}
+    own = [p for model in copies for p in model.parameters() if id(p) not in theirs]
+    taken = sum(p.numel() * p.element_size() for p in own)
+    step = step_of(parts, response_tokens=0)
+    assert parts_of(step)["copies"] == copy_bytes(step, shards=1) == taken
+    assert copy_bytes(step, shards=2) >= taken / 2
+    extra = {**parts.models.teacher.state(), **(parts.overlap.state() if parts.overlap else {})}
+    stored = sum(t.numel() * t.element_size() for t in extra.values())
+    trained = sum(p.numel() * p.element_size() for p in parts.models.student.parameters() if p.requires_grad)
+    times = parts.config.run.keep + 1
+    assert disk(parts).values["needed_gib"] * 2**30 == (3 * trained + stored) * times + trained
+
+
+def test_a_sharded_average_has_a_base_of_its_own() -> None:
+    adapted = replace(published("8B", trained=False), weight_bytes=2)
+    step = replace(step_of_size("8B", False, "8B"), student=adapted, teacher=None, averaged=True)
+    frozen = 2 * (adapted.parameters - adapted.trained)
+    assert copy_bytes(step, shards=1) == 4 * adapted.trained
+    assert copy_bytes(step, shards=8) == (4 * adapted.trained + frozen) / 8
+    ahead = replace(step, averaged=False, ahead=True)
+    assert copy_bytes(ahead, shards=8) == adapted.bytes, "whole on each process"
 
 
 def test_caches_and_counts() -> None:

@@ -69,6 +69,14 @@ def test_each_step_trains_on_the_weights_before(lora: int, tiny: Tiny) -> None:
     assert all(p.equal(saved[n]) for n, p in trained.items())
 
 
+def test_what_samples_ahead_of_an_adapter_has_the_base_once(tiny: Tiny) -> None:
+    parts = assemble(tiny(**OPTIONS, student__lora_rank=4))
+    assert isinstance(parts.sampler, HFEngine)
+    theirs = dict(parts.models.student.named_parameters())
+    own = {n for n, p in parts.sampler.model.named_parameters() if p is not theirs[n]}
+    assert own == {n for n, p in theirs.items() if p.requires_grad}
+
+
 def test_overlap_changes_the_third_batch_and_not_the_first_two(tiny: Tiny) -> None:
     runs = [
         train(tiny(**OPTIONS | {"rollout__overlap": on}, run__name=str(on)), quiet=True)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from onpath import config as configuration
 from onpath.commands.doctor.command import run_doctor
@@ -20,6 +22,7 @@ from onpath.engines.teacher import SelfTeacher
 from onpath.methods import Prepared, make_method
 from onpath.methods.opsd import misled, neighbours
 from onpath.records import Trajectory
+from onpath.run import checkpoint
 from onpath.run.assemble import assemble
 from onpath.run.log import read_lines
 from onpath.run.loss import Step, loss_of
@@ -112,9 +115,10 @@ def test_whose_weights_the_teacher_has(tiny: Callable[..., Config], lora: int, w
         assert torch.equal(state[f"ema.{name}"], average[name])
 
 
-@pytest.mark.parametrize("weights", ["base", "ema"])
-def test_killed_and_resumed_is_the_same_run(tiny: Callable[..., Config], weights: str) -> None:
+@pytest.mark.parametrize(("weights", "lora"), [("base", 0), ("ema", 0), ("ema", 4)])
+def test_killed_and_resumed_is_the_same_run(tiny: Callable[..., Config], weights: str, lora: int) -> None:
     options = {"method__name": "opsd", "method__template": TEMPLATE, "method__weights": weights}
+    options |= {"student__lora_rank": lora}
     whole = train(tiny(**options, run__save_every=1, run__keep=3, run__name="whole"), quiet=True).directory
     config = tiny(**options, run__save_every=1, run__keep=3, run__name="cut")
     cut = train(config, quiet=True).directory
@@ -206,6 +210,41 @@ def test_an_average_moves_whatever_the_students_dtype(dtype: torch.dtype) -> Non
     assert all(v.dtype == torch.float32 for v in teacher.state().values())
     batch = collate([Trajectory(student_context=(1,), teacher_context=(1, 9), response=(5, 2))])
     assert bool(teacher.scores(batch).hidden.isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_average_of_an_adapter_has_the_base_once(tiny: Callable[..., Config], dtype: str) -> None:
+    """It holds, moves and stores what trains, and reads the student's own other weights."""
+    options = {"method__weights": "ema", "student__lora_rank": 4, "student__dtype": dtype}
+    parts = assemble(tiny(method__name="opsd", method__template=TEMPLATE, **options))
+    student, teacher = parts.models.student, parts.models.teacher
+    theirs = dict(student.named_parameters())
+    own = [n for n, p in teacher.models[0].named_parameters() if p is not theirs[n]]
+    assert own == [n for n, p in theirs.items() if p.requires_grad]
+    assert {*teacher.state()} == {f"ema.{n}" for n in own}
+    assert all(p.dtype == torch.float32 for p in teacher.state().values())
+    assert all(p.dtype == getattr(torch, dtype) for p in theirs.values() if not p.requires_grad)
+
+
+def test_a_checkpoint_with_an_average_of_all_weights_is_gone_on_from(tiny: Callable[..., Config]) -> None:
+    """As earlier versions wrote it."""
+    options = {"method__name": "opsd", "method__template": TEMPLATE, "method__weights": "ema"}
+    config = tiny(**options, student__lora_rank=4, run__save_every=1, run__keep=3, data__eval={})
+    run = train(config, quiet=True).directory
+    expected = load_file(run / "model" / "adapter_model.safetensors")
+    shutil.rmtree(run / "model")
+    shutil.rmtree(run / "checkpoints" / "step_3")
+    step, student = run / "checkpoints" / "step_2", assemble(config).models.student
+    stored = load_file(step / "method.safetensors")
+    base = {f"ema.{n}": p.detach().clone() for n, p in student.named_parameters() if not p.requires_grad}
+    save_file({**stored, **base}, step / "method.safetensors")
+    state = json.loads((step / "state.json").read_text())
+    state["blake2b"]["method.safetensors"] = checkpoint._digest(step / "method.safetensors")
+    (step / "state.json").write_text(json.dumps(state))
+    train(config, quiet=True)
+    found = load_file(run / "model" / "adapter_model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert {*load_file(run / "checkpoints" / "step_3" / "method.safetensors")} == {*stored}
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,11 @@ def make_teacher(
     method = config.method
     if method.teacher_weights is not None:
         return SelfTeacher(
-            student, weights=method.teacher_weights, decay=method.teacher_decay, vocabulary=vocabulary
+            student,
+            weights=method.teacher_weights,
+            decay=method.teacher_decay,
+            vocabulary=vocabulary,
+            alone=sharding.asked(config),
         )
     offloads = config.parallel.teacher == "offload"
     made: dict[tuple[Any, ...], Teacher] = {}

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from onpath.config.whole import Config
 from onpath.engines.base import Engine
 from onpath.engines.hf import HFEngine
-from onpath.engines.sharding import full
+from onpath.engines.sharding import asked, full
+from onpath.engines.student import copy_of, trained_in
 from onpath.records import Rollout
 from onpath.system import distributed
 from onpath.system.errors import UserError
@@ -89,11 +90,9 @@ class Overlap:
             self.engine.sync_weights(version)
 
     def _pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Of each trained parameter: the copy and the parameter."""
         if self._frozen is None or self._student is None:
             return {}
-        copies = dict(self._frozen.named_parameters())
-        return {n: (copies[n], p) for n, p in self._student.named_parameters() if p.requires_grad}
+        return trained_in(self._frozen, self._student)
 
     def state(self) -> dict[str, Tensor]:
         """The weights that draw the next batch: one step older than those of the checkpoint. Nothing where
@@ -131,7 +130,7 @@ def frozen_copy(config: Config, student: nn.Module, engine: Engine | None) -> nn
         engine: a user's own, in place of the one that the config names.
     """
     shares = config.rollout.engine == "hf" if engine is None else engine.shares_weights
-    return copy.deepcopy(student).requires_grad_(False) if config.rollout.overlap and shares else None
+    return copy_of(student, alone=asked(config)) if config.rollout.overlap and shares else None
 
 
 def make_overlap(

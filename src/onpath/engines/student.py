@@ -1,5 +1,6 @@
 """The student that trains: all of its weights or an adapter, and the ids that it shares with the teacher."""
 
+import copy
 import re
 from functools import partial
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -67,6 +68,22 @@ def _recomputed(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if layer.training or not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def copy_of(student: nn.Module, *, alone: bool) -> nn.Module:
+    """A copy that does not train, with its own of the weights that do, and the student's very others.
+
+    Args:
+        alone: it has all weights to itself: what is sharded must be nobody else's.
+    """
+    shared = {} if alone else {id(p): p for p in student.parameters() if not p.requires_grad}
+    return copy.deepcopy(student, shared).requires_grad_(False)
+
+
+def trained_in(copied: nn.Module, student: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Of each weight that trains, by name: the copy's and the student's."""
+    own = dict(copied.named_parameters())
+    return {name: (own[name], p) for name, p in student.named_parameters() if p.requires_grad}
 
 
 def precision_warning(config: Config) -> str | None:

@@ -4,7 +4,6 @@ No [T, V] is kept anywhere: the losses read hidden states and head in chunks. On
 """
 
 import contextlib
-import copy
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
@@ -20,9 +19,12 @@ from onpath.engines.decoding.branches import Past
 from onpath.engines.head import evaluating, head_of, hidden_states, unwrapped
 from onpath.engines.models import context_length
 from onpath.engines.sharding import full, give_back
+from onpath.engines.student import copy_of, trained_in
 from onpath.losses import Head, TeacherHidden, TeacherScores
 from onpath.records import Trajectory
 
+AVERAGE = "ema."
+"""What the names of a moving average's tensors begin with."""
 _HALF = (torch.bfloat16, torch.float16)
 Read = tuple[tuple[int, ...], tuple[int, ...]]
 """Context and response."""
@@ -148,8 +150,12 @@ class SelfTeacher(Teacher):
     """The student's own weights as teacher (OPSD, TRD with teacher: self).
 
     `base`: the starting weights, by switching a LoRA adapter off, else from a frozen copy. `live`: the
-    weights as they are. `ema`: a copy that follows with `decay` at each `follow()`, in float32 whatever the
+    weights as they are. `ema`: what trains follows with `decay` at each `follow()`, in float32 whatever the
     student's dtype: in bfloat16 a hundredth of a small step rounds to nothing, and the average never moves.
+    What does not train is the student's.
+
+    Args:
+        alone: the student is to be sharded, so that a copy shares nothing with it.
     """
 
     model: nn.Module
@@ -161,12 +167,14 @@ class SelfTeacher(Teacher):
         weights: Literal["base", "live", "ema"],
         decay: float = 0.99,
         vocabulary: int | None = None,
+        alone: bool = False,
     ) -> None:
         self.student, self.weights, self.decay = student, weights, decay
         self.adapter = weights == "base" and isinstance(student, PeftModel)
         shares = weights == "live" or self.adapter
-        self.model = student if shares else copy.deepcopy(student).eval().requires_grad_(False)
-        if weights == "ema" and any(p.dtype in _HALF for p in self.model.parameters()):
+        self.model = student if shares else copy_of(student, alone=alone).eval()
+        # Of a whole student in half precision: adapters are in float32, and only with them something is shared.
+        if weights == "ema" and any(mine.dtype in _HALF for mine, _ in self._averaged().values()):
             self.model = self.model.float()
         self._vocabulary = vocabulary
         self.context_length = context_length(unwrapped(student).config)
@@ -200,14 +208,17 @@ class SelfTeacher(Teacher):
         """One step of the moving average; nothing for the other kinds of weights."""
         if self.weights == "ema":
             give_back(self.model, self.student)
-            for mine, theirs in zip(self.model.parameters(), self.student.parameters(), strict=True):
+            for mine, theirs in self._averaged().values():
                 whole = theirs if isinstance(mine, DTensor) else full(theirs)  # parallel.teacher: copy
                 mine.lerp_(whole.to(mine.dtype), 1 - self.decay)
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run cannot recompute: the average. A base copy is made anew from the starting
         weights."""
-        return {f"ema.{k}": p for k, p in self.model.named_parameters()} if self.weights == "ema" else {}
+        return {f"{AVERAGE}{name}": mine for name, (mine, _) in self._averaged().items()}
+
+    def _averaged(self) -> dict[str, tuple[Tensor, Tensor]]:
+        return trained_in(self.model, self.student) if self.weights == "ema" else {}
 
 
 def _teacher_positions(

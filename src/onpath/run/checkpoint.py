@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from onpath.engines.head import sharded
 from onpath.engines.sharding import local, rows_of
+from onpath.engines.teacher import AVERAGE
 from onpath.system import distributed
 from onpath.system.errors import UserError
 from onpath.system.files import sync_file, unwritable, write_text, written
@@ -216,9 +217,12 @@ def load(
         return None
     load_weights(found.path, model)
     kept = _Stored(found.path, "method")
-    if kept.shapes != {k: tuple(v.shape) for k, v in extra.items()}:
-        if all(name.startswith("ahead.") for name in kept.shapes.keys() ^ extra.keys()):
-            was, now = ("off", "on") if kept.shapes.keys() < extra.keys() else ("on", "off")
+    # Earlier versions kept an average of what does not train as well.
+    idle = {f"{AVERAGE}{name}" for name, p in model.named_parameters() if not p.requires_grad}
+    shapes = {name: shape for name, shape in kept.shapes.items() if name not in idle}
+    if shapes != {k: tuple(v.shape) for k, v in extra.items()}:
+        if all(name.startswith("ahead.") for name in shapes.keys() ^ extra.keys()):
+            was, now = ("off", "on") if shapes.keys() < extra.keys() else ("on", "off")
             raise UserError(
                 f"{found.path}: rollout.overlap was {was} when this was saved, and is {now}; weights that "
                 "write ahead are part of the state: set it as it was, or use another run.name"

@@ -209,7 +209,9 @@ def disk(parts: Parts) -> Finding:
     # Beside an adapter: the merged model, and the base that no other directory holds.
     second = is_adapter(locate(config.student.model))
     copies = int(config.student.lora_merge) + int(second) if config.student.lora_rank else 0
-    need = (3 * trained * (config.run.keep + 1) + trained + copies * whole) / 2**30
+    followed = [parts.models.teacher.state(), parts.overlap.state() if parts.overlap else {}]
+    others = sum(t.numel() * t.element_size() for state in followed for t in state.values())
+    need = ((3 * trained + others) * (config.run.keep + 1) + trained + copies * whole) / 2**30
     place = Path(config.run.dir).absolute()
     while not place.exists():
         place = place.parent

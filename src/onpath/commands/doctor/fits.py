@@ -83,9 +83,12 @@ class Step:
     """optim.bf16."""
     recompute: bool = False
     """student.gradient_checkpointing."""
-    copies: float = 0.0
-    """Frozen copies of the student beside the teacher, in its weights' bytes: moving average, starting
-    weights, rollout.overlap."""
+    averaged: bool = False
+    """Whether the teacher is a moving average of the student, which is in float32."""
+    at_start: bool = False
+    """Whether it is the student as it was, and no adapter can be switched off for that."""
+    ahead: bool = False
+    """Whether a copy of the student samples the next batch (rollout.overlap)."""
     continues: bool = False
     """Whether the teacher goes on from its scoring pass (TOPD): its keys and values are kept."""
     device: str = "cuda"
@@ -127,6 +130,20 @@ def cache_bytes(model: Decoder, tokens: int, *, half: bool) -> float:
     return float(2 * model.layers * model.keys * tokens * (2 if half else model.weight_bytes))
 
 
+def copy_bytes(step: Step, *, shards: int) -> float:
+    """Copies of the student beside it. Those of a whole model share what does not train; with shards they
+    share nothing, and the one that samples ahead is whole all the same.
+
+    Args:
+        shards: processes that share a sharded model; 1: it is whole.
+    """
+    student = step.student
+    others = (student.parameters - student.trained) * student.weight_bytes if shards > 1 else 0
+    frozen = student.trained * student.weight_bytes + others
+    average = 4 * student.trained + others
+    return (step.averaged * average + step.at_start * frozen) / shards + step.ahead * frozen
+
+
 def parts_of(step: Step, *, shard: Shard = "none", world: int = 1) -> dict[str, float]:
     """Bytes of each part of one process's peak, and `peak` itself.
 
@@ -160,7 +177,7 @@ def parts_of(step: Step, *, shard: Shard = "none", world: int = 1) -> dict[str, 
         "weights": student.bytes / n,
         "moments": 2 * student.trained * student.weight_bytes / n,
         "teacher": 0.0 if teacher is None else (teacher.bytes + step.more_teachers) / n,
-        "copies": step.copies * student.bytes / n,
+        "copies": copy_bytes(step, shards=n),
         "gathered": gathered,
         "kept": 0.0
         if teacher is None
@@ -252,8 +269,6 @@ def step_of(parts: Parts, *, response_tokens: int) -> Step:
     largest = max(others, key=lambda model: model.bytes, default=None)
     weights = {id(p): p for model in models.teacher.models for p in model.parameters()}  # adapters share some
     more = sum(p.numel() * p.element_size() for p in weights.values()) - largest.bytes if largest else 0
-    copies = float(method.teacher_weights == "ema")
-    copies += float(method.teacher_weights == "base" and not config.student.lora_rank)
     return Step(
         student=decoder_of(models.student),
         teacher=largest,
@@ -264,7 +279,9 @@ def step_of(parts: Parts, *, response_tokens: int) -> Step:
         response_tokens=response_tokens if method.keeps_past else 0,
         half=config.optim.bf16,
         recompute=config.student.gradient_checkpointing,
-        copies=copies + float(config.rollout.overlap),
+        averaged=method.teacher_weights == "ema",
+        at_start=method.teacher_weights == "base" and not config.student.lora_rank,
+        ahead=parts.overlap is not None and bool(parts.overlap.state()),
         continues=method.keeps_past,
         device=models.device.type,
     )
