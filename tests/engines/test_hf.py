@@ -5,6 +5,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from onpath.engines import hf
 from onpath.engines.decoding.draw import draw, truncate
 from onpath.engines.head import check_head, unwrapped
 from onpath.engines.hf import HFEngine
+from onpath.losses import TokenStats, token_stats
 from onpath.records import Prompt, Rollout, Sampling
 from onpath.system.draws import noise
 from onpath.system.errors import UserError
@@ -130,6 +132,22 @@ def test_scores_of_samples_are_their_logprobs(engine: HFEngine) -> None:
         rollouts, engine.score([r.context for r in rollouts], [r.ids for r in rollouts]), strict=True
     ):
         assert scores == pytest.approx(r.logprobs, abs=2e-5)
+
+
+def test_scores_are_formed_under_autocast(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the head then multiplies as it does while it generates; on a CPU its numbers are the same."""
+    seen = []
+
+    def spy(**inputs: Any) -> TokenStats:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return token_stats(**inputs)
+
+    monkeypatch.setattr(hf, "token_stats", spy)
+    for half in (False, True):
+        make_engine(make_model(0), tokenizer, bf16=half).score([(1, 5)], [(4, 2)])
+    assert seen == [False, True]
 
 
 def test_bf16_logprobs_are_near(tokenizer: PreTrainedTokenizerFast) -> None:

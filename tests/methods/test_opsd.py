@@ -212,6 +212,20 @@ def test_an_average_moves_whatever_the_students_dtype(dtype: torch.dtype) -> Non
     assert bool(teacher.scores(batch).hidden.isfinite().all())
 
 
+@pytest.mark.parametrize("lora", [0, 4])
+@pytest.mark.parametrize("weights", ["base", "live", "ema"])
+def test_a_teacher_that_is_the_student_has_nothing_to_teach(
+    tiny: Callable[..., Config], weights: str, lora: int
+) -> None:
+    """Under autocast too: both read the same tokens with the same weights."""
+    options = {"method__name": "opsd", "method__shown": "none", "method__weights": weights, "optim__steps": 1}
+    for half in (False, True):
+        config = tiny(**options, student__lora_rank=lora, optim__bf16=half, run__name=f"half-{half}")
+        (row,) = read_lines(train(config, quiet=True).directory / "metrics.jsonl")
+        assert abs(row["loss"]) < 1e-7
+        assert row["grad_norm"] < 1e-5
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_average_of_an_adapter_has_the_base_once(tiny: Callable[..., Config], dtype: str) -> None:
     """It holds, moves and stores what trains, and reads the student's own other weights."""

@@ -3,13 +3,16 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from onpath.config.whole import Config
 from onpath.data.batch import collate
+from onpath.losses import TokenStats, token_stats
 from onpath.records import Trajectory
+from onpath.run import importance
 from onpath.run.assemble import assemble
 from onpath.run.importance import Importance, log_ratios
 from onpath.run.log import read_lines
@@ -80,6 +83,21 @@ def test_without_staleness_nothing_changes(kind: str, tiny: Tiny, tmp_path: Path
     last = read_lines(stale / "metrics.jsonl")[-1]
     assert last["staleness"] == 1
     assert abs(last["importance_ratio"] - 1) > 1e-4
+
+
+def test_ratios_are_formed_under_autocast(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the head then multiplies as it does in the loss; on a CPU its numbers are the same."""
+    seen = []
+
+    def spy(**inputs: Any) -> TokenStats:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return token_stats(**inputs)
+
+    monkeypatch.setattr(importance, "token_stats", spy)
+    for half in (False, True):
+        parts = assemble(tiny(method__importance="token", optim__bf16=half))
+        step_on(parts, drawn(GAPS, parts))
+    assert seen == [False, True]
 
 
 def test_one_correction_is_enough(tiny: Tiny) -> None:

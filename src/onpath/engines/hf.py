@@ -101,12 +101,14 @@ class HFEngine(Engine):
                 batch = collate(rows, device=self.device)
                 with self._autocast():
                     hidden_BTH = hidden_states(self.model, batch.student_ids_BS, batch.student_mask_BS)
-                stats = token_stats(
-                    student_hidden=batch.at_student(hidden_BTH),
-                    student_head=head_of(self.model, self.vocabulary),
-                    teacher=None,
-                    sampled_ids=batch.token_N,
-                )
+                head = head_of(self.model, self.vocabulary)
+                with self._autocast():  # as a head's products are while it generates
+                    stats = token_stats(
+                        student_hidden=batch.at_student(hidden_BTH),
+                        student_head=head,
+                        teacher=None,
+                        sampled_ids=batch.token_N,
+                    )
                 assert stats.student_logp is not None
                 for t, values in zip(rows, batch.by_row(stats.student_logp), strict=True):
                     assert t.place is not None

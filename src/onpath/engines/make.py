@@ -170,6 +170,7 @@ def make_teacher(
             weights=method.teacher_weights,
             decay=method.teacher_decay,
             vocabulary=vocabulary,
+            bf16=config.optim.bf16,
             alone=sharding.asked(config),
         )
     offloads = config.parallel.teacher == "offload"

@@ -155,6 +155,7 @@ class SelfTeacher(Teacher):
     What does not train is the student's.
 
     Args:
+        bf16: it reads under bfloat16 autocast, as the student does (optim.bf16).
         alone: the student is to be sharded, so that a copy shares nothing with it.
     """
 
@@ -167,9 +168,10 @@ class SelfTeacher(Teacher):
         weights: Literal["base", "live", "ema"],
         decay: float = 0.99,
         vocabulary: int | None = None,
+        bf16: bool = False,
         alone: bool = False,
     ) -> None:
-        self.student, self.weights, self.decay = student, weights, decay
+        self.student, self.weights, self.decay, self.bf16 = student, weights, decay, bf16
         self.adapter = weights == "base" and isinstance(student, PeftModel)
         shares = weights == "live" or self.adapter
         self.model = student if shares else copy_of(student, alone=alone).eval()
@@ -201,7 +203,9 @@ class SelfTeacher(Teacher):
     def hidden(self, batch: Batch) -> Tensor:
         """Hidden states [N, H] that predict each response token in the teacher's context."""
         with self.acting() as model:
-            return _teacher_positions(model, batch, next(model.parameters()).device)
+            device = next(model.parameters()).device
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+                return _teacher_positions(model, batch, device)
 
     @torch.no_grad()
     def follow(self) -> None:

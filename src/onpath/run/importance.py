@@ -41,9 +41,11 @@ class Importance:
         """
         if self.kind == "none":
             return batch.weight_N
-        stats = token_stats(
-            student_hidden=hidden_NH, student_head=models.head, teacher=None, sampled_ids=batch.token_N
-        )
+        head = models.head
+        with models.autocast():  # as the loss
+            stats = token_stats(
+                student_hidden=hidden_NH, student_head=head, teacher=None, sampled_ids=batch.token_N
+            )
         assert stats.student_logp is not None
         log_N = log_ratios(batch, stats.student_logp)
         others_N = log_N.isnan()

@@ -139,12 +139,11 @@ def trainer_stats(parts: Parts, trajectories: Sequence[Trajectory]) -> list[tupl
     found = []
     with evaluating(parts.models.student):
         for batch in batches_of(parts, trajectories):
-            stats = token_stats(
-                student_hidden=parts.models.student_states(batch),
-                student_head=parts.models.head,
-                teacher=None,
-                sampled_ids=batch.token_N,
-            )
+            hidden_NH, head = parts.models.student_states(batch), parts.models.head
+            with parts.models.autocast():  # as the loss
+                stats = token_stats(
+                    student_hidden=hidden_NH, student_head=head, teacher=None, sampled_ids=batch.token_N
+                )
             found.append((batch, stats))
     return found
 
@@ -160,13 +159,16 @@ def teacher_scores(parts: Parts, batch: Batch) -> TeacherScores:
 @torch.no_grad()
 def divergence(parts: Parts, batch: Batch) -> TokenStats:
     """Student against teacher, per token."""
-    return token_stats(
-        student_hidden=parts.models.student_states(batch),
-        student_head=parts.models.head,
-        teacher=teacher_scores(parts, batch),
-        sampled_ids=batch.token_N,
-        stats=StatsRequest(top_k=TOP_TOKENS),
-    )
+    scores, hidden_NH = teacher_scores(parts, batch), parts.models.student_states(batch)
+    head = parts.models.head
+    with parts.models.autocast():  # as the loss
+        return token_stats(
+            student_hidden=hidden_NH,
+            student_head=head,
+            teacher=scores,
+            sampled_ids=batch.token_N,
+            stats=StatsRequest(top_k=TOP_TOKENS),
+        )
 
 
 @torch.no_grad()
