@@ -20,6 +20,7 @@ from onpath.run.assemble import assemble
 from onpath.run.optimizer import make_optimizer
 from onpath.system.errors import UserError
 from onpath.training import train
+from tests.conftest import make_model
 
 Tiny = Callable[..., Config]
 IDS_BT = torch.tensor([[1, 5, 9, 13, 8, 3, 20]])
@@ -106,6 +107,48 @@ def test_an_adapter_by_itself(tiny: Tiny, model_dirs: dict[str, Path], tmp_path:
         with quietly():
             model = peft.PeftModel.from_pretrained(base, out)
         assert torch.allclose(logits(model), resumed(config, run, step), atol=1e-6)
+
+
+def copied_base(model_dirs: dict[str, Path], path: Path) -> Path:
+    return shutil.copytree(model_dirs["student"], path)
+
+
+def test_an_adapters_base_may_move(tiny: Tiny, model_dirs: dict[str, Path], tmp_path: Path) -> None:
+    """Its content counts, in the run's own dtype, wherever it lies and however it is loaded."""
+    base = copied_base(model_dirs, tmp_path / "base")
+    config, run = run_of(tiny, **LORA, student__model=str(base), student__dtype="bfloat16")
+    expected = logits(AutoModelForCausalLM.from_pretrained(onpath.export_model(run, tmp_path / "before")))
+    base.rename(tmp_path / "elsewhere")
+    for told in (run / "config.yaml", run / "model" / "adapter_config.json"):
+        told.write_text(told.read_text().replace(str(base), str(tmp_path / "elsewhere")))
+    for step in (run, run / "checkpoints" / "step_4"):
+        out = onpath.export_model(step, tmp_path / f"out-{step.name}")
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(out)), expected)
+        assert onpath.evaluate_model(step, data=config.data.train, limit=2, dtype="float32").results
+
+
+def test_an_adapter_on_another_base_is_refused(
+    tiny: Tiny, model_dirs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = copied_base(model_dirs, tmp_path / "base")
+    config, run = run_of(tiny, **LORA, student__model=str(base))
+    step = run / "checkpoints" / "step_2"
+    onpath.export_model(step, tmp_path / "before")
+    make_model(5).save_pretrained(base)
+    capsys.readouterr()
+    export, evaluate = ["export", str(tmp_path / "out")], ["eval", "--data", config.data.train, "--limit=2"]
+    for source in (step, run):
+        for command, *more in (export, evaluate):
+            assert main([command, str(source), *more]) == 2
+            said = capsys.readouterr().err
+            assert f"tokenizer or chat template, than {base} has now" in said
+            assert said.count("\n") == 1
+        with pytest.raises(UserError, match="this adapter was trained on other weights"):
+            assemble(tiny(student__model=str(source)))
+    assert not (tmp_path / "out").exists()
+    for file in base.glob("*.safetensors"):
+        file.write_bytes((model_dirs["student"] / file.name).read_bytes())
+    onpath.export_model(step, tmp_path / "after")
 
 
 def test_without_a_final_model_the_newest_sound_checkpoint(tiny: Tiny, tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ class SelfTeacher(Teacher):
         self.adapter = weights == "base" and isinstance(student, PeftModel)
         shares = weights == "live" or self.adapter
         self.model = student if shares else copy_of(student, alone=alone).eval()
-        # Of a whole student in half precision: adapters are in float32, and only with them something is shared.
+        # A whole student in half precision: adapters are in float32, and only with them something is shared.
         if weights == "ema" and any(mine.dtype in _HALF for mine, _ in self._averaged().values()):
             self.model = self.model.float()
         self._vocabulary = vocabulary

@@ -243,8 +243,8 @@ def _newest(root: Path) -> Loaded | None:
     broken: list[str] = []
     for path in reversed(list_steps(root)):
         if (state := _verified(path)) is not None:
-            inputs = read_json(path / "inputs.json")
-            return Loaded(step=int(state["step"]), path=path, broken=tuple(broken), inputs=inputs)
+            step = int(state["step"])
+            return Loaded(step=step, path=path, broken=tuple(broken), inputs=inputs_of(path))
         broken.append(path.name)
     if broken:
         raise UserError(
@@ -353,6 +353,12 @@ def _opens(path: Path) -> bool:
 def is_sound(path: Path) -> bool:
     """Whether every byte of a checkpoint is what was written."""
     return _verified(path) is not None
+
+
+def inputs_of(path: Path) -> Mapping[str, str]:
+    """What the run of a checkpoint had read when it was saved: option → digest; empty: it does not say."""
+    found: dict[str, str] = read_json(path / "inputs.json", keys={})
+    return found
 
 
 def list_steps(root: Path) -> list[Path]:

@@ -27,17 +27,22 @@ def digests(parts: Parts) -> dict[str, str]:
     config, models = parts.config, parts.models
     found = {"data.train": digest_prompts(parts.prompts.pool)}
     found |= {f"data.eval.{split}": digest_prompts(prompts) for split, prompts in parts.prompts.evals.items()}
-    # An adapter's own weights are drawn, by other numbers on another device; what it adapts was loaded.
-    loaded = {
-        n: p
-        for n, p in models.student.named_parameters()
-        if not config.student.lora_rank or not p.requires_grad
-    }
-    found["student.model"] = _of_weights(loaded, parts.text.renderer.tokenizer)
+    tokenizer, adapted = parts.text.renderer.tokenizer, config.student.lora_rank > 0
+    found["student.model"] = digest_start(models.student, tokenizer, adapted=adapted)
     for name in models.teacher.names if not config.method.self_taught else ():
         if (model := models.teacher.of(name).model) is not None:
             found[f"{teacher_key(name)}.model"] = weights_digest(model)
     return found | code.digests(own_code(config))
+
+
+def digest_start(student: nn.Module, tokenizer: PreTrainedTokenizerBase, *, adapted: bool) -> str:
+    """Of what a student starts from, wherever it lies: weights, vocabulary and chat template.
+
+    Args:
+        adapted: an adapter's own weights do not count: they are drawn, by other numbers on another device.
+    """
+    loaded = {n: p for n, p in student.named_parameters() if not adapted or not p.requires_grad}
+    return _of_weights(loaded, tokenizer)
 
 
 def differing(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -1,5 +1,6 @@
 """The models that a run has left: its final one, its best one, any of its checkpoints."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from onpath import config as configuration
 from onpath.config import Config, Student
+from onpath.engines import adapters
 from onpath.engines.head import unwrapped
-from onpath.engines.models import load_model, load_tokenizer
+from onpath.engines.models import load_model, load_tokenizer, model_directory
 from onpath.engines.student import trainable
 from onpath.run import checkpoint
+from onpath.run.contents import digest_start
 from onpath.run.inputs import with_template
 from onpath.system.errors import UserError
 from onpath.system.files import place
@@ -68,15 +71,36 @@ class Trained:
         Raises:
             UserError: the run's config is damaged.
         """
+        tree = self._tree()
+        asked = {name: tree[name] for name in sections if name in tree}
+        if not graded and isinstance(asked.get("eval"), dict):
+            asked["eval"] = {k: v for k, v in asked["eval"].items() if k != "grader"}
+        return self._built(tree, asked)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The student's, with the run's chat template.
+
+        Raises:
+            UserError: it, or the template, is gone.
+        """
+        tree = self._tree()
+        data = tree.get("data")
+        template = data.get("chat_template") if isinstance(data, dict) else None
+        config = self._built(tree, {"data": {"chat_template": template}})  # what else is there may be gone
+        tokenizer = load_tokenizer(config.student, "student.model")
+        with_template(config, tokenizer)
+        return tokenizer
+
+    def _tree(self) -> dict[str, Any]:
         path = self.run / "config.yaml"
         tree = configuration.read_yaml(path)
         if not isinstance(tree, dict):
             raise UserError(f"{path}: damaged, so its base model is not known")
+        return tree
+
+    def _built(self, tree: Mapping[str, Any], asked: Mapping[str, Any]) -> Config:
         student = {**(tree.get("student") or {}), "gradient_checkpointing": False}
-        asked = {name: tree[name] for name in sections if name in tree}
-        if not graded and isinstance(asked.get("eval"), dict):
-            asked["eval"] = {k: v for k, v in asked["eval"].items() if k != "grader"}
-        return configuration.build({**asked, "student": student}, source=str(path))
+        return configuration.build({**asked, "student": student}, source=str(self.run / "config.yaml"))
 
 
 def find(source: str | Path) -> Trained | None:
@@ -93,8 +117,7 @@ def find(source: str | Path) -> Trained | None:
     if (path / "config.yaml").is_file():
         if checkpoint.holds_model(path / "model"):
             return Trained(run=path, weights=path / "model")
-        sound = (p for p in reversed(checkpoint.list_steps(path / "checkpoints")) if checkpoint.is_sound(p))
-        newest = next(sound, None)
+        newest = _newest_sound(path)
         if newest is None:
             raise UserError(f"{path}: it has neither a final model nor a sound checkpoint yet")
         return Trained(run=path, weights=newest, instead=True)
@@ -108,6 +131,12 @@ def find(source: str | Path) -> Trained | None:
     return Trained(run=run, weights=path)
 
 
+def _newest_sound(run: Path) -> Path | None:
+    """A run's newest checkpoint of which every byte is what was written."""
+    steps = reversed(checkpoint.list_steps(run / "checkpoints"))
+    return next((path for path in steps if checkpoint.is_sound(path)), None)
+
+
 def load_trained(found: Trained, section: Student | None = None, *, adapter: bool = False) -> Any:
     """The model, in evaluation mode, without gradients; a LoRA adapter merged.
 
@@ -118,6 +147,7 @@ def load_trained(found: Trained, section: Student | None = None, *, adapter: boo
     Raises:
         UserError: its base model is gone, or is another one.
     """
+    check_base(found)
     config = found.config()
     own = config.student if section is None else config.student.model_copy(update={"dtype": section.dtype})
     own = own.model_copy(update={"quantization": None})  # the adapter is merged into the base as it is
@@ -133,6 +163,30 @@ def load_trained(found: Trained, section: Student | None = None, *, adapter: boo
     if len(ids) > 1:  # only a whole final model names them itself
         unwrapped(model).generation_config.eos_token_id = sorted(ids)
     return model
+
+
+def check_base(found: Trained) -> None:
+    """An adapter belongs to the very weights that it was trained on, and a path does not say what it holds.
+    Not asked where the base lies beside the adapter, was quantised, or no checkpoint says what it was.
+
+    Raises:
+        UserError: the base is gone, or is another one.
+    """
+    config = found.config()
+    section = config.student
+    if not section.lora_rank or section.quantization is not None or adapters.own_base(found.weights):
+        return
+    step = found.weights if found.is_checkpoint else _newest_sound(found.run)
+    told = None if step is None else checkpoint.inputs_of(step).get("student.model")
+    if told is None:
+        return
+    where = section.model if found.is_checkpoint else model_directory(str(found.weights), "source")
+    base = load_model(section.model_copy(update={"model": where}), "student.model", torch.device("cpu"))
+    if digest_start(trainable(config, base), found.tokenizer(), adapted=True) != told:
+        raise UserError(
+            f"{found.weights}: this adapter was trained on other weights, or with another tokenizer or chat "
+            f"template, than {where} has now; bring back what was there"
+        )
 
 
 def load_start(section: Student, found: Trained | None, key: str, device: torch.device) -> PreTrainedModel:
@@ -161,9 +215,6 @@ def load_its_tokenizer(section: Student, found: Trained | None, key: str) -> Pre
     """The tokenizer of what `load_start` loads, with the chat template that its run had."""
     if found is None:
         return load_tokenizer(section, key)
-    student = found.config().student
-    if not found.is_checkpoint:
-        return load_tokenizer(student.model_copy(update={"model": str(found.weights)}), key)
-    tokenizer = load_tokenizer(student, key)
-    with_template(found.config("data"), tokenizer)
-    return tokenizer
+    if found.is_checkpoint:
+        return found.tokenizer()
+    return load_tokenizer(found.config().student.model_copy(update={"model": str(found.weights)}), key)
