@@ -559,3 +559,18 @@ def test_a_closed_pipe_does_not_end_a_run(pipe: str, tiny: Tiny, tmp_path: Path)
     assert ended(begun(run)) == 0
     os.close(write)
     assert (Path(config.run.dir) / config.run.name / "model").is_dir()
+
+
+def test_a_merged_model_asked_for_when_all_is_done(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is written then; the sentence says what does it."""
+    options = {**BEGUN, "student__lora_rank": 4}
+    run = train(tiny(**options), quiet=True).directory
+    capsys.readouterr()
+    for merge in (False, True):
+        train(tiny(**options, student__lora_merge=merge))
+        said = capsys.readouterr().err
+        assert "was finished before: nothing is trained" in said
+        assert (f"onpath export {run} OUT merges it" in said) == merge
+    train(tiny(**options, student__lora_merge=True, run__name="merged"), quiet=True)
+    train(tiny(**options, student__lora_merge=True, run__name="merged"))
+    assert "onpath export" not in capsys.readouterr().err

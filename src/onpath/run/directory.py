@@ -143,6 +143,9 @@ class Run:
         if last < steps:
             where = f", at step {last} of {steps}, where run.stop_after ended it"
             advice = "; with run.stop_after: 0 it goes on"
+        student = self.parts.config.student
+        if student.lora_merge and student.lora_rank and not (self.directory / "merged").is_dir():
+            advice += f"; student.lora_merge comes too late: onpath export {self.directory} OUT merges it"
         say(f"{self.directory} was finished before{where}: nothing is trained{advice}")
 
     def result(self, *, trained: bool) -> RunResult:
