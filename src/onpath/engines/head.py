@@ -5,7 +5,7 @@ Shape suffixes: B rows, T tokens, V vocabulary, H hidden.
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -124,6 +124,22 @@ def logits_of(head: Head, hidden: Tensor) -> Tensor:
     bias = None if head.bias is None else head.bias[:rows]
     logits = nn.functional.linear(hidden, head.weight[:rows], bias).float() * head.logit_scale
     return logits if head.softcap is None else (logits / head.softcap).tanh() * head.softcap
+
+
+@torch.no_grad()
+def own_logprobs(model: nn.Module, ids: Sequence[int], vocabulary: int | None = None) -> Tensor:
+    """Log-probs [T − 1] of ids[1:], each after the ones before it, by the model's own forward pass over them
+    alone, nats.
+
+    Args:
+        vocabulary: logits beyond it take no part.
+    """
+    inner = unwrapped(model)
+    ids_1T = torch.tensor([ids], device=next(inner.parameters()).device)
+    with evaluating(model):
+        logits_1TV: Tensor = inner(input_ids=ids_1T, **known_to(inner, use_cache=False)).logits
+    logp_TV = logits_1TV[0, :-1, :vocabulary].float().log_softmax(-1)
+    return logp_TV.gather(-1, ids_1T[0, 1:, None])[:, 0]
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from onpath.engines.head import (
     head_of,
     hidden_states,
     is_quantised,
+    own_logprobs,
     unwrapped,
 )
 from onpath.engines.hf import HFEngine
@@ -154,14 +155,8 @@ def _batch(
 
 def _own_logps(model: nn.Module, batch: Batch, vocabulary: int) -> Tensor:
     """Of the response tokens [N], by the model's own forward pass over one row at a time."""
-    found = []
-    with evaluating(model), torch.no_grad():
-        for t in batch.trajectories:
-            ids_1T = torch.tensor([t.student_context + t.response], device=batch.token_N.device)
-            logits_TV = unwrapped(model)(input_ids=ids_1T).logits[0, :, :vocabulary].float()
-            response = ids_1T[0, -len(t.response) :, None]
-            found.append(logits_TV[-len(t.response) - 1 : -1].log_softmax(-1).gather(-1, response)[:, 0])
-    return torch.cat(found).cpu()
+    rows = [(t.student_context + t.response, len(t.response)) for t in batch.trajectories]
+    return torch.cat([own_logprobs(model, ids, vocabulary)[-length:] for ids, length in rows]).cpu()
 
 
 def _states(model: nn.Module, batch: Batch, bf16: bool) -> Tensor:

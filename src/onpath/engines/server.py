@@ -16,10 +16,11 @@ from torch import nn
 from onpath.data.render import Renderer
 from onpath.engines.base import Engine, sampled
 from onpath.engines.handover import Handover
+from onpath.engines.head import own_logprobs
 from onpath.engines.host import Host, Nonsense
 from onpath.engines.stops import string_end
 from onpath.engines.vllm import checked_completion
-from onpath.engines.weights import Arrival, largest_gap, probe_ids, probe_logprobs
+from onpath.engines.weights import Arrival, largest_gap, probe_ids
 from onpath.engines.wire import Questions, Server
 from onpath.records import Completion, Prompt, Rollout, Sampling
 from onpath.system import distributed
@@ -220,7 +221,7 @@ class ServerEngine(Engine):
     def gap(self) -> float:
         """Largest difference between a server's log-probs and the student's on a fixed sequence, nats."""
         assert self.student is not None
-        ours = probe_logprobs(self.student, probe_ids(self.vocabulary))
+        ours = own_logprobs(self.student, probe_ids(self.vocabulary)).tolist()
         return max(largest_gap(theirs, ours) for theirs in self.server.each(self._answers).values())
 
     def _answers(self, host: Host) -> Sequence[float]:

@@ -18,8 +18,9 @@ from torch import nn
 from onpath.data.render import Renderer
 from onpath.engines.adapters import merged_weights
 from onpath.engines.base import Engine
+from onpath.engines.head import own_logprobs
 from onpath.engines.stops import string_end
-from onpath.engines.weights import Arrival, checkpoint_weights, largest_gap, probe_ids, probe_logprobs
+from onpath.engines.weights import Arrival, checkpoint_weights, largest_gap, probe_ids
 from onpath.records import Completion, Sampling
 from onpath.system import distributed
 from onpath.system.draws import request_seed
@@ -121,7 +122,7 @@ class VLLMEngine(Engine):
 
     def gap(self) -> float:
         """Largest difference between vLLM's log-probs and the student's on a fixed sequence, nats."""
-        return largest_gap(self._answers(), probe_logprobs(self.model, probe_ids(self.vocabulary)))
+        return largest_gap(self._answers(), own_logprobs(self.model, probe_ids(self.vocabulary)).tolist())
 
     def _answers(self) -> Sequence[float]:
         ids = probe_ids(self.vocabulary)

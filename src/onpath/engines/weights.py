@@ -18,7 +18,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from onpath.engines.adapters import empty_weights, merged_weights
-from onpath.engines.head import base_layer, sharded, unwrapped
+from onpath.engines.head import base_layer, own_logprobs, sharded, unwrapped
 from onpath.engines.sharding import same_weights
 from onpath.system import distributed
 from onpath.system.errors import UserError
@@ -224,7 +224,7 @@ class Arrival(Generic[K]):
             theirs: of each copy.
             pushed: the weights that it was given.
         """
-        ours, sums = probe_logprobs(model, ids), rounded_sums(pushed, self.dtype)
+        ours, sums = own_logprobs(model, ids).tolist(), rounded_sums(pushed, self.dtype)
         before = self._before
         moved = before is not None and sums != before[2] and largest_gap(ours, before[0]) > _UNMOVED
         for copy, answers in theirs.items():
@@ -245,16 +245,3 @@ def rounded_sums(weights: Iterable[Tensor], dtype: torch.dtype) -> list[int]:
     bits = torch.int16 if dtype.itemsize == 2 else torch.int32
     sums = [t.to(dtype).contiguous().view(bits).sum() for t in weights]
     return [int(v) for v in torch.stack(sums).cpu()]
-
-
-@torch.no_grad()
-def probe_logprobs(model: nn.Module, ids: tuple[int, ...]) -> list[float]:
-    """The model's own log-probs of ids[1:], each after the ones before it, nats."""
-    was_training = model.training
-    model.eval()
-    try:
-        ids_1T = torch.tensor([ids], device=next(model.parameters()).device)
-        logp_TV = unwrapped(model)(input_ids=ids_1T, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-    finally:
-        model.train(was_training)
-    return [float(v) for v in logp_TV.gather(-1, ids_1T[0, 1:, None])[:, 0]]
