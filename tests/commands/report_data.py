@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from onpath.run.trajectories import read_trajectories, write_parquet
+from onpath.run.trajectories import write_parquet
+from tests.stored import read_trajectories
 
 HOSTILE = (
     "</script><script>window.hacked = 1</script>",

@@ -15,11 +15,11 @@ from onpath.commands.cli import main
 from onpath.config import METHODS
 from onpath.records import WRITERS, Trajectory
 from onpath.run.log import read_lines
-from onpath.run.trajectories import read_trajectories
 from onpath.system.errors import UserError
 from onpath.training import train
 from tests.conftest import CHARACTERS, make_tokenizer
 from tests.methods.family import ARMS, Tiny, logps_along, options_of, parts_of, prepared
+from tests.stored import read_trajectories
 from tests.system.test_two_processes import in_ranks
 
 NOT_REPEATED = ("seconds", "topd_seconds")

@@ -29,7 +29,6 @@ from onpath.run.assemble import assemble
 from onpath.run.log import read_lines
 from onpath.run.loss import Step, sparse_guidance
 from onpath.run.parts import Parts
-from onpath.run.trajectories import read_trajectories
 from onpath.run.weights import shaped
 from onpath.system.errors import UserError
 from onpath.training import sample, train
@@ -37,6 +36,7 @@ from onpath.transport.plans import window_divergence
 from tests.forks import done_by_two
 from tests.methods.family import logps_along
 from tests.stepping import step_on
+from tests.stored import read_trajectories
 
 Tiny = Callable[..., Config]
 

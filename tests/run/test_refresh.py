@@ -24,11 +24,11 @@ from onpath.run.log import flatten, read_lines
 from onpath.run.optimizer import make_optimizer
 from onpath.run.refresh import _as_row, _trajectory, overlap
 from onpath.run.sampling import prepare, sample
-from onpath.run.trajectories import read_trajectories
 from onpath.system.errors import UserError
 from onpath.training import one_step, train
 from tests.forks import TIMEOUT, done_by_two
 from tests.run.test_resume import Stopped, contents, stop_at
+from tests.stored import read_trajectories
 
 Tiny = Callable[..., Config]
 TRD = {"method__name": "trd", "method__template": "{problem} {attempt}", "method__gate": False}

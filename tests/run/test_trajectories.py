@@ -12,8 +12,9 @@ import torch
 from onpath.config.whole import Config
 from onpath.run.assemble import assemble
 from onpath.run.optimizer import make_optimizer
-from onpath.run.trajectories import read_trajectories, top_tokens, write_parquet
+from onpath.run.trajectories import top_tokens, write_parquet
 from onpath.training import one_step, train
+from tests.stored import read_trajectories
 
 Tiny = Callable[..., Config]
 

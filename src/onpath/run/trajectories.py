@@ -178,14 +178,6 @@ def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         pq.write_table(table, temporary)
 
 
-def read_trajectories(run: Path) -> list[dict[str, Any]]:
-    """All stored rows of a run, oldest step first."""
-    rows: list[dict[str, Any]] = []
-    for path in sorted((run / "trajectories").glob("step_*.parquet")):
-        rows += pq.read_table(path).to_pylist()
-    return rows
-
-
 Row = dict[str, Any]
 
 
