@@ -637,6 +637,14 @@ def verdicts(run: Path) -> dict[str, list[bool]]:
         ({"arms": {"opd": {"run.dir": "x"}}}, "arm opd sets run.dir, which the study decides: give its dir"),
         ({"tune": {"lrs": [1, 2], "seed": 1}}, "tune.seed 1 is one of the seeds"),
         ({"tune": {"lrs": [1, 2], "split": "gym:hard"}, "evals": {"splits": ["gym:hard"]}}, "compared on"),
+        (
+            {
+                "base": {"data": {"limit": 20}},
+                "tune": {"lrs": [1, 2], "split": "gym:test?late=0", "limit": 9},
+                "evals": {"splits": {"all": "gym:test"}, "n": 1, "k": 1, "limit": 4},
+            },
+            "tune.split gym:test?late=0: 4 of its 9 problems, the first with id '",
+        ),
         ({"arms": {"opd": {}, "b": {"tuned_like": "opd"}}}, "tuned_like is opd, which is no arm"),
         ({"seeds": [1, 1]}, "holds one twice"),
         ({"tune": {"lrs": [1e-3, 1.0000001e-3]}}, "holds 0.001 twice"),

@@ -16,10 +16,11 @@ from onpath.commands.study import plan
 from onpath.commands.study.config import StudyConfig
 from onpath.config.changes import own_code
 from onpath.config.whole import Config
-from onpath.data.load import load_prompts
+from onpath.data.load import LoadedPrompts, load_prompts
 from onpath.engines.adapters import is_adapter
 from onpath.engines.models import locate, model_directory
 from onpath.grade.code import refuses
+from onpath.records import Prompt
 from onpath.run.inputs import load_evals
 from onpath.run.trained import find
 from onpath.system import code
@@ -36,7 +37,7 @@ def check_sources(study: StudyConfig) -> None:
     with nothing left to run it may be gone.
 
     Raises:
-        UserError: a source cannot be read, or an evaluation set has no answers.
+        UserError: a source cannot be read, an evaluation set has no answers, or tune.split is not apart.
     """
     if not any(map(plan.left, plan.stages(study)[-1])):
         return
@@ -49,9 +50,29 @@ def check_sources(study: StudyConfig) -> None:
         columns=data.columns,
         refuses=refuses(config.eval.grader),
     )
-    load_evals(config)
+    compared = load_evals(config)
     for job in plan.tuning(study, dict.fromkeys(study.trained, 1))[:1]:
-        load_evals(job.config)
+        tuned_on = load_evals(job.config)[plan.TUNING_SPLIT]
+        for name, others in compared.items():
+            _check_apart(tuned_on, others, name)
+
+
+def _check_apart(tuned_on: LoadedPrompts, compared: LoadedPrompts, name: str) -> None:
+    """Rates must be chosen on other problems than arms are compared on, whatever the sources are called."""
+    known = {_asked(prompt) for prompt in compared.prompts}
+    both = [prompt.id for prompt in tuned_on.prompts if _asked(prompt) in known]
+    if both:
+        many = f"{len(both)} of its {len(tuned_on.prompts)} problems"
+        raise UserError(
+            f"tune.split {tuned_on.source}: {many}, the first with id {both[0]!r}, are also in "
+            f"{compared.source}, on which arms are compared ({name}); tune on a split of its own"
+        )
+
+
+def _asked(prompt: Prompt) -> tuple[str, ...]:
+    """What is said in a prompt, however it is given."""
+    said = [m["content"] for m in prompt.messages or () if m["role"] != "system"] or [prompt.question]
+    return tuple(text.strip() for text in said)
 
 
 def claim(study: StudyConfig) -> None:
