@@ -11,11 +11,20 @@ from onpath.config.section import GoesWith, Section
 from onpath.config.sections import Data, Eval, Optim, Parallel, RolloutSection, Run, Student, Teacher
 from onpath.config.whole import Config
 from onpath.run.assemble import assemble
+from onpath.training import train
 
 SECTIONS: list[type[Section]] = [
     *METHODS.values(),
     *(Data, Eval, Optim, Parallel, RolloutSection, Run, Student, Teacher),
 ]
+
+
+OPSD: dict[str, Any] = {"method": {"name": "opsd"}}
+SERVED: dict[str, Any] = {
+    "method": {"support": "teacher_topk"},
+    "teacher": {"engine": "vllm", "url": "http://x"},
+}
+VLLM: dict[str, Any] = {"engine": "vllm"}
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -40,6 +49,28 @@ def test_a_mark_names_an_option_and_its_values(section: type[Section]) -> None:
         ({"student": {"lora_alpha": 8}}, "student.lora_alpha", "student.lora_rank"),
         ({"teacher": {"cache_gb": 3}}, "teacher.cache_gb", "teacher.cache"),
         ({"optim": {"schedule": "constant", "min_lr_ratio": 0.1}}, "optim.min_lr_ratio", "optim.schedule: c"),
+        (OPSD | {"teacher": {"model": "./other"}}, "teacher.model", "another model as the teacher"),
+        (OPSD | {"teacher": {"dtype": "bfloat16"}}, "teacher.dtype", "another model as the teacher"),
+        (OPSD | {"teacher": {"device": "cpu"}}, "teacher.device", "another model as the teacher"),
+        (
+            SERVED | {"teacher": {**SERVED["teacher"], "dtype": "bfloat16"}},
+            "teacher.dtype",
+            "teacher.engine: hf",
+        ),
+        (
+            SERVED | {"teacher": {**SERVED["teacher"], "device": "cpu"}},
+            "teacher.device",
+            "teacher.engine: hf",
+        ),
+        (
+            {"rollout": {**VLLM, "url": "http://x", "vllm": {"seed": 1}}},
+            "rollout.vllm",
+            "a vLLM in this process",
+        ),
+        ({"rollout": {**VLLM, "batch_tokens": 9}}, "rollout.batch_tokens", "generation by models in this"),
+        (OPSD | {"rollout": {**VLLM, "batch_tokens": 9}}, "rollout.batch_tokens", "generation by models in"),
+        ({"parallel": {"hosts": 2}}, "parallel.hosts", "parallel.shard: layer or step"),
+        ({"parallel": {"teacher": "copy"}}, "parallel.teacher", "parallel.shard: layer or step"),
     ],
 )
 def test_what_has_no_effect_is_named(given: dict[str, Any], key: str, needs: str) -> None:
@@ -62,6 +93,12 @@ def test_defaults_are_not_idle(name: str) -> None:
             "teacher": {"engine": "vllm", "url": "http://x"},
         },
         {"student": {"lora_alpha": 8, "lora_rank": 2}},
+        {"rollout": {**VLLM, "vllm": {"seed": 1}}},
+        {"rollout": {**VLLM, "batch_tokens": 9}, "method": {"name": "trd"}},
+        {"rollout": {**VLLM, "batch_tokens": 9}, "method": {"name": "trd", "teacher": "self"}},
+        {"rollout": {"batch_tokens": 9}, **SERVED},
+        {"teacher": {"model": "gym:persona", "dtype": "bfloat16", "device": "cpu"}},
+        {"parallel": {"shard": "step", "hosts": 2, "teacher": "copy", "balance": False}},
     ],
 )
 def test_what_has_an_effect_is_not(given: dict[str, Any]) -> None:
@@ -71,3 +108,24 @@ def test_what_has_an_effect_is_not(given: dict[str, Any]) -> None:
 def test_a_run_says_so(tiny: Callable[..., Config]) -> None:
     said = assemble(tiny(method__beta=0.3)).warnings
     assert "method.beta has no effect here: it goes with method.divergence: jensen_shannon" in said
+
+
+def test_options_of_several_processes_are_said_in_one(
+    tiny: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny(parallel__shard="step", parallel__balance=False, optim__steps=1, data__eval={})
+    assert config.idle_alone == ["parallel.shard", "parallel.balance"]
+    assert build({"parallel": {"teacher": "copy"}}).idle_alone == []
+    assert build({"parallel": {"teacher": "copy", "shard": "layer", "hosts": 2}}).idle_alone == [
+        "parallel.shard",
+        "parallel.hosts",
+        "parallel.teacher",
+    ]
+    train(config)
+    said = capsys.readouterr().err
+    for key in ("parallel.shard", "parallel.balance"):
+        assert f"warning: {key} has no effect here: it goes with several processes" in said
+
+
+def test_a_student_that_is_its_own_teacher_needs_no_other_of_its_language() -> None:
+    build({"method": {"name": "opsd"}, "data": {"train": "maze:train"}, "student": {"model": "maze:student"}})

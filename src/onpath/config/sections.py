@@ -102,7 +102,7 @@ class Teacher(Served):
     """
     extra_body: Annotated[dict[str, Any], GoesWith("engine", "chat")] = Field({})
     """chat: further fields of every request, such as {reasoning_effort: low}; null leaves one of ours out."""
-    dtype: DType = "float32"
+    dtype: Annotated[DType, GoesWith("engine", "hf")] = "float32"
     """Of the frozen weights."""
     quantization: dict[str, Any] | None = None
     """As student.quantization; onpath doctor measures what it changes."""
@@ -114,7 +114,7 @@ class Teacher(Served):
     """Of kept hidden states: 2 or 4 bytes times the teacher's hidden size a token."""
     cache_gb: Annotated[float, NEUTRAL, GoesWith("cache")] = Field(20.0, gt=0)
     """Largest size of the directory; the files used longest ago go first."""
-    device: str = "auto"
+    device: Annotated[str, GoesWith("engine", "hf")] = "auto"
     """auto takes the student's device."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
@@ -343,7 +343,9 @@ class Parallel(Section):
     shard: Annotated[Literal["none", "layer", "step"], ROUNDING] = "none"
     """none: every process has whole models. layer: it has some rows of each weight (FSDP2), and gathers a
     layer when it runs. step: it gathers the student once for each step: more memory, fewer exchanges."""
-    hosts: Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], ROUNDING] = "auto"
+    hosts: Annotated[
+        Annotated[int, Field(ge=1)] | Literal["auto"], ROUNDING, GoesWith("shard", "layer", "step")
+    ] = "auto"
     """Copies of the shards: auto has one on each host, so that weights are gathered inside hosts only; 1
     shards over all processes."""
     teacher: Annotated[Literal["same", "copy", "offload"], ROUNDING] = "same"

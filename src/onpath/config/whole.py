@@ -1,6 +1,6 @@
 """The whole configuration, and the pairs of options that cannot be together. No torch."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -35,6 +35,8 @@ LABELLED: dict[str, type[Section]] = {"rewards": Reward, "teachers": Teacher}
 """Sections that hold several of a kind, by names of the user's."""
 
 ROLLOUTS, EVALUATIONS = "rollout.max_new_tokens", "eval.max_new_tokens"
+_OF_A_MODEL = ("model", "dtype", "device", "trust_remote_code")
+"""Options of a teacher that is another model."""
 _SPARE = 60.0
 """Seconds beyond a server's last answer, in which its sentence reaches every process."""
 
@@ -193,9 +195,9 @@ class Config(Section):
     def _of_one_language(self) -> None:
         """A task's models go with its data."""
         task = task_of(self.data.train)
-        models: dict[str, Student | Teacher] = {"student": self.student} | {
-            teacher_key(n): t for n, t in self.taught_by.items()
-        }
+        models: dict[str, Student | Teacher] = {"student": self.student}
+        if not self.method.self_taught:
+            models |= {teacher_key(name): teacher for name, teacher in self.taught_by.items()}
         for key, section in models.items():
             other = task_of(section.model)
             if task is not None and other is not None and other.name != task.name:
@@ -347,7 +349,33 @@ class Config(Section):
             found.pop("method.support_k", None)  # servers are asked for so many tokens, whatever is compared
         if self.method.importance != "none" and not self.method.trains_on_own_tokens:
             found["method.importance"] = "tokens that the student drew, and none are trained on"
+        if self.method.self_taught:
+            needs = (
+                f"another model as the teacher: with method.name {self.method.name} the student is its own"
+            )
+            found |= {f"teacher.{name}": needs for name in _changed(self.teacher, _OF_A_MODEL)}
+        if self.rollout.vllm and self.rollout.url is not None:
+            found["rollout.vllm"] = "a vLLM in this process, and rollout.url is that of a server"
+        if not self._generates_here and _changed(self.rollout, ["batch_tokens"]):
+            found["rollout.batch_tokens"] = "generation by models in this process"
+        if self.parallel.teacher == "copy" and self.parallel.shard == "none":
+            found["parallel.teacher"] = "parallel.shard: layer or step"
         return found
+
+    @property
+    def idle_alone(self) -> list[str]:
+        """Options of `parallel` that are set and have no effect in one process, beside `idle_options`."""
+        other = [f"parallel.{name}" for name in _changed(self.parallel, ["shard", "hosts", "balance"])]
+        copies = ["parallel.teacher"] * (self.parallel.teacher == "copy")
+        return [key for key in (*other, *copies) if key not in self.idle_options]
+
+    @property
+    def _generates_here(self) -> bool:
+        """Whether a model in this process may generate: the student, or a teacher that writes."""
+        own = code.is_own(self.method.name)  # which may have it write without saying so
+        writes = own or self.method.teacher_writes or bool(self.method.asks_teachers)
+        here = self.method.self_taught or any(t.engine == "hf" for t in self.taught_by.values())
+        return self.rollout.engine == "hf" or (writes and here)
 
     @property
     def refresh(self) -> Refresh | None:
@@ -462,6 +490,12 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         return yaml_text(self.model_dump(mode="json"))
+
+
+def _changed(section: Section, names: Iterable[str]) -> list[str]:
+    """Those of its options that are other than by default."""
+    plain = type(section)()
+    return [name for name in names if getattr(section, name) != getattr(plain, name)]
 
 
 def _also(split: str, temperature: float) -> str:

@@ -369,7 +369,9 @@ class Run:
             self.notes.append(told)
             if display.quiet and distributed.rank() == 0:
                 say(f"onpath: {told}")
-        for warning in self.parts.warnings:
+        alone = config.idle_alone if distributed.world() == 1 else ()
+        idle = (f"{key} has no effect here: it goes with several processes (torchrun)" for key in alone)
+        for warning in (*self.parts.warnings, *idle):
             display.say(f"warning: {warning}")
         for note in self.notes:
             display.say(note)
