@@ -155,6 +155,21 @@ def test_other_batches_and_threads_change_no_more_than_rounding(key: str, halfwa
     assert [row["step"] for row in read_lines(directory / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
+def test_what_changes_the_masks_of_dropout_is_no_rounding() -> None:
+    before = build({"student": {"dropout": True}})
+    for key, rule in {
+        "optim.micro_batch_tokens": "asked",
+        "parallel.balance": "asked",
+        "rollout.batch_tokens": "rounding",
+    }.items():
+        section, _, name = key.partition(".")
+        given = {section: {name: ROUNDING[key]}}
+        (found,) = changes(before.model_dump(mode="json"), build({"student": {"dropout": True}, **given}))
+        assert (found.key, found.rule) == (key, rule)
+        (found,) = changes(build({}).model_dump(mode="json"), build(given))
+        assert found.rule == "rounding"
+
+
 def options() -> list[str]:
     found = [
         f"{section}.{name}"

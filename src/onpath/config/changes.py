@@ -14,6 +14,8 @@ from onpath.data.tasks import task_of
 from onpath.system import code
 
 Rule = Literal["neutral", "rounding", "longer", "asked"]
+_OF_MASKS = ("optim.micro_batch_tokens", "parallel.shard", "parallel.balance")
+"""Options that say in which order a process runs which micro-batches: student.dropout draws its masks so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,8 @@ def changes(before: Mapping[str, Any], after: Config) -> list[Change]:
         key = f"{section}.{option}"
         how = _how(after, section, option)
         old, new = was, is_now = _at(then, section, option), _at(now, section, option)
+        if after.student.dropout and key in _OF_MASKS:
+            how = None
         if how == "place":
             how, old, new = None, _placed(old), _placed(new)
         if old == new:

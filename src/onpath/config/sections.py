@@ -43,7 +43,8 @@ class Student(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     dropout: bool = False
     """Let the model's own dropout and router noise act in the pass that trains. Off, a student that is its
-    teacher has loss 0; scores and samples are always without."""
+    teacher has loss 0; scores and samples are always without. On, masks are drawn in each process, in the
+    order of its micro-batches: another optim.micro_batch_tokens or number of processes gives other ones."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you ask for it by name."""
 
