@@ -213,8 +213,4 @@ def load_start(section: Student, found: Trained | None, key: str, device: torch.
 
 def load_its_tokenizer(section: Student, found: Trained | None, key: str) -> PreTrainedTokenizerBase:
     """The tokenizer of what `load_start` loads, with the chat template that its run had."""
-    if found is None:
-        return load_tokenizer(section, key)
-    if found.is_checkpoint:
-        return found.tokenizer()
-    return load_tokenizer(found.config().student.model_copy(update={"model": str(found.weights)}), key)
+    return load_tokenizer(section, key) if found is None else found.tokenizer()
