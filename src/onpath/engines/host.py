@@ -107,9 +107,8 @@ class Host:
         word = self._without_secrets(_excerpt(bytes(data))) if response.is_error else ""
         if response.status_code in _DOWN | _ASKED_TOO_MUCH:
             kind = Down if response.status_code in _DOWN else Busy
-            raise kind(
-                f"status {response.status_code}" + (f": {word}" if word and word[0] != "<" else "")
-            )  # no page of a proxy's
+            told = f": {word}" if word and not word.startswith("<") else ""  # no page of a proxy's
+            raise kind(f"status {response.status_code}{told}")
         if response.is_error:
             raise UserError(
                 f"{self.key}.url: {self.url} refuses a request with status {response.status_code}: "
