@@ -273,6 +273,16 @@ class Config(Section):
         evaluated = {EVALUATIONS: self.eval.sampling().max_new_tokens} if self.evaluations else {}
         return {ROLLOUTS: self.rollout.max_new_tokens, **evaluated}
 
+    def too_long(self, longest: Mapping[str, int], room: int | None) -> tuple[str, int, int] | None:
+        """The option, the prompt's tokens and the new ones that together do not fit an engine; None: all do.
+
+        Args:
+            longest: option, see `generated` → tokens of the longest prompt that it is for.
+            room: tokens that the engine takes, prompt and response; None: nobody knows.
+        """
+        sizes = ((option, prompt, self.generated[option]) for option, prompt in longest.items())
+        return next((size for size in sizes if room is not None and size[1] + size[2] > room), None)
+
     @property
     def mixtures(self) -> dict[str, dict[str, float]]:
         """Of each teacher that is a mixture of others its name, and their weights."""

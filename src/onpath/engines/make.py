@@ -108,14 +108,13 @@ def student_engine(
 def _check_room(config: Config, server: Server, longest: Mapping[str, int]) -> None:
     """A server that reads too little ends responses early, or refuses to begin them."""
     room = server.context_length
-    for option, prompt in longest.items():
-        new = config.generated[option]
-        if room is not None and prompt + new > room:
-            raise UserError(
-                f"rollout.url: the server has room for {room} tokens, prompt and response, but a prompt has "
-                f"{prompt} tokens and {option} is {new}; start it with --max-model-len {prompt + new}, or "
-                f"lower {option}"
-            )
+    if (found := config.too_long(longest, room)) is not None:
+        option, prompt, new = found
+        raise UserError(
+            f"rollout.url: the server has room for {room} tokens, prompt and response, but a prompt has "
+            f"{prompt} tokens and {option} is {new}; start it with --max-model-len {prompt + new}, or "
+            f"lower {option}"
+        )
 
 
 def _handover(config: Config, student: nn.Module, server: Server, *, half: bool) -> Handover:

@@ -252,13 +252,12 @@ def _check_room(config: Config, longest: Mapping[str, int]) -> None:
     """A vLLM in this process that has less room than the student ends responses early."""
     section = config.rollout
     room = section.vllm.get("max_model_len") if section.engine == "vllm" and section.url is None else None
-    for option, prompt in longest.items():
-        new = config.generated[option]
-        if isinstance(room, int) and prompt + new > room:
-            raise UserError(
-                f"rollout.vllm: max_model_len is {room}, but a prompt has {prompt} tokens and {option} is "
-                f"{new}; set it to at least {prompt + new}, or lower {option}"
-            )
+    if (found := config.too_long(longest, room if isinstance(room, int) else None)) is not None:
+        option, prompt, new = found
+        raise UserError(
+            f"rollout.vllm: max_model_len is {room}, but a prompt has {prompt} tokens and {option} is "
+            f"{new}; set it to at least {prompt + new}, or lower {option}"
+        )
 
 
 def _tokens(renderer: Renderer, prompt: Prompt, rows: int) -> int:
