@@ -31,6 +31,7 @@ from onpath.config import Student, Teacher
 from onpath.data.tasks import part_of, task_of
 from onpath.engines import foreign
 from onpath.engines.adapters import is_adapter, merged, own_base
+from onpath.engines.linear import with_fast_products
 from onpath.system.errors import UserError
 from onpath.system.files import place
 from onpath.system.reading import read_json
@@ -104,7 +105,7 @@ def load_model(section: Student | Teacher, key: str, device: torch.device) -> Pr
         if adapter:
             model = merged(foreign.loaded_adapter(model, adapter, key), f"{key}: {section.model}")
     _check_complete(found, section, key)
-    frozen: PreTrainedModel = model.eval().requires_grad_(False)
+    frozen: PreTrainedModel = with_fast_products(model.eval().requires_grad_(False))
     nn.Module.to(frozen, device)  # in place; transformers' own `to` is untyped
     for config in (frozen.config, frozen.config.get_text_config()):
         for name, value in _PLAIN_OUTPUT.items():
@@ -126,7 +127,7 @@ def load_beside(section: Student | Teacher, key: str, base: PreTrainedModel) -> 
     shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
     with _loading(section, key):
         model: PeftModel = foreign.loaded_adapter(copy.deepcopy(base, shared), where, key)
-    return model.eval().requires_grad_(False).to(next(base.parameters()).device)
+    return with_fast_products(model).eval().requires_grad_(False).to(next(base.parameters()).device)
 
 
 def stays_beside(directory: str) -> bool:

@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from onpath.config.whole import Config, teacher_key
 from onpath.engines.adapters import untie
 from onpath.engines.head import unwrapped
+from onpath.engines.linear import with_fast_products
 from onpath.engines.models import check_vocabulary, load_tokenizer, locate, quietly
 from onpath.system.errors import UserError
 
@@ -42,7 +43,7 @@ def trainable(config: Config, base: nn.Module) -> nn.Module:
     except (ValueError, re.error) as error:
         raise UserError(f"student.lora_targets: {str(error).splitlines()[0]}") from None
     untie(unwrapped(model))
-    return model
+    return with_fast_products(model)
 
 
 def recompute(model: nn.Module) -> None:

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from onpath.system import products
+
 # Of one block of a half-precision weight, in float32, where there is no mixed product: small enough for the
 # allocator to keep, as fresh pages for every block cost a fifth of the time.
 _UPCAST_BYTES = 16 * 2**20
@@ -90,13 +92,13 @@ def logits_(head: Head, weight_VH: Tensor, hidden_CH: Tensor, out_CV: Tensor) ->
     """Writes z into `out_CV` (working dtype). `weight_VH`: the head's weight cut to its tokens, in the
     product's dtype."""
     if weight_VH.dtype == out_CV.dtype:
-        torch.mm(hidden_CH.to(out_CV.dtype), weight_VH.t(), out=out_CV)
+        products.write_(out_CV, hidden_CH.to(out_CV.dtype), weight_VH)
     elif weight_VH.is_cuda:
         torch.mm(hidden_CH.to(weight_VH.dtype), weight_VH.t(), out_dtype=out_CV.dtype, out=out_CV)
     else:
         hidden_CH = hidden_CH.to(out_CV.dtype)
         for rows in _weight_blocks(weight_VH):
-            torch.mm(hidden_CH, weight_VH[rows].to(out_CV.dtype).t(), out=out_CV[:, rows])
+            products.write_(out_CV[:, rows], hidden_CH, weight_VH[rows].to(out_CV.dtype))
     if head.bias is not None:
         out_CV.add_(head.bias[: head.vocabulary].to(out_CV.device))
     if head.softcap is not None:
@@ -110,11 +112,11 @@ def hidden_gradient(grad_CV: Tensor, weight_VH: Tensor) -> Tensor:
     """grad · W: [C, H] in the working dtype. `grad_CV` in the working or in the product's dtype."""
     if weight_VH.dtype == grad_CV.dtype:
         if weight_VH.dtype in (torch.float32, torch.float64):
-            return grad_CV @ weight_VH
+            return products.times(grad_CV, weight_VH)
         return torch.mm(grad_CV, weight_VH, out_dtype=torch.float32)
     grad_CH = grad_CV.new_zeros(grad_CV.shape[0], weight_VH.shape[1])
     for rows in _weight_blocks(weight_VH):
-        grad_CH.addmm_(grad_CV[:, rows], weight_VH[rows].to(grad_CV.dtype))
+        grad_CH += products.times(grad_CV[:, rows], weight_VH[rows].to(grad_CV.dtype))
     return grad_CH
 
 
@@ -160,7 +162,7 @@ class WeightGradient:
 
 def _add_product_(grad_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor) -> None:
     if grad_CV.dtype == grad_VH.dtype:
-        grad_VH.addmm_(grad_CV.t(), hidden_CH.to(grad_VH.dtype))
+        products.add_outer_(grad_VH, grad_CV, hidden_CH.to(grad_VH.dtype))
     else:
         torch.addmm(grad_VH, grad_CV.t(), hidden_CH.to(grad_CV.dtype), out_dtype=grad_VH.dtype, out=grad_VH)
 

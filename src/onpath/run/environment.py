@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from onpath.run.parts import Parts
-from onpath.system import distributed
+from onpath.system import distributed, products
 
 _PACKAGES = ("onpath", "torch", "transformers", "peft", "datasets", "safetensors", "numpy")
 
@@ -27,6 +27,7 @@ def environment(parts: Parts) -> dict[str, Any]:
         else platform.processor() or platform.machine(),
         "processes": distributed.world(),
         "threads": torch.get_num_threads(),
+        "float32_products": "oneDNN" if not cuda and products.ahead() else "PyTorch's own",
         "git_commit": _commit(),
         "seeds": {"run": parts.config.run.seed, "eval": parts.config.eval.seed},
         "stops": parts.stops.to_json(),
