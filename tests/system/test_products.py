@@ -41,10 +41,11 @@ def close(found: Tensor, wanted: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (7, 3, 5), (5, 300, 2), (33, 17, 130), (2, 64, 700)])
-def test_the_four_products(shape: tuple[int, int, int], by_onednn: list[tuple[int, ...]]) -> None:
+def test_the_five_products(shape: tuple[int, int, int], by_onednn: list[tuple[int, ...]]) -> None:
     rows, summed, columns = shape
     a, b, c = numbers(rows, summed), numbers(columns, summed), numbers(rows, columns)
     assert close(products.product(a, b), a.double() @ b.double().t())
+    assert close(products.linear(a, b, c[0]), a.double() @ b.double().t() + c[0])
     assert close(products.times(a, b.t().contiguous()), a.double() @ b.double().t())
     assert close(products.outer(a, c), a.double().t() @ c.double())
     out = numbers(rows, columns + 2)
@@ -56,7 +57,7 @@ def test_the_four_products(shape: tuple[int, int, int], by_onednn: list[tuple[in
     wanted = total.double() + a.double().t() @ c.double()
     products.add_outer_(total, a, c)
     assert close(total, wanted)
-    assert len(by_onednn) == 5
+    assert len(by_onednn) == 6
 
 
 def test_blocks_of_what_is_written(monkeypatch: pytest.MonkeyPatch, by_onednn: list[tuple[int, ...]]) -> None:
@@ -90,7 +91,9 @@ def test_gradients_reach_what_asks_for_them(inside: bool) -> None:
     a, b = numbers(4, 3), numbers(3, 2)
     if not inside:
         a.requires_grad_()
-    found = products.times(a, b).sum() + products.outer(a, numbers(4, 5)).sum()
+    found = (
+        products.times(a, b).sum() + products.linear(a, b.t()).sum() + products.outer(a, numbers(4, 5)).sum()
+    )
     assert found.requires_grad is not inside
     if not inside:
         found.backward()

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from onpath.losses import Head
+from onpath.system import products
 from onpath.system.errors import UserError
 
 # Models whose logits are not plainly hidden @ head.T say so in their config under these names.
@@ -122,7 +123,7 @@ def logits_of(head: Head, hidden: Tensor) -> Tensor:
     """[..., H] → [..., V], float32, for a few tokens at a time: the losses make them in chunks."""
     rows = head.vocabulary
     bias = None if head.bias is None else head.bias[:rows]
-    logits = nn.functional.linear(hidden, head.weight[:rows], bias).float() * head.logit_scale
+    logits = products.linear(hidden, head.weight[:rows], bias).float() * head.logit_scale
     return logits if head.softcap is None else (logits / head.softcap).tanh() * head.softcap
 
 

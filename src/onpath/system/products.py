@@ -44,6 +44,13 @@ def product(a: Tensor, b_MK: Tensor, bias_M: Tensor | None = None) -> Tensor:
     return found
 
 
+def linear(a: Tensor, b_MK: Tensor, bias_M: Tensor | None = None) -> Tensor:
+    """a [..., K] · bᵀ (+ bias): [..., M], by the faster one."""
+    if _constant(a, b_MK):
+        return product(a, b_MK, bias_M)
+    return nn.functional.linear(a, b_MK, bias_M)
+
+
 def times(a_NK: Tensor, b_KM: Tensor) -> Tensor:
     """a · b: [N, M], by the faster one."""
     return product(a_NK, b_KM.t()) if _constant(a_NK, b_KM.t()) else a_NK @ b_KM
