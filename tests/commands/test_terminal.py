@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 from rich.style import Style
 from rich.table import Table
+from rich.text import Text
 
 from onpath.commands.terminal import coloured, console_for, few_colours, legend
 from onpath.run.log import Display
@@ -59,6 +60,23 @@ def luminance(rgb: tuple[int, int, int]) -> float:
 
 
 @pytest.mark.parametrize("palette", [VGA, XTERM], ids=["vga", "xterm"])
+def test_what_others_wrote_is_shown_and_not_obeyed() -> None:
+    """`Text` too, which no `str` passes on its way."""
+    stream = io.StringIO()
+    console = console_for(stream)
+    table = Table()
+    table.add_column("what")
+    table.add_row(Text("in a table\x1b[31m"))
+    for hostile in (Text("a\x1b[8mb", style="bold"), Text("c\u202ed"), "e\x1b]0;title\x07f", table):
+        console.print(hostile)
+    said = stream.getvalue()
+    assert "\x1b" not in said
+    assert "\u202e" not in said
+    assert "a⟨001B⟩[8mb" in said
+    assert "c⟨202E⟩d" in said
+    assert "in a table⟨001B⟩[31m" in said
+
+
 def test_sixteen_colours_are_an_ordered_scale(palette: dict[str, tuple[int, int, int]]) -> None:
     """The larger a value, the darker: no step back, and more than two steps."""
     values = [0.1 + i * 0.05 for i in range(100)]

@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import Any, TextIO, TypeVar
 
 from rich.console import Console
+from rich.segment import Segment
 from rich.style import Style
 from rich.text import Text
 
@@ -29,17 +30,22 @@ _ENDLESS = 10_000
 
 class Shown(Console):
     """Whatever text it is given, a terminal shows it and does not obey it, nor does it read [it] as markup:
-    names, answers and ids of others are in most lines."""
+    names, answers, ids and responses of others are in most lines."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """See `rich.console.Console.render_str`: every string passes here, cells of tables too."""
+        """See `rich.console.Console.render_str`: cells of tables are fitted to what is shown."""
         return super().render_str(named_controls(text), **options)
 
 
 def console_for(stream: TextIO) -> Console:
+    def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+        """See `rich.console.Console.render`: everything passes here, `Text` too."""
+        for part in super().render(renderable, options):
+            yield part if part.control else Segment(named_controls(part.text), part.style)
+
     """As wide as the terminal; a file or a pipe cuts nothing off, and has no colour."""
     console = Shown(file=stream)
     return console if console.is_terminal else Shown(file=stream, width=_ENDLESS, color_system=None)
