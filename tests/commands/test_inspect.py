@@ -141,4 +141,4 @@ def test_tokens_that_are_not_trained_on_are_told_apart(run: Path) -> None:
     assert "a⟦b 5.0⟧c" in stream.getvalue()
     assert "  not trained on: 0 ‘a’, 2 ‘c’" in stream.getvalue()
     show_row(console, row, "weights", {})
-    assert "a⟦b 1.0⟧c" in stream.getvalue()
+    assert "⟦a 0.0⟧b⟦c 0.0⟧" in stream.getvalue(), "as on the page: what is off 1"

@@ -77,6 +77,30 @@ def test_what_others_wrote_is_shown_and_not_obeyed() -> None:
     assert "in a table⟨001B⟩[31m" in said
 
 
+@pytest.mark.parametrize(
+    ("quantity", "values", "marked", "told"),
+    [
+        ("reverse_kl", [0.5, 2.0], "a⟦b 2.0⟧", "⟦token 2.3⟧: reverse_kl of 1 nat or more"),
+        ("teacher_logp", [-0.5, -2.0], "a⟦b -2.0⟧", "⟦token −2.3⟧: teacher_logp of −1 nat or less"),
+        ("advantages", [0.5, -2.0], "a⟦b -2.0⟧", "⟦token 2.3⟧: advantages of 1 nat or more"),
+        ("weights", [1.0, 2.5], "a⟦b 2.5⟧", "⟦token 2.3⟧: a weight off 1 by 1 or more"),
+    ],
+)
+def test_what_is_marked_without_colour(quantity: str, values: list[float], marked: str, told: str) -> None:
+    assert coloured(["a", "b"], values, quantity=quantity, colour=False).plain == marked
+    assert legend(console_for(io.StringIO()), quantity).plain == told
+
+
+@pytest.mark.parametrize(
+    ("quantity", "values"),
+    [("student_entropy", [0.05, 2.0]), ("student_logp", [-0.05, -2.0]), ("weights", [1.05, 3.0])],
+)
+def test_what_is_coloured(quantity: str, values: list[float]) -> None:
+    text = coloured(["a", "b"], values, quantity=quantity)
+    assert [(span.start, span.end) for span in text.spans] == [(1, 2)]
+    assert text.spans == coloured(["a", "b"], [0.05, 2.0]).spans
+
+
 def test_sixteen_colours_are_an_ordered_scale(palette: dict[str, tuple[int, int, int]]) -> None:
     """The larger a value, the darker: no step back, and more than two steps."""
     values = [0.1 + i * 0.05 for i in range(100)]

@@ -146,7 +146,10 @@ def show_row(console: Console, row: Row, quantity: str, known: Mapping[int, str]
     else:
         weights = row.get("weights") if quantity != "weights" else None
         few = few_colours(console)
-        say(console, [coloured(row["tokens"], values, weights=weights, colour=colour, few=few)])
+        say(
+            console,
+            [coloured(row["tokens"], values, weights=weights, quantity=quantity, colour=colour, few=few)],
+        )
     say(console, written(row["tokens"], row.get("writers") or (), colour=colour))
     if row["kept"]:
         say(console, left_out(row["tokens"], row.get("weights") or (), colour=colour))

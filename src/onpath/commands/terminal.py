@@ -16,7 +16,9 @@ from onpath.system.text import named_controls, visible
 
 T = TypeVar("T")
 _LOW, _HIGH = 0.1, 4.0
-"""Nats: below _LOW a token stays plain, from _HIGH on it has the full colour."""
+"""Nats: below _LOW a token stays plain, from _HIGH on it has the full colour. A log-prob's size counts."""
+_WEIGHTS = "weights"
+"""What is no number of nats: the distance from 1 counts."""
 _RAMP = ((255, 243, 214), (254, 217, 142), (254, 153, 41), (217, 95, 14), (153, 52, 4))
 """Light to dark orange (ColorBrewer's YlOrBr): one hue, ordered by lightness, safe for colour-blind eyes."""
 _FEW = ("bright_white", "bright_yellow", "bright_red", "red")
@@ -39,13 +41,13 @@ class Shown(Console):
         """See `rich.console.Console.render_str`: cells of tables are fitted to what is shown."""
         return super().render_str(named_controls(text), **options)
 
-
-def console_for(stream: TextIO) -> Console:
     def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
         """See `rich.console.Console.render`: everything passes here, `Text` too."""
         for part in super().render(renderable, options):
             yield part if part.control else Segment(named_controls(part.text), part.style)
 
+
+def console_for(stream: TextIO) -> Console:
     """As wide as the terminal; a file or a pipe cuts nothing off, and has no colour."""
     console = Shown(file=stream)
     return console if console.is_terminal else Shown(file=stream, width=_ENDLESS, color_system=None)
@@ -61,22 +63,24 @@ def coloured(
     values: Sequence[float],
     *,
     weights: Sequence[float] | None = None,
+    quantity: str = "",
     colour: bool = True,
     few: bool = False,
 ) -> Text:
-    """Tokens with a background by value (nats), of 16 colours if there are `few`; without colour
-    ⟦token value⟧ from 1 nat on. Those of weight 0 are not trained on, and have neither."""
+    """Tokens with a background by the size of their value (nats; of weights: off 1), of 16 colours if there
+    are `few`; without colour ⟦token value⟧ from a size of 1 on. Those of weight 0 are not trained on, and
+    have neither."""
     text = Text()
     for token, value, weight in zip(tokens, values, weights or [1.0] * len(tokens), strict=True):
-        shown = visible(token)
+        shown, size = visible(token), abs(value - 1.0 if quantity == _WEIGHTS else value)
         if not weight:
             text.append(shown, style="dim" if colour else "")
         elif not colour:
-            text.append(f"⟦{shown.strip()} {value:.1f}⟧" if value >= 1.0 else shown)
-        elif value < _LOW:
+            text.append(f"⟦{shown.strip()} {value:.1f}⟧" if size >= 1.0 else shown)
+        elif size < _LOW:
             text.append(shown)
         else:
-            text.append(shown, style=_style(value, few=few))
+            text.append(shown, style=_style(size, few=few))
     return text
 
 
@@ -91,11 +95,15 @@ def _style(value: float, *, few: bool = False) -> Style:
 
 def legend(console: Console, quantity: str) -> Text:
     """What the colours mean."""
+    sign = "−" if quantity.endswith("_logp") else ""
+    if console.color_system is None and quantity == _WEIGHTS:
+        return Text("⟦token 2.3⟧: a weight off 1 by 1 or more")
     if console.color_system is None:
-        return Text(f"⟦token 2.3⟧: {quantity} of 1 nat or more")
-    text = Text(f"{quantity}, nats: ")
+        return Text(f"⟦token {sign}2.3⟧: {quantity} of {sign}1 nat or {'less' if sign else 'more'}")
+    text = Text("weights, off 1 by: " if quantity == _WEIGHTS else f"{quantity}, nats: ")
     for value in (0.0, 0.2, 1.0, 2.0, 3.0, 4.0):
-        text.append(f" {value:g} ", style=_style(value, few=few_colours(console)) if value >= _LOW else "")
+        style = _style(value, few=few_colours(console)) if value >= _LOW else ""
+        text.append(f" {sign if value else ''}{value:g} ", style=style)
     return text
 
 
