@@ -34,6 +34,18 @@ def test_area_counts_ties_half() -> None:
     assert auc(scores, np.array([False] * 4), np.array(["a"] * 4)) is None
 
 
+def test_an_area_over_few_claims_no_certainty() -> None:
+    """One error above twenty others: every resample that has both says 1."""
+    scores = np.arange(21.0)
+    owners = np.array([str(i) for i in range(21)])
+    assert auc(scores, scores == 20, owners) == {"auc": 1.0, "ci95": None}
+    assert auc(scores, scores > 10, owners) == {"auc": 1.0, "ci95": None}  # they agree, but on what else?
+    mixed = auc(scores, np.isin(scores, (3, 9, 14, 18, 19, 20)), owners)
+    assert mixed is not None
+    low, high = mixed["ci95"]
+    assert low < mixed["auc"] < high
+
+
 def test_correlations_by_hand() -> None:
     found = correlations([1.0, 2.0, 3.0, 4.0], [1.0, 3.0, 2.0, 4.0])
     assert found["pearson"] == pytest.approx(0.8)

@@ -11,6 +11,8 @@ from scipy.stats import mannwhitneyu, rankdata
 from onpath.evaluate.stats import wilson_interval
 
 _RESAMPLES = 300
+_FEWEST = 5
+"""Of a class, from which resampling says how sure an area is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,8 @@ def _detection(rule: str, flagged: NDArray[np.intp], columns: Mapping[str, NDArr
 
 def auc(scores: NDArray[np.float64], positive: NDArray[Any], owners: NDArray[Any]) -> dict[str, Any] | None:
     """Chance that a positive outranks a negative, its interval by resampling owners; None: one class only.
+    Of fewer than five of a class, or where all resamples agree, the interval is None: resampling would claim
+    certainty.
 
     >>> auc(np.array([1.0, 2.0, 3.0]), np.array([False, True, True]), np.array(["a", "b", "c"]))["auc"]
     1.0
@@ -86,8 +90,9 @@ def auc(scores: NDArray[np.float64], positive: NDArray[Any], owners: NDArray[Any
         drawn = np.concatenate([rows[i] for i in rng.integers(0, len(rows), len(rows))])
         one = area(scores[drawn], positive[drawn])
         found += [] if one is None else [one]
-    low, high = np.quantile(found, [0.025, 0.975]).tolist() if found else (0.0, 1.0)
-    return {"auc": whole, "ci95": [low, high]}
+    low, high = np.quantile(found, [0.025, 0.975]).tolist() if found else (0.0, 0.0)
+    enough = min(np.count_nonzero(positive), np.count_nonzero(~positive)) >= _FEWEST and low < high
+    return {"auc": whole, "ci95": [low, high] if enough else None}
 
 
 def area(scores: NDArray[np.float64], positive: NDArray[Any]) -> float | None:
