@@ -221,6 +221,7 @@ def test_a_run_and_its_checkpoints_are_asked_as_the_run_asks(run: Path) -> None:
     found = {step: onpath.evaluate_model(place).results[str(place)] for step, place in places.items()}
     for step, result in found.items():
         assert numbers(result) == numbers(said[step]), step
+        assert result.step == step
     assert found[2].details != found[4].details
     last = onpath.evaluate_model(run / "checkpoints" / "step_4").results[str(run / "checkpoints" / "step_4")]
     assert last.details == found[4].details

@@ -338,7 +338,7 @@ class _Questions:
             self.grader,
             n=self.n,
             k=self.k,
-            step=0,
+            step=0 if subject.of_run is None else subject.of_run.steps(),
             split=self.split,
             error_kind=error_kind_of(self.source, renderer),
             keep=None if ungraded is None else keep,

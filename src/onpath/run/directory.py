@@ -39,7 +39,7 @@ from onpath.run.method_state import MethodState
 from onpath.run.optimizer import rate
 from onpath.run.parts import Parts
 from onpath.run.refresh import Refreshed, forget_phases
-from onpath.run.trained import BEST
+from onpath.run.trained import BEST, BEST_OF
 from onpath.system import distributed
 from onpath.system.errors import UserError
 from onpath.system.files import unwritable, write_text, written
@@ -55,8 +55,6 @@ _STORED = re.compile(r"(?:.*_)?step_(\d+)\.(?:jsonl|parquet)")
 """Files of one step, in trajectories/ and evals/."""
 _OF_AN_END = {"optim.steps", "run.stop_after", "run.keep_best"}
 """Options that say where a run ends."""
-_BEST_OF = "best.json"
-"""In best/: split, step and avg@n of the evaluation for which it is kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,7 +268,7 @@ class Run:
     def _disown_best(self, done: int) -> None:
         """From here on the run comes to other weights than it did: best/ of a later step is not its own,
         whichever process looks at it next."""
-        path = self.directory / BEST / _BEST_OF
+        path = self.directory / BEST / BEST_OF
         kept = read_json(path, keys={"split": str, "step": int}) if path.is_file() else {"step": 0}
         if kept["step"] > done:
             write_text(path, json.dumps({**kept, "replaced": f"the run went on otherwise from step {done}"}))
@@ -282,7 +280,7 @@ class Run:
         if not checkpoint.holds_model(self.directory / BEST):
             return None, 0
         rows = [row for row in read_lines(self.evals.path) if row["split"] == split]
-        path = self.directory / BEST / _BEST_OF
+        path = self.directory / BEST / BEST_OF
         if path.is_file():  # else an earlier version wrote them
             kept = read_json(path, keys={"split": str, "step": int})
             is_past = kept["step"] <= max((row["step"] for row in rows), default=-1)
@@ -498,7 +496,7 @@ class Run:
             )
             (temporary / "README.md").write_text(card, encoding="utf-8")
             if told is not None:
-                (temporary / _BEST_OF).write_text(json.dumps(told) + "\n")
+                (temporary / BEST_OF).write_text(json.dumps(told) + "\n")
 
 
 def _forget(files: Iterable[Path], *, after: int) -> None:

@@ -19,12 +19,15 @@ from onpath.engines.student import trainable
 from onpath.run import checkpoint
 from onpath.run.contents import digest_start
 from onpath.run.inputs import with_template
+from onpath.run.log import read_lines
 from onpath.system.errors import UserError
 from onpath.system.files import place
-from onpath.system.reading import check_keys, json_lines
+from onpath.system.reading import check_keys, json_lines, read_json
 
 BEST = "best"
 """Directory of a run's best model (run.keep_best)."""
+BEST_OF = "best.json"
+"""In it: split, step and avg@n of the evaluation for which it is kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,20 @@ class Trained:
     def is_checkpoint(self) -> bool:
         """Whether transformers cannot load it by itself."""
         return self.weights.parent.name == "checkpoints"
+
+    def steps(self) -> int:
+        """Optimiser steps that the weights have seen.
+
+        Raises:
+            UserError: the record is damaged.
+        """
+        if self.is_checkpoint:
+            return checkpoint.step_of(self.weights)
+        record = self.weights / BEST_OF
+        if record.is_file():
+            return int(read_json(record, keys={"step": int})["step"])
+        rows = read_lines(self.run / "metrics.jsonl")
+        return int(rows[-1]["step"]) if rows else 0
 
     def stops(self) -> tuple[frozenset[int], tuple[str, ...]]:
         """Tokens and strings at which the run's responses end, as it has recorded them; none of a run that
