@@ -240,9 +240,21 @@ def test_interval_by_position() -> None:
     rows = [("right", [1.0, 3.0, 5.0]), ("right", [3.0, 5.0]), ("wrong", [0.0, float("nan")])]
     (name, x, middle, low, high), (other, _, only, none, _) = charts.by_position(rows, bins=2)
     assert (name, x, middle) == ("right", [0.5, 2.5], [3.0, 5.0])  # two tokens a bin
-    assert low[0] == pytest.approx(3 - 1.96 * 2**0.5 / 2**0.5)
-    assert high[0] == pytest.approx(3 + 1.96)
+    students_t = 12.7062  # at one degree of freedom
+    assert low[0] == pytest.approx(3 - students_t * 2**0.5 / 2**0.5, rel=1e-4)
+    assert high[0] == pytest.approx(3 + students_t, rel=1e-4)
     assert (low[1], other, only, none) == (None, "wrong", [0.0, None], [None, None])
+
+
+def test_a_colour_is_a_place_whatever_is_not_drawn() -> None:
+    """An arm without a curve, as the untouched student, shifts no other arm's colour."""
+    empty, one, other = None, charts.series("opd", [1], [0.5]), charts.series("trd", [1], [0.7])
+    chart = charts.lines("reverse KL", [empty, one, charts.series("sft", [1], [None]), other])
+    assert chart is not None
+    assert [(s["name"], s.get("colour")) for s in chart["series"]] == [("opd", 1), ("trd", 3)]
+    plain = charts.lines("reverse KL", [one, other])
+    assert plain is not None
+    assert [s.get("colour") for s in plain["series"]] == [None, None]
 
 
 def test_long_series_are_thinned_with_their_ends() -> None:

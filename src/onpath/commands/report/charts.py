@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.special import stdtrit
 
 Chart = dict[str, Any]
 Series = dict[str, Any]
@@ -45,9 +46,11 @@ def lines(
     zero: bool = True,
 ) -> Chart | None:
     """None where there is nothing to draw. Unit `%`: shares as percentages; `zero`: the axis starts at 0."""
-    drawn = [s for s in all_series if s and any(v is not None for v in s["y"])]
-    if not drawn:
+    numbered = [(at, s) for at, s in enumerate(all_series) if s and any(v is not None for v in s["y"])]
+    if not numbered:
         return None
+    # A colour is a place in the list, whichever of them has nothing to draw: an arm has one on all of a page.
+    drawn = [s if at == i else {**s, "colour": at} for i, (at, s) in enumerate(numbered)]
     return {
         "kind": "lines",
         "title": title,
@@ -126,7 +129,8 @@ def _mean(values: np.ndarray[Any, np.dtype[np.float64]]) -> float:
 def _interval(means: Sequence[float]) -> tuple[float | None, float | None, float | None]:
     if len(means) < 2:
         return (means[0], None, None) if means else (None, None, None)
-    half = 1.96 * float(np.std(means, ddof=1)) / len(means) ** 0.5
+    quantile = float(stdtrit(len(means) - 1, 0.975))  # few trajectories are as long as the last ones
+    half = quantile * float(np.std(means, ddof=1)) / len(means) ** 0.5
     middle = float(np.mean(means))
     return middle, middle - half, middle + half
 

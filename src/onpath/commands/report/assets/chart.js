@@ -85,7 +85,13 @@ function band(x, y, s) {
   return `M${[...over, ...under].join("L")}Z`;
 }
 
-function drawSeries(x, y, s, i) {
+// Its place among all that the page compares.
+function colourOf(s, i) {
+  return s.colour ?? i;
+}
+
+function drawSeries(x, y, s, at) {
+  const i = colourOf(s, at);
   const group = svg("g", { class: `series c${i % 7}${i > 6 ? " dashed" : ""}` });
   if (s.low && !s.marks) group.append(svg("path", { class: "band", d: band(x, y, s) }));
   if (s.x.length > 1) group.append(svg("path", { class: "line", d: path(s.x.map((v, j) => [x(v), s.y[j] === null ? null : y(s.y[j])])) }));
@@ -111,7 +117,7 @@ function lineChart(spec) {
   const say = (at) => all.map((s, i) => {
     const j = s.x.indexOf(at);
     const range = s.low?.[j] != null ? ` [${number(s.low[j], spec.unit)}, ${number(s.high[j], spec.unit)}]` : "";
-    return { colour: i, text: `${s.name} ${number(s.y[j], spec.unit)}${range}` };
+    return { colour: colourOf(s, i), text: `${s.name} ${number(s.y[j], spec.unit)}${range}` };
   });
   const table = [[spec.x, "series", "value", "low", "high"], ...all.flatMap((s) => s.x.map((v, j) => [v, s.name, s.y[j], s.low?.[j], s.high?.[j]]))];
   return chartCard(spec, picture, { stops, x, say, table });
