@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from onpath.commands.report import charts
 from onpath.commands.report.command import write_report
 from tests.commands.report_data import make_run, make_study
 
@@ -276,3 +277,35 @@ def test_two_hundred_trajectories_of_a_thousand_tokens_stay_fast(
     assert min(loads) < DRAWN_MS, loads
     assert 0 < min(paints) < DRAWN_MS, paints
     assert all(min(times) < INTERACTION_MS for times in answers.values()), answers
+
+
+SOURCES = "".join(
+    (Path(charts.__file__).parent / "assets" / name).read_text() for name in ("base.js", "tokens.js")
+)
+"""The page keeps its functions to itself."""
+
+
+def test_percentages_are_rounded_as_in_the_table(look: Any, pages: dict[str, Path]) -> None:
+    driver = look(pages["plain"])
+    for value in (0.2625, 0.2675, -0.0625, 0.12345, 0.0005, 0.5, 1.0, 0.26249999999999996):
+        said = driver.execute_script(f"{SOURCES}; return number(arguments[0], '%')", value)
+        assert said.replace("−", "-") == f"{value:.1%}"
+
+
+@pytest.mark.parametrize(
+    ("quantity", "told"),
+    [
+        ("reverse_kl", "nats, from:0.050.20.5124≥ 8"),
+        ("student_logp", "nats, from:−0.05−0.2−0.5−1−2−4≤ −8"),
+        ("gap", "nats, from:≤ −8−4−2−1−0.5−0.2−0.050.050.20.5124≥ 8"),
+        ("weight", "off 1 by more than 1/160 to 1:0.050.20.5124≥ 8"),
+        ("not by the student", "written by the teacher, or forced"),
+        ("own", "from:≤ −8−4−2−1−0.5−0.2−0.050.050.20.5124≥ 8"),
+    ],
+)
+def test_legends_say_what_the_colours_mean(
+    quantity: str, told: str, look: Any, pages: dict[str, Path]
+) -> None:
+    driver = look(pages["plain"])
+    said = driver.execute_script(f"{SOURCES}; return scaleLegend(arguments[0]).textContent", quantity)
+    assert said == told

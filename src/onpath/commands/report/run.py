@@ -230,8 +230,8 @@ def notes(
     spoilt = holes(metrics)
     if spoilt:
         found.append(
-            f"metrics.jsonl lacks {len(spoilt):,} steps before its last one, first {spoilt[0]:,}: the curves "
-            "are without them."
+            f"metrics.jsonl lacks {len(spoilt):,} step{'s' if len(spoilt) > 1 else ''} before its last one, "
+            f"first {spoilt[0]:,}: the curves are without them."
         )
     lost = missing_steps(directory, config, len(metrics), stored)
     if lost:

@@ -37,9 +37,15 @@ function quoted(token) {
   return `‘${visible(token).replace(/ /g, "␣").replace(/\n/g, "")}’`;
 }
 
+// One digit as Python's formats round it, so that a chart says what its table says: 26.25 is 26.2, not 26.3.
+function tenths(value) {
+  const even = Number.isInteger(4 * value) && Math.abs((4 * value) % 4) === 1;
+  return (even ? value - 0.05 * Math.sign(value) : value).toFixed(1);
+}
+
 function number(value, unit = "") {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
-  if (unit === "%") return `${(100 * value).toFixed(1)}%`;
+  if (unit === "%") return `${tenths(100 * value)}%`;
   if (!Number.isFinite(value)) return value < 0 ? "−∞" : "∞";
   if (value !== 0 && Math.abs(value) < 1e-4) return value.toExponential(1).replace(/-/g, "−");
   if (Number.isInteger(value) && Math.abs(value) >= 1000) return value.toLocaleString("en-US");

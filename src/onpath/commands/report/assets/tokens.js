@@ -11,6 +11,7 @@ const NAMES = {
   gap: "log-prob gap, student − teacher",
   weight: "weight in the loss",
 };
+const FOREIGN = "not by the student"; // 1 or 0
 const CHUNK = 400;
 
 function valuesOf(trajectory) {
@@ -32,11 +33,14 @@ function binClass(level) {
 }
 
 function scaleLegend(quantity) {
-  const sign = quantity.endsWith("logp") ? "−" : "";
+  const below = quantity.endsWith("logp");
   const box = (level, text) => el("span", { class: `swatch ${binClass(level)}` }, text);
-  const warm = EDGES.map((edge, i) => box(i + 1, `${i === EDGES.length - 1 ? "≥ " : ""}${sign}${edge}`));
-  const cold = quantity === "gap" ? [...EDGES].reverse().map((edge, i) => box(-(EDGES.length - i), `−${edge}`)) : [];
-  const text = quantity === "weight" ? "off 1 by more than 1/160 to 1:" : "nats, from:";
+  if (quantity === FOREIGN) return el("p", { class: "scale", "aria-hidden": "true" }, box(bin(quantity, 1), "written by the teacher, or forced"));
+  const warm = EDGES.map((edge, i) => box(i + 1, `${i === EDGES.length - 1 ? (below ? "≤ " : "≥ ") : ""}${below ? "−" : ""}${edge}`));
+  const signed = !below && quantity !== "weight" && !(quantity in NAMES && quantity !== "gap");
+  const cold = signed ? [...EDGES].reverse().map((edge, i) => box(-(EDGES.length - i), `${i === 0 ? "≤ " : ""}−${edge}`)) : [];
+  const unit = quantity in NAMES ? "nats, from:" : "from:";
+  const text = quantity === "weight" ? "off 1 by more than 1/160 to 1:" : unit;
   return el("p", { class: "scale", "aria-hidden": "true" }, el("span", {}, text), cold, warm);
 }
 

@@ -74,7 +74,7 @@ function relist() {
 function listItem(t, at) {
   const forks = (t.forks || []).filter((fork) => fork.decision === "fork").length;
   return el("li", { role: "option", id: `item-${at}`, "data-at": at, "aria-selected": "false" },
-    el("span", { class: `outcome ${t.cell}` }, (OUTCOMES[t.cell] || t.cell).split(" ")[0]),
+    el("span", { class: `outcome ${t.cell}` }, t.cell === "unknown" ? "–" : (OUTCOMES[t.cell] || t.cell).split(" ")[0]),
     el("span", { class: "what" }, visible(t.prompt || t.id || "").replace(/\n/g, " ").slice(0, 120)),
     el("small", {}, [t.arm, `step ${t.step}`, `max KL ${number(t.max_kl)}`, forks ? `◆ ${forks}` : null].filter(Boolean).join(" · ")));
 }
