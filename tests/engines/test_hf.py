@@ -12,12 +12,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from scipy.stats import chi2
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from onpath.data.render import Renderer
 from onpath.engines import hf
 from onpath.engines.decoding.draw import draw, truncate
-from onpath.engines.head import check_head, unwrapped
+from onpath.engines.head import check_head, evaluating, generating, unwrapped
 from onpath.engines.hf import HFEngine
 from onpath.losses import TokenStats, token_stats
 from onpath.records import Prompt, Rollout, Sampling
@@ -148,6 +149,61 @@ def test_scores_are_formed_under_autocast(
     for half in (False, True):
         make_engine(make_model(0), tokenizer, bf16=half).score([(1, 5)], [(4, 2)])
     assert seen == [False, True]
+
+
+def casts_of_weights(run: Any) -> int:
+    """How often a matrix is cast to bfloat16; what flows through a model has three dimensions."""
+
+    class Counted(TorchDispatchMode):
+        found = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = func(*args, **(kwargs or {}))
+            casts = func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.to)
+            self.found += casts and made.dim() == 2 and made.dtype == torch.bfloat16
+            return made
+
+    with Counted() as counted:
+        run()
+    return counted.found
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
+def test_under_autocast_weights_are_cast_once(
+    adapted: bool, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not anew for every token; what is generated is the same, bit for bit, and the weights are as before."""
+    model: nn.Module = lora(make_model(0)) if adapted else make_model(0).train()
+    engine = make_engine(model, tokenizer, bf16=True)
+    before = {name: (p, p.requires_grad) for name, p in model.named_parameters()}
+    short, long = replace(SAMPLING, max_new_tokens=2), replace(SAMPLING, max_new_tokens=20)
+    asked = [engine.renderer.ids(p) for p in PROMPTS]
+    engine.stop_ids, engine._stop = frozenset(), torch.tensor([], dtype=torch.long)
+    casts = {
+        s.max_new_tokens: casts_of_weights(lambda s=s: engine.continue_from(asked, s)) for s in (short, long)
+    }
+    assert casts[2] == casts[20] > 0
+    found = engine.continue_from(asked, long)
+    assert {name: (p, p.requires_grad) for name, p in model.named_parameters()} == before
+    monkeypatch.setattr(hf, "generating", lambda model, bf16: evaluating(model))  # each token casts
+    assert engine.continue_from(asked, long) == found
+    assert casts_of_weights(lambda: engine.continue_from(asked, long)) > 5 * casts[20]
+
+
+def test_weights_come_back_when_generating_fails() -> None:
+    model = make_model(0)
+    before = dict(model.named_parameters())
+    seen: set[torch.dtype] = set()
+
+    def fails() -> None:
+        with generating(model, bf16=True):
+            seen.update(p.dtype for m in model.modules() if isinstance(m, nn.Linear) for p in m.parameters())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fails()
+    assert seen == {torch.bfloat16}
+    assert all(p is before[name] for name, p in model.named_parameters())
 
 
 def test_bf16_logprobs_are_near(tokenizer: PreTrainedTokenizerFast) -> None:

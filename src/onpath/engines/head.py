@@ -6,7 +6,7 @@ Shape suffixes: B rows, T tokens, V vocabulary, H hidden.
 import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from peft import PeftModel
@@ -26,8 +26,6 @@ from onpath.system.errors import UserError
 # Models whose logits are not plainly hidden @ head.T say so in their config under these names.
 _SOFTCAP = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _DIVIDE = "logits_scaling"
-
-
 _MULTIPLY = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 
 
@@ -40,6 +38,33 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
         yield model
     finally:
         model.train(was_training)
+
+
+@contextlib.contextmanager
+def generating(model: nn.Module, *, bf16: bool) -> Iterator[None]:
+    """As `evaluating`, for many passes of a few tokens.
+
+    Under autocast the weights of linear layers are cast once: PyTorch keeps casts within one context, of
+    weights that train alone, so each token would cast all of them anew. The same bits.
+
+    Args:
+        bf16: whether the passes run under bfloat16 autocast.
+    """
+    layers = [] if not bf16 or sharded(model) else [m for m in model.modules() if isinstance(m, nn.Linear)]
+    own = [(m._parameters, n, p) for m in layers for n, p in m._parameters.items() if _is_float32(p)]
+    with evaluating(model):
+        try:
+            for parameters, name, weight in own:
+                parameters[name] = nn.Parameter(weight.detach().to(torch.bfloat16), requires_grad=False)
+            yield
+        finally:
+            for parameters, name, weight in own:
+                parameters[name] = weight
+
+
+def _is_float32(weight: nn.Parameter | None) -> TypeGuard[nn.Parameter]:
+    """Whether it is a plain one; a quantised one is not."""
+    return type(weight) is nn.Parameter and weight.dtype == torch.float32
 
 
 def is_quantised(model: nn.Module) -> bool:

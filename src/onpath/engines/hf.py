@@ -21,7 +21,7 @@ from onpath.engines.decoding.drafts import Drafts
 from onpath.engines.decoding.draw import draw
 from onpath.engines.decoding.kv_cache import accepts_4d_mask, preallocated_cache, select_rows
 from onpath.engines.decoding.side_by_side import Finished, Start, rows_at_once, side_by_side
-from onpath.engines.head import evaluating, head_of, hidden_states, known_to, unwrapped
+from onpath.engines.head import evaluating, generating, head_of, hidden_states, known_to, unwrapped
 from onpath.engines.models import context_length
 from onpath.engines.sharding import is_whole
 from onpath.engines.stops import string_end
@@ -80,7 +80,7 @@ class HFEngine(Engine):
         keys = [str(i) for i in range(len(prefixes))] if keys is None else keys
         self._check_lengths(prefixes, sampling)
         results: dict[int, Completion] = {}
-        with evaluating(self.model):
+        with generating(self.model, bf16=self.bf16):
             for rows in self._batches([len(p) for p in prefixes], sampling.max_new_tokens):
                 done = self._generate_batch([prefixes[i] for i in rows], sampling, [keys[i] for i in rows])
                 results.update(zip(rows, done, strict=True))
@@ -200,7 +200,9 @@ class HFEngine(Engine):
             return None
         found: dict[int, Finished] = {}
         most = rows_at_once(self, teacher)
-        with evaluating(self.model), evaluating(teacher.model):
+        with contextlib.ExitStack() as both:
+            for engine in (self, teacher):
+                both.enter_context(generating(engine.model, bf16=engine.bf16))
             for rows in self._batches([len(s.ids) for s in starts], max((s.room for s in starts), default=0)):
                 for at in range(0, len(rows), most):
                     some = rows[at : at + most]

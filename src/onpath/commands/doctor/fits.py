@@ -163,7 +163,7 @@ def parts_of(step: Step, *, shard: Shard = "none", world: int = 1) -> dict[str, 
             gathered += (2 * teacher.layer + teacher.table) * teacher.weight_bytes
     half_copies = 0.0
     if step.half and student.weight_bytes == 4 and gathered == 0.0:
-        half_copies = 2.0 * student.layer * student.layers  # autocast keeps them while a forward pass lasts
+        half_copies = 2.0 * student.layer * student.layers  # kept while a forward pass or generation lasts
     stream = 2 if gathered and step.half else student.weight_bytes
     passes = activations(
         student, step.micro_batch_tokens, half=step.half, recompute=step.recompute, stream=stream
@@ -184,7 +184,7 @@ def parts_of(step: Step, *, shard: Shard = "none", world: int = 1) -> dict[str, 
         else float(step.response_tokens * teacher.width * teacher.weight_bytes),
     }
     phases = {
-        "sampling": 1.25 * cache_bytes(student, step.batch_tokens, half=step.half),
+        "sampling": half_copies + 1.25 * cache_bytes(student, step.batch_tokens, half=step.half),
         "training": gradients + half_copies + passes + loss,
         "correcting": half_copies + past + loss + (passes if one_graph else 0.0),
         "optimiser": gradients + (gradients if step.device == "cuda" else 0.0),

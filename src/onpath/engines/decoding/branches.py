@@ -25,7 +25,7 @@ from onpath.data.batch import Batch
 from onpath.engines.decoding.drafts import Drafts
 from onpath.engines.decoding.draw import draw
 from onpath.engines.decoding.kv_cache import StackedCache, accepts_4d_mask, on_shared_prefix, selected_rows
-from onpath.engines.head import head_of, logits_of, read, table_of, unwrapped
+from onpath.engines.head import generating, head_of, logits_of, read, table_of, unwrapped
 from onpath.records import Completion, Sampling
 from onpath.system.draws import noise
 
@@ -112,15 +112,11 @@ def branch(
         sampling=sampling,
         stops=torch.tensor(sorted(engine.stop_ids), device=engine.device),
     )
-    was_training = engine.model.training
-    engine.model.eval()
-    try:
-        queries = min(_QUERIES, _LOGITS // len(table_of(engine.model)))
-        queries = max(1, queries // most)
+    queries = min(_QUERIES, _LOGITS // len(table_of(engine.model)))
+    queries = max(1, queries // most)
+    with generating(engine.model, bf16=engine.bf16):
         for columns in _batches(places, engine.device, queries):
             _generate(engine, past, columns, generated, drafts)
-    finally:
-        engine.model.train(was_training)
     if drafts is not None and generated.states is not None:
         for (row, _), states in zip(places, generated.states, strict=True):
             drafts[row].read = torch.cat(states) if drafts[row].keeps else None
