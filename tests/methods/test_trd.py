@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
 from onpath import config as configuration
+from onpath.commands.probes.prefix_failure import run_probe
 from onpath.config.methods.topd import TOPDOptions
 from onpath.config.methods.trd import TRDOptions
 from onpath.config.whole import Config
@@ -491,6 +492,47 @@ def test_attempt_is_trimmed_before_the_reference(parts: Parts) -> None:
     assert trimmed == {"attempt_tokens_trimmed": 6, "solution_tokens_trimmed": 2}
     with pytest.raises(UserError, match=r"prompt 'p': its rewrite prompt has 23 tokens .* only 20 fit"):
         context(20)
+
+
+def test_the_judges_reference_loses_its_end(parts: Parts) -> None:
+    text = replace(parts.text, templates={**parts.text.templates, "hint": "{problem} ref:{solution}"})
+    y, whole = attempt("so 13<eos>"), ids("<bos>7+5=? ref:7 plus 5<sol>")
+    found = [text.judging_context(y, reference=True, room=len(whole) - n) for n in (0, 3, 8, 9)]
+    assert found == [whole, ids("<bos>7+5=? ref:7 plu<sol>"), ids("<bos>7+5=? ref:<sol>"), y.context]
+
+
+@pytest.fixture
+def narrow(tmp_path: Path, data_file: Path) -> dict[str, Any]:
+    """Models of learned positions, which fail behind their context, and data whose references fill it."""
+    found: dict[str, Any] = {"data__train": str(tmp_path / "long.jsonl"), "data__eval": {}}
+    for seed, role in enumerate(("student", "teacher")):
+        torch.manual_seed(seed)
+        sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 140, "initializer_range": 0.5}
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=len(CHARACTERS), **sizes, eos_token_id=2))
+        model.save_pretrained(tmp_path / role)
+        make_tokenizer().save_pretrained(tmp_path / role)
+        found[f"{role}__model"] = str(tmp_path / role)
+    rows = [json.loads(line) for line in data_file.read_text().splitlines()]
+    long = [json.dumps({**row, "solution": row["solution"] * 20}) + "\n" for row in rows]
+    (tmp_path / "long.jsonl").write_text("".join(long))
+    return found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reference": True},
+        {"teacher": "self"},
+        {"reference": True, "minimal_edit": True, "locate": "teacher_logprob", "diagnose_every": 0},
+    ],
+)
+def test_a_reference_longer_than_the_context(
+    tiny: Callable[..., Config], narrow: dict[str, Any], options: dict[str, Any], tmp_path: Path
+) -> None:
+    given = {"name": "trd", "template": SELF_TEMPLATE, "gate": False, **options}
+    config = tiny(**narrow, **{f"method__{k}": v for k, v in given.items()}, optim__steps=1)
+    train(config, quiet=True)
+    run_probe(assemble(config), rollouts=2, continuations=1, every=8, out=tmp_path / "probe")
 
 
 def test_rewrites_do_not_depend_on_company_or_process(parts: Parts) -> None:

@@ -121,6 +121,42 @@ class Renderer:
             )
         return self._plain(prompt.question)
 
+    def within(
+        self,
+        prompt: Prompt,
+        template: str,
+        texts: Mapping[str, str],
+        *,
+        longest: int,
+        tokens: Mapping[str, Sequence[int]] | None = None,
+    ) -> tuple[Prompt, tuple[int, ...], dict[str, int]]:
+        """A prompt with the template filled by its question and by texts, which lose their ends, one after
+        the other, until there are at most `longest` ids; more only where the texts are gone.
+
+        Args:
+            texts: slot → text; the first one is shortened first.
+            tokens: of texts that somebody has drawn; the others are encoded.
+
+        Returns:
+            The prompt, its ids, and slot → how many tokens of it went, where some did.
+        """
+        known = {
+            slot: list(
+                (tokens or {}).get(slot) or self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            )
+            for slot, text in texts.items()
+        }
+        cut = dict.fromkeys(texts, 0)
+        while True:
+            shown = {k: self.text(known[k][: len(known[k]) - n]) if n else texts[k] for k, n in cut.items()}
+            filled = with_question(prompt, fill(template, problem=prompt.question, **shown))
+            ids = self.ids(filled)
+            slot = next((k for k, n in cut.items() if n < len(known[k])), None)
+            if len(ids) <= longest or slot is None:
+                return filled, ids, {k: n for k, n in cut.items() if n}
+            # What goes may merge with its neighbours, or be no text: so until it fits.
+            cut[slot] = min(len(known[slot]), cut[slot] + len(ids) - longest)
+
     def check(self, prompt: Prompt) -> None:
         """Refuses what a chat template cannot be given.
 

@@ -51,6 +51,10 @@ class Teacher:
     names: tuple[str | None, ...] = (None,)
     """That prompts call it by, of several teachers (`routed.py`); None: it is the only one."""
 
+    def room(self, new: int) -> int:
+        """Most tokens of a context behind which it can score or generate so many."""
+        return self.context_length - self.spare - new
+
     def of(self, name: str | None) -> "Teacher":
         """The one of several that a prompt names; otherwise itself."""
         return self

@@ -70,11 +70,20 @@ class Text:
         slots = {"problem": prompt.question, column: needed(prompt, column, "the privileged prompt")}
         return self.renderer.ids(with_question(prompt, fill(template, **slots)))
 
-    def judging_context(self, rollout: Rollout, *, reference: bool) -> tuple[int, ...]:
-        """Where a teacher that has not seen y reads it: after the problem, or after problem and reference."""
+    def judging_context(self, rollout: Rollout, *, reference: bool, room: int) -> tuple[int, ...]:
+        """Where a teacher that has not seen y reads it: after the problem, or after problem and reference.
+
+        Args:
+            room: most tokens that leave the teacher space for y (`Teacher.room`): a reference loses its end
+                until they do; where not even the words around it fit, the problem stands alone.
+        """
         if not reference:
             return rollout.context
-        return self.privileged_context(rollout.prompt, self.templates["hint"], "solution")
+        solution = needed(rollout.prompt, "solution", "the privileged prompt")
+        _, ids, _ = self.renderer.within(
+            rollout.prompt, self.templates["hint"], {"solution": solution}, longest=room
+        )
+        return ids if len(ids) <= room else rollout.context
 
     def first_error(self, rollout: Rollout) -> int | None:
         """Tokens before the first wrong step of a response; None: there is none, or the task cannot tell."""

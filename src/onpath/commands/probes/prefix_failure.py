@@ -46,7 +46,10 @@ def run_probe(
     """
     checked(rollouts=rollouts, continuations=continuations, every=every)
     made = sampled(parts, rollouts, answered=True)
-    contexts = [parts.text.judging_context(r, reference=parts.config.method.shows_reference) for r in made]
+    # The teacher goes on from inside each rollout, for as long as a whole one may be.
+    room, new = parts.models.teacher.room, parts.sampling.max_new_tokens
+    shown = parts.config.method.shows_reference
+    contexts = [parts.text.judging_context(r, reference=shown, room=room(len(r.ids) + new)) for r in made]
     with parts.models.teacher.acting():
         scored = score(parts.models, parts.text, made, contexts)
     found = probe(parts, made, contexts, continuations=continuations, every=every)

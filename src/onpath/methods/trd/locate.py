@@ -37,7 +37,8 @@ def by_checker(attempts: Sequence[Rollout], options: TRDOptions, tools: Tools) -
 def by_teacher_drop(attempts: Sequence[Rollout], options: TRDOptions, tools: Tools) -> list[int | None]:
     """First token that the student finds likelier than the teacher by `locate_drop` nats."""
     responses = [r.ids for r in attempts]
-    contexts = [tools.text.judging_context(r, reference=options.shows_reference) for r in attempts]
+    shown, room = options.shows_reference, tools.models.teacher.room
+    contexts = [tools.text.judging_context(r, reference=shown, room=room(len(r.ids))) for r in attempts]
     with tools.models.teacher.acting():
         theirs = by_teacher(
             [r.prompt.teacher for r in attempts],

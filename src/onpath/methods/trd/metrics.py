@@ -37,7 +37,8 @@ def measured(
     the student's log-probs in their edits, means, and what the loss can use again."""
     kept, text = Kept(), tools.text
     attempts = [w.attempt for w in rewrites]
-    unseen = [text.judging_context(r, reference=reference) for r in attempts]
+    room = tools.models.teacher.room
+    unseen = [text.judging_context(r, reference=reference, room=room(len(r.ids))) for r in attempts]
     own = [own_response(r, teacher_context=c) for r, c in zip(attempts, unseen, strict=True)]
     along_y = per_token(tools.models, own, mass_ids=text.correction_ids)
     along_z = per_token(tools.models, trajectories, keep=kept, mass_ids=text.correction_ids)
