@@ -501,6 +501,33 @@ def test_the_judges_reference_loses_its_end(parts: Parts) -> None:
     assert found == [whole, ids("<bos>7+5=? ref:7 plu<sol>"), ids("<bos>7+5=? ref:<sol>"), y.context]
 
 
+def test_an_attempt_that_is_left_alone_fits_its_context(parts: Parts) -> None:
+    """Where rewrites may be shorter than rollouts."""
+    y = attempt("1+1+1+1+12<eos>")
+    options = {"refine": "wrong_only", "rewrite_max_new_tokens": 2}
+    for spare in (0, 1):
+        parts.models.teacher.context_length, parts.models.teacher.spare = 36, spare
+        method, _ = scripted(parts, "12<eos>", **options)
+        (t,) = method.prepare([y], step=0).trajectories
+        assert t.response == y.ids
+        assert len(t.teacher_context + t.response) == 36 - spare
+
+
+def test_a_line_break_takes_no_place_that_is_not_there(parts: Parts) -> None:
+    """Of paper_compat; the prompts were found to fit without it."""
+    method, _ = scripted(parts, paper_compat=True)
+    asked = Prompt(id="p", text="7+5=? try:so 13 redo:")
+    z = Rewrite(
+        attempt=attempt("so 13"), asked=asked, context=(), ids=ids("so 12"), finished=False,
+        attempt_right=False,
+    )  # fmt: skip
+    for room, response in ((5, "so 12"), (4, "so 1")):
+        parts.models.teacher.context_length = len(method.bare_ids(asked)) + room
+        t = method.trajectory(z)
+        assert t.response == ids(response)
+        assert t.teacher_context == method.bare_ids(asked)
+
+
 @pytest.fixture
 def narrow(tmp_path: Path, data_file: Path) -> dict[str, Any]:
     """Models of learned positions, which fail behind their context, and data whose references fill it."""

@@ -133,7 +133,7 @@ def check_tokens(t: Trajectory, where: str, parts: Parts) -> None:
     check_guidance(t.guidance, where, models.vocabulary)
     for side, context, fits in (
         ("student", t.student_context, models.student_context_length),
-        ("teacher", t.teacher_context, models.teacher.context_length),
+        ("teacher", t.teacher_context, models.teacher.room(0)),
     ):
         if (tokens := len(context) + len(t.response)) > fits:
             raise UserError(f"{where} {tokens} tokens with its {side}_context, and the {side} takes {fits}")

@@ -86,6 +86,7 @@ class TRD(Method):
             x, r = (self.bare_ids(prompt) for prompt in (w.attempt.prompt, w.asked))
             ends = self.tools.generators.student.stop_ids | self.tools.generators.teacher.stop_ids
             response = w.ids[:-1] if w.ids and w.ids[-1] in ends else w.ids
+            response = response[: self.room(x, r)]  # the line break may be one token too many
         own = len(response) if w.kind == "none" else min(w.detail.get("kept_tokens", 0), len(response))
         drawn = (*w.attempt.logprobs[:own], *(0.0,) * (len(response) - own))
         edit = as_edit(w, self.options, self.tools.text.renderer)
@@ -98,6 +99,12 @@ class TRD(Method):
             origin=w.attempt,
             edit=replace(edit, detail={"writer": self.writer, **edit.detail}),
         )
+
+    def room(self, student_context: Sequence[int], teacher_context: Sequence[int]) -> int:
+        """Most tokens of a response behind both."""
+        models = self.tools.models
+        fits = models.student_context_length - len(student_context)
+        return max(0, min(fits, models.teacher.room(len(teacher_context))))
 
     def bare_ids(self, prompt: Prompt) -> tuple[int, ...]:
         """The question as plain text, and the line break that parts it from z."""

@@ -25,8 +25,8 @@ class Rewriter:
     def __init__(self, options: TRDOptions, tools: Tools) -> None:
         self.options, self.tools = options, tools
         self.new_tokens = options.rewrite_max_new_tokens or tools.sampling.max_new_tokens
-        longest = tools.models.teacher.context_length
-        self.prompt_tokens = min(options.rewrite_prompt_tokens or longest, longest - self.new_tokens)
+        room = tools.models.teacher.room(self.new_tokens)
+        self.prompt_tokens = min(options.rewrite_prompt_tokens or room, room)
         self.prompt = RewritePrompt(options, tools)
 
     def __call__(self, attempts: Sequence[Rollout], *, when: str) -> list[Rewrite]:
@@ -51,7 +51,10 @@ class Rewriter:
         if error.before is None and right is not False:
             untouched = True
         kept = error.before or 0  # wrong, but no error found: rewritten from the start
-        asked, context, trimmed = self.prompt(attempt, longest=self.prompt_tokens - kept)
+        longest = self.prompt_tokens - kept
+        if untouched:  # z is y, which may be longer than a rewrite
+            longest = min(longest, self.tools.models.teacher.room(len(attempt.ids)))
+        asked, context, trimmed = self.prompt(attempt, longest=longest)
         kind = "none" if untouched else "minimal_edit" if self.options.minimal_edit else "rewrite"
         detail = dict(trimmed)
         if self.options.minimal_edit:
