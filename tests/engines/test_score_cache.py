@@ -16,6 +16,7 @@ from onpath.engines.score_cache import CachedTeacher, ScoreStore, prune, scoring
 from onpath.engines.teacher import ModelTeacher
 from onpath.losses import TeacherHidden
 from onpath.records import Trajectory
+from onpath.run.assemble import assemble
 from onpath.run.log import flatten, read_lines
 from onpath.system.errors import UserError
 from onpath.training import train
@@ -208,6 +209,20 @@ def test_a_run_is_the_same_with_a_cache(name: str, tiny: Tiny, tmp_path: Path) -
         assert (three["teacher_tokens_scored"] == 0) != (name in GOES_ON)
         for row in (two, three):
             assert {k: row[k] for k in one} == pytest.approx(one, rel=2e-4, abs=1e-6)
+
+
+def test_autocast_has_scores_of_its_own(tiny: Tiny, tmp_path: Path) -> None:
+    """Of a student that is its own teacher; another model is read without, and shares them."""
+    read = []
+    for method in ({"method__name": "opsd"}, {"method__name": "opd"}):
+        for half in (True, False, True):
+            parts = assemble(tiny(**method, optim__bf16=half, teacher__cache=str(tmp_path / "c")))
+            t = trajectory((4, 2, 9))
+            found = parts.models.teacher.scores(collate([t]))
+            expected = parts.models.teacher.teacher.scores(collate([t]))
+            assert found.hidden.half().equal(expected.hidden.half())
+            read.append(parts.models.teacher.measured()["teacher_tokens_scored"])
+    assert read == [3, 3, 0, 3, 0, 0]
 
 
 def test_fixed_rollouts_are_scored_once(tiny: Tiny, tmp_path: Path) -> None:

@@ -300,7 +300,7 @@ def _with_cache(config: Config, section: TeacherSection, teacher: Teacher) -> Te
     store = ScoreStore(place(section.cache, key="teacher.cache"), most=section.cache_gb * 1e9)
     weights = f"{section.model}, {config.method.support_k} likeliest"
     if teacher.model is not None:
-        weights = scoring_digest(teacher.model)
+        weights = scoring_digest(teacher.model) + ", bfloat16 autocast" * teacher.bf16
     return CachedTeacher(teacher, store, weights=weights, dtype=getattr(torch, section.cache_dtype))
 
 

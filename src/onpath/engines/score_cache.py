@@ -4,10 +4,11 @@
     on a server   its likeliest tokens and their log-probs, [n, k], as they came
 
 The key of an entry is a digest of all that it depends on: weights (a server: its name for them), context,
-response, precision, k. What a run uses is always what the entry says, also the first time: so a run that is
-killed goes on exactly, whatever has been kept by then. Entries lie in safetensors files, one per pass, with
-a digest each; a damaged one is computed again. Runs, ranks and the arms of a study may share a directory;
-the files used longest ago go when it becomes too large.
+response, precision (a student that is its own teacher: also whether it reads under autocast), k. What a run
+uses is always what the entry says, also the first time: so a run that is killed goes on exactly, whatever has
+been kept by then. Entries lie in safetensors files, one per pass, with a digest each; a damaged one is
+computed again. Runs, ranks and the arms of a study may share a directory; the files used longest ago go when
+it becomes too large.
 """
 
 import hashlib
@@ -201,7 +202,7 @@ class CachedTeacher(Teacher):
 
     Args:
         teacher: scores what is not kept.
-        weights: names its weights: their digest, or what a server calls them.
+        weights: names its weights, and how they are run: their digest, or what a server calls them.
         dtype: of kept hidden states.
     """
 

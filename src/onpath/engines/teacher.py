@@ -46,6 +46,8 @@ class Teacher:
     """False: a black box that only generates; divergences are not measured."""
     context_length: int = sys.maxsize
     """Most tokens, prompt and response, that it takes. What a black box takes only it knows."""
+    bf16: bool = False
+    """Whether it reads under bfloat16 autocast."""
     spare: int = 0
     """Tokens beyond what it scores that must fit too."""
     names: tuple[str | None, ...] = (None,)
