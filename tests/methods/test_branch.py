@@ -2,14 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import exp
 
 import pytest
 import torch
 
 from onpath import config as configuration
+from onpath.data.batch import collate
 from onpath.engines.decoding.draw import draw
 from onpath.methods.branch import Branch
 from onpath.records import Sampling, Trajectory
+from onpath.run.importance import Importance
 from onpath.run.parts import Parts
 from onpath.system.draws import noise
 from onpath.system.errors import UserError
@@ -133,6 +136,30 @@ def test_one_stop_for_another_is_no_disagreement(tiny: Tiny) -> None:
 def test_the_sampled_gradient_is_refused() -> None:
     with pytest.raises(UserError, match="use reverse_kl"):
         configuration.build({"method": {"name": "branch", "divergence": "sampled"}})
+
+
+def test_a_ratio_of_the_whole_is_that_of_the_prefix_too(tiny: Tiny) -> None:
+    """On each branch, after the student has moved; the prefix is counted once, as it is without ratios."""
+    options = {"name": "branch", "branches": 3, "importance_cap": 1e4}
+    parts, plain = (parts_of(tiny, **options, importance=kind) for kind in ("sequence", "none"))
+    rollouts = sample(parts, 0)
+    made, apart = (p.method.prepare(rollouts, step=0).trajectories for p in (parts, plain))
+    assert [whole(t) for t in made] == [whole(t) for t in apart]
+    assert [sum(t.in_count) for t in made] == [len(t.response) for t in apart]
+    with torch.no_grad():
+        parts.models.student.model.norm.weight.mul_(1.02)
+        batch = collate([replace(t, place=i) for i, t in enumerate(made)])
+        hidden_NH = parts.models.student_states(batch)
+        weights_N = Importance(kind="sequence", cap=1e4).weights(batch, hidden_NH, parts.models)
+    for t, found, other in zip(made, batch.by_row(weights_N), apart, strict=True):
+        now = logps_along(parts.models.student, t).gather(-1, torch.tensor(t.response)[:, None])[:, 0]
+        drawn = zip(now.tolist(), t.behaviour_logprobs or (), t.written_by, strict=True)
+        ratio = exp(sum(p - q for p, q, who in drawn if who == "student"))
+        assert abs(ratio - 1) > 1e-3
+        begins = other.begins
+        expected = [1.0 if who == "forced" else ratio for who in t.written_by[begins:]]
+        assert found == pytest.approx([0.0] * begins + expected, rel=1e-3)
+    assert any(t.begins for t in apart)
 
 
 @pytest.mark.parametrize("control", ["none", "own_token"])

@@ -51,7 +51,9 @@ class Branch(Method):
         if options.keep == "right":
             grown = self.right_ones(grown)
         prepared = trained_on(grown, self.tools, cost, kept, kind="branch")
-        return replace(prepared, trajectories=shared_prefixes(prepared.trajectories))
+        # The ratio of a whole response is a product that the prefix belongs to, on every branch.
+        read = options.importance == "sequence"
+        return replace(prepared, trajectories=shared_prefixes(prepared.trajectories, read=read))
 
     def forced(self, y: Rollout, values: Values, key: str) -> Mixed:
         """y up to its place and the token that is put there; y itself, where the teacher has no other."""
@@ -83,12 +85,20 @@ class Branch(Method):
         return [m for place, mine in by_rollout.items() for m in mine or [Mixed.of(rollouts[place])]]
 
 
-def shared_prefixes(made: Sequence[Trajectory]) -> list[Trajectory]:
-    """Of the branches of one rollout the first carries the prefix; to the others it is context."""
+def shared_prefixes(made: Sequence[Trajectory], *, read: bool = False) -> list[Trajectory]:
+    """Of the branches of one rollout the first carries the prefix; to the others it is context.
+
+    Args:
+        read: its tokens are read on the others too, without weight and outside the count.
+    """
     found: list[Trajectory] = []
     for t in made:
         if found and t.origin is found[-1].origin:
             at = t.edit.detail["places"][0]
+            if read:
+                weights = (*(0.0,) * at, *(1.0,) * (len(t.response) - at))
+                found.append(replace(t, weights=weights))
+                continue
             prefix, writers = t.student_context + t.response[:at], t.written_by[at:]
             t = replace(
                 t, student_context=prefix, teacher_context=prefix, response=t.response[at:], writers=writers,

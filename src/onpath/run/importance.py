@@ -3,12 +3,12 @@
     token      w_t = min(π(y_t | y_<t) / μ(y_t | y_<t), cap)
     sequence   w_t = min(Π_s π(y_s | y_<s) / μ(y_s | y_<s), cap)       for every t of the response
 
-π is the student as it trains, μ what the tokens were drawn from; no gradient goes through w, and the count
-of tokens stays (truncated importance sampling; with μ = π nothing changes). Tokens that others
-wrote weigh 1, and are in no product; one that a task's world has put into a rollout (spoil) is taken for a
-draw. A divergence over the whole vocabulary needs no ratio for the token itself: what is stale is the prefix
-that it stands on. The mean ratio is logged always: of rollouts that are not stale it is the mismatch of
-sampler and trainer.
+π is the student as it trains, μ what the tokens were drawn from; no gradient goes through w, and the count of
+tokens stays (truncated importance sampling; with μ = π nothing changes). Tokens that others wrote weigh 1,
+and are in no product; a prefix that branches share is in the product of each; one that a task's world has put
+into a rollout (spoil) is taken for a draw. A divergence over the whole vocabulary needs no ratio for the
+token itself: what is stale is the prefix that it stands on. The mean ratio is logged always: of rollouts that
+are not stale it is the mismatch of sampler and trainer.
 """
 
 import math
