@@ -210,6 +210,31 @@ def test_a_student_that_is_its_teacher_has_loss_0_whatever_its_dropout(
     assert gradient > 1e-2
 
 
+@pytest.mark.parametrize(
+    ("family", "config", "noisy"),
+    [
+        ("gpt2", {}, True),
+        ("gpt2", {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, False),
+        ("llama", {}, False),
+        ("llama", {"attention_dropout": 0.1}, True),
+        ("mixtral", {}, False),
+        ("mixtral", {"router_jitter_noise": 0.1}, True),
+    ],
+)
+def test_dropout_that_a_model_does_not_have_is_said(
+    family: str, config: dict[str, Any], noisy: bool, tiny: Tiny, tmp_path: Path
+) -> None:
+    models = pair(tmp_path, family, **config)
+    for asked in (True, False):
+        parts = assemble(tiny(**models, **SMALL, student__dropout=asked))
+        said = [w for w in parts.warnings if w.startswith("student.dropout: true has no effect here")]
+        assert len(said) == (asked and not noisy)
+    model = parts.models.student.train()
+    ids = torch.tensor([[1, 5, 9, 7]])
+    with torch.no_grad():
+        assert model(input_ids=ids).logits.equal(model(input_ids=ids).logits) != noisy
+
+
 def test_scores_have_no_dropout_even_if_training_has(tiny: Tiny, tmp_path: Path) -> None:
     """TOPD's candidates are chosen by scores: alike, whatever the micro-batches."""
     models, found = pair(tmp_path, "gpt2"), []

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -20,6 +21,9 @@ from onpath.engines.head import unwrapped
 from onpath.engines.linear import with_fast_products
 from onpath.engines.models import check_vocabulary, load_tokenizer, locate, quietly
 from onpath.system.errors import UserError
+
+_NOISE = re.compile(r"^(?!summary|classifier).*(drop|jitter)")
+"""Of a config's entries those that may be noise of training mode; the heads of classifiers are not here."""
 
 
 def trainable(config: Config, base: nn.Module) -> nn.Module:
@@ -96,6 +100,24 @@ def precision_warning(config: Config) -> str | None:
         f"student.dtype: {student.dtype} without student.lora_rank: updates smaller than a weight's last "
         "digit are lost, most of them at small rates; use float32 with optim.bf16: true"
     )
+
+
+def dropout_warning(config: Config, student: nn.Module) -> str | None:
+    """Where student.dropout has nothing to let act."""
+    if not config.student.dropout or has_noise(student):
+        return None
+    return (
+        f"student.dropout: true has no effect here: {config.student.model} has no dropout above 0, and no "
+        "router noise; set it in the model's config, as attention_dropout say, or leave student.dropout out"
+    )
+
+
+def has_noise(model: nn.Module) -> bool:
+    """Whether a model draws something in training mode, as far as its modules and its config say."""
+    if any(isinstance(m, _DropoutNd) and m.p > 0 for m in model.modules()):
+        return True
+    told = unwrapped(model).config.get_text_config().to_dict().items()
+    return any(_NOISE.search(k) and isinstance(v, int | float) and v is not True and v > 0 for k, v in told)
 
 
 def shared_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, list[str]]:

@@ -29,7 +29,7 @@ from onpath.engines.overlap import frozen_copy, make_overlap
 from onpath.engines.own import OwnEngine, check_engine
 from onpath.engines.self_check import Agreement, check_model
 from onpath.engines.stops import Stops, stops_of
-from onpath.engines.student import precision_warning, shared_vocabulary, trainable
+from onpath.engines.student import dropout_warning, precision_warning, shared_vocabulary, trainable
 from onpath.engines.teacher import ModelTeacher
 from onpath.engines.worlds import LostEngine, LostTeacher, SpoilingEngine, lost_behind, world_of
 from onpath.grade.graders import grader_for
@@ -91,6 +91,7 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
     stops = stops_of(config, base, tokenizer, vocabulary)
     if config.method.ends == "one":
         objective = replace(objective, ends=tuple(sorted(i for i in stops.ids if i < vocabulary)))
+    warnings += [*filter(None, [dropout_warning(config, student)])]
     warnings += warnings_of(config, prompts, renderer, stops, start)
     if stops.ids != stops.student:
         base.generation_config.eos_token_id = sorted(stops.ids)  # so that the saved model ends alike
