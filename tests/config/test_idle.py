@@ -24,7 +24,12 @@ SERVED: dict[str, Any] = {
     "method": {"support": "teacher_topk"},
     "teacher": {"engine": "vllm", "url": "http://x"},
 }
+UNGUIDED: dict[str, Any] = {"guide": False, "suppress": "low"}
 VLLM: dict[str, Any] = {"engine": "vllm"}
+
+
+def topd(**options: Any) -> dict[str, Any]:
+    return {"method": {"name": "topd", **options}}
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -69,6 +74,65 @@ def test_a_mark_names_an_option_and_its_values(section: type[Section]) -> None:
         ),
         ({"rollout": {**VLLM, "batch_tokens": 9}}, "rollout.batch_tokens", "generation by models in this"),
         (OPSD | {"rollout": {**VLLM, "batch_tokens": 9}}, "rollout.batch_tokens", "generation by models in"),
+        (topd(plan="spliced", guidance_weight=5.0), "method.guidance_weight", "method.plan: transport or "),
+        (topd(plan="spliced", guidance_weight="auto"), "method.guidance_weight", "method.plan: transport or"),
+        (topd(plan="spliced", ratio_every=1), "method.ratio_every", "method.plan: transport or "),
+        (topd(plan="spliced", record_above=0.2), "method.record_above", "method.plan: transport or "),
+        (topd(plan="spliced", overlap="average"), "method.overlap", "method.plan: transport or shuffled or"),
+        (topd(plan="teacher_window_ce", overlap="average"), "method.overlap", "method.plan: transport or"),
+        (topd(**UNGUIDED, guidance_weight=5.0), "method.guidance_weight", "method.guide"),
+        (topd(**UNGUIDED, mass="row"), "method.mass", "method.guide"),
+        (topd(**UNGUIDED, epsilon=0.5), "method.epsilon", "method.guide"),
+        (topd(**UNGUIDED, plan="spliced"), "method.plan", "method.guide"),
+        (topd(**UNGUIDED, overlap="average"), "method.overlap", "method.guide"),
+        (topd(decide="all_high_loss", student_window="regenerate"), "method.student_window", "method.decide"),
+        (topd(decide="all_high_loss", suppress="low"), "method.suppress", "method.decide: quantile or "),
+        (topd(decide="random_positions", candidates="teacher_nll"), "method.candidates", "method.decide: q"),
+        (
+            topd(decide="sampled_gap", plan="positional", embedding="teacher"),
+            "method.embedding",
+            "method.decide: quantile or threshold or",
+        ),
+        (
+            {"method": {"name": "branch", "control": "random_place", "place": "sampled_gap"}},
+            "method.place",
+            "method.control: none or own_token",
+        ),
+        *(
+            (
+                {"method": {"name": "bridge", "control": "own_token", name: 3}},
+                f"method.{name}",
+                "method.control: none or random_place",
+            )
+            for name in ("meet_window", "meet_distance", "every")
+        ),
+        (
+            {"method": {"name": "opsd", "shown": "none", "template": "{problem} {solution}"}},
+            "method.template",
+            "method.shown: own or foreign or wrong or contrast",
+        ),
+        (
+            {"method": {"name": "trd", "rewrite_temperature": 0, "rewrite_top_p": 0.9}},
+            "method.rewrite_top_p",
+            "method.rewrite_temperature above 0",
+        ),
+        (
+            {"method": {"name": "trd", "rewrite_temperature": 0, "best_of": 4}},
+            "method.best_of",
+            "method.rewrite_temperature above 0",
+        ),
+        ({"method": {"name": "truncate", "least_weight": 0.3}}, "method.least_weight", "method.decay above"),
+        ({"eval": {"temperature": 0, "top_p": 0.9}}, "eval.top_p", "eval.temperature above 0"),
+        (
+            {"method": {"off_policy": True}, "rollout": {"temperature": 0, "top_k": 5}},
+            "rollout.top_k",
+            "rollout.temperature above 0",
+        ),
+        *(
+            ({section: {name: 3}}, f"{section}.{name}", f"{section}.url")
+            for section in ("rollout", "teacher")
+            for name in ("timeout", "patience", "concurrency")
+        ),
         ({"parallel": {"hosts": 2}}, "parallel.hosts", "parallel.shard: layer or step"),
         ({"parallel": {"teacher": "copy"}}, "parallel.teacher", "parallel.shard: layer or step"),
     ],
@@ -93,10 +157,25 @@ def test_defaults_are_not_idle(name: str) -> None:
             "teacher": {"engine": "vllm", "url": "http://x"},
         },
         {"student": {"lora_alpha": 8, "lora_rank": 2}},
+        topd(plan="spliced", splice="end", overlap="suppress"),
+        topd(plan="teacher_window_ce", guidance_weight=5.0, ratio_every=2),
+        topd(**UNGUIDED, student_window="regenerate", overlap="suppress", embedding="teacher"),
+        topd(decide="all_high_loss", overlap="suppress", student_window="regenerate"),
+        topd(decide="all_high_loss", embedding="teacher", epsilon=0.1, mass="row"),
+        {"method": {"name": "branch", "control": "own_token", "place": "sampled_gap"}},
+        {"method": {"name": "bridge", "control": "random_place", "every": 2, "meet_distance": 0.2}},
+        {"method": {"name": "trd", "gate": False, "gate_prompts": 8}},  # onpath doctor asks all the same
+        {
+            "method": {"name": "trd", "rewrite_temperature": 0, "best_of": 2, "divergence": "cross_entropy"},
+            "teacher": {"engine": "chat", "url": "http://x", "timeout": 9, "concurrency": 2},
+        },
+        {"method": {"name": "truncate", "least_weight": 0.3, "decay": 0.5}},
+        {"eval": {"temperature": 0, "top_p": 0.9, "also_at": [0.7]}},
         {"rollout": {**VLLM, "vllm": {"seed": 1}}},
         {"rollout": {**VLLM, "batch_tokens": 9}, "method": {"name": "trd"}},
         {"rollout": {**VLLM, "batch_tokens": 9}, "method": {"name": "trd", "teacher": "self"}},
         {"rollout": {"batch_tokens": 9}, **SERVED},
+        {"rollout": {**VLLM, "url": "http://x", "timeout": 9, "patience": 9, "concurrency": 9}},
         {"teacher": {"model": "gym:persona", "dtype": "bfloat16", "device": "cpu"}},
         {"parallel": {"shard": "step", "hosts": 2, "teacher": "copy", "balance": False}},
     ],

@@ -49,10 +49,10 @@ class Section(BaseModel):
         with."""
         found = {}
         for name, info in type(self).model_fields.items():
-            mark = next((m for m in info.metadata if isinstance(m, GoesWith)), None)
-            if mark is None or getattr(self, name) == info.get_default(call_default_factory=True):
+            if getattr(self, name) == info.get_default(call_default_factory=True):
                 continue
-            if needs := mark.unless(getattr(self, mark.option)):
+            marks = [mark for mark in info.metadata if isinstance(mark, GoesWith)]
+            if needs := next(filter(None, (m.unless(getattr(self, m.option)) for m in marks)), None):
                 found[name] = needs
         return found
 
@@ -94,7 +94,8 @@ NEUTRAL, ROUNDING, LONGER, PLACE = (
 
 class GoesWith:
     """Annotates an option that is read only where another one of its section has one of these values; without
-    any, where it is set at all: `Annotated[int, GoesWith("support", "union")]`."""
+    any, where it is set at all: `Annotated[int, GoesWith("support", "union")]`. Of several marks all must
+    hold."""
 
     def __init__(self, option: str, *values: Any) -> None:
         self.option, self.values = option, values
@@ -103,7 +104,9 @@ class GoesWith:
         """What the other one would have to be; None: it is."""
         if value in self.values or (value and not self.values):
             return None
-        return f"{self.option}: {' or '.join(map(str, self.values))}" if self.values else self.option
+        if self.values:
+            return f"{self.option}: {' or '.join(map(str, self.values))}"
+        return f"{self.option} above 0" if type(value) in (int, float) else self.option
 
 
 @dataclass(frozen=True)

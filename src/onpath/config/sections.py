@@ -55,11 +55,11 @@ class Served(Section):
     url: Annotated[str | list[str] | None, NEUTRAL] = None
     """Of the server, such as http://localhost:8000, or of several that serve the same model: a list, or with
     commas between them. Requests are spread over them. null: no server."""
-    timeout: Annotated[float, NEUTRAL] = Field(600.0, gt=0)
+    timeout: Annotated[float, NEUTRAL, GoesWith("url")] = Field(600.0, gt=0)
     """Seconds that one request may take."""
-    patience: Annotated[float, NEUTRAL] = Field(600.0, ge=0)
+    patience: Annotated[float, NEUTRAL, GoesWith("url")] = Field(600.0, ge=0)
     """Seconds to wait while no server answers, down or busy, before the run stops; it can be continued."""
-    concurrency: Annotated[int, NEUTRAL] = Field(64, ge=1)
+    concurrency: Annotated[int, NEUTRAL, GoesWith("url")] = Field(64, ge=1)
     """Requests on the way at a time, to each server."""
 
     @field_validator("url", mode="before")
@@ -227,9 +227,9 @@ class RolloutSection(Served):
     """Samples per prompt."""
     temperature: float = Field(1.0, ge=0)
     """1 is the student's own distribution; on-policy objectives refuse anything else."""
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: Annotated[float, GoesWith("temperature")] = Field(1.0, gt=0, le=1)
     """Nucleus sampling; below 1 the samples are no longer on-policy."""
-    top_k: int = Field(0, ge=0)
+    top_k: Annotated[int, GoesWith("temperature")] = Field(0, ge=0)
     """0 is off; above 0 the samples are no longer on-policy."""
     max_new_tokens: int = Field(128, ge=1)
     """Longest response; longer ones are cut and counted as unfinished."""
@@ -375,9 +375,9 @@ class Eval(Section):
     """pass@k; at most n."""
     temperature: float = Field(1.0, ge=0)
     """Of evaluation samples; 0 is greedy."""
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: Annotated[float, GoesWith("temperature")] = Field(1.0, gt=0, le=1)
     """Of evaluation samples."""
-    top_k: int = Field(0, ge=0)
+    top_k: Annotated[int, GoesWith("temperature")] = Field(0, ge=0)
     """Of evaluation samples; 0 is off."""
     also_at: list[Annotated[float, Field(ge=0)]] = Field([])
     """Temperatures at which each evaluation set is sampled as well, as sets of their own, such as test_T0.6

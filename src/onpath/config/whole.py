@@ -357,6 +357,10 @@ class Config(Section):
         found = {f"{s}.{o}": f"{s}.{n}" for s, section in sections.items() for o, n in section.idle.items()}
         if any(t.engine == "vllm" for t in self.taught_by.values()):
             found.pop("method.support_k", None)  # servers are asked for so many tokens, whatever is compared
+        if self.teacher.engine == "chat":
+            found.pop("method.best_of", None)  # whose greedy answers may differ
+        if any(self.eval.also_at):
+            found = {key: needs for key, needs in found.items() if key not in ("eval.top_p", "eval.top_k")}
         if self.method.importance != "none" and not self.method.trains_on_own_tokens:
             found["method.importance"] = "tokens that the student drew, and none are trained on"
         if self.method.self_taught:

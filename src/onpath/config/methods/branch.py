@@ -1,10 +1,11 @@
 """Options of branch."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from onpath.config.methods.base import MethodOptions
+from onpath.config.section import GoesWith
 
 
 class BranchOptions(MethodOptions):
@@ -14,7 +15,9 @@ class BranchOptions(MethodOptions):
     name: Literal["branch"] = "branch"
     branches: int = Field(1, ge=1)
     """Student's suffixes of each rollout; they share the prefix, which is trained on once."""
-    place: Literal["reverse_kl", "sampled_gap"] = "reverse_kl"
+    place: Annotated[Literal["reverse_kl", "sampled_gap"], GoesWith("control", "none", "own_token")] = (
+        "reverse_kl"
+    )
     """What the disagreement is that is largest there: KL(p_S‖p_T), or log p_S − log p_T of the student's own
     token."""
     failed_only: bool = True

@@ -1,10 +1,11 @@
 """Options of bridge."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from onpath.config.methods.base import MethodOptions
+from onpath.config.section import GoesWith
 
 
 class BridgeOptions(MethodOptions):
@@ -15,11 +16,11 @@ class BridgeOptions(MethodOptions):
     """K, tokens of the near-future windows by which the first fork is found; the longest bridge."""
     distance: float = Field(0.3, ge=0)
     """Smallest transport distance of a fork's two windows."""
-    meet_window: int = Field(8, ge=1)
+    meet_window: Annotated[int, GoesWith("control", "none", "random_place")] = Field(8, ge=1)
     """Tokens of the near futures that are compared behind the bridge."""
-    meet_distance: float = Field(0.1, ge=0)
+    meet_distance: Annotated[float, GoesWith("control", "none", "random_place")] = Field(0.1, ge=0)
     """Transport distance at which they have met: the student goes on."""
-    every: int = Field(4, ge=1)
+    every: Annotated[int, GoesWith("control", "none", "random_place")] = Field(4, ge=1)
     """Tokens of the bridge between two such comparisons."""
     failed_only: bool = True
     """Rollouts with the right answer are trained on as they are."""

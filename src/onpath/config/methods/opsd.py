@@ -30,7 +30,7 @@ class OPSDOptions(MethodOptions):
     place of its own, none shows nothing (arXiv 2608.09228, 2609.20612). contrast shows own and wrong: a
     token's advantage is by how much likelier the own hint makes it than the wrong one, which cancels what
     any hint does to the style (arXiv 2606.11709); with divergence: sampled and entry_clip: null."""
-    template: str | None = None
+    template: Annotated[str | None, GoesWith("shown", "own", "foreign", "wrong", "contrast")] = None
     """User message of the teacher with slots {problem} and {solution} (or {answer}); null: the gym's or our
     own."""
     off_policy: bool = False

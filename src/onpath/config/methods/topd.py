@@ -7,12 +7,19 @@ from pydantic import Field, model_validator
 from onpath.config.methods.base import MethodOptions
 from onpath.config.section import NEUTRAL, ROUNDING, GoesWith
 
+_BY_DISTANCE = ("quantile", "threshold", "upper_quartile_of_low_loss")
+_GUIDING = ("transport", "shuffled", "positional")
+"""Plans that become targets of the rollout's own tokens."""
+
 
 class TOPDOptions(MethodOptions):
     """Trajectory-aware OPD: near-future windows, optimal transport, guidance (arXiv 2606.00305)."""
 
     name: Literal["topd"] = "topd"
-    candidates: Literal["reverse_kl", "teacher_nll", "sampled_gap"] = "reverse_kl"
+    candidates: Annotated[
+        Literal["reverse_kl", "teacher_nll", "sampled_gap"],
+        GoesWith("decide", *_BY_DISTANCE, "sampled_gap", "all_high_loss"),
+    ] = "reverse_kl"
     """Per-token loss that ranks positions; sampled_gap is log p_S − log p_T of the sampled token."""
     top_share: float = Field(0.0225, gt=0, le=1)
     """Share of each trajectory's positions that become candidates (at least one)."""
@@ -60,26 +67,32 @@ class TOPDOptions(MethodOptions):
     references: Annotated[int | None, GoesWith("decide", "upper_quartile_of_low_loss")] = Field(16, ge=1)
     """upper_quartile_of_low_loss: windows at low-loss positions in one optimiser step over all processes,
     each in a rollout of its own; null: as many as there are candidates."""
-    plan: Literal["transport", "spliced", "shuffled", "positional", "teacher_window_ce"] = "transport"
+    plan: Annotated[
+        Literal["transport", "spliced", "shuffled", "positional", "teacher_window_ce"], GoesWith("guide")
+    ] = "transport"
     """transport: the plan between the windows spreads the teacher's tokens over the student's own. spliced:
     no guidance, but the objective along the teacher's window after y_<t, scored by the teacher there, its
     tokens in the common count. Controls: the plan's columns shuffled; token i to token i; cross-entropy along
     the spliced window."""
-    splice: Literal["window", "end"] = "window"
+    splice: Annotated[Literal["window", "end"], GoesWith("guide")] = "window"
     """spliced: the teacher's K tokens, or its continuation to the end."""
-    epsilon: Annotated[float, GoesWith("plan", "transport", "shuffled")] = Field(0.05, gt=0)
-    """Entropic regularisation of the guidance plan (the distance is exact)."""
-    mass: Annotated[Literal["literal", "row"], GoesWith("plan", "transport", "shuffled", "positional")] = (
-        "literal"
+    epsilon: Annotated[float, GoesWith("guide"), GoesWith("plan", "transport", "shuffled")] = Field(
+        0.05, gt=0
     )
+    """Entropic regularisation of the guidance plan (the distance is exact)."""
+    mass: Annotated[Literal["literal", "row"], GoesWith("guide"), GoesWith("plan", *_GUIDING)] = "literal"
     """literal: each target keeps its row's mass, 1/K, as the formula says. row scales it to 1: behind an
     error it teaches tokens of another context (docs/methods.md)."""
-    guidance_weight: float | Literal["auto"] = 1.0
+    guidance_weight: Annotated[
+        float | Literal["auto"], GoesWith("guide"), GoesWith("plan", *_GUIDING, "teacher_window_ce")
+    ] = 1.0
     """λ. auto holds |λ∇L_traj| / |∇L_OPD|, the norms of the two gradients of the trained weights, at
     auto_ratio."""
     auto_ratio: Annotated[float, GoesWith("guidance_weight", "auto")] = Field(0.5, gt=0)
     """Target of guidance_weight: auto."""
-    ratio_every: int | None = Field(None, ge=0)
+    ratio_every: Annotated[
+        int | None, GoesWith("guide"), GoesWith("plan", *_GUIDING, "teacher_window_ce")
+    ] = Field(None, ge=0)
     """Measure that ratio every so many steps (one more pass of the student, a copy of the gradient); null: at
     every step with guidance_weight: auto, else at every tenth; 0 never."""
     overlap: Literal["sum", "average", "suppress"] = "sum"
@@ -87,10 +100,14 @@ class TOPDOptions(MethodOptions):
     closer than K/2 to one of larger D, then sums."""
     guide: bool = True
     """False leaves only the suppression."""
-    suppress: Literal["none", "low", "high"] = "none"
+    suppress: Annotated[
+        Literal["none", "low", "high"], GoesWith("decide", *_BY_DISTANCE, "sampled_gap", "random_positions")
+    ] = "none"
     """low caps surface mismatches among the candidates at the rollout's median loss; high caps as many of the
     others, drawn at random (control)."""
-    record_above: Annotated[float, NEUTRAL] = Field(0.05, ge=0, le=1)
+    record_above: Annotated[float, NEUTRAL, GoesWith("guide"), GoesWith("plan", *_GUIDING)] = Field(
+        0.05, ge=0, le=1
+    )
     """Entries of a plan, as a share of their row, that are stored with the trajectories."""
     off_policy: bool = False
     """Accept tempered or truncated rollouts."""
@@ -106,6 +123,21 @@ class TOPDOptions(MethodOptions):
     @property
     def others_write(self) -> bool:
         return self.plan == "spliced"
+
+    @property
+    def idle(self) -> dict[str, str]:
+        """See `Section.idle`."""
+        guided, found = self.guide and self.plan in _GUIDING, super().idle
+        if self.overlap == "average" and not guided:
+            found["overlap"] = f"plan: {' or '.join(_GUIDING)}" if self.guide else "guide"
+        if self.decide in _BY_DISTANCE or self.overlap == "suppress":
+            return found
+        judged = f"decide: {' or '.join(_BY_DISTANCE)}"  # else the distance is only written down
+        if self.student_window == "regenerate":
+            found["student_window"] = judged
+        if self.embedding != "student" and not (guided and self.plan != "positional"):
+            found["embedding"] = judged
+        return found
 
     @property
     def longest_window(self) -> tuple[int, str]:

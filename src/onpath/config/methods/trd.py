@@ -34,7 +34,7 @@ class TRDOptions(MethodOptions):
     the gym's or our own."""
     rewrite_temperature: float = Field(0.6, ge=0)
     """Of the rewrite z."""
-    rewrite_top_p: float = Field(1.0, gt=0, le=1)
+    rewrite_top_p: Annotated[float, GoesWith("rewrite_temperature")] = Field(1.0, gt=0, le=1)
     """Of the rewrite z (the authors: 0.95)."""
     rewrite_max_new_tokens: int | None = Field(None, ge=1)
     """Longest rewrite; null: rollout.max_new_tokens."""
@@ -55,7 +55,7 @@ class TRDOptions(MethodOptions):
     """drop_harmed drops right→wrong and unfinished rewrites; wrong_to_right keeps only repaired ones."""
     unfinished: Literal["keep", "drop"] = "keep"
     """Rewrites cut by rewrite_max_new_tokens: trained on as far as they go, or dropped."""
-    best_of: int = Field(1, ge=1)
+    best_of: Annotated[int, GoesWith("rewrite_temperature")] = Field(1, ge=1)
     """Rewrites per attempt; the one the student finds likeliest among the verified is kept."""
     minimal_edit: bool = False
     """Keep the attempt up to its first error and let the rewriter continue from there."""

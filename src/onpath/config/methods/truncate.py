@@ -25,7 +25,9 @@ class TruncateOptions(MethodOptions):
     """overlap: mean share in common below which a window has drifted."""
     decay: Annotated[float, GoesWith("stop_when", "overlap")] = Field(0.0, ge=0, lt=1)
     """overlap: each drifted window scales the weight of all later tokens by this; 0 ends training there."""
-    least_weight: Annotated[float, GoesWith("stop_when", "overlap")] = Field(0.1, gt=0, le=1)
+    least_weight: Annotated[float, GoesWith("stop_when", "overlap"), GoesWith("decay")] = Field(
+        0.1, gt=0, le=1
+    )
     """overlap: training ends where that weight falls below this."""
     low_share: Annotated[float, GoesWith("stop_when", "low_kl")] = Field(0.1, gt=0, lt=1)
     """low_kl: share of a step's windows that count as low; the threshold is the moving quantile of their mean
