@@ -752,3 +752,11 @@ def test_nothing_to_do_is_done(topd: Callable[..., Parts]) -> None:
     (only,) = parts.method.prepare([empty], step=0).trajectories
     assert only.response == ()
     assert only.edit.kind == "none"
+
+
+def test_a_plan_that_is_not_followed_forbids_nothing() -> None:
+    """Without guidance no window is trained on, so that all tokens are the student's own."""
+    options = {"name": "topd", "plan": "spliced", "suppress": "low", "divergence": "sampled"}
+    assert not configuration.build({"method": {**options, "guide": False}}).method.others_write
+    with pytest.raises(UserError, match="divergence sampled takes every token for the student's own"):
+        configuration.build({"method": options})

@@ -122,7 +122,7 @@ class TOPDOptions(MethodOptions):
 
     @property
     def others_write(self) -> bool:
-        return self.plan == "spliced"
+        return self.guide and self.plan == "spliced"
 
     @property
     def idle(self) -> dict[str, str]:
