@@ -394,6 +394,21 @@ def test_all_weights_zero_gives_exactly_zero_whatever_the_logits(problem, option
         assert torch.equal(grad, torch.zeros_like(grad))
 
 
+@pytest.mark.parametrize("with_guidance", [False, True])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_dead_token_with_a_broken_hidden_state_leaves_the_head_alone(problem, bad, with_guidance):
+    """Row 2, of weight 0; its guidance has that weight too."""
+    found = []
+    for value in (0.0, bad):
+        given = {**problem, "hidden": problem["hidden"].index_fill(0, torch.tensor([2]), value)}
+        guidance = targets(problem)[1] if with_guidance else None
+        result, tensors = run(given, Objective(kind="reverse_kl"), {}, guidance=guidance, chunk_rows=4)
+        result.loss.backward()
+        found.append((result.loss.detach(), *(t.grad for t in tensors)))
+    for whole, broken in zip(*found, strict=True):
+        assert broken.equal(whole)
+
+
 def test_a_dead_token_with_an_infinite_loss_leaves_the_rest_alone(problem):
     """Weight 0 where the teacher excludes what the student allows: the others are untouched."""
     teacher_topk = served(problem, V)

@@ -368,7 +368,7 @@ def _close_chunk(
     if objective is None:
         grad_CV.zero_()
     if chunk.some_dead:
-        grad_CV[scale_C == 0] = 0.0  # never 0 · inf
+        grad_CV[scale_C == 0] = 0.0  # never 0 · inf; of the hidden states `_products` sees to it
     _products(inputs, outcome.gradients, chunk, scale_C, weight_VH)
 
 
@@ -376,6 +376,7 @@ def _products(inputs: Inputs, into: Gradients, chunk: _Chunk, scale_C: Tensor, w
     """Gradients of a chunk from ∂/∂z, row by row still without its weight."""
     here, guided, grad_CV = chunk.here, chunk.guided, chunk.student
     vocabulary, factor = weight_VH.shape[0], inputs.student_head.factor
+    dead_C = scale_C == 0
     # Weights, denominator and dz/dlogit scale the narrow side of a product, [C, H], never [C, V].
     scale_C = scale_C * factor
     if guided is not None:
@@ -383,6 +384,7 @@ def _products(inputs: Inputs, into: Gradients, chunk: _Chunk, scale_C: Tensor, w
         guided_scale = guided.weights * factor
         # Set, not multiplied: 0 · inf would be nan, as for the rows of the objective in `_close_chunk`.
         guidance_gV[guided_scale == 0] = 0.0
+        dead_C[guided.rows] &= guided_scale == 0
         # The two sums have weights of their own, so they can only be added with the weights inside. For
         # guided chunks alone [C, V] is touched once more, and 1 is left to scale by.
         grad_CV.mul_(scale_C[:, None])
@@ -394,6 +396,8 @@ def _products(inputs: Inputs, into: Gradients, chunk: _Chunk, scale_C: Tensor, w
         into.hidden[here] = grad_CH.mul_(scale_C[:, None])
     if into.weight is not None:
         scaled_CH = inputs.student_hidden[here].to(grad_CV.dtype) * scale_C[:, None]
+        if chunk.some_dead:
+            scaled_CH.masked_fill_(dead_C[:, None], 0.0)
         into.weight.add_(operand_CV, scaled_CH)
     if into.bias is not None:
         into.bias[:vocabulary] += scale_C @ grad_CV
