@@ -210,6 +210,7 @@ def test_the_doctor_looks_at_it(tiny: Tiny, mixed: Options) -> None:
 
 
 MIXTURE = {"mixture": {"math": 1, "code": 1}}
+BY_FORK = {"method__minimal_edit": True, "method__locate": "fork"}
 REFUSED: list[tuple[Options, str]] = [
     ({"teachers__both": {"mixture": {"math": 1, "law": 1}}}, r"mixture names 'law'; .* math, code"),
     ({"teachers__both": {"mixture": {"math": 1}}}, r"two teachers or more"),
@@ -224,6 +225,10 @@ REFUSED: list[tuple[Options, str]] = [
     ({"teachers__both": MIXTURE, "method__name": "topd"}, r"the teacher writes, and a mixture only scores"),
     ({"teachers__both": MIXTURE, **TRD}, r"trd with method\.rewriter"),
     ({"teachers__both": MIXTURE, **TRD, "method__rewriter": "both"}, r"method\.rewriter is 'both'"),
+    (
+        {"teachers__both": MIXTURE, **TRD, "method__rewriter": "math", **BY_FORK},
+        r"the teacher writes, .* trd with method\.rewriter and no method\.locate: fork",
+    ),
     ({"teachers__both": MIXTURE, "method__writer": "teacher"}, r"the teacher writes"),
     ({"teachers__both": MIXTURE, "method__name": "truncate", "method__stop_when": "fork"}, r"only scores"),
     ({"teachers__both": {"mixture": {}}}, r"two teachers or more"),

@@ -89,5 +89,6 @@ def _check_mixtures(config: Any) -> None:
         if config.method.teacher_writes:
             raise ValueError(
                 f"{key}: with method.name {config.method.name} the teacher writes, and a mixture only "
-                "scores; take opd, branch or truncate, or trd with method.rewriter"
+                "scores; take opd, branch, truncate without forks, or trd with method.rewriter and no "
+                "method.locate: fork"
             )

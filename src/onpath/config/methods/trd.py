@@ -100,7 +100,8 @@ class TRDOptions(MethodOptions):
 
     @property
     def teacher_writes(self) -> bool:
-        return self.rewriter is None
+        # A named rewriter goes on from the fork, but it is the prompt's own teacher whose windows find it.
+        return self.rewriter is None or (self.minimal_edit and self.locate == "fork")
 
     @property
     def asks_teachers(self) -> tuple[str, ...]:
