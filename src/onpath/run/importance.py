@@ -8,7 +8,7 @@ tokens stays (truncated importance sampling; with μ = π nothing changes). Toke
 and are in no product; a prefix that branches share is in the product of each; one that a task's world has put
 into a rollout (spoil) is taken for a draw. A divergence over the whole vocabulary needs no ratio for the
 token itself: what is stale is the prefix that it stands on. The mean ratio is logged always: of rollouts that
-are not stale it is the mismatch of sampler and trainer.
+are neither stale nor tempered nor truncated it is the mismatch of sampler and trainer.
 """
 
 import math
