@@ -234,6 +234,11 @@ def test_schedules(schedule: str, floor: float, expected: list[float], tiny: Tin
     assert [rate(step, config) for step in range(10)] == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_single_step_has_the_peak(tiny: Tiny) -> None:
+    for schedule in ("constant", "linear", "cosine"):
+        assert rate(0, tiny(optim__steps=1, optim__warmup=0.5, optim__schedule=schedule)) == 1.0
+
+
 def test_the_logged_rate_is_the_one_used(tiny: Tiny) -> None:
     config = tiny(optim__steps=4, optim__warmup=0.25, optim__schedule="linear", data__eval={})
     train(config, quiet=True)

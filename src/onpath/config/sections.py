@@ -312,11 +312,11 @@ class Optim(Section):
     lr: float = Field(5e-4, gt=0)
     """Peak learning rate of AdamW. LoRA on pretrained models wants about 5e-6 to 1e-4."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """After the warm-up; cosine and linear fall to min_lr_ratio."""
+    """After the warm-up; cosine and linear fall towards min_lr_ratio."""
     min_lr_ratio: Annotated[float, GoesWith("schedule", "cosine", "linear")] = Field(0.0, ge=0, le=1)
-    """Final learning rate as a share of the peak."""
+    """Share of the peak that the rate falls towards: what the step after the last one would have."""
     warmup: float = Field(0.1, ge=0, lt=1)
-    """Share of the steps in which the rate rises linearly."""
+    """Share of the steps in which the rate rises linearly; a run of one step has none."""
     betas: tuple[float, float] = (0.9, 0.98)
     """AdamW's moment decays."""
     eps: float = Field(1e-8, gt=0)

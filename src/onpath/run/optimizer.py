@@ -30,9 +30,10 @@ def make_optimizer(config: Config, student: nn.Module) -> tuple[torch.optim.Adam
 
 
 def rate(step: int, config: Config) -> float:
-    """Learning rate of step `step` (from 0) as a share of the peak: linear warm-up, then the schedule."""
+    """Learning rate of step `step` (from 0) as a share of the peak: linear warm-up, then the schedule, which
+    reaches its end one step behind the last. A single step has the peak."""
     optim = config.optim
-    warm = math.ceil(optim.warmup * optim.steps)
+    warm = math.ceil(optim.warmup * optim.steps) if optim.steps > 1 else 0
     if step < warm:
         return (step + 1) / (warm + 1)
     done = (step - warm) / max(1, optim.steps - warm)
