@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from onpath.commands.cli import main
 from onpath.commands.study.config import load_study
 from onpath.commands.study.plan import check_alike
-from onpath.config import Config, build, load
+from onpath.config import Config, build, json_schema, load
 from onpath.engines.student import shared_vocabulary
 from onpath.system.errors import UserError
 from onpath.training import train
@@ -303,3 +303,16 @@ def test_processes_outwait_a_server_that_one_of_them_waits_for() -> None:
     assert build({"rollout": served, "parallel": {"timeout": 500}}).longest_wait == 500
     teaches = {"teacher": {"model": "a/b", **served, "patience": 900}, "method": {"support": "teacher_topk"}}
     assert build(teaches).longest_wait == 980
+
+
+def test_the_schema_takes_own_code_by_its_name() -> None:
+    """JSON Schema searches for a pattern; nothing but this checks it, for the config does so itself."""
+    built_in, own = json_schema()["$defs"]["Eval"]["properties"]["grader"]["anyOf"]
+    assert "math" in built_in["enum"]
+    for name, fits in {
+        "mine.py:grade": True,
+        "a/b.py:_f2": True,
+        "mine.py:2": False,
+        "mine.py": False,
+    }.items():
+        assert bool(re.search(own["pattern"], name)) == fits, name

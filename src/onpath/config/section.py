@@ -135,5 +135,5 @@ class OneOf:
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        own = {"type": "string", "pattern": r"\\.py:[A-Za-z_]\\w*$"}
+        own = {"type": "string", "pattern": r"\.py:[A-Za-z_]\w*$"}
         return {"anyOf": [{"enum": list(self.known)}, own]}
