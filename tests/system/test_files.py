@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from onpath.system import files
 from onpath.system.errors import UserError
 from onpath.system.files import (
     append_lines,
@@ -153,16 +154,20 @@ def test_only_leftovers_are_removed(tmp_path: Path) -> None:
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == sorted(kept)
 
 
-def test_weights_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+def test_weights_can_be_read_by_whom_the_umask_lets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """safetensors alone makes files for their owner."""
-    before = os.umask(0o022)
-    try:
-        with written(tmp_path / "model") as temporary:
-            temporary.mkdir()
-            save_file({"w": torch.zeros(2)}, temporary / "model.safetensors")
-        assert (tmp_path / "model" / "model.safetensors").stat().st_mode & 0o777 == 0o644
-    finally:
-        os.umask(before)
+    monkeypatch.setattr(files, "_UMASK", 0o027)
+    with written(tmp_path / "model") as temporary:
+        temporary.mkdir()
+        save_file({"w": torch.zeros(2)}, temporary / "model.safetensors")
+    assert (tmp_path / "model" / "model.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+def test_writing_leaves_the_umask_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that another thread makes meanwhile would be anybody's to write."""
+    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail(f"umask({mask:o})"))
+    write_text(tmp_path / "a.txt", "x")
+    assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o666 & ~files._UMASK
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "/"])

@@ -11,6 +11,10 @@ from pathlib import Path
 from onpath.system.errors import UserError
 from onpath.system.text import one_line
 
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)
+"""Read once: it belongs to the whole process, and a checkpoint is written by a thread of its own."""
+
 _MARK = ".tmp-"
 _BEFORE = ".before"
 """Ends the name of a directory that makes room for its successor: a process killed right then leaves it."""
@@ -94,11 +98,9 @@ def written(
 def _readable(path: Path) -> None:
     """For whom the umask lets read them: safetensors makes files for their owner alone, and servers of other
     users read weights too."""
-    mask = os.umask(0)
-    os.umask(mask)
     for file in (path, *path.rglob("*")) if path.is_dir() else (path,):
         if file.is_file() and file.stat().st_mode & 0o077 == 0:
-            file.chmod(0o666 & ~mask)
+            file.chmod(0o666 & ~_UMASK)
 
 
 def write_text(path: Path, text: str) -> None:
