@@ -1,26 +1,39 @@
 """Whole or not at all: on a full disk, on one that is not ours, and when the writer is killed."""
 
+import errno
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from onpath.commands.study.jobs import locked as lock_of_a_study
 from onpath.system import files
 from onpath.system.errors import UserError
 from onpath.system.files import (
     append_lines,
+    lock,
     make_directory,
     remove_leftovers,
     unwritable,
     write_text,
     written,
 )
+
+
+@contextmanager
+def lock_of_a_run(directory: Path) -> Iterator[int]:
+    descriptor = lock(directory)
+    yield descriptor
+    os.close(descriptor)
 
 
 def names(directory: Path) -> list[str]:
@@ -199,3 +212,18 @@ def test_a_line_is_not_glued_to_one_that_a_killed_writer_left(
 def test_what_cannot_be_appended_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot write"):
         append_lines(tmp_path, ["c"])
+
+
+@pytest.mark.parametrize("taken", [lock_of_a_run, lock_of_a_study])
+def test_a_file_system_without_locks_keeps_nobody_out(
+    taken: Callable[[Path], AbstractContextManager[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with taken(tmp_path), pytest.raises(UserError, match="is at work"), taken(tmp_path):
+        pass
+
+    def flock(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with taken(tmp_path), taken(tmp_path):
+        pass

@@ -135,17 +135,25 @@ def lock(directory: Path) -> int:
         descriptor = os.open(directory, os.O_RDONLY)
     except OSError as error:
         raise unwritable(directory, error) from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not try_lock(descriptor):
         os.close(descriptor)
         raise UserError(
             f"{directory}: another process is at work on this run; wait until it has ended, or choose "
             "another run.name"
-        ) from None
-    except OSError:
-        pass  # a file system without locks
+        )
     return descriptor
+
+
+def try_lock(descriptor: int) -> bool:
+    """Locks an open file or directory until it is closed; False: another process holds it. On a file system
+    without locks nobody is kept out, and that is no reason not to work there."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def unwritable(path: Path, error: Exception, *, what: str = "") -> UserError:

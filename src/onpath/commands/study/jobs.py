@@ -4,7 +4,6 @@ A killed study leaves runs that are whole or can go on: the same command continu
 the study and by every process that it started, so that two of them never write into one run.
 """
 
-import fcntl
 import os
 import shutil
 import signal
@@ -24,7 +23,7 @@ from onpath.commands.study.config import Parallel
 from onpath.commands.study.plan import Job
 from onpath.run.log import read_lines
 from onpath.system.errors import UserError
-from onpath.system.files import write_text
+from onpath.system.files import try_lock, write_text
 
 LOCK = ".lock"
 """In a study's directory."""
@@ -83,13 +82,11 @@ def locked(directory: Path) -> Iterator[int]:
     except OSError as error:
         raise UserError(f"dir: cannot write to {directory}: {error.strerror}") from None
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not try_lock(descriptor):
             raise UserError(
                 f"{directory}: another onpath study is at work here, or a run that a killed one left behind; "
                 "wait until it ends"
-            ) from None
+            )
         yield descriptor
     finally:
         os.close(descriptor)
