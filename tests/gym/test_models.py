@@ -1,6 +1,7 @@
 """The bundled checkpoints are what the README says."""
 
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -123,3 +124,19 @@ def test_surface_is_how_much_is_left_of_the_habits(
         torch.testing.assert_close(mean, (one + other) / 2)
     assert task_of("gym:student?surface=1").model("student") == gym.model_dir("student")
     assert task_of("gym:student?surface=0.5").model("student").is_relative_to(tmp_path)
+
+
+def test_another_process_may_mix_the_same_student_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    rename = Path.rename
+
+    def late(model: Path, target: Path) -> Path:
+        shutil.copytree(model, target)
+        return rename(model, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    made = task_of("gym:student?surface=0.25").model("student")
+    assert (made / "model.safetensors").is_file()
+    assert list(made.parent.iterdir()) == [made]

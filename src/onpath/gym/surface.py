@@ -6,6 +6,7 @@ habits: 16 updates took the student from 41% to 63%, and reverse KL at habits fr
 this warm start teaches the forms alone.) In between, the weights are both models' mean.
 """
 
+import errno
 import os
 import tempfile
 from collections.abc import Callable
@@ -30,9 +31,12 @@ def student(surface: float) -> Path:
         home.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=home) as beside:
             _mix(ends[1.0], ends[0.0], surface, Path(beside) / "model")
-            # Whoever was first has written the same: the weights depend on `surface` alone.
-            if not made.exists():
+            try:
                 (Path(beside) / "model").rename(made)
+            except OSError as error:
+                # Whoever was first has written the same: the weights depend on `surface` alone.
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
     return made
 
 
