@@ -62,6 +62,27 @@ def test_a_directory_takes_the_place_of_another(tmp_path: Path) -> None:
     assert names(tmp_path) == ["model"]
 
 
+def test_a_directory_that_cannot_take_its_place_leaves_the_other_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    write_text(tmp_path / "model" / "old", "")
+    replace = os.replace
+
+    def failing(source: Path, target: Path) -> None:
+        if (source / "new").exists():
+            raise PermissionError(errno.EACCES, "Permission denied")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    denied = pytest.raises(UserError, match="model: cannot write: Permission denied")
+    with denied, written(tmp_path / "model") as temporary:
+        temporary.mkdir()
+        (temporary / "new").touch()
+    assert names(tmp_path) == ["model"]
+    assert names(tmp_path / "model") == ["old"]
+
+
 @pytest.mark.parametrize("error", [KeyError("a fault of ours"), KeyboardInterrupt()])
 @pytest.mark.parametrize("kind", ["file", "directory"])
 def test_what_fails_leaves_what_was_there(kind: str, error: BaseException, tmp_path: Path) -> None:

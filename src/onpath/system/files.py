@@ -80,12 +80,7 @@ def written(
         _readable(temporary)
         if sync:
             _sync(temporary)
-        before = path.with_name(f".{path.name}{_BEFORE}") if temporary.is_dir() and path.is_dir() else None
-        if before is not None:  # a directory takes no other's place
-            os.replace(path, before)
-        os.replace(temporary, path)
-        if before is not None:
-            _remove(before)
+        _take_place(temporary, path)
         if sync:
             sync_file(path.parent)
     except failures as error:
@@ -93,6 +88,21 @@ def written(
     finally:
         with suppress(OSError):
             _remove(temporary)
+
+
+def _take_place(new: Path, path: Path) -> None:
+    """A directory takes no other's place: that one makes room, and comes back if the new one fails."""
+    if not (new.is_dir() and path.is_dir()):
+        os.replace(new, path)
+        return
+    before = path.with_name(f".{path.name}{_BEFORE}")
+    os.replace(path, before)
+    try:
+        os.replace(new, path)
+    except OSError:
+        os.replace(before, path)
+        raise
+    _remove(before)
 
 
 def _readable(path: Path) -> None:
