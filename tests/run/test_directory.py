@@ -1,5 +1,6 @@
 """A run's directory: whose it is, what a start may do there, and what becomes of a finished run."""
 
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -8,8 +9,11 @@ from pathlib import Path
 import pytest
 
 from onpath.config import Config
+from onpath.run.assemble import assemble
 from onpath.run.environment import commit_of
+from onpath.run.opening import open_run
 from onpath.system.errors import UserError
+from onpath.system.files import lock
 from onpath.training import train
 
 Tiny = Callable[..., Config]
@@ -117,6 +121,40 @@ def test_a_start_that_fails_leaves_the_directory_free(tiny: Tiny, monkeypatch: p
         train(tiny(), quiet=True)
     monkeypatch.undo()
     assert train(tiny(), quiet=True).directory.is_dir()
+
+
+class Failing:
+    """A checkpoint that is not written, and a tracker that hears of the end."""
+
+    closed = False
+
+    def wait(self, *, patience: float | None = None) -> Path:
+        raise UserError("step_2: cannot write: No space left on device")
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_run_is_closed_whatever_fails_meanwhile(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, failing = tiny(**QUICK), Failing()
+    parts = assemble(config)
+    run = open_run(config, parts)
+    run.saving, run.trackers = failing, [failing]
+
+    def close() -> None:
+        raise UserError("the teacher does not let go")
+
+    monkeypatch.setattr(parts.models.teacher, "close", close)
+    with pytest.raises(UserError, match="does not let go"):
+        run.close()
+    assert failing.closed
+    assert "is lost: step_2: cannot write: No space left on device\n" in capsys.readouterr().err
+    os.close(lock(run.directory))
 
 
 def test_the_commit_is_that_of_the_checkout_that_runs(tmp_path: Path) -> None:

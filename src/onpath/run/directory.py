@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from onpath.system.files import unwritable, write_text, written
 from onpath.system.reading import read_json
 from onpath.system.signals import Interrupted, Requests, Stopped
 from onpath.system.streams import say
+from onpath.system.text import one_line
 
 _PATIENCE = 10.0
 """Seconds that a run which ends before its time waits for the other processes' parts of a checkpoint."""
@@ -166,13 +167,21 @@ class Run:
 
     def close(self) -> None:
         """Lets the trackers write what they hold, and waits for what is being sampled and saved."""
-        if self.saving is not None:  # the run ends before its time: what is finished must not be lost
-            with suppress(Exception):
-                self.saving.wait(patience=_PATIENCE)
-        self.parts.close()
-        close_trackers(self.trackers)
-        if self.held is not None:
-            os.close(self.held)
+        with ExitStack() as ending:  # each, whatever becomes of those before it; the lock last
+            if self.held is not None:
+                ending.callback(os.close, self.held)
+            ending.callback(close_trackers, self.trackers)
+            ending.callback(self.parts.close)
+            ending.callback(self._end_saving)
+
+    def _end_saving(self) -> None:
+        """The run ends before its time: what is finished is to be saved all the same."""
+        if self.saving is None:
+            return
+        try:
+            self.saving.wait(patience=_PATIENCE)
+        except Exception as error:
+            say(f"onpath: the checkpoint that was being written is lost: {one_line(str(error))}")
 
     def note(self, sentence: str) -> None:
         """What people should know before the first step; nothing is no note."""
