@@ -44,10 +44,9 @@ class Branch(Method):
         for i, (r, ok) in enumerate(zip(rollouts, right, strict=True)):
             failed = i in values and (ok is not True or not options.failed_only)
             stems.append(self.forced(r, values[i], f"{when}/{r.key}/branch") if failed else Mixed.of(r))
-        grown = [m for m in stems for _ in range(options.branches if m.changed else 1)]
-        numbers = [i for m in stems for i in range(options.branches if m.changed else 1)]
-        keys = [f"{when}/{m.y.key}/branch {i}" for m, i in zip(grown, numbers, strict=True)]
-        grown = student_goes_on(grown, self.tools, cost, keys)
+        numbered = [(i, m) for m in stems for i in range(options.branches if m.changed else 1)]
+        keys = [f"{when}/{m.y.key}/branch {i}" for i, m in numbered]
+        grown = student_goes_on([m for _, m in numbered], self.tools, cost, keys)
         if options.keep == "right":
             grown = self.right_ones(grown)
         prepared = trained_on(grown, self.tools, cost, kept, kind="branch")

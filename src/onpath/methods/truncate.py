@@ -53,12 +53,12 @@ class Truncate(Method):
             kept.truncated(t, len(mine))
             short = replace(t.truncated(len(mine)), edit=edit)
             made.append(short if set(mine) <= {1.0} else short.reweighted(mine))
-        tokens = (float(sum(len(t.response) for t in of)) for of in (made, own))
+        trained_on, whole = (float(sum(len(t.response) for t in of)) for of in (made, own))
         cut = float(sum(t.edit.kind != "none" for t in made)), float(len(made))
         return Prepared(
             trajectories=made,
             kept=kept,
-            means={"truncated_share": cut, "token_share": (next(tokens), next(tokens))},
+            means={"truncated_share": cut, "token_share": (trained_on, whole)},
             totals={"teacher_tokens_generated": generated},
         )
 

@@ -25,8 +25,10 @@ def sample(parts: Parts, step: int) -> list[Rollout]:
         size, n = parts.config.rollout.prompts, parts.config.rollout.n
         prompts = prompts_of_step(parts.prompts.pool, size=size, seed=parts.config.run.seed, step=step)
         # A step over the end of an epoch may hold a prompt twice: its samples are numbered through.
-        seen = Counter[str]()
-        before = [seen.update([p.id]) or seen[p.id] - 1 for p in prompts]
+        seen, before = Counter[str](), list[int]()
+        for prompt in prompts:
+            before.append(seen[prompt.id])
+            seen[prompt.id] += 1
         mine = distributed.share(list(enumerate(prompts)))
         keys, asked = [f"step {step}/{place}" for place, _ in mine], [p for _, p in mine]
 

@@ -81,7 +81,8 @@ def suppressed(forks: Sequence[Fork], options: TOPDOptions) -> list[Fork]:
     if options.suppress == "high":
         rest = [f for f in forks if f.decision in ("fork", "too_close")]
         everyone = sorted(distributed.gather([f.draw for f in rest]))
-        count = min(len(distributed.gather(surface)), len(everyone))
+        (surfaces,) = distributed.total([len(surface)])
+        count = min(int(surfaces), len(everyone))
         limit = everyone[count - 1] if count else -1.0
         chosen = {(f.row, f.position) for f in rest if f.draw <= limit}
     return [replace(f, weight=f.cap) if (f.row, f.position) in chosen else f for f in forks]
