@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LANG", "LC_ALL")
+"""All that a grader's process sees of the environment: no tokens, no keys."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:

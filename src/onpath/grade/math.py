@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from onpath.data.thinking import answer_part
-from onpath.grade.base import Grader, Verdict
+from onpath.grade.base import ENVIRONMENT, Grader, Verdict
 from onpath.grade.exact import ExactGrader
 
 CPU_SECONDS = 2.0
@@ -40,10 +40,6 @@ TEXT_CHARACTERS = 8000
 
 ANSWER_CHARACTERS = 1000
 """math compares longer reference answers as text."""
-
-
-ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LANG", "LC_ALL")
-"""All that the grading process sees of the environment: no tokens, no keys."""
 
 
 class MathGrader(Grader):

@@ -14,7 +14,7 @@ from functools import cache
 from typing import IO, Any
 
 from onpath.grade import code_worker
-from onpath.grade.math import ENVIRONMENT
+from onpath.grade.base import ENVIRONMENT
 from onpath.system import code as own_code
 from onpath.system.errors import UserError, say_once
 
