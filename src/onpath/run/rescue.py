@@ -8,6 +8,7 @@ import torch
 from onpath.engines.head import sharded
 from onpath.run.directory import Run
 from onpath.run.meter import Meter
+from onpath.run.sampling import NotHandedOver
 from onpath.system import distributed
 from onpath.system.errors import UserError, is_lack_of_memory
 
@@ -47,7 +48,7 @@ class Rescue:
         ahead = parts.overlap is not None and parts.overlap.state()
         if fails and alone and not ahead:
             with suppress(Exception):  # the run's own failure is what people are told
-                self._save(getattr(error, "finished", None))
+                self._save(error.finished if isinstance(error, NotHandedOver) else None)
 
     @torch.no_grad()
     def _save(self, finished: Meter | None) -> None:

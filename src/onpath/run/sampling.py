@@ -55,11 +55,24 @@ def sample(parts: Parts, step: int) -> list[Rollout]:
     return fresh(parts.config, rollouts, step)
 
 
+class NotHandedOver(UserError):
+    """An engine did not take the weights of a step that is done.
+
+    Args:
+        error: what it said.
+        finished: of that step.
+    """
+
+    def __init__(self, error: UserError, finished: Meter) -> None:
+        super().__init__(*error.args)
+        self.frames, self.finished = error.frames, finished
+
+
 def hand_over(parts: Parts, meter: Meter, version: int) -> None:
     """The trained weights go to whoever generates, once the next batch is drawn (rollout.overlap).
 
     Raises:
-        UserError: the engine does not take them. The step is done all the same, and the error has its meter.
+        NotHandedOver: the engine does not take them. The step is done all the same.
     """
     try:
         if parts.overlap is not None:
@@ -69,8 +82,7 @@ def hand_over(parts: Parts, meter: Meter, version: int) -> None:
             parts.generators.student.sync_weights(version)
             sharding.give_back(parts.models.student)
     except UserError as error:
-        error.finished = meter
-        raise
+        raise NotHandedOver(error, meter) from error
 
 
 def written(parts: Parts, blank: list[Rollout], keys: list[str], step: int) -> list[Rollout]:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from onpath.system.signals import Interrupted, Stopped
 from onpath.system.streams import say, silence
@@ -29,8 +28,6 @@ class UserError(ValueError):
 
     frames = ""
     """Of a user's own code that failed: where, as tracebacks show it. Stands above the sentence."""
-    finished: Any = None
-    """The step that was done when an engine did not take its weights: see `onpath.run.rescue`."""
 
 
 def guarded(run: Callable[[], int | None]) -> int:
