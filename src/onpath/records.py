@@ -207,6 +207,10 @@ class Edit:
     """JSON-ready values that the method measured (edit distance, length ratio, forks, …)."""
 
 
+_PER_TOKEN = ("weights", "counted", "writers", "advantages", "behaviour_logprobs")
+"""Fields of a trajectory that have one value per response token, where they are set."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
     """Two contexts of different lengths, one shared response: what is trained on.
@@ -251,15 +255,10 @@ class Trajectory:
     def __post_init__(self) -> None:
         if not self.student_context or not self.teacher_context:
             raise ValueError("a trajectory needs at least one context token on each side")
-        if self.weights is not None and len(self.weights) != len(self.response):
-            raise ValueError(f"{len(self.weights)} weights for {len(self.response)} response tokens")
-        if self.counted is not None and len(self.counted) != len(self.response):
-            raise ValueError(f"{len(self.counted)} counted for {len(self.response)} response tokens")
-        if self.writers is not None and len(self.writers) != len(self.response):
-            raise ValueError(f"{len(self.writers)} writers for {len(self.response)} response tokens")
-        for part in ("advantages", "behaviour_logprobs"):
-            if (given := getattr(self, part)) is not None and len(given) != len(self.response):
-                raise ValueError(f"{len(given)} {part} for {len(self.response)} response tokens")
+        for name in _PER_TOKEN:
+            given = getattr(self, name)
+            if given is not None and len(given) != len(self.response):
+                raise ValueError(f"{len(given)} {name} for {len(self.response)} response tokens")
         for g in self.guidance:
             if g.start < 0 or g.start + len(g.targets) > len(self.response):
                 raise ValueError(f"guidance at {g.start} for {len(g.targets)} positions leaves the response")
@@ -295,19 +294,14 @@ class Trajectory:
         """
         if len(self.response) <= length:
             return self
-        behaviour = self.behaviour_logprobs
-        return replace(
-            self,
-            response=self.response[:length],
-            weights=None if self.weights is None else self.weights[:length],
-            counted=None if self.counted is None else self.counted[:length],
-            writers=None if self.writers is None else self.writers[:length],
-            guidance=tuple(
-                replace(g, targets=g.targets[: length - g.start]) for g in self.guidance if g.start < length
-            ),
-            behaviour_logprobs=None if behaviour is None else behaviour[:length],
-            advantages=None if self.advantages is None else self.advantages[:length],
+        per_token = {name: getattr(self, name) for name in _PER_TOKEN}
+        cut: dict[str, Any] = {
+            name: None if given is None else given[:length] for name, given in per_token.items()
+        }
+        guidance = tuple(
+            replace(g, targets=g.targets[: length - g.start]) for g in self.guidance if g.start < length
         )
+        return replace(self, response=self.response[:length], guidance=guidance, **cut)
 
     @property
     def in_count(self) -> tuple[bool, ...]:
