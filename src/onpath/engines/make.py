@@ -38,9 +38,11 @@ from onpath.engines.replay import Replay
 from onpath.engines.routed import RoutedEngine, RoutedTeacher
 from onpath.engines.score_cache import CachedTeacher, ScoreStore, scoring_digest
 from onpath.engines.served import ServedTeacher
+from onpath.engines.server import ServerEngine
 from onpath.engines.stops import Stops
 from onpath.engines.teacher import ModelTeacher, SelfTeacher, SilentTeacher, Teacher
 from onpath.engines.transfer import OverNCCL
+from onpath.engines.vllm import VLLMEngine
 from onpath.engines.weights import check_checkpoint, save_weights
 from onpath.engines.wire import Line, Server
 from onpath.system import distributed
@@ -67,8 +69,6 @@ def student_engine(
     check_checkpoint(student, "student.model")
     assert own.vocabulary is not None
     if section.url is not None:
-        from onpath.engines.server import ServerEngine
-
         base = locate(config.student.model)
         if section.push == "adapter" and is_adapter(base):
             raise UserError(
@@ -88,8 +88,6 @@ def student_engine(
             tolerance=_HALF if half else _EXACT,
             half=half,
         )
-    from onpath.engines.vllm import VLLMEngine
-
     with _directory(config, student, own) as directory:
         return VLLMEngine(
             student,
@@ -252,9 +250,6 @@ def _other_model(
     if section.engine == "chat":
         return SilentTeacher()
     if section.engine == "vllm":
-        from onpath.engines.server import ServerEngine
-        from onpath.engines.wire import Server
-
         server = Server(section, key, [section.model, str(locate(section.model))])
         engine = ServerEngine(
             server, renderer, stop_ids=stops.ids, stop_strings=stops.strings, vocabulary=vocabulary
