@@ -16,8 +16,7 @@ from rich.text import Text
 from transformers import AutoConfig
 
 from onpath import config as configuration
-from onpath.commands.doctor import costs, scores, tokens, training
-from onpath.commands.doctor import inputs as before
+from onpath.commands.doctor import costs, inputs, scores, tokens, training
 from onpath.commands.doctor.finding import Finding, Status, about, guarded, skipped
 from onpath.commands.doctor.sample import Probe, make_probe, untouched
 from onpath.config import Student, Teacher
@@ -181,11 +180,11 @@ def diagnose(config: Config, *, refused: str | None = None) -> Iterator[Finding]
 
 def _of_data(config: Config, refused: str | None) -> Iterator[Finding]:
     """What can be said before a model loads; each check that cannot run says why."""
-    yield before.sampling(config, refused)
+    yield inputs.sampling(config, refused)
     try:
-        loaded, finding = before.read_pool(config)
+        loaded, finding = inputs.read_pool(config)
         yield finding
-        evals, finding = before.read_evals(config, loaded.prompts)
+        evals, finding = inputs.read_evals(config, loaded.prompts)
         yield finding
     except UserError as error:
         yield Finding(name="data", status="fail", message=str(error))
@@ -193,10 +192,10 @@ def _of_data(config: Config, refused: str | None) -> Iterator[Finding]:
         return
     pool = loaded.prompts
     everything = [*pool, *(p for prompts in evals.values() for p in prompts)]
-    yield before.columns(config, pool)
+    yield inputs.columns(config, pool)
     with grader_for(config.eval.grader, by_source(config.data, pool, evals)) as grader:
-        yield guarded("answers", lambda: before.answers(grader, everything))
-        yield guarded("solutions", lambda: before.solutions(grader, everything))
+        yield guarded("answers", lambda: inputs.answers(grader, everything))
+        yield guarded("solutions", lambda: inputs.solutions(grader, everything))
     try:
         student = load_its_tokenizer(config.student, find(config.student.model), "student.model")
         others: dict[str | None, Any] = {

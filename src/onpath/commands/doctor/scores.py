@@ -92,7 +92,7 @@ def engine_logprobs(parts: Parts, rollouts: Sequence[Rollout]) -> Finding:
 def engine_follows(parts: Parts) -> Finding:
     """After `sync_weights` the engine scores with the new weights: they are stirred, and later put back.
 
-    Call it within `probe.untouched`.
+    Call it within `sample.untouched`.
     """
     rollout = parts.generators.student.generate(
         parts.prompts.pool[:4], replace(parts.sampling, max_new_tokens=16)

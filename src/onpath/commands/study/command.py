@@ -20,8 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
-from onpath.commands.study import plan
-from onpath.commands.study import reevaluate as again
+from onpath.commands.study import plan, reevaluate
 from onpath.commands.study.budget import per_step, steps_of
 from onpath.commands.study.config import StudyConfig, load_study
 from onpath.commands.study.jobs import Progress, locked, run_jobs, slots_for
@@ -115,8 +114,8 @@ def carry_out(study: StudyConfig, *, command: str, quiet: bool = False) -> Study
             now = {row["arm"]: Choice(lr=row["chosen"], without=row["without"]) for row in rated}
             write_text(chosen, json.dumps(now, indent=1) + "\n")
         planned = plan.runs(study, steps, rates)
-        made = run([again.as_made(job) for job in planned])
-        asked = again.evaluations(study.directory, planned, made)
+        made = run([reevaluate.as_made(job) for job in planned])
+        asked = reevaluate.evaluations(study.directory, planned, made)
         progress.total += len(asked)
         run(list(asked.values()))
         pairs = [(job, asked.get(job.name, job)) for job in made]

@@ -18,7 +18,7 @@ from statistics import mean
 from rich.console import Console
 from rich.status import Status
 
-from onpath.commands.study import fork_server as forked
+from onpath.commands.study import fork_server
 from onpath.commands.study.config import Parallel
 from onpath.commands.study.plan import Job
 from onpath.run.log import read_lines
@@ -198,7 +198,7 @@ def _start(job: Job, slots: Slots, slot: int, study: Path, lock: int) -> _Runnin
     log.touch()
     since = log.stat().st_size
     resumed = job.directory.exists()
-    process = forked.start(
+    process = fork_server.start(
         "trained" if job.trains else "untrained",
         config,
         log=log,
