@@ -27,7 +27,7 @@ from onpath.commands.doctor.fits import (
 from onpath.config.whole import Config
 from onpath.engines.student import recompute
 from onpath.losses import Head, Objective, StatsRequest, TeacherHidden
-from onpath.losses import one_pass as engine
+from onpath.losses import one_pass
 from onpath.losses.one_pass import workspace
 from onpath.run.assemble import assemble
 
@@ -89,7 +89,7 @@ def test_recomputed_activations_are_the_residual_stream() -> None:
 
 def test_the_losses_buffers_are_what_it_takes() -> None:
     """At least the buffers of a pass; and one block more, which some objectives take."""
-    inputs = engine.Inputs(
+    inputs = one_pass.Inputs(
         student_hidden=torch.randn(64, 8),
         student_head=Head(weight=torch.randn(4096, 8)),
         teacher=TeacherHidden(hidden=torch.randn(64, 8), head=Head(weight=torch.randn(4096, 8))),
@@ -97,8 +97,8 @@ def test_the_losses_buffers_are_what_it_takes() -> None:
         weights=None,
         request=StatsRequest(),
     )
-    chunk, block = engine.chunk_sizes(inputs, 4096, torch.float32)
-    buffers = engine._buffers(inputs, torch.empty(()), chunk, block)
+    chunk, block = one_pass.chunk_sizes(inputs, 4096, torch.float32)
+    buffers = one_pass._buffers(inputs, torch.empty(()), chunk, block)
     held = [buffers.student, buffers.teacher, *buffers.scratch]
     exact = sum(t.numel() * 4 for t in held if t is not None)
     assert workspace("cpu", 4096, 64, teachers=1) == pytest.approx(exact, rel=0.35)

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from onpath.evaluate.stats import bootstrap_interval, difference_interval, sign_flip_p_value
-from onpath.evaluate.stats import pass_at_k as pass_at_k
+from onpath.evaluate.stats import bootstrap_interval, difference_interval, pass_at_k, sign_flip_p_value
 from onpath.grade.base import Grader
 from onpath.records import Graded, Prompt, Rollout, Sampling
 from onpath.system.errors import UserError

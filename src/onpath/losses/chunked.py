@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from onpath.losses import one_pass as engine
+from onpath.losses import one_pass
 from onpath.losses.head import Head
 from onpath.losses.interface import StatsRequest, TeacherHidden, check_shapes
 from onpath.losses.objective import Divergence, Objective, OwnDivergence
@@ -68,7 +68,7 @@ def chunked_divergence(
 def _inputs(
     hidden: Tensor, head: Head, teacher: TeacherHidden, objective: Objective, rows: int | None, **more: Any
 ) -> Any:
-    return engine.Inputs(
+    return one_pass.Inputs(
         student_hidden=hidden.detach(),
         student_head=head,
         teacher=teacher,
@@ -93,7 +93,7 @@ class _Recomputed(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias, teacher.hidden, teacher.head.weight, teacher.head.bias)
         ctx.rest = head, teacher, objective, rows
-        return engine.run(_inputs(hidden, head, teacher, objective, rows, weights=None)).values
+        return one_pass.run(_inputs(hidden, head, teacher, objective, rows, weights=None)).values
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -101,7 +101,7 @@ class _Recomputed(torch.autograd.Function):
         hidden, weight, bias, *_ = ctx.saved_tensors  # unpacking also checks that none was changed in place
         head, teacher, objective, rows = ctx.rest
         wanted = dict(zip(("grad_hidden", "grad_weight", "grad_bias"), ctx.needs_input_grad[:3], strict=True))
-        found = engine.run(
+        found = one_pass.run(
             _inputs(hidden, head, teacher, objective, rows, weights=above_N, **wanted)
         ).gradients
         pairs = zip((found.hidden, found.weight, found.bias), (hidden, weight, bias), strict=True)

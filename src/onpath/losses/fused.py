@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from onpath.losses import one_pass as engine
+from onpath.losses import one_pass
 from onpath.losses.head import Head, working_dtype
 from onpath.losses.interface import (
     LossResult,
@@ -76,7 +76,7 @@ def fused_objective(
         guidance = replace(guidance, weights=guidance.weights.to(dtype) / denominator)
     tensors = (student_hidden, student_head.weight, student_head.bias)
     wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in tensors]
-    inputs = engine.Inputs(
+    inputs = one_pass.Inputs(
         student_hidden=student_hidden.detach(),
         student_head=student_head,
         teacher=teacher,
@@ -96,7 +96,7 @@ def fused_objective(
     _check(inputs, objective)
     if objective.discount and advantage is None:
         inputs = replace(inputs, advantage=_discounted_advantage(inputs, objective.discount))
-    outcome = engine.run(inputs)
+    outcome = one_pass.run(inputs)
     total = outcome.objective_sum + outcome.guidance_sum
     if any(wanted):
         total = _Formed.apply(total, outcome.gradients, *tensors)
@@ -120,7 +120,7 @@ def token_stats(
 ) -> TokenStats:
     """The statistics of `fused_objective` without a gradient; `loss` is zero without an objective."""
     check_shapes(student_hidden, student_head, teacher, {"sampled_ids": sampled_ids})
-    inputs = engine.Inputs(
+    inputs = one_pass.Inputs(
         student_hidden=student_hidden.detach(),
         student_head=student_head,
         teacher=teacher,
@@ -130,10 +130,10 @@ def token_stats(
         sampled_ids=sampled_ids,
         chunk_rows=chunk_rows,
     )
-    return engine.run(inputs).token_stats()
+    return one_pass.run(inputs).token_stats()
 
 
-def _check(inputs: engine.Inputs, objective: Objective) -> None:
+def _check(inputs: one_pass.Inputs, objective: Objective) -> None:
     head, teacher, count = inputs.student_head, inputs.teacher, len(inputs.student_hidden)
     per_token = {
         "weights": inputs.weights,
@@ -194,7 +194,7 @@ def _check_served(teacher: TeacherTopK, objective: Objective, head: Head) -> Non
         )
 
 
-def _discounted_advantage(inputs: engine.Inputs, discount: float) -> Tensor:
+def _discounted_advantage(inputs: one_pass.Inputs, discount: float) -> Tensor:
     if inputs.sequence_ids is None:
         raise ValueError(
             "discount sums advantages along a response: sequence_ids must say which token belongs to which"
@@ -243,7 +243,7 @@ class _Formed(torch.autograd.Function):
     def forward(
         ctx: Any,
         total: Tensor,
-        gradients: engine.Gradients,
+        gradients: one_pass.Gradients,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
