@@ -26,8 +26,7 @@ from onpath.commands.doctor.fits import (
 )
 from onpath.config.whole import Config
 from onpath.engines.student import recompute
-from onpath.losses import Head, Objective, StatsRequest, TeacherHidden
-from onpath.losses import one_pass
+from onpath.losses import Head, Objective, StatsRequest, TeacherHidden, one_pass
 from onpath.losses.one_pass import workspace
 from onpath.run.assemble import assemble
 

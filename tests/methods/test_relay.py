@@ -15,8 +15,9 @@ from onpath.engines.decoding.side_by_side import Start, side_by_side
 from onpath.engines.forward import Kept, Models, forward, teacher_key
 from onpath.engines.hf import HFEngine
 from onpath.engines.teacher import ModelTeacher
-from onpath.methods import make_method, relay
+from onpath.methods import make_method
 from onpath.methods.base import Prepared
+from onpath.methods.relay import method as relay
 from onpath.records import Rollout, Sampling, token_count
 from onpath.run.assemble import assemble
 from onpath.run.loss import student_states, teacher_states

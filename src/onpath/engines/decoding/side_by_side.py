@@ -1,6 +1,6 @@
 """Both models decode side by side: the student generates a window of tokens, the teacher reads it in one
 pass, and where it does not let a token pass it writes one of its own (speculative decoding, arXiv 2211.17192,
-with another rule of acceptance: `methods/relay.py`).
+with another rule of acceptance: `methods/relay/method.py`).
 
     columns of both caches   prefix … | last  a_0 … a_{W−2} | last  a_0 … a_{W−2} | …
                                         └ of a window those up to its first rejected token stay visible
