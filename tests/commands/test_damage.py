@@ -91,7 +91,7 @@ def test_holes_are_told(whole: Path, tmp_path: Path) -> None:
     lines[1] = "#" * 20 + "\n"
     (run / "metrics.jsonl").write_text("".join(lines))
     assert holes(read_lines(run / "metrics.jsonl")) == [2]
-    assert "metrics.jsonl lacks 1 steps before its last one, first 2" in write_report(run).read_text()
+    assert "metrics.jsonl lacks 1 step before its last one, first 2" in write_report(run).read_text()
 
 
 @pytest.fixture(scope="module")
