@@ -31,11 +31,16 @@ def suits(a: Tensor, b_MK: Tensor) -> bool:
         and b_MK.dtype is torch.float32
         and a.device.type == "cpu"
         and a.dim() > 1
-        and a.numel() * b_MK.shape[0] >= _LEAST
+        and not is_small(a, b_MK)
         and type(a) in (Tensor, nn.Parameter)  # no shards, no quantised weights
         and type(b_MK) in (Tensor, nn.Parameter)
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+def is_small(a: Tensor, b_MK: Tensor) -> bool:
+    """Whether a [..., K] · bᵀ is too small for it."""
+    return a.numel() * b_MK.shape[0] < _LEAST
 
 
 def product(a: Tensor, b_MK: Tensor, bias_M: Tensor | None = None) -> Tensor:
