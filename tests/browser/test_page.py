@@ -21,7 +21,7 @@ select.value = "gap";
 select.dispatchEvent(new Event("change"));
 """
 FIRST_PAINT = """
-return performance.getEntriesByName("first-contentful-paint")[0].startTime;
+return performance.getEntriesByName("first-contentful-paint")[0]?.startTime ?? null;
 """
 ACTIONS = {
     "choose": "document.querySelectorAll('.list li')[7].click();",
@@ -60,6 +60,15 @@ def look(driver: Any) -> Callable[[Path], Any]:
         return driver
 
     return opened
+
+
+def first_paint(driver: Any) -> float:
+    """Milliseconds until something was painted; the browser says so a moment after it was."""
+    end = time.monotonic() + 60
+    while (found := driver.execute_script(FIRST_PAINT)) is None:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return float(found)
 
 
 def requests_of(driver: Any) -> list[str]:
@@ -267,7 +276,7 @@ def test_two_hundred_trajectories_of_a_thousand_tokens_stay_fast(
     for _ in range(3):
         look(page)
         loads.append(cpu_ms(driver))
-        paints.append(driver.execute_script(FIRST_PAINT))
+        paints.append(first_paint(driver))
         for name, action in ACTIONS.items():
             before = cpu_ms(driver)
             driver.execute_async_script(f"{{{action}}} requestAnimationFrame(() => setTimeout(arguments[0]))")
