@@ -116,7 +116,7 @@ def hidden_gradient(grad_CV: Tensor, weight_VH: Tensor) -> Tensor:
         return torch.mm(grad_CV, weight_VH, out_dtype=torch.float32)
     grad_CH = grad_CV.new_zeros(grad_CV.shape[0], weight_VH.shape[1])
     for rows in _weight_blocks(weight_VH):
-        grad_CH += products.times(grad_CV[:, rows], weight_VH[rows].to(grad_CV.dtype))
+        products.add_outer_(grad_CH, grad_CV[:, rows].t(), weight_VH[rows].to(grad_CV.dtype))
     return grad_CH
 
 
