@@ -26,21 +26,16 @@ _CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 def suits(a: Tensor, b_MK: Tensor) -> bool:
     """Whether oneDNN takes a [..., K] · bᵀ, and is the faster one here."""
     return (
-        ahead()
+        a.numel() * b_MK.shape[0] >= _LEAST  # first: a decoding step is made of small ones
+        and ahead()
         and a.dtype is torch.float32
         and b_MK.dtype is torch.float32
         and a.device.type == "cpu"
         and a.dim() > 1
-        and not is_small(a, b_MK)
         and type(a) in (Tensor, nn.Parameter)  # no shards, no quantised weights
         and type(b_MK) in (Tensor, nn.Parameter)
         and not torch.is_autocast_enabled("cpu")
     )
-
-
-def is_small(a: Tensor, b_MK: Tensor) -> bool:
-    """Whether a [..., K] · bᵀ is too small for it."""
-    return a.numel() * b_MK.shape[0] < _LEAST
 
 
 def product(a: Tensor, b_MK: Tensor, bias_M: Tensor | None = None) -> Tensor:
