@@ -200,9 +200,7 @@ class HFEngine(Engine):
             return None
         found: dict[int, Finished] = {}
         most = rows_at_once(self, teacher)
-        with contextlib.ExitStack() as both:
-            for engine in (self, teacher):
-                both.enter_context(generating(engine.model, bf16=engine.bf16))
+        with generating(self.model, bf16=self.bf16), generating(teacher.model, bf16=teacher.bf16):
             for rows in self._batches([len(s.ids) for s in starts], max((s.room for s in starts), default=0)):
                 for at in range(0, len(rows), most):
                     some = rows[at : at + most]

@@ -37,7 +37,7 @@ function scaleLegend(quantity) {
   const box = (level, text) => el("span", { class: `swatch ${binClass(level)}` }, text);
   if (quantity === FOREIGN) return el("p", { class: "scale", "aria-hidden": "true" }, box(bin(quantity, 1), "written by the teacher, or forced"));
   const warm = EDGES.map((edge, i) => box(i + 1, `${i === EDGES.length - 1 ? (below ? "≤ " : "≥ ") : ""}${below ? "−" : ""}${edge}`));
-  const signed = !below && quantity !== "weight" && !(quantity in NAMES && quantity !== "gap");
+  const signed = quantity === "gap" || (!(quantity in NAMES) && !below);
   const cold = signed ? [...EDGES].reverse().map((edge, i) => box(-(EDGES.length - i), `${i === 0 ? "≤ " : ""}−${edge}`)) : [];
   const unit = quantity in NAMES ? "nats, from:" : "from:";
   const text = quantity === "weight" ? "off 1 by more than 1/160 to 1:" : unit;
