@@ -5,7 +5,8 @@ Shape suffixes: B rows, T tokens, V vocabulary, H hidden.
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any, TypeGuard
 
 import torch
@@ -245,5 +246,11 @@ def decoder_of(model: nn.Module) -> nn.Module:
 def known_to(model: nn.Module, **arguments: Any) -> dict[str, Any]:
     """Those arguments that a model's forward pass has by name: what it only swallows would do nothing, and
     some refuse what they do not know."""
-    known = inspect.signature(type(model).forward).parameters
+    known = _parameters(type(model).forward)
     return {name: value for name, value in arguments.items() if name in known}
+
+
+@cache
+def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
+    """The names of its arguments: reading them takes as long as a small layer, and each token asks."""
+    return frozenset(inspect.signature(forward).parameters)
