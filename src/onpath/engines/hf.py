@@ -31,7 +31,7 @@ from onpath.system.draws import noise
 from onpath.system.errors import UserError
 
 # B rows, T tokens so far, V vocabulary.
-_COMPACT_BELOW = 0.75  # drop finished rows once fewer than this share of the batch is active
+_COMPACT_BELOW = 0.9  # drop finished rows once fewer than this share is active: a copy costs less than a row
 
 
 _LOOK_EVERY = {"cpu": 1}  # tokens between two looks at which rows are active: each look waits for a GPU
