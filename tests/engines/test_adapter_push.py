@@ -11,7 +11,7 @@ import torch
 
 from onpath.commands.cli import main
 from onpath.config.whole import Config
-from onpath.engines.server import ServerEngine
+from onpath.engines.remote.server import ServerEngine
 from onpath.run.assemble import assemble
 from onpath.run.log import read_lines
 from onpath.run.parts import Parts
@@ -26,7 +26,7 @@ LORA: dict[str, Any] = {"student__lora_rank": 4, "student__lora_alpha": 16.0, "o
 
 @pytest.fixture
 def servers(model_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeVLLM]]:
-    monkeypatch.setattr("onpath.engines.wire._FIRST_WAIT", 0.001)
+    monkeypatch.setattr("onpath.engines.remote.wire._FIRST_WAIT", 0.001)
     fakes = [fake_of(model_dirs["student"]) for _ in range(2)]
     yield fakes
     for fake in fakes:

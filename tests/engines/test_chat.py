@@ -16,8 +16,8 @@ from onpath.config.build import build
 from onpath.config.sections import Teacher as TeacherSection
 from onpath.config.whole import Config
 from onpath.data.render import Renderer
-from onpath.engines.chat import ChatEngine
-from onpath.engines.wire import Line
+from onpath.engines.remote.chat import ChatEngine
+from onpath.engines.remote.wire import Line
 from onpath.records import Prompt, Sampling
 from onpath.run.assemble import assemble
 from onpath.run.log import read_lines

@@ -14,9 +14,9 @@ from onpath.config.whole import Config
 from onpath.data.batch import Batch, collate
 from onpath.engines.ahead import AheadTeacher
 from onpath.engines.make import _reads_ahead
+from onpath.engines.remote.served import ServedTeacher
 from onpath.engines.routed import RoutedTeacher
 from onpath.engines.score_cache import CachedTeacher, ScoreStore
-from onpath.engines.served import ServedTeacher
 from onpath.engines.teacher import ModelTeacher, Teacher
 from onpath.records import Trajectory
 from onpath.run.assemble import assemble

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from onpath.config.whole import Config
 from onpath.engines.base import Engine
 from onpath.engines.head import unwrapped
-from onpath.engines.server import ServerEngine
+from onpath.engines.remote.server import ServerEngine
 from onpath.records import Rollout
 from onpath.run.assemble import assemble
 from onpath.run.log import read_lines

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from onpath.engines.replay import Replay
+from onpath.engines.remote.replay import Replay
 from onpath.records import Completion
 
 DONE = Completion(ids=(4, 2), logprobs=(-0.5, -0.25), finish_reason="stop")

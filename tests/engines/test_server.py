@@ -24,9 +24,9 @@ from onpath.data.render import Renderer
 from onpath.engines.adapters import merged_weights
 from onpath.engines.head import own_logprobs
 from onpath.engines.hf import HFEngine
-from onpath.engines.server import ServerEngine
+from onpath.engines.remote.server import ServerEngine
+from onpath.engines.remote.wire import Server
 from onpath.engines.weights import probe_ids, save_weights
-from onpath.engines.wire import Server
 from onpath.records import Sampling
 from onpath.run import evaluation
 from onpath.run.assemble import assemble
@@ -349,7 +349,7 @@ def test_nonsense_completions_are_refused(fault: str, teacher: FakeVLLM, no_wait
 
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onpath.engines.wire._FIRST_WAIT", 0.001)
+    monkeypatch.setattr("onpath.engines.remote.wire._FIRST_WAIT", 0.001)
 
 
 def test_one_bad_answer_is_asked_for_again(teacher: FakeVLLM, no_waiting: None) -> None:

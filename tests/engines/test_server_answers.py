@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from onpath.config.sections import Teacher
+from onpath.engines.remote.wire import Server
 from onpath.engines.weights import save_weights
-from onpath.engines.wire import Server
 from onpath.records import Sampling
 from onpath.system.errors import UserError
 from tests.conftest import make_model
@@ -39,7 +39,7 @@ def serving(model_dirs: dict[str, Path]) -> Iterator[FakeVLLM]:
 
 @pytest.fixture
 def teacher(serving: FakeVLLM, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeVLLM]:
-    monkeypatch.setattr("onpath.engines.wire._FIRST_WAIT", 0.001)
+    monkeypatch.setattr("onpath.engines.remote.wire._FIRST_WAIT", 0.001)
     yield serving
     serving.spoil, serving.slow = lambda answer: answer, 0.0
 
@@ -101,7 +101,7 @@ def test_completions_that_are_none(fault: str, teacher: FakeVLLM) -> None:
 def test_a_server_without_a_list_of_models(
     answer: Any, teacher: FakeVLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("onpath.engines.host._body", lambda _: answer)
+    monkeypatch.setattr("onpath.engines.remote.host._body", lambda _: answer)
     with pytest.raises(UserError, match=r"teacher\.url: .* no list of models at /v1/models"):
         client(teacher)
 

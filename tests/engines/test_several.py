@@ -14,8 +14,8 @@ from onpath.config.build import load
 from onpath.config.sections import Teacher
 from onpath.config.whole import Config
 from onpath.engines.head import unwrapped
-from onpath.engines.server import ServerEngine
-from onpath.engines.wire import Server
+from onpath.engines.remote.server import ServerEngine
+from onpath.engines.remote.wire import Server
 from onpath.records import Rollout
 from onpath.run.assemble import assemble
 from onpath.run.log import read_lines
@@ -33,8 +33,8 @@ RESPONSES = [(7, 8, 2)] * 8
 
 @pytest.fixture(autouse=True)
 def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onpath.engines.wire._FIRST_WAIT", 0.02)
-    monkeypatch.setattr("onpath.engines.wire._LONGEST_WAIT", 0.02)
+    monkeypatch.setattr("onpath.engines.remote.wire._FIRST_WAIT", 0.02)
+    monkeypatch.setattr("onpath.engines.remote.wire._LONGEST_WAIT", 0.02)
 
 
 def pair_of(directory: Path) -> Iterator[Pair]:

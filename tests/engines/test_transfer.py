@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from onpath import config as configuration
 from onpath.commands.cli import main
 from onpath.config.whole import Config
-from onpath.engines import transfer
-from onpath.engines.host import Busy, Host
-from onpath.engines.server import ServerEngine
-from onpath.engines.transfer import Client, OverNCCL, Source
+from onpath.engines.remote import transfer
+from onpath.engines.remote.host import Busy, Host
+from onpath.engines.remote.server import ServerEngine
+from onpath.engines.remote.transfer import Client, OverNCCL, Source
 from onpath.engines.weights import checkpoint_weights
 from onpath.run.assemble import assemble
 from onpath.run.log import read_lines
@@ -53,7 +53,7 @@ class Wire:
 
 @pytest.fixture
 def servers(model_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeVLLM]]:
-    monkeypatch.setattr("onpath.engines.wire._FIRST_WAIT", 0.001)
+    monkeypatch.setattr("onpath.engines.remote.wire._FIRST_WAIT", 0.001)
     fakes = [fake_of(model_dirs["student"]) for _ in range(2)]
 
     def open_line(client: Client, source: Source, *, address: str, port: int, world: int) -> Wire:

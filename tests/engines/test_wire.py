@@ -13,10 +13,10 @@ import pytest
 
 from onpath.config.sections import Teacher
 from onpath.data.render import Renderer
-from onpath.engines.chat import ChatEngine
-from onpath.engines.host import Host, Nonsense, _body, api_key
-from onpath.engines.server import ServerEngine
-from onpath.engines.wire import Line, Server, _models
+from onpath.engines.remote.chat import ChatEngine
+from onpath.engines.remote.host import Host, Nonsense, _body, api_key
+from onpath.engines.remote.server import ServerEngine
+from onpath.engines.remote.wire import Line, Server, _models
 from onpath.records import Prompt, Sampling
 from onpath.system.errors import UserError, guarded
 from tests.conftest import make_tokenizer
@@ -70,8 +70,8 @@ def hostile() -> Iterator[Hostile]:
 
 @pytest.fixture(autouse=True)
 def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onpath.engines.wire._FIRST_WAIT", 0.0)
-    monkeypatch.setattr("onpath.engines.wire._LONGEST_WAIT", 0.0)
+    monkeypatch.setattr("onpath.engines.remote.wire._FIRST_WAIT", 0.0)
+    monkeypatch.setattr("onpath.engines.remote.wire._LONGEST_WAIT", 0.0)
 
 
 def line(hostile: Hostile, **options: Any) -> Line:
@@ -184,7 +184,7 @@ MODELS = {"data": [{"id": "m", "root": "m", "max_model_len": 512}]}
 @pytest.mark.parametrize("kind", ["scores", "completion", "chat", "models"])
 def test_five_hundred_bad_answers_of_each_kind(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes flipped, values swapped, types changed: understood, or one sentence; never a traceback."""
-    monkeypatch.setattr("onpath.engines.wire._TRIES_OF_NONSENSE", 1)
+    monkeypatch.setattr("onpath.engines.remote.wire._TRIES_OF_NONSENSE", 1)
     monkeypatch.setattr(Host, "exchange", lambda self, method, path, body=None: parsed(path))
     section = Teacher(model="m", engine="vllm", url="http://x", patience=0.0, concurrency=1)
     renderer = Renderer(make_tokenizer())

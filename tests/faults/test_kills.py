@@ -21,7 +21,7 @@ import torch
 from onpath.commands.export import export_model
 from onpath.commands.report.command import write_report
 from onpath.config.build import build, load
-from onpath.engines.replay import Replay
+from onpath.engines.remote.replay import Replay
 from onpath.engines.weights import save_weights
 from onpath.records import Completion
 from onpath.run import checkpoint

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from onpath.commands.probes.prefix_records import read_probed
-from onpath.engines.replay import Replay
+from onpath.engines.remote.replay import Replay
 from onpath.evaluate.scores import read_details
 from onpath.run import checkpoint
 from onpath.run.log import read_lines

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from onpath.config.sections import Teacher
-from onpath.engines.host import Nonsense
-from onpath.engines.wire import Line
+from onpath.engines.remote.host import Nonsense
+from onpath.engines.remote.wire import Line
 from onpath.system.errors import UserError
 from tests.faults.servers import TRICKLES, WIRE
 
@@ -51,8 +51,8 @@ def server() -> Iterator[_Server]:
 
 @pytest.fixture(autouse=True)
 def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onpath.engines.wire._FIRST_WAIT", 0.0)
-    monkeypatch.setattr("onpath.engines.wire._LONGEST_WAIT", 0.0)
+    monkeypatch.setattr("onpath.engines.remote.wire._FIRST_WAIT", 0.0)
+    monkeypatch.setattr("onpath.engines.remote.wire._LONGEST_WAIT", 0.0)
 
 
 def asked(server: _Server, timeout: float) -> None:

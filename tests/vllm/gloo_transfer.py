@@ -115,7 +115,7 @@ class Trainer(base.TrainerWeightTransferEngine[TrainerMeeting]):
 
 
 def open_line(client: Any, source: Any, *, address: str, port: int, world: int) -> Any:
-    """`onpath.engines.transfer.open_line`, over gloo."""
+    """`onpath.engines.remote.transfer.open_line`, over gloo."""
     info = TrainerMeeting(address, port, world, rank=0)
     return WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
 

@@ -19,9 +19,9 @@ import torch
 pytest.importorskip("vllm")
 
 from onpath.config.build import build
-from onpath.engines import transfer
 from onpath.engines.models import locate
-from onpath.engines.server import ServerEngine
+from onpath.engines.remote import transfer
+from onpath.engines.remote.server import ServerEngine
 from onpath.engines.vllm import VLLMEngine
 from onpath.records import Sampling
 from onpath.run.assemble import assemble

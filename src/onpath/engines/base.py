@@ -9,7 +9,7 @@ from onpath.data.render import Renderer
 from onpath.engines.decoding.branches import Past, Place
 from onpath.engines.decoding.drafts import Drafts
 from onpath.engines.decoding.side_by_side import Finished, Start
-from onpath.engines.wire import Server
+from onpath.engines.remote.wire import Server
 from onpath.records import Completion, Prompt, Rollout, Sampling
 
 

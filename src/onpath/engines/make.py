@@ -20,8 +20,6 @@ from onpath.engines import sharding
 from onpath.engines.adapters import ends_adapted, is_adapter
 from onpath.engines.ahead import AheadTeacher
 from onpath.engines.base import Engine
-from onpath.engines.chat import ChatEngine
-from onpath.engines.handover import AdapterAlone, Handover, WholeWeights
 from onpath.engines.head import head_of, unwrapped
 from onpath.engines.hf import HFEngine
 from onpath.engines.mixture import mixed_engines, mixed_teachers
@@ -34,17 +32,19 @@ from onpath.engines.models import (
     pick_device,
     stays_beside,
 )
-from onpath.engines.replay import Replay
+from onpath.engines.remote.chat import ChatEngine
+from onpath.engines.remote.handover import AdapterAlone, Handover, WholeWeights
+from onpath.engines.remote.replay import Replay
+from onpath.engines.remote.served import ServedTeacher
+from onpath.engines.remote.server import ServerEngine
+from onpath.engines.remote.transfer import OverNCCL
+from onpath.engines.remote.wire import Line, Server
 from onpath.engines.routed import RoutedEngine, RoutedTeacher
 from onpath.engines.score_cache import CachedTeacher, ScoreStore, scoring_digest
-from onpath.engines.served import ServedTeacher
-from onpath.engines.server import ServerEngine
 from onpath.engines.stops import Stops
 from onpath.engines.teacher import ModelTeacher, SelfTeacher, SilentTeacher, Teacher
-from onpath.engines.transfer import OverNCCL
 from onpath.engines.vllm import VLLMEngine
 from onpath.engines.weights import check_checkpoint, save_weights
-from onpath.engines.wire import Line, Server
 from onpath.system import distributed
 from onpath.system.errors import UserError
 from onpath.system.files import place

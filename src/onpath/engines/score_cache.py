@@ -29,7 +29,7 @@ from transformers import DynamicCache
 from onpath.data.batch import Batch, collate
 from onpath.engines.decoding.branches import Past
 from onpath.engines.head import unwrapped
-from onpath.engines.replay import address
+from onpath.engines.remote.replay import address
 from onpath.engines.sharding import digest_scales, digest_weights, is_whole
 from onpath.engines.teacher import Teacher
 from onpath.losses import Head, TeacherHidden, TeacherScores, TeacherTopK

@@ -110,7 +110,7 @@ class Teacher:
 
 
 class SilentTeacher(Teacher):
-    """A black box that generates (`engines/chat.py`) and scores nothing."""
+    """A black box that generates (`engines/remote/chat.py`) and scores nothing."""
 
     gives_scores = False
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from onpath.commands.doctor.finding import Finding, skipped
 from onpath.config.whole import Config
 from onpath.data.render import Renderer
-from onpath.engines.host import Nonsense
 from onpath.engines.models import check_vocabulary
+from onpath.engines.remote.host import Nonsense
 from onpath.records import Prompt
 from onpath.run.parts import Parts
 from onpath.system.errors import UserError

@@ -8,9 +8,9 @@ import torch
 from transformers import DynamicCache
 
 from onpath.data.batch import Batch
-from onpath.engines.server import ServedScores, ServerEngine
+from onpath.engines.remote.server import ServedScores, ServerEngine
+from onpath.engines.remote.wire import Questions
 from onpath.engines.teacher import Read, Teacher, read_by
-from onpath.engines.wire import Questions
 from onpath.losses import TeacherTopK
 from onpath.records import Trajectory
 

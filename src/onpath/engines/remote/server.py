@@ -15,13 +15,13 @@ from torch import nn
 
 from onpath.data.render import Renderer
 from onpath.engines.base import Engine, sampled
-from onpath.engines.handover import Handover
 from onpath.engines.head import own_logprobs
-from onpath.engines.host import Host, Nonsense
+from onpath.engines.remote.handover import Handover
+from onpath.engines.remote.host import Host, Nonsense
+from onpath.engines.remote.wire import Questions, Server
 from onpath.engines.stops import string_end
 from onpath.engines.vllm import checked_completion
 from onpath.engines.weights import Arrival, largest_gap, probe_ids
-from onpath.engines.wire import Questions, Server
 from onpath.records import Completion, Prompt, Rollout, Sampling
 from onpath.system import distributed
 from onpath.system.draws import request_seed

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from onpath.config.sections import Served
-from onpath.engines.deadline import bounded, within
+from onpath.engines.remote.deadline import bounded, within
 from onpath.system.errors import UserError
 from onpath.system.reading import parse_json
 from onpath.system.text import one_line

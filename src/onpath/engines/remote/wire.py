@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import httpx
 
 from onpath.config.sections import Served
-from onpath.engines.host import Busy, Down, Host, Nonsense
+from onpath.engines.remote.host import Busy, Down, Host, Nonsense
 from onpath.system.errors import UserError, say_once
 from onpath.system.signals import asked_to_stop
 from onpath.system.text import one_line

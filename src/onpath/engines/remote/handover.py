@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from onpath.engines import adapters
 from onpath.engines.adapters import merged_weights
 from onpath.engines.head import sharded
-from onpath.engines.host import Host
+from onpath.engines.remote.host import Host
+from onpath.engines.remote.wire import Server
 from onpath.engines.sharding import digest_weights, full
 from onpath.engines.weights import save_weights
-from onpath.engines.wire import Server
 from onpath.system import distributed
 from onpath.system.files import remove_all_but, written
 

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from onpath.engines.adapters import merged_weights
-from onpath.engines.host import Busy, Host
+from onpath.engines.remote.host import Busy, Host
+from onpath.engines.remote.wire import understood
 from onpath.engines.weights import checkpoint_weights, take_part
-from onpath.engines.wire import understood
 from onpath.system import distributed
 from onpath.system.errors import UserError
 from onpath.system.text import one_line
@@ -127,7 +127,7 @@ class _Met:
 
 
 class OverNCCL:
-    """All weights, adapters merged (`onpath.engines.handover.Handover`).
+    """All weights, adapters merged (`onpath.engines.remote.handover.Handover`).
 
     Args:
         student: the model that trains.

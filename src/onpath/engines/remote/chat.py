@@ -12,10 +12,10 @@ from typing import Any
 from onpath.data.render import Renderer
 from onpath.engines.base import Engine
 from onpath.engines.decoding.drafts import Drafts
-from onpath.engines.host import Nonsense
-from onpath.engines.replay import Replay, address
+from onpath.engines.remote.host import Nonsense
+from onpath.engines.remote.replay import Replay, address
+from onpath.engines.remote.wire import Line, only_choice
 from onpath.engines.stops import string_end
-from onpath.engines.wire import Line, only_choice
 from onpath.records import Completion, Prompt, Sampling
 from onpath.system.draws import request_seed
 from onpath.system.errors import UserError

@@ -1,0 +1,1 @@
+"""Over the wire: servers and chat endpoints that generate and score, and how trained weights get there."""
