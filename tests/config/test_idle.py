@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from onpath.config.build import build
+from onpath.config.idle import idle_alone, idle_options
 from onpath.config.methods import METHODS
 from onpath.config.section import GoesWith, Section
 from onpath.config.sections import Data, Eval, Optim, Parallel, RolloutSection, Run, Student, Teacher
@@ -138,13 +139,13 @@ def test_a_mark_names_an_option_and_its_values(section: type[Section]) -> None:
     ],
 )
 def test_what_has_no_effect_is_named(given: dict[str, Any], key: str, needs: str) -> None:
-    assert [*build(given).idle_options] == [key]
-    assert build(given).idle_options[key].startswith(needs)
+    assert [*idle_options(build(given))] == [key]
+    assert idle_options(build(given))[key].startswith(needs)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_defaults_are_not_idle(name: str) -> None:
-    assert not build({"method": {"name": name}}).idle_options
+    assert not idle_options(build({"method": {"name": name}}))
 
 
 @pytest.mark.parametrize(
@@ -181,7 +182,7 @@ def test_defaults_are_not_idle(name: str) -> None:
     ],
 )
 def test_what_has_an_effect_is_not(given: dict[str, Any]) -> None:
-    assert not build(given).idle_options
+    assert not idle_options(build(given))
 
 
 def test_a_run_says_so(tiny: Callable[..., Config]) -> None:
@@ -193,9 +194,9 @@ def test_options_of_several_processes_are_said_in_one(
     tiny: Callable[..., Config], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny(parallel__shard="step", parallel__balance=False, optim__steps=1, data__eval={})
-    assert config.idle_alone == ["parallel.shard", "parallel.balance"]
-    assert build({"parallel": {"teacher": "copy"}}).idle_alone == []
-    assert build({"parallel": {"teacher": "copy", "shard": "layer", "hosts": 2}}).idle_alone == [
+    assert idle_alone(config) == ["parallel.shard", "parallel.balance"]
+    assert idle_alone(build({"parallel": {"teacher": "copy"}})) == []
+    assert idle_alone(build({"parallel": {"teacher": "copy", "shard": "layer", "hosts": 2}})) == [
         "parallel.shard",
         "parallel.hosts",
         "parallel.teacher",

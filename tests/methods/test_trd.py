@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausa
 
 from onpath import config as configuration
 from onpath.commands.probes.prefix_failure import run_probe
+from onpath.config.idle import idle_options
 from onpath.config.methods.topd import TOPDOptions
 from onpath.config.methods.trd import TRDOptions
 from onpath.config.whole import Config
@@ -414,9 +415,9 @@ def test_what_the_student_drew_has_what_it_was_drawn_with(parts: Parts) -> None:
         assert t.behaviour_logprobs == y.logprobs[:own] + (0.0,) * (len(t.response) - own)
         assert t.written_by.count("student") == own
     importance = {"method": {"name": "trd", "importance": "token"}}
-    assert "method.importance" in configuration.build(importance).idle_options
+    assert "method.importance" in idle_options(configuration.build(importance))
     importance["method"]["minimal_edit"] = True  # type: ignore[assignment]
-    assert "method.importance" not in configuration.build(importance).idle_options
+    assert "method.importance" not in idle_options(configuration.build(importance))
 
 
 def test_a_stop_string_may_begin_in_what_is_kept(parts: Parts) -> None:

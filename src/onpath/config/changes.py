@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from onpath.config.section import OnResume, Section
-from onpath.config.whole import Config, teacher_key
+from onpath.config.sections import teacher_option
+from onpath.config.whole import Config
 from onpath.data.tasks import task_of
 from onpath.system import code
 
@@ -77,12 +78,12 @@ def own_code(config: Config) -> dict[str, str]:
 def _sections(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Section → options; each of several teachers is one."""
     several = tree.get("teachers") or {}
-    return {**tree, "teachers": None, **{teacher_key(name): options for name, options in several.items()}}
+    return {**tree, "teachers": None, **{teacher_option(name): options for name, options in several.items()}}
 
 
 def _how(config: Config, section: str, key: str) -> Any:
     """How an option may change; None: not at all."""
-    several = {teacher_key(name): teacher for name, teacher in config.teachers.items()}
+    several = {teacher_option(name): teacher for name, teacher in config.teachers.items()}
     options = several.get(section, getattr(config, section, None))
     if not isinstance(options, Section) or key not in type(options).model_fields:
         return None

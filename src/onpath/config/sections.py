@@ -121,6 +121,15 @@ class Teacher(Served):
     """Run Python code that comes with the model."""
 
 
+def teacher_option(name: str | None) -> str:
+    """The option that a teacher is set by: `name` is its own, or None where it is the only one.
+
+    >>> teacher_option(None), teacher_option("math")
+    ('teacher', 'teachers.math')
+    """
+    return "teacher" if name is None else f"teachers.{name}"
+
+
 def check_names(teachers: Mapping[str, Teacher]) -> None:
     """They become names of metrics.
 
@@ -401,6 +410,11 @@ class Eval(Section):
     def at(self, temperature: float) -> Sampling:
         """The same at another temperature."""
         return replace(self.sampling(), temperature=temperature)
+
+    @staticmethod
+    def name_at(split: str, temperature: float) -> str:
+        """The name of a set that is also sampled at another temperature."""
+        return f"{split}_T{temperature:g}" if temperature else f"{split}_greedy"
 
 
 OF_A_STEP = frozenset((

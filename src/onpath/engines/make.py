@@ -14,7 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from onpath.config.sections import Teacher as TeacherSection
-from onpath.config.whole import Config, teacher_key
+from onpath.config.sections import teacher_option
+from onpath.config.whole import Config
 from onpath.data.render import Renderer
 from onpath.engines import sharding
 from onpath.engines.adapters import ends_adapted, is_adapter
@@ -178,7 +179,7 @@ def make_teacher(
     members: dict[str | None, Teacher] = {}
     homes: dict[str, torch.device] = {}
     for name, section in config.taught_by.items():
-        key = teacher_key(name)
+        key = teacher_option(name)
         home = pick_device(section.device, f"{key}.device", otherwise=device)
         if name is not None and offloads and section.engine == "hf":
             homes[name] = home
@@ -205,7 +206,7 @@ class _Bases:
 
     def __init__(self, sections: Mapping[str | None, TeacherSection]) -> None:
         mine = {n: s for n, s in sections.items() if s.engine == "hf" and s.quantization is None}
-        self._users = Counter(self._of(s, teacher_key(n)) for n, s in mine.items() if len(mine) > 1)
+        self._users = Counter(self._of(s, teacher_option(n)) for n, s in mine.items() if len(mine) > 1)
         self._loaded: dict[tuple[Any, ...], Any] = {}
 
     @staticmethod
@@ -311,7 +312,7 @@ def check_teacher(config: Config, teacher: Teacher, longest: int) -> None:
         needed = longest + new + one.spare
         if needed > one.context_length and not config.method.self_taught:
             raise UserError(
-                f"{teacher_key(name)}.model: its context of {one.context_length} tokens is too short for "
+                f"{teacher_option(name)}.model: its context of {one.context_length} tokens is too short for "
                 f"prompts of up to {longest} and {new} new ones; lower "
                 "rollout.max_new_tokens or drop long prompts"
             )
@@ -338,7 +339,7 @@ def _engine_of(
     section = config.taught_by[name]
     if not teacher.gives_scores:
         return ChatEngine(
-            Line(section, teacher_key(name)),
+            Line(section, teacher_option(name)),
             section.model,
             own.renderer,
             stop_ids=own.stop_ids,

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from onpath.config.sections import Teacher
-from onpath.config.whole import Config, teacher_key
+from onpath.config.sections import Teacher, teacher_option
+from onpath.config.whole import Config
 from onpath.engines.models import eos_ids, load_tokenizer, model_directory, quietly, stop_ids
 from onpath.system.errors import UserError
 
@@ -74,7 +74,7 @@ def stops_of(
         UserError: neither model names an end, or rollout.stop_ids names no token.
     """
     others = config.sharing_ids
-    teacher = {i for name, t in others.items() for i in declared_stops(t, f"{teacher_key(name)}.model")}
+    teacher = {i for name, t in others.items() for i in declared_stops(t, f"{teacher_option(name)}.model")}
     known = {i for i in teacher if 0 <= i < vocabulary}
     special = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     if foreign := [i for i in config.rollout.stop_ids if i >= vocabulary]:

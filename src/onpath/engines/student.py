@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from onpath.config.whole import Config, teacher_key
+from onpath.config.sections import teacher_option
+from onpath.config.whole import Config
 from onpath.engines.adapters import untie
 from onpath.engines.head import unwrapped
 from onpath.engines.linear import with_fast_products
@@ -133,7 +134,7 @@ def shared_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase) -> tup
         return max(ids.values()) + 1, [warning]
     warnings = []
     for name, section in config.sharing_ids.items():
-        key = f"{teacher_key(name)}.model"
+        key = f"{teacher_option(name)}.model"
         unset = f" (not given, so {section.model})" if "model" not in section.model_fields_set else ""
         check_vocabulary(ids, load_tokenizer(section, key).get_vocab(), key + unset)
         if Path(locate(config.student.model)).resolve() == Path(locate(section.model)).resolve():

@@ -8,7 +8,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from onpath.config.whole import ROLLOUTS, Config, teacher_key
+from onpath.config.idle import idle_options
+from onpath.config.sections import teacher_option
+from onpath.config.whole import ROLLOUTS, Config
 from onpath.data.render import Renderer
 from onpath.data.tasks import correction_ids, task_of, templates_of
 from onpath.engines import sharding
@@ -183,7 +185,7 @@ def warnings_of(
         rate_warning(config),
         stops.warning(renderer.tokens),
         *config.method.warnings,
-        *(f"{key} has no effect here: it goes with {needs}" for key, needs in config.idle_options.items()),
+        *(f"{key} has no effect here: it goes with {needs}" for key, needs in idle_options(config).items()),
         *data_warnings(prompts),
     ]
     return [warning for warning in found if warning]
@@ -250,7 +252,7 @@ def check_models(config: Config, models: Models, own: HFEngine, *, generates: bo
         # A large one that only scores stays in its shards.
         with sharding.whole(other if config.method.runs_models else None):
             asked = own.over(other) if sharding.is_whole(other) else None
-            key = f"{teacher_key(name)}.model"
+            key = f"{teacher_option(name)}.model"
             found[key] = check(other, asked, key=key)
     sharding.give_back(models.student, *models.teacher.models)
     return found

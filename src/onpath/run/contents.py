@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from onpath.config.changes import own_code
-from onpath.config.whole import teacher_key
+from onpath.config.sections import teacher_option
 from onpath.data.load import digest_prompts
 from onpath.engines.score_cache import weights_digest
 from onpath.engines.sharding import digest_weights
@@ -31,7 +31,7 @@ def digests(parts: Parts) -> dict[str, str]:
     found["student.model"] = digest_start(models.student, tokenizer, adapted=adapted)
     for name in models.teacher.names if not config.method.self_taught else ():
         if (model := models.teacher.of(name).model) is not None:
-            found[f"{teacher_key(name)}.model"] = weights_digest(model)
+            found[f"{teacher_option(name)}.model"] = weights_digest(model)
     return found | code.digests(own_code(config))
 
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from onpath.config.changes import Change
+from onpath.config.idle import idle_alone
 from onpath.config.whole import Config
 from onpath.engines import adapters
 from onpath.engines.head import sharded
@@ -376,7 +377,7 @@ class Run:
             self.notes.append(told)
             if display.quiet and distributed.rank() == 0:
                 say(f"onpath: {told}")
-        alone = config.idle_alone if distributed.world() == 1 else ()
+        alone = idle_alone(config) if distributed.world() == 1 else ()
         idle = (f"{key} has no effect here: it goes with several processes (torchrun)" for key in alone)
         for warning in (*self.parts.warnings, *idle):
             display.say(f"warning: {warning}")

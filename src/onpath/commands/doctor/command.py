@@ -20,7 +20,8 @@ from onpath.commands.doctor import costs, inputs, scores, tokens, training
 from onpath.commands.doctor.finding import Finding, Status, about, guarded, skipped
 from onpath.commands.doctor.sample import Probe, make_probe, untouched
 from onpath.config import Student, Teacher
-from onpath.config.whole import Config, teacher_key
+from onpath.config.sections import teacher_option
+from onpath.config.whole import Config
 from onpath.engines.models import context_length, load_tokenizer, locate
 from onpath.engines.self_check import Disagreement
 from onpath.grade.graders import grader_for
@@ -199,7 +200,7 @@ def _of_data(config: Config, refused: str | None) -> Iterator[Finding]:
     try:
         student = load_its_tokenizer(config.student, find(config.student.model), "student.model")
         others: dict[str | None, Any] = {
-            name: load_tokenizer(section, f"{teacher_key(name)}.model")
+            name: load_tokenizer(section, f"{teacher_option(name)}.model")
             for name, section in config.sharing_ids.items()
         }
         renderer = make_renderer(config, student)
@@ -312,7 +313,7 @@ def _renderer_of(config: Config, tokenizer: Any) -> Any:
 
 def _rooms(config: Config) -> dict[str, int]:
     sections: dict[str, Student | Teacher] = {"student": config.student}
-    sections |= {teacher_key(name): section for name, section in config.sharing_ids.items()}
+    sections |= {teacher_option(name): section for name, section in config.sharing_ids.items()}
     found = {}
     for side, section in sections.items():
         where = Path(locate(section.model)).expanduser()

@@ -24,7 +24,7 @@ from onpath.commands.doctor.sample import (
     trainer_stats,
 )
 from onpath.config.sections import Teacher as TeacherSection
-from onpath.config.whole import teacher_key
+from onpath.config.sections import teacher_option
 from onpath.data.batch import Batch, collate
 from onpath.engines.head import hidden_states
 from onpath.engines.models import load_model
@@ -295,7 +295,7 @@ def _quantised_kl(parts: Parts, probe: Probe, section: TeacherSection) -> float:
     model = parts.models.teacher.of(name).model
     assert model is not None
     plain = section.model_copy(update={"quantization": None})
-    loaded = load_model(plain, f"{teacher_key(name)}.model", next(model.parameters()).device)
+    loaded = load_model(plain, f"{teacher_option(name)}.model", next(model.parameters()).device)
     whole = ModelTeacher(loaded, vocabulary=parts.models.vocabulary)
     found: list[float] = []
     for batch in probe.batches(parts):

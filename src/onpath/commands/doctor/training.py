@@ -17,7 +17,7 @@ from onpath.commands.doctor.sample import (
     unread,
     without_guidance,
 )
-from onpath.config.whole import teacher_key
+from onpath.config.sections import teacher_option
 from onpath.data.batch import Batch, collate
 from onpath.data.render import Renderer
 from onpath.engines.stops import string_end
@@ -275,7 +275,7 @@ def _end_masses(parts: Parts, ended: Sequence[Rollout]) -> dict[str, dict[str, f
         return {}
     engines = {"student": parts.generators.student}
     if parts.models.teacher.gives_scores and not parts.config.method.self_taught:
-        engines |= {teacher_key(n): parts.generators.teacher.of(n) for n in parts.models.teacher.names}
+        engines |= {teacher_option(n): parts.generators.teacher.of(n) for n in parts.models.teacher.names}
     contexts = [r.prefix(len(r.ids) - 1) for r in some for _ in stops]
     asked = [(i,) for _ in some for i in stops]
     masses: dict[str, dict[str, float]] = {}
