@@ -23,7 +23,8 @@ from onpath.engines.base import Engine
 from onpath.grade.base import Grader, Verdict
 from onpath.losses.interface import TeacherHidden
 from onpath.methods import make_method
-from onpath.methods.base import Prepared, Tools
+from onpath.methods.base import Prepared
+from onpath.methods.tools import Tools
 from onpath.methods.trd.compare import edit_distance, is_foreign
 from onpath.methods.trd.edits import Rewrite
 from onpath.methods.trd.gate import Refinement, refusal

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from onpath.config.build import with_own
 from onpath.config.whole import Config
 from onpath.methods import Edit, Method, MethodOptions, Prepared, own_response
-from onpath.methods.base import Tools
+from onpath.methods.tools import Tools
 from onpath.records import Rollout
 from onpath.run.log import read_lines
 from onpath.system import distributed

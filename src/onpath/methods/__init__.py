@@ -12,8 +12,9 @@ from typing import Any
 
 from onpath.config.methods import MethodOptions
 from onpath.engines.forward import forward, per_token
-from onpath.methods.base import Method, Prepared, Rehearsal, Text, Tools, own_response
+from onpath.methods.base import Method, Prepared, Rehearsal, own_response
 from onpath.methods.mixed import Cost, Mixed, student_goes_on, trained_on
+from onpath.methods.tools import Text, Tools
 from onpath.records import Edit, Guidance, Rollout, Trajectory
 from onpath.system import code
 from onpath.system.errors import UserError

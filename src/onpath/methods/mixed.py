@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from onpath.engines.forward import Kept, Pass, teacher_key
-from onpath.methods.base import Prepared, Tools, own_response
+from onpath.methods.base import Prepared, own_response
 from onpath.methods.diagnose import mean
+from onpath.methods.tools import Tools
 from onpath.records import Completion, Edit, FinishReason, Rollout, Sampling, Writer, Writers, all_by
 
 

@@ -15,8 +15,9 @@ from dataclasses import replace
 
 from onpath.config.methods.opsd import OPSDOptions
 from onpath.engines.forward import Kept, per_token
-from onpath.methods.base import Method, Prepared, Tools, needed, own_response
+from onpath.methods.base import Method, Prepared, own_response
 from onpath.methods.diagnose import token_means
+from onpath.methods.tools import Tools, needed
 from onpath.records import Prompt, Rollout, Trajectory
 from onpath.system.errors import UserError
 

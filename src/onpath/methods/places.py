@@ -7,7 +7,8 @@ from torch import Tensor
 
 from onpath.config.methods.topd import TOPDOptions
 from onpath.engines.forward import Kept
-from onpath.methods.base import Tools, own_response
+from onpath.methods.base import own_response
+from onpath.methods.tools import Tools
 from onpath.methods.topd import decide
 from onpath.methods.topd.method import TOPD
 from onpath.records import Rollout

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from onpath.config.methods.truncate import TruncateOptions
 from onpath.engines.forward import Kept, per_token
-from onpath.methods.base import Method, Prepared, Tools, own_response
+from onpath.methods.base import Method, Prepared, own_response
 from onpath.methods.places import by_lot, first_forks, first_run, moved, window_means
+from onpath.methods.tools import Tools
 from onpath.records import Edit, Rollout, Trajectory
 
 

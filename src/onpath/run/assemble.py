@@ -37,7 +37,7 @@ from onpath.engines.worlds import LostEngine, LostTeacher, SpoilingEngine, lost_
 from onpath.grade.graders import grader_for
 from onpath.grade.rewards import Reward
 from onpath.methods import make_method
-from onpath.methods.base import Text, Tools
+from onpath.methods.tools import Text, Tools
 from onpath.run.gradient_cosine import GradientCosine
 from onpath.run.guidance_ratio import GuidanceRatio
 from onpath.run.inputs import (

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from onpath.grade.base import Verdict
-from onpath.methods.base import Prepared, Text
+from onpath.methods.base import Prepared
+from onpath.methods.tools import Text
 from onpath.records import Rollout
 
 

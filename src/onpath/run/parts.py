@@ -12,7 +12,8 @@ from onpath.engines.overlap import Overlap
 from onpath.engines.self_check import Agreement
 from onpath.engines.stops import Stops
 from onpath.losses import Objective
-from onpath.methods.base import Method, Text, Tools
+from onpath.methods.base import Method
+from onpath.methods.tools import Text, Tools
 from onpath.records import Sampling
 from onpath.run.gradient_cosine import GradientCosine
 from onpath.run.guidance_ratio import GuidanceRatio

@@ -16,7 +16,8 @@ from typing import Any
 
 from onpath.data.tasks import Task
 from onpath.engines.forward import Models, forward
-from onpath.methods.base import Text, own_response
+from onpath.methods.base import own_response
+from onpath.methods.tools import Text
 from onpath.records import Rollout
 
 TRIGGER = 8.0

@@ -23,11 +23,12 @@ from pathlib import Path
 
 from onpath.config.methods.relay import RelayOptions
 from onpath.engines.forward import Kept, forward
-from onpath.methods.base import Method, Prepared, Tools, own_response
+from onpath.methods.base import Method, Prepared, own_response
 from onpath.methods.mixed import Cost, Mixed, goes_on_for, keep_read, student_goes_on, trained_on
 from onpath.methods.places import by_lot
 from onpath.methods.relay.side_by_side import SideBySide
 from onpath.methods.relay.triggers import takeovers
+from onpath.methods.tools import Tools
 from onpath.records import Completion, Prompt, Rollout, Writer
 
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 from onpath.config.methods.relay import RelayOptions
 from onpath.engines.decoding.side_by_side import Finished, Start
 from onpath.engines.forward import Kept
-from onpath.methods.base import Tools
 from onpath.methods.mixed import Cost, Mixed, keep_read
+from onpath.methods.tools import Tools
 from onpath.records import Completion, FinishReason, Prompt, Rollout, all_by
 from onpath.system.errors import UserError
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from onpath.config.methods.relay import RelayOptions
 from onpath.engines.forward import Pass, Values
-from onpath.methods.base import Tools
 from onpath.methods.mixed import Cost, Mixed
 from onpath.methods.places import first_forks
+from onpath.methods.tools import Tools
 from onpath.records import Rollout
 
 

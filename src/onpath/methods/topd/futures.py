@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from onpath.config.methods.topd import TOPDOptions
 from onpath.engines.forward import Pass
-from onpath.methods.base import Tools
+from onpath.methods.tools import Tools
 from onpath.methods.topd.candidates import Fork
 from onpath.records import Completion, Rollout, Sampling
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onpath.config.methods.topd import TOPDOptions
-from onpath.methods.base import Tools
+from onpath.methods.tools import Tools
 from onpath.methods.topd.candidates import NO_DISTANCE, Fork
 from onpath.methods.topd.futures import until_stop
 from onpath.methods.topd.pairs import AT_ONCE, pairs_of

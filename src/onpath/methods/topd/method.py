@@ -30,7 +30,8 @@ from torch import Tensor
 
 from onpath.config.methods.topd import TOPDOptions
 from onpath.engines.forward import Kept, forward
-from onpath.methods.base import Method, Prepared, Tools, own_response
+from onpath.methods.base import Method, Prepared, own_response
+from onpath.methods.tools import Tools
 from onpath.methods.topd import candidates, decide, futures, guide, pairs
 from onpath.methods.topd.candidates import Fork
 from onpath.records import Prompt, Rollout, Trajectory

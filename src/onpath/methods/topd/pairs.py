@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from onpath.config.methods.topd import TOPDOptions
 from onpath.engines.head import adapted_weight, decoder_of, evaluating, unwrapped
-from onpath.methods.base import Tools
+from onpath.methods.tools import Tools
 from onpath.methods.topd.candidates import Fork
 from onpath.records import Rollout
 from onpath.system.errors import UserError

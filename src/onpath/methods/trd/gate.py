@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onpath.data.load import prompts_of_step
-from onpath.methods.base import Tools
+from onpath.methods.tools import Tools
 from onpath.methods.trd.edits import as_edit
 from onpath.methods.trd.rewriter import Rewriter
 from onpath.records import Prompt

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from onpath.config.methods.trd import TRDOptions
 from onpath.engines.routed import by_teacher
-from onpath.methods.base import Tools
 from onpath.methods.places import first_forks
+from onpath.methods.tools import Tools
 from onpath.records import Rollout
 
 

@@ -23,7 +23,8 @@ from pathlib import Path
 from onpath.config.methods.trd import TRDOptions
 from onpath.data.render import Renderer
 from onpath.engines.forward import Kept, teacher_key
-from onpath.methods.base import Method, Prepared, Rehearsal, Tools, check_generated
+from onpath.methods.base import Method, Prepared, Rehearsal, check_generated
+from onpath.methods.tools import Tools
 from onpath.methods.trd.edits import Rewrite, as_edit
 from onpath.methods.trd.gate import gate, refinement, refusal
 from onpath.methods.trd.metrics import edit_means, measured

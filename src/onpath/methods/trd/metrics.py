@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from onpath.engines.forward import Kept, per_token
-from onpath.methods.base import Tools, own_response
+from onpath.methods.base import own_response
 from onpath.methods.diagnose import Means, mean, response_means, token_means
+from onpath.methods.tools import Tools
 from onpath.methods.trd.edits import CELLS, Rewrite
 from onpath.records import Trajectory
 

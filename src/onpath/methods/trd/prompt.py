@@ -1,7 +1,7 @@
 """The prompt that asks for a rewrite, trimmed to its budget."""
 
 from onpath.config.methods.trd import TRDOptions
-from onpath.methods.base import Tools, needed
+from onpath.methods.tools import Tools, needed
 from onpath.records import Prompt, Rollout
 from onpath.system.errors import UserError
 

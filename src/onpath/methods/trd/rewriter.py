@@ -12,7 +12,7 @@ from itertools import islice
 
 from onpath.config.methods.trd import TRDOptions
 from onpath.engines.decoding.drafts import Drafts
-from onpath.methods.base import Tools
+from onpath.methods.tools import Tools
 from onpath.methods.trd.edits import Rewrite
 from onpath.methods.trd.locate import Located, first_errors
 from onpath.methods.trd.prompt import RewritePrompt
