@@ -204,6 +204,18 @@ def test_a_sharded_average_has_a_base_of_its_own() -> None:
     assert copy_bytes(ahead, shards=8) == adapted.bytes, "whole on each process"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("lora", [0, 4])
+def test_what_trains_is_counted_in_its_own_dtype(dtype: str, lora: int, tiny: Tiny) -> None:
+    """peft keeps an adapter in float32, whatever its base has."""
+    parts = assemble(tiny(data__eval={}, student__lora_rank=lora, student__dtype=dtype))
+    weights = [*parts.models.student.parameters()]
+    found = parts_of(step_of(parts, response_tokens=0))
+    own = sum(p.numel() * p.element_size() for p in weights if p.requires_grad)
+    assert (found["gradients"], found["moments"]) == (own, 2 * own)
+    assert found["weights"] == sum(p.numel() * p.element_size() for p in weights)
+
+
 def test_caches_and_counts() -> None:
     model = make("qwen3", "wide")
     counted = decoder_of(model)

@@ -45,6 +45,8 @@ class Decoder:
     """Of one weight."""
     trained: int = 0
     """Weights that train; with an adapter its own."""
+    trained_bytes: int = 4
+    """Of one of them: peft keeps an adapter in float32 whatever its base has."""
 
     @property
     def table(self) -> int:
@@ -59,7 +61,7 @@ class Decoder:
     @property
     def bytes(self) -> int:
         """Of all weights."""
-        return self.parameters * self.weight_bytes
+        return (self.parameters - self.trained) * self.weight_bytes + self.trained * self.trained_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +141,7 @@ def copy_bytes(step: Step, *, shards: int) -> float:
     """
     student = step.student
     others = (student.parameters - student.trained) * student.weight_bytes if shards > 1 else 0
-    frozen = student.trained * student.weight_bytes + others
+    frozen = student.trained * student.trained_bytes + others
     average = 4 * student.trained + others
     return (step.averaged * average + step.at_start * frozen) / shards + step.ahead * frozen
 
@@ -172,10 +174,10 @@ def parts_of(step: Step, *, shard: Shard = "none", world: int = 1) -> dict[str, 
     past, one_graph = 0.0, 0 < step.response_tokens <= step.micro_batch_tokens
     if step.continues and teacher is not None:
         past = 2.25 * cache_bytes(teacher, step.micro_batch_tokens, half=teacher.weight_bytes == 2)
-    gradients = student.trained * student.weight_bytes / n
+    gradients = student.trained * student.trained_bytes / n
     parts = {
         "weights": student.bytes / n,
-        "moments": 2 * student.trained * student.weight_bytes / n,
+        "moments": 2 * student.trained * student.trained_bytes / n,
         "teacher": 0.0 if teacher is None else (teacher.bytes + step.more_teachers) / n,
         "copies": copy_bytes(step, shards=n),
         "gathered": gathered,
@@ -222,7 +224,9 @@ def cures(step: Step, room: float) -> list[str]:
     return [*found, *([f"the models sharded over {over} processes"] if over else [])]
 
 
-def decoder_of_config(config: Any, *, weight_bytes: int, parameters: int, trained: int = 0) -> Decoder:
+def decoder_of_config(
+    config: Any, *, weight_bytes: int, parameters: int, trained: int = 0, trained_bytes: int = 4
+) -> Decoder:
     """The counts of a transformers config, by the names that Llama and its kin use."""
     text = config.get_text_config()
     named: dict[str, Any] = text.to_dict()
@@ -244,17 +248,20 @@ def decoder_of_config(config: Any, *, weight_bytes: int, parameters: int, traine
         normed_queries=str(named.get("model_type", "")).startswith("qwen3"),
         weight_bytes=weight_bytes,
         trained=trained,
+        trained_bytes=trained_bytes,
     )
 
 
 def decoder_of(model: nn.Module) -> Decoder:
     """The counts of a loaded model; adapters count as its weights."""
     weights = list(model.parameters())
+    trained = [p for p in weights if p.requires_grad]
     return decoder_of_config(
         unwrapped(model).config,
         weight_bytes=weights[0].element_size(),
         parameters=sum(p.numel() for p in weights),
-        trained=sum(p.numel() for p in weights if p.requires_grad),
+        trained=sum(p.numel() for p in trained),
+        trained_bytes=next((p.element_size() for p in trained), 4),
     )
 
 
