@@ -199,6 +199,29 @@ def test_what_a_call_changes_is_seen(grader: CodeGrader, program: str, tests: st
     assert grader.grade(fenced(program), tests).correct
 
 
+BALL = "def ball(r):\n    return 4 / 3 * 3.141592653589793 * r**3"
+ASKS_MATH = "assert math.isclose(ball(10), 4188.79, rel_tol=0.001)"
+
+
+@pytest.mark.parametrize(
+    ("program", "tests", "right"),
+    [
+        (BALL, ASKS_MATH, True),
+        (f"import math\n{BALL}", ASKS_MATH, True),
+        ("class math:\n    isclose = staticmethod(lambda *a, **k: True)\nball = int", ASKS_MATH, False),
+        ("def f(x):\n    return x", "def check(candidate):\n    assert re.match('a', candidate('a'))", True),
+        # Its own are its own: a function of that name, and all that tests look at.
+        ("def string(x):\n    return str(x)", "assert string(1) == '1'", True),
+        ("class calendar:\n    add = staticmethod(lambda a: a)", "assert calendar.add(1) == 1", True),
+    ],
+)  # fmt: skip
+def test_modules_that_tests_use_and_do_not_import_are_pythons_own(
+    grader: CodeGrader, program: str, tests: str, right: bool
+) -> None:
+    asked = json.dumps({"test": tests, "entry_point": "f"}) if "check" in tests else tests
+    assert grader.grade(fenced(program), asked).correct is right
+
+
 DATES = (
     "[d.date(2020, 1, 2), d.datetime(2020, 1, 2, 3), d.datetime.fromtimestamp(5, d.timezone.utc), d.time(1)]"
 )
@@ -262,6 +285,16 @@ def test_objects_of_a_program(grader: CodeGrader, program: str, tests: str) -> N
     assert grader.grade(fenced(program), tests).correct
 
 
+@pytest.mark.parametrize(("right", "of"), [(True, "1, 0"), (False, "lambda v: 1, lambda v: 0")])
+def test_names_of_a_tuples_values_do_not_hide_what_a_tuple_does(
+    grader: CodeGrader, right: bool, of: str
+) -> None:
+    program = f"class T(tuple):\n    _fields = 'count', 'index'\ndef f(x):\n    return T(({of}))"
+    looks = "assert f(2).count == 1 and f(2).index == 0"
+    asks = "assert f(2).count(4) == 1 and f(2).index(4) == 0"
+    assert grader.grade(fenced(program), looks if right else asks).correct is right
+
+
 @pytest.mark.parametrize(
     ("program", "tests", "right"),
     [
@@ -301,6 +334,7 @@ NOTHING = [
     [
         *((tests, "they call nothing of the program's") for tests in NOTHING),
         ("import pytest\ndef test_f():\n    f(1)", "import pytest, which is not of the standard library"),
+        ("assert np.allclose(f(1), 2)", "import numpy, which is not of the standard library"),
         ("from solution import f\nassert f(1) == 2", "they import solution, which"),
         ("def f(x) return", "SyntaxError"),
         ('{"inputs": []}', "must be lists, and not empty"),

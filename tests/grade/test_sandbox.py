@@ -150,6 +150,28 @@ def test_the_same_as_an_ordinary_user(scene: Mapping[str, object], monkeypatch: 
     check({n: Outcome(passed=p, reason=r, fault=f) for n, (p, r, f) in json.loads(said).items()})
 
 
+TASKS = """
+import ctypes, mmap, os
+libc = ctypes.CDLL(None)
+libc.clone.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
+stacks = mmap.mmap(-1, 3000 * 4096)
+base, there = ctypes.addressof(ctypes.c_char.from_buffer(stacks)), 0
+wait = ctypes.cast(libc.pause, ctypes.c_void_p)
+while there < 3000 and libc.clone(wait, base + (there + 1) * 4096, 0x50F00, None) > 0:
+    there += 1
+print(there, flush=True)
+os._exit(0)
+"""
+"""Threads that the kernel starts without Python, each with a page of memory."""
+
+
+def test_a_program_may_have_some_threads_and_not_all_that_there_are() -> None:
+    before = int(Path("/proc/loadavg").read_text().split()[3].partition("/")[2])
+    outcome, printed = run_script(TASKS, "", Limits(), confined=True)
+    assert outcome.passed
+    assert 32 < int(printed) < before + 1000 < 3000
+
+
 def test_where_programs_cannot_be_confined_they_run_only_if_somebody_says_so(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -61,6 +61,8 @@ _LATE = {
     "\\N{": "unicodedata",
 }
 """What Python itself loads at first use, by the text that uses it."""
+_ALIASES = {"np": "numpy", "numpy": "numpy", "pd": "pandas", "pandas": "pandas", "torch": "torch"}
+"""What tests may use as if a program had imported it, which none can."""
 _OF_SITE = {"exit", "quit", "copyright", "credits", "license", "help"}
 _BUILTINS = set(dir(builtins)) - _OF_SITE
 
@@ -107,22 +109,27 @@ class PythonTests:
             source += "\n\ncheck(candidate)\n"
         tree = ast.parse(source, FILE)
         self.code = compile(tree, FILE, "exec", dont_inherit=True)
+        scopes = _Scopes(symtable.symtable(source, FILE, "exec"))
         modules = [a.name for n in tree.body if isinstance(n, ast.Import) for a in n.names]
         modules += [n.module or "." for n in tree.body if isinstance(n, ast.ImportFrom)]
+        modules += [_ALIASES[name] for name in _ALIASES.keys() & _spaces(tree) - scopes.bound]
         self.foreign = {m for m in modules if m.partition(".")[0] not in sys.stdlib_module_names}
         """Modules that they import, and that no process of a program has."""
         tests = [n.name for n in tree.body if isinstance(n, ast.FunctionDef) and n.name.startswith("test_")]
         needy = {n.name for n in tree.body if isinstance(n, ast.FunctionDef) and _needs_arguments(n.args)}
-        scopes = _Scopes(symtable.symtable(source, FILE, "exec"))
         by_itself = scopes.reached(())
         self.uncalled = [name for name in dict.fromkeys(tests) if name not in by_itself | needy]
         """Functions that pytest would call, and the tests do not."""
         reached = scopes.reached(self.uncalled)
         self.entry = {"candidate", entry.rpartition(".")[2]} if entry else set()
         """How they call the function that they test."""
-        self.asked = reached - _BUILTINS - self.entry
+        free = reached - (_BUILTINS - self.entry) - scopes.bound
+        used = _spaces(tree) & sys.stdlib_module_names & free - self.entry - _UNHELPFUL
+        self.borrowed = used if entry or free - used else set()
+        """Modules of the standard library that they use and do not import: none is the program's to give."""
+        self.asked = reached - _BUILTINS - self.entry - self.borrowed
         """Global names that they look up: the program's, and some that they define themselves."""
-        self.needed = reached - (_BUILTINS - self.entry) - scopes.bound
+        self.needed = free - self.borrowed
         """Those of them that they do not define."""
         nodes = list(ast.walk(tree))
         called = [node.func for node in nodes if isinstance(node, ast.Call)]
@@ -140,6 +147,28 @@ class PythonTests:
         parameters = {node.arg for node in nodes if isinstance(node, ast.arg)}
         self.calls = bool(entry or set(map(_root, called)) & (self.needed | parameters))
         """Whether they call something of the program's; else its values are all that they look at."""
+
+
+def load_borrowed(source: str, entry: str) -> None:
+    """Loads what tests use without importing it, while files can still be opened."""
+    with contextlib.suppress(
+        SyntaxError, ValueError, RecursionError, MemoryError
+    ):  # it is said where they run
+        for name in PythonTests(source, entry).borrowed:
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+
+
+def _spaces(tree: Any) -> set[str]:
+    """Names of which nothing but attributes is asked, as of a module."""
+    import ast
+
+    nodes = list(ast.walk(tree))
+    named = [n.value for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)]
+    inside = {id(name) for name in named}
+    return {name.id for name in named} - {
+        n.id for n in nodes if isinstance(n, ast.Name) and id(n) not in inside
+    }
 
 
 def _needs_arguments(arguments: Any) -> bool:

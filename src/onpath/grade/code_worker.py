@@ -51,6 +51,8 @@ def main(spec: Mapping[str, Any]) -> int:
     source.load_modules("\n".join(text for text in given.values() if isinstance(text, str)))
     for name in (*spec["modules"], *(("ast", "symtable") if spec["role"] == "tests" else ())):
         importlib.import_module(name)
+    if spec["role"] == "tests" and isinstance(given.get("tests"), str):
+        source.load_borrowed(given["tests"], given.get("entry_point") or "")
     os.environ.clear()
     if spec["confined"]:
         try:
@@ -113,7 +115,13 @@ class Named(tuple):  # type: ignore[type-arg]
     def of(cls, number: int | None, fields: Sequence[str], values: Sequence[Any]) -> Named:
         """`number`: of the object that it stands for; None: it is no object of the other side's."""
         made = cls(values)
-        made.__dict__.update({**dict(zip(fields, values, strict=True)), "_fields": tuple(fields)})
+        # A name of a tuple's own, such as `count`, is a value's too, but no function of the program's is.
+        named = {
+            name: value
+            for name, value in zip(fields, values, strict=True)
+            if not (hasattr(tuple, name) and isinstance(value, Remote))
+        }
+        made.__dict__.update({**named, "_fields": tuple(fields)})
         made.__dict__["_number"] = number
         return made
 
@@ -544,6 +552,7 @@ def _assertions(given: Mapping[str, Any], ask: Asking, read: Any) -> Callable[[]
             exec(compile(given.get("setup") or "", "<setup>", "exec"), space)
         except Exception:
             space = {"__name__": "__main__"}
+        space = {**{name: importlib.import_module(name) for name in tests.borrowed}, **space}
         needed = (tests.needed | tests.entry) - (set(space) - tests.entry)
         came: dict[str, Any] = dict.fromkeys(tests.entry, ask("name", 0, entry)) if entry else {}
         for name in sorted(tests.asked - set(space) - tests.entry):

@@ -41,6 +41,8 @@ PRLIMIT, FCNTL, IOCTL, FSTATAT, CAPSET = (302, 261), (72, 25), (16, 29), (262, 7
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 """Machine → column of the tables, and the kernel's name of its call convention (AUDIT_ARCH_…)."""
 NOBODY = 65534
+_MORE_TASKS = 512
+"""Threads that a program may have, other processes of its user included, beyond all that there are."""
 
 _LOAD, _EQUAL, _ANY_BIT, _RETURN = 0x20, 0x15, 0x45, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
@@ -92,8 +94,8 @@ def _give_up_root(libc: ctypes.CDLL, column: int) -> None:
 
 
 def limit(*, memory: int, cpu_seconds: int, file_bytes: int) -> None:
-    """Hard limits of this process: address space, CPU time, the largest file. No process can be started, also
-    where only this says so (macOS)."""
+    """Hard limits of this process: address space, CPU time, the largest file, tasks. No process can be
+    started, also where only this says so (macOS)."""
     limits = {
         resource.RLIMIT_CPU: cpu_seconds,
         resource.RLIMIT_FSIZE: file_bytes,
@@ -104,10 +106,21 @@ def limit(*, memory: int, cpu_seconds: int, file_bytes: int) -> None:
         limits[resource.RLIMIT_NPROC] = 0  # and no limit of memory, which macOS refuses
     else:
         limits[resource.RLIMIT_AS] = memory
+        if (tasks := _tasks()) is not None:
+            limits[resource.RLIMIT_NPROC] = tasks + _MORE_TASKS
     for kind, value in limits.items():
         _, hard = resource.getrlimit(kind)
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (value, value))
+
+
+def _tasks() -> int | None:
+    """Processes and threads of this machine, those of this user among them; None: nobody tells."""
+    try:
+        with open("/proc/loadavg", encoding="ascii") as file:
+            return int(file.read().split()[3].partition("/")[2])
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def _program(column: int, architecture: int) -> bytes:
