@@ -133,12 +133,15 @@ def test_the_bundled_student_s_rate_is_named_where_it_is_another_s(tiny: Tiny) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["opsd", "trd", "topd"])
-def test_the_gyms_defaults_pass(method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "train"),
+    [("opsd", "gym:train"), ("trd", "gym:train"), ("topd", "gym:train"), ("topd", "gym:train?lost=0.5")],
+)
+def test_the_gyms_defaults_pass(method: str, train: str) -> None:
     config = build(
         {
             "student": {"device": "cpu"},
-            "data": {"limit": 64, "eval_limit": 20},
+            "data": {"train": train, "limit": 64, "eval_limit": 20},
             "method": {"name": method},
             "rollout": {"prompts": 32},
         }

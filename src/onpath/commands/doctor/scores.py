@@ -187,9 +187,11 @@ def teacher_itself(parts: Parts, probe: Probe) -> Finding:
             [distance(teacher_scores(parts, alone), part) for alone, part in _apart(parts, batch, together)]
         )
         head = parts.models.teacher.of(batch.teacher).head
-        if head is not None:
-            own = own_scores(_by_students_path(parts, batch), head)
-            kl_N = torch.maximum(kl_N, distance(own, together))
+        own_NH = None if head is None else _by_students_path(parts, batch)
+        if head is not None and own_NH is not None and own_NH.shape[1] == head.weight.shape[1]:
+            kl_N = torch.maximum(
+                kl_N, distance(own_scores(own_NH, head), together)
+            )  # else two models are one
         worst, total, count = max(worst, float(kl_N.max())), total + float(kl_N.sum()), count + len(kl_N)
     mean = total / count
     values = {"mean_kl_nats": mean, "max_kl_nats": worst, "tokens": count}
