@@ -236,6 +236,18 @@ def test_the_control_takes_over_elsewhere(tiny: Tiny) -> None:
     assert lots == places_of(control.method.prepare(rollouts, step=0))
 
 
+def test_the_control_elsewhere_takes_over_about_as_often() -> None:
+    """A place that is drawn late in a leg would settle all before it: half as many takeovers."""
+    sections = {"student": {"device": "cpu"}, "teacher": {"device": "cpu"}, "rollout": {"prompts": 24}}
+    often = {}
+    for control in ("none", "random_place"):
+        method = {"name": "relay", "control": control}
+        parts = assemble(configuration.build({**sections, "data": {"eval": {}}, "method": method}))
+        done = parts.method.prepare(sample(parts, 0), step=0)
+        often[control] = done.means["places_per_response"][0]
+    assert 0.75 < often["random_place"] / often["none"] < 1.5
+
+
 def test_forks_trigger_where_topd_finds_them(tiny: Tiny) -> None:
     parts = parts_of(tiny, name="relay", trigger="fork", window=6, distance=0.8, legs=1)
     topd = parts_of(tiny, name="topd", window=6, decide="threshold", threshold=0.8)

@@ -155,7 +155,7 @@ def trained_on(
     means = {
         "accuracy_z": mean([ok for ok in right if ok is not None]),
         f"{kind}_share": mean([m.changed for m in made]),
-        f"{kind}s_per_response": (float(sum(len(m.places) for m in made)), float(len(made))),
+        "places_per_response": (float(sum(len(m.places) for m in made)), float(len(made))),
         "others_token_share": (float(others), float(sum(len(m.z.ids) for m in made))),
     }
     totals = {"student_tokens_generated": cost.student, "teacher_tokens_generated": cost.teacher}

@@ -88,7 +88,7 @@ class Relay(Method):
         for one in forward(self.tools.models, own, keep=kept, past=True, top_k=top_k):
             at = takeovers(some, one, options, self.tools, cost)
             if options.control == "random_place":
-                at = {i: self.elsewhere(some[i], f"{when}/{some[i].y.key}/relay") for i in at}
+                at = {i: self.elsewhere(some[i], t, f"{when}/{some[i].y.key}/relay") for i, t in at.items()}
             keys = [f"{when}/{some[i].y.key}/relay {t}/draw" for i, t in at.items()]
             zs, places = [m.z for m in some], list(at.items())
             written = goes_on_for(zs, places, who, self.tools, cost, sampling, keys, one)
@@ -99,9 +99,10 @@ class Relay(Method):
                 found[i] = replace(mixed, start=len(mixed.z.ids))
         return found
 
-    def elsewhere(self, mixed: Mixed, key: str) -> int:
-        """A place of the student's last leg by lot."""
-        size = len(mixed.z.ids) - mixed.start
+    def elsewhere(self, mixed: Mixed, fired: int, key: str) -> int:
+        """A place of the student's last leg by lot, on average as far from its start as the trigger's: what
+        stands before is settled, so that later places would leave room for fewer takeovers."""
+        size = min(len(mixed.z.ids) - mixed.start, 1 + 2 * max(1, fired - mixed.start))
         return mixed.start + by_lot(self.tools.sampling.seed, f"{key} {mixed.start}/place", size)
 
     def up_to_paragraph(self, completion: Completion) -> Completion:
