@@ -35,7 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "relay": {"name": "relay"},
     "relay, from start": {"name": "relay", "from_start": True},
     "branch": {"name": "branch"},
-    "bridge": {"name": "bridge"},
+    "bridge": {"name": "bridge", "distance": 0.02},  # at the default nothing is a fork on the gym
     "trd": {"name": "trd", "gate": False, "diagnose_every": 0},
 }
 
