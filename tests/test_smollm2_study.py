@@ -13,12 +13,14 @@ import pytest
 import yaml
 
 from onpath import config as configuration
+from onpath.commands.probes.sampled import sampled
 from onpath.commands.study import plan
 from onpath.commands.study.config import study_of
 from onpath.commands.study.plan import Job
 from onpath.commands.study.run import run_study
 from onpath.config.whole import Config
 from onpath.data import tasks
+from onpath.run.assemble import assemble
 from onpath.system import code
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "smollm2-study"
@@ -134,13 +136,14 @@ def test_a_rewrite_keeps_what_is_sound(words: Any) -> None:
 
 
 def test_the_probed_config_asks_what_the_study_asks(words: Any) -> None:
-    config, study = (configuration.read_yaml(RECIPE / name) for name in ("topd.yaml", "study.yaml"))
+    config, study = (configuration.read_yaml(RECIPE / name) for name in ("topd.yaml", "others.yaml"))
     with code.allowed():
         assert configuration.load(RECIPE / "topd.yaml").run.name == "smollm2-study-topd"
     assert config["method"] == study["arms"]["topd"]["method"]
     for section, key in (("student", "model"), ("teacher", "model"), ("data", "system"), ("data", "limit")):
         assert config[section][key] == study["base"][section][key]
-    assert {k: v for k, v in config["optim"].items() if k != "steps"} == study["base"]["optim"]
+    asked = {**config["optim"], "bf16": study["base"]["optim"]["bf16"]}  # probes read in float32
+    assert {k: v for k, v in asked.items() if k != "steps"} == study["base"]["optim"]
 
 
 def smaller(path: Path, models: dict[str, Path], out: Path) -> dict[str, Any]:
@@ -233,3 +236,30 @@ def test_the_figures_are_counted_by_hand(tmp_path: Path) -> None:
     said = "\n".join(recover(tmp_path))
     assert "| wrong one, up to the first wrong step | 1 | 50% | 100% | 1.00‰ |" in said
     assert "| wrong one, behind it | 1 | 0% | 25% | 3.00‰ |" in said
+
+
+def test_what_targets_consist_of_adds_up_to_what_is_logged() -> None:
+    with code.allowed():
+        targets, table = (
+            code.load(f"{RECIPE / 'targets.py'}:{name}", key="targets") for name in ("targets", "table")
+        )
+    tree = {
+        "student": {"device": "cpu"},
+        "teacher": {"device": "cpu"},
+        "data": {"train": "gym:train", "limit": 16, "eval": {}},
+        "method": {"name": "topd", "window": 8},
+        "rollout": {"prompts": 8, "max_new_tokens": 112},
+    }
+    parts = assemble(configuration.build(tree))
+    rollouts = sampled(parts, 8)
+    means = parts.method.prepare(rollouts, step=0).means
+    found = list(targets(parts, rollouts, parts.config.method.epsilon))
+    assert len(found) == means["target_own_share"][1] > 0
+    assert sum(t.own for t in found) == pytest.approx(means["target_own_share"][0])
+    on_teacher = sum(t.own if t.agreed else t.teacher for t in found)
+    assert on_teacher == pytest.approx(means["target_teacher_share"][0])
+    assert all(0 <= t.bag <= 1 + 1e-9 for t in found)
+    lines = list(table({0.05: found, 0.02: []}))
+    assert len(lines) == 2 + 6
+    assert lines[2].startswith(f"| 0.05 | all, {len(found)} |")
+    assert lines[-1] == "| 0.02 | where the two differ, 0 | – | – | – | – |"

@@ -25,11 +25,12 @@ def draw(found: Sequence[Place], summary: Mapping[str, Any], path: Path) -> None
             )
         noise = [p.noise for p in found if p.noise is not None and "high" in p.groups]
         _steps(left, noise, "black", "teacher against teacher", linestyle=":")
-        left.axvline(summary["low_divergence_threshold"], color="0.6", linewidth=0.8)
+        floor, quartile = summary["low_divergence_threshold"], "upper quartile of low loss"
+        left.axvline(floor, color="0.6", linewidth=0.8, label=quartile)
         left.set(
             xlabel="D, distance of the near futures", ylabel="share of positions at most D", ylim=(0, 1.02)
         )
-        left.legend(frameon=False, loc="lower right")
+        left.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderpad=0, fontsize=8)
         _scatter(right, found)
 
 

@@ -34,7 +34,7 @@ def draw(found: Sequence[Probed], path: Path) -> None:
         lower.plot(
             *zip(*dots, strict=True) if dots else ([], []),
             color=_ONSET, marker="o", markersize=4, linestyle="", alpha=0.8,
-            label="opens a correction (each rollout)",
+            label=f"opens a correction ({'each rollout' if dots else f'never above {_VISIBLE:.0%}'})",
         )  # fmt: skip
         where = "tokens from the start of the first wrong step" if known else "tokens of the response"
         lower.set(ylabel="teacher's probability", xlabel=where, ylim=(-0.02, 1.02))
