@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -23,6 +22,10 @@ from onpath.engines.linear import with_fast_products
 from onpath.engines.models import check_vocabulary, load_tokenizer, locate, quietly
 from onpath.system.errors import UserError
 
+_DROPOUTS = (
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
+)
 _NOISE = re.compile(r"^(?!summary|classifier).*(drop|jitter)")
 """Of a config's entries those that may be noise of training mode; the heads of classifiers are not here."""
 
@@ -115,7 +118,7 @@ def dropout_warning(config: Config, student: nn.Module) -> str | None:
 
 def has_noise(model: nn.Module) -> bool:
     """Whether a model draws something in training mode, as far as its modules and its config say."""
-    if any(isinstance(m, _DropoutNd) and m.p > 0 for m in model.modules()):
+    if any(isinstance(m, _DROPOUTS) and m.p > 0 for m in model.modules()):
         return True
     told = unwrapped(model).config.get_text_config().to_dict().items()
     return any(_NOISE.search(k) and isinstance(v, int | float) and v is not True and v > 0 for k, v in told)
