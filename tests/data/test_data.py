@@ -302,6 +302,25 @@ def test_a_task_of_ones_own_may_fail_too(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "in rows" in caught.value.frames
 
 
+@pytest.mark.parametrize("hook", tasks._HOOKS)
+def test_what_is_asked_of_a_task_of_ones_own_may_fail(hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: tasks.Task, *_: Any) -> None:
+        raise KeyError("seven")
+
+    told = {"name": "broken", "splits": {"train": 1}, "__module__": __name__}
+    kind = type("Broken", (tasks.Task,), {**told, hook: fails})
+    monkeypatch.setattr(tasks, "_TASKS", dict(tasks._TASKS))
+    tasks.register(kind())
+    found = tasks.task_of("broken:train")
+    assert found is tasks.task_of("broken:train")
+    with pytest.raises(UserError, match=rf"^the task broken: {hook} fails: KeyError: 'seven'") as caught:
+        getattr(found, hook)("x", "y")
+    assert caught.value.frames.count("in fails") == 1
+    gym = tasks.task_of("gym:train")
+    assert gym is not None
+    assert hook not in vars(gym)
+
+
 def test_parquet_and_saved_datasets_read_like_jsonl(tmp_path: Path, write: Callable[..., str]) -> None:
     import datasets
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from onpath.data.packs import pack_of, pack_split
 from onpath.data.templates import EPISTEMIC_WORDS, TEMPLATES
+from onpath.system import code
 from onpath.system.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 _OF_TRAINING = ("spoil", "lost")
 """Settings that act on training rollouts and on their teacher."""
+
+
+_HOOKS = ("grade", "first_error", "labels", "skills", "error_kind", "stated")
+"""What is asked of a task while a run goes on."""
 
 
 class World(Protocol):
@@ -182,9 +187,19 @@ def task_of(source: str) -> Task | None:
         return None
     task, (_, asked, query) = _TASKS[name](), rest.partition("?")
     try:
-        return task.with_settings(dict(map(_setting, query.split("&")))) if asked else task
+        return _blamed(task.with_settings(dict(map(_setting, query.split("&")))) if asked else task)
     except ValueError as error:
         raise UserError(f"{source}: {error}") from None
+
+
+def _blamed(task: Task) -> Task:
+    """The task itself; what a hook of one of the user's own raises names it from now on."""
+    own, modules = not type(task).__module__.startswith("onpath."), code.modules_of(task)
+    for hook in _HOOKS if own and hasattr(task, "__dict__") else ():
+        if hook not in vars(task):
+            asked = code.blamed(f"the task {task.name}: {hook}", modules)(getattr(task, hook))
+            object.__setattr__(task, hook, asked)  # past a __setattr__ of its own
+    return task
 
 
 def _setting(text: str) -> tuple[str, float]:
