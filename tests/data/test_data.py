@@ -1,5 +1,6 @@
 """Sources, columns, bad rows and the order of prompts."""
 
+import copy
 import gzip
 import json
 import os
@@ -7,7 +8,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -302,23 +303,45 @@ def test_a_task_of_ones_own_may_fail_too(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "in rows" in caught.value.frames
 
 
-@pytest.mark.parametrize("hook", tasks._HOOKS)
+@pytest.mark.parametrize("hook", sorted(tasks._HOOKS))
 def test_what_is_asked_of_a_task_of_ones_own_may_fail(hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(self: tasks.Task, *_: Any) -> None:
         raise KeyError("seven")
 
     told = {"name": "broken", "splits": {"train": 1}, "__module__": __name__}
-    kind = type("Broken", (tasks.Task,), {**told, hook: fails})
+    world = type("World", (), {"__module__": __name__, hook: fails})
+    kind = type("Broken", (tasks.Task,), {**told, hook: fails, "world": world()})
     monkeypatch.setattr(tasks, "_TASKS", dict(tasks._TASKS))
     tasks.register(kind())
-    found = tasks.task_of("broken:train")
-    assert found is tasks.task_of("broken:train")
+    found: Any = tasks.task_of("broken:train")
+    asked = found.world if hook in ("spoiled", "lost_after") else found
     with pytest.raises(UserError, match=rf"^the task broken: {hook} fails: KeyError: 'seven'") as caught:
-        getattr(found, hook)("x", "y")
+        getattr(asked, hook)("x", "y")
     assert caught.value.frames.count("in fails") == 1
-    gym = tasks.task_of("gym:train")
-    assert gym is not None
-    assert hook not in vars(gym)
+
+
+def test_settings_of_a_task_of_ones_own_make_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Late(tasks.Task):
+        name, splits, late = "late", MappingProxyType({"train": 10}), 0.0
+
+        def grade(self, text: str, answer: str) -> bool:
+            return text == f"{self.late:g}"
+
+        def with_settings(self, settings: Mapping[str, float]) -> tasks.Task:
+            other = copy.copy(self)
+            other.late = settings["late"]
+            return other
+
+    monkeypatch.setattr(tasks, "_TASKS", dict(tasks._TASKS))
+    tasks.register(Late())
+    plain, late = tasks.task_of("late:train"), tasks.task_of("late:train?late=1")
+    assert plain is not None
+    assert late is not None
+    for task in (plain, copy.deepcopy(plain)):
+        assert task.grade("0", "")
+        assert not task.grade("1", "")
+    for task in (late, copy.copy(late)):
+        assert task.grade("1", "")
 
 
 def test_parquet_and_saved_datasets_read_like_jsonl(tmp_path: Path, write: Callable[..., str]) -> None:

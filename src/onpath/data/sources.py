@@ -15,7 +15,7 @@ from typing import Any
 
 from onpath.data.packs import pack_of, pack_rows
 from onpath.data.rows import COLUMNS, kind_of
-from onpath.data.tasks import Task, task_names, task_of, task_rows
+from onpath.data.tasks import Task, modules_of, task_names, task_of, task_rows
 from onpath.system import code
 from onpath.system.errors import UserError
 from onpath.system.files import place
@@ -107,7 +107,7 @@ def _named(source: str, given: Any) -> Iterator[None]:
 
 
 def _of_task(task: Task, source: str, limit: int | None) -> Iterator[Mapping[str, Any]]:
-    with code.blamed(source, code.modules_of(task)):
+    with code.blamed(source, modules_of(task)):
         yield from task_rows(task, source, limit)
 
 

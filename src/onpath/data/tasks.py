@@ -6,9 +6,9 @@ task may have settings, `gym:train?late=0.5&spoil=0.8`: numbers from 0 to 1 that
 No torch.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from onpath.data.packs import pack_of, pack_split
 from onpath.data.templates import EPISTEMIC_WORDS, TEMPLATES
@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 
 _OF_TRAINING = ("spoil", "lost")
 """Settings that act on training rollouts and on their teacher."""
-
-
-_HOOKS = ("grade", "first_error", "labels", "skills", "error_kind", "stated")
-"""What is asked of a task while a run goes on."""
 
 
 class World(Protocol):
@@ -136,6 +132,35 @@ class Task(Protocol):
         raise ValueError(f"the task {self.name} has no settings")
 
 
+_HOOKS = {
+    *("grade", "first_error", "labels", "skills", "error_kind", "stated"),
+    *("spoiled", "lost_after"),
+}
+"""Of a task, and of its world, what is called while a run goes on."""
+
+
+class _Blamed:
+    """A task of the user's own, or its world, as it is; what a hook of it raises names it.
+
+    Args:
+        what: it is, for the sentence.
+        modules: that hold it.
+    """
+
+    def __init__(self, own: Any, what: str, modules: Set[str]) -> None:
+        self._own, self._what, self._modules = own, what, modules
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # asked by copies and pickles, before there is anything
+            raise AttributeError(name)
+        found = getattr(self._own, name)
+        if name in _HOOKS:
+            return code.blamed(f"{self._what}: {name}", self._modules)(found)
+        if name == "world" and found is not None and not type(found).__module__.startswith("onpath."):
+            return _Blamed(found, self._what, self._modules | code.modules_of(found))
+        return found
+
+
 def _gym() -> Task:
     from onpath.gym.task import Gym
 
@@ -187,19 +212,16 @@ def task_of(source: str) -> Task | None:
         return None
     task, (_, asked, query) = _TASKS[name](), rest.partition("?")
     try:
-        return _blamed(task.with_settings(dict(map(_setting, query.split("&")))) if asked else task)
+        found = task.with_settings(dict(map(_setting, query.split("&")))) if asked else task
     except ValueError as error:
         raise UserError(f"{source}: {error}") from None
+    ours = type(found).__module__.startswith("onpath.")
+    return found if ours else cast(Task, _Blamed(found, f"the task {found.name}", code.modules_of(found)))
 
 
-def _blamed(task: Task) -> Task:
-    """The task itself; what a hook of one of the user's own raises names it from now on."""
-    own, modules = not type(task).__module__.startswith("onpath."), code.modules_of(task)
-    for hook in _HOOKS if own and hasattr(task, "__dict__") else ():
-        if hook not in vars(task):
-            asked = code.blamed(f"the task {task.name}: {hook}", modules)(getattr(task, hook))
-            object.__setattr__(task, hook, asked)  # past a __setattr__ of its own
-    return task
+def modules_of(task: Task) -> Set[str]:
+    """The modules that hold a task of the user's own; none of another."""
+    return task._modules if isinstance(task, _Blamed) else frozenset()
 
 
 def _setting(text: str) -> tuple[str, float]:
