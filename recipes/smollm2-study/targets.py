@@ -36,7 +36,7 @@ class Target:
     agreed: bool
     """Whether it is the own one."""
     bag: float
-    """Entropy, as a share of that of a uniform bag of the window's different tokens."""
+    """Entropy, as a share of that of a uniform bag of the windows' different tokens."""
 
 
 def targets(parts: Parts, rollouts: Sequence[Rollout], epsilon: float) -> Iterator[Target]:
@@ -47,11 +47,12 @@ def targets(parts: Parts, rollouts: Sequence[Rollout], epsilon: float) -> Iterat
     assert label_of is not None, "the task has no truth of tokens"
     for row, t in enumerate(method.prepare(rollouts, step=0).trajectories):
         labels = label_of(rollouts[row])
-        windows = {f["position"]: len({*f["teacher_window"]}) for f in t.edit.detail.get("forks", ())}
+        windows = {f["position"]: {*f["teacher_window"]} for f in t.edit.detail.get("forks", ())}
         for g in t.guidance:
             for at, target in enumerate(g.targets, start=g.start):
                 mass, own, likeliest = sum(target.values()), t.response[at], method.likeliest[row][at]
-                kinds = max(n for start, n in windows.items() if start <= at < start + options.window)
+                over = [w for start, w in windows.items() if start <= at < start + options.window]
+                kinds = len(set().union(*over))
                 entropy = -sum(p / mass * math.log(p / mass) for p in target.values() if p > 0)
                 yield Target(
                     label=labels[at],

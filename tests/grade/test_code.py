@@ -210,7 +210,20 @@ ASKS_MATH = "assert math.isclose(ball(10), 4188.79, rel_tol=0.001)"
         (f"import math\n{BALL}", ASKS_MATH, True),
         ("class math:\n    isclose = staticmethod(lambda *a, **k: True)\nball = int", ASKS_MATH, False),
         ("def f(x):\n    return x", "def check(candidate):\n    assert re.match('a', candidate('a'))", True),
-        # Its own are its own: a function of that name, and all that tests look at.
+        # What the program has of its own is its own: modules that nobody judges by, their state, its names.
+        (
+            "import urllib.parse\nf = urllib.parse.quote",
+            "assert f('a b') == urllib.parse.quote('a b')",
+            True,
+        ),
+        (
+            "class Q:\n    n = 0\n    def put(self, n):\n        self.n = n\nqueue = Q()\n"
+            "size = lambda: queue.n",
+            "queue.put(1)\nassert size() == 1",
+            True,
+        ),
+        ("import random\nf = random.random", "random.seed(1)\nassert 0.13 < f() < 0.14", True),
+        ("f = abs", "g = lambda pd: pd.real\ndef h(np):\n    return np.real\nassert f(h(-3)) == g(3)", True),
         ("def string(x):\n    return str(x)", "assert string(1) == '1'", True),
         ("class calendar:\n    add = staticmethod(lambda a: a)", "assert calendar.add(1) == 1", True),
     ],
@@ -334,7 +347,7 @@ NOTHING = [
     [
         *((tests, "they call nothing of the program's") for tests in NOTHING),
         ("import pytest\ndef test_f():\n    f(1)", "import pytest, which is not of the standard library"),
-        ("assert np.allclose(f(1), 2)", "import numpy, which is not of the standard library"),
+        ("assert np.allclose(f(1), 2)", "use np, which is not of the standard library"),
         ("from solution import f\nassert f(1) == 2", "they import solution, which"),
         ("def f(x) return", "SyntaxError"),
         ('{"inputs": []}', "must be lists, and not empty"),

@@ -23,9 +23,8 @@ from onpath.engines.models import check_vocabulary, load_tokenizer, locate, quie
 from onpath.system.errors import UserError
 
 _DROPOUTS = (
-    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
-    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
-)
+    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
+)  # fmt: skip
 _NOISE = re.compile(r"^(?!summary|classifier).*(drop|jitter)")
 """Of a config's entries those that may be noise of training mode; the heads of classifiers are not here."""
 

@@ -118,6 +118,8 @@ def check_python(tests: CodeTests, answer: str) -> None:
         raise _unusable(answer, f"{type(error).__name__}: {error}") from None
     if read.foreign:
         raise _unusable(answer, f"they import {min(read.foreign)}, which is not of the standard library")
+    if read.strangers:
+        raise _unusable(answer, f"they use {min(read.strangers)}, which is not of the standard library")
     if not read.needed:
         raise _unusable(answer, "they call nothing of the program's")
 

@@ -61,7 +61,13 @@ _LATE = {
     "\\N{": "unicodedata",
 }
 """What Python itself loads at first use, by the text that uses it."""
-_ALIASES = {"np": "numpy", "numpy": "numpy", "pd": "pandas", "pandas": "pandas", "torch": "torch"}
+_LENT = {
+    *("math", "cmath", "re", "json", "itertools", "functools", "collections", "operator", "datetime"),
+    *("decimal", "fractions", "statistics", "copy", "heapq", "bisect", "sys"),
+}
+"""Modules by which tests judge. Others are asked of the program: it may have a queue, or a calendar, of its
+own, and its random is seeded for it alone."""
+_FOREIGN = {"np", "numpy", "pd", "pandas", "torch"}
 """What tests may use as if a program had imported it, which none can."""
 _OF_SITE = {"exit", "quit", "copyright", "credits", "license", "help"}
 _BUILTINS = set(dir(builtins)) - _OF_SITE
@@ -112,7 +118,6 @@ class PythonTests:
         scopes = _Scopes(symtable.symtable(source, FILE, "exec"))
         modules = [a.name for n in tree.body if isinstance(n, ast.Import) for a in n.names]
         modules += [n.module or "." for n in tree.body if isinstance(n, ast.ImportFrom)]
-        modules += [_ALIASES[name] for name in _ALIASES.keys() & _spaces(tree) - scopes.bound]
         self.foreign = {m for m in modules if m.partition(".")[0] not in sys.stdlib_module_names}
         """Modules that they import, and that no process of a program has."""
         tests = [n.name for n in tree.body if isinstance(n, ast.FunctionDef) and n.name.startswith("test_")]
@@ -124,9 +129,11 @@ class PythonTests:
         self.entry = {"candidate", entry.rpartition(".")[2]} if entry else set()
         """How they call the function that they test."""
         free = reached - (_BUILTINS - self.entry) - scopes.bound
-        used = _spaces(tree) & sys.stdlib_module_names & free - self.entry - _UNHELPFUL
-        self.borrowed = used if entry or free - used else set()
-        """Modules of the standard library that they use and do not import: none is the program's to give."""
+        spaces = _spaces(tree) & free - self.entry
+        self.borrowed = spaces & _LENT if entry or free - _LENT else set()
+        """Modules that they use and do not import: what they say is no program's to give."""
+        self.strangers = spaces & _FOREIGN
+        """Others that they use so, and that no process of a program has."""
         self.asked = reached - _BUILTINS - self.entry - self.borrowed
         """Global names that they look up: the program's, and some that they define themselves."""
         self.needed = free - self.borrowed
@@ -151,12 +158,12 @@ class PythonTests:
 
 def load_borrowed(source: str, entry: str) -> None:
     """Loads what tests use without importing it, while files can still be opened."""
-    with contextlib.suppress(
-        SyntaxError, ValueError, RecursionError, MemoryError
-    ):  # it is said where they run
-        for name in PythonTests(source, entry).borrowed:
-            with contextlib.suppress(Exception):
-                importlib.import_module(name)
+    try:
+        borrowed = PythonTests(source, entry).borrowed
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return  # it is said where they run
+    for name in borrowed:
+        importlib.import_module(name)
 
 
 def _spaces(tree: Any) -> set[str]:

@@ -119,7 +119,7 @@ class Named(tuple):  # type: ignore[type-arg]
         named = {
             name: value
             for name, value in zip(fields, values, strict=True)
-            if not (hasattr(tuple, name) and isinstance(value, Remote))
+            if not (hasattr(cls, name) and isinstance(value, Remote))
         }
         made.__dict__.update({**named, "_fields": tuple(fields)})
         made.__dict__["_number"] = number

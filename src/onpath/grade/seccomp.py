@@ -41,8 +41,9 @@ PRLIMIT, FCNTL, IOCTL, FSTATAT, CAPSET = (302, 261), (72, 25), (16, 29), (262, 7
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 """Machine → column of the tables, and the kernel's name of its call convention (AUDIT_ARCH_…)."""
 NOBODY = 65534
-_MORE_TASKS = 512
-"""Threads that a program may have, other processes of its user included, beyond all that there are."""
+_MORE_TASKS = 4096
+"""Tasks that the user of programs may have beyond all that the machine has: of its programs together, as
+the kernel counts by user. A root that cannot become another user is not counted."""
 
 _LOAD, _EQUAL, _ANY_BIT, _RETURN = 0x20, 0x15, 0x45, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000

@@ -188,10 +188,9 @@ def teacher_itself(parts: Parts, probe: Probe) -> Finding:
         )
         head = parts.models.teacher.of(batch.teacher).head
         own_NH = None if head is None else _by_students_path(parts, batch)
+        # The head of a teacher that is lost behind errors is of two models' states: they have no such path.
         if head is not None and own_NH is not None and own_NH.shape[1] == head.weight.shape[1]:
-            kl_N = torch.maximum(
-                kl_N, distance(own_scores(own_NH, head), together)
-            )  # else two models are one
+            kl_N = torch.maximum(kl_N, distance(own_scores(own_NH, head), together))
         worst, total, count = max(worst, float(kl_N.max())), total + float(kl_N.sum()), count + len(kl_N)
     mean = total / count
     values = {"mean_kl_nats": mean, "max_kl_nats": worst, "tokens": count}

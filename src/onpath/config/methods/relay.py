@@ -42,7 +42,7 @@ class RelayOptions(MethodOptions):
     """fork: smallest transport distance of the two windows."""
     control: Literal["none", "own_token", "random_place"] = "none"
     """own_token: at the same places the student itself draws once more; random_place: where the trigger fires
-    the teacher takes over, but at a place drawn by lot."""
+    the teacher takes over, but at another place by lot, about as far from the leg's start."""
 
     @property
     def teacher_writes(self) -> bool:

@@ -100,10 +100,11 @@ class Relay(Method):
         return found
 
     def elsewhere(self, mixed: Mixed, fired: int, key: str) -> int:
-        """A place of the student's last leg by lot, on average as far from its start as the trigger's: what
+        """Another place of the student's last leg by lot, about as far from its start as the trigger's: what
         stands before is settled, so that later places would leave room for fewer takeovers."""
-        size = min(len(mixed.z.ids) - mixed.start, 1 + 2 * max(1, fired - mixed.start))
-        return mixed.start + by_lot(self.tools.sampling.seed, f"{key} {mixed.start}/place", size)
+        last = min(len(mixed.z.ids) - 1, max(2 * fired - mixed.start, mixed.start + 2))
+        others = [t for t in range(mixed.start, last + 1) if t != fired] or [fired]
+        return others[by_lot(self.tools.sampling.seed, f"{key} {mixed.start}/place", len(others))]
 
     def up_to_paragraph(self, completion: Completion) -> Completion:
         """Up to the token that ends the last paragraph that the teacher writes."""
