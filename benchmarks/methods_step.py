@@ -31,7 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "opd": {},
     "truncate": {"name": "truncate"},
     "topd": {"name": "topd"},
-    "topd, upper quartile": {"name": "topd", "decide": "upper_quartile_of_low_loss"},
+    "topd, quantile": {"name": "topd", "decide": "quantile"},
     "topd, spliced": {"name": "topd", "plan": "spliced"},
     "relay": {"name": "relay"},
     "relay, from start": {"name": "relay", "from_start": True},

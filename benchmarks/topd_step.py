@@ -56,7 +56,7 @@ def measure(directory: Path, options: argparse.Namespace, window: int) -> list[d
 
     base = settings(directory, options)
     plain = assemble(config.build(base))
-    method = {"name": "topd", "window": window, "reuse_cache": not options.no_cache}
+    method = {"name": "topd", "window": window, "decide": "quantile", "reuse_cache": not options.no_cache}
     changed = config.build({**base, "method": method})
     guided = replace(plain, config=changed, method=make_method(changed.method, plain.tools))
     optimizer, _ = make_optimizer(plain.config, plain.models.student)

@@ -21,7 +21,7 @@ VALUES = {
 
 
 def options(**changes: Any) -> TOPDOptions:
-    return TOPDOptions(**{"window": 4, **changes})
+    return TOPDOptions(**{"window": 4, "decide": "quantile", **changes})
 
 
 def chosen(**changes: Any) -> list[int]:

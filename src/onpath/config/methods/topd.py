@@ -50,9 +50,9 @@ class TOPDOptions(MethodOptions):
         "sampled_gap",
         "random_positions",
         "all_high_loss",
-    ] = "quantile"
-    """How real forks are told from surface mismatches: D above its quantile drop_share, above threshold, or
-    above the upper quartile of D at low-loss positions (the paper). Arms: the sampled log-ratio above its
+    ] = "upper_quartile_of_low_loss"
+    """How real forks are told from surface mismatches: D above the upper quartile of D at low-loss positions
+    (the paper), above its quantile drop_share, or above threshold. Arms: the sampled log-ratio above its
     quantile drop_share; positions drawn at random; all candidates."""
     drop_share: Annotated[float, GoesWith("decide", "quantile", "sampled_gap", "random_positions")] = Field(
         0.3, ge=0, lt=1
