@@ -31,12 +31,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "opd_lora": {"student__lora_rank": 4},
     "opsd_base": {"method__name": "opsd"},
     "opsd_ema": {"method__name": "opsd", "method__weights": "ema", "method__ema_decay": 0.9},
-    "topd": {"method__name": "topd", "method__window": 4, "method__top_share": 0.2},
+    "topd": {
+        **{"method__name": "topd", "method__window": 4, "method__top_share": 0.2},
+        "method__decide": "quantile",
+    },
+    "topd_by_default": {"method__name": "topd", "method__window": 4, "method__top_share": 0.2},
     "topd_upper_quartile": {
         **{"method__name": "topd", "method__window": 4, "method__top_share": 0.2, "method__mass": "row"},
         "method__decide": "upper_quartile_of_low_loss",
     },
-    "topd_spliced": {**{"method__name": "topd", "method__window": 4}, "method__plan": "spliced"},
+    "topd_spliced": {
+        **{"method__name": "topd", "method__window": 4, "method__plan": "spliced"},
+        "method__decide": "quantile",
+    },
     "branch": {"method__name": "branch", "method__branches": 2},
     "bridge": {"method__name": "bridge", "method__window": 4, "method__keep": "all"},
     "relay": {"method__name": "relay", "method__delta": 2.0},
