@@ -110,6 +110,11 @@ def table_of(model: nn.Module) -> Tensor:
     return weight
 
 
+def width_of(model: nn.Module) -> int:
+    """Size of the hidden states that its output layer takes."""
+    return base_layer(unwrapped(model).get_output_embeddings()).weight.shape[-1]  # type: ignore
+
+
 def lora_deltas(layer: LoraLayer) -> Iterator[Tensor]:
     """What each active adapter adds to a layer's weight."""
     for name in layer.active_adapters:

@@ -4,11 +4,10 @@ as many with each teacher: one that has fewer goes on with a token that weighs n
 from functools import cache
 
 import torch
-from torch import nn
 
 from onpath.data.batch import micro_batches
 from onpath.engines.forward import teacher_key
-from onpath.engines.head import base_layer, sharded, unwrapped
+from onpath.engines.head import sharded, width_of
 from onpath.engines.sharding import sum_now
 from onpath.methods.base import Prepared
 from onpath.records import Prompt, Rollout, Sampling, Trajectory
@@ -50,13 +49,9 @@ def rounds(parts: Parts, prepared: Prepared, trained: list[Trajectory]) -> list[
         found += mine + [[_filler(name)]] * (count - len(mine))
         teacher = models.teacher.of(name).model
         if count and teacher is not None and sharded(teacher):
-            _score_together(parts, prepared, [t for t in trained if t.teacher == name], name, _width(teacher))
+            theirs = [t for t in trained if t.teacher == name]
+            _score_together(parts, prepared, theirs, name, width_of(teacher))
     return found
-
-
-def _width(model: nn.Module) -> int:
-    """Size of the hidden states that its output layer takes."""
-    return base_layer(unwrapped(model).get_output_embeddings()).weight.shape[-1]  # type: ignore
 
 
 def is_filler(micro: list[Trajectory]) -> bool:

@@ -26,7 +26,7 @@ from onpath.commands.doctor.sample import (
 from onpath.config.sections import Teacher as TeacherSection
 from onpath.config.sections import teacher_option
 from onpath.data.batch import Batch, collate
-from onpath.engines.head import hidden_states
+from onpath.engines.head import hidden_states, width_of
 from onpath.engines.models import load_model
 from onpath.engines.routed import by_teacher
 from onpath.engines.teacher import ModelTeacher
@@ -186,11 +186,12 @@ def teacher_itself(parts: Parts, probe: Probe) -> Finding:
         kl_N = torch.cat(
             [distance(teacher_scores(parts, alone), part) for alone, part in _apart(parts, batch, together)]
         )
-        head = parts.models.teacher.of(batch.teacher).head
-        own_NH = None if head is None else _by_students_path(parts, batch)
+        teacher = parts.models.teacher.of(batch.teacher)
         # The head of a teacher that is lost behind errors is of two models' states: they have no such path.
-        if head is not None and own_NH is not None and own_NH.shape[1] == head.weight.shape[1]:
-            kl_N = torch.maximum(kl_N, distance(own_scores(own_NH, head), together))
+        head, model = teacher.head, teacher.model
+        if head is not None and model is not None and head.weight.shape[1] == width_of(model):
+            own = own_scores(_by_students_path(parts, batch), head)
+            kl_N = torch.maximum(kl_N, distance(own, together))
         worst, total, count = max(worst, float(kl_N.max())), total + float(kl_N.sum()), count + len(kl_N)
     mean = total / count
     values = {"mean_kl_nats": mean, "max_kl_nats": worst, "tokens": count}
