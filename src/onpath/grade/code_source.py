@@ -15,7 +15,7 @@ import sys
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import symtable
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from typing import Any
 
 FILE = "<tests>"
@@ -156,10 +156,14 @@ class PythonTests:
         """Whether they call something of the program's; else its values are all that they look at."""
 
 
-def load_borrowed(source: str, entry: str) -> None:
-    """Loads what tests use without importing it, while files can still be opened."""
+def load_borrowed(read: Callable[[str, str], PythonTests], source: str, entry: str) -> None:
+    """Loads what tests use without importing it, while files can still be opened.
+
+    Args:
+        read: `PythonTests`.
+    """
     try:
-        borrowed = PythonTests(source, entry).borrowed
+        borrowed = read(source, entry).borrowed
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return  # it is said where they run
     for name in borrowed:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import functools
 import importlib
 import importlib.util
 import json
@@ -51,8 +52,9 @@ def main(spec: Mapping[str, Any]) -> int:
     source.load_modules("\n".join(text for text in given.values() if isinstance(text, str)))
     for name in (*spec["modules"], *(("ast", "symtable") if spec["role"] == "tests" else ())):
         importlib.import_module(name)
+    read = functools.cache(source.PythonTests)
     if spec["role"] == "tests" and isinstance(given.get("tests"), str):
-        source.load_borrowed(given["tests"], given.get("entry_point") or "")
+        source.load_borrowed(read, given["tests"], given.get("entry_point") or "")
     os.environ.clear()
     if spec["confined"]:
         try:
@@ -65,7 +67,7 @@ def main(spec: Mapping[str, Any]) -> int:
     elif spec["role"] == "program":
         serve(given["program"], Peer(*spec["peer"]), spec["modules"])
     else:
-        said = judge(given, Peer(*spec["peer"]), spec["modules"], source.PythonTests)
+        said = judge(given, Peer(*spec["peer"]), spec["modules"], read)
         os.write(spec["verdict"], json.dumps(said).encode())
     return 0
 
@@ -511,7 +513,7 @@ def judge(given: Mapping[str, Any], peer: Peer, modules: Sequence[str], read: An
     Args:
         given: `tests`, Python text, with `setup`, what the program completes; or `calls`, a list of
             (arguments, result); and `entry_point`.
-        read: `code_source.PythonTests`.
+        read: `code_source.PythonTests`, once for the same text.
     """
     ask = Asking(peer, modules)
     try:
