@@ -133,9 +133,8 @@ class Task(Protocol):
 
 
 _HOOKS = {
-    *("grade", "first_error", "labels", "skills", "error_kind", "stated"),
-    *("spoiled", "lost_after"),
-}
+    "grade", "first_error", "labels", "skills", "error_kind", "stated", "spoiled", "lost_after",
+}  # fmt: skip
 """Of a task, and of its world, what is called while a run goes on."""
 
 

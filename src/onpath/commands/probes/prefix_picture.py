@@ -31,10 +31,11 @@ def draw(found: Sequence[Probed], path: Path) -> None:
             shown, lambda p: [(t, m) for t, m in enumerate(p.onset_mass) if m > _VISIBLE], few=1
         )
         dots = [(offset, mass) for offset, masses in onsets.items() for mass in masses]
+        seen = "each rollout" if dots else f"never above {_VISIBLE:.0%}"
         lower.plot(
             *zip(*dots, strict=True) if dots else ([], []),
             color=_ONSET, marker="o", markersize=4, linestyle="", alpha=0.8,
-            label=f"opens a correction ({'each rollout' if dots else f'never above {_VISIBLE:.0%}'})",
+            label=f"opens a correction ({seen})",
         )  # fmt: skip
         where = "tokens from the start of the first wrong step" if known else "tokens of the response"
         lower.set(ylabel="teacher's probability", xlabel=where, ylim=(-0.02, 1.02))
