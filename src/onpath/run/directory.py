@@ -1,6 +1,5 @@
 """A run's directory: its files, its checkpoints, its final model. `open_run` (opening.py) makes one."""
 
-import json
 import os
 import re
 import shutil
@@ -23,6 +22,7 @@ from onpath.engines.models import quietly
 from onpath.engines.sharding import give_back
 from onpath.evaluate.scores import EvalResult
 from onpath.run import checkpoint
+from onpath.run.best import Best
 from onpath.run.card import model_card
 from onpath.run.checkpoint import Saving
 from onpath.run.contents import differing
@@ -40,11 +40,10 @@ from onpath.run.method_state import MethodState
 from onpath.run.optimizer import rate
 from onpath.run.parts import Parts
 from onpath.run.refresh import Refreshed, forget_phases
-from onpath.run.trained import BEST, BEST_OF
+from onpath.run.trained import BEST_OF
 from onpath.system import distributed
 from onpath.system.errors import UserError
 from onpath.system.files import unwritable, write_text, written
-from onpath.system.reading import read_json
 from onpath.system.signals import Interrupted, Requests, Stopped
 from onpath.system.streams import say
 from onpath.system.text import one_line
@@ -90,10 +89,6 @@ class Run:
     """Options that an earlier process of this run had with other values."""
     with_changes: bool = False
     """Whether the run goes on whatever has changed."""
-    best: float | None = None
-    """avg@n of the weights in best/."""
-    since_best: int = 0
-    """Evaluations after it."""
     reopened: bool = False
     """Whether it was finished, and is to go on."""
     held: int | None = None
@@ -103,6 +98,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.method_state = MethodState(self.parts.method, of=self.parts.config.method.name)
+        self.best = Best.of_run(self.directory, self.evals, self.parts.config.run)
 
     @property
     def finished(self) -> bool:
@@ -124,8 +120,8 @@ class Run:
         keys, last = {change.key for change in self.changes}, self.last_step
         if not keys & _OF_AN_END or not self.finished or last == self.parts.config.optim.steps:
             return False
-        self.best, self.since_best = self._best_so_far()
-        if self.stalled:
+        self.best.value, self.best.since = self.best.read()
+        if self.best.stalled:
             return False
         if not checkpoint.list_steps(self.directory / "checkpoints"):
             raise UserError(
@@ -211,7 +207,7 @@ class Run:
             self.evals.rewind(step=evaluated)
             _forget((self.directory / "trajectories").glob("step_*"), after=done)
             _forget((self.directory / "evals").glob("*_step_*"), after=evaluated)
-        self.best, self.since_best = distributed.first_decides(self._best_so_far)
+        self.best.recall()
         if loaded:
             self.parts.generators.student.sync_weights(done)
         return done
@@ -243,7 +239,7 @@ class Run:
             )
         # Nothing is refused from here on.
         if others or any(change.rule in ("asked", "longer") for change in self.changes):
-            self._disown_best(done)
+            self.best.disown(done)
         if refreshed is not None:
             self._keep_phases(refreshed, done, moved=bool(differing(kept or inputs, self.inputs)))
         if self.reopened:
@@ -275,39 +271,6 @@ class Run:
             self.notes.append(f"rollouts from step {first + 1} on are made anew: those kept are of before")
         refreshed.record(self.inputs)
 
-    def _disown_best(self, done: int) -> None:
-        """From here on the run comes to other weights than it did: best/ of a later step is not its own,
-        whichever process looks at it next."""
-        path = self.directory / BEST / BEST_OF
-        kept = read_json(path, keys={"split": str, "step": int}) if path.is_file() else {"step": 0}
-        if kept["step"] > done:
-            write_text(path, json.dumps({**kept, "replaced": f"the run went on otherwise from step {done}"}))
-
-    def _best_so_far(self) -> tuple[float | None, int]:
-        """avg@n of the evaluation whose weights are kept, and how many came after it; None: they were best on
-        another set, or come no more."""
-        split, best, since = self.parts.config.run.keep_best, None, 0
-        if not checkpoint.holds_model(self.directory / BEST):
-            return None, 0
-        rows = [row for row in read_lines(self.evals.path) if row["split"] == split]
-        path = self.directory / BEST / BEST_OF
-        if path.is_file():  # else an earlier version wrote them
-            kept = read_json(path, keys={"split": str, "step": int})
-            is_past = kept["step"] <= max((row["step"] for row in rows), default=-1)
-            if kept["split"] != split or kept.get("replaced"):
-                return None, 0
-            rows = [row for row in rows if row["step"] >= kept["step"] or not is_past]
-        for row in rows:
-            better = best is None or row["avg_at_k"] > best
-            best, since = (row["avg_at_k"], 0) if better else (best, since + 1)
-        return best, since
-
-    @property
-    def stalled(self) -> bool:
-        """Whether run.stop_after evaluations were no better than the best one."""
-        limit = self.parts.config.run.stop_after
-        return bool(limit) and self.since_best >= limit
-
     def evaluates_first(self, done: int) -> bool:
         """Whether an evaluation is due before another step: of the start; or of the last step, where an
         earlier process was not asked for it, or has not ended it."""
@@ -316,19 +279,19 @@ class Run:
             return config.eval.start
         lines = distributed.first_decides(lambda: read_lines(self.evals.path))
         seen = {row["split"] for row in lines if row["step"] == done}
-        ends = done == config.optim.steps or self.stalled
+        ends = done == config.optim.steps or self.best.stalled
         due = ends or (config.eval.every > 0 and done % config.eval.every == 0)
         if not due or config.evaluations.keys() <= seen:
             return False
         if distributed.rank() == 0:
             self.evals.rewind(step=done - 1)  # some sets were done: all are, in one go
-        self.best, self.since_best = distributed.first_decides(self._best_so_far)
+        self.best.recall()
         return True
 
     def steps_left(self, done: int) -> Iterator[int]:
         """Steps (from 0) after those that are done, until the run stalls."""
         for step in range(done, self.parts.config.optim.steps):
-            if self.stalled:
+            if self.best.stalled:
                 return
             if self.saving is not None and self.saving.ended:
                 self.settle()  # a full disk is said now, not at the next checkpoint
@@ -340,21 +303,19 @@ class Run:
         Returns:
             Whether the run has stalled.
         """
-        found = [r for r in results if r.split == self.parts.config.run.keep_best]
-        for result in found:
-            if self.best is None or result.avg_at_k > self.best:
-                self.best, self.since_best = result.avg_at_k, 0
-                told = {"split": result.split, "step": result.step, "avg_at_k": result.avg_at_k}
-                self._save(self.directory / BEST, merged=False, step=result.step, told=told)
+        best = self.best
+        for result in results:
+            if result.split != self.parts.config.run.keep_best:
+                continue
+            if best.beaten_by(result):
+                self._save(best.weights, merged=False, step=result.step, told=best.record(result))
                 distributed.barrier()
-            else:
-                self.since_best += 1
-            if self.stalled:
+            if best.stalled:
                 display.say(
-                    f"{self.since_best} evaluations were no better on {result.split} than {self.best:.1%}: "
-                    f"the run ends at step {result.step}; its best weights are in {self.directory / BEST}"
+                    f"{best.since} evaluations were no better on {result.split} than {best.value:.1%}: the "
+                    f"run ends at step {result.step}; its best weights are in {best.weights}"
                 )
-        return self.stalled
+        return best.stalled
 
     def leave(self, asked: Requests, step: int) -> None:
         """Ends the process, which was asked to; `step` steps are done and saved.
@@ -480,11 +441,11 @@ class Run:
                 "written; the columns kept, reason and weights of trajectories/ say why"
             )
 
-    def _save(self, target: Path, *, merged: bool, step: int, told: Mapping[str, Any] | None = None) -> None:
+    def _save(self, target: Path, *, merged: bool, step: int, told: str = "") -> None:
         """The first process writes; of a sharded model all send it their rows.
 
         Args:
-            told: of the evaluation for which best/ is kept.
+            told: of the evaluation for which best/ is kept (`Best.record`).
         """
         model = self.parts.models.student
 
@@ -505,8 +466,8 @@ class Run:
                 adapter=bool(self.parts.config.student.lora_rank) and not merged,
             )
             (temporary / "README.md").write_text(card, encoding="utf-8")
-            if told is not None:
-                (temporary / BEST_OF).write_text(json.dumps(told) + "\n")
+            if told:
+                (temporary / BEST_OF).write_text(told, encoding="utf-8")
 
 
 def _forget(files: Iterable[Path], *, after: int) -> None:
