@@ -130,6 +130,10 @@ def test_a_list_on_the_command_line_is_no_file() -> None:
         ([("method.name", "odp")], "the command line: method.name is 'odp'"),
         ([("eval.k", "8")], "the command line: eval.k is 8"),
         ([("rollout.temperature", "0.5")], "the command line: method.name opd assumes"),
+        (
+            [("data.eval", "maze:test"), ("eval.grader", "gym")],
+            "the command line: eval.grader: gym reads the gym's answers, not those of maze:test; use auto",
+        ),
         ([("method.beta", "1")], "the command line: method.beta"),
         ([("method.discount", "0.5")], "the command line: method: ppo_clip and discount"),
         ({"optim.lrr": 1}, "overrides: unknown key optim.lrr"),

@@ -180,6 +180,9 @@ def test_graders_of_several_packs(packages: Path) -> None:
         assert grader.name == "math"
     with pytest.raises(UserError, match="cannot be math for pack:aime25, code for pack:humaneval at a time"):
         grader_for("auto", dict.fromkeys(["pack:aime25", "pack:humaneval"], ()))
+    for source in ("pack:aime25", "maze:test"):  # the gym's own checker would find every answer wrong
+        with pytest.raises(UserError, match=f"gym reads the gym's answers, not those of {source}; use auto"):
+            grader_for("gym", {"gym:test": (), source: ()})
 
 
 def test_a_config_takes_a_pack_and_names_its_split(tiny: Callable[..., Config]) -> None:

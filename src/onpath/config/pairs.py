@@ -8,7 +8,7 @@ from typing import Any
 from onpath.config.methods.base import check_answers, check_with
 from onpath.config.sections import Student, Teacher, check_labels, teacher_option
 from onpath.config.several import check_several
-from onpath.data.tasks import brings, task_of
+from onpath.data.tasks import brings, misread, task_of
 from onpath.system import code
 
 
@@ -72,6 +72,9 @@ def _evaluable(config: Any) -> None:
             f"two evaluations would be called {twice}, of data.eval and eval.also_at: name the set "
             "otherwise, or leave a temperature out"
         )
+    for source in (config.data.train, *config.data.eval.values()):
+        if why := misread(config.eval.grader, source):
+            raise ValueError(why)
 
 
 def _overlappable(config: Any) -> None:

@@ -236,6 +236,21 @@ def _setting(text: str) -> tuple[str, float]:
     return name, number
 
 
+def misread(grader: str, source: str) -> str:
+    """Why the gym's checker, named for data of another kind, would find every answer wrong; else nothing.
+
+    >>> misread("gym", "maze:test")
+    "eval.grader: gym reads the gym's answers, not those of maze:test; use auto"
+    """
+    task = task_of(source)
+    others = task.name != "gym" if task is not None else source.startswith("pack:")
+    return (
+        f"eval.grader: gym reads the gym's answers, not those of {source}; use auto"
+        if others and grader == "gym"
+        else ""
+    )
+
+
 def brings(task: Task, role: str) -> bool:
     """Whether a task has a model of its own in this role."""
     try:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 
 from onpath.data.packs import pack_of
-from onpath.data.tasks import task_of
+from onpath.data.tasks import misread, task_of
 from onpath.grade.base import Grader
 from onpath.grade.code import CodeGrader
 from onpath.grade.exact import ExactGrader
@@ -52,8 +52,10 @@ def grader_for(name: str, prompts: Mapping[str, Iterable[Prompt]]) -> Grader:
         prompts: by where they come from.
 
     Raises:
-        UserError: `auto` with packs, or rows, that need different graders.
+        UserError: `auto` with packs, or rows, that need different graders; the gym's with another task.
     """
+    if why := next(filter(None, (misread(name, source) for source in prompts)), None):
+        raise UserError(why)
     if name != "auto":
         return make_grader(name)
     tasks = [task_of(source) for source in prompts]
