@@ -18,7 +18,7 @@ from onpath.training import train
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 PAPER = sorted((RECIPES / "paper").glob("*.yaml"))
-GPU_SETTINGS = {"trd-opd", "trd-opsd", "opd", "opsd", "sft", "topd"}
+GPU_SETTINGS = {"trd-opd", "trd-opsd", "opd", "opsd", "sft", "topd", "relay"}
 
 
 def named(path: Path) -> str:
@@ -62,6 +62,8 @@ def smaller(path: Path, models: dict[str, Path], problems: Path, runs: Path) -> 
         given |= {"method.template": "{problem} {attempt}" + " {solution}" * ("teacher" in tree["method"])}
     if tree["method"]["name"] == "topd":
         given["method.window"] = 4
+    if tree["method"]["name"] == "relay":
+        given |= {"method.hold": 5, "method.reflection_k": 1, "method.words": json.dumps(["a", "e", "t"])}
     return [(key, str(value)) for key, value in given.items()]
 
 
