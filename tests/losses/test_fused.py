@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -241,6 +242,28 @@ def test_served_scores_give_the_same_loss_as_the_teacher_itself(problem, kind, t
     torch.testing.assert_close(got.stats.teacher_logp, want.stats.teacher_logp)
     assert (got.stats.reverse_kl <= want.stats.reverse_kl + 1e-9).all()
     assert (got.stats.reverse_kl > 0).all()
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_a_served_row_without_an_entry_is_one_outcome_on_both_sides(problem, kind):
+    """Its columns borrowed an id whose mass the student's bucket then lacked: a KL below 0."""
+    few, empty = served(problem, 2), torch.arange(N) % 3 == 0
+    teacher = replace(
+        few, ids=few.ids.masked_fill(empty[:, None], 0), logp=few.logp.masked_fill(empty[:, None], -torch.inf)
+    )
+    objective = Objective(**OPTIONS[kind], support="teacher_topk", k=2)
+    alone, tensors = run({**problem, "weights": empty.double()}, objective, {}, teacher=teacher)
+    alone.loss.backward()
+    assert abs(alone.loss.item()) < 1e-12
+    assert all(t.grad.abs().max() < 1e-12 for t in tensors)
+    weights = problem["weights"].masked_fill(empty, 0.0)
+    want, want_tensors = run({**problem, "weights": weights}, objective, {}, teacher=few)
+    got, got_tensors = run(problem, objective, {}, teacher=teacher)
+    for result in (want, got):
+        result.loss.backward()
+    torch.testing.assert_close(got.loss, want.loss)
+    for a, b in zip(got_tensors, want_tensors, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
 
 
 def test_a_mask_that_a_softcap_would_lift_is_refused():

@@ -54,6 +54,20 @@ def test_a_resumed_run_is_the_same_run(arm: str, tiny: Tiny) -> None:
         assert row["tokens_written_by"] == {who: counted.count(who) for who in WRITERS}
 
 
+@pytest.mark.parametrize("arm", ARMS)
+def test_of_a_teacher_that_is_the_student_nothing_is_learnt(
+    arm: str, tiny: Tiny, model_dirs: dict[str, Path]
+) -> None:
+    """Nor is anything repaired where the two do not differ, however far a greedy window is from a sample."""
+    options = {**options_of(ARMS[arm]), "teacher__model": str(model_dirs["student"])}
+    options |= {"method__decide": "quantile"} if arm == "topd" else {}
+    run = train(tiny(**options, optim__steps=1, data__eval={}), quiet=True)
+    (row,) = read_lines(run.directory / "metrics.jsonl")
+    assert abs(row["loss"]) + row["grad_norm"] < 1e-5
+    assert {who for who, count in row["tokens_written_by"].items() if count} == {"student"}
+    assert not row.get("forks")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arm", sorted(ARMS.keys() - {"topd"}))  # TOPD's is among its own tests
 def test_two_processes_are_one(arm: str, tiny: Tiny, tmp_path: Path) -> None:

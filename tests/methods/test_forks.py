@@ -128,6 +128,14 @@ def test_quantile_drops_the_lowest_share() -> None:
     assert sorted(kept) == [0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
 
 
+@pytest.mark.parametrize("rule", [{"decide": "quantile"}, {"decide": "threshold", "threshold": 0.6}])
+def test_without_loss_there_is_no_fork_however_far_the_windows(rule: dict[str, Any]) -> None:
+    """A greedy window differs from a sampled rollout even where the two models are one."""
+    found = [fork(i, distance=0.9, loss=loss) for i, loss in enumerate((0.0, 1e-7, 1e-3))]
+    kept = [f.position for f in decide.decided(found, options(**rule), 0.5) if f.decision == "fork"]
+    assert kept == [2]
+
+
 def test_identical_futures_are_no_fork_whatever_the_quantile() -> None:
     found = [fork(i, distance=0.0) for i in range(9)] + [fork(20, distance=0.5)]
     decided = decide.decided(found, options(), decide.quantile_of(found, options()) or 0.0)

@@ -10,6 +10,7 @@ import torch
 from onpath import config as configuration
 from onpath.config.methods.truncate import TruncateOptions
 from onpath.engines.forward import Kept
+from onpath.losses.topk import overlap
 from onpath.methods import make_method
 from onpath.methods.truncate import drifting
 from onpath.records import Rollout, token_count
@@ -116,6 +117,16 @@ def test_weights_fall_with_each_drift() -> None:
     )
     assert drifting(shared, options.model_copy(update={"decay": 0.0})) == (1.0,) * 4
     assert drifting([], options) == ()
+
+
+@pytest.mark.parametrize(("k", "hits"), [(10, 9), (10, 7), (20, 14), (20, 7), (10, 3), (5, 3), (16, 8)])
+def test_a_window_at_the_threshold_has_not_drifted(k: int, hits: int) -> None:
+    """The share of hits is float32, which lies on either side of the decimal."""
+    (share,) = overlap(torch.arange(k)[None], torch.arange(k)[None] + k - hits).tolist()
+    options = TruncateOptions(window=4, overlap_below=hits / k, decay=0.0)
+    assert drifting([share] * 12, options) == (1.0,) * 12
+    fewer = [share] * 3 + [share - 1 / k]
+    assert drifting([*fewer, *[1.0] * 8], options) == (1.0,) * 4
 
 
 def test_lower_weights_stay_in_the_count(tiny: Tiny) -> None:

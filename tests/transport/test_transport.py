@@ -132,6 +132,29 @@ def test_however_small_epsilon_is_there_is_a_plan(n, m, epsilon):
     assert (distance - exact).abs().max() < epsilon * math.log(n * m) + 2e-3  # what the entropy can buy
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("n", "m", "epsilon"), [(20, 33, 5e-4), (14, 14, 1e-3), (5, 5, 0.005), (20, 20, 0.02)]
+)
+def test_the_tolerance_holds_whether_the_iterations_have_converged_or_not(n, m, epsilon, dtype):
+    """Plans of windows that were still open after the last iteration missed it a hundred times over."""
+    generator = torch.Generator().manual_seed(3)
+    vectors = torch.randn(40, 16, generator=generator, dtype=dtype)
+    student, teacher = (torch.randint(0, 40, (8, size), generator=generator) for size in (n, m))
+    for few in (4000, 80):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("onpath.transport.plans._ITERATIONS", few)
+            distance, plan = window_divergence(
+                student_ids=student, teacher_ids=teacher, embedding=vectors, epsilon=epsilon
+            )
+        assert (plan >= 0).all()
+        assert (plan.sum(-1) - 1 / n).abs().sum(-1).max() <= 1e-5 + 1e-6
+        torch.testing.assert_close(plan.sum(-2), torch.full((8, m), 1 / m, dtype=dtype), rtol=0, atol=1e-7)
+        exact, _ = window_divergence(student_ids=student, teacher_ids=teacher, embedding=vectors)
+        assert (distance - exact).min() > -1e-6
+        assert (distance - exact).max() < epsilon * math.log(n * m) + 2e-2
+
+
 def test_epsilon_spreads_the_plan_and_costs_more():
     cost = random_cost(8, 8, seed=2)
     costs, peaks = [], []
@@ -182,6 +205,12 @@ def test_wrong_calls_say_why():
         optimal_transport(random_cost(2, 2), epsilon=0.0)
     with pytest.raises(ValueError, match="finite"):
         optimal_transport(torch.tensor([[0.0, torch.nan]]))
+    for epsilon in (None, 0.1):
+        with pytest.raises(ValueError, match="a window has at least one token"):
+            optimal_transport(torch.zeros(0, 3), epsilon=epsilon)
+        ids = torch.zeros(2, dtype=torch.long)
+        with pytest.raises(ValueError, match="a window has at least one token, not 2 and 0"):
+            window_divergence(student_ids=ids, teacher_ids=ids[:0], embedding=torch.eye(3), epsilon=epsilon)
     with pytest.raises(ValueError, match="lengths"):
         optimal_transport(random_cost(1, 2, 2), row_lengths=torch.tensor([0]))
     with pytest.raises(ValueError, match="lengths"):

@@ -1,6 +1,7 @@
 """What is minimised at one token, as data. A combination that is known to be wrong cannot be built."""
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -71,6 +72,8 @@ class Objective:
         _check_sampled(self)
         if self.ends and not self.is_divergence:
             raise ValueError(f"ends are outcomes that a divergence compares, and {self.name} compares none")
+        if len(set(self.ends)) < len(self.ends):
+            raise ValueError(f"ends are one outcome, each of whose ids counts once, not {self.ends}")
         for name in ("entry_clip", "token_clip", "ppo_clip"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -146,7 +149,7 @@ def _check_divergence(o: Objective) -> None:
 
 
 def _check_temperature(o: Objective) -> None:
-    if not o.teacher_temperature > 0:
+    if not 0 < o.teacher_temperature < math.inf:
         raise ValueError(f"teacher_temperature must be above 0, not {o.teacher_temperature}")
     if o.teacher_temperature != 1.0 and not o.is_divergence:
         raise ValueError(
@@ -183,5 +186,5 @@ def _check_sampled(o: Objective) -> None:
         raise ValueError(f"ppo_clip and discount belong to kind sampled, not to {o.name}")
     if not 0 <= o.discount <= 1:
         raise ValueError(f"discount must lie in [0, 1], not {o.discount}")
-    if o.kind == "negative_advantage" and o.advantage >= 0:
+    if o.kind == "negative_advantage" and not -math.inf < o.advantage < 0:
         raise ValueError(f"advantage must be below 0 for negative_advantage, not {o.advantage}")

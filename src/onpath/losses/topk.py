@@ -65,11 +65,11 @@ def evaluate(
         assert teacher_logp_RV is not None, "a divergence needs a teacher"
         ids_Rk, valid_Rk = _choose(objective, teacher_logp_RV, student_logp_RV)
         teacher_Rk = teacher_logp_RV.gather(-1, ids_Rk).masked_fill(~valid_Rk, -torch.inf)
-        teacher_tail = _mass_outside(teacher_p_RV, ids_Rk)
+        teacher_tail = _mass_outside(teacher_p_RV, ids_Rk, valid_Rk)
     # A column that does not count (padding, an id that a union has twice) has probability 0 on both sides: no
     # term, and no share of a renormalised set.
     student_Rk = student_logp_RV.gather(-1, ids_Rk).masked_fill(~valid_Rk, -torch.inf)
-    student_tail = _mass_outside(student_p_RV, ids_Rk)
+    student_tail = _mass_outside(student_p_RV, ids_Rk, valid_Rk)
     # The tail is a leaf beside the set, as if they were independent; that all of them move with every logit
     # comes in by G below.
     with torch.enable_grad():
@@ -99,7 +99,7 @@ def measure_served(
     student_Rk = student_logp.gather(-1, ids_Rk).masked_fill(~valid_Rk, -torch.inf)
     tail_R = served.tail_mass(vocabulary=student_logp.shape[-1]).to(student_logp.dtype)
     teacher = torch.cat([teacher_Rk, _log_mass(tail_R)[:, None]], -1)
-    student = torch.cat([student_Rk, _log_mass(_mass_outside(student_p, ids_Rk))[:, None]], -1)
+    student = torch.cat([student_Rk, _log_mass(_mass_outside(student_p, ids_Rk, valid_Rk))[:, None]], -1)
     stats = {
         "reverse_kl": divergence.reverse_kl(teacher_logp=teacher, student_logp=student),
         "forward_kl": divergence.forward_kl(teacher_logp=teacher, student_logp=student),
@@ -142,12 +142,13 @@ def _served_set(served: TeacherTopK, dtype: torch.dtype) -> tuple[Tensor, Tensor
     return torch.where(valid_Rk, served.ids, likeliest), valid_Rk, served.logp.to(dtype)
 
 
-def _mass_outside(p_RV: Tensor, ids_Rk: Tensor) -> Tensor:
-    """Summed directly: 1 − Σ p over the set would be rounding noise for a confident model."""
+def _mass_outside(p_RV: Tensor, ids_Rk: Tensor, valid_Rk: Tensor) -> Tensor:
+    """Summed directly: 1 − Σ p over the set would be rounding noise for a confident model. A column that does
+    not count has the id of one that does; where none does, all mass is outside."""
     kept_Rk = p_RV.gather(-1, ids_Rk)
     outside = p_RV.scatter_(-1, ids_Rk, 0.0).sum(-1)
     p_RV.scatter_(-1, ids_Rk, kept_Rk)
-    return outside
+    return outside.masked_fill_(~valid_Rk.any(-1), 1.0)
 
 
 def _log_mass(mass_R: Tensor) -> Tensor:

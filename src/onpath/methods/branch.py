@@ -21,6 +21,7 @@ from onpath.engines.forward import Kept, Values, forward
 from onpath.methods.base import Method, Prepared, own_response
 from onpath.methods.mixed import Cost, Mixed, inserted, student_goes_on, trained_on
 from onpath.methods.places import by_lot
+from onpath.methods.topd.candidates import NO_LOSS
 from onpath.records import Rollout, Trajectory, Writer
 
 _READ = ("reverse_kl", "student_logp", "teacher_logp", "teacher_top_ids")
@@ -62,9 +63,9 @@ class Branch(Method):
         ends = self.tools.models.ends  # one outcome, under the id of the first
         own_ids = [ends[0] if i in ends else i for i in y.ids]
         apart = [t for t, (mine, theirs) in enumerate(zip(own_ids, likeliest, strict=True)) if mine != theirs]
-        if not apart:
+        at = max(apart, key=lambda t: measure[t], default=0)
+        if not apart or measure[at] <= NO_LOSS:
             return Mixed.of(y)
-        at = max(apart, key=lambda t: measure[t])
         if self.options.control == "random_place":
             at = apart[by_lot(self.tools.sampling.seed, f"{key}/place", len(apart))]
         own = self.options.control == "own_token"

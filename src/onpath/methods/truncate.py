@@ -30,6 +30,9 @@ from onpath.methods.places import by_lot, first_forks, first_run, moved, window_
 from onpath.methods.tools import Tools
 from onpath.records import Edit, Rollout, Trajectory
 
+_ROUNDING = 1e-6
+"""Of an overlap, a share in float32: a window that stands at `overlap_below` is not below it."""
+
 
 class Truncate(Method):
     """Leaves out what stands behind a place."""
@@ -106,5 +109,5 @@ def drifting(overlap: Sequence[float], options: TruncateOptions) -> tuple[float,
         if weight < options.least_weight:
             break
         found += [weight] * len(overlap[at * options.window :][: options.window])
-        weight *= options.decay if mean < options.overlap_below else 1.0
+        weight *= options.decay if mean < options.overlap_below - _ROUNDING else 1.0
     return tuple(found)

@@ -31,7 +31,9 @@ _VECTORS = 2**24  # entries of the vectors whose products are taken together
 _ABSORB = 40  # iterations between two rescalings
 _TOLERANCE = 1e-5  # of the row marginals, as a share of 1/K, summed over rows
 _ITERATIONS = 4000
-_LOST = 1e-2  # error of the rows, after all iterations, from which on the plan is found otherwise
+_LOST = (
+    1e-2  # error of the rows, after all iterations, from which on the plan is found otherwise, not rounded
+)
 _SINGLE = 64.0  # range of cost/ε up to which float32 potentials can reach the tolerance
 
 
@@ -58,11 +60,13 @@ def optimal_transport(
         exactly, or within `tolerance` in total with `epsilon`.
 
     Raises:
-        ValueError: an epsilon that is not above 0, or a cost that is not finite.
+        ValueError: an epsilon that is not above 0, a cost that is not finite, or a window without a token.
 
     >>> optimal_transport(torch.tensor([[0.0, 1.0], [1.0, 0.0]])).tolist()
     [[0.5, 0.0], [0.0, 0.5]]
     """
+    if not min(cost.shape[-2:]):
+        raise ValueError(f"a window has at least one token, and the costs are of {list(cost.shape)}")
     if epsilon is not None and not epsilon > 0:
         raise ValueError(f"epsilon must be above 0, or None for the exact plan, not {epsilon}")
     *batch, rows, columns = cost.shape
@@ -118,6 +122,8 @@ def window_divergence(
     """
     *batch, rows = student_ids.shape
     columns = teacher_ids.shape[-1]
+    if not rows or not columns:
+        raise ValueError(f"a window has at least one token, not {rows} and {columns}")
     s_WK, t_WJ = student_ids.reshape(-1, rows), teacher_ids.reshape(-1, columns)
     n_W = _lengths(student_lengths, len(s_WK), rows, s_WK.device)
     m_W = _lengths(teacher_lengths, len(t_WJ), columns, t_WJ.device)
@@ -237,8 +243,8 @@ def _sinkhorn(cost_WKJ: Tensor, n_W: Tensor, m_W: Tensor, epsilon: float, tolera
     Windows leave as they converge. Updates of the others are over-relaxed by ω = 2/(1 + √(1−η)) where η is
     the rate at which their error has just fallen (Thibault et al., arXiv 1711.01851); a window whose error
     rose goes back to ω = 1, and one whose scalings left the range of the dtype stays there from then on, with
-    its last potentials. Where ε is so small that a window's error stays large, its plan is the exact one, to
-    which the smoothed ones tend.
+    its last potentials. What has not converged after all iterations is rounded to a plan; where ε is so small
+    that the error stays large, the plan is the exact one, to which the smoothed ones tend.
     """
     windows, rows, columns = cost_WKJ.shape
     sharp = windows > 0 and float(cost_WKJ.max() - cost_WKJ.min()) > _SINGLE * epsilon
@@ -278,11 +284,24 @@ def _sinkhorn(cost_WKJ: Tensor, n_W: Tensor, m_W: Tensor, epsilon: float, tolera
         open_W = open_W[error_W[open_W] > tolerance]
         if not len(open_W):
             break
+    if len(open_W):
+        plan_WKJ[open_W] = _rounded(plan_WKJ[open_W], a_WK[open_W], b_WJ[open_W])
     plan_WKJ = plan_WKJ.to(cost_WKJ.dtype)
     lost_W = error_W > max(_LOST, tolerance)
     if bool(lost_W.any()):
         plan_WKJ[lost_W] = _exact(cost_WKJ[lost_W], n_W[lost_W], m_W[lost_W])
     return plan_WKJ
+
+
+def _rounded(plan_WKJ: Tensor, a_WK: Tensor, b_WJ: Tensor) -> Tensor:
+    """The marginals made exact: rows and columns that have too much are scaled down, and what all then
+    lack is spread in proportion (Altschuler, Weed, Rigollet, arXiv 1705.09634, algorithm 2)."""
+    tiny = torch.finfo(plan_WKJ.dtype).tiny
+    plan = plan_WKJ * (a_WK / plan_WKJ.sum(-1).clamp_min(tiny)).clamp(max=1.0)[:, :, None]
+    plan = plan * (b_WJ / plan.sum(-2).clamp_min(tiny)).clamp(max=1.0)[:, None, :]
+    rows_WK, columns_WJ = (a_WK - plan.sum(-1)).clamp_min(0.0), (b_WJ - plan.sum(-2)).clamp_min(0.0)
+    share_WK = rows_WK / rows_WK.sum(-1, keepdim=True).clamp_min(tiny)
+    return plan + share_WK[:, :, None] * columns_WJ[:, None, :]
 
 
 def _scalings(

@@ -22,6 +22,10 @@ NO_DISTANCE = 1e-6
 """Windows closer than this are the same future, whatever the quantiles say."""
 
 
+NO_LOSS = 1e-6
+"""A candidate with no more of the loss that ranks it, nats, is no high-loss token: the two models agree."""
+
+
 _WHOLE = 1e-9
 """A share that lacks no more than this of a whole number is one: rounding."""
 

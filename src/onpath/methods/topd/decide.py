@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from onpath.config.methods.topd import TOPDOptions
-from onpath.methods.topd.candidates import NO_DISTANCE, Fork
+from onpath.methods.topd.candidates import NO_DISTANCE, NO_LOSS, Fork
 from onpath.system import distributed
 
 
@@ -44,9 +44,9 @@ def decided(forks: Sequence[Fork], options: TOPDOptions, threshold: float) -> li
     def real(f: Fork) -> bool:
         match options.decide:
             case "quantile" | "upper_quartile_of_low_loss":
-                return f.distance >= threshold and f.distance > NO_DISTANCE
+                return f.distance >= threshold and f.distance > NO_DISTANCE and f.loss > NO_LOSS
             case "threshold":
-                return f.distance >= options.threshold and f.distance > NO_DISTANCE
+                return f.distance >= options.threshold and f.distance > NO_DISTANCE and f.loss > NO_LOSS
             case "sampled_gap":
                 return f.gap >= threshold
             case "random_positions":
