@@ -20,6 +20,7 @@ from onpath.config.whole import Config
 from onpath.records import Sampling
 from onpath.run.assemble import assemble
 from onpath.system.errors import UserError
+from onpath.training import sample
 from tests.conftest import CHARACTERS, make_model, make_tokenizer
 
 Break = Callable[["Case"], None]
@@ -427,6 +428,20 @@ def test_logits_that_are_no_numbers_are_said(temperature: float, tiny: Callable[
         parts.models.student.model.norm.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="logits are not finite"):
         parts.generators.student.continue_from([(1, 5)], Sampling(temperature=temperature, max_new_tokens=3))
+
+
+@pytest.mark.parametrize("model", ["student", "teacher"])
+def test_logits_that_are_no_numbers_are_said_side_by_side(
+    model: str, tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    parts = assemble(tiny(method__name="relay", method__from_start=True))
+    parts.method.before_training(parts.prompts.pool, tmp_path)
+    with torch.no_grad():
+        (parts.models.student if model == "student" else parts.models.teacher.model).model.norm.weight.fill_(
+            float("nan")
+        )
+    with pytest.raises(UserError, match="logits are not finite"):
+        sample(parts, 0)
 
 
 def test_a_gradient_that_is_no_number_stops_the_run(

@@ -17,6 +17,7 @@ from onpath.engines.decoding.drafts import Drafts
 from onpath.engines.hf import HFEngine
 from onpath.engines.teacher import ModelTeacher
 from onpath.records import Completion, Sampling, Trajectory
+from onpath.system.errors import UserError
 
 K = 21
 CONTEXT = 5
@@ -210,6 +211,14 @@ def test_under_autocast_of_float32_weights_nothing_is_kept(counted: Counted) -> 
         draft.keeps = True
     counted.engine.answer([], prompts, Sampling(max_new_tokens=K), keys=[""] * 4, drafts=drafts)
     assert [draft.read for draft in drafts] == [None] * 4
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_said(temperature: float, counted: Counted) -> None:
+    with torch.no_grad():
+        counted.engine.model.lm_head.weight[7] = torch.nan
+    with pytest.raises(UserError, match="logits are not finite"):
+        counted.generate(Sampling(temperature=temperature, max_new_tokens=3), None)
 
 
 def test_on_a_cpu_large_models_follow_no_drafts(counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from onpath.data.render import Renderer
 from onpath.engines.remote.chat import ChatEngine
 from onpath.engines.remote.host import Host, Nonsense, _body, api_key
 from onpath.engines.remote.server import ServerEngine
+from onpath.engines.remote.transfer import _address_towards
 from onpath.engines.remote.wire import Line, Server, _models
 from onpath.records import Prompt, Sampling
 from onpath.system.errors import UserError, guarded
@@ -157,6 +158,26 @@ def test_a_password_in_the_address_is_not_printed(hostile: Hostile) -> None:
     with pytest.raises(UserError, match="403") as caught:
         line(hostile, url=url).post("/v1/x", {})
     assert "secret-word" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("http://localhost:8000/v1", "http://localhost:8000"),  # a dummy key, part of the host's name
+        ("http://u:8000@127.0.0.1:8000", "http://u:…@127.0.0.1:8000"),
+        ("http://u:p%40ss@127.0.0.1:8000", "http://u:…@127.0.0.1:8000"),
+        ("http://local@127.0.0.1:8000", "http://local@127.0.0.1:8000"),
+    ],
+)
+def test_what_is_shown_of_an_address_is_not_what_is_asked(
+    given: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The key was cut out of the name that `rollout.push: nccl` looks up."""
+    monkeypatch.setenv("ONPATH_API_KEY", "local")
+    host = Host(given, Teacher(engine="vllm", url=given), "teacher")
+    assert host.url == shown
+    assert host.address == given.removesuffix("/v1")
+    assert _address_towards(host) == "127.0.0.1"
 
 
 SCORES = {

@@ -18,7 +18,7 @@ from onpath.data.render import Renderer
 from onpath.engines.base import Engine
 from onpath.engines.decoding.branches import Past, Place, branch
 from onpath.engines.decoding.drafts import Drafts
-from onpath.engines.decoding.draw import draw
+from onpath.engines.decoding.draw import check_finite, draw
 from onpath.engines.decoding.kv_cache import accepts_4d_mask, preallocated_cache, select_rows
 from onpath.engines.decoding.side_by_side import Finished, Start, rows_at_once, side_by_side
 from onpath.engines.head import evaluating, generating, head_of, hidden_states, known_to, unwrapped
@@ -312,11 +312,7 @@ class HFEngine(Engine):
 
     def _completions(self, tokens_BL: Tensor, logps_BL: Tensor) -> list[Completion]:
         """Each row up to its first stop token or string: what was drawn after it is no part of the sample."""
-        if not bool(torch.isfinite(logps_BL).all()):
-            raise UserError(
-                "the model's logits are not finite: it has diverged, or its dtype is too narrow; use a lower "
-                "optim.lr, or float32 instead of float16"
-            )
+        check_finite(logps_BL)
         stops_BL = torch.isin(tokens_BL, self._stop)
         stopped_B = stops_BL.any(-1)
         length_B = torch.where(stopped_B, stops_BL.int().argmax(-1) + 1, tokens_BL.shape[1])

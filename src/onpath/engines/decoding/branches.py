@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from onpath.data.batch import Batch
 from onpath.engines.decoding.drafts import Drafts
-from onpath.engines.decoding.draw import draw
+from onpath.engines.decoding.draw import check_finite, draw
 from onpath.engines.decoding.kv_cache import StackedCache, accepts_4d_mask, on_shared_prefix, selected_rows
 from onpath.engines.head import generating, head_of, logits_of, read, table_of, unwrapped
 from onpath.records import Completion, Sampling
@@ -117,6 +117,7 @@ def branch(
     with generating(engine.model, bf16=engine.bf16):
         for columns in _batches(places, engine.device, queries):
             _generate(engine, past, columns, generated, drafts)
+    check_finite(generated.logps_NL)
     if drafts is not None and generated.states is not None:
         for (row, _), states in zip(places, generated.states, strict=True):
             drafts[row].read = torch.cat(states) if drafts[row].keeps else None

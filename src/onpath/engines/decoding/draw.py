@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from onpath.records import Sampling
+from onpath.system.errors import UserError
 
 
 def draw(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -22,8 +23,21 @@ def draw(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor) -> tuple[Tens
     below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))  # rounding must not reach the total
     point_B1 = torch.minimum(uniform_B[:, None] * total_B1, below_B1)
     token_B = torch.searchsorted(cdf_BV, point_B1, right=True).squeeze(-1)
-    token_B = token_B.clamp(max=logp_BV.shape[-1] - 1)  # of logits that are no numbers: the log-prob tells
+    token_B = token_B.clamp(max=logp_BV.shape[-1] - 1)  # of logits that are no numbers: see check_finite
     return token_B, logp_BV.gather(-1, token_B[:, None]).squeeze(-1)
+
+
+def check_finite(logps: Tensor) -> None:
+    """Whether what was drawn came from numbers: each way of generating asks once, of all its log-probs.
+
+    Raises:
+        UserError: it did not.
+    """
+    if not bool(torch.isfinite(logps).all()):
+        raise UserError(
+            "the model's logits are not finite: it has diverged, or its dtype is too narrow; use a lower "
+            "optim.lr, or float32 instead of float16"
+        )
 
 
 def truncate(logits_BV: Tensor, sampling: Sampling) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from onpath.engines.decoding.branches import InProcess, reads_otherwise
-from onpath.engines.decoding.draw import draw
+from onpath.engines.decoding.draw import check_finite, draw
 from onpath.engines.decoding.kv_cache import preallocated_cache
 from onpath.engines.head import head_of, logits_of, read, table_of, unwrapped
 from onpath.records import Sampling
@@ -158,7 +158,8 @@ def side_by_side(
         place_NW = rows.count[:, None] + offset_W
         inside_NW = offset_W < new_N[:, None]
         at = rows.row[:, None].expand_as(place_NW)[inside_NW], place_NW[inside_NW]
-        tokens_RL[at], logps_RL[at] = a_NW[inside_NW], ours_NW[inside_NW]
+        told_NW = torch.where(theirs_NW.isnan(), theirs_NW, ours_NW)  # NaN rejects nothing
+        tokens_RL[at], logps_RL[at] = a_NW[inside_NW], told_NW[inside_NW]
         # Fed were the last token of the text and the window but for its own last: of these the text now holds
         # those before the rejected one.
         rows.visible = torch.cat([rows.visible, offset_W <= new_N[:, None]], dim=1)
@@ -190,6 +191,7 @@ def side_by_side(
             for reader in readers:
                 reader.cache.batch_select_indices(keep.to(reader.engine.device))
             rows = rows.only(keep)
+    check_finite(logps_RL)
     ends = {int(i) for i in stops}
     found = []
     for row, n in enumerate(lengths):

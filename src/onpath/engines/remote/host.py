@@ -51,7 +51,7 @@ class Host:
 
     def __init__(self, url: str, section: Served, key: str) -> None:
         _check_url(url, key)
-        self._address, self.key, self.section = url.rstrip("/").removesuffix("/v1"), key, section
+        self.address, self.key, self.section = url.rstrip("/").removesuffix("/v1"), key, section
         self._secret = api_key()
         headers = {"Authorization": f"Bearer {self._secret}"} if self._secret else {}
         # Nothing compressed: a few megabytes could unpack to gigabytes.
@@ -63,8 +63,8 @@ class Host:
                 limits=httpx.Limits(max_connections=section.concurrency),
             )
         )
-        self.url = self._without_secrets(self._address)
-        """For people."""
+        self.url = _without_password(self.address)
+        """For people: `address` is what is asked."""
         self.slots = threading.BoundedSemaphore(section.concurrency)
         self.under_way = 0
         """Requests that it was chosen for and that have not ended."""
@@ -96,7 +96,7 @@ class Host:
         limit, data = _limit(body or {}), bytearray()
         with (
             within(self.section.timeout),
-            self.client.stream(method, self._address + path, json=body) as response,
+            self.client.stream(method, self.address + path, json=body) as response,
         ):
             if response.headers.get("content-encoding", "identity") != "identity":
                 raise Nonsense("a compressed answer, which nobody asked for")
@@ -140,8 +140,7 @@ class Host:
 
     def _without_secrets(self, text: str) -> str:
         """What a library or a server says, without the API key and without a password in the address."""
-        password = httpx.URL(self._address).password
-        for secret in (self._secret, password):
+        for secret in (self._secret, httpx.URL(self.address).password):
             if secret:
                 text = text.replace(secret, "…")
         return text
@@ -161,6 +160,13 @@ def api_key() -> str:
             "it to the key alone"
         )
     return secret
+
+
+def _without_password(address: str) -> str:
+    """Cut out where it stands: the same letters may be part of the host's name."""
+    known = httpx.URL(address).userinfo.decode()
+    user, colon, _ = known.partition(":")
+    return address.replace(f"{known}@", f"{user}:…@", 1) if colon else address
 
 
 def _limit(body: Mapping[str, Any]) -> int:

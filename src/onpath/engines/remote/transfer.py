@@ -269,7 +269,7 @@ def _check_backend(host: Host) -> None:
 
 def _address_towards(host: Host) -> str:
     """This machine's, as the server can reach it."""
-    url = httpx.URL(host.url)
+    url = httpx.URL(host.address)
     family, kind, _, _, theirs = socket.getaddrinfo(url.host, url.port or 80, type=socket.SOCK_DGRAM)[0]
     with contextlib.closing(socket.socket(family, kind)) as probe:
         probe.connect(theirs)  # a datagram socket sends nothing for that
