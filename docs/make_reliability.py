@@ -25,6 +25,10 @@ BREAKS = (
         "ends them. Below it torchrun, another program, prints a traceback of its own and a table of its "
         "processes, which ends with the sentence too",
     ),
+    (
+        "processes are given different options, versions, data, models or directories",
+        "all of them say which before the first step, exit code 2",
+    ),
     ("two commands on one run directory", "the second one ends in a sentence: the first holds a lock on it"),
     ("a disk is full", "one sentence; what was there stays"),
     ("memory runs out", "one sentence that names the options that take it, exit code 2"),

@@ -700,3 +700,19 @@ def test_the_printed_report(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFi
     assert "fail     data" in out
     assert "gone.jsonl" in out
     assert "2 fail" in out
+
+
+def test_what_does_not_fit_is_told_what_would(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ended in a traceback just where one asks how many GPUs it takes."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr("onpath.run.assemble.make_teacher", full)
+    found = list(diagnose(tiny()))
+    assert [f.name for f in found] == NAMES
+    by_name = {f.name: f for f in found}
+    assert by_name["models"].status == "fail"
+    assert "CUDA out of memory. Tried to allocate 20.00 GiB" in by_name["models"].message
+    assert by_name["fits"].values["layer_8_gib"] > 0
+    assert by_name["speed"].status == "skipped"

@@ -328,3 +328,11 @@ def test_without_data_there_must_be_one_evaluation_set(run: Path, model_dirs: di
         with pytest.raises(UserError, match=says):
             onpath.evaluate_model(copy)
     shutil.rmtree(copy)
+
+
+def test_several_processes_do_not_each_evaluate_all(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["eval", "gym:student", "--limit", "1"]) == 2
+    assert "onpath eval is one process: start it without torchrun" in capsys.readouterr().err

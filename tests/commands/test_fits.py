@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +24,9 @@ from onpath.commands.doctor.fits import (
     fewest_processes,
     parts_of,
     step_of,
+    step_of_config,
 )
+from onpath.config.build import build
 from onpath.config.whole import Config
 from onpath.engines.student import recompute
 from onpath.losses import Head, Objective, StatsRequest, TeacherHidden, one_pass
@@ -225,3 +228,44 @@ def test_caches_and_counts() -> None:
     assert (named.queries, named.keys, named.inner, named.normed_queries) == (128, 64, 384, True)
     model.config.num_experts_per_tok, model.config.moe_intermediate_size = 8, 48
     assert decoder_of_config(model.config, weight_bytes=2, parameters=7).inner == 384
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"student__lora_rank": 4, "student__dtype": "bfloat16", "teacher__dtype": "bfloat16"},
+        {"method__name": "opsd", "method__weights": "ema"},
+        {"method__name": "topd", "method__window": 4, "optim__bf16": True},
+        {"rollout__overlap": True, "student__gradient_checkpointing": True},
+    ],
+    ids=["plain", "lora", "ema", "kept readings", "overlap"],
+)
+def test_what_is_not_loaded_is_counted_as_what_is(options: dict[str, Any], tiny: Tiny) -> None:
+    config = tiny(**options)
+    parts = assemble(config)
+    tokens = config.rollout.prompts * config.rollout.n * config.rollout.max_new_tokens
+    loaded = step_of(parts, response_tokens=tokens)
+    parts.close()
+    assert step_of_config(config, device=torch.device("cpu")) == loaded
+
+
+def test_a_large_pair_is_planned_without_a_weight(tmp_path: Path) -> None:
+    """8B and 8B, by their config.json: docs/scale.md has the plan."""
+    shape = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "head_dim": 128}
+    shape |= {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 151_936}
+    Qwen3Config(**shape, tie_word_embeddings=False).save_pretrained(tmp_path)
+    model = {"model": str(tmp_path), "device": "cpu"}
+    config = build(
+        {
+            "student": {**model, "gradient_checkpointing": True},
+            "teacher": {**model, "dtype": "bfloat16"},
+            "optim": {"bf16": True, "micro_batch_tokens": 16_384},
+            "rollout": {"max_new_tokens": 4096},
+        }
+    )
+    step = step_of_config(config, device=torch.device("cuda"))
+    assert step.student.parameters == pytest.approx(8.19e9, rel=0.01)
+    assert step.student.trained == step.student.parameters
+    planned = [parts_of(step)["peak"] / 2**30, parts_of(step, shard="layer", world=8)["peak"] / 2**30]
+    assert planned == pytest.approx([164, 36], rel=0.05)

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from onpath.system import __version__, code
 from onpath.system.arguments import Parser
-from onpath.system.errors import guarded
+from onpath.system.errors import UserError, guarded
 from onpath.system.streams import say
 from onpath.system.text import one_line
 
@@ -282,6 +282,8 @@ def _eval(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
     from onpath.commands.eval import evaluate_model, print_evaluated
     from onpath.commands.terminal import console_for
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each would do all of it
+        raise UserError("onpath eval is one process: start it without torchrun")
     found = evaluate_model(
         options.model,
         data=options.data,

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from onpath.losses import Head
-from onpath.system import products
+from onpath.system import distributed, products
 from onpath.system.errors import UserError
 
 # Models whose logits are not plainly hidden @ head.T say so in their config under these names.
@@ -186,6 +186,8 @@ def foreign(model: PreTrainedModel, key: str) -> Iterator[None]:
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        if distributed.lost_a_peer(error):
+            raise
         said = (str(error).strip() or "no reason given").splitlines()[0]
         raise UserError(
             f"{key}: {model.config.model_type} models do not do what onpath asks of a causal LM "

@@ -38,6 +38,7 @@ from onpath.grade.graders import grader_for
 from onpath.grade.rewards import Reward
 from onpath.methods import make_method
 from onpath.methods.tools import Text, Tools
+from onpath.run.alike import check_given
 from onpath.run.gradient_cosine import GradientCosine
 from onpath.run.guidance_ratio import GuidanceRatio
 from onpath.run.inputs import (
@@ -72,11 +73,14 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
     if engine is not None:
         check_engine(engine)
     objective = config.method.objective()
+    device = distributed.local_device(pick_device(config.student.device, "student.device"))
+    distributed.start(
+        device, timeout=config.longest_wait
+    )  # from here on one process's mistake is said by all
     prompts = load_data(config)
     start = find(config.student.model)
+    check_given(config, prompts, start)
     tokenizer = load_its_tokenizer(config.student, start, "student.model")
-    device = distributed.local_device(pick_device(config.student.device, "student.device"))
-    distributed.start(device, timeout=config.longest_wait)
     shards = sharding.asked(config)
     host = torch.device("cpu") if shards else device  # a whole copy must not pass through each GPU
     if device.type == "cpu":

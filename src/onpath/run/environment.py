@@ -21,7 +21,7 @@ def environment(parts: Parts) -> dict[str, Any]:
     cuda = parts.models.device.type == "cuda"
     return {
         "python": platform.python_version(),
-        "packages": dict(_versions()),
+        "packages": dict(versions()),
         "device": torch.cuda.get_device_name(parts.models.device)
         if cuda
         else platform.processor() or platform.machine(),
@@ -38,7 +38,7 @@ def environment(parts: Parts) -> dict[str, Any]:
 
 
 @cache
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     return {name: version(name) for name in _PACKAGES}
 
 

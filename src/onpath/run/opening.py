@@ -12,6 +12,7 @@ from onpath.config.changes import Change, changes
 from onpath.config.whole import Config
 from onpath.engines.head import sharded
 from onpath.run import checkpoint
+from onpath.run.alike import check_directory
 from onpath.run.contents import digests
 from onpath.run.directory import Run
 from onpath.run.environment import environment
@@ -64,6 +65,7 @@ def open_run(config: Config, parts: Parts, *, with_changes: bool = False) -> Run
 
     with ExitStack() as failed:  # whoever tries again in this process finds the directory free
         changed, note = distributed.first_decides(prepared)
+        check_directory(directory)
         run = Run(
             directory=directory,
             parts=parts,

@@ -14,8 +14,8 @@ from onpath.system.errors import UserError, is_lack_of_memory
 
 
 class Rescue:
-    """Around the steps of a run. A server that stays away, a grader or method that fails, a lack of memory:
-    up to the update of a step, weights and moments are those of the one before.
+    """Around the steps of a run. A server that stays away, a grader or method that fails, a lack of memory,
+    here or in another process: up to the update of a step, weights and moments are those of the one before.
 
     The first process saves alone: the others may wait for it, or be gone; a sharded model needs all of them.
     Where a copy samples ahead in this process (`rollout.overlap`), a step that failed has moved more than is
@@ -43,7 +43,9 @@ class Rescue:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         parts = self.run.parts
-        fails = isinstance(error, UserError) or (isinstance(error, Exception) and is_lack_of_memory(error))
+        fails = isinstance(error, Exception) and (
+            isinstance(error, UserError) or is_lack_of_memory(error) or distributed.lost_a_peer(error)
+        )
         alone = distributed.rank() == 0 and not sharded(parts.models.student)
         ahead = parts.overlap is not None and parts.overlap.state()
         if fails and alone and not ahead:

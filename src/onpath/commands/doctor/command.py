@@ -30,7 +30,8 @@ from onpath.run.inputs import by_source, make_renderer
 from onpath.run.parts import Parts
 from onpath.run.trained import find, load_its_tokenizer
 from onpath.system import code
-from onpath.system.errors import UserError
+from onpath.system.errors import UserError, is_lack_of_memory
+from onpath.system.text import one_line
 
 _STYLES = {"ok": "green", "warning": "yellow", "fail": "bold red", "skipped": "dim"}
 _ALONG_TRAJECTORIES = (
@@ -171,6 +172,15 @@ def diagnose(config: Config, *, refused: str | None = None) -> Iterator[Finding]
         said = "see above" if known else str(error)
         yield Finding(name="models", status="fail", message=f"the run cannot start: {said}")
         yield from (skipped(name, "the run cannot start") for name in _NEED_MODELS)
+        return
+    except Exception as error:
+        if not is_lack_of_memory(error):
+            raise
+        message = f"the models are not loaded: {one_line(str(error) or type(error).__name__, 200)}"
+        yield Finding(name="models", status="fail", message=message, advice="see fits")
+        for name in _NEED_MODELS:
+            unloaded = guarded(name, lambda: costs.fits_unloaded(config)) if name == "fits" else None
+            yield unloaded or skipped(name, "the models do not fit")
         return
     with closing(parts.text.grader), closing(parts):
         yield _models(parts)

@@ -13,12 +13,20 @@ from pathlib import Path
 import torch
 
 from onpath.commands.doctor.finding import Finding
-from onpath.commands.doctor.fits import SHARDS, cures, fewest_processes, parts_of, step_of
+from onpath.commands.doctor.fits import (
+    SHARDS,
+    Step,
+    cures,
+    fewest_processes,
+    parts_of,
+    step_of,
+    step_of_config,
+)
 from onpath.commands.doctor.sample import Probe, as_they_are
 from onpath.commands.doctor.scores import student_logps
 from onpath.config.whole import Config
 from onpath.engines.adapters import is_adapter
-from onpath.engines.models import locate
+from onpath.engines.models import locate, pick_device
 from onpath.run.meter import STAGES
 from onpath.run.optimizer import make_optimizer
 from onpath.run.parts import Parts
@@ -175,12 +183,21 @@ def memory(parts: Parts, cost: Cost) -> Finding:
 
 def fits(parts: Parts, cost: Cost) -> Finding:
     """What is calculated for this config, as whole copies and as shards, against the room of one device."""
-    step = step_of(parts, response_tokens=cost.generated_tokens)
+    return _fits(step_of(parts, response_tokens=cost.generated_tokens), cost.room_bytes)
+
+
+def fits_unloaded(config: Config) -> Finding:
+    """Likewise where the models do not fit, so that they cannot be asked."""
+    device = pick_device(config.student.device, "student.device")
+    return _fits(step_of_config(config, device=device), _room(device))
+
+
+def _fits(step: Step, room: int) -> Finding:
     planned = {
         (shard, world): parts_of(step, shard=shard, world=world)["peak"] / 2**30
         for shard, world in (("none", 1), *((s, n) for s in SHARDS[1:] for n in (2, 8)))
     }
-    whole, room = parts_of(step), cost.room_bytes
+    whole = parts_of(step)
     names = ("weights", "gradients", "moments", "teacher", "copies", "activations", "loss")
     largest = max(names, key=lambda name: whole[name])
     values = {

@@ -9,14 +9,23 @@
 Counts in, bytes out: nothing is loaded or measured. `benchmarks/memory.py` compares with measured peaks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from onpath.config.sections import Student, Teacher, teacher_option
+from onpath.config.whole import Config
 from onpath.engines.head import unwrapped
+from onpath.engines.models import model_directory
+from onpath.engines.student import trainable
 from onpath.losses.one_pass import workspace
 from onpath.run.parts import Parts
+from onpath.system.errors import UserError
+from onpath.system.text import one_line
 
 Shard = Literal["none", "step", "layer"]
 SHARDS: tuple[Shard, ...] = ("none", "step", "layer")
@@ -271,13 +280,64 @@ def step_of(parts: Parts, *, response_tokens: int) -> Step:
     Args:
         response_tokens: of a step.
     """
-    config, models, method = parts.config, parts.models, parts.config.method
-    others = [] if method.self_taught else [decoder_of(model) for model in models.teacher.models]
+    models, ahead = parts.models, parts.overlap is not None and bool(parts.overlap.state())
+    return _step_of(
+        parts.config,
+        models.student,
+        models.teacher.models,
+        response_tokens,
+        ahead=ahead,
+        device=models.device,
+    )
+
+
+def step_of_config(config: Config, *, device: torch.device) -> Step:
+    """Of a run whose models are not loaded, from their config.json alone: a whole step of longest responses.
+
+    Raises:
+        UserError: a model's config is not here.
+    """
+    student = trainable(config, _outline(config.student, "student.model"))
+    taught = {} if config.method.self_taught else config.taught_by
+    others = [
+        _outline(teacher, f"{teacher_option(name)}.model")
+        for name, teacher in taught.items()
+        if teacher.engine == "hf"
+    ]
+    tokens = config.rollout.prompts * config.rollout.n * config.rollout.max_new_tokens
+    return _step_of(config, student, others, tokens, ahead=config.rollout.overlap, device=device)
+
+
+def _outline(section: Student | Teacher, key: str) -> nn.Module:
+    """A model without its weights."""
+    options = {"trust_remote_code": section.trust_remote_code}
+    try:
+        told = AutoConfig.from_pretrained(model_directory(section.model, key), **options)
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                told, dtype=getattr(torch, section.dtype), **options
+            )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}: {section.model}: {one_line(str(error), 200)}") from None
+    return model.requires_grad_(False)
+
+
+def _step_of(
+    config: Config,
+    student: nn.Module,
+    teachers: Sequence[nn.Module],
+    response_tokens: int,
+    *,
+    ahead: bool,
+    device: torch.device,
+) -> Step:
+    method = config.method
+    others = [] if method.self_taught else [decoder_of(model) for model in teachers]
     largest = max(others, key=lambda model: model.bytes, default=None)
-    weights = {id(p): p for model in models.teacher.models for p in model.parameters()}  # adapters share some
+    weights = {id(p): p for model in teachers for p in model.parameters()}  # adapters share some
     more = sum(p.numel() * p.element_size() for p in weights.values()) - largest.bytes if largest else 0
     return Step(
-        student=decoder_of(models.student),
+        student=decoder_of(student),
         teacher=largest,
         more_teachers=0.0 if config.parallel.teacher == "offload" else float(more),
         mixed=bool(config.mixtures),
@@ -288,7 +348,7 @@ def step_of(parts: Parts, *, response_tokens: int) -> Step:
         recompute=config.student.gradient_checkpointing,
         averaged=method.teacher_weights == "ema",
         at_start=method.teacher_weights == "base" and not config.student.lora_rank,
-        ahead=parts.overlap is not None and bool(parts.overlap.state()),
+        ahead=ahead,
         continues=method.keeps_past,
-        device=models.device.type,
+        device=device.type,
     )
