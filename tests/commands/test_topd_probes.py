@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,10 @@ from onpath.commands.probes import local_correction
 from onpath.commands.probes.futures import summarise
 from onpath.commands.probes.place import Place
 from onpath.commands.probes.separation import area, auc, correlations, detections
+from onpath.config.methods.topd import TOPDOptions
 from onpath.config.whole import Config
+from onpath.methods.topd import candidates, decide
+from onpath.methods.topd.candidates import Fork
 from onpath.run.assemble import assemble
 from onpath.system.errors import UserError
 
@@ -53,23 +57,67 @@ def test_correlations_by_hand() -> None:
     assert correlations([1.0, 2.0, 3.0], [5.0, 5.0, 5.0])["pearson"] is None
 
 
-def test_detection_flags_equally_many_by_each_rule() -> None:
-    """Ten tokens; the four loudest are candidates, and three of them survive the drop of 30%."""
+def test_detection_by_hand() -> None:
+    """Two rollouts of five tokens, whose two loudest are candidates; the quiet ones' D reaches 0.2."""
     columns = {
-        "reverse_kl": np.array([9.0, 8, 7, 6, 1, 1, 1, 1, 1, 1]),
-        "distance": np.array([0.0, 0.5, 0.6, 0.7, 0.9, 0.8, 0, 0, 0, 0]),
-        "sampled_gap": np.array([5.0, 0, 0, 4, 6, 0, 0, 0, 0, 0]),
-        "error": np.array([False, True, True, False, True, False, False, False, False, False]),
+        "owner": np.array(["a"] * 5 + ["b"] * 5),
+        "reverse_kl": np.array([9.0, 8, 1, 0.5, 0.4, 3, 2, 1, 0.5, 0.4]),
+        "distance": np.array([0.1, 0.5, 0.9, 0.2, 0.2, 0.7, 0.3, 0.0, 0.2, 0.2]),
+        "sampled_gap": np.array([5.0, 0, 6, 0, 0, 4, 0, 0, 0, 0]),
+        "error": np.array([False, True, True, False, False, True, False, False, False, False]),
         "habit": np.array([True, False, False, False, False, False, False, False, False, False]),
     }
-    found = {d.rule: d for d in detections(columns, share=0.4)}
-    assert {d.flagged for name, d in found.items() if name != "all candidates by loss"} == {3}
-    assert found["loss alone"].precision == pytest.approx(2 / 3)
+    options = TOPDOptions(top_share=0.4, drop_share=0.3, decide="quantile")
+    found = {d.rule: d for d in detections(columns, options)}
+    assert found["all candidates by loss"].flagged == 4
+    ours = found["D above the quiet tokens' upper quartile (TOPD)"]
+    assert (ours.flagged, ours.precision, ours.habits) == (3, pytest.approx(2 / 3), 0)  # 0.5, 0.7, 0.3
+    dropped = found["without the lowest 30% by D (`quantile`)"]  # 0.28 is the candidates' own quantile
+    assert (dropped.flagged, dropped.recall) == (3, pytest.approx(2 / 3))
+    assert {d.flagged for name, d in found.items() if "alone" in name or "log-ratio" in name} == {3}
+    assert found["loss alone"].precision == pytest.approx(2 / 3)  # 9, 8, 3
     assert found["loss alone"].habits == pytest.approx(1 / 3)
-    assert found["both (TOPD)"].precision == pytest.approx(2 / 3)  # 3, 2, 1
-    assert found["both (TOPD)"].habits == 0
-    assert found["distance alone"].recall == pytest.approx(1 / 3)  # 4, 5, 3
-    assert found["sampled log-ratio alone"].precision == pytest.approx(1 / 3)  # 4, 0, 3
+    assert found["distance alone"].recall == 1  # 0.9, 0.7, 0.5
+    assert found["candidates by sampled log-ratio"].precision == pytest.approx(2 / 3)  # 5, 4, the first 0
+    assert found["sampled log-ratio alone"].precision == pytest.approx(2 / 3)  # 6, 5, 4
+
+
+@pytest.mark.parametrize("rule", ["quantile", "upper_quartile_of_low_loss"])
+def test_detection_flags_what_the_method_flags(rule: str) -> None:
+    """Candidates of each rollout, not of all tokens together; thresholds by all quiet tokens."""
+    rng = np.random.default_rng(4)
+    owners = np.repeat(np.arange(30), rng.integers(20, 90, 30))
+    size = len(owners)
+    columns = {
+        "owner": owners,
+        "reverse_kl": rng.gamma(0.2, size=size) * np.repeat(rng.gamma(1.0, size=30), np.bincount(owners)),
+        "distance": rng.random(size),
+        "sampled_gap": rng.normal(size=size),
+        "error": rng.random(size) < 0.3,
+        "habit": rng.random(size) < 0.3,
+    }
+    options = TOPDOptions(decide=rule, top_share=0.05, drop_share=0.4, quantile_decay=0.0)
+    found: list[Fork] = []
+    for row in range(30):
+        mine = np.flatnonzero(owners == row)
+        values = {"reverse_kl": columns["reverse_kl"][mine].tolist()}
+        values |= {name: np.zeros(len(mine)).tolist() for name in ("student_logp", "teacher_logp")}
+        (count,) = candidates.candidate_counts([len(mine)], options)
+        for f in candidates.select(
+            values, row=row, count=count, key=f"{row}", options=options, seed=0, references=len(mine)
+        ):
+            found.append(replace(f, distance=float(columns["distance"][mine[f.position]])))
+    threshold = decide.quantile_of(found, options)
+    assert threshold is not None
+    forks = [f for f in decide.decided(found, options, threshold) if f.decision == "fork"]
+    starts = np.searchsorted(owners, np.arange(30))
+    flagged = np.array([starts[f.row] + f.position for f in forks])
+    name = {"quantile": "without the lowest 40%"}.get(rule, "D above the quiet")
+    (one,) = (d for d in detections(columns, options) if d.rule.startswith(name))
+    assert 5 < one.flagged == len(forks)
+    assert one.precision == pytest.approx(columns["error"][flagged].mean())
+    assert one.recall == pytest.approx(columns["error"][flagged].sum() / columns["error"].sum())
+    assert one.habits == pytest.approx(columns["habit"][flagged].mean())
 
 
 def test_summary_by_hand() -> None:

@@ -1,7 +1,6 @@
 """|λ∇L_traj| / |∇L_OPD|: how much of a step's gradient is guidance, at the weights that train.
 
-Not at the hidden states, where gradients of tokens do not yet cancel each other: that number was several
-times too large.
+Not at the hidden states, where gradients of tokens do not yet cancel each other.
 """
 
 from collections.abc import Callable

@@ -54,7 +54,8 @@ class Rescue:
 
     @torch.no_grad()
     def _save(self, finished: Meter | None) -> None:
-        """
+        """The state before the step that failed, or after it.
+
         Args:
             finished: of a step that was done but for its hand-over.
         """

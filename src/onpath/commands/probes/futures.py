@@ -58,7 +58,7 @@ def run_probe(
     checked(rollouts=rollouts, each=each, window=window)
     found = probe(parts, rollouts=rollouts, window=window, each=each, everywhere=everywhere)
     path = out / "divergence.jsonl"
-    summary = {"student": parts.config.student.model, **summarise(found)}
+    summary = {"student": parts.config.student.model, **summarise(found, options_of(parts, window))}
     write_text(path, "".join(json.dumps(vars(p)) + "\n" for p in found))
     write_text(path.with_suffix(".json"), json.dumps(summary, indent=1) + "\n")
     draw(found, summary, path.with_suffix(".png"))
@@ -162,8 +162,9 @@ def noise_floor(
     return {(f.row, f.position): f.distance for f in with_distances(pairs, made, parts.tools, options)}
 
 
-def summarise(found: Sequence[Place]) -> dict[str, Any]:
-    """Distributions by group, low-divergence share of high-loss tokens, correlations, detection of errors."""
+def summarise(found: Sequence[Place], options: TOPDOptions | None = None) -> dict[str, Any]:
+    """Distributions by group, low-divergence share of high-loss tokens, correlations, detection of errors by
+    a method of these options (None: the defaults)."""
     groups = {name: [p for p in found if name in p.groups] for name in GROUPS}
     floor = float(np.quantile([p.distance for p in groups["low"]], 0.75)) if groups["low"] else 0.0
     summary: dict[str, Any] = {
@@ -184,7 +185,7 @@ def summarise(found: Sequence[Place]) -> dict[str, Any]:
             for label in sorted({str(p.label) for p in groups["high"]})
         }
         summary["error_against_habit"] = separation(found)
-        summary["detection_of_errors"] = [vars(d) for d in detections(_columns(found))]
+        summary["detection_of_errors"] = [vars(d) for d in detections(_columns(found), options)]
     return summary
 
 
@@ -207,6 +208,7 @@ def separation(found: Sequence[Place]) -> dict[str, Any]:
 def _columns(found: Sequence[Place]) -> dict[str, NDArray[Any]]:
     names = ("reverse_kl", "distance", "sampled_gap")
     return {
+        "owner": np.array([p.prompt_id for p in found]),
         **{name: np.array([p.value(name) for p in found]) for name in names},
         "error": np.array([p.label == "error" for p in found]),
         "habit": np.array([p.label == "habit" for p in found]),

@@ -8,7 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import mannwhitneyu, rankdata
 
+from onpath.config.methods.topd import TOPDOptions
 from onpath.evaluate.stats import wilson_interval
+from onpath.methods.topd.candidates import NO_DISTANCE, NO_LOSS, spaced, uncapped_counts
 
 _RESAMPLES = 300
 _FEWEST = 5
@@ -31,28 +33,54 @@ class Detection:
     """Share of the flagged that are surface habits."""
 
 
-def detections(
-    columns: Mapping[str, NDArray[Any]], *, share: float = 0.0225, drop: float = 0.3
-) -> list[Detection]:
-    """TOPD's rule and its parts on equal terms: each flags as many tokens as TOPD does.
+def detections(columns: Mapping[str, NDArray[Any]], options: TOPDOptions | None = None) -> list[Detection]:
+    """TOPD's rules, with the candidates that it takes of each rollout, and their parts on equal terms: these
+    flag as many tokens as its default rule does, of all rollouts together.
 
     Args:
-        columns: per token `reverse_kl`, `distance`, `sampled_gap`, and the truth `error` and `habit`.
-        share: of all tokens, by loss, that are candidates.
-        drop: share of the candidates, by distance, that are dropped.
+        columns: per token `owner` (its rollout), in the order of positions, `reverse_kl`, `distance`,
+            `sampled_gap`, and the truth `error` and `habit`.
+        options: `top_share`, `min_gap` and `drop_share`; None: the defaults. Thresholds are those of these
+            tokens alone, of all quiet ones: the method draws some, and follows them over steps.
     """
+    options = options or TOPDOptions()
     loss, distance, gap = (columns[k] for k in ("reverse_kl", "distance", "sampled_gap"))
-    loudest = _top(loss, max(1, round(share * len(loss))))
-    count = max(1, round((1 - drop) * len(loudest)))
+    loudest, quiet = _candidates(columns["owner"], loss, options)
+    real = (distance > NO_DISTANCE) & (loss > NO_LOSS)
+    above, kept = (
+        loudest[(distance[loudest] >= threshold) & real[loudest]]
+        for threshold in (
+            np.quantile(distance[quiet], 0.75) if len(quiet) else 0.0,
+            np.quantile(distance[loudest], options.drop_share),
+        )
+    )
     rules = {
         "all candidates by loss": loudest,
-        "loss alone": _top(loss, count),
-        "distance alone": _top(distance, count),
-        "both (TOPD)": loudest[_top(distance[loudest], count)],
-        "candidates by sampled log-ratio": loudest[_top(gap[loudest], count)],
-        "sampled log-ratio alone": _top(gap, count),
+        "D above the quiet tokens' upper quartile (TOPD)": above,
+        f"without the lowest {options.drop_share:.0%} by D (`quantile`)": kept,
+        "candidates by sampled log-ratio": loudest[_top(gap[loudest], len(above))],
+        "loss alone": _top(loss, len(above)),
+        "distance alone": _top(distance, len(above)),
+        "sampled log-ratio alone": _top(gap, len(above)),
     }
     return [_detection(name, flagged, columns) for name, flagged in rules.items()]
+
+
+def _candidates(
+    owners: NDArray[Any], loss: NDArray[Any], options: TOPDOptions
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """TOPD's candidates of each rollout, and the quieter half of its other tokens."""
+    loudest, quiet = list[int](), list[int]()
+    for owner in dict.fromkeys(owners.tolist()):
+        mine = np.flatnonzero(owners == owner)
+        by_loss = mine[np.argsort(-loss[mine], kind="stable")]
+        (count,) = uncapped_counts([len(mine)], options)
+        place = {int(i): n for n, i in enumerate(mine)}
+        order = [place[int(i)] for i in by_loss]
+        chosen = [int(mine[n]) for n in spaced(order, count=count, min_gap=options.min_gap)]
+        loudest += chosen
+        quiet += [int(i) for i in by_loss[(len(mine) + 1) // 2 :] if int(i) not in chosen]
+    return np.array(sorted(loudest), dtype=np.intp), np.array(sorted(quiet), dtype=np.intp)
 
 
 def _top(values: NDArray[Any], count: int) -> NDArray[np.intp]:
@@ -60,14 +88,15 @@ def _top(values: NDArray[Any], count: int) -> NDArray[np.intp]:
 
 
 def _detection(rule: str, flagged: NDArray[np.intp], columns: Mapping[str, NDArray[Any]]) -> Detection:
-    right = columns["error"][flagged]
+    right, count = columns["error"][flagged], max(1, len(flagged))
+    precision = float(right.sum() / count)
     return Detection(
         rule=rule,
         flagged=len(flagged),
-        precision=float(right.mean()),
-        precision_ci95=wilson_interval(float(right.mean()), trials=len(flagged)),
+        precision=precision,
+        precision_ci95=wilson_interval(precision, trials=count) if len(flagged) else (0.0, 1.0),
         recall=float(right.sum() / max(1, columns["error"].sum())),
-        habits=float(columns["habit"][flagged].mean()),
+        habits=float(columns["habit"][flagged].sum() / count),
     )
 
 

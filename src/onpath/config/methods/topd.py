@@ -52,8 +52,9 @@ class TOPDOptions(MethodOptions):
         "all_high_loss",
     ] = "upper_quartile_of_low_loss"
     """How real forks are told from surface mismatches: D above the upper quartile of D at low-loss positions
-    (the paper), above its quantile drop_share, or above threshold. Arms: the sampled log-ratio above its
-    quantile drop_share; positions drawn at random; all candidates."""
+    (what the paper calls a low divergence), above its quantile drop_share (its cut for suppression), or above
+    threshold. Arms: the sampled log-ratio above its quantile drop_share; positions drawn at random; all
+    candidates."""
     drop_share: Annotated[float, GoesWith("decide", "quantile", "sampled_gap", "random_positions")] = Field(
         0.3, ge=0, lt=1
     )

@@ -3,21 +3,22 @@
 
     y ~ p_S(·|x),  T = 1;   ℓ_t = KL(p_S ‖ p_T) at t;   C = the 2.25% of positions with the largest ℓ_t
     T = K tokens of the teacher after y_<t,  S = y_t … y_{t+K−1};   D_t = min_γ Σ_ij γ_ij (1 − cos(S_i, T_j))
-    R = C without the lowest 30% by D;   ỹ_{t+i} = Σ_j γ_ij onehot(T_j), each row of mass 1/K
+    R = {t ∈ C : D_t ≥ the upper quartile of D at quiet tokens};   ỹ_{t+i} = Σ_j γ_ij onehot(T_j)
     L = L_OPD + λ·Σ_{t∈R} Σ_i KL(ỹ_{t+i} ‖ p_S(·|x, y_<t+i)) / Σ_t 1       the contexts stay the student's own
     `plan: spliced`, in its place:   L = Σ KL(p_S ‖ p_T) over y and, for each t in R, over T after y_<t, / Σ 1
 
-By the letter of the formula. `mass: row` scales rows to mass 1 and warns. Where windows overlap the targets
-are summed: the formula's gradient; the value differs from it by a constant. What predicts whether targets
-harm is logged in every run: the share of ỹ on the teacher's likeliest token in the student's context, on the
-student's own token, and its entropy.
+By the letter of the formula, rows of ỹ of mass 1/K. `mass: row` scales them to 1 and warns. Where windows
+overlap the targets are summed: the formula's gradient; the value differs from it by a constant. What predicts
+whether targets harm is logged in every run: the share of ỹ on the teacher's likeliest token in the student's
+context, on the student's own token, and its entropy.
 Deviations that an option makes, none by default: `max_per_rollout` and `max_per_step` cap C (what they cut is
 counted as `fork_candidates_dropped`); `overlap: average`.
-Ours where the paper is silent: greedy teacher windows; D exact, γ by Sinkhorn with ε 0.05; the 30% as a
-moving quantile over steps; with `upper_quartile_of_low_loss` 16 reference windows a step; λ = 1, or held at a
-ratio of gradients; a fork needs D > 0; windows end where a rollout that was cut at max_new_tokens ends; a
-student's window that the response's end cuts to n < K tokens has rows of mass 1/n; with `student_window:
-regenerate` only D sees the fresh sample; `spliced` is ours altogether.
+Ours where the paper is silent: which of its two cuts defines R (that quartile is what it calls a low
+divergence; `decide: quantile` drops the lowest 30% of C, as it does for suppression), both as moving
+quantiles over steps; 16 reference windows a step; greedy teacher windows; D exact, γ by Sinkhorn with ε 0.05;
+λ = 1, or held at a ratio of gradients; a fork needs ℓ > 0 and D > 0; windows end where a rollout that was cut
+at max_new_tokens ends; a student's window that the response's end cuts to n < K tokens has rows of mass 1/n;
+with `student_window: regenerate` only D sees the fresh sample; `spliced` is ours altogether.
 """
 
 import time
