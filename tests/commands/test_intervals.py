@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from onpath.commands.study.intervals import difference, estimate, p_value
 from onpath.commands.study.results import _judge
@@ -17,6 +18,20 @@ def test_no_interval_leaves_what_is_possible(runs: int) -> None:
     assert runs > 2 or (low, high) == (-1, 1)
     low, high = estimate(scores).ci95
     assert 0 <= low < high <= 1
+
+
+@pytest.mark.parametrize("runs", [2, 4, 6])
+def test_seeds_that_agree_by_chance_leave_the_spread_of_the_problems(runs: int) -> None:
+    """Their part of the variance is estimated below 0 then, and would narrow the problems' own."""
+    lots, problems = np.random.default_rng(runs), 60
+    interaction = lots.normal(0, 0.1, (runs, problems))
+    interaction -= interaction.mean(axis=1, keepdims=True)  # every seed has the same mean
+    values = lots.normal(0, 0.1 / runs**0.5, problems)[None] + interaction
+    assert np.ptp(values.mean(axis=1)) < 1e-12
+    of_problems = runs * np.var(values.mean(axis=0), ddof=1)
+    least = scipy.stats.t.ppf(0.975, problems - 1) * np.sqrt(of_problems / values.size)
+    low, high = difference(values).ci95
+    assert (high - low) / 2 >= least * (1 - 1e-9)
 
 
 @pytest.mark.parametrize(("runs", "problems", "n"), [(2, 20, 1), (2, 50, 1), (2, 20, 4), (3, 20, 1)])

@@ -86,6 +86,12 @@ def test_the_loss_the_gap_and_the_cap_of_a_candidate() -> None:
     first = candidates.select(VALUES, row=7, count=1, key="k", options=options(), seed=0)[0]
     assert (first.row, first.position, first.loss, first.gap) == (7, 1, 3.0, -1.0)
     assert first.cap == pytest.approx(0.7 / 3.0)  # the median of 0.1 0.2 0.4 1 2 3 is 0.7
+    ranked = candidates.select(
+        VALUES, row=7, count=3, key="k", options=options(candidates="teacher_nll"), seed=0
+    )
+    assert ranked[0].position == first.position
+    assert ranked[0].loss != first.loss
+    assert ranked[0].cap == first.cap, "of the reverse KL, whatever ranks"
 
 
 def test_counts_come_from_lengths_alone() -> None:
@@ -136,9 +142,10 @@ def test_without_loss_there_is_no_fork_however_far_the_windows(rule: dict[str, A
     assert kept == [2]
 
 
-def test_identical_futures_are_no_fork_whatever_the_quantile() -> None:
+@pytest.mark.parametrize("rule", [{}, {"decide": "threshold", "threshold": 0.0}])
+def test_identical_futures_are_no_fork_whatever_the_rule(rule: dict[str, Any]) -> None:
     found = [fork(i, distance=0.0) for i in range(9)] + [fork(20, distance=0.5)]
-    decided = decide.decided(found, options(), decide.quantile_of(found, options()) or 0.0)
+    decided = decide.decided(found, options(**rule), decide.quantile_of(found, options(**rule)) or 0.0)
     assert [f.position for f in decided if f.decision == "fork"] == [20]
 
 

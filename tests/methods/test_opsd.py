@@ -400,6 +400,18 @@ def test_the_longer_hint_of_a_contrast_must_fit(tiny: Callable[..., Config]) -> 
         method.check([x, replace(x, id="long", answer="9" * 600)])
 
 
+def test_a_hint_must_leave_room_for_the_response(tiny: Callable[..., Config]) -> None:
+    """It may fit alone, and not with what is written behind it."""
+    options = {"method__template": "{problem} ref:{answer} now:", "method__hint": "answer"}
+    parts = assemble(tiny(method__name="opsd", **options))
+    room = parts.models.teacher.context_length
+    x = replace(attempt("4<eos>").prompt, answer="9")
+    free = room - len(parts.method.privileged(x, "own")) - parts.sampling.max_new_tokens + 1
+    parts.method.check([replace(x, id="just", answer="9" * free)])
+    with pytest.raises(UserError, match=f"'long' with its answer has .* of {room}: drop it"):
+        parts.method.check([replace(x, id="long", answer="9" * (free + 1))])
+
+
 def test_the_doctor_has_nothing_to_say_of_given_advantages(tiny: Callable[..., Config]) -> None:
     options = {"method__template": TEMPLATE, "method__divergence": "sampled", "method__entry_clip": None}
     report = run_doctor(tiny(method__name="opsd", method__shown="contrast", **options))
