@@ -317,6 +317,31 @@ def test_memory_is_limited() -> None:
         assert resource.prlimit(worker_pid(grader), resource.RLIMIT_FSIZE) == (0, 0)
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_to_the_group_does_not_end_a_worker_that_starts(name: str) -> None:
+    """A terminal's Ctrl-C, and what `timeout` sends: the run notes it and ends after its step."""
+    code = f"""
+import os, signal
+import onpath.grade.math as module
+from onpath.system.signals import stop_requests
+
+known = module._Worker._reply
+
+def signalled(worker, seconds):
+    module._Worker._reply = known
+    os.killpg(0, signal.{name})
+    return known(worker, seconds)
+
+module._Worker._reply = signalled
+with stop_requests() as asked, module.MathGrader() as grader:
+    print(grader.grade("it is 12", "12").correct, asked.name, flush=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, start_new_session=True
+    )
+    assert done.stdout.split() == ["True", name], done.stderr
+
+
 def test_a_worker_that_cannot_start_says_why() -> None:
     with MathGrader() as grader, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "executable", "/bin/false")

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -504,11 +505,22 @@ def test_asked_to_stop_it_saves_the_step_that_runs(
 
 
 def test_a_second_signal_kills_as_ever(as_in_a_terminal: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onpath.system.signals._TOGETHER", 0.1)
+    before = signal.getsignal(signal.SIGTERM)
     with stop_requests() as asked:
         assert not asked
-        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(3):  # `timeout` signals the process and its group: that is asking once
+            os.kill(os.getpid(), signal.SIGTERM)
         assert asked.name == "SIGTERM"
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
+    child = os.fork()
+    if child == 0:
+        with stop_requests():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
     with monkeypatch.context() as patch, stop_requests() as asked:
         patch.setenv("TORCHELASTIC_RUN_ID", "none")  # Slurm signals it and its workers, and it hands it on
         for _ in range(3):
@@ -517,7 +529,9 @@ def test_a_second_signal_kills_as_ever(as_in_a_terminal: None, monkeypatch: pyte
     with stop_requests() as asked:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)  # torchrun sends it after a Ctrl-C: the step is still finished
+        os.kill(os.getpid(), signal.SIGINT)
         assert asked.name == "SIGINT"
+        time.sleep(0.2)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler

@@ -150,6 +150,7 @@ class _Worker:
             stderr=subprocess.PIPE,
             env={**environment, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             bufsize=0,
+            start_new_session=True,  # Ctrl-C is for us: it ends with its input
         )
         self._buffer = b""
         try:

@@ -4,6 +4,7 @@ stopped."""
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -38,6 +39,8 @@ class Requests:
 
 
 _noted: list[Requests] = []
+_TOGETHER = 0.5
+"""Seconds within which two signals of a kind are one."""
 
 
 def asked_to_stop() -> str:
@@ -49,16 +52,23 @@ def asked_to_stop() -> str:
 @contextmanager
 def stop_requests() -> Iterator[Requests]:
     """Notes the first SIGTERM, SIGHUP or SIGINT instead of dying of it; another one of the same kind does
-    what it always does. Not a SIGTERM or SIGHUP under torchrun: a batch system signals a job's processes, of
-    which torchrun is one and hands it on, and it kills by itself what does not end. A signal that is ignored
-    (nohup), or that somebody handles, stays so. Outside the main thread nothing changes: signals arrive
-    there.
+    what it always does, unless it comes with the first: a terminal, `timeout` or a batch system signals a
+    process and its group, and that is asking once. Not a SIGTERM or SIGHUP under torchrun: a batch system
+    signals a job's processes, of which torchrun is one and hands it on, and it kills by itself what does not
+    end. A signal that is ignored (nohup), or that somebody handles, stays so. Outside the main thread nothing
+    changes: signals arrive there.
     """
-    asked, before = Requests(), dict[int, Any]()
+    asked, before, came = Requests(), dict[int, Any](), dict[int, float]()
 
     def note(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT or "TORCHELASTIC_RUN_ID" not in os.environ:
-            signal.signal(number, before.pop(number))
+        now = time.monotonic()
+        if now - came.setdefault(number, now) > _TOGETHER:
+            if number == signal.SIGINT or "TORCHELASTIC_RUN_ID" not in os.environ:
+                signal.signal(number, before[number])
+                signal.raise_signal(number)
+            return
+        if came[number] < now:
+            return
         asked.name = asked.name or signal.Signals(number).name
         if number == signal.SIGINT:
             _say("onpath: stopping after this step, which will be saved; Ctrl-C again stops at once")
