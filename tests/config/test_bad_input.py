@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,8 +20,9 @@ from onpath.config.build import build, load
 from onpath.config.whole import Config
 from onpath.records import Sampling
 from onpath.run.assemble import assemble
+from onpath.run.log import read_lines
 from onpath.system.errors import UserError
-from onpath.training import sample
+from onpath.training import sample, train
 from tests.conftest import CHARACTERS, make_model, make_tokenizer
 
 Break = Callable[["Case"], None]
@@ -546,3 +548,58 @@ def test_wider_padding_is_no_difference(tiny: Callable[..., Config], tmp_path: P
     case = Case(tiny(), tmp_path)
     make_model(1, hidden=48, vocabulary=len(CHARACTERS) + 16).save_pretrained(tmp_path / "teacher")
     assert main(case.arguments()) == 0
+
+
+@pytest.mark.parametrize("option", ["system", "enable_thinking"])
+def test_what_only_chat_prompts_have_is_refused_for_plain_text(
+    option: str, tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    """It was dropped without a word: the instruction never reached the model."""
+    value = {"system": "sum", "enable_thinking": False}[option]
+    with pytest.raises(UserError, match=rf"data: {option} is for chat prompts, but template is plain"):
+        tiny(**{f"data__{option}": value}, data__template="plain")
+    config = tiny(**{f"data__{option}": value})
+    without = tmp_path / "no template"
+    shutil.copytree(config.student.model, without)
+    (without / "chat_template.jinja").unlink(missing_ok=True)
+    described = json.loads((without / "tokenizer_config.json").read_text())
+    described.pop("chat_template", None)
+    (without / "tokenizer_config.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match=rf"data\.{option} is for chat prompts, and .* has no chat template"):
+        assemble(tiny(**{f"data__{option}": value}, student__model=str(without)))
+
+
+def test_a_chat_template_that_ignores_an_option_is_warned_of(tiny: Callable[..., Config]) -> None:
+    parts = assemble(tiny(data__enable_thinking=False))
+    assert "data.enable_thinking has no effect here: the chat template ignores it" in parts.warnings
+    parts.close()
+
+
+def test_an_adapter_has_its_base_s_tokenizer_and_a_run_its_model(
+    tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    """peft saves none beside an adapter; a finished run is a teacher under its own name."""
+    made = train(tiny(student__lora_rank=2, optim__steps=1, data__eval={}, run__name="made"), quiet=True)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(made.model / name, bare)
+    both = []
+    for where in (bare, made.directory):
+        options = {"teacher__model": str(where), "run__name": where.name + " taught", "data__eval": {}}
+        run = train(tiny(**options, optim__steps=1), quiet=True)
+        both.append([row["loss"] for row in read_lines(run.directory / "metrics.jsonl")])
+    assert both[0] == both[1]
+    train(tiny(student__model=str(bare), optim__steps=1, data__eval={}, run__name="bare"), quiet=True)
+
+
+def test_a_data_set_in_place_of_its_name_is_told_how_to_become_one(
+    tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    rows = datasets.Dataset.from_list([{"prompt": f"{n}+1=?", "answer": str(n + 1)} for n in range(9)])
+    with pytest.raises(UserError, match=r'data: train is a Dataset, .*\.to_json\("prompts\.jsonl"'):
+        build({"data": {"train": rows}})
+    rows.to_json(tmp_path / "prompts.jsonl", orient="records", lines=True)
+    parts = assemble(tiny(data__train=str(tmp_path / "prompts.jsonl"), data__eval={}))
+    assert len(parts.prompts.pool) == 9
+    parts.close()

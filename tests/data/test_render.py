@@ -100,3 +100,19 @@ def test_vocabularies_are_compared_by_token_and_id() -> None:
         check_vocabulary({"a": 0, "b": 1}, {"a": 1, "b": 0})
     with pytest.raises(UserError, match="'c' is absent for the student, 2 for the teacher"):
         check_vocabulary({"a": 0, "b": 1}, {"a": 0, "b": 1, "c": 2})
+
+
+def test_what_a_template_does_not_hear_is_found(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Neither a system message that it leaves out nor a switch that it does not know."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    deaf = Renderer(tokenizer, system="1 + 1", template_options={"enable_thinking": True})
+    assert deaf.unheard() == ["system", "enable_thinking"]
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if enable_thinking %}={% endif %}"
+    )
+    for thinking in (True, False):
+        heard = Renderer(tokenizer, system="1 + 1", template_options={"enable_thinking": thinking})
+        assert heard.unheard() == []
+    assert Renderer(tokenizer).unheard() == []

@@ -563,7 +563,7 @@ def test_impossible_settings(options: list[str], sentence: str, capsys: pytest.C
 
 def test_vllm_that_is_not_there_is_said(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "vllm", None)
-    with pytest.raises(UserError, match=r"cannot import vLLM .*install onpath\[vllm\]"):
+    with pytest.raises(UserError, match=r"cannot import vLLM .*install it \(docs/engines\.md\)"):
         assemble(tiny(rollout__engine="vllm"))
 
 

@@ -181,7 +181,15 @@ class Data(Section):
     def _template_is_used(self) -> "Data":
         if self.chat_template is not None and self.template == "plain":
             raise ValueError("chat_template is for chat prompts, but template is plain; take one of them out")
+        for name in self.of_chat if self.template == "plain" else ():
+            raise ValueError(f"{name} is for chat prompts, but template is plain; take one of them out")
         return self
+
+    @property
+    def of_chat(self) -> list[str]:
+        """Options that are set and mean nothing to prompts of plain text."""
+        given = {"system": self.system, "enable_thinking": self.enable_thinking}
+        return [name for name, value in given.items() if value is not None]
 
     @field_validator("eval")
     @classmethod
@@ -197,6 +205,11 @@ class Data(Section):
     @model_validator(mode="before")
     @classmethod
     def _complete_eval(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and hasattr(value.get("train"), "to_json"):
+            raise ValueError(
+                f"train is a {type(value['train']).__name__}, and a config names its data: write the rows "
+                'once, with .to_json("prompts.jsonl", orient="records", lines=True), and name that file'
+            )
         if isinstance(value, Mapping) and isinstance(value.get("eval"), str):
             return {**value, "eval": {split_name(value["eval"]) or "eval": value["eval"]}}
         if isinstance(value, Mapping) and "eval" not in value and "train" in value:
@@ -503,7 +516,7 @@ class Run(Section):
     trackers: Annotated[
         list[Annotated[str, OneOf(("tensorboard", "trackio", "wandb"), "class")]], NEUTRAL
     ] = Field([])
-    """Also log there: tensorboard, trackio, wandb (extra onpath[trackers]), or a class of yours,
+    """Also log there: tensorboard, trackio, wandb (the extra `trackers`), or a class of yours,
     file.py:Class; JSON lines are always written. wandb runs offline unless WANDB_MODE says otherwise."""
     threads: Annotated[int, ROUNDING] = Field(0, ge=0, le=4096)
     """torch's CPU threads per process; 0 leaves torch's choice."""

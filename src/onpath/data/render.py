@@ -3,6 +3,7 @@
 import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from functools import cached_property
@@ -25,6 +26,8 @@ _CLOCK = "strftime_now"
 _DIRECTIVES = "aAwdbBmyYHIpMSfjUWcxXeDFT"
 """Of strftime."""
 _QUESTION = "a question in its place"
+_LONG = "sequence-length-is-longer-than-the-specified-maximum"
+"""transformers' name for its warning."""
 _SECONDS, _LARGEST_RENDERING = 10.0, 256 * 2**20
 """Of one short question."""
 _FAILURES: tuple[type[Exception], ...] = (TemplateError, *OF_CONTENT)
@@ -58,6 +61,7 @@ class Renderer:
                 "data.chat_template, or use plain"
             )
         self.tokenizer = tokenizer
+        tokenizer.deprecation_warnings[_LONG] = True  # what is too long is said of the prompt, by its name
         self.chat = template == "chat" or (template == "auto" and bool(tokenizer.chat_template))
         self.system = system
         self.template_options = dict(template_options or {})
@@ -222,6 +226,28 @@ class Renderer:
         if self.system is not None and messages[0]["role"] != "system":
             return ({"role": "system", "content": self.system}, *messages)
         return messages
+
+    def unheard(self) -> list[str]:
+        """Options of `data` that are set and change nothing in what the chat template makes of a question."""
+        question, found = (Prompt(id="", text=_QUESTION),), list[str]()
+        if not self.chat:
+            return found
+        with suppress(UserError):
+            alone: Message = {"role": "user", "content": _QUESTION}
+            if self.system is not None and self._applied(self.messages(*question)) == self._applied([alone]):
+                found.append("system")
+            known = self.template_options.get("enable_thinking")
+            if known is not None:
+                other = Renderer(
+                    self.tokenizer,
+                    template="chat",
+                    system=self.system,
+                    template_options={**self.template_options, "enable_thinking": not known},
+                    clock=self.clock,
+                )
+                if other.ids(*question) == self.ids(*question):
+                    found.append("enable_thinking")
+        return found
 
     def turn_end(self) -> list[int]:
         """Special tokens that the chat template puts after an answer; none for plain text."""

@@ -229,13 +229,19 @@ def _base_of(adapter: Path, key: str) -> str:
     return _existing(told["base_model_name_or_path"], f"{key}: the base of adapter {adapter}")
 
 
+def _has_tokenizer(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in _TOKENIZER_FILES)
+
+
 def load_tokenizer(section: Student | Teacher, key: str) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model."""
     where = _existing(section.model, key)
+    if is_adapter(where) and not _has_tokenizer(Path(where)):  # peft saves none: it is the base's
+        where = _base_of(Path(where), key)
     here = Path(where).is_dir()
     if here and not ((Path(where) / "config.json").is_file() or is_adapter(where)):
         raise UserError(f"{key}: {section.model} is no model's directory: it has no config.json")
-    if here and not any((Path(where) / f).is_file() for f in _TOKENIZER_FILES):
+    if here and not _has_tokenizer(Path(where)):
         # transformers would make an empty one without a word
         raise UserError(
             f"{key}: {section.model} has no tokenizer; save one there (tokenizer.save_pretrained)"
@@ -260,6 +266,8 @@ def _existing(name: str, key: str) -> str:
         raise UserError(f"{key}: {name} is a file; name the directory of a model")
     if looks_local and not path.is_dir():
         raise UserError(f"{key}: there is no directory {name}")
+    if (path / "metrics.jsonl").is_file() and (path / "model").is_dir():  # a run stands for what it made
+        path = path / "model"
     return str(path) if path.is_dir() else where
 
 

@@ -231,7 +231,7 @@ def _start(directory: str, dtype: str, context_length: int, options: Mapping[str
         from vllm import LLM
     except ImportError as error:
         raise UserError(
-            f"rollout.engine vllm: cannot import vLLM ({error}); install onpath[vllm] (docs/engines.md), or "
+            f"rollout.engine vllm: cannot import vLLM ({error}); install it (docs/engines.md), or "
             "use rollout.engine hf"
         ) from None
     if many:  # else its build for CPUs ties the threads of every process to the same cores

@@ -74,9 +74,8 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
         check_engine(engine)
     objective = config.method.objective()
     device = distributed.local_device(pick_device(config.student.device, "student.device"))
-    distributed.start(
-        device, timeout=config.longest_wait
-    )  # from here on one process's mistake is said by all
+    # First of all: from here on one process's mistake is said by all.
+    distributed.start(device, timeout=config.longest_wait)
     prompts = load_data(config)
     start = find(config.student.model)
     check_given(config, prompts, start)
@@ -189,6 +188,7 @@ def warnings_of(
         rate_warning(config),
         stops.warning(renderer.tokens),
         *config.method.warnings,
+        *(f"data.{key} has no effect here: the chat template ignores it" for key in renderer.unheard()),
         *(f"{key} has no effect here: it goes with {needs}" for key, needs in idle_options(config).items()),
         *data_warnings(prompts),
     ]

@@ -52,7 +52,7 @@ def model_card(
         f"# {Path(student).name}, distilled: {public(method.name)}",
         "",
         f"{'A LoRA adapter of' if adapter else 'Trained from'} `{student}` by on-policy distillation with "
-        "[onpath](https://pypi.org/project/onpath/).",
+        "onpath.",
         "",
         "| | |",
         "|---|---|",

@@ -159,18 +159,25 @@ def make_renderer(config: Config, tokenizer: PreTrainedTokenizerBase) -> Rendere
     """How the run's prompts are rendered.
 
     Raises:
-        UserError: data.chat_template cannot be read, or there is no template to use.
+        UserError: data.chat_template cannot be read, there is no template to use, or options are set that
+            only a chat template reads.
     """
     thinking = config.data.enable_thinking
     with_template(config, tokenizer)
     moment = distributed.gather([_moment(config).isoformat()])[0]  # ranks start at different ones
-    return Renderer(
+    renderer = Renderer(
         tokenizer,
         template=config.data.template,
         system=config.data.system,
         template_options=None if thinking is None else {"enable_thinking": thinking},
         clock=datetime.fromisoformat(moment),
     )
+    if config.data.template == "auto" and not renderer.chat and config.data.of_chat:
+        raise UserError(
+            f"data.{config.data.of_chat[0]} is for chat prompts, and {config.student.model} has no chat "
+            "template; put it into the prompts, or name a template as data.chat_template"
+        )
+    return renderer
 
 
 def with_template(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -195,7 +195,7 @@ def check_trackers(names: Sequence[str]) -> None:
             continue
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:  # without an origin: a directory of that name lies here
-            raise UserError(f"run.trackers: {name} is not installed; pip install 'onpath[trackers]'")
+            raise UserError(f"run.trackers: {name} is not installed: pip install {name}")
 
 
 def open_trackers(names: Sequence[str], *, directory: Path, name: str, config: Metrics) -> list[Tracker]:
