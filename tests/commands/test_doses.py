@@ -228,9 +228,10 @@ def test_pages_of_sets_that_came_later_of_one_arm_and_of_odd_names(make: Make, i
 
 
 MAP = Path(__file__).parents[2] / "recipes" / "when-it-pays"
+LEVELS = ["late", "lost", "spoil", "surface"]
 
 
-@pytest.mark.parametrize("name", ["late", "lost", "spoil", "surface"])
+@pytest.mark.parametrize("name", LEVELS)
 def test_the_map_is_a_study_of_each_strength(name: str) -> None:
     file = MAP / f"{name}.yaml"
     doses = loaded(file)
@@ -247,7 +248,7 @@ def test_the_map_is_a_study_of_each_strength(name: str) -> None:
 
 
 def test_the_trained_teacher_s_study_is_the_map_s_world_without_the_checker() -> None:
-    assert {path.stem for path in MAP.glob("*.yaml")} == {"late", "lost", "spoil", "surface", "persona"}
+    assert {path.stem for path in MAP.glob("*.yaml")} == {*LEVELS, "persona", "controls", "again"}
     one, world = load_study(MAP / "persona.yaml"), loaded(MAP / "spoil.yaml").studies[0.8]
     assert len(one.seeds) == 5
     assert one.base.data.train + "&lost=1" == world.base.data.train
@@ -256,6 +257,21 @@ def test_the_trained_teacher_s_study_is_the_map_s_world_without_the_checker() ->
     assert one.base.optim.lr == 2e-3
     assert one.base.optim.max_grad_norm == 0.25
     plan.check_alike(one)
+
+
+@pytest.mark.parametrize("name", ["controls", "again"])
+def test_the_map_s_other_worlds_are_studies_of_five_seeds_with_one_clip(name: str) -> None:
+    one = load_study(MAP / f"{name}.yaml")
+    assert len(one.seeds) == 5
+    assert one.base.optim.max_grad_norm == 0.25
+    plan.check_alike(one)
+    world = loaded(MAP / "lost.yaml").studies[1.0]
+    assert one.base.data.train.replace("&again=1", "") == world.base.data.train
+    assert one.evals.splits == world.evals.splits
+    changed = {arm: plan.arm_config(one, arm).method for arm in one.trained}
+    for arm in (arm for arm in changed if arm.endswith(("_own_token", "_random_place"))):
+        repair, control = changed[arm.rsplit("_", 2)[0]], changed[arm]
+        assert control == repair.model_copy(update={"control": arm.split("_", 1)[1]})
 
 
 def test_studies_ask_at_other_temperatures_where_errors_have_kinds(make: Make) -> None:

@@ -16,7 +16,14 @@ from onpath.engines.base import Engine, gone_on
 from onpath.engines.hf import HFEngine
 from onpath.engines.models import load_model
 from onpath.engines.teacher import ModelTeacher
-from onpath.engines.worlds import LostEngine, LostTeacher, SpoilingEngine, lost_behind, world_of
+from onpath.engines.worlds import (
+    LostEngine,
+    LostTeacher,
+    RepeatingEngine,
+    SpoilingEngine,
+    lost_behind,
+    world_of,
+)
 from onpath.records import Completion, Prompt, Sampling, Trajectory
 from onpath.run import assemble
 from onpath.run.log import read_lines
@@ -33,9 +40,14 @@ class Sevens:
 
     spoils: bool = True
     loses: bool = True
+    repeats: bool = False
 
     def spoiled(self, seed: int, problem: str, tokens: Sequence[str]) -> tuple[int, str] | None:
         return (2, "7") if len(tokens) > 2 and int(problem[0]) % 2 == seed % 2 else None
+
+    def spoiled_again(self, seed: int, tokens: Sequence[str], begin: int) -> tuple[int, str] | None:
+        start = tokens.index("<sol>") + 1
+        return (start + 2, "7") if len(tokens) > start + 2 >= begin else None
 
     def lost_after(self, seed: int, tokens: Sequence[str]) -> int | None:
         start = tokens.index("<sol>") + 1
@@ -73,6 +85,42 @@ def test_a_spoiled_rollout_goes_on_from_what_was_put_into_it(engines: dict[str, 
         (scored,) = engine.score([after.context], [after.ids])
         assert after.logprobs == pytest.approx(scored, abs=1e-4)
     assert changed >= 4
+
+
+def test_what_the_student_writes_anew_holds_the_error_again(engines: dict[str, HFEngine]) -> None:
+    """Only where it writes that place itself: not behind a token that somebody else has put there."""
+    inner = engines["student"]
+    engine = RepeatingEngine(inner, Sevens(repeats=True), seed=0, longest=512)
+    assert (engine.stop_ids, engine.shares_weights) == (inner.stop_ids, inner.shares_weights)
+    context = inner.renderer.ids(PROMPTS[0])
+    (seven,) = inner.renderer.text_ids("7")
+    prefixes = [(*context, *[9] * count) for count in range(5)]
+    plain = inner.continue_from(prefixes, SAMPLING, keys=list("abcde"))
+    made = engine.continue_from(prefixes, SAMPLING, keys=list("abcde"))
+    assert made == engine.continue_from(prefixes, SAMPLING, keys=list("abcde"))
+    for count, (prefix, before, after) in enumerate(zip(prefixes, plain, made, strict=True)):
+        if count > 2 or len(before.ids) < 3 - count:
+            assert after == before
+            continue
+        own = 2 - count
+        assert after.ids[: own + 1] == (*before.ids[:own], seven)
+        assert len(after.ids) == len(after.logprobs) <= SAMPLING.max_new_tokens
+        (scored,) = inner.score([prefix], [after.ids])
+        assert after.logprobs == pytest.approx(scored, abs=1e-4)
+    assert any(a != b for a, b in zip(plain, made, strict=True))
+
+
+def test_only_the_method_s_writer_errs_again(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evaluations and the rollouts' own sampler do not."""
+    for repeats in (True, False):
+        monkeypatch.setattr(assemble, "world_of", lambda source, r=repeats: Sevens(loses=False, repeats=r))
+        parts = assemble.assemble(tiny())
+        assert isinstance(parts.sampler, SpoilingEngine)
+        assert isinstance(parts.tools.generators.student, RepeatingEngine) == repeats
+        assert isinstance(parts.generators.student, HFEngine)
+        parts.close()
 
 
 def test_behind_an_error_the_scores_are_the_other_models(engines: dict[str, HFEngine]) -> None:

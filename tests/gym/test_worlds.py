@@ -85,6 +85,24 @@ def test_spoil_replaces_the_last_digit_of_the_first_result() -> None:
     assert len(digits) > 4
 
 
+def test_again_errs_where_the_student_writes_the_result_itself() -> None:
+    world = Worlds(spoil=1.0, again=1.0)
+    head = ["<bos>", *gym.tokenize(PROMPT), "<sol>"]
+    first = world.spoiled(0, PROMPT, SOUND)
+    assert first is not None
+    place = len(head) + first[0]
+    for begin in (0, len(head), place):
+        assert world.spoiled_again(0, head + SOUND, begin) == (place, first[1])
+    assert world.spoiled_again(0, head + SOUND, place + 1) is None, "somebody else has written it"
+    assert world.spoiled_again(0, head + SOUND[: first[0]], len(head)) is None, "it is not written yet"
+    assert Worlds(spoil=1.0).spoiled_again(0, head + SOUND, 0) is None
+    assert not Worlds(spoil=1.0).repeats
+    chosen = [Worlds(spoil=1.0, again=0.3).spoiled_again(seed, head + SOUND, 0) for seed in range(200)]
+    assert 0.2 < sum(c is not None for c in chosen) / 200 < 0.4
+    with pytest.raises(UserError, match=r"again is of the errors that spoil puts in: set spoil above 0 too"):
+        task_of("gym:train?again=1")
+
+
 @pytest.mark.parametrize(
     "response", ["", "a: 35 + 47 =", "a: 35 + 47 = a9", "a: 35 + 47 = a72; ", "a: 35 + 47 -> a182, so "]
 )
@@ -146,7 +164,7 @@ def test_names_with_settings() -> None:
         ("gym:train?late=much", "late is a number from 0 to 1, not much"),
         ("gym:train?late=nan", "late is a number from 0 to 1, not nan"),
         ("gym:train?late", "settings such as late=0.5"),
-        ("gym:train?early=1", "no 'early'; it has late, spoil, lost, surface"),
+        ("gym:train?early=1", "no 'early'; it has late, spoil, again, lost, surface"),
     ],
 )
 def test_settings_that_do_not_exist(source: str, why: str) -> None:

@@ -18,7 +18,7 @@ from onpath.system.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_OF_TRAINING = ("spoil", "lost")
+_OF_TRAINING = ("spoil", "again", "lost")
 """Settings that act on training rollouts and on their teacher."""
 
 
@@ -39,6 +39,16 @@ class World(Protocol):
     def spoiled(self, seed: int, problem: str, tokens: Sequence[str]) -> tuple[int, str] | None:
         """Place and spelling of a token that is put into a training rollout from outside, for the student to
         go on from; None: it stays as it is."""
+        ...
+
+    @property
+    def repeats(self) -> bool:
+        """Whether `spoiled_again` may change anything; a world without it: never."""
+        ...
+
+    def spoiled_again(self, seed: int, tokens: Sequence[str], begin: int) -> tuple[int, str] | None:
+        """Of prompt and response: place and spelling of the token that `spoiled` puts into it, if the student
+        has just written that place itself, at `begin` or behind it, and errs so again."""
         ...
 
     def lost_after(self, seed: int, tokens: Sequence[str]) -> int | None:

@@ -65,23 +65,22 @@ class SpoilingEngine(Engine):
         if not hits:
             return rollouts
         begun = [(place, (*rollouts[place].ids[:at], token)) for place, at, token in hits]
-        scored = self.engine.score([rollouts[p].context for p, _ in begun], [ids for _, ids in begun])
-        done = gone_on(
+        contexts = [rollouts[place].context for place, _ in begun]
+        ends = _rewritten(
             self.engine,
-            [rollouts[p].context + ids for p, ids in begun],
-            [sampling.max_new_tokens - len(ids) for _, ids in begun],
+            contexts,
+            [ids for _, ids in begun],
             sampling,
-            keys=[f"{names[p]}/spoiled" for p, _ in begun],
+            keys=[f"{names[place]}/spoiled" for place, _ in begun],
             longest=self.longest,
         )
-        for (place, ids), logps, rest in zip(begun, scored, done, strict=True):
+        for (place, ids), (logp, rest) in zip(begun, ends, strict=True):
             old = rollouts[place]
-            left = sampling.max_new_tokens - len(ids)
             rollouts[place] = replace(
                 old,
-                ids=ids + rest.ids[:left],
-                logprobs=old.logprobs[: len(ids) - 1] + logps[-1:] + rest.logprobs[:left],
-                finish_reason=rest.finish_reason if len(rest.ids) <= left else "length",
+                ids=ids + rest.ids,
+                logprobs=(*old.logprobs[: len(ids) - 1], logp, *rest.logprobs),
+                finish_reason=rest.finish_reason,
             )
         return rollouts
 
@@ -108,6 +107,83 @@ class SpoilingEngine(Engine):
     def sync_weights(self, version: int) -> None:
         """See `Engine.sync_weights`."""
         self.engine.sync_weights(version)
+
+
+class RepeatingEngine(Engine):
+    """The student's engine as a method has it, in a world in which the student errs again: what it writes
+    anew holds the token that its rollout was spoiled with (`World.spoiled_again`). Evaluations do not.
+
+    Args:
+        longest: most tokens, prompt and response, that the engine takes.
+    """
+
+    def __init__(self, engine: Engine, world: World, *, seed: int, longest: int) -> None:
+        self.engine, self.world, self.seed, self.longest = engine, world, seed, longest
+        self.renderer, self.shares_weights = engine.renderer, engine.shares_weights
+        self.stop_ids, self.stop_strings, self.server = engine.stop_ids, engine.stop_strings, engine.server
+
+    def continue_from(
+        self, prefixes: Sequence[Sequence[int]], sampling: Sampling, *, keys: Sequence[str] | None = None
+    ) -> list[Completion]:
+        """See `Engine.continue_from`."""
+        done = self.engine.continue_from(prefixes, sampling, keys=keys)
+        names = [str(i) for i in range(len(prefixes))] if keys is None else list(keys)
+        found = [self._again(prefix, c) for prefix, c in zip(prefixes, done, strict=True)]
+        hits = [(i, ids) for i, ids in enumerate(found) if ids is not None]
+        ends = _rewritten(
+            self.engine,
+            [prefixes[i] for i, _ in hits],
+            [ids for _, ids in hits],
+            sampling,
+            keys=[f"{names[i]}/again" for i, _ in hits],
+            longest=self.longest,
+        )
+        for (i, ids), (logp, rest) in zip(hits, ends, strict=True):
+            done[i] = replace(
+                rest,
+                ids=ids + rest.ids,
+                logprobs=(*done[i].logprobs[: len(ids) - 1], logp, *rest.logprobs),
+            )
+        return done
+
+    def _again(self, prefix: Sequence[int], completion: Completion) -> tuple[int, ...] | None:
+        """What it has written up to the token that it errs at again, with it."""
+        tokens = self.renderer.tokens((*prefix, *completion.ids))
+        hit = self.world.spoiled_again(self.seed, tokens, len(prefix))
+        if hit is None:
+            return None
+        at, spelling = hit
+        (token,) = self.renderer.text_ids(spelling)
+        return (*completion.ids[: at - len(prefix)], token)
+
+    def score(
+        self, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> list[tuple[float, ...]]:
+        """See `Engine.score`."""
+        return self.engine.score(contexts, responses)
+
+    def sync_weights(self, version: int) -> None:
+        """See `Engine.sync_weights`."""
+        self.engine.sync_weights(version)
+
+
+def _rewritten(
+    engine: Engine,
+    contexts: Sequence[Sequence[int]],
+    begun: Sequence[tuple[int, ...]],
+    sampling: Sampling,
+    *,
+    keys: Sequence[str],
+    longest: int,
+) -> list[tuple[float, Completion]]:
+    """The engine's own log-prob of the last token of each text that was begun, and how it goes on."""
+    if not begun:
+        return []
+    rooms = [sampling.max_new_tokens - len(ids) for ids in begun]
+    prefixes = [(*context, *ids) for context, ids in zip(contexts, begun, strict=True)]
+    scored = engine.score(contexts, begun)
+    done = gone_on(engine, prefixes, rooms, sampling, keys=keys, longest=longest)
+    return [(logps[-1], rest) for logps, rest in zip(scored, done, strict=True)]
 
 
 class LostTeacher(Teacher):

@@ -34,6 +34,8 @@ class Gym:
         for name in settings:
             if name not in known:
                 raise ValueError(f"the gym has no {name!r}; it has {', '.join(known)}")
+        if settings.get("again") and not settings.get("spoil"):
+            raise ValueError("again is of the errors that spoil puts in: set spoil above 0 too")
         return Gym(Worlds(**settings))
 
     def rows(self, split: str, count: int) -> Iterable[Mapping[str, Any]]:

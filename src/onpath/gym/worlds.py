@@ -4,6 +4,8 @@
             are such that the student masters them, so its errors are in steps that need an earlier result
     spoil   in that share of the training rollouts the last digit of the first result is replaced from
             outside, and the student goes on: an early error that no training removes
+    again   on that share of the problems the student errs so again, whenever it writes that result itself in
+            training: a second draw is no repair, a token of the teacher's is
     lost    on that share of the problems the teacher is, behind the first error, the untouched student
     surface of the student's habits, how much is left (1: all; see surface.py)
 
@@ -36,6 +38,7 @@ class Worlds:
 
     late: float = 0.0
     spoil: float = 0.0
+    again: float = 0.0
     lost: float = 0.0
     surface: float = 1.0
 
@@ -43,6 +46,11 @@ class Worlds:
     def spoils(self) -> bool:
         """See `World.spoils`."""
         return self.spoil > 0
+
+    @property
+    def repeats(self) -> bool:
+        """See `World.repeats`."""
+        return self.spoil > 0 and self.again > 0
 
     @property
     def loses(self) -> bool:
@@ -77,15 +85,28 @@ class Worlds:
         others = [d for d in DIGITS if d != tokens[at]]
         return at, random.Random(f"digit/{seed}/{asked.text}").choice(others)
 
+    def spoiled_again(self, seed: int, tokens: Sequence[str], begin: int) -> tuple[int, str] | None:
+        """See `World.spoiled_again`."""
+        start = _response_of(tokens)
+        asked = parse_problem("".join(tokens[:start]))
+        if asked is None or not _chosen(self.again, "again", seed, asked.text):
+            return None
+        found = self.spoiled(seed, asked.text, tokens[start:])
+        return (start + found[0], found[1]) if found and start + found[0] >= begin else None
+
     def lost_after(self, seed: int, tokens: Sequence[str]) -> int | None:
         """See `World.lost_after`: at the first wrong token itself the teacher still knows better."""
-        start = max((i for i, t in enumerate(tokens) if t == SOL), default=len(tokens)) + 1
-        text = "".join(tokens[:start])
-        asked = parse_problem(text)
+        start = _response_of(tokens)
+        asked = parse_problem("".join(tokens[:start]))
         if asked is None or not _chosen(self.lost, "lost", seed, asked.text):
             return None
         labels = label_tokens(asked.text, tokens[start:])
         return next((start + i for i, label in enumerate(labels) if label.kind == "error"), None)
+
+
+def _response_of(tokens: Sequence[str]) -> int:
+    """Where it begins."""
+    return max((i for i, t in enumerate(tokens) if t == SOL), default=len(tokens)) + 1
 
 
 def first_result(tokens: Sequence[str]) -> int | None:

@@ -12,7 +12,7 @@ from onpath.config.idle import idle_options
 from onpath.config.sections import teacher_option
 from onpath.config.whole import ROLLOUTS, Config
 from onpath.data.render import Renderer
-from onpath.data.tasks import correction_ids, task_of, templates_of
+from onpath.data.tasks import World, correction_ids, task_of, templates_of
 from onpath.engines import sharding
 from onpath.engines.base import Engine, Generators
 from onpath.engines.forward import Models
@@ -33,7 +33,14 @@ from onpath.engines.self_check import Agreement, check_model
 from onpath.engines.stops import Stops, stops_of
 from onpath.engines.student import dropout_warning, precision_warning, shared_vocabulary, trainable
 from onpath.engines.teacher import ModelTeacher
-from onpath.engines.worlds import LostEngine, LostTeacher, SpoilingEngine, lost_behind, world_of
+from onpath.engines.worlds import (
+    LostEngine,
+    LostTeacher,
+    RepeatingEngine,
+    SpoilingEngine,
+    lost_behind,
+    world_of,
+)
 from onpath.grade.graders import grader_for
 from onpath.grade.rewards import Reward
 from onpath.methods import make_method
@@ -131,11 +138,10 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
     agreements = check_models(config, models, own, generates=generators.student is own)
     overlap = make_overlap(config, student, frozen, generators.student, own)
     sampler = generators.student if overlap is None else overlap.engine
-    if world is not None and world.spoils:
-        sampler = SpoilingEngine(sampler, world, seed=config.run.seed, longest=models.student_context_length)
+    sampler, writes = in_world(world, sampler, generators, config.run.seed, models.student_context_length)
     text = make_text(config, renderer, prompts)
     sampling = config.rollout.sampling(seed=config.run.seed)
-    tools = Tools(models=models, generators=generators, text=text, sampling=sampling)
+    tools = Tools(models=models, generators=writes, text=text, sampling=sampling)
     method = make_method(config.method, tools)
     method.check(prompts.pool)
     refreshed = Refreshed.asked(
@@ -159,6 +165,20 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
         warnings=tuple(warnings),
         agreements=agreements,
     )
+
+
+def in_world(
+    world: World | None, sampler: Engine, generators: Generators, seed: int, longest: int
+) -> tuple[Engine, Generators]:
+    """Who samples the rollouts, and who writes for the method, in a world that spoils what the student writes
+    in training."""
+    if world is None or not world.spoils:
+        return sampler, generators
+    spoiling = SpoilingEngine(sampler, world, seed=seed, longest=longest)
+    if not getattr(world, "repeats", False):
+        return spoiling, generators
+    student = RepeatingEngine(generators.student, world, seed=seed, longest=longest)
+    return spoiling, replace(generators, student=student)
 
 
 def own_engine(

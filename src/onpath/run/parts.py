@@ -71,4 +71,4 @@ class Parts:
     @property
     def tools(self) -> Tools:
         """What the method works with."""
-        return Tools(models=self.models, generators=self.generators, text=self.text, sampling=self.sampling)
+        return self.method.tools
