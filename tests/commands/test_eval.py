@@ -335,4 +335,7 @@ def test_several_processes_do_not_each_evaluate_all(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["eval", "gym:student", "--limit", "1"]) == 2
-    assert "onpath eval is one process: start it without torchrun" in capsys.readouterr().err
+    assert (
+        "onpath eval is one process, and WORLD_SIZE says several: start it without torchrun"
+        in capsys.readouterr().err
+    )

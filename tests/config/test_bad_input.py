@@ -603,3 +603,37 @@ def test_a_data_set_in_place_of_its_name_is_told_how_to_become_one(
     parts = assemble(tiny(data__train=str(tmp_path / "prompts.jsonl"), data__eval={}))
     assert len(parts.prompts.pool) == 9
     parts.close()
+
+
+def test_a_run_beside_its_base_is_the_adapter_and_not_the_base(
+    tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    """Several teachers share a base: a run that is named by its directory was taken for that."""
+    options = {"student__lora_rank": 2, "optim__steps": 2, "optim__lr": 0.1, "data__eval": {}}
+    made = train(tiny(**options, run__name="made"), quiet=True)
+    base, found = tiny().student.model, []
+    for where in (made.directory, made.model):
+        teachers = {"tuned": {"model": str(where)}, "base": {"model": base}}
+        config = build(
+            {
+                "student": {"model": base, "device": "cpu"},
+                "teachers": teachers,
+                "data": {"train": str(routed(tmp_path)), "teacher_column": "of", "eval": {}},
+                "rollout": {"prompts": 2, "max_new_tokens": 3},
+                "run": {"dir": str(tmp_path / "runs"), "name": "several"},
+            }
+        )
+        parts = assemble(config)
+        ids = torch.tensor([[1, 5, 6, 7]])
+        with torch.no_grad():
+            tuned, plain = (parts.models.teacher.of(name).model(input_ids=ids).logits for name in teachers)
+        found.append((tuned - plain).abs().max().item())
+        parts.close()
+    assert found[0] == found[1] > 0.01
+
+
+def routed(directory: Path) -> Path:
+    path = directory / "routed.jsonl"
+    rows = [{"prompt": f"{n}+1=?", "answer": "1", "of": "tuned" if n % 2 else "base"} for n in range(6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -1,5 +1,7 @@
 """Rendering: golden text and ids for chat and plain prompts, and templates with slots."""
 
+import copy
+
 import pytest
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -104,6 +106,7 @@ def test_vocabularies_are_compared_by_token_and_id() -> None:
 
 def test_what_a_template_does_not_hear_is_found(tokenizer: PreTrainedTokenizerFast) -> None:
     """Neither a system message that it leaves out nor a switch that it does not know."""
+    tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}"
     )
@@ -116,3 +119,6 @@ def test_what_a_template_does_not_hear_is_found(tokenizer: PreTrainedTokenizerFa
         heard = Renderer(tokenizer, system="1 + 1", template_options={"enable_thinking": thinking})
         assert heard.unheard() == []
     assert Renderer(tokenizer).unheard() == []
+    own = "{% if messages[0].role != 'system' %}1 + 1{% endif %}"
+    tokenizer.chat_template = own + "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert Renderer(tokenizer, system="1 + 1").unheard() == [], "the template's own, said aloud"

@@ -166,6 +166,7 @@ def test_a_password_in_the_address_is_not_printed(hostile: Hostile) -> None:
         ("http://localhost:8000/v1", "http://localhost:8000"),  # a dummy key, part of the host's name
         ("http://u:8000@127.0.0.1:8000", "http://u:…@127.0.0.1:8000"),
         ("http://u:p%40ss@127.0.0.1:8000", "http://u:…@127.0.0.1:8000"),
+        ("http://u:pä^ b@127.0.0.1:8000/v1", "http://u:…@127.0.0.1:8000"),
         ("http://local@127.0.0.1:8000", "http://local@127.0.0.1:8000"),
     ],
 )

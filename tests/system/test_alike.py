@@ -1,5 +1,6 @@
 """Processes that were not given the same say so before their first step: a run of theirs would be wrong."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from onpath.engines.head import foreign
 from onpath.methods.opd import OPD
 from onpath.records import Rollout
 from onpath.run import alike
+from onpath.run.inputs import load_data
 from onpath.run.log import read_lines
 from onpath.system.errors import UserError
 from onpath.training import train
@@ -82,6 +84,57 @@ def test_another_model_of_the_same_shape(key: str, tiny: Tiny, tmp_path: Path) -
     (other / "model.safetensors").write_bytes(weights)
     told = said_by_both([config, tiny(**options, **{f"{key}__model": str(other)})], tmp_path)
     assert told.startswith(f"process 2 of 2 has another content of {key}.model than the first;")
+
+
+def test_a_model_that_one_host_still_has_to_download_is_no_difference(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And an adapter's base may lie elsewhere on each, as long as it is that one."""
+    config, known = tiny(data__eval={}, parallel__timeout=TIMEOUT), alike._fingerprint
+    monkeypatch.setattr(
+        alike, "_fingerprint", lambda name: known(name) if os.environ["RANK"] == "0" else None
+    )
+    done_by_two(lambda _: train(config, quiet=True), tmp_path)
+    monkeypatch.setattr(alike, "_fingerprint", known)
+    places = []
+    for host in ("a", "b", "c"):
+        base, adapter = tmp_path / host / "base", tmp_path / host / "adapter"
+        shutil.copytree(config.student.model, base)
+        adapter.mkdir()
+        (adapter / "adapter_model.safetensors").write_bytes(b"0" * 9)
+        (adapter / "adapter_config.json").write_text(
+            json.dumps({"r": 2, "base_model_name_or_path": str(base)})
+        )
+        places.append(str(adapter))
+    (tmp_path / "c" / "base" / "model.safetensors").write_bytes(b"other")
+    (tmp_path / "b" / "base" / "training_args.bin").write_bytes(b"of another program")
+    prints = [known(where) for where in places]
+    assert prints[0] == prints[1] != prints[2]
+    assert known("nobody/has-this") is None
+
+
+def test_a_run_stands_for_its_model_here_too(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "model").mkdir(parents=True)
+    (run / "metrics.jsonl").write_text("")
+    prints = set()
+    for weights in (b"1", b"2"):
+        (run / "model" / "model.safetensors").write_bytes(weights)
+        prints |= {alike._fingerprint(str(run)), alike._fingerprint(str(run / "model"))}
+    assert len(prints) == 2
+
+
+def test_a_chat_template_is_compared_by_what_it_says(tiny: Tiny, tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("one.jinja", "same.jinja", "other.jinja")]
+    for path, text in zip(
+        files, ("{{ messages[0].content }}", "{{ messages[0].content }}", "{{ 1 }}"), strict=True
+    ):
+        path.write_text(text)
+    options = {"data__eval": {}, "parallel__timeout": TIMEOUT, "teacher__timeout": 600.0}
+    one, same, other = (tiny(**options, data__chat_template=str(path)) for path in files)
+    given = [dict(alike._given(c, load_data(c), None)) for c in (one, same, other)]
+    assert given[0] == given[1]
+    assert [key for key in given[0] if given[0][key] != given[2][key]] == ["data.chat_template"]
 
 
 def test_versions_are_compared(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -283,7 +283,7 @@ def _eval(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
     from onpath.commands.terminal import console_for
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each would do all of it
-        raise UserError("onpath eval is one process: start it without torchrun")
+        raise UserError("onpath eval is one process, and WORLD_SIZE says several: start it without torchrun")
     found = evaluate_model(
         options.model,
         data=options.data,

@@ -233,9 +233,16 @@ class Renderer:
         if not self.chat:
             return found
         with suppress(UserError):
-            alone: Message = {"role": "user", "content": _QUESTION}
-            if self.system is not None and self._applied(self.messages(*question)) == self._applied([alone]):
-                found.append("system")
+            if self.system is not None:  # not against none: a template may have that one by default
+                other = Renderer(
+                    self.tokenizer,
+                    template="chat",
+                    system=f"{self.system} {_QUESTION}",
+                    template_options=self.template_options,
+                    clock=self.clock,
+                )
+                if other.ids(*question) == self.ids(*question):
+                    found.append("system")
             known = self.template_options.get("enable_thinking")
             if known is not None:
                 other = Renderer(

@@ -55,9 +55,14 @@ _PLAIN_OUTPUT = {
 
 
 def locate(name: str) -> str:
-    """`gym:student` → the directory of the task's model; anything else unchanged."""
+    """`gym:student` → the directory of the task's model, a finished run's → that of its final model; anything
+    else unchanged."""
     task = task_of(name)
     if task is None:
+        with contextlib.suppress(OSError, RuntimeError, ValueError):
+            run = Path(name).expanduser()
+            if (run / "metrics.jsonl").is_file() and (run / "model").is_dir():
+                return str(run / "model")
         return name
     try:
         return str(task.model(part_of(name)))
@@ -164,7 +169,7 @@ def _quantised(section: Student | Teacher, key: str, device: torch.device) -> di
     if section.quantization is None:
         return {}
     where = f"{key.removesuffix('.model')}.quantization"
-    if is_adapter(section.model):
+    if is_adapter(locate(section.model)):
         raise UserError(
             f"{where}: {section.model} is an adapter, which is merged into its base, and quantised weights "
             "would round it; export it first (onpath export, or peft's merge_and_unload)"
@@ -266,8 +271,6 @@ def _existing(name: str, key: str) -> str:
         raise UserError(f"{key}: {name} is a file; name the directory of a model")
     if looks_local and not path.is_dir():
         raise UserError(f"{key}: there is no directory {name}")
-    if (path / "metrics.jsonl").is_file() and (path / "model").is_dir():  # a run stands for what it made
-        path = path / "model"
     return str(path) if path.is_dir() else where
 
 

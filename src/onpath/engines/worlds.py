@@ -111,7 +111,7 @@ class SpoilingEngine(Engine):
 
 class RepeatingEngine(Engine):
     """The student's engine as a method has it, in a world in which the student errs again: what it writes
-    anew holds the token that its rollout was spoiled with (`World.spoiled_again`). Evaluations do not.
+    anew holds an error at that place too (`World.spoiled_again`). Evaluations do not.
 
     Args:
         longest: most tokens, prompt and response, that the engine takes.
@@ -121,6 +121,11 @@ class RepeatingEngine(Engine):
         self.engine, self.world, self.seed, self.longest = engine, world, seed, longest
         self.renderer, self.shares_weights = engine.renderer, engine.shares_weights
         self.stop_ids, self.stop_strings, self.server = engine.stop_ids, engine.stop_strings, engine.server
+
+    @property
+    def policy_version(self) -> int:  # type: ignore[override]
+        """See `Engine.policy_version`."""
+        return self.engine.policy_version
 
     def continue_from(
         self, prefixes: Sequence[Sequence[int]], sampling: Sampling, *, keys: Sequence[str] | None = None

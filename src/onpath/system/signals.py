@@ -39,8 +39,8 @@ class Requests:
 
 
 _noted: list[Requests] = []
-_TOGETHER = 0.5
-"""Seconds within which two signals of a kind are one."""
+_TOGETHER = 0.3
+"""Seconds within which signals of a kind are one: the others are ignored meanwhile."""
 
 
 def asked_to_stop() -> str:
@@ -58,20 +58,18 @@ def stop_requests() -> Iterator[Requests]:
     end. A signal that is ignored (nohup), or that somebody handles, stays so. Outside the main thread nothing
     changes: signals arrive there.
     """
-    asked, before, came = Requests(), dict[int, Any](), dict[int, float]()
+    asked, before = Requests(), dict[int, Any]()
 
     def note(number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if now - came.setdefault(number, now) > _TOGETHER:
-            if number == signal.SIGINT or "TORCHELASTIC_RUN_ID" not in os.environ:
-                signal.signal(number, before[number])
-                signal.raise_signal(number)
-            return
-        if came[number] < now:
-            return
+        ends = number == signal.SIGINT or "TORCHELASTIC_RUN_ID" not in os.environ
+        if ends:
+            signal.signal(number, signal.SIG_IGN)
         asked.name = asked.name or signal.Signals(number).name
         if number == signal.SIGINT:
             _say("onpath: stopping after this step, which will be saved; Ctrl-C again stops at once")
+        if ends:
+            time.sleep(_TOGETHER)
+            signal.signal(number, before[number])
 
     if threading.current_thread() is threading.main_thread():
         for name in ("SIGTERM", "SIGHUP", "SIGINT"):

@@ -31,9 +31,7 @@ _VECTORS = 2**24  # entries of the vectors whose products are taken together
 _ABSORB = 40  # iterations between two rescalings
 _TOLERANCE = 1e-5  # of the row marginals, as a share of 1/K, summed over rows
 _ITERATIONS = 4000
-_LOST = (
-    1e-2  # error of the rows, after all iterations, from which on the plan is found otherwise, not rounded
-)
+_LOST = 1e-2  # error of the rows, after all iterations, from which on the plan is found otherwise
 _SINGLE = 64.0  # range of cost/ε up to which float32 potentials can reach the tolerance
 
 

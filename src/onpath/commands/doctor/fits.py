@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from onpath.config.sections import Student, Teacher, teacher_option
 from onpath.config.whole import Config
+from onpath.engines import foreign
 from onpath.engines.head import unwrapped
 from onpath.engines.models import model_directory
 from onpath.engines.student import trainable
@@ -299,25 +300,32 @@ def step_of_config(config: Config, *, device: torch.device) -> Step:
     """
     student = trainable(config, _outline(config.student, "student.model"))
     taught = {} if config.method.self_taught else config.taught_by
-    others = [
-        _outline(teacher, f"{teacher_option(name)}.model")
-        for name, teacher in taught.items()
-        if teacher.engine == "hf"
-    ]
+    bases: dict[str, nn.Module] = {}
+    for name, teacher in taught.items():
+        if teacher.engine == "hf":  # several adapters of one base, and that base, share it
+            key = f"{teacher_option(name)}.model"
+            bases.setdefault(model_directory(teacher.model, key), _outline(teacher, key))
+    others = list(bases.values())
     tokens = config.rollout.prompts * config.rollout.n * config.rollout.max_new_tokens
     return _step_of(config, student, others, tokens, ahead=config.rollout.overlap, device=device)
 
 
 def _outline(section: Student | Teacher, key: str) -> nn.Module:
-    """A model without its weights."""
+    """A model without its weights.
+
+    Raises:
+        UserError: it cannot be told from its config.
+    """
     options = {"trust_remote_code": section.trust_remote_code}
+    if section.quantization is not None:
+        raise UserError(f"{key}: what quantised weights take is not calculated before they are loaded")
     try:
         told = AutoConfig.from_pretrained(model_directory(section.model, key), **options)
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(
                 told, dtype=getattr(torch, section.dtype), **options
             )
-    except (OSError, ValueError) as error:
+    except foreign.FAILURES as error:
         raise UserError(f"{key}: {section.model}: {one_line(str(error), 200)}") from None
     return model.requires_grad_(False)
 

@@ -24,7 +24,7 @@ class Detection:
     rule: str
     flagged: int
     precision: float
-    """Share of the flagged that are errors."""
+    """Share of the flagged that are errors; 0, with an interval that says nothing, where none is flagged."""
     precision_ci95: tuple[float, float]
     """Wilson's; tokens taken as independent."""
     recall: float

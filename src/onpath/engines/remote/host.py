@@ -2,6 +2,7 @@
 it; and how the server has fared."""
 
 import os
+import re
 import threading
 import time
 from collections.abc import Mapping
@@ -164,9 +165,12 @@ def api_key() -> str:
 
 def _without_password(address: str) -> str:
     """Cut out where it stands: the same letters may be part of the host's name."""
-    known = httpx.URL(address).userinfo.decode()
+    scheme, slashes, rest = address.partition("://")
+    authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    known, at, host = authority.rpartition("@")
     user, colon, _ = known.partition(":")
-    return address.replace(f"{known}@", f"{user}:…@", 1) if colon else address
+    shown = f"{user}{colon}{'…' if colon else ''}{at}{host}"
+    return f"{scheme}{slashes}{shown}{rest[len(authority) :]}"
 
 
 def _limit(body: Mapping[str, Any]) -> int:
