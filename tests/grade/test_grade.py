@@ -325,6 +325,7 @@ import os, signal
 import onpath.grade.math as module
 from onpath.system.signals import stop_requests
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell's background ignores stays ignored
 known = module._Worker._reply
 
 def signalled(worker, seconds):

@@ -1,8 +1,9 @@
 """The demo's last part: a world in which early errors stay, and what a corrected trajectory is worth there.
 
-    first steps are easy · most rollouts get a wrong digit from outside · behind it the teacher is lost
+    first steps are easy · most rollouts hold a wrong digit, which the student would write again ·
+    behind it the teacher is lost
 
-`recipes/when-it-pays` has the same with every method and several seeds.
+`recipes/when-it-pays` has the same with controls and several seeds.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ from onpath.run.trajectories import Row, read_rows, trajectory_files
 NAME = "world"
 BASE, REPAIRED = "opd", "relay"
 ARMS: dict[str, Any] = {BASE: {}, REPAIRED: {"method": {"name": "relay"}}}
-_WORLD = "late=1&spoil=0.8&lost=1"
+_WORLD = "late=1&spoil=0.8&again=1&lost=1"
 
 
 def world_study(*, quick: bool, directory: str) -> StudyConfig:
@@ -52,9 +53,9 @@ def print_world(console: Console, study: StudyConfig, data: Mapping[str, Any]) -
     console.print()
     print_sheet(console, table(data))
     console.print(
-        "In four of five rollouts one digit is replaced from outside, and behind an error this teacher knows "
-        "no better than the student.\nOPD learns along the error; in the other arm the teacher writes that "
-        "one token, and the student goes on from there.",
+        "In four of five rollouts one digit is wrong, and would be so again if the student wrote it once "
+        "more; behind an error this teacher\nknows no better than the student. OPD learns along the error; "
+        "in the other arm the teacher writes that one token, and the student goes on from there.",
         highlight=False,
         soft_wrap=True,
     )

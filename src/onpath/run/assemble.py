@@ -81,8 +81,7 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
         check_engine(engine)
     objective = config.method.objective()
     device = distributed.local_device(pick_device(config.student.device, "student.device"))
-    # First of all: from here on one process's mistake is said by all.
-    distributed.start(device, timeout=config.longest_wait)
+    distributed.start(device, timeout=config.longest_wait)  # first: one's mistake is said by all then
     prompts = load_data(config)
     start = find(config.student.model)
     check_given(config, prompts, start)
@@ -138,7 +137,7 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
     agreements = check_models(config, models, own, generates=generators.student is own)
     overlap = make_overlap(config, student, frozen, generators.student, own)
     sampler = generators.student if overlap is None else overlap.engine
-    sampler, writes = in_world(world, sampler, generators, config.run.seed, models.student_context_length)
+    sampler, writes = in_world(config, world, sampler, generators, models.student_context_length)
     text = make_text(config, renderer, prompts)
     sampling = config.rollout.sampling(seed=config.run.seed)
     tools = Tools(models=models, generators=writes, text=text, sampling=sampling)
@@ -168,16 +167,16 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
 
 
 def in_world(
-    world: World | None, sampler: Engine, generators: Generators, seed: int, longest: int
+    config: Config, world: World | None, sampler: Engine, generators: Generators, longest: int
 ) -> tuple[Engine, Generators]:
     """Who samples the rollouts, and who writes for the method, in a world that spoils what the student writes
     in training."""
     if world is None or not world.spoils:
         return sampler, generators
-    spoiling = SpoilingEngine(sampler, world, seed=seed, longest=longest)
+    spoiling = SpoilingEngine(sampler, world, seed=config.run.seed, longest=longest)
     if not getattr(world, "repeats", False):
         return spoiling, generators
-    student = RepeatingEngine(generators.student, world, seed=seed, longest=longest)
+    student = RepeatingEngine(generators.student, world, seed=config.run.seed, longest=longest)
     return spoiling, replace(generators, student=student)
 
 
