@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-STUDIES = [RECIPES / "when-it-pays" / f"{name}.json" for name in ("persona", "controls", "again")]
+STUDIES = [RECIPES / "when-it-pays" / f"{name}.json" for name in ("persona", "controls", "again", "maze")]
 
 
 def points(value: float, *, signed: bool = False) -> str:

@@ -248,7 +248,7 @@ def test_the_map_is_a_study_of_each_strength(name: str) -> None:
 
 
 def test_the_trained_teacher_s_study_is_the_map_s_world_without_the_checker() -> None:
-    assert {path.stem for path in MAP.glob("*.yaml")} == {*LEVELS, "persona", "controls", "again"}
+    assert {path.stem for path in MAP.glob("*.yaml")} == {*LEVELS, "persona", "controls", "again", "maze"}
     one, world = load_study(MAP / "persona.yaml"), loaded(MAP / "spoil.yaml").studies[0.8]
     assert len(one.seeds) == 5
     assert one.base.data.train + "&lost=1" == world.base.data.train
@@ -259,12 +259,14 @@ def test_the_trained_teacher_s_study_is_the_map_s_world_without_the_checker() ->
     plan.check_alike(one)
 
 
-@pytest.mark.parametrize("name", ["controls", "again"])
+@pytest.mark.parametrize("name", ["controls", "again", "maze"])
 def test_the_map_s_other_worlds_are_studies_of_five_seeds_with_one_clip(name: str) -> None:
     one = load_study(MAP / f"{name}.yaml")
     assert len(one.seeds) == 5
     assert one.base.optim.max_grad_norm == 0.25
     plan.check_alike(one)
+    if name == "maze":
+        return
     world = loaded(MAP / "lost.yaml").studies[1.0]
     assert one.base.data.train.replace("&again=1", "") == world.base.data.train
     assert one.evals.splits == world.evals.splits
