@@ -281,8 +281,9 @@ def _add_eval(commands: Any) -> None:
 def _eval(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
     from onpath.commands.eval import evaluate_model, print_evaluated
     from onpath.commands.terminal import console_for
+    from onpath.system import distributed
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each would do all of it
+    if distributed.asked():  # each would do all of it
         raise UserError("onpath eval is one process, and WORLD_SIZE says several: start it without torchrun")
     found = evaluate_model(
         options.model,

@@ -91,11 +91,14 @@ class Renderer:
             raise UserError(f"the chat template {taken} to render one short question; use another one")
         _TRIED.add(repr(key))
 
-    def _applied(self, messages: Sequence[Message], *, opened: bool = True, tokenize: bool = True) -> Any:
+    def _applied(
+        self, messages: Sequence[Message], *, opened: bool = True, tokenize: bool = True, **other: Any
+    ) -> Any:
         """What the template makes of a conversation: ids, or the text.
 
         Args:
             opened: with the generation prompt.
+            other: options of the template in place of its own.
 
         Raises:
             UserError: it fails on them.
@@ -106,7 +109,7 @@ class Renderer:
                 add_generation_prompt=opened,
                 tokenize=tokenize,
                 return_dict=False,
-                **self.template_options,
+                **{**self.template_options, **other},
             )
         except _FAILURES as error:
             raise UserError(f"the chat template refuses it: {one_line(str(error))}") from None
@@ -229,31 +232,16 @@ class Renderer:
 
     def unheard(self) -> list[str]:
         """Options of `data` that are set and change nothing in what the chat template makes of a question."""
-        question, found = (Prompt(id="", text=_QUESTION),), list[str]()
+        question, found = self.messages(Prompt(id="", text=_QUESTION)), list[str]()
         if not self.chat:
             return found
         with suppress(UserError):
+            asked, thinking = self._applied(question), self.template_options.get("enable_thinking")
             if self.system is not None:  # not against none: a template may have that one by default
-                other = Renderer(
-                    self.tokenizer,
-                    template="chat",
-                    system=f"{self.system} {_QUESTION}",
-                    template_options=self.template_options,
-                    clock=self.clock,
-                )
-                if other.ids(*question) == self.ids(*question):
-                    found.append("system")
-            known = self.template_options.get("enable_thinking")
-            if known is not None:
-                other = Renderer(
-                    self.tokenizer,
-                    template="chat",
-                    system=self.system,
-                    template_options={**self.template_options, "enable_thinking": not known},
-                    clock=self.clock,
-                )
-                if other.ids(*question) == self.ids(*question):
-                    found.append("enable_thinking")
+                told: Message = {"role": "system", "content": f"{self.system} {_QUESTION}"}
+                found += ["system"] if self._applied((told, *question[1:])) == asked else []
+            if thinking is not None and self._applied(question, enable_thinking=not thinking) == asked:
+                found.append("enable_thinking")
         return found
 
     def turn_end(self) -> list[int]:

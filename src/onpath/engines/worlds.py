@@ -39,17 +39,35 @@ def lost_behind(world: World | None, seed: int, renderer: Renderer) -> After:
     return lambda ids: None if world is None else world.lost_after(seed, renderer.tokens(ids))
 
 
-class SpoilingEngine(Engine):
-    """Generates as another engine does, and puts a token of the world's into some rollouts, from which the
-    student goes on. Of that token the rollout has the student's own log-prob.
+class _InWorld(Engine):
+    """Around the student's engine, in a world that puts tokens into what it writes.
 
     Args:
         longest: most tokens, prompt and response, that the engine takes.
     """
 
     def __init__(self, engine: Engine, world: World, *, seed: int, longest: int) -> None:
-        self.engine, self.world, self.seed, self.renderer = engine, world, seed, engine.renderer
-        self.longest = longest
+        self.engine, self.world, self.seed, self.longest = engine, world, seed, longest
+        self.renderer = engine.renderer
+
+    def _id(self, token: str) -> int:
+        (found,) = self.renderer.text_ids(token)
+        return found
+
+    def score(
+        self, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> list[tuple[float, ...]]:
+        """See `Engine.score`."""
+        return self.engine.score(contexts, responses)
+
+    def sync_weights(self, version: int) -> None:
+        """See `Engine.sync_weights`."""
+        self.engine.sync_weights(version)
+
+
+class SpoilingEngine(_InWorld):
+    """Generates as another engine does, and puts a token of the world's into some rollouts, from which the
+    student goes on. Of that token the rollout has the student's own log-prob."""
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, n: int = 1, keys: Sequence[str] | None = None
@@ -88,38 +106,20 @@ class SpoilingEngine(Engine):
         tokens = self.renderer.tokens(rollout.ids)
         return self.world.spoiled(self.seed, rollout.prompt.question, tokens)
 
-    def _id(self, token: str) -> int:
-        (found,) = self.renderer.text_ids(token)
-        return found
-
     def continue_from(
         self, prefixes: Sequence[Sequence[int]], sampling: Sampling, *, keys: Sequence[str] | None = None
     ) -> list[Completion]:
         """See `Engine.continue_from`."""
         return self.engine.continue_from(prefixes, sampling, keys=keys)
 
-    def score(
-        self, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
-    ) -> list[tuple[float, ...]]:
-        """See `Engine.score`."""
-        return self.engine.score(contexts, responses)
 
-    def sync_weights(self, version: int) -> None:
-        """See `Engine.sync_weights`."""
-        self.engine.sync_weights(version)
-
-
-class RepeatingEngine(Engine):
+class RepeatingEngine(_InWorld):
     """The student's engine as a method has it, in a world in which the student errs again: what it writes
-    anew holds an error at that place too (`World.spoiled_again`). Evaluations do not.
-
-    Args:
-        longest: most tokens, prompt and response, that the engine takes.
-    """
+    anew holds an error at that place too (`World.spoiled_again`). Evaluations do not."""
 
     def __init__(self, engine: Engine, world: World, *, seed: int, longest: int) -> None:
-        self.engine, self.world, self.seed, self.longest = engine, world, seed, longest
-        self.renderer, self.shares_weights = engine.renderer, engine.shares_weights
+        super().__init__(engine, world, seed=seed, longest=longest)
+        self.shares_weights = engine.shares_weights
         self.stop_ids, self.stop_strings, self.server = engine.stop_ids, engine.stop_strings, engine.server
 
     @property
@@ -158,18 +158,7 @@ class RepeatingEngine(Engine):
         if hit is None:
             return None
         at, spelling = hit
-        (token,) = self.renderer.text_ids(spelling)
-        return (*completion.ids[: at - len(prefix)], token)
-
-    def score(
-        self, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
-    ) -> list[tuple[float, ...]]:
-        """See `Engine.score`."""
-        return self.engine.score(contexts, responses)
-
-    def sync_weights(self, version: int) -> None:
-        """See `Engine.sync_weights`."""
-        self.engine.sync_weights(version)
+        return (*completion.ids[: at - len(prefix)], self._id(spelling))
 
 
 def _rewritten(

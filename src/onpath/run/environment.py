@@ -39,6 +39,7 @@ def environment(parts: Parts) -> dict[str, Any]:
 
 @cache
 def versions() -> dict[str, str]:
+    """Of what decides numbers."""
     return {name: version(name) for name in _PACKAGES}
 
 

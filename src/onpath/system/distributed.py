@@ -51,7 +51,7 @@ def start(device: torch.device, *, timeout: float = 600.0) -> None:
     Raises:
         UserError: the processes do not meet.
     """
-    if _asked() and not dist.is_initialized():
+    if asked() and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(local_device(device))
         patience = timedelta(seconds=timeout)
@@ -116,14 +116,14 @@ def one_fate() -> Iterator[None]:
 
 def _part() -> None:
     """Waits until all ranks are here. What goes wrong in this exchange costs nothing any more."""
-    if _asked() and dist.is_initialized() and dist.get_backend() == "gloo":
+    if asked() and dist.is_initialized() and dist.get_backend() == "gloo":
         with suppress(dist.DistError, RuntimeError):
             dist.barrier()
 
 
 def _board() -> Store | None:
     """Where ranks leave word for each other without an exchange; None: there is no group, or no longer."""
-    if not _asked() or not dist.is_initialized():
+    if not asked() or not dist.is_initialized():
         return None
     where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
@@ -153,7 +153,7 @@ def stop() -> None:
     """Leaves the process group of torchrun; one that a library made for itself is its own affair."""
     while _before_stop:
         _before_stop.pop()()
-    if _asked() and dist.is_initialized():
+    if asked() and dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -162,7 +162,8 @@ def before_stop(close: Callable[[], None]) -> None:
     _before_stop.append(close)
 
 
-def _asked() -> bool:
+def asked() -> bool:
+    """Whether a launcher has started several processes, met or not."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 

@@ -1,7 +1,6 @@
 """`onpath doctor`: all checks, cheap ones first, printed as they come or as one JSON object."""
 
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +28,7 @@ from onpath.run.assemble import assemble, data_warnings
 from onpath.run.inputs import by_source, make_renderer
 from onpath.run.parts import Parts
 from onpath.run.trained import find, load_its_tokenizer
-from onpath.system import code
+from onpath.system import code, distributed
 from onpath.system.errors import UserError, is_lack_of_memory
 from onpath.system.text import one_line
 
@@ -100,7 +99,7 @@ def run_doctor(
     Raises:
         UserError: no config at all, or several processes.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if distributed.asked():
         raise UserError("onpath doctor looks at one process: start it without torchrun")
     begun, refused = time.perf_counter(), None
     found = []
