@@ -4,6 +4,7 @@ finished is lost."""
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from onpath import export_model
+from onpath import export_model, training
 from onpath.config.whole import Config
 from onpath.engines import sharding, teacher
 from onpath.run import checkpoint
@@ -234,28 +235,41 @@ def test_a_rank_that_dies_inside_a_save_loses_nothing_finished(tiny: Tiny, tmp_p
     assert all(torch.equal(killed[name], whole[name]) for name in whole)
 
 
-def cannot_go_on(rank: int, config: Config, where: str) -> None:
+def cannot_go_on(here: bool, config: Config, where: str) -> None:
     from onpath.methods.opd import OPD
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise UserError("prompt '7' cannot be used")
 
-    distributed._PATIENCE = 2.0
-    if rank == 1 and where == "prepare":
+    distributed._PATIENCE = 60.0  # nobody waits for so long
+    if here and where == "prepare":
         OPD.prepare = refuse  # type: ignore[method-assign]
-    if rank == 1 and where == "save":
+    if here and where == "train":
+        training.loss_of = refuse  # while the others' backward pass waits for this one's rows
+    if here and where == "save":
         checkpoint.save_file = lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     train(config, quiet=True)
 
 
+@pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize(
-    ("where", "says"), [("prepare", "prompt '7' cannot"), ("save", "No space left on device")]
+    ("where", "says"),
+    [
+        ("prepare", "prompt '7' cannot"),
+        ("train", "prompt '7' cannot"),
+        ("save", "No space left on device"),
+    ],
 )
-def test_what_stops_one_rank_is_said_by_both(where: str, says: str, tiny: Tiny, tmp_path: Path) -> None:
+def test_what_stops_one_rank_is_said_by_both(
+    where: str, says: str, first: int, tiny: Tiny, tmp_path: Path
+) -> None:
+    """At once: a group that shards still hold is left all the same. Rank 0 holds what they meet in."""
     config = tiny(**{**OPTIM, **SHARDED}, data__eval={})
-    for code, _, err in forked(lambda rank: cannot_go_on(rank, config, where), tmp_path):
+    begun = time.monotonic()
+    for code, _, err in forked(lambda rank: cannot_go_on(rank == first, config, where), tmp_path):
         assert code == 2
         assert says in next(line for line in reversed(err.splitlines()) if line.startswith("onpath:"))
+    assert time.monotonic() - begun < 30.0, "half of what one may wait"
 
 
 def test_two_hosts_meet(tiny: Tiny, tmp_path: Path) -> None:

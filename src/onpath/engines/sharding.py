@@ -52,7 +52,8 @@ def make_mesh(config: Config, device: torch.device) -> DeviceMesh:
         raise UserError(
             f"parallel.hosts is {copies}, which does not divide {world} processes; use auto, or a divisor"
         )
-    return init_device_mesh(device.type, (copies, world // copies), mesh_dim_names=("copies", "shards"))
+    with distributed.connecting():
+        return init_device_mesh(device.type, (copies, world // copies), mesh_dim_names=("copies", "shards"))
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, *, device: torch.device, half: bool = False) -> None:

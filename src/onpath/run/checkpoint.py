@@ -165,6 +165,9 @@ class Saving:
         except BaseException as error:  # whoever waits gets it
             self._error = error
         if self._error is not None and self._rank > 0:
+            if not self._temporary.exists():  # the first has given up, and says why
+                self._error = None
+                return
             with suppress(OSError, UserError):
                 self._tell({"error": str(self._error)})
 

@@ -7,6 +7,8 @@ is that of one process whatever the number of ranks.
 
 import heapq
 import os
+import socket
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -40,6 +42,8 @@ _SILENT = (
 )
 _PATIENCE = 10.0  # seconds that a rank which gives up waits for the others to hear of it
 _before_stop: list[Callable[[], None]] = []
+_lines: dict[int, int] = {}
+"""Sockets to the other ranks: descriptor → inode, for descriptors are given out again."""
 
 
 def start(device: torch.device, *, timeout: float = 600.0) -> None:
@@ -67,13 +71,14 @@ def start(device: torch.device, *, timeout: float = 600.0) -> None:
         # A launcher's store outlives a run, and the next run of the same processes must not find its words.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives a restart
         _runs.append(f"onpath/{attempt}/{len(_runs)}")
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=PrefixStore(_runs[-1], store),
-            rank=here,
-            world_size=many,
-            timeout=patience,
-        )
+        with connecting():
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                store=PrefixStore(_runs[-1], store),
+                rank=here,
+                world_size=many,
+                timeout=patience,
+            )
 
 
 @contextmanager
@@ -111,7 +116,9 @@ def one_fate() -> Iterator[None]:
     finally:
         stop()
         if board is not None:
+            _hang_up()
             _wait_for_all(board, patience)
+        _lines.clear()
 
 
 def _part() -> None:
@@ -119,6 +126,37 @@ def _part() -> None:
     if asked() and dist.is_initialized() and dist.get_backend() == "gloo":
         with suppress(dist.DistError, RuntimeError):
             dist.barrier()
+
+
+@contextmanager
+def connecting() -> Iterator[None]:
+    """Around what makes a process group: the sockets that it opens are its own, for `_hang_up`."""
+    before = _sockets()
+    yield
+    _lines.update({line: inode for line, inode in _sockets().items() if before.get(line) != inode})
+
+
+def _hang_up() -> None:
+    """Lets the others' exchanges with this rank fail now. Leaving a group does not: whatever still holds it,
+    as torch's shards do, keeps its sockets open to the end of the process, and the others wait as long."""
+    here = _sockets()
+    for line, inode in _lines.items():
+        if here.get(line) == inode:
+            with suppress(OSError), socket.socket(fileno=os.dup(line)) as held:
+                held.getpeername()  # not one that listens: its owner would not survive that
+                held.shutdown(socket.SHUT_RDWR)
+
+
+def _sockets() -> dict[int, int]:
+    """Of this process: descriptor → inode."""
+    found = {}
+    with suppress(OSError):  # where descriptors are no files there is nothing to see
+        for line in map(int, os.listdir("/dev/fd")):
+            with suppress(OSError):  # the listing's own
+                state = os.fstat(line)
+                if stat.S_ISSOCK(state.st_mode):
+                    found[line] = state.st_ino
+    return found
 
 
 def _board() -> Store | None:
