@@ -2,7 +2,10 @@
 
 import importlib
 import json
+import os
+import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -123,6 +126,25 @@ def test_the_runner_goes_on_after_failures(gpu: ModuleType, tmp_path: Path) -> N
     page = (tmp_path / "gpu.md").read_text()
     assert "no such kernel" in page
     assert page.count("| 1.5 |") == 2
+
+
+def test_the_whole_command_from_a_checkout_alone(tmp_path: Path) -> None:
+    """As on the machine with the GPU: beside the checkout there are others' packages and no onpath."""
+    site, out = tmp_path / "site", tmp_path / "out"
+    site.mkdir()
+    for package in Path(sysconfig.get_path("purelib")).iterdir():
+        if "onpath" not in package.name and package.suffix != ".pth":
+            (site / package.name).symlink_to(package)
+    plain = os.path.realpath(sys.executable)
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    env |= {"PYTHONPATH": str(site), "PYTHONNOUSERSITE": "1"}
+    there = [plain, "-c", "import onpath"]
+    assert subprocess.run(there, cwd=tmp_path, env=env, capture_output=True, check=False).returncode == 1
+    command = [plain, str(BENCHMARKS / "gpu.py"), "--tiny", "--only", "machine", "tests", "--out", str(out)]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    parts = json.loads((out / "gpu.json").read_text())["parts"]
+    assert {name: part["state"] for name, part in parts.items()} == {"machine": "done", "tests": "done"}
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_runner_says_what_it_had_no_time_for(gpu: ModuleType, tmp_path: Path) -> None:

@@ -12,11 +12,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from onpath.config.whole import Config
 from onpath.engines.head import foreign
-from onpath.methods.opd import OPD
-from onpath.records import Rollout
 from onpath.run import alike
 from onpath.run.inputs import load_data
-from onpath.run.log import read_lines
 from onpath.system.errors import UserError
 from onpath.training import train
 from tests.forks import TIMEOUT, done_by_two, forked
@@ -175,30 +172,6 @@ def test_a_directory_that_is_not_shared_is_refused(
         assert "run.dir: process 2 of 2 does not see what the first writes to runs/here" in err
     assert not [*(tmp_path / "host0" / "runs" / "here").glob(".shared-*")]
     assert not (tmp_path / "host1" / "runs").exists()
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_the_last_step_is_saved_whichever_process_fails(rank: int, tiny: Tiny, tmp_path: Path) -> None:
-    config = tiny(data__eval={}, parallel__timeout=TIMEOUT, optim__steps=4, run__save_every=0)
-
-    def fails(here: int) -> None:
-        known = OPD.prepare
-
-        def prepare(self: Any, rollouts: list[Rollout], *, step: int) -> Any:
-            if here == rank and step == 2:
-                raise UserError("this one cannot go on")
-            return known(self, rollouts, step=step)
-
-        OPD.prepare = prepare  # type: ignore[method-assign]
-        train(config, quiet=True)
-
-    for code, _, err in forked(fails, tmp_path):
-        assert code == 2
-        assert "this one cannot go on" in err
-    directory = Path(config.run.dir) / config.run.name
-    assert [path.name for path in (directory / "checkpoints").glob("step_*")] == ["step_2"]
-    done_by_two(lambda _: train(config, quiet=True), tmp_path)
-    assert [row["step"] for row in read_lines(directory / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
 def test_a_lost_process_is_not_blamed_on_the_model() -> None:

@@ -34,12 +34,13 @@ from onpath.engines.sharding import local, rows_of
 from onpath.engines.teacher import AVERAGE
 from onpath.system import distributed
 from onpath.system.errors import UserError
-from onpath.system.files import sync_file, unwritable, write_text, written
+from onpath.system.files import half_written, sync_file, unwritable, write_text, written
 from onpath.system.reading import read_json
 
 _PREFIX = "step_"
 _PARTS = ("model", "optimizer", "method")
 _TOLD = "digests-of-process-"
+_ALL = "all"
 _PLACES = "onpath.places"
 """In a file's metadata: name → its first row, and the shape of the whole."""
 
@@ -65,6 +66,7 @@ def save(
     extra: Mapping[str, Tensor],
     inputs: Mapping[str, str] | None = None,
     timeout: float = 600.0,
+    exchange: bool = True,
 ) -> "Saving":
     """Begins to write `root/step_N`, complete or not at all, while the run goes on.
 
@@ -75,6 +77,7 @@ def save(
         extra: the method's own tensors, such as a moving average.
         inputs: digests of what the run has read, by option.
         timeout: seconds that one process waits for the files of the others.
+        exchange: False: processes can no longer speak with each other, and write all the same.
 
     All processes call it where the model is sharded, else the first one alone.
 
@@ -93,7 +96,8 @@ def save(
     def begun() -> str:
         # One that is there was written before a crash that lost nothing else: a step has one state.
         what = f"the checkpoint of step {step}"
-        temporary = whole.enter_context(written(target, what=what, sync=True, also=(SafetensorError,)))
+        by = "" if exchange else _ALL
+        temporary = whole.enter_context(written(target, what=what, sync=True, also=(SafetensorError,), by=by))
         try:
             temporary.mkdir()
         except OSError:
@@ -101,9 +105,27 @@ def save(
                 raise
         return str(temporary)
 
-    temporary = Path(distributed.first_decides(begun) if shared else begun())
+    if shared and exchange:
+        temporary = Path(distributed.first_decides(begun))
+    elif distributed.rank() == 0:
+        temporary = Path(begun())
+    else:
+        temporary = _begun_by_the_first(target, timeout)
     told = {"step": step, "inputs": dict(inputs or {})}
     return Saving(target, temporary, copies, whole, told=told, timeout=timeout)
+
+
+def _begun_by_the_first(target: Path, patience: float) -> Path:
+    """
+    Raises:
+        UserError: it has not been.
+    """
+    directory, end = half_written(target, _ALL), time.monotonic() + patience
+    while not directory.is_dir():
+        if time.monotonic() > end:
+            raise UserError(f"{target}: the first process does not write it")
+        time.sleep(0.01)
+    return directory
 
 
 class Saving:

@@ -377,18 +377,18 @@ class Run:
             self.settle()
 
     def save_alone(self, step: int, optimizer: torch.optim.Optimizer) -> None:
-        """Likewise, by the first process without the others, at once; no older one goes for it.
+        """Likewise, where processes can no longer speak with each other, at once; no older one goes for it.
 
         Raises:
             UserError: it cannot be written.
         """
         before, self.saving = self.saving, None
         if before is not None:
-            before.wait()
+            before.wait(patience=_PATIENCE)
         if step not in map(checkpoint.step_of, checkpoint.list_steps(self.directory / "checkpoints")):
-            self._saving(step, optimizer).wait()
+            self._saving(step, optimizer, exchange=False).wait()
 
-    def _saving(self, step: int, optimizer: torch.optim.Optimizer) -> Saving:
+    def _saving(self, step: int, optimizer: torch.optim.Optimizer, *, exchange: bool = True) -> Saving:
         return checkpoint.save(
             self.directory / "checkpoints",
             step=step,
@@ -396,7 +396,8 @@ class Run:
             optimizer=optimizer,
             extra=self.state(),
             inputs=self.inputs,
-            timeout=self.parts.config.longest_wait,
+            timeout=self.parts.config.longest_wait if exchange else _PATIENCE,
+            exchange=exchange,
         )
 
     def settle(self) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from onpath.run.parts import Parts
-from onpath.system import distributed, products
+from onpath.system import __version__, distributed, products
 
-_PACKAGES = ("onpath", "torch", "transformers", "peft", "datasets", "safetensors", "numpy")
+_PACKAGES = ("torch", "transformers", "peft", "datasets", "safetensors", "numpy")
 
 
 def environment(parts: Parts) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def environment(parts: Parts) -> dict[str, Any]:
 @cache
 def versions() -> dict[str, str]:
     """Of what decides numbers."""
-    return {name: version(name) for name in _PACKAGES}
+    return {"onpath": __version__, **{name: version(name) for name in _PACKAGES}}
 
 
 @cache

@@ -6,18 +6,20 @@ from types import TracebackType
 import torch
 
 from onpath.engines.head import sharded
+from onpath.engines.sharding import give_back
 from onpath.run.directory import Run
 from onpath.run.meter import Meter
 from onpath.run.sampling import NotHandedOver
 from onpath.system import distributed
-from onpath.system.errors import UserError, is_lack_of_memory
+from onpath.system.errors import sentence_of
 
 
 class Rescue:
     """Around the steps of a run. A server that stays away, a grader or method that fails, a lack of memory,
     here or in another process: up to the update of a step, weights and moments are those of the one before.
 
-    The first process saves alone: the others may wait for it, or be gone; a sharded model needs all of them.
+    The first process saves alone: the others may wait for it, or be gone. Of a sharded model each writes its
+    rows, if none was killed: without one of them there is no checkpoint.
     Where a copy samples ahead in this process (`rollout.overlap`), a step that failed has moved more than is
     known here, and the last checkpoint is what there is.
 
@@ -43,12 +45,12 @@ class Rescue:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         parts = self.run.parts
-        fails = isinstance(error, Exception) and (
-            isinstance(error, UserError) or is_lack_of_memory(error) or distributed.lost_a_peer(error)
-        )
-        alone = distributed.rank() == 0 and not sharded(parts.models.student)
         ahead = parts.overlap is not None and parts.overlap.state()
-        if fails and alone and not ahead:
+        if not isinstance(error, Exception) or ahead:
+            return
+        if not (sentence_of(error) or distributed.lost_a_peer(error)):
+            return
+        if distributed.all_know(error) if sharded(parts.models.student) else distributed.rank() == 0:
             with suppress(Exception):  # the run's own failure is what people are told
                 self._save(error.finished if isinstance(error, NotHandedOver) else None)
 
@@ -66,6 +68,7 @@ class Rescue:
             for name, tensor in self.run.parts.method.state().items():  # the failed step may have moved it
                 tensor.copy_(self._state[name])
         if self.step and not self.moved:
+            give_back(self.run.parts.models.student)
             self.run.save_alone(self.step, self.optimizer)
 
     def _moves(self) -> None:

@@ -21,7 +21,7 @@ from torch import nn
 from torch.distributed import PrefixStore, Store, TCPStore, rendezvous  # type: ignore[attr-defined]
 from torch.distributed.tensor import DTensor
 
-from onpath.system.errors import UserError
+from onpath.system.errors import UserError, sentence_of
 from onpath.system.signals import Interrupted, Stopped
 from onpath.system.text import one_line
 
@@ -90,7 +90,7 @@ def one_fate() -> Iterator[None]:
     Raises:
         UserError: this rank's own, or what another one said.
     """
-    board, patience = None, 0.0
+    waits_in, patience = None, 0.0
     try:
         try:
             yield
@@ -98,26 +98,17 @@ def one_fate() -> Iterator[None]:
             _part()
             raise
         _part()
-    except UserError as error:
-        board, patience = _board(), _PATIENCE
-        if board is not None:
-            with suppress(dist.DistError, RuntimeError):  # the rank that holds it has left
-                board.compare_set(_SAID, "", str(error))
-        raise
-    except (dist.DistError, RuntimeError) as error:
-        if not lost_a_peer(error):
+    except Exception as error:
+        waits_in = _board()
+        if sentence_of(error) or not lost_a_peer(error):
+            patience = _PATIENCE if sentence_of(error) else 0.0
+            _give_up(error, waits_in)
             raise
-        board = _board()
-        said = ""
-        if board is not None:
-            with suppress(dist.DistError, RuntimeError):
-                said = board.get(_SAID).decode() if board.check([_SAID]) else ""
-        raise UserError(said or (_SILENT if "imed out" in str(error) else _GONE)) from None
+        raise UserError(_word(waits_in) or (_SILENT if "imed out" in str(error) else _GONE)) from None
     finally:
         stop()
-        if board is not None:
-            _hang_up()
-            _wait_for_all(board, patience)
+        if waits_in is not None:
+            _wait_for_all(waits_in, patience)
         _lines.clear()
 
 
@@ -126,6 +117,31 @@ def _part() -> None:
     if asked() and dist.is_initialized() and dist.get_backend() == "gloo":
         with suppress(dist.DistError, RuntimeError):
             dist.barrier()
+
+
+def all_know(error: Exception) -> bool:
+    """Lets the others know what ends this rank, before the block of `one_fate` ends. Whether all end with one
+    sentence, and so are still there; one that was killed left none."""
+    board = _board()
+    if sentence_of(error) or not lost_a_peer(error):
+        _give_up(error, board)
+    return bool(_word(board))
+
+
+def _give_up(error: Exception, board: Store | None) -> None:
+    """Leaves its sentence for the others, if it has one, and lets their exchanges with this rank fail."""
+    if board is not None and (sentence := sentence_of(error)):
+        with suppress(dist.DistError, RuntimeError):  # the rank that holds it has left
+            board.compare_set(_SAID, "", sentence)
+    _hang_up()
+
+
+def _word(board: Store | None) -> str:
+    """What the first rank that gave up has left; empty: nothing."""
+    if board is not None:
+        with suppress(dist.DistError, RuntimeError):
+            return board.get(_SAID).decode() if board.check([_SAID]) else ""
+    return ""
 
 
 @contextmanager

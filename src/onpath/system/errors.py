@@ -52,13 +52,22 @@ def guarded(run: Callable[[], int | None]) -> int:
         silence(sys.stdout)  # the reader (head, less) has left
         return 0
     except Exception as error:
-        if is_lack_of_memory(error):
-            return _failed(
-                f"out of memory: {one_line(str(error), 300)}; lower optim.micro_batch_tokens or "
-                "rollout.batch_tokens, or use a smaller model; what is finished is on disk"
-            )
+        if sentence := sentence_of(error):
+            return _failed(sentence)
         traceback.print_exc()
         return 1
+
+
+def sentence_of(error: Exception) -> str:
+    """What people are told; empty: a fault of ours, of which they see the traceback."""
+    if isinstance(error, UserError):
+        return str(error)
+    if is_lack_of_memory(error):
+        return (
+            f"out of memory: {one_line(str(error), 300)}; lower optim.micro_batch_tokens or "
+            "rollout.batch_tokens, or use a smaller model; what is finished is on disk"
+        )
+    return ""
 
 
 def _failed(sentence: str, frames: str = "") -> int:

@@ -55,7 +55,12 @@ def place(name: str | Path, *, key: str = "") -> Path:
 
 @contextmanager
 def written(
-    path: Path, *, what: str = "", sync: bool = False, also: tuple[type[Exception], ...] = ()
+    path: Path,
+    *,
+    what: str = "",
+    sync: bool = False,
+    also: tuple[type[Exception], ...] = (),
+    by: str = "",
 ) -> Iterator[Path]:
     """Yields a temporary name beside `path`; what the block writes there, a file or a directory, takes the
     place of `path` when the block ends. Whatever happens, nothing half-written stays, and what was there
@@ -65,13 +70,14 @@ def written(
         what: is written, for the sentence; empty: the path says it.
         sync: also after a loss of power (fsync).
         also: exceptions beside OSError that mean a disk cannot be written.
+        by: for `half_written`, where several processes write it; empty: this one alone.
 
     Raises:
         UserError: it cannot be written.
     """
     if path.name in ("", ".."):
         raise UserError(f"{path} is a directory; name what is to be written there")
-    temporary = path.with_name(f".{path.name}{_MARK}{os.getpid()}")
+    temporary = half_written(path, by or str(os.getpid()))
     failures: tuple[type[Exception], ...] = (OSError, *also)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,6 +94,11 @@ def written(
     finally:
         with suppress(OSError):
             _remove(temporary)
+
+
+def half_written(path: Path, by: str) -> Path:
+    """Where something is until it is whole."""
+    return path.with_name(f".{path.name}{_MARK}{by}")
 
 
 def _take_place(new: Path, path: Path) -> None:
