@@ -246,8 +246,10 @@ def cannot_go_on(here: bool, config: Config, where: str) -> None:
         OPD.prepare = refuse  # type: ignore[method-assign]
     if here and where == "train":
         training.loss_of = refuse  # while the others' backward pass waits for this one's rows
-    if here and where == "save":
+    if here and where in ("save", "save, and tell"):
         checkpoint.save_file = lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    if here and where == "save, and tell":
+        checkpoint.write_text = refuse  # type: ignore[assignment]
     train(config, quiet=True)
 
 
@@ -258,6 +260,7 @@ def cannot_go_on(here: bool, config: Config, where: str) -> None:
         ("prepare", "prompt '7' cannot"),
         ("train", "prompt '7' cannot"),
         ("save", "No space left on device"),
+        ("save, and tell", ""),
     ],
 )
 def test_what_stops_one_rank_is_said_by_both(

@@ -16,6 +16,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -184,8 +185,26 @@ def sum_now(model: nn.Module, now: bool) -> None:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor. All processes take part if it is sharded."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """The whole of a tensor. All processes take part if it is sharded.
+
+    Over gloo each sends its rows in turn to where they belong: gathered all at once they would be held twice.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    mesh, shape = tensor.device_mesh, tuple(tensor.shape)
+    group = mesh.get_group(mesh.ndim - 1)
+    if not tensor.placements[-1].is_shard(0) or dist.get_backend(group) != "gloo":
+        return tensor.full_tensor()
+    mine = tensor.to_local()
+    whole = torch.empty(shape, dtype=mine.dtype, device=mine.device)
+    for process in range(mesh.size(mesh.ndim - 1)):
+        start, stop = _rows(shape, mesh, process)
+        part = whole[start:stop]
+        if process == group.rank():
+            part.copy_(mine)
+        if len(part):
+            dist.broadcast(part, src=dist.get_global_rank(group, process), group=group)
+    return whole
 
 
 def raw(tensor: Tensor) -> Iterator[memoryview]:
@@ -241,10 +260,13 @@ def rows_of(tensor: Tensor) -> Rows:
     mesh = tensor.device_mesh
     place = mesh.get_coordinate()
     assert place is not None
-    each = -(-shape[0] // mesh.size(mesh.ndim - 1))  # as torch.chunk has it
-    start = min(place[-1] * each, shape[0])
-    stop = min(start + each, shape[0])
+    start, stop = _rows(shape, mesh, place[-1])
     return Rows(start=start, stop=stop, shape=shape, stores=all(i == 0 for i in place[:-1]))
+
+
+def _rows(shape: tuple[int, ...], mesh: DeviceMesh, process: int) -> tuple[int, int]:
+    each = -(-shape[0] // mesh.size(mesh.ndim - 1))  # as torch.chunk has it
+    return min(process * each, shape[0]), min((process + 1) * each, shape[0])
 
 
 @torch.no_grad()

@@ -40,6 +40,8 @@ from onpath.system.reading import read_json
 _PREFIX = "step_"
 _PARTS = ("model", "optimizer", "method")
 _TOLD = "digests-of-process-"
+_EXPECTED = "expected-of-process-"
+"""Whoever cannot write its part removes it: that works on a full disk too."""
 _ALL = "all"
 _PLACES = "onpath.places"
 """In a file's metadata: name → its first row, and the shape of the whole."""
@@ -100,6 +102,8 @@ def save(
         temporary = whole.enter_context(written(target, what=what, sync=True, also=(SafetensorError,), by=by))
         try:
             temporary.mkdir()
+            for rank in range(1, distributed.world() if shared else 1):
+                (temporary / f"{_EXPECTED}{rank}").touch()
         except OSError:
             with whole:  # which says it in a sentence
                 raise
@@ -192,6 +196,8 @@ class Saving:
                 return
             with suppress(OSError, UserError):
                 self._tell({"error": str(self._error)})
+            with suppress(OSError):
+                (self._temporary / f"{_EXPECTED}{self._rank}").unlink()
 
     def _write(self) -> dict[str, str]:
         """This process's rows of each part, on the disk; the files' digests."""
@@ -205,24 +211,26 @@ class Saving:
         return digests
 
     def _tell(self, told: Mapping[str, str]) -> None:
-        write_text(self._temporary / f"{_TOLD}{self._rank}.json", json.dumps(told))
+        write_text(self._temporary / f"{_TOLD}{self._rank}", json.dumps(told))
 
     def _finish(self, digests: dict[str, str]) -> None:
         """Writes what says that all is there, once it is."""
         begun = time.monotonic()
         for rank in range(1, self._world):
-            path = self._temporary / f"{_TOLD}{rank}.json"
+            path, expected = (self._temporary / f"{name}{rank}" for name in (_TOLD, _EXPECTED))
+            who = f"{self.target}: process {rank + 1} of {self._world}"
             while not path.exists():
+                if not expected.exists() and not path.exists():
+                    raise UserError(f"{who} cannot write its part, nor why; its disk may be full")
                 if time.monotonic() - begun > self._patience:
-                    raise UserError(
-                        f"{self.target}: process {rank + 1} of {self._world} has not written its part"
-                    )
+                    raise UserError(f"{who} has not written its part")
                 time.sleep(0.01)
             told = read_json(path, keys={})
             if "error" in told:
                 raise UserError(told["error"])
             digests |= told
             path.unlink()
+            expected.unlink()
         directory = self._temporary
         (directory / "inputs.json").write_text(json.dumps(self._told["inputs"], indent=1) + "\n")
         digests["inputs.json"] = _digest(directory / "inputs.json")
