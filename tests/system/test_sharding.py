@@ -375,6 +375,25 @@ def test_rollouts_are_dealt_by_length(world: int, monkeypatch: pytest.MonkeyPatc
     assert max(turns) > max(loads)
 
 
+def test_the_guide_s_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/scale.md: what the slowest of 64 processes has at 8 rollouts each, of the mean."""
+    processes, turns, dealt = 64, [], []
+    generator = torch.Generator().manual_seed(0)
+    monkeypatch.setattr(distributed, "world", lambda: processes)
+    for _ in range(5):
+        drawn = torch.randn(8 * processes, generator=generator).mul(0.5).sub(0.125).exp() * 1500
+        items = [min(int(x), 4096) for x in drawn]
+        monkeypatch.setattr(distributed, "gather", lambda _, items=items: items)
+        shares = []
+        for rank in range(processes):
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            shares.append(sum(distributed.dealt([], lambda length: length)))
+        turns.append(max(sum(items[rank::processes]) for rank in range(processes)) / sum(items) * processes)
+        dealt.append(max(shares) / sum(items) * processes)
+    assert sum(turns) / 5 == pytest.approx(1.48, abs=0.04)
+    assert sum(dealt) / 5 == pytest.approx(1.02, abs=0.01)
+
+
 def test_what_cannot_be_sharded_is_said(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for options, says in (
         ({"teacher__device": "cuda:1"}, "teacher.device is cuda:1: with parallel.shard"),

@@ -263,7 +263,8 @@ class RolloutSection(Served):
     """Token ids that end a response likewise."""
     overlap: bool = False
     """Sample the next batch while this one trains: rollouts are one step old (staleness 1 in the metrics). hf
-    samples from a frozen copy of the student, which takes memory; a vLLM from its own weights."""
+    samples from a frozen copy of the student, which takes memory; a vLLM from its own weights. What is stale
+    are the prefixes: the divergence at each token is the current student's."""
     refresh: Literal["always", "never"] | Refresh = "always"
     """always: each step samples its own rollouts. never: the starting weights generate all that the run
     trains on, each prompt once. {every: n}, {overlap_below: x} or both: anew by that rule. What the method
