@@ -12,6 +12,7 @@ import torch
 from onpath.config.whole import Config
 from onpath.data.batch import collate
 from onpath.data.render import Renderer
+from onpath.data.tasks import World
 from onpath.engines.base import Engine, gone_on
 from onpath.engines.hf import HFEngine
 from onpath.engines.models import load_model
@@ -121,6 +122,22 @@ def test_only_the_method_s_writer_errs_again(
         assert isinstance(parts.tools.generators.student, RepeatingEngine) == repeats
         assert isinstance(parts.generators.student, HFEngine)
         parts.close()
+
+
+def test_a_world_may_lack_what_it_does_not_do(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Spoils(World):
+        spoils = True
+
+    monkeypatch.setattr(assemble, "world_of", lambda source: Spoils())
+    parts = assemble.assemble(tiny())
+    assert isinstance(parts.sampler, SpoilingEngine)
+    assert isinstance(parts.tools.generators.student, HFEngine), "it does not repeat"
+    assert Spoils().spoiled(0, "1+1=?", ["2"]) is Spoils().spoiled_again(0, ["2"], 0) is None
+    assert not Spoils().loses
+    assert Spoils().lost_after(0, ["2"]) is None
+    parts.close()
 
 
 def test_behind_an_error_the_scores_are_the_other_models(engines: dict[str, HFEngine]) -> None:

@@ -23,38 +23,46 @@ _OF_TRAINING = ("spoil", "again", "lost")
 
 
 class World(Protocol):
-    """What a task does to rollouts and teacher, beside giving rows. Both answers are pure functions of their
-    arguments, so that a run which goes on meets the same world."""
+    """What a task does to rollouts and teacher, beside giving rows. Subclass it: what a world lacks it does
+    not do. Answers are pure functions of their arguments, so that a run which goes on meets the same world.
+
+    >>> class Sevens(World):
+    ...     spoils = True
+    ...     def spoiled(self, seed, problem, tokens):
+    ...         return (0, "7") if tokens else None
+    >>> Sevens().spoiled(0, "3+4?", ["8"]), Sevens().repeats
+    ((0, '7'), False)
+    """
 
     @property
     def spoils(self) -> bool:
         """Whether `spoiled` may change anything."""
-        ...
+        return False
+
+    @property
+    def repeats(self) -> bool:
+        """Whether `spoiled_again` may change anything."""
+        return False
 
     @property
     def loses(self) -> bool:
         """Whether `lost_after` may say anything."""
-        ...
+        return False
 
     def spoiled(self, seed: int, problem: str, tokens: Sequence[str]) -> tuple[int, str] | None:
         """Place and spelling of a token that is put into a training rollout from outside, for the student to
         go on from; None: it stays as it is."""
-        ...
-
-    @property
-    def repeats(self) -> bool:
-        """Whether `spoiled_again` may change anything; a world without it: never."""
-        ...
+        return None
 
     def spoiled_again(self, seed: int, tokens: Sequence[str], begin: int) -> tuple[int, str] | None:
         """Of prompt and response: place and spelling of the token that `spoiled` puts into it, if the student
         has just written that place itself, at `begin` or behind it, and errs so again."""
-        ...
+        return None
 
     def lost_after(self, seed: int, tokens: Sequence[str]) -> int | None:
         """Of prompt and response: the place behind which the teacher is no better than the untouched student;
         None: it is sound up to the end."""
-        ...
+        return None
 
 
 class Task(Protocol):
@@ -143,7 +151,8 @@ class Task(Protocol):
 
 
 _HOOKS = {
-    "grade", "first_error", "labels", "skills", "error_kind", "stated", "spoiled", "lost_after",
+    "grade", "first_error", "labels", "skills", "error_kind", "stated",
+    "spoiled", "spoiled_again", "lost_after",
 }  # fmt: skip
 """Of a task, and of its world, what is called while a run goes on."""
 

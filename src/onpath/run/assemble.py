@@ -174,7 +174,7 @@ def in_world(
     if world is None or not world.spoils:
         return sampler, generators
     spoiling = SpoilingEngine(sampler, world, seed=config.run.seed, longest=longest)
-    if not getattr(world, "repeats", False):
+    if not world.repeats:
         return spoiling, generators
     student = RepeatingEngine(generators.student, world, seed=config.run.seed, longest=longest)
     return spoiling, replace(generators, student=student)
