@@ -31,6 +31,10 @@ ARMS: dict[str, dict[str, Any]] = {
         **{"name": "topd", "window": 6, "top_share": 0.1, "guidance_weight": "auto", "suppress": "high"},
         "window_temperature": 0.7,
     },
+    "topd spliced": {
+        **{"name": "topd", "plan": "spliced", "splice": "end", "window": 4, "top_share": 0.1},
+        "window_temperature": 0.7,
+    },
     "truncate": {"name": "truncate", "stop_when": "low_kl", "window": 3, "patience": 1, "low_share": 0.5},
 }
 """Options with which each method does something on the tiny models, its state and its draws included."""

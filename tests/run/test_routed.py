@@ -44,7 +44,6 @@ METHODS: dict[str, Options] = {
     "written by the teacher": {"method__writer": "teacher", "method__divergence": "cross_entropy"},
     "trd": TRD,
     "trd, minimal": {**TRD, "method__minimal_edit": True, "method__locate": "teacher_logprob"},
-    "topd, spliced": {"method__name": "topd", "method__plan": "spliced", "method__splice": "end"},
     "relay, side by side": {"method__name": "relay", "method__delta": 1.0},
     **{name: options_of(arm) for name, arm in ARMS.items()},
 }

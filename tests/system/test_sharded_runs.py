@@ -48,7 +48,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "trd": {**TRD, "rollout__prompts": 3},
     "trd offline": {**TRD, "method__offline": True},
     **{name: options_of(ARMS[name]) for name in ARMS if name != "topd"},
-    "topd spliced": {
+    "topd spliced, in steps": {
         "method__name": "topd",
         "method__plan": "spliced",
         "method__top_share": 0.5,
