@@ -33,7 +33,9 @@ from onpath.run.assemble import assemble
 from onpath.run.log import read_lines
 from onpath.training import train
 from tests.conftest import make_model
+from tests.methods.family import ARMS, options_of
 from tests.stepping import flat, step_on
+from tests.stored import read_trajectories
 
 DEVICE = os.environ.get("ONPATH_GPU_TESTS_ON", "cuda")
 pytestmark = [
@@ -221,6 +223,7 @@ def test_samples_are_those_of_a_cpu(sampling: dict[str, Any], tokenizer: PreTrai
             assert b.logprobs == pytest.approx(a.logprobs, abs=1e-3)
 
 
+INTERVENE = ("relay", "relay from the start", "branch", "bridge", "truncate", "topd spliced")
 METHODS: dict[str, dict[str, Any]] = {
     "opd": {},
     "opd_recomputed": {"student__gradient_checkpointing": True},
@@ -231,6 +234,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "topd": {"method__name": "topd", "method__window": 4, "rollout__max_new_tokens": 24},
     "topd_read_anew": {"method__name": "topd", "method__window": 4, "method__reuse_cache": False},
     "trd": {"method__name": "trd", "method__template": "{problem} {attempt}", "method__gate": False},
+    **{name: {**options_of(ARMS[name]), "rollout__max_new_tokens": 24} for name in INTERVENE},
 }
 
 
@@ -243,9 +247,12 @@ def test_three_steps_are_those_of_a_cpu(name: str, tiny: Tiny) -> None:
     found = []
     for device in ("cpu", DEVICE):
         on = {"student__device": device, "teacher__device": device, "run__name": f"{name}-{len(found)}"}
-        config = tiny(data__eval={}, **METHODS[name], **on)
+        config = tiny(data__eval={}, **METHODS[name], **on, run__trajectories_every=1)
         train(config, quiet=True)
         found.append(rows_of(config))
+        if name in INTERVENE:
+            stored = read_trajectories(Path(config.run.dir) / config.run.name)
+            assert {row["edit"] for row in stored} - {"none"}, "it did nothing"
     for mine, other in zip(*found, strict=True):
         for key in ("loss", "reverse_kl_nats", "grad_norm"):
             assert other[key] == pytest.approx(mine[key], rel=2e-2, abs=1e-5), key
