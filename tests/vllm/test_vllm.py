@@ -28,6 +28,7 @@ from onpath.run.assemble import assemble
 from onpath.run.log import read_lines
 from onpath.system.errors import UserError
 from onpath.training import train
+from tests.stored import read_trajectories
 from tests.vllm import gloo_transfer
 
 GYM: dict[str, Any] = {
@@ -240,11 +241,23 @@ def test_weights_go_over_vllms_own_transfer(
         other.generators.student.sync_weights(0)
 
 
-@pytest.mark.parametrize("method", ["opd", "trd", "topd"])
+METHODS: dict[str, dict[str, Any]] = {
+    "opd": {},
+    "trd": {},
+    "topd": {},
+    "relay": {"delta": 4.0},
+    "branch": {},
+    "bridge": {"window": 14, "distance": 0.02},
+    "truncate": {"overlap_k": 10},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_methods_with_both_servers(method: str, tmp_path: Path, student: Served, teacher: Served) -> None:
     config = gym(
         tmp_path, method,
-        method={"name": method, **TOPK}, rollout={"engine": "vllm", "url": student.url},
+        method={"name": method, **TOPK, **METHODS[method]}, run={"trajectories_every": 1},
+        rollout={"engine": "vllm", "url": student.url},
         teacher={"engine": "vllm", "url": teacher.url},
     )  # fmt: skip
     result = train(config, quiet=True)
@@ -253,6 +266,8 @@ def test_methods_with_both_servers(method: str, tmp_path: Path, student: Served,
     assert all(math.isfinite(r["loss"]) and r["loss"] > 0.05 for r in rows)
     if method == "trd":
         assert rows[0]["accuracy_z"] > 0.9, "the server rewrites as the bundled teacher does"
+    edits = {row["edit"] for row in read_trajectories(result.directory)}
+    assert (edits == {"none"}) is (method == "opd"), "it did nothing"
 
 
 @pytest.mark.parametrize("where", ["in process", "server"])
