@@ -586,6 +586,22 @@ def test_the_gradient_of_every_objective(options: dict[str, Any], tiny: Tiny) ->
     assert found.values["norm_with_student_as_teacher"] < 1e-4 * found.values["norm"]
 
 
+@pytest.mark.parametrize(("window", "expected"), [(1, "ok"), (8, "warning")])
+def test_targets_of_another_context(window: int, expected: str, tiny: Tiny) -> None:
+    """A window of one token says what the teacher would say right there; behind it, two random models have
+    little in common."""
+    options = {"method__top_share": 0.2, "method__decide": "all_high_loss", "rollout__max_new_tokens": 24}
+    parts = assemble(tiny(method__name="topd", method__window=window, **options))
+    found = training.guidance(parts, make_probe(parts))
+    assert status(found) == expected
+    assert found.values["tokens"] > 10
+    assert found.message.startswith(f"{found.values['on_teacher']:.0%} of the targets' mass lies on what")
+    assert f"{found.values['on_own']:.0%} on the student's own token" in found.message
+    assert ("use method.mass: literal" in found.advice) is (expected == "warning")
+    if window == 1:
+        assert found.values["on_teacher"] == pytest.approx(1)
+
+
 def test_an_objective_without_a_teacher_is_not_asked_for_one(tiny: Tiny) -> None:
     parts = assemble(tiny(method__divergence="cross_entropy", method__writer="teacher"))
     assert status(training.gradient(parts, make_probe(parts))) == "skipped"
