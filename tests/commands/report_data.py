@@ -138,6 +138,9 @@ def metrics_row(draw: random.Random, step: int, steps: int) -> dict[str, Any]:
         "epistemic_mass_y": 0.007,
         "epistemic_mass_z": 0.002,
         "guidance_grad_ratio": 0.5,
+        "target_teacher_share": round(0.73 + 0.04 * step, 2),
+        "target_own_share": 0.6,
+        "target_entropy_nats": None if step == 1 else 0.4,
         "seconds": {
             "sample": 0.8,
             "correct": 1.1 + 0.2 * draw.random(),

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from onpath.commands.cli import main
-from onpath.commands.report import charts
+from onpath.commands.report import charts, signal
 from onpath.commands.report.command import write_report
 from onpath.commands.report.pack import Vocabulary, halves, integers, pack_all, pack_fork, script_json
 from onpath.commands.report.run import gather_run
@@ -99,7 +99,24 @@ def test_signals_of_every_kind_are_drawn_and_what_is_new_appears_by_itself(run: 
     assert "Reverse KL by position" in sections["Signal"]
     assert {"From attempt to rewrite", "Length ratio of stored rewrites"} <= set(sections["Rewrites"])
     assert {"Loss against distance", "Distance D by decision"} <= set(sections["Forks"])
-    assert "guidance_grad_ratio" in sections["Everything else that was logged"]
+    others = sections["Everything else that was logged"]
+    assert "guidance_grad_ratio" in others
+    assert not any(title.startswith("target_") for title in others), "they stand with TOPD's forks"
+
+
+def test_what_topd_s_targets_say_stands_with_its_forks(run: Path) -> None:
+    """Also where no trajectory with a fork is stored."""
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (forks,) = [s["charts"] for s in gather_run(run)["sections"] if s["title"] == "Forks"]
+    assert forks[-2:] == signal.of_forks(metrics, [], None)
+    teacher, own = forks[-2]["series"]
+    (entropy,) = forks[-1]["series"]
+    for series, key in (
+        (teacher, "target_teacher_share"), (own, "target_own_share"), (entropy, "target_entropy_nats"),
+    ):  # fmt: skip
+        assert series["y"] == [row[key] for row in metrics]
+    assert forks[-2]["unit"] == "%"
+    assert signal.of_forks([{"step": 1}], [], None) == [None, None]
 
 
 def test_flow_shares_are_means_over_steps(run: Path) -> None:

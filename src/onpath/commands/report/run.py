@@ -81,7 +81,7 @@ def gather_run(directory: Path) -> dict[str, Any]:
                 signal.EXPLAINED,
             ),
             section("Rewrites", signal.of_rewrites(metrics, stored.rows), signal.REWRITES_EXPLAINED),
-            section("Forks", signal.of_forks(stored.rows, truth_of(config)), signal.FORKS_EXPLAINED),
+            section("Forks", signal.of_forks(metrics, stored.rows, truth_of(config)), signal.FORKS_EXPLAINED),
             section("Failed prefixes", prefixes.of_prefixes(directory), prefixes.explained(directory)),
             section(
                 "Everything else that was logged", others(metrics), "As in metrics.jsonl, by its name there."

@@ -1,4 +1,5 @@
-"""Signals of a run as charts: by position and outcome, TRD's four cells, TOPD's loss against distance."""
+"""Signals of a run as charts: by position and outcome, TRD's four cells, TOPD's loss against distance and
+what its targets say."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean, median
@@ -16,6 +17,7 @@ SHOWN = {
     *CELLS,
     *("accuracy_y", "accuracy_z", "length_ratio", "epistemic_mass_y", "epistemic_mass_z"),
     *("reverse_kl_y_right_nats", "reverse_kl_y_wrong_nats"),
+    *("target_teacher_share", "target_own_share", "target_entropy_nats"),
 }
 """Metrics that have a chart of their own."""
 EXPLAINED = (
@@ -53,6 +55,18 @@ _REWRITES = (
         {"reverse_kl_y_right_nats": "y right", "reverse_kl_y_wrong_nats": "y wrong"},
         "How much of the loss comes from attempts that are wrong.",
     ),
+)
+_TARGETS = (
+    (
+        "What the targets say",
+        "%",
+        {
+            "target_teacher_share": "the teacher's likeliest token in the student's context",
+            "target_own_share": "the student's own token",
+        },
+        "Of the guidance's mass. The rest teaches tokens of another context: below a half it may do harm.",
+    ),
+    ("Entropy of the targets", "nats", {"target_entropy_nats": "mean over guided tokens"}, ""),
 )
 _OUTCOME = {True: "right", False: "wrong", None: "not graded"}
 
@@ -98,11 +112,13 @@ def flow(metrics: Sequence[Row]) -> Chart | None:
     return {"kind": "flow", "title": "From attempt to rewrite", "help": text, "cells": shares}
 
 
-def of_forks(rows: Sequence[Row], truth: Truth | None) -> list[Chart | None]:
-    """Loss against D with named quadrants, and D by decision and by what the token is."""
+def of_forks(metrics: Sequence[Row], rows: Sequence[Row], truth: Truth | None) -> list[Chart | None]:
+    """What the targets say over steps; loss against D with named quadrants, D by decision and by what the
+    token is."""
+    targets = [curves(metrics, *one) for one in _TARGETS]
     found = [(row, fork) for row in rows for fork in row["detail"].get("forks") or () if _finite(fork)]
     if not found:
-        return []
+        return targets
     by_decision: dict[str, list[float]] = {name: [] for name in ("surface", "fork", "too_close", "reference")}
     by_kind: dict[str, list[float]] = {}
     for row, fork in found:
@@ -116,6 +132,7 @@ def of_forks(rows: Sequence[Row], truth: Truth | None) -> list[Chart | None]:
         charts.histogram(
             "Distance D by what the token is", by_kind, x="D", help="As the task's checker says."
         ),
+        *targets,
     ]
 
 
