@@ -2,7 +2,10 @@
 
 import copy
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,18 @@ import pytest
 import yaml
 
 from onpath.commands.cli import main
+from onpath.commands.picture import picture
+from onpath.commands.report import doses as doses_report
 from onpath.commands.report.command import write_report
-from onpath.commands.report.doses import PICTURE, arms_of, draw_doses, gather_doses, points, responses
+from onpath.commands.report.doses import (
+    PICTURE,
+    arms_of,
+    draw_doses,
+    gather_doses,
+    look,
+    points,
+    responses,
+)
 from onpath.commands.study import doses as doses_module
 from onpath.commands.study import plan
 from onpath.commands.study.command import NothingFinished, load_study
@@ -229,6 +242,45 @@ def test_pages_of_sets_that_came_later_of_one_arm_and_of_odd_names(make: Make, i
 
 MAP = Path(__file__).parents[2] / "recipes" / "when-it-pays"
 LEVELS = ["late", "lost", "spoil", "surface"]
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_arms_of_the_map_s_pictures_are_told_apart(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No two share a colour; each name has its line's colour and marker beside it, and touches no other."""
+    figures: list[Any] = []
+
+    @contextmanager
+    def kept(path: Path, **options: Any) -> Iterator[Any]:
+        with picture(path, **options) as (figure, axes):
+            figures.append(figure)
+            yield figure, axes
+
+    monkeypatch.setattr(doses_report, "picture", kept)
+    shutil.copy(MAP / f"{name}.json", tmp_path / "doses.json")
+    assert draw_doses(tmp_path).stat().st_size < 150_000
+    (axis,) = figures[0].axes
+    arms = arms_of(json.loads((MAP / f"{name}.json").read_text()))
+    assert len({look(place)[0] for place in range(len(arms))}) == len(arms) == 15
+    names = [text for text in axis.texts if text.get_text()]
+    assert [text.get_text() for text in names] == [arm for arm in arms if arm != "opd"]
+    lines = {line.get_label(): line for line in axis.containers}
+    marks = [line for line in axis.lines if len(line.get_xdata()) == 1]
+    for text, mark in zip(names, marks, strict=True):
+        line = lines[text.get_text()].lines[0]
+        expected = look(arms.index(text.get_text()))
+        assert expected == (line.get_color(), line.get_marker()) == (mark.get_color(), mark.get_marker())
+        assert text.get_color() == expected[0]
+        assert text.xy[1] == mark.get_ydata()[0], "side by side"
+    renderer = figures[0].canvas.get_renderer()
+    boxes = sorted((text.get_window_extent(renderer) for text in names), key=lambda box: box.y0)
+    assert all(above.y0 > below.y0 + 0.7 * below.height for below, above in pairwise(boxes))
+
+
+def test_no_two_of_48_arms_look_alike() -> None:
+    assert len({look(place) for place in range(48)}) == 48
+    assert len({look(place)[0] for place in range(16)}) == 16
 
 
 @pytest.mark.parametrize("name", LEVELS)

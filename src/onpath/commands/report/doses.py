@@ -1,7 +1,7 @@
 """Dose against response on the page, and as one picture: what each arm is worth by a strength."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,12 @@ from onpath.run.trajectories import Row
 from onpath.system.errors import UserError
 
 PICTURE = "doses.png"
-# Told apart by all kinds of eyes; an arm keeps its colour in every picture of a study.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#666666")
-_MARKERS = "osD^vP*X"
+# Okabe and Ito's, then those farthest from all before them, also to eyes that see no red or no green.
+_COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#666666"),
+    *("#0000FF", "#995533", "#5577FF", "#003300", "#BBAA55", "#6611CC", "#110077", "#333377"),
+)
+_MARKERS = "osD^vP*X<>pd"
 _ANOTHER_TEMPERATURE = re.compile(r"_(T[0-9.]+|greedy)$")
 """What a set is called that is asked at another temperature too (eval.also_at)."""
 _EXPLAINED = (
@@ -107,6 +110,16 @@ def _series(data: Row, split: str, arm: str, key: str | None) -> Series | None:
     )
 
 
+def look(place: int) -> tuple[str, str]:
+    """Colour and marker of an arm by its place in the study, in every picture of it: no two of 48 share both,
+    no two of 16 a colour.
+
+    >>> look(0), look(16)
+    (('#0072B2', 'o'), ('#0072B2', 'v'))
+    """
+    return _COLOURS[place % len(_COLOURS)], _MARKERS[place % len(_MARKERS)]
+
+
 def draw_doses(directory: Path, split: str | None = None) -> Path:
     """`doses.png`: the paired difference from the base arm by level, a line per arm; where there is none, the
     accuracies themselves.
@@ -122,17 +135,17 @@ def draw_doses(directory: Path, split: str | None = None) -> Path:
     key = "difference" if any(points(data, split, name, "difference") for name in arms_of(data)) else None
     shown = [name for name in arms_of(data) if points(data, split, name, key)]
     path = directory / PICTURE
-    with picture(path, size=(7.2, 4.2)) as (_, (axis,)):
+    height = max(4.2, 1.2 + 0.28 * len(shown))
+    with picture(path, size=(7.2, height)) as (_, (axis,)):
         if key:
             axis.axhline(0, color="0.4", linewidth=1)
         # Arms stand a little beside each other, so that no interval hides another.
         width = levels[-1] - levels[0] or 1.0
         step = min(0.012, 0.1 / max(1, len(shown))) * width
-        ends: list[tuple[float, str, str]] = []
+        ends: dict[str, tuple[float, float]] = {}
         for place, name in enumerate(shown):
             found = points(data, split, name, key)
-            colour = _COLOURS[place % len(_COLOURS)]
-            marker = _MARKERS[(place + place // len(_COLOURS)) % len(_MARKERS)]
+            colour, marker = look(arms_of(data).index(name))
             x = [level + step * (place - (len(shown) - 1) / 2) for level, _ in found]
             y = [100 * value["mean"] for _, value in found]
             bars = [[100 * abs(value[end] - value["mean"]) for _, value in found] for end in ("low", "high")]
@@ -140,7 +153,7 @@ def draw_doses(directory: Path, split: str | None = None) -> Path:
                 x, y, yerr=bars, color=colour, marker=marker, markersize=5, capsize=2, linewidth=1.4,
                 elinewidth=0.8, label=name,
             )  # fmt: skip
-            ends.append((y[-1], name, colour))
+            ends[name] = (x[-1], y[-1])
         axis.set_xticks(levels, [_level(data, level, base, split) for level in levels])
         axis.set(
             xlabel=f"{data['x']} (below: {base} itself)",
@@ -156,17 +169,28 @@ def draw_doses(directory: Path, split: str | None = None) -> Path:
         )
         axis.margins(y=0.08)
         axis.set_xlim(levels[0] - 0.08 * width, levels[-1] + 0.08 * width)
-        # Each line is named at its end: with a dozen arms a legend is a riddle.
-        low, high = axis.get_ylim()
-        for at, (_, name, colour) in zip(
-            _apart([y for y, _, _ in ends], (high - low) / 24), ends, strict=True
-        ):
-            axis.annotate(
-                name, (1.0, at), xycoords=("axes fraction", "data"), xytext=(4, 0),
-                textcoords="offset points", color=colour, fontsize=9, va="center", annotation_clip=False,
-            )  # fmt: skip
+        _name_ends(axis, ends, {name: look(i) for i, name in enumerate(arms_of(data))}, height)
         axis.grid(axis="y", alpha=0.3)
     return path
+
+
+def _name_ends(
+    axis: Any, ends: Mapping[str, tuple[float, float]], looks: Mapping[str, tuple[str, str]], height: float
+) -> None:
+    """Each line is named where it ends, with its marker: with a dozen arms a legend is a riddle."""
+    low, high = axis.get_ylim()
+    beside, gap = axis.get_yaxis_transform(), (high - low) / (5.3 * height)
+    for name, at in zip(ends, _apart([y for _, y in ends.values()], gap), strict=True):
+        colour, marker = looks[name]
+        axis.annotate(
+            "", ends[name], xytext=(1.012, at), textcoords=beside, annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.6},
+        )  # fmt: skip
+        axis.plot(1.02, at, marker, color=colour, markersize=5, transform=beside, clip_on=False)
+        axis.annotate(
+            name, (1.02, at), xycoords=beside, xytext=(7, 0), textcoords="offset points",
+            color=colour, fontsize=9, va="center", annotation_clip=False,
+        )  # fmt: skip
 
 
 def _level(data: Row, level: float, base: str, split: str) -> str:
