@@ -1,6 +1,8 @@
 """The house: what may import what, no circle, and a core that asks nobody who he is."""
 
 import ast
+import io
+import tokenize
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -180,3 +182,42 @@ def test_the_story_is_short_and_no_function_is_long() -> None:
     }
     assert {name: lines for name, lines in lengths.items() if lines > 100} == {}
     assert sorted(lengths.values())[len(lengths) // 2] <= 15
+
+
+SMALL = 85
+INTERVENTIONS = (
+    *("branch.py", "bridge.py", "truncate.py"),
+    *("relay/method.py", "relay/side_by_side.py", "relay/triggers.py"),
+)
+
+
+def code_lines(path: Path) -> int:
+    """Lines that hold code: no docstring, comment or blank."""
+    text, kept = path.read_text(), set[int]()
+    silent = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in (*silent, tokenize.ENDMARKER):
+            kept |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(text)):
+        match node:
+            case ast.Expr(value=ast.Constant(value=str())):
+                kept -= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return len(kept)
+
+
+def test_lines_of_code_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "a.py"
+    path.write_text('"""Two\nlines."""\n\nA = (  # why\n    1,\n\n)\n"""Of A."""\nB = """one\ntwo"""\n')
+    assert code_lines(path) == 5
+
+
+@pytest.mark.parametrize("name", INTERVENTIONS)
+def test_an_idea_stays_small(name: str) -> None:
+    """An intervention on trajectories is a file of at most 85 lines, so that it can be read at a sitting and
+    copied for the next one; relay, which also decodes both models side by side, is three, each within."""
+    assert code_lines(HOUSE / "methods" / name) <= SMALL
+
+
+def test_relay_has_no_part_more() -> None:
+    parts = {f"relay/{path.name}" for path in (HOUSE / "methods" / "relay").glob("*.py")}
+    assert parts == {name for name in INTERVENTIONS if "/" in name} | {"relay/__init__.py"}
