@@ -40,3 +40,27 @@ def test_a_table_has_the_study_s_numbers(path: Path) -> None:
             assert told in mine[0]
         else:
             assert f"{points(found['mean'])} {interval(found['ci95'])}" in mine[0]
+
+
+@pytest.mark.parametrize("name", ["controls", "maze"])
+def test_kinds_of_first_errors_are_the_study_s(name: str) -> None:
+    """A column per arm; every kind that any arm of the study has is a row, and `any` is their sum."""
+    path = RECIPES / "when-it-pays" / f"{name}.json"
+    arms = {arm["arm"]: arm["evals"]["hard"] for arm in json.loads(path.read_text())["arms"]}
+    table = section_of(path).split("| first error |")
+    assert len(table) == 2, "one table"
+    head, _, *lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in f"| first error |{table[1]}".split("\n\n")[0].splitlines()
+    ]
+    rows = {line[0]: line[1:] for line in lines}
+    kinds = {kind for held in arms.values() for kind in held["first_errors"]}
+    assert set(rows) == {*kinds, "any"}
+    assert [arm.removeprefix("topd_") for arm in head[1:]] == ["opd", "relay", "branch", "bridge", "spliced"]
+    for place, arm in enumerate(head[1:]):
+        held = arms[arm]["first_errors"]
+        assert {kind: rows[kind][place] for kind in kinds} == {k: points(held.get(k, 0.0)) for k in kinds}
+        assert rows["any"][place] == points(sum(held.values()))
+        assert sum(held.values()) == pytest.approx(1 - arms[arm]["avg_at_k"]["mean"])
+    if name == "maze":
+        assert f": {points(arms['untouched']['first_errors']['wrong door'])}% of the untouched" in table[0]
