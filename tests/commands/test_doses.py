@@ -23,6 +23,7 @@ from onpath.commands.report.doses import (
     gather_doses,
     look,
     points,
+    price,
     responses,
 )
 from onpath.commands.study import doses as doses_module
@@ -261,15 +262,19 @@ def test_arms_of_the_map_s_pictures_are_told_apart(
     shutil.copy(MAP / f"{name}.json", tmp_path / "doses.json")
     assert draw_doses(tmp_path).stat().st_size < 150_000
     (axis,) = figures[0].axes
-    arms = arms_of(json.loads((MAP / f"{name}.json").read_text()))
+    data = json.loads((MAP / f"{name}.json").read_text())
+    arms = arms_of(data)
     assert len({look(place)[0] for place in range(len(arms))}) == len(arms) == 15
     names = [text for text in axis.texts if text.get_text()]
-    assert [text.get_text() for text in names] == [arm for arm in arms if arm != "opd"]
+    costs = {arm: price(data, arm) for arm in arms}
+    told = [arm + (f" {costs[arm]:.1f}×" if costs[arm] else "") for arm in arms if arm != "opd"]
+    assert [text.get_text() for text in names] == told
+    assert (costs["relay"], costs["untouched"]) == ((None if name == "surface" else 130 / 64), None)
     lines = {line.get_label(): line for line in axis.containers}
     marks = [line for line in axis.lines if len(line.get_xdata()) == 1]
     for text, mark in zip(names, marks, strict=True):
-        line = lines[text.get_text()].lines[0]
-        expected = look(arms.index(text.get_text()))
+        line = lines[text.get_text().split()[0]].lines[0]
+        expected = look(arms.index(text.get_text().split()[0]))
         assert expected == (line.get_color(), line.get_marker()) == (mark.get_color(), mark.get_marker())
         assert text.get_color() == expected[0]
         assert text.xy[1] == mark.get_ydata()[0], "side by side"
@@ -300,7 +305,7 @@ def test_the_map_is_a_study_of_each_strength(name: str) -> None:
 
 
 def test_the_trained_teacher_s_study_is_the_map_s_world_without_the_checker() -> None:
-    assert {path.stem for path in MAP.glob("*.yaml")} == {*LEVELS, "persona", "controls", "again", "maze"}
+    assert {path.stem for path in MAP.glob("*.yaml")} == {*LEVELS, "persona", *OTHERS}
     one, world = load_study(MAP / "persona.yaml"), loaded(MAP / "spoil.yaml").studies[0.8]
     assert len(one.seeds) == 5
     assert one.base.data.train + "&lost=1" == world.base.data.train
@@ -311,21 +316,29 @@ def test_the_trained_teacher_s_study_is_the_map_s_world_without_the_checker() ->
     plan.check_alike(one)
 
 
-@pytest.mark.parametrize("name", ["controls", "again", "maze"])
+OTHERS = {"controls": 0.25, "again": 0.25, "clip": 0.05, "signals": 0.25, "maze": 0.25}
+"""Studies beside the map's strengths → the clip of the gradient."""
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_the_map_s_other_worlds_are_studies_of_five_seeds_with_one_clip(name: str) -> None:
-    one = load_study(MAP / f"{name}.yaml")
-    assert len(one.seeds) == 5
-    assert one.base.optim.max_grad_norm == 0.25
-    plan.check_alike(one)
-    if name == "maze":
-        return
+    file = MAP / f"{name}.yaml"
+    doses = load_doses(file)
     world = loaded(MAP / "lost.yaml").studies[1.0]
-    assert one.base.data.train.replace("&again=1", "") == world.base.data.train
-    assert one.evals.splits == world.evals.splits
-    changed = {arm: plan.arm_config(one, arm).method for arm in one.trained}
-    for arm in (arm for arm in changed if arm.endswith(("_own_token", "_random_place"))):
-        repair, control = changed[arm.rsplit("_", 2)[0]], changed[arm]
-        assert control == repair.model_copy(update={"control": arm.split("_", 1)[1]})
+    for level, one in {None: load_study(file)}.items() if doses is None else doses.studies.items():
+        assert len(one.seeds) == 5
+        assert one.base.optim.max_grad_norm == OTHERS[name]
+        plan.check_alike(one)
+        if name == "maze":
+            continue
+        again = "" if level is None else f"&again={level:g}"
+        assert one.base.data.train == world.base.data.train.replace("&lost", f"{again}&lost")
+        assert one.evals.splits == world.evals.splits
+        assert one.base.optim.lr == 2e-3
+        changed = {arm: plan.arm_config(one, arm).method for arm in one.trained}
+        for arm in (arm for arm in changed if arm.endswith(("_own_token", "_random_place"))):
+            repair, control = changed[arm.rsplit("_", 2)[0]], changed[arm]
+            assert control == repair.model_copy(update={"control": "_".join(arm.split("_")[-2:])})
 
 
 def test_studies_ask_at_other_temperatures_where_errors_have_kinds(make: Make) -> None:

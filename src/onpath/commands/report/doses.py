@@ -100,6 +100,17 @@ def points(data: Row, split: str, arm: str, key: str | None) -> list[tuple[float
     return found
 
 
+def price(data: Row, arm: str) -> float | None:
+    """Tokens that were generated for an arm, by whoever wrote them, ÷ those of the base arm, at the last
+    level; None: one of them has none, or they are not known."""
+    counts = {
+        arm["arm"]: sum(arm.get(f"tokens_generated{by}") or 0 for by in ("_student", "_teacher", ""))
+        for arm in data["levels"][-1]["arms"]
+    }
+    mine, base = counts.get(arm), counts.get(data["levels"][0]["study"]["base_arm"])
+    return mine / base if mine and base else None
+
+
 def _series(data: Row, split: str, arm: str, key: str | None) -> Series | None:
     found = points(data, split, arm, key)
     if not found:
@@ -163,19 +174,26 @@ def draw_doses(directory: Path, split: str | None = None) -> Path:
         many = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}"
         axis.set_title(
             f"{split}, avg@{counted(data, 'samples', split)}: {many} seed{'s' * (seeds[-1] != 1)}, "
-            f"{counted(data, 'problems', split)} problems; bars: 95%{', paired' if key else ''}",
+            f"{counted(data, 'problems', split)} problems; bars: 95%{', paired' if key else ''}"
+            + (f"; ×: of {base}'s tokens" if any(price(data, name) for name in shown) else ""),
             fontsize=10,
             loc="left",
         )
         axis.margins(y=0.08)
         axis.set_xlim(levels[0] - 0.08 * width, levels[-1] + 0.08 * width)
-        _name_ends(axis, ends, {name: look(i) for i, name in enumerate(arms_of(data))}, height)
+        looks = {name: look(i) for i, name in enumerate(arms_of(data))}
+        costs = {name: f" {price(data, name):.1f}×" for name in shown if name != base and price(data, name)}
+        _name_ends(axis, ends, looks, costs, height)
         axis.grid(axis="y", alpha=0.3)
     return path
 
 
 def _name_ends(
-    axis: Any, ends: Mapping[str, tuple[float, float]], looks: Mapping[str, tuple[str, str]], height: float
+    axis: Any,
+    ends: Mapping[str, tuple[float, float]],
+    looks: Mapping[str, tuple[str, str]],
+    costs: Mapping[str, str],
+    height: float,
 ) -> None:
     """Each line is named where it ends, with its marker: with a dozen arms a legend is a riddle."""
     low, high = axis.get_ylim()
@@ -188,8 +206,8 @@ def _name_ends(
         )  # fmt: skip
         axis.plot(1.02, at, marker, color=colour, markersize=5, transform=beside, clip_on=False)
         axis.annotate(
-            name, (1.02, at), xycoords=beside, xytext=(7, 0), textcoords="offset points",
-            color=colour, fontsize=9, va="center", annotation_clip=False,
+            name + costs.get(name, ""), (1.02, at), xycoords=beside, xytext=(7, 0),
+            textcoords="offset points", color=colour, fontsize=9, va="center", annotation_clip=False,
         )  # fmt: skip
 
 
