@@ -154,7 +154,7 @@ def test_the_runner_says_what_it_had_no_time_for(gpu: ModuleType, tmp_path: Path
 
 
 def test_all_parts_fit_into_nine_minutes(gpu: ModuleType) -> None:
-    assert gpu._WHOLE <= 9 * 60 - 15
+    assert sum(gpu.PARTS.values()) <= gpu._WHOLE <= 9 * 60 - 15
     assert {p.stem for p in (BENCHMARKS / "on_gpu").glob("*.py")} >= set(gpu.PARTS)
 
 
