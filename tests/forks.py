@@ -82,11 +82,15 @@ def ranks(what: Callable[[int], Any], tmp_path: Path, *, world: int = 2) -> list
     return forked(run, tmp_path, world=world)
 
 
-def done_by_two(what: Callable[[int], Any], tmp_path: Path) -> None:
-    """`forked`, of two ranks that must succeed."""
-    ended = forked(what, tmp_path)
+def done_by_all(what: Callable[[int], Any], tmp_path: Path, *, world: int) -> None:
+    """`forked`, of ranks that must succeed."""
+    ended = forked(what, tmp_path, world=world)
     codes = [code for code, _, _ in ended]
-    assert codes == [0, 0], f"exit codes {codes}\n{ended[0][2]}{ended[1][2]}"
+    assert codes == [0] * world, f"exit codes {codes}\n{''.join(err for _, _, err in ended)}"
+
+
+def done_by_two(what: Callable[[int], Any], tmp_path: Path) -> None:
+    done_by_all(what, tmp_path, world=2)
 
 
 def free_port() -> str:
