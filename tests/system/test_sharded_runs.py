@@ -24,7 +24,7 @@ from onpath.system.errors import UserError
 from onpath.training import train
 from tests.forks import TIMEOUT, done_by_two, forked, free_port, free_ports
 from tests.methods.family import ARMS, options_of
-from tests.methods.test_trd import TEMPLATE
+from tests.methods.test_trd import SELF_TEMPLATE, TEMPLATE
 
 Tiny = Callable[..., Config]
 SHARDED = {"parallel__timeout": TIMEOUT, "teacher__device": "auto", "parallel__shard": "layer"}
@@ -47,6 +47,32 @@ RUNS: dict[str, dict[str, Any]] = {
     "opsd live": {"method__name": "opsd", "method__weights": "live", "method__cosine_every": 1},
     "trd": {**TRD, "rollout__prompts": 3},
     "trd offline": {**TRD, "method__offline": True},
+    "trd gated": {**TRD, "method__gate": True, "method__gate_prompts": 3, "method__gate_max_harm": 1.0},
+    "trd by itself": {
+        **TRD,
+        "method__teacher": "self",
+        "method__template": SELF_TEMPLATE,
+        "method__weights": "ema",
+        "method__ema_decay": 0.5,
+    },
+    "teacher writes": {"method__writer": "teacher", "method__divergence": "cross_entropy"},
+    "best kept": {"eval__every": 1, "run__keep_best": "test"},
+    "sampled": {"method__divergence": "sampled", "method__ppo_clip": 0.2, "method__discount": 0.5},
+    "teacher's likeliest": {"method__support": "teacher_topk", "method__support_k": 4},
+    "likeliest of both, stale by token": {
+        "method__support": "union",
+        "method__support_k": 4,
+        "method__importance": "token",
+        "rollout__overlap": True,
+    },
+    "student's likeliest, stale by rollout": {
+        "method__support": "student_topk",
+        "method__support_k": 4,
+        "method__tail": "renormalise",
+        "method__importance": "sequence",
+        "rollout__overlap": True,
+        "parallel__shard": "step",
+    },
     **{name: options_of(ARMS[name]) for name in ARMS if name != "topd"},
     "topd spliced, in steps": {
         "method__name": "topd",
@@ -120,16 +146,21 @@ def assert_same(one: Path, two: Path) -> None:
         numbers = {k: v for k, v in a.items() if isinstance(v, int | float)}
         assert numbers == pytest.approx({k: b[k] for k in numbers}, rel=5e-5, abs=1e-6), one.name
     assert read_lines(one / "eval.jsonl") == read_lines(two / "eval.jsonl"), one.name
+    told = [[path.read_text() for path in run.glob("refine.json")] for run in (one, two)]
+    assert told[0] == told[1], one.name
     tables = [sorted((run / "trajectories").glob("*.parquet")) for run in (one, two)]
     for a, b in zip(*tables, strict=True):
         columns = ["prompt_id", "sample", "response", "correct"]
         assert pq.read_table(a, columns=columns).equals(pq.read_table(b, columns=columns)), one.name
-    files = [sorted(p.name for p in (run / "model").iterdir()) for run in (one, two)]
-    assert files[0] == files[1]
-    weights = [load_file(next((run / "model").glob("*.safetensors"))) for run in (one, two)]
-    assert weights[0].keys() == weights[1].keys(), one.name
-    for name, tensor in weights[0].items():
-        assert tensor.allclose(weights[1][name], rtol=1e-4, atol=1e-5), (one.name, name)
+    names = [sorted(p.relative_to(run) for p in run.glob("*/*.safetensors")) for run in (one, two)]
+    assert names[0] == names[1] != [], one.name
+    for file in names[0]:
+        files = [sorted(p.name for p in (run / file).parent.iterdir()) for run in (one, two)]
+        assert files[0] == files[1]
+        weights = [load_file(run / file) for run in (one, two)]
+        assert weights[0].keys() == weights[1].keys(), one.name
+        for name, tensor in weights[0].items():
+            assert tensor.allclose(weights[1][name], rtol=1e-4, atol=1e-5), (one.name, file, name)
 
 
 def state_of(run: Path, step: int) -> dict[str, torch.Tensor]:
@@ -203,36 +234,6 @@ def test_a_file_of_one_rank_that_is_damaged_or_missing_is_found(tiny: Tiny, tmp_
     del state["blake2b"]["optimizer-2-of-2.safetensors"]
     (root / "step_2" / "state.json").write_text(json.dumps(state))
     assert not checkpoint.is_sound(root / "step_2"), "a rank's file that is not listed is missing"
-
-
-def dies_while_saving(rank: int, config: Config) -> None:
-    real = checkpoint.save_file
-
-    def half(tensors: Any, path: Path, **options: Any) -> None:
-        if rank == 1 and ".step_3" in str(path) and path.name.startswith("optimizer"):
-            path.write_bytes(b"half")
-            os._exit(9)
-        real(tensors, path, **options)
-
-    checkpoint.save_file = half  # type: ignore[assignment]
-    distributed._PATIENCE = 2.0
-    train(config, quiet=True)
-
-
-def test_a_rank_that_dies_inside_a_save_loses_nothing_finished(tiny: Tiny, tmp_path: Path) -> None:
-    def config(name: str) -> Config:
-        options = {"run__save_every": 1, "run__keep": 5, "data__eval": {}, "optim__steps": 4}
-        return tiny(**{**OPTIM, **SHARDED, **options}, run__name=name)
-
-    died = forked(lambda rank: dies_while_saving(rank, config("killed")), tmp_path)
-    assert [code for code, _, _ in died] == [2, 9]
-    assert "another process of this run has ended before its time" in died[0][2]
-    root = tmp_path / "runs" / "killed" / "checkpoints"
-    assert sorted(p.name for p in root.iterdir()) == ["step_1", "step_2"]
-    for name in ("killed", "whole"):
-        done_by_two(lambda _, name=name: train(config(name), quiet=True), tmp_path)
-    killed, whole = (state_of(tmp_path / "runs" / name, 4) for name in ("killed", "whole"))
-    assert all(torch.equal(killed[name], whole[name]) for name in whole)
 
 
 def cannot_go_on(here: bool, config: Config, where: str) -> None:
