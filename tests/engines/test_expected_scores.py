@@ -27,7 +27,8 @@ from onpath.system.code import allowed
 from onpath.system.errors import UserError
 from onpath.training import accumulate, corrected, sample, train
 from tests.engines.fake_vllm import FakeVLLM
-from tests.engines.test_server import TOPK, fake_of
+from tests.engines.test_server import TOPK, fake_of, restarted
+from tests.system.test_two_processes import in_ranks
 
 Tiny = Callable[..., Config]
 METHODS: dict[str, dict[str, Any]] = {
@@ -183,6 +184,37 @@ def test_what_was_read_ahead_is_what_a_batch_says(
     assert [r["loss"] for r in rows] == pytest.approx([r["loss"] for r in plain], rel=1e-4)
     assert [r["teacher_tokens_scored_early"] for r in rows] == [r["tokens"] for r in rows]
     assert [r["teacher_tokens_scored_early"] for r in plain] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_processes_that_keep_their_rollouts_score_them_early(
+    served: bool, tiny: Tiny, student: FakeVLLM, teacher: FakeVLLM, tmp_path: Path
+) -> None:
+    """With parallel.balance they would yet go to another process."""
+
+    def config(name: str) -> Config:
+        options = {"optim__steps": 2, "optim__eps": 1e-4, "parallel__balance": False, "run__name": name}
+        return both(tiny, student, teacher, **options) if served else local(tiny, student, **options)
+
+    one = train(config("one"), quiet=True).directory
+    restarted(student)
+    written, early = iter(range(1000)), list[bool]()
+    before = len(scored(teacher))
+
+    def slow_last(answer: Any) -> Any:
+        if "prompt_logprobs" not in answer["choices"][0] and next(written) == 7:
+            early.append(soon(lambda: len(scored(teacher)) > before, 5.0))
+        return answer
+
+    student.spoil = slow_last
+    two = in_ranks(config("two"), tmp_path, processes=2)
+    rows, plain = (read_lines(run / "metrics.jsonl") for run in (two, one))
+    assert [r["loss"] for r in rows] == pytest.approx([r["loss"] for r in plain], rel=5e-5)
+    assert [r["tokens"] for r in rows] == [r["tokens"] for r in plain]
+    if served:
+        assert early == [True]
+    else:
+        assert [r["teacher_tokens_scored_early"] for r in rows] == [r["tokens"] for r in rows]
 
 
 def test_a_method_that_reads_anyway_is_not_read_ahead_for(tiny: Tiny, student: FakeVLLM) -> None:
