@@ -15,12 +15,14 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from onpath.commands.cli import main
 from onpath.config.whole import Config
+from onpath.training import train
+from tests.system.test_sharded_runs import OPTIM, assert_same
 
 ONE_AFTER_THE_OTHER = """
 import sys
 from onpath.commands.cli import main
 for path in sys.argv[1:]:
-    code = main(["train", path, "--quiet"])
+    code = main(["train", path, "--quiet", "--parallel.shard", "layer"])
     if code:
         sys.exit(code)
 """
@@ -28,13 +30,13 @@ for path in sys.argv[1:]:
 
 @pytest.mark.slow
 def test_two_runs_and_a_mistake_in_the_same_processes(tiny: Callable[..., Config], tmp_path: Path) -> None:
-    """The launcher's store remembers the first run; the mistake is one that the first process finds."""
-    options = {"parallel__shard": "layer", "parallel__timeout": 30.0, "teacher__device": "auto"}
-    options |= {"data__eval": {}, "optim__steps": 1}
+    """The launcher's store remembers the first run; the mistake is one that the first process finds. What
+    they come to is what one process comes to."""
+    options = {**OPTIM, "parallel__timeout": 30.0, "teacher__device": "auto", "run__trajectories_every": 1}
     files = []
-    for name, eps in (("first", 1e-8), ("second", 1e-8), ("second", 1e-3)):
+    for name, eps in (("first", 1e-4), ("second", 1e-4), ("second", 1e-3)):
         files.append(tmp_path / f"{name}-{eps:g}.yaml")
-        files[-1].write_text(tiny(**options, run__name=name, optim__eps=eps).to_yaml())
+        files[-1].write_text(tiny(**{**options, "optim__eps": eps}, run__name=name).to_yaml())
     script = tmp_path / "script.py"
     script.write_text(ONE_AFTER_THE_OTHER)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -49,10 +51,11 @@ def test_two_runs_and_a_mistake_in_the_same_processes(tiny: Callable[..., Config
     assert done.returncode != 0
     (ours,) = [line for line in done.stderr.splitlines() if line.startswith("onpath: ")]
     assert "belongs to a run with another config" in ours
-    first, second = (
-        load_file(tmp_path / "runs" / n / "model" / "model.safetensors") for n in ("first", "second")
-    )
+    runs = [tmp_path / "runs" / name for name in ("first", "second")]
+    first, second = (load_file(run / "model" / "model.safetensors") for run in runs)
     assert all(torch.equal(first[name], second[name]) for name in first)
+    assert len(list((runs[0] / "checkpoints" / "step_2").glob("model-*"))) == 2, "in shards"
+    assert_same(train(tiny(**options, run__name="one"), quiet=True).directory, runs[0])
 
 
 def test_torchruns_report_ends_with_our_sentence(
