@@ -62,6 +62,7 @@ class MostlyDrawn(Engine):
     """Samples the first tokens by another engine, and draws the others uniformly."""
 
     inner: Engine
+    shares_weights = True
 
     def __init__(self, sampled: int, vocabulary: int) -> None:
         self.sampled, self.vocabulary = sampled, vocabulary
@@ -93,7 +94,7 @@ def make(directory: Path, size: Size, method: dict[str, Any], **options: dict[st
                   "micro_batch_tokens": size.micro_batch_tokens},
         "run": {"dir": str(directory / "runs"), "name": "step"},
     }  # fmt: skip
-    config = configuration.build({k: {**v, **options.get(k, {})} for k, v in tree.items()})
+    config = configuration.build({k: {**tree.get(k, {}), **options.get(k, {})} for k in {**tree, **options}})
     engine = MostlyDrawn(size.sampled, vocabulary)
     with random_weights():
         parts = assemble(config, engine=engine)

@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from onpath.config import Config
 from onpath.engines.head import base_layer, decoder_of, sharded, unwrapped
-from onpath.system import distributed
+from onpath.system import allocator, distributed
 from onpath.system.errors import UserError
 
 
@@ -116,6 +116,7 @@ def place(
             nn.Module.to(teacher, device)
     if frozen is not None:
         nn.Module.to(frozen, device)
+    allocator.give_back()
 
 
 def _layers(inner: Any) -> Sequence[nn.Module]:

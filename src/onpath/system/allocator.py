@@ -21,3 +21,10 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(_MMAP_THRESHOLD, _OWN_MAPPING) and mallopt(_TRIM_THRESHOLD, _NEVER))
+
+
+def give_back() -> None:
+    """What this process has freed so far goes back to the system, once: models that were whole while they
+    were loaded leave holes into which nothing of a step fits."""
+    if platform.libc_ver()[0] == "glibc" and "LD_PRELOAD" not in os.environ:
+        ctypes.CDLL(None).malloc_trim(0)
