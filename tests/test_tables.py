@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-STUDIES = [RECIPES / "when-it-pays" / f"{name}.json" for name in ("persona", "controls", "again", "maze")]
+STUDIES = [RECIPES / "when-it-pays" / f"{name}.json" for name in ("persona", "controls", "maze")]
+DOSES = [RECIPES / "when-it-pays" / f"{name}.json" for name in ("again",)]
 
 
 def points(value: float, *, signed: bool = False) -> str:
@@ -16,6 +17,14 @@ def points(value: float, *, signed: bool = False) -> str:
 
 def interval(values: tuple[float, float], *, signed: bool = False) -> str:
     return f"[{', '.join(points(v, signed=signed) for v in values)}]"
+
+
+def told(found: dict[str, Any]) -> str:
+    """A cell: points from the base arm and what holds, of the base arm itself its accuracy."""
+    if (gap := found["difference"]) is None:
+        return f"{points(found['mean'])} {interval(found['ci95'])}"
+    verdict = "" if gap["verdict"] == "inside the noise" else f" {gap['verdict']}"
+    return f"{points(gap['mean'], signed=True)} {interval(gap['ci95'], signed=True)}{verdict}"
 
 
 def section_of(study: Path) -> str:
@@ -34,12 +43,27 @@ def test_a_table_has_the_study_s_numbers(path: Path) -> None:
         assert mine, f"{arm['arm']} has no row"
         found = arm["evals"]["hard"]["avg_at_k"]
         assert points(found["mean"]) in mine[0]
-        if (gap := found["difference"]) is not None:
-            told = f"{points(gap['mean'], signed=True)} {interval(gap['ci95'], signed=True)}"
-            told += "" if gap["verdict"] == "inside the noise" else f" {gap['verdict']}"
-            assert told in mine[0]
-        else:
-            assert f"{points(found['mean'])} {interval(found['ci95'])}" in mine[0]
+        assert told(found) in mine[0]
+
+
+@pytest.mark.parametrize("path", DOSES, ids=lambda p: p.stem)
+def test_a_table_by_levels_has_the_study_s_numbers(path: Path) -> None:
+    levels: list[dict[str, Any]] = json.loads(path.read_text())["levels"]
+    rows = {
+        cells[0]: cells[1:]
+        for line in section_of(path).splitlines()
+        if line.startswith("| ")
+        for cells in [[cell.strip() for cell in line.split("|")[1:-1]]]
+    }
+    assert rows["arm"][: len(levels)] == [f"{path.stem} {level['x']:g}" for level in levels]
+    for place, level in enumerate(levels):
+        for arm in level["arms"]:
+            assert rows[arm["arm"]][place] == told(arm["evals"]["hard"]["avg_at_k"])
+    for arm in levels[-1]["arms"]:
+        *_, cooler, greedy, tokens = rows[arm["arm"]]
+        assert [cooler, greedy] == [told(arm["evals"][s]["avg_at_k"]) for s in ("hard_T0.6", "hard_greedy")]
+        made = arm["tokens_generated_student"] + arm["tokens_generated_teacher"]
+        assert tokens == f"{made / 1000:.0f}"
 
 
 @pytest.mark.parametrize("name", ["controls", "maze"])
