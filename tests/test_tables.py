@@ -8,7 +8,7 @@ import pytest
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 STUDIES = [RECIPES / "when-it-pays" / f"{name}.json" for name in ("persona", "controls", "maze")]
-DOSES = [RECIPES / "when-it-pays" / f"{name}.json" for name in ("again",)]
+DOSES = [RECIPES / "when-it-pays" / f"{name}.json" for name in ("again", "clip")]
 
 
 def points(value: float, *, signed: bool = False) -> str:
@@ -48,14 +48,15 @@ def test_a_table_has_the_study_s_numbers(path: Path) -> None:
 
 @pytest.mark.parametrize("path", DOSES, ids=lambda p: p.stem)
 def test_a_table_by_levels_has_the_study_s_numbers(path: Path) -> None:
-    levels: list[dict[str, Any]] = json.loads(path.read_text())["levels"]
+    data = json.loads(path.read_text())
+    levels: list[dict[str, Any]] = data["levels"]
     rows = {
         cells[0]: cells[1:]
         for line in section_of(path).splitlines()
         if line.startswith("| ")
         for cells in [[cell.strip() for cell in line.split("|")[1:-1]]]
     }
-    assert rows["arm"][: len(levels)] == [f"{path.stem} {level['x']:g}" for level in levels]
+    assert rows["arm"][: len(levels)] == [f"{data['x']} {level['x']:g}" for level in levels]
     for place, level in enumerate(levels):
         for arm in level["arms"]:
             assert rows[arm["arm"]][place] == told(arm["evals"]["hard"]["avg_at_k"])
