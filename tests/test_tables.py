@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-STUDIES = [RECIPES / "when-it-pays" / f"{name}.json" for name in ("persona", "controls", "maze")]
+STUDIES = [RECIPES / "when-it-pays" / f"{name}.json" for name in ("persona", "controls", "signals", "maze")]
 DOSES = [RECIPES / "when-it-pays" / f"{name}.json" for name in ("again", "clip")]
 
 
