@@ -81,9 +81,13 @@ def in_processes(command: Sequence[str], world: int) -> list[dict[str, Any]]:
         env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
         env = {**os.environ, **env, "MASTER_PORT": port}
         started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env))
-    found = [process.communicate()[0].splitlines()[-1] for process in started]
+    try:
+        said = [process.communicate()[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
     assert not any(process.returncode for process in started), command
-    return [json.loads(line) for line in found]
+    return [json.loads(text.splitlines()[-1]) for text in said]
 
 
 def markdown(data: dict[str, Any]) -> str:

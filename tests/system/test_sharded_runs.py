@@ -250,7 +250,7 @@ def cannot_go_on(here: bool, config: Config, where: str) -> None:
     if here and where in ("save", "save, and tell"):
         checkpoint.save_file = lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     if here and where == "save, and tell":
-        checkpoint.write_text = refuse  # type: ignore[assignment]
+        checkpoint.Saving._tell = refuse  # type: ignore[method-assign]
     train(config, quiet=True)
 
 

@@ -189,12 +189,14 @@ def full(tensor: Tensor) -> Tensor:
     """The whole of a tensor. All processes take part if it is sharded.
 
     Over gloo each sends its rows in turn to where they belong: gathered all at once they would be held twice.
+    No gradients.
     """
     if not isinstance(tensor, DTensor):
         return tensor
     mesh, shape = tensor.device_mesh, tuple(tensor.shape)
     group = mesh.get_group(mesh.ndim - 1)
-    if not tensor.placements[-1].is_shard(0) or dist.get_backend(group) != "gloo":
+    rows = tensor.placements[-1].is_shard(0) and all(p.is_replicate() for p in tensor.placements[:-1])
+    if not rows or dist.get_backend(group) != "gloo":
         return tensor.full_tensor()
     mine = tensor.to_local()
     whole = torch.empty(shape, dtype=mine.dtype, device=mine.device)

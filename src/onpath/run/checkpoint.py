@@ -34,7 +34,7 @@ from onpath.engines.sharding import local, rows_of
 from onpath.engines.teacher import AVERAGE
 from onpath.system import distributed
 from onpath.system.errors import UserError
-from onpath.system.files import half_written, sync_file, unwritable, write_text, written
+from onpath.system.files import half_written, sync_file, unwritable, written
 from onpath.system.reading import read_json
 
 _PREFIX = "step_"
@@ -126,7 +126,7 @@ def _begun_by_the_first(target: Path, patience: float) -> Path:
     """
     directory, end = half_written(target, _ALL), time.monotonic() + patience
     while not directory.is_dir():
-        if time.monotonic() > end:
+        if time.monotonic() > end or target.is_dir():
             raise UserError(f"{target}: the first process does not write it")
         time.sleep(0.01)
     return directory
@@ -179,6 +179,13 @@ class Saving:
             raise self._error
         return self.target
 
+    def wait_for_the_first(self, patience: float) -> None:
+        """Until the first process has given the directory its name, or up: a launcher that sees one end early
+        would end that one too."""
+        end = time.monotonic() + patience
+        while self._temporary.is_dir() and time.monotonic() < end:
+            time.sleep(0.01)
+
     def _run(self) -> None:
         try:
             if self._rank == 0:
@@ -211,7 +218,9 @@ class Saving:
         return digests
 
     def _tell(self, told: Mapping[str, str]) -> None:
-        write_text(self._temporary / f"{_TOLD}{self._rank}", json.dumps(told))
+        new = self._temporary / f".{_TOLD}{self._rank}"  # no `write_text`: it would make a directory anew
+        new.write_text(json.dumps(told))
+        new.replace(self._temporary / f"{_TOLD}{self._rank}")
 
     def _finish(self, digests: dict[str, str]) -> None:
         """Writes what says that all is there, once it is."""

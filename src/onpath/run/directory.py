@@ -50,6 +50,8 @@ from onpath.system.text import one_line
 
 _PATIENCE = 10.0
 """Seconds that a run which ends before its time waits for the other processes' parts of a checkpoint."""
+_ALONE = 60.0
+"""Likewise where all have heard that it ends, each when it comes to its next exchange."""
 
 
 _STORED = re.compile(r"(?:.*_)?step_(\d+)\.(?:jsonl|parquet)")
@@ -382,11 +384,15 @@ class Run:
         Raises:
             UserError: it cannot be written.
         """
-        before, self.saving = self.saving, None
-        if before is not None:
-            before.wait(patience=_PATIENCE)
-        if step not in map(checkpoint.step_of, checkpoint.list_steps(self.directory / "checkpoints")):
-            self._saving(step, optimizer, exchange=False).wait()
+        saving, self.saving = self.saving, None
+        if saving is not None:
+            saving.wait(patience=_ALONE)
+        if saving is None or checkpoint.step_of(saving.target) != step:
+            if step in map(checkpoint.step_of, checkpoint.list_steps(self.directory / "checkpoints")):
+                return
+            saving = self._saving(step, optimizer, exchange=False)
+            saving.wait()
+        saving.wait_for_the_first(_ALONE)
 
     def _saving(self, step: int, optimizer: torch.optim.Optimizer, *, exchange: bool = True) -> Saving:
         return checkpoint.save(
@@ -396,7 +402,7 @@ class Run:
             optimizer=optimizer,
             extra=self.state(),
             inputs=self.inputs,
-            timeout=self.parts.config.longest_wait if exchange else _PATIENCE,
+            timeout=self.parts.config.longest_wait if exchange else _ALONE,
             exchange=exchange,
         )
 

@@ -40,10 +40,14 @@ _SILENT = (
     "another process of this run was not heard of for parallel.timeout seconds; start the same command again "
     "to go on, with a higher one if a process may be at work for so long"
 )
-_PATIENCE = 10.0  # seconds that a rank which gives up waits for the others to hear of it
+_PATIENCE = 60.0  # seconds that a rank which gives up waits for the others to hear of it
+_ANSWERED = 10.0  # seconds in which whoever holds the store answers
 _before_stop: list[Callable[[], None]] = []
 _lines: dict[int, int] = {}
 """Sockets to the other ranks: descriptor → inode, for descriptors are given out again."""
+_boards: list[Store] = []
+_words: list[str] = []
+"""The board and what it said, once this rank has looked: whoever holds it may leave."""
 
 
 def start(device: torch.device, *, timeout: float = 600.0) -> None:
@@ -91,6 +95,8 @@ def one_fate() -> Iterator[None]:
         UserError: this rank's own, or what another one said.
     """
     waits_in, patience = None, 0.0
+    _boards.clear()
+    _words.clear()
     try:
         try:
             yield
@@ -104,7 +110,9 @@ def one_fate() -> Iterator[None]:
             patience = _PATIENCE if sentence_of(error) else 0.0
             _give_up(error, waits_in)
             raise
-        raise UserError(_word(waits_in) or (_SILENT if "imed out" in str(error) else _GONE)) from None
+        _hang_up()
+        said = _heard() or _word(waits_in)
+        raise UserError(said or (_SILENT if "imed out" in str(error) else _GONE)) from None
     finally:
         stop()
         if waits_in is not None:
@@ -125,7 +133,15 @@ def all_know(error: Exception) -> bool:
     board = _board()
     if sentence_of(error) or not lost_a_peer(error):
         _give_up(error, board)
-    return bool(_word(board))
+    else:
+        _hang_up()  # whoever waits for this one is told too
+    _words[:] = [_word(board)]
+    return bool(_heard())
+
+
+def _heard() -> str:
+    """What the board said when this rank first looked: later its holder may have left."""
+    return _words[0] if _words else ""
 
 
 def _give_up(error: Exception, board: Store | None) -> None:
@@ -148,8 +164,10 @@ def _word(board: Store | None) -> str:
 def connecting() -> Iterator[None]:
     """Around what makes a process group: the sockets that it opens are its own, for `_hang_up`."""
     before = _sockets()
-    yield
-    _lines.update({line: inode for line, inode in _sockets().items() if before.get(line) != inode})
+    try:
+        yield
+    finally:
+        _lines.update({line: inode for line, inode in _sockets().items() if before.get(line) != inode})
 
 
 def _hang_up() -> None:
@@ -179,12 +197,14 @@ def _board() -> Store | None:
     """Where ranks leave word for each other without an exchange; None: there is no group, or no longer."""
     if not asked() or not dist.is_initialized():
         return None
-    where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    try:
-        store = TCPStore(*where, is_master=False, timeout=timedelta(seconds=_PATIENCE))
-        return PrefixStore(_runs[-1] if _runs else "onpath", store)
-    except (dist.DistError, RuntimeError):  # the rank that holds it has left
-        return None
+    if not _boards:
+        where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        try:
+            store = TCPStore(*where, is_master=False, timeout=timedelta(seconds=_ANSWERED))
+        except (dist.DistError, RuntimeError):  # the rank that holds it has left
+            return None
+        _boards.append(PrefixStore(_runs[-1] if _runs else "onpath", store))
+    return _boards[0]
 
 
 def lost_a_peer(error: Exception) -> bool:
