@@ -23,8 +23,8 @@ _OF_TRAINING = ("spoil", "again", "lost")
 
 
 class World(Protocol):
-    """What a task does to rollouts and teacher, beside giving rows. Subclass it, with `spoils` and its like as
-    class attributes or properties: what a world lacks it does not do. Answers are pure functions of their
+    """What a task does to rollouts and teacher, beside giving rows. Subclass it, with `spoils` and its like
+    as class attributes or properties: what a world lacks it does not do. Answers are pure functions of their
     arguments, so that a run which goes on meets the same world.
 
     >>> class Sevens(World):
