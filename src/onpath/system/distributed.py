@@ -45,6 +45,8 @@ _ANSWERED = 10.0  # seconds in which whoever holds the store answers
 _before_stop: list[Callable[[], None]] = []
 _lines: dict[int, int] = {}
 """Sockets to the other ranks: descriptor → inode, for descriptors are given out again."""
+_held: list[Store] = []
+"""Where the ranks have met: it ends with the group otherwise, and with it what this rank has to say."""
 _boards: list[Store] = []
 _words: list[str] = []
 """The board and what it said, once this rank has looked: whoever holds it may leave."""
@@ -75,6 +77,7 @@ def start(device: torch.device, *, timeout: float = 600.0) -> None:
         # A launcher's store outlives a run, and the next run of the same processes must not find its words.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives a restart
         _runs.append(f"onpath/{attempt}/{len(_runs)}")
+        _held[:] = [store]
         with connecting():
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
@@ -118,6 +121,7 @@ def one_fate() -> Iterator[None]:
         if waits_in is not None:
             _wait_for_all(waits_in, patience)
         _lines.clear()
+        _held.clear()
 
 
 def _part() -> None:
@@ -177,8 +181,11 @@ def _hang_up() -> None:
     for line, inode in _lines.items():
         if here.get(line) == inode:
             with suppress(OSError), socket.socket(fileno=os.dup(line)) as held:
-                held.getpeername()  # not one that listens: its owner would not survive that
-                held.shutdown(socket.SHUT_RDWR)
+                # Not one that listens, whose owner would not survive that, and not the store's, which the
+                # others read this rank's word from; those of who joins late are accepted meanwhile.
+                ends = held.getsockname()[1], held.getpeername()[1]
+                if int(os.environ["MASTER_PORT"]) not in ends:
+                    held.shutdown(socket.SHUT_RDWR)
 
 
 def _sockets() -> dict[int, int]:
