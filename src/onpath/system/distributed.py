@@ -41,13 +41,13 @@ _SILENT = (
     "to go on, with a higher one if a process may be at work for so long"
 )
 _PATIENCE = 60.0  # seconds that a rank which gives up waits for the others to hear of it
-_ANSWERED = 10.0  # seconds in which whoever holds the store answers
+_ANSWERED = 5.0  # seconds in which whoever holds the store answers
 _before_stop: list[Callable[[], None]] = []
 _lines: dict[int, int] = {}
 """Sockets to the other ranks: descriptor → inode, for descriptors are given out again."""
 _held: list[Store] = []
 """Where the ranks have met: it ends with the group otherwise, and with it what this rank has to say."""
-_boards: list[Store] = []
+_boards: list[Store | None] = []
 _words: list[str] = []
 """The board and what it said, once this rank has looked: whoever holds it may leave."""
 
@@ -208,9 +208,9 @@ def _board() -> Store | None:
         where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         try:
             store = TCPStore(*where, is_master=False, timeout=timedelta(seconds=_ANSWERED))
+            _boards.append(PrefixStore(_runs[-1] if _runs else "onpath", store))
         except (dist.DistError, RuntimeError):  # the rank that holds it has left
-            return None
-        _boards.append(PrefixStore(_runs[-1] if _runs else "onpath", store))
+            _boards.append(None)
     return _boards[0]
 
 
