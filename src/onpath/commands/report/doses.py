@@ -145,6 +145,8 @@ def draw_doses(directory: Path, split: str | None = None) -> Path:
     base, levels = about["base_arm"], [level["x"] for level in data["levels"]]
     key = "difference" if any(points(data, split, name, "difference") for name in arms_of(data)) else None
     shown = [name for name in arms_of(data) if points(data, split, name, key)]
+    looks = {name: look(i) for i, name in enumerate(arms_of(data))}
+    prices = {name: paid for name in shown if (paid := price(data, name))}
     path = directory / PICTURE
     height = max(4.2, 1.2 + 0.28 * len(shown))
     with picture(path, size=(7.2, height)) as (_, (axis,)):
@@ -156,7 +158,7 @@ def draw_doses(directory: Path, split: str | None = None) -> Path:
         ends: dict[str, tuple[float, float]] = {}
         for place, name in enumerate(shown):
             found = points(data, split, name, key)
-            colour, marker = look(arms_of(data).index(name))
+            colour, marker = looks[name]
             x = [level + step * (place - (len(shown) - 1) / 2) for level, _ in found]
             y = [100 * value["mean"] for _, value in found]
             bars = [[100 * abs(value[end] - value["mean"]) for _, value in found] for end in ("low", "high")]
@@ -175,14 +177,13 @@ def draw_doses(directory: Path, split: str | None = None) -> Path:
         axis.set_title(
             f"{split}, avg@{counted(data, 'samples', split)}: {many} seed{'s' * (seeds[-1] != 1)}, "
             f"{counted(data, 'problems', split)} problems; bars: 95%{', paired' if key else ''}"
-            + (f"; ×: of {base}'s tokens" if any(price(data, name) for name in shown) else ""),
+            + (f"; ×: of {base}'s tokens" if prices else ""),
             fontsize=10,
             loc="left",
         )
         axis.margins(y=0.08)
         axis.set_xlim(levels[0] - 0.08 * width, levels[-1] + 0.08 * width)
-        looks = {name: look(i) for i, name in enumerate(arms_of(data))}
-        costs = {name: f" {price(data, name):.1f}×" for name in shown if name != base and price(data, name)}
+        costs = {name: f" {paid:.1f}×" for name, paid in prices.items() if name != base}
         _name_ends(axis, ends, looks, costs, height)
         axis.grid(axis="y", alpha=0.3)
     return path
