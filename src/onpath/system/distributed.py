@@ -114,8 +114,7 @@ def one_fate() -> Iterator[None]:
             _give_up(error, waits_in)
             raise
         _hang_up()
-        said = _heard() or _word(waits_in)
-        raise UserError(said or (_SILENT if "imed out" in str(error) else _GONE)) from None
+        raise UserError(_word(waits_in) or (_SILENT if "imed out" in str(error) else _GONE)) from None
     finally:
         stop()
         if waits_in is not None:
@@ -139,13 +138,7 @@ def all_know(error: Exception) -> bool:
         _give_up(error, board)
     else:
         _hang_up()  # whoever waits for this one is told too
-    _words[:] = [_word(board)]
-    return bool(_heard())
-
-
-def _heard() -> str:
-    """What the board said when this rank first looked: later its holder may have left."""
-    return _words[0] if _words else ""
+    return bool(_word(board))
 
 
 def _give_up(error: Exception, board: Store | None) -> None:
@@ -157,11 +150,11 @@ def _give_up(error: Exception, board: Store | None) -> None:
 
 
 def _word(board: Store | None) -> str:
-    """What the first rank that gave up has left; empty: nothing."""
-    if board is not None:
+    """What the first rank that gave up has left; empty: nothing. It is kept: whoever holds it may leave."""
+    if board is not None and not _words:
         with suppress(dist.DistError, RuntimeError):
-            return board.get(_SAID).decode() if board.check([_SAID]) else ""
-    return ""
+            _words.extend([board.get(_SAID).decode()] if board.check([_SAID]) else [])
+    return _words[0] if _words else ""
 
 
 @contextmanager
