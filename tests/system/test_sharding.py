@@ -196,8 +196,8 @@ def test_gradients_are_those_of_one_process(tiny: Tiny, tmp_path: Path, families
 def in_double() -> None:
     """Students and teachers in float64."""
 
-    def double(*args: Any) -> torch.nn.Module:
-        return load_model(*args).double()
+    def double(*args: Any, **options: Any) -> torch.nn.Module:
+        return load_model(*args, **options).double()
 
     make.load_model = trained.load_model = double  # type: ignore[assignment]
 

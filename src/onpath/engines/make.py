@@ -175,7 +175,7 @@ def make_teacher(
     made: dict[tuple[Any, ...], Teacher] = {}
     # What is sharded layer by layer must be nobody else's, and 8-bit weights keep their scales apart.
     alone = sharding.asked(config) and config.parallel.teacher == "same"
-    bases = _Bases({} if alone else config.taught_by)
+    bases = _Bases({} if alone else config.taught_by, shards=alone)
     members: dict[str | None, Teacher] = {}
     homes: dict[str, torch.device] = {}
     for name, section in config.taught_by.items():
@@ -202,12 +202,14 @@ class _Bases:
 
     Args:
         sections: of the teachers that may share one.
+        shards: what is loaded is to be sharded.
     """
 
-    def __init__(self, sections: Mapping[str | None, TeacherSection]) -> None:
+    def __init__(self, sections: Mapping[str | None, TeacherSection], *, shards: bool = False) -> None:
         mine = {n: s for n, s in sections.items() if s.engine == "hf" and s.quantization is None}
         self._users = Counter(self._of(s, teacher_option(n)) for n, s in mine.items() if len(mine) > 1)
         self._loaded: dict[tuple[Any, ...], Any] = {}
+        self._shards = shards
 
     @staticmethod
     def _of(section: TeacherSection, key: str) -> tuple[Any, ...]:
@@ -219,7 +221,7 @@ class _Bases:
         where = str(locate(section.model))
         adapter = is_adapter(where)
         if not self._users or (adapter and not stays_beside(where)):
-            return load_model(section, f"{key}.model", device)
+            return load_model(section, f"{key}.model", device, shards=self._shards)
         base = self._of(section, key)
         if self._users[base] < 2:
             return load_model(section, f"{key}.model", device)

@@ -29,7 +29,7 @@ from transformers.utils import logging as hf_logging
 
 from onpath.config import Student, Teacher
 from onpath.data.tasks import part_of, task_of
-from onpath.engines import foreign
+from onpath.engines import foreign, late
 from onpath.engines.adapters import is_adapter, merged, own_base
 from onpath.engines.linear import with_fast_products
 from onpath.system.errors import UserError
@@ -82,8 +82,13 @@ def pick_device(name: str, key: str, otherwise: torch.device | None = None) -> t
     return device
 
 
-def load_model(section: Student | Teacher, key: str, device: torch.device) -> PreTrainedModel:
+def load_model(
+    section: Student | Teacher, key: str, device: torch.device, *, shards: bool = False
+) -> PreTrainedModel:
     """A causal LM from safetensors, in evaluation mode, without gradients.
+
+    Args:
+        shards: it is to be sharded; weights stored in half precision are cast then (see `late`).
 
     Raises:
         UserError: nothing readable there; `key` names the option.
@@ -97,16 +102,9 @@ def load_model(section: Student | Teacher, key: str, device: torch.device) -> Pr
     if Path(where).is_dir():
         foreign.check_model(Path(where), key)
     with _loading(section, key):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            where,
-            dtype=getattr(torch, section.dtype),
-            trust_remote_code=section.trust_remote_code,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **_quantised(section, key, device),
-        )
-        model, found = loaded
+        options = _quantised(section, key, device)
+        waiting = _waiting(where, section) if shards and not (adapter or options) else None
+        model, found = waiting or _from_pretrained(where, section, section.dtype, **options)
         if adapter:
             model = merged(foreign.loaded_adapter(model, adapter, key), f"{key}: {section.model}")
     _check_complete(found, section, key)
@@ -118,6 +116,32 @@ def load_model(section: Student | Teacher, key: str, device: torch.device) -> Pr
                 setattr(config, name, value)
     frozen.name_or_path = source  # what a new adapter names as its base, from wherever it is loaded
     return frozen
+
+
+def _from_pretrained(where: str, section: Student | Teacher, dtype: str, **options: Any) -> Any:
+    """A model, and what was found of it."""
+    return AutoModelForCausalLM.from_pretrained(
+        where,
+        dtype=getattr(torch, dtype),
+        trust_remote_code=section.trust_remote_code,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **options,
+    )
+
+
+def _waiting(where: str, section: Student | Teacher) -> Any:
+    """A model whose weights wait in the file's half precision, and what was found of it. None: there is
+    nothing to wait for, or it makes buffers in its weights' dtype, which would be rounded."""
+    stored = late.stored_dtype(where)
+    if stored is None or section.dtype != "float32":
+        return None
+    model, found = _from_pretrained(where, section, stored)
+    if any(buffer.dtype == getattr(torch, stored) for buffer in model.buffers()):
+        return None
+    late.wait(model, torch.float32)
+    return model, found
 
 
 def load_beside(section: Student | Teacher, key: str, base: PreTrainedModel) -> PeftModel:

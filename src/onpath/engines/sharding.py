@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from onpath.config import Config
+from onpath.engines import late
 from onpath.engines.head import base_layer, decoder_of, sharded, unwrapped
 from onpath.system import allocator, distributed
 from onpath.system.errors import UserError
@@ -77,11 +78,12 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, device: torch.device, half: boo
             cast_forward_inputs=False,
         ),
     }
-    for layer in layers:
-        fully_shard(layer, **options)
-    head = inner.get_output_embeddings()
-    if base_layer(head).weight is not base_layer(inner.get_input_embeddings()).weight:
-        fully_shard(head, **options)
+    head, dtype = inner.get_output_embeddings(), late.waits(model)
+    tied = base_layer(head).weight is base_layer(inner.get_input_embeddings()).weight
+    for unit in layers if tied else [*layers, head]:
+        late.cast(unit, dtype)
+        fully_shard(unit, **options)
+    late.cast(inner, dtype)
     fully_shard(inner, **options, reshard_after_forward=False)
     nn.Module.to(model, device)  # buffers; the rows are there
     inner.read = MethodType(_read, inner)  # type: ignore[assignment]
@@ -112,10 +114,12 @@ def place(
             continue
         if config.parallel.teacher == "same":
             shard(teacher, mesh, device=device)
+        else:
+            late.whole(teacher)
         if config.parallel.teacher != "offload":  # those come when they are asked for
             nn.Module.to(teacher, device)
     if frozen is not None:
-        nn.Module.to(frozen, device)
+        nn.Module.to(late.whole(frozen), device)
     allocator.give_back()
 
 

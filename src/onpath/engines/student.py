@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from onpath.config.sections import teacher_option
 from onpath.config.whole import Config
+from onpath.engines import late
 from onpath.engines.adapters import untie
 from onpath.engines.head import unwrapped
 from onpath.engines.linear import with_fast_products
@@ -45,7 +46,7 @@ def trainable(config: Config, base: nn.Module) -> nn.Module:
         lora_dropout=0.0,
     )
     try:
-        with quietly():
+        with quietly(), late.as_if_cast(base):
             model: nn.Module = get_peft_model(base, lora)
     except (ValueError, re.error) as error:
         raise UserError(f"student.lora_targets: {str(error).splitlines()[0]}") from None

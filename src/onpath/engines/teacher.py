@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import DynamicCache
 
 from onpath.data.batch import Batch
+from onpath.engines import late
 from onpath.engines.decoding.branches import Past
 from onpath.engines.head import evaluating, head_of, hidden_states, unwrapped
 from onpath.engines.models import context_length
@@ -183,7 +184,7 @@ class SelfTeacher(Teacher):
         self.model = student if shares else copy_of(student, alone=alone).eval()
         # A whole student in half precision: adapters are in float32, and only with them something is shared.
         if weights == "ema" and any(mine.dtype in _HALF for mine, _ in self._averaged().values()):
-            self.model = self.model.float()
+            late.wait(self.model, torch.float32) if alone else self.model.float()
         self._vocabulary = vocabulary
         self.context_length = context_length(unwrapped(student).config)
 

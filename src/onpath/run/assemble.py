@@ -13,7 +13,7 @@ from onpath.config.sections import teacher_option
 from onpath.config.whole import ROLLOUTS, Config
 from onpath.data.render import Renderer
 from onpath.data.tasks import World, correction_ids, task_of, templates_of
-from onpath.engines import sharding
+from onpath.engines import late, sharding
 from onpath.engines.base import Engine, Generators
 from onpath.engines.forward import Models
 from onpath.engines.head import check_head, head_of
@@ -91,11 +91,11 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
     if device.type == "cpu":
         keep_freed_memory()
     renderer = make_renderer(config, tokenizer)
-    base = load_start(config.student, start, "student.model", host)
+    base = load_start(config.student, start, "student.model", host, shards=shards)
     check_head(base, "student.model")
     prompts, longest = fitting(config, renderer, base, prompts)
     world = world_of(config.data.train)
-    untouched = copy.deepcopy(base) if world is not None and world.loses else None
+    untouched = late.whole(copy.deepcopy(base)) if world is not None and world.loses else None
     student = trainable(config, base)
     vocabulary, warnings = shared_vocabulary(config, tokenizer)
     vocabulary = min(vocabulary, head_of(student).vocabulary)

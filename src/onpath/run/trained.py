@@ -206,18 +206,21 @@ def check_base(found: Trained) -> None:
         )
 
 
-def load_start(section: Student, found: Trained | None, key: str, device: torch.device) -> PreTrainedModel:
+def load_start(
+    section: Student, found: Trained | None, key: str, device: torch.device, *, shards: bool = False
+) -> PreTrainedModel:
     """A model as `load_model` gives it, which may also be a checkpoint of a run, or the run itself.
 
     Args:
         found: what `find` says of `section.model`; it reads whole checkpoints, so it is asked once.
+        shards: it is to be sharded.
 
     Raises:
         UserError: nothing readable there; or a checkpoint is to get an adapter, which would name a base that
             is not what it was trained on.
     """
     if found is None:
-        return load_model(section, key, device)
+        return load_model(section, key, device, shards=shards)
     if section.lora_rank:
         raise UserError(
             f"{key}: an adapter (student.lora_rank) needs a base that others can load: onpath export "
