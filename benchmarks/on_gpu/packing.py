@@ -82,7 +82,7 @@ def padded_pass(
             grouped heads stay unrepeated.
     """
     total, count = torch.zeros((), device=DEVICE), 0
-    for micro in micro_batches(_trajectories(rows), max_tokens=budget):
+    for micro in micro_batches(_trajectories(rows), max_tokens=budget, device=DEVICE):
         batch = collate(micro, device=DEVICE)
         with torch.autocast(DEVICE.type, torch.bfloat16):
             if masked:

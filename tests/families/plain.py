@@ -65,7 +65,7 @@ def compare(config: Config) -> str:
     made = prepared.trajectories
     count = token_count(made)
     step, loss = Step(prepared=prepared, objective=parts.objective, denominator=count), 0.0
-    micros = list(micro_batches(made, max_tokens=config.optim.micro_batch_tokens))
+    micros = list(micro_batches(made, max_tokens=config.optim.micro_batch_tokens, device=parts.models.device))
     assert len(micros) > 1
     for micro in micros:
         batch = collate(micro, device=parts.models.device)

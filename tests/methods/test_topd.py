@@ -39,6 +39,7 @@ from tests.stepping import step_on
 from tests.stored import read_trajectories
 
 Tiny = Callable[..., Config]
+CPU = torch.device("cpu")
 
 
 def of_method(options: dict[str, Any]) -> dict[str, Any]:
@@ -363,7 +364,7 @@ def test_the_loss_reads_nothing_twice(topd: Callable[..., Parts], monkeypatch: p
     gradients = []
     for kept in (done.kept, Kept()):
         total = 0.0
-        for micro in micro_batches(done.trajectories, max_tokens=16_384):
+        for micro in micro_batches(done.trajectories, max_tokens=16_384, device=CPU):
             batch = collate(micro)
             known = replace(done, kept=kept)
             result = loss_of(
@@ -393,7 +394,7 @@ def test_the_loss_reads_nothing_twice(topd: Callable[..., Parts], monkeypatch: p
         "onpath.methods.topd.futures.teacher_futures", lambda found, *_: [_silence()] * len(found)
     )
     again = parts.method.prepare(rollouts, step=0)
-    (batch,) = (collate(m) for m in micro_batches(again.trajectories, max_tokens=16_384))
+    (batch,) = (collate(m) for m in micro_batches(again.trajectories, max_tokens=16_384, device=CPU))
     teacher = teacher_states(parts.models, batch, again)
     loss_of(parts.models, batch, teacher, whole_step(parts, again, 100.0))
     assert calls == {"student": 1, "teacher": 1}

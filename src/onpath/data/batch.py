@@ -14,8 +14,11 @@ from torch import Tensor
 
 from onpath.records import Trajectory
 
-_BUSY_TOKENS = 2048  # padded tokens of a micro-batch from which the shape of another one is worth its calls
-_SIMILAR = 0.95  # share of the longest row's length: shorter rows then go to the next micro-batch
+# Where a micro-batch ends before it is full. On a CPU: from so many padded tokens on, at a row shorter than
+# this share of its longest one. Elsewhere, when so many of its tokens would be padding: a pass takes the time
+# of its launches however few tokens it has, and in shards it gathers all weights.
+_BUSY_TOKENS, _SIMILAR = 2048, 0.95
+_PADDING_TOKENS = 2048
 # B rows, S and T padded lengths of student and teacher, N response tokens.
 
 
@@ -105,28 +108,37 @@ def collate(trajectories: Sequence[Trajectory], *, device: torch.device | None =
     return batch if device is None else batch.to(device)
 
 
-def micro_batches(trajectories: Sequence[Trajectory], *, max_tokens: int) -> Iterator[list[Trajectory]]:
+def micro_batches(
+    trajectories: Sequence[Trajectory], *, max_tokens: int, device: torch.device
+) -> Iterator[list[Trajectory]]:
     """Trajectories of one teacher and of similar length together, teacher after teacher, longest first,
     within a budget of padded tokens per side.
 
-    A batch that is large enough to keep the hardware busy also ends where padding would begin to cost more
-    than another pass. Empty responses train nothing and are left out. A trajectory longer than the budget
-    makes a batch of its own.
+    A batch also ends where padding would begin to cost more than another pass. Empty responses train nothing
+    and are left out. A trajectory longer than the budget makes a batch of its own.
+
+    Args:
+        device: where they will be read.
     """
 
     def length(t: Trajectory) -> int:
         return max(len(t.student_context), len(t.teacher_context)) + len(t.response)
 
     rows: list[Trajectory] = []
+    held = 0  # tokens of the rows
     some = (t for t in trajectories if t.response)
     for trajectory in sorted(some, key=lambda t: (t.teacher or "", -length(t))):
-        longest = length(rows[0]) if rows else 0
-        shorter = len(rows) * longest >= _BUSY_TOKENS and length(trajectory) < _SIMILAR * longest
+        longest, mine = length(rows[0]) if rows else 0, length(trajectory)
+        if device.type == "cpu":
+            pads = len(rows) * longest >= _BUSY_TOKENS and mine < _SIMILAR * longest
+        else:
+            pads = (len(rows) + 1) * longest - held - mine > _PADDING_TOKENS
         other = rows and rows[0].teacher != trajectory.teacher
-        if rows and (other or shorter or (len(rows) + 1) * longest > max_tokens):
+        if rows and (other or pads or (len(rows) + 1) * longest > max_tokens):
             yield rows
-            rows = []
+            rows, held = [], 0
         rows.append(trajectory)
+        held += mine
     if rows:
         yield rows
 

@@ -119,7 +119,9 @@ class Kept:
             self.student = [graph for graph in self.student if not any(graph is u for u in used)]
         return found
 
-    def batches(self, trajectories: Sequence[Trajectory], *, max_tokens: int) -> list[list[Trajectory]]:
+    def batches(
+        self, trajectories: Sequence[Trajectory], *, max_tokens: int, device: torch.device
+    ) -> list[list[Trajectory]]:
         """Micro-batches such that what is known is used: those of a graph together, then others that the
         teacher has scored, then what is new. A graph of which little is left would be walked back for that
         little, and is dropped."""
@@ -129,10 +131,10 @@ class Kept:
             mine, others = _parted(left, [student_key(t) in graph.rows for t in left])
             if mine and sum(len(t.response) for t in mine) >= _WORTH * graph.tokens:
                 self.student.append(graph)
-                found += micro_batches(mine, max_tokens=max_tokens)
+                found += micro_batches(mine, max_tokens=max_tokens, device=device)
                 left = others
         for some in _parted(left, [teacher_key(t) in self.teacher for t in left]):
-            found += micro_batches(some, max_tokens=max_tokens)
+            found += micro_batches(some, max_tokens=max_tokens, device=device)
         return sorted(found, key=lambda rows: rows[0].teacher or "")  # each comes to its device once
 
     def forget(self, teacher: str | None) -> None:
@@ -248,7 +250,7 @@ def forward(
     mass = torch.tensor(mass_ids, device=models.device) if mass_ids else None
     request = StatsRequest(mass_ids=mass, top_k=max(top_k, int(past)))
     placed = [replace(t, place=i) for i, t in enumerate(trajectories)]
-    micros = list(micro_batches(placed, max_tokens=models.max_tokens))
+    micros = list(micro_batches(placed, max_tokens=models.max_tokens, device=models.device))
     models.teacher.expect(t for micro in micros for t in micro)
     batches = [collate(m, device=models.device) for m in micros]
     groups, together = _grouped(batches, models.max_tokens), sum(map(_size, batches)) <= models.max_tokens

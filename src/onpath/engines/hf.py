@@ -97,7 +97,7 @@ class HFEngine(Engine):
         ]
         results: list[tuple[float, ...]] = [()] * len(read)
         with evaluating(self.model):
-            for rows in micro_batches(read, max_tokens=self.batch_tokens):
+            for rows in micro_batches(read, max_tokens=self.batch_tokens, device=self.device):
                 batch = collate(rows, device=self.device)
                 with self._autocast():
                     hidden_BTH = hidden_states(self.model, batch.student_ids_BS, batch.student_mask_BS)

@@ -41,8 +41,9 @@ def rounds(parts: Parts, prepared: Prepared, trained: list[Trajectory]) -> list[
     """
     models, most = parts.models, parts.config.optim.micro_batch_tokens
     if not sharded(models.student):
-        return prepared.kept.batches(trained, max_tokens=most)
-    micros, found = list(micro_batches(trained, max_tokens=most)), []
+        return prepared.kept.batches(trained, max_tokens=most, device=models.device)
+    micros = list(micro_batches(trained, max_tokens=most, device=models.device))
+    found: list[list[Trajectory]] = []
     for name in sorted(models.teacher.names, key=lambda name: name or ""):  # as micro_batches has them
         mine = [micro for micro in micros if micro[0].teacher == name]
         count = distributed.most(len(mine))

@@ -114,8 +114,9 @@ def make_probe(parts: Parts) -> Probe:
 
 def batches_of(parts: Parts, trajectories: Sequence[Trajectory]) -> Iterator[Batch]:
     """Micro-batches of the config's size on the student's device."""
-    for micro in micro_batches(trajectories, max_tokens=parts.config.optim.micro_batch_tokens):
-        yield collate(micro, device=parts.models.device)
+    most, device = parts.config.optim.micro_batch_tokens, parts.models.device
+    for micro in micro_batches(trajectories, max_tokens=most, device=device):
+        yield collate(micro, device=device)
 
 
 def unread() -> Prepared:

@@ -226,8 +226,9 @@ def _update(
             denominator=token_count(trajectories),
             guided=arm == "topd",
         )
-        for micro in micro_batches(trajectories, max_tokens=optim.micro_batch_tokens):
-            batch = collate(micro, device=parts.models.device)
+        device = parts.models.device
+        for micro in micro_batches(trajectories, max_tokens=optim.micro_batch_tokens, device=device):
+            batch = collate(micro, device=device)
             loss_of(mine.models, batch, mine.models.teacher.scores(batch), step).loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, optim.max_grad_norm)
         optimizer.step()
