@@ -5,7 +5,7 @@ import json
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import cycle, product
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from onpath.engines.head import decoder_of
 from onpath.engines.models import load_model
 from onpath.engines.weights import save_weights
 from onpath.records import Edit, Trajectory
+from onpath.run import assemble as assembly
 from onpath.run import rounds, trained
 from onpath.run.assemble import assemble
 from onpath.system import distributed
@@ -32,7 +33,7 @@ from onpath.system.errors import UserError
 from onpath.training import train
 from tests.conftest import make_model, make_tokenizer
 from tests.forks import TIMEOUT, done_by_all, done_by_two, forked, free_ports
-from tests.stepping import step_on
+from tests.stepping import Silent, step_on
 
 Tiny = Callable[..., Config]
 SHARDED = {"parallel__timeout": TIMEOUT, "teacher__device": "auto"}
@@ -478,3 +479,52 @@ def test_what_cannot_be_sharded_is_said(tiny: Tiny, tmp_path: Path, monkeypatch:
     for code, _, err in forked(lambda _: train(three, quiet=True), tmp_path):
         assert code == 2, err
         assert "parallel.hosts is 3, which does not divide 2 processes" in err
+
+
+CHECKED: list[tuple[dict[str, Any], bool]] = [
+    ({}, True),
+    ({"student__lora_rank": 4}, True),
+    ({"method__reweight": "divergence"}, False),
+    ({"method__writer": "teacher"}, False),
+    ({"parallel__shard": "step"}, False),
+]
+
+
+def test_a_student_that_no_step_makes_whole_is_checked_in_its_shards(tiny: Tiny, tmp_path: Path) -> None:
+    """Another engine generates: gathering all of it at the start would take what sharding saves."""
+    cases = [tiny(**{"parallel__shard": "layer", **SHARDED, **options}) for options, _ in CHECKED]
+    whole = [assemble(tiny(**plain(o), teacher__device="auto"), engine=Silent()) for o, _ in CHECKED]
+    alone = [asdict(parts.agreements["student.model"]) for parts in whole]
+    ports = free_ports(len(cases))
+
+    def run(rank: int) -> None:
+        seen = []
+        for port, config in zip(ports, cases, strict=True):
+            os.environ["MASTER_PORT"] = port
+            students, checks, real = [], [], assembly.check_model
+
+            def noted(
+                model: Any, *args: Any, key: str, checks: list[bool] = checks, students: list[Any] = students,
+                real: Any = real, **options: Any,
+            ) -> Any:  # fmt: skip
+                if key == "student.model":
+                    students.append(model)
+                    checks.append(sharding.is_whole(model))
+                return real(model, *args, key=key, **options)
+
+            with distributed.one_fate(), pytest.MonkeyPatch.context() as patch:
+                patch.setattr(assembly, "check_model", noted)
+                parts = assemble(config, engine=Silent())
+                (student,) = students
+                named = [(n, sharding.full(p.detach())) for n, p in student.named_parameters()]
+                zeros = [not p.any() for n, p in named if "lora_B" in n]
+                assert zeros == [True] * (14 if config.student.lora_rank else 0), "put back"
+                seen.append({"whole": checks, "told": asdict(parts.agreements["student.model"])})
+        (tmp_path / f"checks-{rank}.json").write_text(json.dumps(seen))
+
+    done_by_two(run, tmp_path)
+    for rank in range(2):
+        seen = json.loads((tmp_path / f"checks-{rank}.json").read_text())
+        for (options, in_shards), found, expected in zip(CHECKED, seen, alone, strict=True):
+            assert found["whole"] == [not in_shards], options
+            assert found["told"] == pytest.approx(expected, abs=1e-6), options

@@ -28,6 +28,7 @@ from onpath.engines.head import (
 )
 from onpath.engines.hf import HFEngine
 from onpath.engines.models import context_length
+from onpath.engines.sharding import full, local, rows_of
 from onpath.losses import TeacherHidden, token_stats
 from onpath.records import Completion, Sampling, Trajectory
 from onpath.system.errors import UserError
@@ -214,12 +215,13 @@ def _moved(model: nn.Module) -> Iterator[None]:
     """With an adapter that does something: a new one is all zeros, and hides whatever it breaks."""
     zeros = [] if not isinstance(model, PeftModel) else [
         p for m in model.modules() if isinstance(m, LoraLayer) for p in m.parameters()
-        if p.requires_grad and not bool(p.any())
+        if p.requires_grad and not bool(full(p.detach()).any())
     ]  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in zeros:
-            p.copy_(torch.randn(p.shape, generator=generator) * _MOVED)
+            rows, moves = rows_of(p), torch.randn(p.shape, generator=generator) * _MOVED
+            local(p).copy_(moves[rows.start : rows.stop])
     try:
         yield
     finally:
