@@ -356,6 +356,7 @@ class Passes:
 
     def __init__(self, engine: HFEngine) -> None:
         self.engine = engine
+        self.shares_weights = engine.shares_weights
 
     @property
     def policy_version(self) -> int:

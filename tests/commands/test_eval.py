@@ -330,12 +330,20 @@ def test_without_data_there_must_be_one_evaluation_set(run: Path, model_dirs: di
     shutil.rmtree(copy)
 
 
-def test_several_processes_do_not_each_evaluate_all(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "eval gym:student --limit 1", "study study.yaml", "inspect run", "inspect --probe divergence a.yaml",
+        "report run", "export run out", "cache store",
+    ],
+)  # fmt: skip
+def test_several_processes_do_not_each_do_all_of_it(
+    arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["eval", "gym:student", "--limit", "1"]) == 2
+    assert main(arguments.split()) == 2
+    name = arguments.split()[0]
     assert (
-        "onpath eval is one process, and WORLD_SIZE says several: start it without torchrun"
+        f"onpath: onpath {name} is one process, and WORLD_SIZE says several: start it without torchrun"
         in capsys.readouterr().err
     )

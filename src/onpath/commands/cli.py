@@ -19,6 +19,8 @@ from onpath.system.errors import UserError, guarded
 from onpath.system.streams import say
 from onpath.system.text import one_line
 
+_OF_SEVERAL = ("train", "doctor", "config")
+"""Commands whose processes, under a launcher, do not each do all of it."""
 TAKES_OVERRIDES = ("train", "doctor", "config")
 _OPTION = re.compile(r"--[A-Za-z][\w.-]*(=.*)?", re.DOTALL)
 
@@ -39,7 +41,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(partial(_own_options, arguments, overrides))
     parser.of_config = of_config
     options = parser.parse_args(arguments)
-    return guarded(lambda: options.run(options, overrides))
+
+    def run() -> int:
+        command = options.command
+        if os.environ.get("WORLD_SIZE", "1") != "1" and command not in _OF_SEVERAL:
+            raise UserError(
+                f"onpath {command} is one process, and WORLD_SIZE says several: start it without torchrun"
+            )
+        return int(options.run(options, overrides) or 0)
+
+    return guarded(run)
 
 
 def _own_options(arguments: Sequence[str], overrides: Sequence[tuple[str, str]]) -> Any:
@@ -221,12 +232,12 @@ def _doctor(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -
     from onpath.commands.doctor.command import print_counts, print_finding, run_doctor
     from onpath.commands.terminal import Shown
 
-    if options.json:
-        found = run_doctor(options.config, overrides=overrides)
+    console, first = Shown(file=sys.stdout, soft_wrap=True), int(os.environ.get("RANK", "0")) == 0
+    each = (lambda _: None) if options.json else partial(print_finding, console)
+    found = run_doctor(options.config, overrides=overrides, each=each)
+    if options.json and first:
         print(json.dumps(found.to_json(), indent=1, ensure_ascii=False))
-    else:
-        console = Shown(file=sys.stdout, soft_wrap=True)
-        found = run_doctor(options.config, overrides=overrides, each=partial(print_finding, console))
+    elif first:
         print_counts(console, found)
     return int(found.status == "fail")
 
@@ -281,10 +292,7 @@ def _add_eval(commands: Any) -> None:
 def _eval(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
     from onpath.commands.eval import evaluate_model, print_evaluated
     from onpath.commands.terminal import console_for
-    from onpath.system import distributed
 
-    if distributed.asked():  # each would do all of it
-        raise UserError("onpath eval is one process, and WORLD_SIZE says several: start it without torchrun")
     found = evaluate_model(
         options.model,
         data=options.data,

@@ -41,21 +41,30 @@ def asked(config: Config) -> bool:
     return config.parallel.shard != "none" and distributed.world() > 1
 
 
-def make_mesh(config: Config, device: torch.device) -> DeviceMesh:
-    """Processes as copies × shards: of `parallel.hosts: auto`, shards inside a host and copies across.
+def layout(config: Config) -> tuple[int, int]:
+    """Copies of a sharded model, and the processes that share one.
 
     Raises:
         UserError: the processes cannot be divided so.
     """
-    world = distributed.world()
-    hosts = config.parallel.hosts
+    world, hosts = distributed.world(), config.parallel.hosts
     copies = max(1, world // distributed.local_world()) if hosts == "auto" else hosts
     if world % copies:
         raise UserError(
             f"parallel.hosts is {copies}, which does not divide {world} processes; use auto, or a divisor"
         )
+    return copies, world // copies
+
+
+def make_mesh(config: Config, device: torch.device) -> DeviceMesh:
+    """Processes as copies × shards: of `parallel.hosts: auto`, shards inside a host and copies across.
+
+    Raises:
+        UserError: see `layout`.
+    """
+    copies, shards = layout(config)
     with distributed.connecting():
-        return init_device_mesh(device.type, (copies, world // copies), mesh_dim_names=("copies", "shards"))
+        return init_device_mesh(device.type, (copies, shards), mesh_dim_names=("copies", "shards"))
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, *, device: torch.device, half: bool = False) -> None:

@@ -16,12 +16,13 @@ from transformers import AutoConfig
 
 from onpath import config as configuration
 from onpath.commands.doctor import costs, inputs, scores, tokens, training
-from onpath.commands.doctor.finding import Finding, Status, about, guarded, skipped
+from onpath.commands.doctor.finding import Finding, Status, about, alone, guarded, skipped
 from onpath.commands.doctor.sample import Probe, make_probe, untouched
 from onpath.config import Student, Teacher
 from onpath.config.sections import teacher_option
 from onpath.config.whole import Config
-from onpath.engines.models import context_length, load_tokenizer, locate
+from onpath.engines import sharding
+from onpath.engines.models import context_length, load_tokenizer, locate, pick_device
 from onpath.engines.self_check import Disagreement
 from onpath.grade.graders import grader_for
 from onpath.run.assemble import assemble, data_warnings
@@ -90,25 +91,29 @@ def run_doctor(
 ) -> Diagnosis:
     """Checks a config for silent faults with a small real batch; writes nothing.
 
+    Under torchrun all processes look at the same batch, and the step that is measured is that of all.
+
     Args:
         config: see `onpath.config`; or the path of its YAML; None: the gym.
         overrides: dotted keys and values, of a YAML.
         allow_code: run the Python files that the config names.
-        each: is told every finding as it comes.
+        each: is told every finding as it comes, in the first process.
 
     Raises:
-        UserError: no config at all, or several processes.
+        UserError: no config at all; of several processes also what would be a finding of one alone.
     """
-    if distributed.asked():
-        raise UserError("onpath doctor looks at one process: start it without torchrun")
     begun, refused = time.perf_counter(), None
     found = []
-    with code.allowed(allow_code):
+    with code.allowed(allow_code), distributed.one_fate():
         if not isinstance(config, Config):
             config, refused = load_leniently(config, overrides)
+        if distributed.asked():  # only the first speaks, from the first check on
+            device = pick_device(config.student.device, "student.device")
+            distributed.start(distributed.local_device(device), timeout=config.longest_wait)
         for finding in diagnose(config, refused=refused):
             found.append(finding)
-            each(finding)
+            if distributed.rank() == 0:
+                each(finding)
     return Diagnosis(config=config, findings=tuple(found), seconds=time.perf_counter() - begun)
 
 
@@ -162,11 +167,13 @@ def diagnose(config: Config, *, refused: str | None = None) -> Iterator[Finding]
     try:
         parts = assemble(_undecorated(config))
     except Disagreement as error:
+        alone(error)
         yield Finding(name="models", status="fail", message="the run cannot start: see below")
         yield Finding(name="passes", status="fail", message=str(error), advice=_OTHER_FAMILY)
         yield from (skipped(name, "the run cannot start") for name in _NEED_MODELS if name != "passes")
         return
     except UserError as error:
+        alone(error)
         known = next((f for f in findings if f.status == "fail" and f.message == str(error)), None)
         said = "see above" if known else str(error)
         yield Finding(name="models", status="fail", message=f"the run cannot start: {said}")
@@ -175,6 +182,7 @@ def diagnose(config: Config, *, refused: str | None = None) -> Iterator[Finding]
     except Exception as error:
         if not is_lack_of_memory(error):
             raise
+        alone(error)
         message = f"the models are not loaded: {one_line(str(error) or type(error).__name__, 200)}"
         yield Finding(name="models", status="fail", message=message, advice="see fits")
         for name in _NEED_MODELS:
@@ -232,7 +240,8 @@ def _of_data(config: Config, refused: str | None) -> Iterator[Finding]:
 
 def _of_models(parts: Parts) -> Iterator[Finding]:
     with untouched(parts) as restore:
-        probe = make_probe(parts)
+        with parts.whole():
+            probe = make_probe(parts)
         yield training.method_kept(probe)
         yield guarded("accuracy", lambda: training.accuracy(parts, probe))
         yield guarded("engine_logprobs", lambda: scores.engine_logprobs(parts, probe.rollouts))
@@ -259,6 +268,7 @@ def _of_a_step(parts: Parts, probe: Probe) -> Iterator[Finding]:
     try:
         cost = costs.measure(parts, probe)
     except UserError as error:
+        alone(error)
         yield Finding(name="speed", status="fail", message=f"the first step does not run: {error}")
         yield from (skipped(name, "the first step does not run") for name in ("rate", "memory", "fits"))
     else:
@@ -281,12 +291,20 @@ def _models(parts: Parts) -> Finding:
     trained = sum(p.numel() for p in parts.models.student.parameters() if p.requires_grad)
     total = sum(p.numel() for p in parts.models.student.parameters())
     device, sizes = parts.models.device, f"{total / 1e6:,.3g}M parameters, {trained / 1e6:,.3g}M of them"
-    message = f"student of {sizes} trained, on {device}"
+    message = f"student of {sizes} trained, on {device}{_processes(parts)}"
     values = {"parameters": total, "trained": trained, "device": str(device)}
     said = data_warnings(parts.prompts)  # by evals
     if warnings := [warning for warning in parts.warnings if warning not in said]:
         return Finding(name="models", status="warning", message="; ".join(warnings), values=values)
     return Finding(name="models", status="ok", message=message, values=values)
+
+
+def _processes(parts: Parts) -> str:
+    """How many hold the models, and how; empty: one."""
+    if (world := distributed.world()) == 1:
+        return ""
+    how = f"in shards by {parts.config.parallel.shard}" if sharding.asked(parts.config) else "whole in each"
+    return f", of {world} processes, {how}"
 
 
 def _passes(parts: Parts) -> Finding:

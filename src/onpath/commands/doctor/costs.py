@@ -15,6 +15,8 @@ import torch
 from onpath.commands.doctor.finding import Finding
 from onpath.commands.doctor.fits import (
     SHARDS,
+    WHOLE,
+    Shard,
     Step,
     cures,
     fewest_processes,
@@ -27,9 +29,11 @@ from onpath.commands.doctor.scores import student_logps
 from onpath.config.whole import Config
 from onpath.engines.adapters import is_adapter
 from onpath.engines.models import locate, pick_device
+from onpath.engines.sharding import asked, layout, local
 from onpath.run.meter import STAGES
 from onpath.run.optimizer import make_optimizer
 from onpath.run.parts import Parts
+from onpath.system import distributed
 from onpath.training import one_step
 
 _STEP_SECONDS = 30.0
@@ -57,6 +61,7 @@ class Cost:
     scale: float
     """1: the whole step was run; above 1: fewer prompts, and seconds multiplied by this."""
     peak_bytes: int
+    """Of the process that takes most."""
     room_bytes: int
     """Memory of the device, or what the process may take of the host's."""
     moved_nats: float
@@ -64,13 +69,15 @@ class Cost:
 
 
 def measure(parts: Parts, probe: Probe) -> Cost:
-    """Runs one optimiser step for real, AdamW's state included. Call it within `probe.untouched`."""
+    """Runs one optimiser step for real, of all processes, AdamW's state included. Call it within
+    `probe.untouched`."""
     config = parts.config
     prompts = config.rollout.prompts
     longer = config.rollout.max_new_tokens / max(1, max(len(r.ids) for r in probe.rollouts))
     each = probe.seconds / len(probe.rollouts) * (longer if probe.shortened else 1.0)
     expected = _STEP_OF_PROBE * each * prompts * config.rollout.n
-    fewer = max(1, min(prompts, int(prompts * _STEP_SECONDS / max(expected, 1e-9))))
+    most = int(prompts * _STEP_SECONDS / max(expected, 1e-9))
+    fewer = distributed.first_decides(lambda: max(1, min(prompts, most)))  # each has seconds of its own
     rollout = config.rollout.model_copy(update={"prompts": fewer})
     parts = replace(parts, config=config.model_copy(update={"rollout": rollout}))
     optimizer, _ = make_optimizer(parts.config, parts.models.student)  # at the full rate, without a warm-up
@@ -78,15 +85,16 @@ def measure(parts: Parts, probe: Probe) -> Cost:
     on_gpu = parts.models.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(parts.models.device)
-    saved = sum(p.numel() * p.element_size() for p in parts.models.student.parameters() if p.requires_grad)
+    trained = [local(p) for p in parts.models.student.parameters() if p.requires_grad]
+    saved = sum(p.numel() * p.element_size() for p in trained)
     meter = one_step(parts, optimizer, 0)
     peak = torch.cuda.max_memory_allocated(parts.models.device) if on_gpu else _peak_of_process() - saved
     scale = prompts / fewer
     return Cost(
         seconds={stage: meter.watch.seconds.get(stage, 0.0) * scale for stage in (*STAGES, "grade")},
-        generated_tokens=round(sum(len(r.ids) for r in meter.rollouts) * scale),
+        generated_tokens=round(distributed.total([sum(len(r.ids) for r in meter.rollouts)])[0] * scale),
         scale=scale,
-        peak_bytes=peak,
+        peak_bytes=distributed.most(peak),
         room_bytes=_room(parts.models.device),
         moved_nats=_apart(before, _logps(parts, probe)),
     )
@@ -172,7 +180,8 @@ def memory(parts: Parts, cost: Cost) -> Finding:
     peak, room = cost.peak_bytes / 2**30, cost.room_bytes / 2**30
     where = "GPU" if parts.models.device.type == "cuda" else "host"
     values = {"peak_gib": peak, "room_gib": room, "device": parts.models.device.type}
-    message = f"a step takes {peak:.2g} of {room:.3g} GiB of {where} memory"
+    each = " in each process" if distributed.world() > 1 else ""
+    message = f"a step takes {peak:.2g} of {room:.3g} GiB of {where} memory{each}"
     message += "" if cost.scale == 1 else f" (measured on 1/{cost.scale:.1f} of a step: at least that)"
     if peak <= _FULL * room:
         return Finding(name="memory", status="ok", message=message, values=values)
@@ -183,7 +192,9 @@ def memory(parts: Parts, cost: Cost) -> Finding:
 
 def fits(parts: Parts, cost: Cost) -> Finding:
     """What is calculated for this config, as whole copies and as shards, against the room of one device."""
-    return _fits(step_of(parts, response_tokens=cost.generated_tokens), cost.room_bytes)
+    step = step_of(parts, response_tokens=cost.generated_tokens // distributed.world())
+    here = (parts.config.parallel.shard, layout(parts.config)[1]) if asked(parts.config) else WHOLE
+    return _fits(step, cost.room_bytes, here)
 
 
 def fits_unloaded(config: Config) -> Finding:
@@ -192,11 +203,14 @@ def fits_unloaded(config: Config) -> Finding:
     return _fits(step_of_config(config, device=device), _room(device))
 
 
-def _fits(step: Step, room: int) -> Finding:
-    planned = {
-        (shard, world): parts_of(step, shard=shard, world=world)["peak"] / 2**30
-        for shard, world in (("none", 1), *((s, n) for s in SHARDS[1:] for n in (2, 8)))
-    }
+def _fits(step: Step, room: int, here: tuple[Shard, int] = WHOLE) -> Finding:
+    """See `fits`.
+
+    Args:
+        here: how models are sharded now, over how many processes.
+    """
+    ways = dict.fromkeys((WHOLE, *((s, n) for s in SHARDS[1:] for n in (2, 8)), here))
+    planned = {way: parts_of(step, shard=way[0], world=way[1])["peak"] / 2**30 for way in ways}
     whole = parts_of(step)
     names = ("weights", "gradients", "moments", "teacher", "copies", "activations", "loss")
     largest = max(names, key=lambda name: whole[name])
@@ -211,7 +225,9 @@ def _fits(step: Step, room: int) -> Finding:
         f"{whole[largest] / whole['peak']:.0%}), {planned['step', 8]:.2g} sharded by step over 8 processes, "
         f"{planned['layer', 8]:.2g} by layer; {room / 2**30:.3g} are there"
     )
-    if whole["peak"] <= _FULL * room:
+    if here != WHOLE:
+        message = f"{planned[here]:.2g} GiB a process as it is here, by {here[0]} over {here[1]}; {message}"
+    if planned[here] * 2**30 <= _FULL * room:
         return Finding(name="fits", status="ok", message=message, values=values)
     found = cures(step, _FULL * room)
     advice = f"what makes it fit: {'; or '.join(found)}" if found else "take smaller models"
@@ -262,14 +278,16 @@ def _peak_of_process() -> int:
 
 
 def _room(device: torch.device) -> int:
-    """Bytes of the device; for a CPU what is free now and what we hold already, or the container's limit."""
+    """Bytes of the device; for a CPU this process's part of what is free now, and what it holds already, or
+    its part of the container's limit."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    sharing = distributed.local_world()
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // sharing
     with suppress(OSError, ValueError, IndexError):
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         held = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        total = min(total, int(lines["MemAvailable"].split()[0]) * 1024 + held)
+        total = min(total, int(lines["MemAvailable"].split()[0]) * 1024 // sharing + held)
     with suppress(OSError, ValueError):
-        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()) // sharing)
     return total

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from onpath.system import distributed
 from onpath.system.errors import UserError
 
 Status = Literal["ok", "warning", "fail", "skipped"]
@@ -33,7 +34,18 @@ def guarded(name: str, check: Callable[[], Finding]) -> Finding:
     try:
         return check()
     except UserError as error:
+        alone(error)
         return Finding(name=name, status="fail", message=str(error))
+
+
+def alone(error: Exception) -> None:
+    """What goes wrong is a finding where no other process waits for this one.
+
+    Raises:
+        Exception: there are others; `distributed.one_fate` tells them.
+    """
+    if distributed.world() > 1:
+        raise error
 
 
 def about(teacher: str | None, finding: Finding) -> Finding:

@@ -30,6 +30,8 @@ from onpath.system.text import one_line
 
 Shard = Literal["none", "step", "layer"]
 SHARDS: tuple[Shard, ...] = ("none", "step", "layer")
+WHOLE: tuple[Shard, int] = ("none", 1)
+"""A way to hold models, and processes that share them."""
 
 
 @dataclass(frozen=True, kw_only=True)

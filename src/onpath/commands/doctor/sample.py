@@ -14,6 +14,7 @@ from torch import Tensor
 
 from onpath.data.batch import Batch, collate, micro_batches
 from onpath.data.load import prompts_of_step
+from onpath.engines import sharding
 from onpath.engines.base import sample_keys, unwritten
 from onpath.engines.head import evaluating
 from onpath.losses import (
@@ -34,6 +35,7 @@ from onpath.run.parts import Parts
 from onpath.run.sampling import written
 from onpath.run.trajectories import TOP_TOKENS
 from onpath.run.weights import shaped
+from onpath.system import distributed
 from onpath.system.errors import UserError
 
 _TOKENS = 4096
@@ -214,34 +216,44 @@ def own_scores(hidden_NH: Tensor, head: Head) -> TeacherHidden:
 @contextlib.contextmanager
 def untouched(parts: Parts) -> Iterator[Callable[[], bool]]:
     """Whatever happens inside: afterwards trained weights and the method's state are, bit for bit, what they
-    were, and the engine has them.
+    were, and the engine has them. Of a sharded model these are each process's rows.
 
     Yields:
-        A function that puts them back and says whether they are the same again; it also runs at the end.
+        A function that puts them back and says whether they are the same again; alone it runs at the end too.
     """
     weights = {n: p for n, p in parts.models.student.named_parameters() if p.requires_grad}
     trained = {**weights, **parts.method.state(), **parts.models.teacher.state()}
-    saved = {name: p.detach().to("cpu", copy=True) for name, p in trained.items()}
+    mine = {name: sharding.local(p.detach()) for name, p in trained.items()}
+    saved = {name: p.to("cpu", copy=True) for name, p in mine.items()}
 
     @torch.no_grad()
     def restore() -> bool:
-        for name, tensor in trained.items():
+        sharding.give_back(parts.models.student, *parts.models.teacher.models)
+        for name, tensor in mine.items():
             tensor.copy_(saved[name])
         for p in parts.models.student.parameters():
             p.grad = None
         with contextlib.suppress(UserError):  # one that takes no weights: engine_follows has said so
             parts.generators.student.sync_weights(0)
-        return all(_same(tensor.detach().cpu(), saved[name]) for name, tensor in trained.items())
+        same = all(_same(tensor.cpu(), saved[name]) for name, tensor in mine.items())
+        return not distributed.anywhere(not same, parts.models.device)
 
     try:
         yield restore
     finally:
-        restore()
+        if distributed.world() == 1:  # an error in one of several ends all, and the others do not answer
+            restore()
 
 
 def _same(one: Tensor, two: Tensor) -> bool:
     """Equal, NaN included: a state that is not known yet."""
     return bool(one.isnan().equal(two.isnan()) and one.nan_to_num().equal(two.nan_to_num()))
+
+
+def teachers_whole(parts: Parts) -> bool:
+    """Whether teachers in this process can write, inside `parts.whole()`: one that only scores stays in its
+    shards."""
+    return all(sharding.is_whole(model) for model in parts.models.teacher.models)
 
 
 def narrow(parts: Parts) -> bool:

@@ -21,11 +21,13 @@ from onpath.commands.doctor.sample import (
     own_scores,
     rows_of,
     teacher_scores,
+    teachers_whole,
     trainer_stats,
 )
 from onpath.config.sections import Teacher as TeacherSection
 from onpath.config.sections import teacher_option
 from onpath.data.batch import Batch, collate
+from onpath.engines import sharding
 from onpath.engines.head import hidden_states, width_of
 from onpath.engines.models import load_model
 from onpath.engines.routed import by_teacher
@@ -94,9 +96,9 @@ def engine_follows(parts: Parts) -> Finding:
 
     Call it within `sample.untouched`.
     """
-    rollout = parts.generators.student.generate(
-        parts.prompts.pool[:4], replace(parts.sampling, max_new_tokens=16)
-    )
+    sampling = replace(parts.sampling, max_new_tokens=16)
+    with parts.whole():
+        rollout = parts.generators.student.generate(parts.prompts.pool[:4], sampling)
     trajectories = as_they_are(rollout)
     before, after, moved = student_logps(parts, trajectories), [], 0.0
     for seed in range(_STIRS):
@@ -110,9 +112,9 @@ def engine_follows(parts: Parts) -> Finding:
         [t.student_context for t in trajectories], [t.response for t in trajectories]
     )
     gap = _mean(_gaps(scored, after))
-    version = parts.generators.student.generate(
-        parts.prompts.pool[:1], replace(parts.sampling, max_new_tokens=1)
-    )[0].policy_version
+    with parts.whole():
+        one = parts.generators.student.generate(parts.prompts.pool[:1], replace(sampling, max_new_tokens=1))
+    version = one[0].policy_version
     values = {"moved_nats": moved, "gap_nats": gap, "policy_version": version}
     message = f"weights moved by {moved:.2g} nats a token; after sync the engine is {gap:.1e} nats from them"
     if not gap < 0.2 * moved:
@@ -129,11 +131,17 @@ def engine_follows(parts: Parts) -> Finding:
 def stir(parts: Parts, *, share: float, seed: int) -> None:
     """Moves every trained tensor by noise of `share` of its own spread (a LoRA matrix of zeros: of 0.02)."""
     generator = torch.Generator().manual_seed(seed)
+    sharding.give_back(parts.models.student)
     for p in parts.models.student.parameters():
         if p.requires_grad:
-            spread = float(p.float().std()) if p.numel() > 1 else 0.0
-            noise = torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
-            p.add_(noise, alpha=share * spread if spread > 0 else 0.02)
+            spread = float(sharding.full(p).float().std()) if p.numel() > 1 else 0.0
+            noise, mine, rows = (
+                torch.randn(p.shape, generator=generator),
+                sharding.local(p),
+                sharding.rows_of(p),
+            )
+            some = (noise[rows.start : rows.stop] if p.dim() else noise).to(mine.device, mine.dtype)
+            mine.add_(some, alpha=share * spread if spread > 0 else 0.02)
 
 
 def on_policy(parts: Parts, rollouts: Sequence[Rollout]) -> Finding:
@@ -211,7 +219,9 @@ def alignment(parts: Parts, probe: Probe) -> Finding:
     sampling = Sampling(max_new_tokens=max(2, min(32, left)), seed=parts.config.run.seed)
     contexts = [t.teacher_context for t in some]
     keys = [f"doctor/{i}" for i in range(len(some))]
-    with parts.models.teacher.acting():
+    with parts.whole(), parts.models.teacher.acting():
+        if not teachers_whole(parts):
+            return skipped("alignment", "the teacher stays in its shards, and writes nothing")
         generated = by_teacher(
             [t.teacher for t in some],
             lambda name, mine: parts.generators.teacher.of(name).continue_from(

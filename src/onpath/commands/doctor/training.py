@@ -14,17 +14,21 @@ from onpath.commands.doctor.sample import (
     own_scores,
     rows_of,
     teacher_scores,
+    teachers_whole,
     unread,
     without_guidance,
 )
 from onpath.config.sections import teacher_option
 from onpath.data.batch import Batch, collate
 from onpath.data.render import Renderer
+from onpath.engines.head import sharded
+from onpath.engines.sharding import full, give_back
 from onpath.engines.stops import string_end
 from onpath.losses import TeacherScores
 from onpath.records import Rollout, Sampling, Trajectory
 from onpath.run.loss import Step, loss_of
 from onpath.run.parts import Parts
+from onpath.system import distributed
 
 _UNFINISHED = 0.5
 """Share of rollouts cut at max_new_tokens from which the check warns."""
@@ -109,23 +113,24 @@ def gradient(parts: Parts, probe: Probe) -> Finding:
     if any(t.advantages is not None for t in probe.trajectories):
         return skipped("gradient", "the method gives each token its advantage")
     batch = next(batches_of(parts, without_guidance(probe.trajectories[:_GRADED])))
-    scores = teacher_scores(parts, batch)
     order = torch.arange(len(batch.token_N) - 1, -1, -1, device=parts.models.device)
-    real = _gradient(parts, batch, scores)
-    other = _gradient(parts, batch, rows_of(scores, order))  # the same scores, of other positions
+    real = _gradient(parts, batch, teacher_scores(parts, batch))
+    # The same scores, of other positions; read anew, for a sharded teacher has given its head back.
+    other = _gradient(parts, batch, rows_of(teacher_scores(parts, batch), order))
     with torch.no_grad():
         itself = own_scores(parts.models.student_states(batch), parts.models.head)
     equal = _gradient(parts, batch, itself)
-    norm, apart, at_self = float(real.norm()), float((real - other).norm()), float(equal.norm())
+    norm, at_self = _norm(real), _norm(equal)
+    apart = _norm([a - b for a, b in zip(real, other, strict=True)])
     values = {"norm": norm, "other_teacher_differs_by": apart, "norm_with_student_as_teacher": at_self}
-    if not bool(torch.isfinite(real).all()):
+    if not math.isfinite(norm):
         message, advice = (
             "the gradient is not finite",
             "use float32 instead of half precision, and look at the data",
         )
         return Finding(name="gradient", status="fail", message=message, advice=advice)
     if norm < _SAME_GRADIENT * apart:  # nothing to compare with, and nothing wrong with the loss
-        message = f"norm {norm:.2g}, and {float(other.norm()):.2g} with another teacher's scores: this one "
+        message = f"norm {norm:.2g}, and {_norm(other):.2g} with another teacher's scores: this one "
         message += "teaches the student nothing that it does not do (see teacher_differs)"
         return Finding(name="gradient", status="skipped", message=message, values=values)
     share = apart / norm if norm else 0.0
@@ -168,7 +173,8 @@ def guidance(parts: Parts, probe: Probe) -> Finding:
 
 def refine(parts: Parts) -> Finding:
     """TRD's gate: does the rewriter help on this student's real attempts?"""
-    found = parts.method.rehearse(parts.prompts.pool)
+    with parts.whole():
+        found = parts.method.rehearse(parts.prompts.pool)
     if found is None:
         return skipped("refine", f"{parts.config.method.name} rewrites nothing")
     values = dict(found.values)
@@ -234,7 +240,8 @@ def accuracy(parts: Parts, probe: Probe) -> Finding:
     greedy = replace(parts.sampling, temperature=0.0, top_p=1.0, top_k=0)
     writing = [r for r in graded if parts.generators.teacher.of(r.prompt.teacher).generates]
     asked = bool(writing) and not parts.config.method.self_taught
-    theirs = _teacher_on(parts, writing, greedy) if asked else []
+    with parts.whole():
+        theirs = _teacher_on(parts, writing, greedy) if asked and teachers_whole(parts) else []
     student = sum(bool(ok) for ok in parts.text.right([(r, r.ids) for r in graded]))
     teacher = sum(bool(ok) for ok in parts.text.right(theirs))
     values = {"graded": len(graded), "student_right": student, "teacher_right": teacher if theirs else None}
@@ -299,16 +306,23 @@ def _turn_end(renderer: Renderer, stops: frozenset[int]) -> str:
     return "" if not special or stops & set(special) else str(renderer.tokenizer.decode([special[0]]))
 
 
-def _gradient(parts: Parts, batch: Batch, teacher: TeacherScores) -> Tensor:
-    """Of all trained weights, as one vector."""
+def _gradient(parts: Parts, batch: Batch, teacher: TeacherScores) -> list[Tensor]:
+    """Of all trained weights; of sharded ones a mean over the processes, which all look at this batch."""
     was_training = parts.models.student.training
     parts.models.student.train(parts.models.dropout)
     parts.models.student.zero_grad(set_to_none=True)
     denominator = max(1.0, float(batch.counted_N.sum()))
     step = Step(prepared=unread(), objective=parts.objective, denominator=denominator)
     loss_of(parts.models, batch, teacher, step).loss.backward()
+    give_back(parts.models.student, *parts.models.teacher.models)
     trained = [p for p in parts.models.student.parameters() if p.requires_grad]
-    flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in trained])
+    many = distributed.world() if sharded(parts.models.student) else 1
+    found = [torch.zeros_like(p).float() if p.grad is None else p.grad.float() / many for p in trained]
     parts.models.student.zero_grad(set_to_none=True)
     parts.models.student.train(was_training)
-    return flat.float()
+    return found
+
+
+def _norm(gradient: Sequence[Tensor]) -> float:
+    """Of all tensors together."""
+    return float(full(torch.nn.utils.get_total_norm(gradient)))
