@@ -10,7 +10,6 @@ the kernel's high-water mark of its resident memory, less what it held before th
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from common import PeakMemory, environment, environment_line, write
+from common import PeakMemory, environment, environment_line, ranks, write
 
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "all weights": {},
@@ -73,14 +72,10 @@ def measured(name: str) -> dict[str, Any]:
 
 def in_processes(command: Sequence[str], world: int) -> list[dict[str, Any]]:
     """What each of so many processes prints last, which find each other as torchrun's do."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    started = []
-    for rank in map(str, range(world)):
-        env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
-        env = {**os.environ, **env, "MASTER_PORT": port}
-        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env))
+    started = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **rank})
+        for rank in ranks(world)
+    ]
     try:
         said = [process.communicate()[0] for process in started]
     finally:

@@ -14,7 +14,6 @@ import argparse
 import importlib
 import json
 import os
-import socket
 import statistics
 import sys
 import time
@@ -29,7 +28,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from common import RESULTS, PeakMemory, Spread, environment, environment_line, write
+from common import RESULTS, PeakMemory, Spread, environment, environment_line, ranks, write
 
 RANDOM = {"hidden_size": 640, "intermediate_size": 1792, "num_hidden_layers": 12, "num_attention_heads": 10}
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -142,18 +141,14 @@ def one_rank(case: Case, size: Size, steps: int, home: Path) -> dict[str, Any]:
 
 def in_processes(case: Case, work: Callable[[], Any], home: Path) -> list[Any]:
     """`work` in forked processes that find each other as torchrun's do; what each returns."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     started = []
-    for rank in range(case.world):
+    for rank in ranks(case.world):
         child = os.fork()
         if child == 0:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.world)}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            os.environ |= rank
             code = 1
             try:
-                (home / f"rank-{rank}.json").write_text(json.dumps(work()))
+                (home / f"rank-{rank['RANK']}.json").write_text(json.dumps(work()))
                 code = 0
             except BaseException:
                 traceback.print_exc()
