@@ -158,7 +158,7 @@ def test_a_directory_that_is_not_shared_is_refused(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Found at the first checkpoint, it had cost all steps up to there."""
-    monkeypatch.setattr(alike, "_PATIENCE", 0.5)
+    monkeypatch.setattr(alike, "_HIDDEN", 0.5)
     config = tiny(data__eval={}, parallel__timeout=TIMEOUT, run__dir="runs", run__name="here")
 
     def run(rank: int) -> None:

@@ -242,7 +242,7 @@ def cannot_go_on(here: bool, config: Config, where: str) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
         raise UserError("prompt '7' cannot be used")
 
-    distributed._PATIENCE = 60.0  # nobody waits for so long
+    distributed._HEARD = 60.0  # nobody waits for so long
     if here and where == "prepare":
         OPD.prepare = refuse  # type: ignore[method-assign]
     if here and where == "train":

@@ -178,7 +178,7 @@ def test_a_rank_that_is_killed_loses_nothing_finished(
     roots = [Path(config.run.dir) / config.run.name for config in configs]
 
     def run(rank: int, victim: int) -> None:
-        distributed._PATIENCE = distributed._ANSWERED = directory._PATIENCE = 1.0
+        distributed._HEARD = distributed._ANSWERED = directory._PARTS_WRITTEN = 1.0
         if rank == victim:
             is_killed(rank, place, configs[victim])
         train(configs[victim], quiet=True)

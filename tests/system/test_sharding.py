@@ -475,7 +475,7 @@ def test_what_cannot_be_sharded_is_said(tiny: Tiny, tmp_path: Path, monkeypatch:
     alone = tiny(parallel__shard="layer", teacher__device="auto", data__eval={}, optim__steps=1)
     assert not sharding.asked(alone), "one process has nobody to share with"
     three = tiny(parallel__shard="layer", parallel__hosts=3, **SHARDED)
-    monkeypatch.setattr(distributed, "_PATIENCE", 2.0)
+    monkeypatch.setattr(distributed, "_HEARD", 2.0)
     for code, _, err in forked(lambda _: train(three, quiet=True), tmp_path):
         assert code == 2, err
         assert "parallel.hosts is 3, which does not divide 2 processes" in err

@@ -38,7 +38,7 @@ _OF_A_MODEL = (".safetensors", ".json", ".jinja", ".model", ".py")
 _NOT_OF_IT = ("trainer_state.json", "adapter_config.json")
 """The latter names its base by a place of the host's; the base is looked at itself."""
 _ENDS = 2**20  # bytes at both ends of a file of weights that stand for it
-_PATIENCE = 90.0  # seconds for which a file system of several hosts may hide a new file
+_HIDDEN = 90.0  # seconds for which a file system of several hosts may hide a new file
 
 
 def check_given(config: Config, prompts: Prompts, start: Trained | None) -> None:
@@ -163,7 +163,7 @@ def _touch(path: Path) -> None:
 
 def _appears(path: Path) -> bool:
     """Looks until it is there: opening a directory has a network's file system ask for it anew."""
-    end = time.monotonic() + _PATIENCE
+    end = time.monotonic() + _HIDDEN
     while not os.path.exists(path) and time.monotonic() < end:
         for directory in (path.parent.parent, path.parent):
             with suppress(OSError):

@@ -48,7 +48,7 @@ from onpath.system.signals import Interrupted, Requests, Stopped
 from onpath.system.streams import say
 from onpath.system.text import one_line
 
-_PATIENCE = 10.0
+_PARTS_WRITTEN = 10.0
 """Seconds that a run which ends before its time waits for the other processes' parts of a checkpoint."""
 _ALONE = 60.0
 """Likewise where all have heard that it ends, each when it comes to its next exchange."""
@@ -178,7 +178,7 @@ class Run:
         if self.saving is None:
             return
         try:
-            self.saving.wait(patience=_PATIENCE)
+            self.saving.wait(patience=_PARTS_WRITTEN)
         except Exception as error:
             say(f"onpath: the checkpoint that was being written is lost: {one_line(str(error))}")
 

@@ -40,7 +40,7 @@ _SILENT = (
     "another process of this run was not heard of for parallel.timeout seconds; start the same command again "
     "to go on, with a higher one if a process may be at work for so long"
 )
-_PATIENCE = 60.0  # seconds that a rank which gives up waits for the others to hear of it
+_HEARD = 60.0  # seconds that a rank which gives up waits for the others to hear of it
 _ANSWERED = 5.0  # seconds in which whoever holds the store answers
 _before_stop: list[Callable[[], None]] = []
 _lines: dict[int, int] = {}
@@ -110,7 +110,7 @@ def one_fate() -> Iterator[None]:
     except Exception as error:
         waits_in = _board()
         if sentence_of(error) or not lost_a_peer(error):
-            patience = _PATIENCE if sentence_of(error) else 0.0
+            patience = _HEARD if sentence_of(error) else 0.0
             _give_up(error, waits_in)
             raise
         _hang_up()
