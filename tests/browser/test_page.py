@@ -10,6 +10,8 @@ import pytest
 
 from onpath.commands.report import charts
 from onpath.commands.report.command import write_report
+from onpath.commands.report.page import page
+from onpath.commands.report.run import section
 from tests.commands.report_data import make_run, make_study
 
 DRAWN_MS = 1000
@@ -245,6 +247,34 @@ def test_theme_can_be_switched(look: Any, pages: dict[str, Path]) -> None:
     before = driver.execute_script(colour)
     driver.execute_script("document.getElementById('theme').click()")
     assert driver.execute_script(colour) != before
+
+
+LOOKS = """
+return [...document.querySelectorAll(arguments[0])].map((drawn) => {
+  const line = getComputedStyle(drawn.querySelector(".line"));
+  const dot = drawn.querySelector(".dot");
+  const turned = dot?.getAttribute("transform").split(")")[1];
+  return [line.stroke, line.strokeDasharray, dot?.getAttribute("d"), turned].join();
+});
+"""
+
+
+@pytest.mark.parametrize("marks", [True, False])
+def test_arms_are_told_apart(marks: bool, look: Any, tmp_path: Path) -> None:
+    """On both grounds: 16 by colour, more by dashes and markers; each is drawn as the line below shows it."""
+    arms = [charts.series(f"arm {i}", [1, 2], [i, i + 1], marks=marks) for i in range(32)]
+    empty = {key: [] for key in ("facts", "tiles", "notes", "vocabulary", "trajectories")}
+    curves = section("Curves", [charts.lines("All", arms)], "")
+    path = tmp_path / "many.html"
+    path.write_text(page({"kind": "study", "title": "many", "sections": [curves], **empty}))
+    driver = look(path)
+    for _ in range(2):
+        looks = driver.execute_script(LOOKS, ".readout .key")
+        assert len(set(looks)) == len(looks) == 32
+        assert len({one.split("),")[0] for one in looks[:16]}) == 16, "colours"
+        assert len({one.split("),", 1)[1] for one in looks[:12]}) == (12 if marks else 2), "markers, dashes"
+        assert driver.execute_script(LOOKS, "figure g.series") == looks
+        driver.execute_script("document.getElementById('theme').click()")
 
 
 @pytest.mark.parametrize("name", ["plain", "study"])

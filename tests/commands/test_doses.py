@@ -167,7 +167,7 @@ def test_runs_resume_and_are_shown(
     assert accuracy is not None
     assert apart is not None
     assert [s["name"] for s in accuracy["series"]] == ["opd", "forward"]
-    assert [s["name"] for s in apart["series"]] == ["forward"]
+    assert [(s["name"], s["colour"]) for s in apart["series"]] == [("forward", 1)], "as in the other chart"
     page = write_report(found.directory)
     assert "Paired difference from opd" in page.read_text()
     assert (found.directory / PICTURE).read_bytes()[:4] == b"\x89PNG"

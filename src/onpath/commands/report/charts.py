@@ -15,6 +15,14 @@ from scipy.special import stdtrit
 Chart = dict[str, Any]
 Series = dict[str, Any]
 
+# On a light ground and on a dark one: Okabe and Ito's, darker or lighter where a line would be faint; then
+# those farthest from all before them, also to eyes that see no red or no green.
+COLOURS = (
+    *(("#0072b2", "#5ab4ea"), ("#d55e00", "#f58d45"), ("#009e73", "#3fcf9f"), ("#b4578e", "#e29cc6")),
+    *(("#b98900", "#efc04a"), ("#3f8fc0", "#a5d8f7"), ("#6b6b6b", "#b4b4b4"), ("#550055", "#8866ff")),
+    *(("#0000bb", "#3388bb"), ("#334400", "#bbffbb"), ("#5522ff", "#ee22cc"), ("#7777ff", "#5599ff")),
+    *(("#554477", "#bb6688"), ("#775500", "#aa7700"), ("#882244", "#ff4455"), ("#331188", "#7777dd")),
+)
 MOST_POINTS = 400
 """Of one series; longer ones are thinned evenly."""
 

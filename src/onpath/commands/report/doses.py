@@ -15,12 +15,7 @@ from onpath.run.trajectories import Row
 from onpath.system.errors import UserError
 
 PICTURE = "doses.png"
-# Okabe and Ito's, then those farthest from all before them, also to eyes that see no red or no green.
-_COLOURS = (
-    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#666666"),
-    *("#0000FF", "#995533", "#5577FF", "#003300", "#BBAA55", "#6611CC", "#110077", "#333377"),
-)
-_MARKERS = "osD^vP*X<>pd"
+_MARKERS = "osD^vP*X<>pd"  # chart.js draws the same ones
 _ANOTHER_TEMPERATURE = re.compile(r"_(T[0-9.]+|greedy)$")
 """What a set is called that is asked at another temperature too (eval.also_at)."""
 _EXPLAINED = (
@@ -76,7 +71,7 @@ def responses(data: Row, split: str) -> list[Chart | None]:
     """Accuracy by level, and the paired difference from the base arm by level."""
     base = data["levels"][0]["study"]["base_arm"]
     means = [_series(data, split, name, None) for name in arms_of(data)]
-    apart = [_series(data, split, name, "difference") for name in arms_of(data) if name != base]
+    apart = [_series(data, split, name, "difference") for name in arms_of(data)]  # the base arm has none
     return [
         charts.lines(f"Accuracy, {split}", means, x=data["x"], unit="%", zero=False),
         charts.lines(f"Paired difference from {base}, {split}", apart, x=data["x"], unit="%"),
@@ -126,9 +121,9 @@ def look(place: int) -> tuple[str, str]:
     no two of 16 a colour.
 
     >>> look(0), look(16)
-    (('#0072B2', 'o'), ('#0072B2', 'v'))
+    (('#0072b2', 'o'), ('#0072b2', 'v'))
     """
-    return _COLOURS[place % len(_COLOURS)], _MARKERS[place % len(_MARKERS)]
+    return charts.COLOURS[place % len(charts.COLOURS)][0], _MARKERS[place % len(_MARKERS)]
 
 
 def draw_doses(directory: Path, split: str | None = None) -> Path:

@@ -85,23 +85,52 @@ function band(x, y, s) {
   return `M${[...over, ...under].join("L")}Z`;
 }
 
-// Its place among all that the page compares.
-function colourOf(s, i) {
-  return s.colour ?? i;
+const TRIANGLE = "M0 -3.6L3.4 2.4H-3.4Z";
+const PLUS = "M-1.2 -3.6h2.4v2.4h2.4v2.4h-2.4v2.4h-2.4v-2.4h-2.4v-2.4h2.4Z";
+// Matplotlib's o s D ^ v P * X < > p d, turned by so many degrees: an arm has the same one in doses.png.
+const SHAPES = [
+  ["M-3 0a3 3 0 1 0 6 0a3 3 0 1 0 -6 0Z"], ["M-2.7 -2.7h5.4v5.4h-5.4Z"], ["M0 -3.8L3.8 0L0 3.8L-3.8 0Z"],
+  [TRIANGLE], [TRIANGLE, 180], [PLUS], ["M0 -4.4L1 -1.4H4.2L1.6 0.5L2.6 3.6L0 1.7L-2.6 3.6L-1.6 0.5L-4.2 -1.4H-1Z"], [PLUS, 45],
+  [TRIANGLE, -90], [TRIANGLE, 90], ["M0 -3.6L3.4 -1.1L2.1 2.9H-2.1L-3.4 -1.1Z"], ["M0 -4.2L2.3 0L0 4.2L-2.3 0Z"],
+];
+
+// A series looks alike wherever the page compares it: by its place, colour and dashes, and a marker of its points.
+function lookOf(place) {
+  return `series c${place % DATA.colours} dashes${Math.floor(place / 8) % 4}`;
+}
+
+function marker(place, px, py) {
+  const [d, turned = 0] = SHAPES[place % SHAPES.length];
+  return svg("path", { class: "dot", d, transform: `translate(${px.toFixed(1)} ${py.toFixed(1)}) rotate(${turned})` });
+}
+
+function placeOf(s, at) {
+  return s.colour ?? at;
+}
+
+function isMarked(s) {
+  return s.marks || s.x.length < 2;
 }
 
 function drawSeries(x, y, s, at) {
-  const i = colourOf(s, at);
-  const group = svg("g", { class: `series c${i % 7}${i > 6 ? " dashed" : ""}` });
+  const place = placeOf(s, at);
+  const group = svg("g", { class: lookOf(place) });
   if (s.low && !s.marks) group.append(svg("path", { class: "band", d: band(x, y, s) }));
   if (s.x.length > 1) group.append(svg("path", { class: "line", d: path(s.x.map((v, j) => [x(v), s.y[j] === null ? null : y(s.y[j])])) }));
-  if (!s.marks && s.x.length > 1) return group;
+  if (!isMarked(s)) return group;
   s.x.forEach((v, j) => {
     if (s.y[j] === null) return;
     if (s.low?.[j] != null) group.append(svg("line", { class: "bar", x1: x(v), x2: x(v), y1: y(s.low[j]), y2: y(s.high[j]) }));
-    group.append(svg("circle", { class: "dot", cx: x(v), cy: y(s.y[j]), r: 3 }));
+    group.append(marker(place, x(v), y(s.y[j])));
   });
   return group;
+}
+
+// A value in words, behind a piece of the line that it is of.
+function keyed({ place, marked, text }) {
+  if (place === undefined) return el("span", {}, text);
+  const piece = svg("svg", { class: lookOf(place), viewBox: "0 0 22 10", "aria-hidden": "true" }, svg("path", { class: "line", d: "M0 5H22" }), marked ? marker(place, 11, 5) : null);
+  return el("span", { class: "key" }, piece, text);
 }
 
 function lineChart(spec) {
@@ -117,7 +146,7 @@ function lineChart(spec) {
   const say = (at) => all.map((s, i) => {
     const j = s.x.indexOf(at);
     const range = s.low?.[j] != null ? ` [${number(s.low[j], spec.unit)}, ${number(s.high[j], spec.unit)}]` : "";
-    return { colour: colourOf(s, i), text: `${s.name} ${number(s.y[j], spec.unit)}${range}` };
+    return { place: placeOf(s, i), marked: isMarked(s), text: `${s.name} ${number(s.y[j], spec.unit)}${range}` };
   });
   const table = [[spec.x, "series", "value", "low", "high"], ...all.flatMap((s) => s.x.map((v, j) => [v, s.name, s.y[j], s.low?.[j], s.high?.[j]]))];
   return chartCard(spec, picture, { stops, x, say, table });
@@ -134,10 +163,10 @@ function stackChart(spec) {
     const lower = [...below];
     s.y.forEach((v, i) => { below[i] += v || 0; });
     const edge = (heights) => heights.flatMap((h, i) => [[x(steps[i] - 0.5), y(h)], [x(steps[i] + 0.5), y(h)]]).map(([a, b]) => `${a.toFixed(1)} ${b.toFixed(1)}`);
-    return svg("path", { class: `area c${k % 7}`, d: `M${[...edge(below), ...edge(lower).reverse()].join("L")}Z` });
+    return svg("path", { class: `area c${k % DATA.colours}`, d: `M${[...edge(below), ...edge(lower).reverse()].join("L")}Z` });
   });
   const picture = svg("g", {}, axes(x, y, spec, xTicks(steps[0] - 0.5, steps[steps.length - 1] + 0.5, steps), ticks(0, high), spec.unit), areas);
-  const say = (at) => spec.series.map((s, i) => ({ colour: i, text: `${s.name} ${number(s.y[steps.indexOf(at)])} ${spec.unit}` }));
+  const say = (at) => spec.series.map((s, i) => ({ place: i, text: `${s.name} ${number(s.y[steps.indexOf(at)])} ${spec.unit}` }));
   const table = [[spec.x, ...spec.series.map((s) => s.name)], ...steps.map((v, i) => [v, ...spec.series.map((s) => s.y[i])])];
   return chartCard(spec, picture, { stops: steps, x, say, table });
 }
@@ -152,15 +181,15 @@ function histogramChart(spec) {
   const outlines = shares.map((share, k) => {
     const points = share.flatMap((v, i) => [`${x(edges[i]).toFixed(1)} ${y(v).toFixed(1)}`, `${x(edges[i + 1]).toFixed(1)} ${y(v).toFixed(1)}`]);
     const d = `M${x(edges[0])} ${y(0)}L${points.join("L")}L${x(edges[edges.length - 1])} ${y(0)}`;
-    return svg("path", { class: `outline c${k % 7}`, d });
+    return svg("path", { class: `outline c${k % DATA.colours}`, d });
   });
   const picture = svg("g", {}, axes(x, y, spec, ticks(edges[0], edges[edges.length - 1], 5), ticks(0, high * 1.05), "%"), outlines);
-  const idle = spec.series.map((s, k) => ({ colour: k, text: `${s.name} (${number(sizes[k])})` }));
+  const idle = spec.series.map((s, k) => ({ place: k, text: `${s.name} (${number(sizes[k])})` }));
   const middles = edges.slice(1).map((e, i) => (e + edges[i]) / 2);
   const say = (at) => {
     const i = middles.indexOf(at);
     const range = { text: `${number(edges[i])} to ${number(edges[i + 1])}` };
-    return [range, ...spec.series.map((s, k) => ({ colour: k, text: `${s.name} ${number(shares[k][i], "%")} (${number(s.counts[i])} of ${number(sizes[k])})` }))];
+    return [range, ...spec.series.map((s, k) => ({ place: k, text: `${s.name} ${number(shares[k][i], "%")} (${number(s.counts[i])} of ${number(sizes[k])})` }))];
   };
   const table = [["from", "to", ...spec.series.map((s) => s.name)], ...middles.map((_, i) => [edges[i], edges[i + 1], ...spec.series.map((s) => s.counts[i])])];
   return chartCard(spec, picture, { stops: middles, x, say, table, idle });
@@ -180,7 +209,7 @@ function chartCard(spec, picture, { stops, x, say, table, idle }) {
     line.setAttribute("visibility", marked ? "visible" : "hidden");
     const where = idle ? [] : [{ text: `${spec.x} ${number(place)}` }];
     const parts = idle && !marked ? idle : [...where, ...say(place)];
-    readout.replaceChildren(...parts.map((part) => el("span", { class: part.colour === undefined ? null : `key c${part.colour % 7}${part.colour > 6 ? " dashed" : ""}` }, part.text)));
+    readout.replaceChildren(...parts.map(keyed));
   };
   frame.addEventListener("pointermove", (event) => {
     const box = frame.getBoundingClientRect();
