@@ -32,7 +32,7 @@ from onpath.engines.own import OwnEngine, check_engine
 from onpath.engines.self_check import Agreement, check_model
 from onpath.engines.stops import Stops, stops_of
 from onpath.engines.student import dropout_warning, precision_warning, shared_vocabulary, trainable
-from onpath.engines.teacher import ModelTeacher
+from onpath.engines.teacher import ModelTeacher, Teacher
 from onpath.engines.worlds import (
     LostEngine,
     LostTeacher,
@@ -75,13 +75,10 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
         UserError: in one sentence, whatever the user can fix.
     """
     code.not_while_loading("onpath.train")
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
     if engine is not None:
         check_engine(engine)
     objective = config.method.objective()
-    device = distributed.local_device(pick_device(config.student.device, "student.device"))
-    distributed.start(device, timeout=config.longest_wait)  # first: one's mistake is said by all then
+    device = join(config)  # first: one's mistake is said by all then
     prompts = load_data(config)
     start = find(config.student.model)
     check_given(config, prompts, start)
@@ -102,8 +99,7 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
     stops = stops_of(config, base, tokenizer, vocabulary)
     if config.method.ends == "one":
         objective = replace(objective, ends=tuple(sorted(i for i in stops.ids if i < vocabulary)))
-    warnings += [*filter(None, [dropout_warning(config, student)])]
-    warnings += warnings_of(config, prompts, renderer, stops, start)
+    warnings += warnings_of(config, prompts, student, renderer, stops, start)
     if stops.ids != stops.student:
         base.generation_config.eos_token_id = sorted(stops.ids)  # so that the saved model ends alike
     teacher = make_teacher(config, student, renderer, vocabulary, stops, host)
@@ -114,17 +110,7 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
     frozen = frozen_copy(config, student, engine)
     if shards:  # after every copy: a sharded model has none
         sharding.place(config, device, student=student, teachers=teacher.models, frozen=frozen)
-    models = Models(
-        student=student,
-        teacher=with_cache(config, teacher),
-        vocabulary=vocabulary,
-        device=device,
-        max_tokens=config.optim.micro_batch_tokens,
-        bf16=config.optim.bf16,
-        dropout=config.student.dropout,
-        keeps_graphs=not shards or config.parallel.shard == "step",
-        ends=objective.ends,
-    )
+    models = models_of(config, student, with_cache(config, teacher), vocabulary, device, objective.ends)
     own = own_engine(config, student, renderer, stops, vocabulary)
     writer = teacher_engine(config, teacher, own, make_replay(config))
     generators = Generators(
@@ -166,6 +152,37 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
     )
 
 
+def join(config: Config) -> torch.device:
+    """This process takes its threads and its device, and meets the others."""
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    device = distributed.local_device(pick_device(config.student.device, "student.device"))
+    distributed.start(device, timeout=config.longest_wait)
+    return device
+
+
+def models_of(
+    config: Config,
+    student: nn.Module,
+    teacher: Teacher,
+    vocabulary: int,
+    device: torch.device,
+    ends: tuple[int, ...],
+) -> Models:
+    """Both models, read as the config says."""
+    return Models(
+        student=student,
+        teacher=teacher,
+        vocabulary=vocabulary,
+        device=device,
+        max_tokens=config.optim.micro_batch_tokens,
+        bf16=config.optim.bf16,
+        dropout=config.student.dropout,
+        keeps_graphs=not sharding.asked(config) or config.parallel.shard == "step",
+        ends=ends,
+    )
+
+
 def in_world(
     config: Config, world: World | None, sampler: Engine, generators: Generators, longest: int
 ) -> tuple[Engine, Generators]:
@@ -197,10 +214,16 @@ def own_engine(
 
 
 def warnings_of(
-    config: Config, prompts: Prompts, renderer: Renderer, stops: Stops, start: Trained | None
+    config: Config,
+    prompts: Prompts,
+    student: nn.Module,
+    renderer: Renderer,
+    stops: Stops,
+    start: Trained | None,
 ) -> list[str]:
     """What to know before the first step."""
     found = [
+        dropout_warning(config, student),
         start_warning(config, start),
         clock_warning(renderer),
         precision_warning(config),
