@@ -41,9 +41,8 @@ class Best:
 
     def beaten_by(self, result: EvalResult) -> bool:
         """Counts an evaluation of the set that is asked for; whether its weights are to be kept."""
-        better = self.value is None or result.avg_at_k > self.value
-        self.value, self.since = (result.avg_at_k, 0) if better else (self.value, self.since + 1)
-        return better
+        self.value, self.since = _after(self.value, self.since, result.avg_at_k)
+        return self.since == 0
 
     def record(self, result: EvalResult) -> str:
         """What best/ says of the weights in it."""
@@ -66,8 +65,7 @@ class Best:
                 return None, 0
             rows = [row for row in rows if row["step"] >= kept["step"] or not is_past]
         for row in rows:
-            better = value is None or row["avg_at_k"] > value
-            value, since = (row["avg_at_k"], 0) if better else (value, since + 1)
+            value, since = _after(value, since, row["avg_at_k"])
         return value, since
 
     def disown(self, done: int) -> None:
@@ -81,3 +79,8 @@ class Best:
     def _recorded(self) -> dict[str, Any]:
         path = self.weights / BEST_OF
         return read_json(path, keys={"split": str, "step": int}) if path.is_file() else {}
+
+
+def _after(value: float | None, since: int, new: float) -> tuple[float, int]:
+    """The best value, and the evaluations since, once there is a new one."""
+    return (new, 0) if value is None or new > value else (value, since + 1)
