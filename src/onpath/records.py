@@ -40,10 +40,17 @@ class Prompt:
     """Reference solution: privileged information that only a teacher may see."""
     teacher: str | None = None
     """The one of several teachers that teaches it; None: there is one only."""
+    where: str = field(default="", compare=False, repr=False)
+    """File and line, or source and row, that it was read from."""
 
     def __post_init__(self) -> None:
         if (self.text is None) == (self.messages is None):
             raise ValueError(f"prompt {self.id!r} needs exactly one of text and messages")
+
+    @property
+    def named(self) -> str:
+        """Its id and where it stands, for whoever has to mend it."""
+        return f"{self.id!r} ({self.where})" if self.where else repr(self.id)
 
     @property
     def question(self) -> str:

@@ -196,7 +196,10 @@ CASES: dict[str, tuple[Break, str]] = {
     ),
     "pool too small": (lambda c: c.set("data.limit", 3), r"rollout\.prompts is 8, but there are only 3"),
     "eval without answers": (lambda c: c.rows(*({"prompt": str(i)} for i in range(9))), r"have no answer"),
-    "prompt too long": (longer_context, r"does not fit the student's context of 512"),
+    "prompt too long": (
+        longer_context,
+        r"'7' \(.*train\.jsonl, line 8\) has 507 tokens.* does not fit the student's context of 512",
+    ),
     "vLLM with too little room": (
         lambda c: (c.set("rollout.engine", "vllm"), c.set("rollout.vllm", {"max_model_len": 16})),
         r"rollout\.vllm: max_model_len is 16, but a prompt has .* set it to at least",
@@ -206,7 +209,7 @@ CASES: dict[str, tuple[Break, str]] = {
             c.set("method.name", "opsd"),
             c.rows(*({"prompt": str(i), "answer": "1"} for i in range(9))),
         )[0],
-        r"needs the column solution for every prompt, but 9 of 9 have none",
+        r"column solution for every prompt, but 9 of 9 have none, the first .*'0' \(.*train\.jsonl, line 1\)",
     ),
     "no such model": (
         lambda c: c.set("student.model", "./nowhere"),
@@ -290,7 +293,10 @@ CASES: dict[str, tuple[Break, str]] = {
         lambda c: (c.root / "student" / "tokenizer.json").write_text("{") and None,
         r"student\.model: cannot load a tokenizer",
     ),
-    "broken chat template": (chat_template("{% for m in %}"), r"prompt '0': the chat template refuses it"),
+    "broken chat template": (
+        chat_template("{% for m in %}"),
+        r"prompt '0' \(.*train\.jsonl, line 1\): the chat template refuses it",
+    ),
     "chat template that refuses": (
         chat_template("{{ raise_exception('no such role') }}"),
         r"the chat template refuses it: no such role",
@@ -310,7 +316,7 @@ CASES: dict[str, tuple[Break, str]] = {
                 )
             ),
         )[0],
-        r"prompt '8' with its solution has \d+ tokens",
+        r"prompt '8' \(.*train\.jsonl, line 9\) with its solution has \d+ tokens",
     ),
     "adapter without a base": (
         adapter_of_nothing,

@@ -24,7 +24,7 @@ from onpath.commands.doctor.command import diagnose
 from onpath.config.build import build
 from onpath.config.whole import Config
 from onpath.data import tasks
-from onpath.data.load import load_prompts, prompts_of_step, shuffled
+from onpath.data.load import digest_prompts, load_prompts, prompts_of_step, shuffled
 from onpath.data.tasks import split_name
 from onpath.records import Prompt
 from onpath.run.assemble import assemble
@@ -52,6 +52,17 @@ def write(tmp_path: Path) -> Callable[..., str]:
 
 def pool(n: int) -> list[Prompt]:
     return [Prompt(id=str(i), text=f"question {i}") for i in range(n)]
+
+
+def test_a_prompt_says_where_it_stands_which_is_not_what_it_holds(
+    write: Callable[..., str], tmp_path: Path
+) -> None:
+    here = write({"id": 7, **GOOD})
+    moved = jsonl(tmp_path / "moved.jsonl", {}, {"id": 7, **GOOD})
+    one, other = load_prompts(here).prompts, load_prompts(moved, skip_bad=True).prompts
+    assert (one[0].named, other[0].named) == (f"'7' ({here}, line 1)", f"'7' ({moved}, line 2)")
+    assert Prompt(id="7", text="7 + 5?").named == "'7'"
+    assert (one, digest_prompts(one)) == (other, digest_prompts(other))
 
 
 def test_columns_become_fields(write: Callable[..., str]) -> None:
@@ -547,7 +558,8 @@ def test_training_prompts_that_do_not_fit_are_bad_rows(tiny: Callable[..., Confi
     assert (prompts.skipped, prompts.skipped_evals) == (3, {})
     assert (len(prompts.pool), max(len(p.question) for p in prompts.pool)) == (10, 12)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(UserError, match=r"does not fit .* of 512, as 2 of 12 do not: drop them, or data.s"):
+    says = r"'3' \(.*rows\.jsonl, line 4\) has .* of 512, as 2 of 12 do not: drop them, or data.s"
+    with pytest.raises(UserError, match=says):
         assemble(tiny(**options))
     with pytest.raises(UserError, match=r"rollout\.prompts is 11, but there are only 10"):
         assemble(tiny(**options, data__skip_bad=True, rollout__prompts=11))

@@ -75,7 +75,7 @@ def test_a_run_and_the_doctor_refuse_rendered_prompts(tiny: Tiny, tmp_path: Path
         "".join(json.dumps({"prompt": f"<bos>{i}+1=?<sol>", "answer": "1"}) + "\n" for i in range(9))
     )
     config = tiny(data__train=str(rows), data__eval={}, method__name="opd")
-    with pytest.raises(UserError, match="prompt '0' is rendered already"):
+    with pytest.raises(UserError, match=r"prompt '0' \(.*rows\.jsonl, line 1\) is rendered already"):
         assemble(config)
     from onpath.commands.doctor.command import diagnose
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -74,7 +74,6 @@ def load_prompts(
         UserError: unreadable or empty source, missing column, or a bad row (with file, line and reason).
     """
     prompts: dict[str, Prompt] = {}
-    places: dict[str, str] = {}
     skipped: list[str] = []
     theirs = {} if task_of(source) or pack_of(source) else dict(columns or {})
     seen: set[str] = set()
@@ -85,17 +84,18 @@ def load_prompts(
             if row.wrong:
                 raise BadRow(row.wrong)
             found = renamed(row.value, theirs, seen)
-            prompt = prompt_of(found, default_id=str(number), teachers=teachers)
+            prompt = replace(prompt_of(found, default_id=str(number), teachers=teachers), where=row.where)
             if refuses is not None and (why := refuses(prompt)):
                 raise BadRow(why)
-            if prompt.id in places:
-                raise BadRow(f"id {prompt.id!r} is also that of {places[prompt.id]}; ids must be unique")
+            if prompt.id in prompts:
+                first = prompts[prompt.id].where
+                raise BadRow(f"id {prompt.id!r} is also that of {first}; ids must be unique")
         except BadRow as reason:
             if not skip_bad:
                 raise UserError(f"{row.where}: {reason} (data.skip_bad: true skips such rows)") from None
             skipped.append(f"{row.where}: {reason}")
             continue
-        prompts[prompt.id], places[prompt.id] = prompt, row.where
+        prompts[prompt.id] = prompt
     if all_columns and (unseen := [ours for ours in theirs if ours not in seen]):
         key = "data.teacher_column" if unseen[0] == "teacher" else f"data.columns.{unseen[0]}"
         raise UserError(f"{source}: no row has {theirs[unseen[0]]!r}, which {key} says is its {unseen[0]}")
@@ -128,6 +128,7 @@ def digest_prompts(prompts: Sequence[Prompt]) -> str:
     made = hashlib.blake2b(digest_size=16)
     for prompt in prompts:
         known = asdict(prompt)
+        del known["where"]  # a path does not say what it holds
         for name in ("teacher", "tests"):  # as it was digested when there were no such fields
             if not known[name]:
                 del known[name]

@@ -120,10 +120,10 @@ class Renderer:
             try:
                 return tuple(self._applied(self.messages(prompt)))
             except UserError as error:
-                raise UserError(f"prompt {prompt.id!r}: {error}") from None
+                raise UserError(f"prompt {prompt.named}: {error}") from None
         if prompt.messages is not None:
             raise UserError(
-                f"prompt {prompt.id!r} is a list of messages, but the prompts are rendered as plain text; "
+                f"prompt {prompt.named} is a list of messages, but the prompts are rendered as plain text; "
                 "take a tokenizer with a chat template, or name one as data.chat_template"
             )
         return self._plain(prompt.question)
@@ -176,7 +176,7 @@ class Renderer:
         for text in [m["content"] for m in prompt.messages or ()] or [prompt.question]:
             if (mark := self._rendered_by(text)) is not None:
                 raise UserError(
-                    f"prompt {prompt.id!r} is rendered already: it holds {mark!r}, which the chat template "
+                    f"prompt {prompt.named} is rendered already: it holds {mark!r}, which the chat template "
                     "writes; give the bare problem, or set data.template: plain"
                 )
 

@@ -181,11 +181,11 @@ def check(prompts: Sequence[Prompt], *, n: int, k: int, split: str) -> None:
         raise UserError(f"eval.k is {k}, but must be between 1 and eval.n, the {n} samples per problem")
     if not prompts:
         raise UserError(f"evaluation set {split!r} has no prompts")
-    without = [prompt.id for prompt in prompts if prompt.answer is None]
+    without = [prompt.named for prompt in prompts if prompt.answer is None]
     if without:
         raise UserError(
             f"evaluation set {split!r}: {len(without)} of {len(prompts)} prompts have no answer to grade "
-            f"against, the first is {without[0]!r}; add a column 'answer'"
+            f"against, the first is {without[0]}; add a column 'answer'"
         )
 
 

@@ -83,7 +83,7 @@ class OPSD(Method):
             length = max(len(self.privileged(prompt, shown)) for shown in self.shown)
             if length + new > longest:
                 raise UserError(
-                    f"prompt {prompt.id!r} with its {self.options.hint} has {length} tokens; with {new} new "
+                    f"prompt {prompt.named} with its {self.options.hint} has {length} tokens; with {new} new "
                     f"ones it does not fit the model's context of {longest}: drop it, or lower "
                     "rollout.max_new_tokens"
                 )

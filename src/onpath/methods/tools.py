@@ -215,7 +215,7 @@ def needed(prompt: Prompt, column: str, why: str) -> str:
     value: str | None = getattr(prompt, column)
     if value is None or not value.strip():
         raise UserError(
-            f"prompt {prompt.id!r} has no {column}, which {why} needs; add the column {column} to the "
+            f"prompt {prompt.named} has no {column}, which {why} needs; add the column {column} to the "
             f"training data"
         )
     return value

@@ -51,12 +51,12 @@ def load_data(config: Config) -> Prompts:
     pool = load_pool(config)
     prompts_of_step(pool.prompts, size=config.rollout.prompts, seed=0, step=0)  # refuses a pool too small
     for column in config.method.needs:
-        lacking = [p.id for p in pool.prompts if not (getattr(p, column) or "").strip()]
+        lacking = [p.named for p in pool.prompts if not (getattr(p, column) or "").strip()]
         if lacking:
             raise UserError(
                 f"{data.train}: method.name {config.method.name} needs the column {column} for every "
                 f"prompt, but {len(lacking)} of {len(pool.prompts)} have none, the first with id "
-                f"{lacking[0]!r}"
+                f"{lacking[0]}"
             )
     evals = load_evals(config)
     return Prompts(
@@ -226,7 +226,7 @@ def fitting(
         raise UserError("the chat template renders the same prompt differently each time; take its dice out")
     data, fits, rows = config.data, context_length(student.config), head_of(student).vocabulary
 
-    def sized(some: Sequence[Prompt], new: int, lower: str, source: str, *, trained: bool) -> list[int]:
+    def sized(some: Sequence[Prompt], new: int, lower: str, *, trained: bool) -> list[int]:
         sizes = [_tokens(renderer, prompt, rows) for prompt in some]
         long = [i for i, size in enumerate(sizes) if size + new > fits]
         if long and not (trained and data.skip_bad and len(long) < len(sizes)):
@@ -234,21 +234,21 @@ def fitting(
             remedies = leaves_out if len(long) < len(sizes) else []  # else none would be left
             remedies += [f"lower {lower}"] if sizes[long[0]] < fits else []
             raise UserError(
-                f"{source}: prompt {some[long[0]].id!r} has {sizes[long[0]]} tokens; with {new} new ones it "
+                f"prompt {some[long[0]].named} has {sizes[long[0]]} tokens; with {new} new ones it "
                 f"does not fit the student's context of {fits}, as {len(long)} of {len(sizes)} do not: "
                 + (", or ".join(remedies) or "take shorter ones")
             )
         return sizes
 
     new, lower = config.longest_generated
-    sizes = sized(prompts.pool, new, lower, data.train, trained=True)
+    sizes = sized(prompts.pool, new, lower, trained=True)
     pool = tuple(p for p, size in zip(prompts.pool, sizes, strict=True) if size + new <= fits)
     if len(pool) < len(prompts.pool):
         prompts_of_step(pool, size=config.rollout.prompts, seed=0, step=0)  # enough are left
         check_taught(config, pool)
     most = {ROLLOUTS: max(size for size in sizes if size + new <= fits)}
-    for split, problems in prompts.evals.items():
-        sizes = sized(problems, config.generated[EVALUATIONS], EVALUATIONS, data.eval[split], trained=False)
+    for problems in prompts.evals.values():
+        sizes = sized(problems, config.generated[EVALUATIONS], EVALUATIONS, trained=False)
         most[EVALUATIONS] = max(*sizes, most.get(EVALUATIONS, 0))
     _check_room(config, most)
     skipped = prompts.skipped + len(prompts.pool) - len(pool)
@@ -273,7 +273,7 @@ def _tokens(renderer: Renderer, prompt: Prompt, rows: int) -> int:
     ids = renderer.ids(prompt)
     if max(ids) >= rows:
         raise UserError(
-            f"prompt {prompt.id!r} holds id {max(ids)} ({renderer.tokens([max(ids)])[0]!r}), but "
+            f"prompt {prompt.named} holds id {max(ids)} ({renderer.tokens([max(ids)])[0]!r}), but "
             f"student.model knows {rows} ids only: its tokenizer is another model's, or its embeddings "
             "were not resized"
         )

@@ -111,7 +111,7 @@ def answers(grader: Grader, prompts: Sequence[Prompt]) -> Finding:
     shown = (failed[0].answer or "")[:60]
     message = (
         f"{len(failed)} of {len(known)} reference answers cannot be read by the {grader.name} grader, or are "
-        f"sentences; the first is {shown!r} of prompt {failed[0].id!r}"
+        f"sentences; the first is {shown!r} of prompt {failed[0].named}"
         + (f", then {', '.join(map(repr, named[1:_NAMED]))}" if failed[1:] else "")
     )
     return Finding(
@@ -149,7 +149,7 @@ def solutions(grader: Grader, prompts: Sequence[Prompt]) -> Finding:
         name="solutions",
         status="fail" if strict else "warning",
         message=f"{len(failed)} of {len(known)} reference solutions do not pass the {grader.name} grader, "
-        f"the first is that of prompt {failed[0].id!r}",
+        f"the first is that of prompt {failed[0].named}",
         advice="a solution must end in its answer, in the form that the grader reads",
         values=values,
     )

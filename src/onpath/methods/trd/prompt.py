@@ -39,7 +39,7 @@ class RewritePrompt:
         )
         if len(ids) > longest:
             raise UserError(
-                f"prompt {attempt.prompt.id!r}: its rewrite prompt has {len(ids)} tokens with attempt "
+                f"prompt {attempt.prompt.named}: its rewrite prompt has {len(ids)} tokens with attempt "
                 f"and reference cut away, but only {longest} fit; shorten the prompt or the template, or "
                 "change method.rewrite_prompt_tokens or method.rewrite_max_new_tokens"
             )
