@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from datasets import Dataset, DatasetDict
 
 import onpath
 from onpath.commands.cli import main
@@ -268,6 +269,54 @@ def test_a_name_may_be_passed_as_well(tiny: Tiny, outside: Path) -> None:
     assert (config.eval.grader, config.rewards["short"].name) == ("math", "brevity.py:brevity")
     with pytest.raises(UserError, match="'forward' must be one of reverse_kl"):
         with_own(tiny(), divergence="forward")
+
+
+def test_rows_in_place_of_files(
+    tiny: Tiny, data_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The run is the file's, bit by bit; it goes on with the same rows, and says so where it has others."""
+    rows = [json.loads(line) for line in data_file.read_text().splitlines()]
+    sets: dict[str, Any] = {"train_dataset": Dataset.from_list(rows), "eval_dataset": {"test": rows}}
+    short = {"optim__schedule": "constant", "run__save_every": 1}
+    of_file = onpath.train(tiny(**short, run__name="file"), quiet=True).directory
+    done = onpath.train(tiny(**short, optim__steps=2, run__name="rows"), **sets, quiet=True).directory
+    path = tmp_path / "longer.yaml"
+    path.write_text((done / "config.yaml").read_text().replace("steps: 2", "steps: 3"))
+    nothing_was_loaded(monkeypatch)
+    with pytest.raises(
+        UserError, match=r"passed\.data\.train\.py:rows was passed by a Python call; pass it again"
+    ):
+        onpath.train(path, quiet=True)
+    for key, others in (("train", {"train_dataset": rows[1:]}), ("eval.test", {"eval_dataset": rows[1:]})):
+        with pytest.raises(UserError, match=rf"data\.{key}"):
+            onpath.train(path, **{**sets, **others}, quiet=True)
+    onpath.train(path, **sets, quiet=True)
+    assert [r["loss"] for r in rows_of(done)] == [r["loss"] for r in rows_of(of_file)]
+    assert (done / "eval.jsonl").read_text().count("\n") >= 1
+    nothing_was_loaded(monkeypatch)
+    found = onpath.evaluate_model(done, data=iter(rows), limit=5).results[str(done)]
+    assert found.avg_at_k == onpath.evaluate_model(of_file).results[str(of_file)].avg_at_k
+
+
+@pytest.mark.parametrize("config", [None, Config(), {}, {"data": {"limit": 3}}])
+def test_rows_have_no_evaluation_of_the_gyms(config: Any) -> None:
+    made = with_own(config, train_dataset=[{"prompt": "1+1="}])
+    assert (made.data.train, made.data.eval) == ("passed.data.train.py:rows", {})
+    kept = with_own(made, eval_dataset="gym:test").data
+    assert (kept.train, kept.eval) == (made.data.train, {"test": "gym:test"})
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (DatasetDict(train=Dataset.from_list([])), r"data\.train is DatasetDict; name one of its sets"),
+        (5, r"data\.train is int; it must be rows"),
+        (Dataset.from_list([{"question": "1+1="}]), r"passed\.data\.train\.py:rows, row 0: no key 'prompt'"),
+    ],
+)
+def test_what_are_no_rows_is_said(rows: Any, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        onpath.train({"data": {}}, train_dataset=rows)
 
 
 def test_a_run_with_a_grader_of_its_own_is_evaluated(

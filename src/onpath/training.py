@@ -6,8 +6,7 @@
     train     divergence × weights ÷ global count       fused_objective         → gradients, clip, AdamW
     sync      the new weights to the engine             engine.sync_weights     → policy version + 1
 
-Every random draw is a pure function of (seed, step), so a run that is killed and started again goes on
-exactly.
+Every random draw is a pure function of (seed, step): a run that is killed and started again goes on exactly.
 """
 
 from collections.abc import Callable, Mapping
@@ -52,6 +51,8 @@ def train(
     divergence: Callable[..., Any] | str | None = None,
     grader: Callable[[str, str], bool] | str | None = None,
     rewards: Mapping[str, Callable[..., float] | str] | None = None,
+    train_dataset: Any = None,
+    eval_dataset: Any = None,
     engine: Engine | None = None,
     allow_code: bool = False,
     resume_with_changes: bool = False,
@@ -62,11 +63,12 @@ def train(
     Args:
         config: see `onpath.config`; or its sections as a mapping, or the path of its YAML; None: the gym.
         method: a class derived from `onpath.methods.Method`, or an instance of its `Options`.
-        divergence: a function of `teacher_logp` and `student_logp`, [..., V] → [...], in place of
-            `method.divergence`.
+        divergence: a function of `teacher_logp` and `student_logp`, [..., V] → [...]: `method.divergence`.
         grader: a function of (text, answer), in place of `eval.grader`.
         rewards: label → function, beside those of the config (see `onpath.grade.rewards`). Names as YAML has
             them do in place of a method and of functions.
+        train_dataset: a `datasets.Dataset`, or a list of mappings, in place of `data.train`.
+        eval_dataset: likewise, or several by name, in place of `data.eval`.
         engine: generates rollouts and evaluations, in place of `rollout.engine`.
         allow_code: run the Python files that the config names.
         resume_with_changes: go on with a run even if its config, data or models are others than they were.
@@ -76,8 +78,9 @@ def train(
         UserError: something that the user can fix, in one sentence; nothing finished is lost.
     """
     config = configuration.with_own(
-        config, method=method, divergence=divergence, grader=grader, rewards=rewards, allow_code=allow_code
-    )
+        config, method=method, divergence=divergence, grader=grader, rewards=rewards,
+        train_dataset=train_dataset, eval_dataset=eval_dataset, allow_code=allow_code,
+    )  # fmt: skip
     with distributed.one_fate():
         parts = assemble(config, engine=engine)
         with closing(open_run(config, parts, with_changes=resume_with_changes)) as run:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from onpath.config import Config, Data, Student
+from onpath.config.build import named_rows
 from onpath.data.render import Renderer
 from onpath.data.tasks import split_name
 from onpath.engines.foreign import check_model
@@ -72,7 +73,7 @@ class Evaluated:
 def evaluate_model(
     model: str | Path,
     *,
-    data: str | Path | None = None,
+    data: Any = None,
     against: str | Path | None = None,
     n: int | None = None,
     k: int | None = None,
@@ -98,8 +99,8 @@ def evaluate_model(
     Args:
         model: a run directory (its final model), its `checkpoints/step_N` or `best`; or a Hugging Face model
             directory or hub name, a LoRA adapter, `gym:student` or `gym:teacher`.
-        data: problems with answers, as `data.eval`, or the name of one of the run's evaluation sets; None:
-            the run's only one.
+        data: problems with answers, as `data.eval`, a `datasets.Dataset`, a list of mappings, or the name of
+            one of the run's evaluation sets; None: the run's only one.
         against: a second model, asked in its own way.
         n: samples per problem; None: k, if that is given.
         k: of pass@k.
@@ -117,6 +118,7 @@ def evaluate_model(
         UserError: something that the caller can fix, in one sentence.
     """
     code.not_while_loading("onpath.evaluate_model")
+    data = None if data is None else named_rows("data", data)
     _check_numbers(Integral, n=n, k=k, limit=limit, top_k=top_k, max_new_tokens=max_new_tokens)
     _check_numbers(Integral, batch_tokens=batch_tokens, seed=seed)
     _check_numbers(Real, temperature=temperature, top_p=top_p)
@@ -134,7 +136,7 @@ def evaluate_model(
     split, source = _problems(first, data)
     if limit is not None and limit < 1:
         raise UserError(f"--limit must be at least 1, not {limit}")
-    if limit is None and (data is None or str(data) in first.config.data.eval):  # as the run asks
+    if limit is None and (data is None or data in first.config.data.eval):  # as the run asks
         limit = first.config.data.eval_limit
     with code.allowed(allow_code):
         loaded = load_problems(first.config.data, source, limit=limit, grader=grader or asked.grader)
@@ -235,12 +237,11 @@ def _renderer(subject: _Subject, prompts: Sequence[Prompt]) -> Renderer:
     return renderer
 
 
-def _problems(subject: _Subject, data: str | Path | None) -> tuple[str, str]:
+def _problems(subject: _Subject, data: str | None) -> tuple[str, str]:
     """Split and source."""
     own = subject.config.data.eval
     if data is not None:
-        source = str(data)
-        return (source, own[source]) if source in own else (split_name(source), source)
+        return (data, own[data]) if data in own else (split_name(data), data)
     if subject.of_run is None:
         here = "" if Path(subject.name).exists() else " (and no directory here)"
         raise UserError(

@@ -5,7 +5,7 @@ or an impossible pair raises `UserError` with one sentence.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -226,24 +226,29 @@ def with_own(
     divergence: Any = None,
     grader: Any = None,
     rewards: Mapping[str, Any] | None = None,
+    train_dataset: Any = None,
+    eval_dataset: Any = None,
     allow_code: bool = False,
 ) -> Config:
-    """A config with Python objects for method, divergence, grader or rewards, named as a YAML names them.
+    """A config with Python objects for method, divergence, grader, rewards or data, named as a YAML does.
 
     Args:
         method: a class with nested `Options`, or an instance of those.
         divergence, grader, rewards: functions; rewards by label. A text, here or for `method`, is a name as a
             YAML has it.
+        train_dataset, eval_dataset: see `named_rows`; the latter also several sets, by name.
 
     Raises:
-        UserError: the config is not valid, or `method` is not a method.
+        UserError: the config is not valid, `method` is not a method, or data are no rows.
     """
     if config is None or isinstance(config, str | Path):
         tree = {} if config is None else _tree_of(config)
     elif isinstance(config, Config):
-        if method is None and divergence is None and grader is None and not rewards:
+        objects = (method, divergence, grader, rewards or None, train_dataset, eval_dataset)
+        if all(given is None for given in objects):
             return config
         tree = config.model_dump(mode="json")
+        tree["data"] = config.data.model_dump(mode="json", exclude_unset=True)  # its sets follow data.train
         tree["method"] = {} if method is not None else tree["method"]  # those were another method's options
     elif isinstance(config, Mapping):
         tree = {name: dict(x) if isinstance(x, Mapping | Section) else x for name, x in config.items()}
@@ -253,10 +258,16 @@ def with_own(
     if not isinstance(rewards, Mapping | None):
         raise UserError(f"rewards is {type(rewards).__name__}; it must be a mapping, {{label: function}}")
     source = str(config) if isinstance(config, str | Path) else "config"
-    named, held, asked = (tree.get(key) or {} for key in ("method", "rewards", "eval"))
+    named, held, asked, data = (tree.get(key) or {} for key in ("method", "rewards", "eval", "data"))
     held = labelled(held)
-    if not all(isinstance(section, Mapping) for section in (named, held, asked)):
+    if not all(isinstance(section, Mapping) for section in (named, held, asked, data)):
         return build(tree, source=source)  # which refuses it
+    if train_dataset is not None:
+        tree["data"] = data = {**data, "train": named_rows("data.train", train_dataset)}
+    if eval_dataset is not None:
+        sets = eval_dataset if isinstance(eval_dataset, Mapping) else {"test": eval_dataset}
+        found = {name: named_rows(f"data.eval.{name}", rows) for name, rows in sets.items()}
+        tree["data"] = {**data, "eval": found}
     passed: dict[str, Any] = {"method.divergence": divergence, "eval.grader": grader}
     passed |= {f"rewards.{label}": function for label, function in (rewards or {}).items()}
     tree["method"] = dict(named)
@@ -278,6 +289,24 @@ def with_own(
     tree |= _placed(tree, code.register_all(passed, beside=tree))
     with code.allowed(allow_code):
         return build(tree, source=source)
+
+
+def named_rows(key: str, rows: Any) -> str:
+    """The name by which a config has rows that a Python call passes: a `datasets.Dataset`, a list of mappings
+    or a function that gives either. What names a source keeps its name.
+
+    Args:
+        key: the option that they stand for.
+
+    Raises:
+        UserError: they are none of these.
+    """
+    if isinstance(rows, str | Path):
+        return str(rows)
+    if isinstance(rows, Mapping) or not (callable(rows) or isinstance(rows, Iterable)):
+        which = "name one of its sets" if isinstance(rows, Mapping) else "it must be rows"
+        raise UserError(f"{key} is {type(rows).__name__}; {which}: a datasets.Dataset, or a list of mappings")
+    return code.register(f"{code.PASSED}{key}.py:rows", [*rows] if isinstance(rows, Iterator) else rows)
 
 
 def _placed(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

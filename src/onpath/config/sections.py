@@ -207,8 +207,9 @@ class Data(Section):
     def _complete_eval(cls, value: Any) -> Any:
         if isinstance(value, Mapping) and hasattr(value.get("train"), "to_json"):
             raise ValueError(
-                f"train is a {type(value['train']).__name__}, and a config names its data: write the rows "
-                'once, with .to_json("prompts.jsonl", orient="records", lines=True), and name that file'
+                f"train is a {type(value['train']).__name__}, and a config names its data: pass it as "
+                "onpath.train(…, train_dataset=…), or write the rows once, with "
+                '.to_json("prompts.jsonl", orient="records", lines=True), and name that file'
             )
         if isinstance(value, Mapping) and isinstance(value.get("eval"), str):
             return {**value, "eval": {split_name(value["eval"]) or "eval": value["eval"]}}

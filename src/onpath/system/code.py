@@ -24,6 +24,8 @@ from typing import Any
 from onpath.system.errors import UserError, is_lack_of_memory
 from onpath.system.text import first_line
 
+PASSED = "passed."
+"""How the names of rows begin that a Python call passed: no file has them."""
 _SPEC = re.compile(r"(?P<file>.+\.py):(?P<name>[A-Za-z_]\w*)")
 _process_wide = False
 _here: ContextVar[bool] = ContextVar("own code allowed", default=False)
@@ -80,13 +82,15 @@ def beside(tree: Any, directory: Path) -> Any:
 
 
 def load_all(tree: Any, *, key: str = "") -> None:
-    """Loads every own file that a config's tree names, so that it is known from now on.
+    """Loads every own file that a config's tree names, so that it is known from now on. Rows that a call
+    passed are looked up when they are read: a finished run is asked without them.
 
     Raises:
         UserError: see `load`.
     """
     for where, name in names_in(tree, key=key):
-        load(name, key=where)
+        if not name.startswith(PASSED):
+            load(name, key=where)
 
 
 def names_in(tree: Any, *, key: str = "") -> Iterator[tuple[str, str]]:
@@ -153,6 +157,10 @@ def load(name: str, *, key: str) -> Any:
     found = _SPEC.fullmatch(name)
     if found is None:
         raise UserError(f"{key} is {name!r}; own code is named file.py:Name")
+    if name.startswith(PASSED):
+        raise UserError(
+            f"{key}: {name} was passed by a Python call; pass it again, or name a file in its place"
+        )
     if not is_allowed():
         raise UserError(
             f"{key}: {name} is Python code that the config names, and nothing may run it yet: read it, then "
