@@ -22,10 +22,10 @@ from onpath.config import Student, Teacher
 from onpath.config.sections import teacher_option
 from onpath.config.whole import Config
 from onpath.engines import sharding
-from onpath.engines.models import context_length, load_tokenizer, locate, pick_device
+from onpath.engines.models import context_length, load_tokenizer, locate
 from onpath.engines.self_check import Disagreement
 from onpath.grade.graders import grader_for
-from onpath.run.assemble import assemble, data_warnings
+from onpath.run.assemble import assemble, data_warnings, join
 from onpath.run.inputs import by_source, make_renderer
 from onpath.run.parts import Parts
 from onpath.run.trained import find, load_its_tokenizer
@@ -108,8 +108,7 @@ def run_doctor(
         if not isinstance(config, Config):
             config, refused = load_leniently(config, overrides)
         if distributed.asked():  # only the first speaks, from the first check on
-            device = pick_device(config.student.device, "student.device")
-            distributed.start(distributed.local_device(device), timeout=config.longest_wait)
+            join(config)
         for finding in diagnose(config, refused=refused):
             found.append(finding)
             if distributed.rank() == 0:
