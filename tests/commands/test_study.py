@@ -28,11 +28,12 @@ from scipy import stats
 from onpath.commands.cli import main
 from onpath.commands.study import command as study
 from onpath.commands.study import fork_server as forked
-from onpath.commands.study import plan, reevaluate, results, sources
+from onpath.commands.study import jobs as study_jobs
+from onpath.commands.study import plan, reevaluate, results, sources, worker
 from onpath.commands.study.budget import Used, missed, steps_of
-from onpath.commands.study.config import nested
+from onpath.commands.study.config import Parallel, nested
 from onpath.commands.study.intervals import crossed_variance, difference, estimate, holm, p_value
-from onpath.commands.study.jobs import Progress, Slots, locked, run_jobs
+from onpath.commands.study.jobs import Progress, Slots, locked, run_jobs, slots_for
 from onpath.commands.study.plan import Job
 from onpath.commands.study.run import run_study
 from onpath.commands.study.tables import sentences
@@ -941,9 +942,98 @@ def test_two_studies_do_not_share_a_directory(tmp_path: Path) -> None:
 )
 def test_slots_give_threads_and_gpus(processes: int, gpus: str, seen: list[str]) -> None:
     slots = Slots(processes=processes, threads=2, gpus=tuple(gpus))
-    environments = [slots.environment(i) for i in range(processes)]
+    environments = [one for i in range(processes) for one in slots.environments(i)]
+    assert not any("RANK" in e for e in environments)
     assert [e["CUDA_VISIBLE_DEVICES"] for e in environments] == seen
     assert {e["OMP_NUM_THREADS"] for e in environments} == {"2"}
+
+
+def test_processes_of_a_run_meet_at_a_place_of_their_own() -> None:
+    slots = Slots(processes=2, threads=1, gpus=tuple("0123"), ranks=2)
+    first, second = slots.environments(0), slots.environments(1)
+    for run, gpus in ((first, "0,1"), (second, "2,3")):
+        assert [(e["RANK"], e["LOCAL_RANK"], e["WORLD_SIZE"]) for e in run] == [
+            ("0", "0", "2"),
+            ("1", "1", "2"),
+        ]
+        assert {e["CUDA_VISIBLE_DEVICES"] for e in run} == {gpus}
+        assert len({e["MASTER_PORT"] for e in run}) == 1
+    assert first[0]["MASTER_PORT"] != second[0]["MASTER_PORT"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "processes"),
+    [
+        ({"ranks": 4}, 8, 2),
+        ({"ranks": 3}, 8, 2),
+        ({"ranks": 8}, 8, 1),
+        ({"processes": 2, "ranks": 4}, 8, 2),
+        ({"processes": 3, "ranks": 4}, 8, None),
+        ({"ranks": 9}, 8, None),
+        ({"processes": 9}, 8, 9),  # of one process each: they may share
+    ],
+)
+def test_no_two_processes_of_a_run_share_a_gpu(
+    asked: dict[str, Any], gpus: int, processes: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study_jobs, "_visible_gpus", lambda: tuple(map(str, range(gpus))))
+    parallel = Parallel.model_validate(asked)
+    if processes is None:
+        with pytest.raises(UserError, match=rf"need (9|12) GPUs, and {gpus} are visible"):
+            slots_for(parallel, "cuda")
+    else:
+        assert slots_for(parallel, "cuda").processes == processes
+
+
+@pytest.fixture
+def forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes of a study are forks of this one, which has imported everything."""
+
+    def start(work: str, path: Path, *, log: Path, lock: int, environment: Mapping[str, str]) -> BaseProcess:
+        def run() -> int:
+            with log.open("ab") as output:
+                os.dup2(output.fileno(), 2)
+            os.environ.update(environment)
+            return int(getattr(worker, work)(path))
+
+        return begun(run)
+
+    monkeypatch.setattr(forked, "start", start)
+
+
+@pytest.mark.usefixtures("forks")
+def test_runs_of_several_processes_find_what_runs_of_one_find(make: Make, tmp_path: Path) -> None:
+    """Sharded too, and so do the untrained and what finished runs are asked anew."""
+    arms = {
+        "opd": {},
+        "lora": {"student": {"lora_rank": 4, "lora_alpha": 8.0}, "parallel.shard": "layer"},
+        "layer": {"parallel.shard": "layer"},
+        "untouched": "untouched",
+        "teacher": "teacher",
+    }
+    found = {}
+    for ranks in (1, 2):
+        options = {"dir": str(tmp_path / f"of-{ranks}"), "arms": arms, "seeds": 1}
+        options["parallel"] = {"processes": 2 // ranks, "ranks": ranks}
+        run_study(make(**options), quiet=True)
+        evals = {**yaml.safe_load(make().read_text())["evals"], "n": 6, "limit": 12}
+        again = run_study(make(**options, evals=evals), quiet=True)
+        rows = result(again.directory)["arms"]
+        found[ranks] = {row["arm"]: row["evals"] for row in rows}
+        assert len(found[ranks]) == len(arms)
+        layer, opd = (next(r for r in rows if r["arm"] == arm) for arm in ("layer", "opd"))
+        assert layer["updated_tokens"] == opd["updated_tokens"], "sharding changes nothing"
+    assert found[1] == found[2]
+
+
+@pytest.mark.usefixtures("forks")
+def test_a_run_of_several_processes_that_fails_says_why(make: Make, tmp_path: Path) -> None:
+    path = make(arms={"opd": {}}, seeds=1, parallel={"processes": 1, "ranks": 3})
+    tree = yaml.safe_load(path.read_text())
+    tree["base"]["parallel"] = {"shard": "layer", "hosts": 2}
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.raises(UserError, match="hosts is 2, which does not divide 3 processes"):
+        run_study(path, quiet=True)
 
 
 @pytest.mark.parametrize(

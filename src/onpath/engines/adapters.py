@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from onpath.engines.head import adapted_weight, base_layer, lora_deltas, sharded, unwrapped
-from onpath.engines.sharding import full, gathered, same_weights
+from onpath.engines.sharding import full, gathered, local, rows_of, same_weights
 from onpath.system.errors import UserError
 from onpath.system.reading import read_json
 from onpath.system.text import one_line
@@ -202,7 +202,14 @@ def load(model: nn.Module, directory: Path) -> None:
     wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
     if {n: t.shape for n, t in given.items()} != {n: t.shape for n, t in wanted.items()}:
         raise UserError(f"{path}: holds other tensors than the adapter that student.lora_* describe")
-    set_peft_model_state_dict(model, given)
+    if not sharded(model):
+        set_peft_model_state_dict(model, given)
+        return
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if (mine := given.get(name.replace(f".{model.active_adapter}", ""))) is not None:
+                rows = rows_of(weight)
+                local(weight).copy_(mine[rows.start : rows.stop])
 
 
 def name_base(directory: Path, *, home: Path) -> None:

@@ -157,9 +157,12 @@ class Tune(Section):
 
 class Parallel(Section):
     processes: int | Literal["auto"] = "auto"
-    """Runs at a time; auto: one per GPU, else cores / threads."""
+    """Runs at a time; auto: one per GPU, else cores / threads, divided by `ranks`."""
     threads: int = Field(1, ge=1)
-    """CPU threads of each (OMP_NUM_THREADS)."""
+    """CPU threads of each process (OMP_NUM_THREADS)."""
+    ranks: int = Field(1, ge=1)
+    """Processes of each run, as torchrun would start them on this host: data parallel, or in shards where
+    `base` says so (parallel.shard)."""
 
     @field_validator("processes")
     @classmethod

@@ -7,6 +7,7 @@ the study and by every process that it started, so that two of them never write 
 import os
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,13 +37,23 @@ class Slots:
     """Where jobs run."""
 
     processes: int
+    """Runs at a time."""
     threads: int
     gpus: tuple[str, ...] = ()
-    """Visible GPUs, dealt to the processes: each has as many of its own as there are for all, at least one.
-    """
+    """Visible GPUs, dealt to the runs: each has as many of its own as there are for all, at least one."""
+    ranks: int = 1
+    """Processes of each run."""
 
-    def environment(self, slot: int) -> dict[str, str]:
-        """Of the process in one slot."""
+    def environments(self, slot: int) -> list[dict[str, str]]:
+        """Of each process of the run in one slot."""
+        if self.ranks == 1:
+            return [self._environment(slot)]
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        many = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(self.ranks))
+        ranks = [dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)) for rank in range(self.ranks)]
+        return [{**self._environment(slot), **meeting, **many, **rank} for rank in ranks]
+
+    def _environment(self, slot: int) -> dict[str, str]:
         threads = str(self.threads)
         own = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         if self.gpus:
@@ -53,12 +64,29 @@ class Slots:
 
 
 def slots_for(parallel: Parallel, device: str) -> Slots:
-    """As many processes as asked for; auto: one per GPU, else cores / threads."""
+    """As many runs at a time as asked for; auto: as many as GPUs, or else cores, are enough for.
+
+    Raises:
+        UserError: processes of one run would share a GPU.
+    """
     gpus = () if device == "cpu" else _visible_gpus()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    automatic = len(gpus) or max(1, cores // parallel.threads)
+    automatic = max(1, (len(gpus) or cores // parallel.threads) // parallel.ranks)
     processes = automatic if parallel.processes == "auto" else parallel.processes
-    return Slots(processes=processes, threads=parallel.threads, gpus=gpus)
+    if gpus and parallel.ranks > max(1, len(gpus) // processes):
+        raise UserError(
+            f"parallel: {processes} runs at a time of {parallel.ranks} processes each need "
+            f"{processes * parallel.ranks} GPUs, and {len(gpus)} are visible; lower parallel.processes or "
+            "parallel.ranks"
+        )
+    return Slots(processes=processes, threads=parallel.threads, gpus=gpus, ranks=parallel.ranks)
+
+
+def _free_port() -> str:
+    """Where the processes of one run meet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def _visible_gpus() -> tuple[str, ...]:
@@ -127,7 +155,7 @@ class Progress:
 @dataclass(kw_only=True)
 class _Running:
     job: Job
-    process: BaseProcess
+    processes: Sequence[BaseProcess]
     slot: int
     log: Path
     since: int
@@ -139,6 +167,12 @@ class _Running:
     @property
     def elapsed(self) -> float:
         return time.monotonic() - self.begun
+
+    @property
+    def code(self) -> int | None:
+        """The exit code of the first process that failed, else 0; None while one is at work."""
+        codes = [process.exitcode for process in self.processes]
+        return None if None in codes else next(filter(None, codes), 0)
 
     @property
     def share(self) -> float:
@@ -168,7 +202,7 @@ def run_jobs(
             free = sorted(set(range(slots.processes)) - {r.slot for r in running})
             for slot in free[: len(waiting)]:
                 running.append(_start(waiting.pop(0), slots, slot, study, lock))
-            for ended in [r for r in running if r.process.exitcode is not None]:
+            for ended in [r for r in running if r.code is not None]:
                 running.remove(ended)
                 _finish(ended, progress, failed, waiting, running)
             if progress.console.is_terminal and time.monotonic() - drawn > _REFRESH:
@@ -181,10 +215,11 @@ def run_jobs(
             time.sleep(_POLL)
     finally:
         status.stop()
-        for r in running:
-            r.process.terminate()
-        for r in running:
-            r.process.join()
+        left = [process for r in running for process in r.processes]
+        for process in left:
+            process.terminate()
+        for process in left:
+            process.join()
     return failed
 
 
@@ -198,14 +233,12 @@ def _start(job: Job, slots: Slots, slot: int, study: Path, lock: int) -> _Runnin
     log.touch()
     since = log.stat().st_size
     resumed = job.directory.exists()
-    process = fork_server.start(
-        "trained" if job.trains else "untrained",
-        config,
-        log=log,
-        lock=lock,
-        environment=slots.environment(slot),
-    )
-    return _Running(job=job, process=process, slot=slot, log=log, since=since, resumed=resumed)
+    work = "trained" if job.trains else "untrained"
+    processes = [
+        fork_server.start(work, config, log=log, lock=lock, environment=environment)
+        for environment in slots.environments(slot)
+    ]
+    return _Running(job=job, processes=processes, slot=slot, log=log, since=since, resumed=resumed)
 
 
 def _finish(
@@ -216,7 +249,7 @@ def _finish(
     running: Sequence[_Running],
 ) -> None:
     job, progress.done = ended.job, progress.done + 1
-    if ended.process.exitcode or not job.finished:
+    if ended.code or not job.finished:
         failed[job.name] = _why(ended)
         outcome = f"failed: {failed[job.name]}"
     else:
@@ -247,16 +280,18 @@ def _left(progress: Progress, waiting: Sequence[Job], running: Sequence[_Running
 
 
 def _why(ended: _Running) -> str:
-    """The signal that killed a process, else the last line that it wrote."""
-    code = ended.process.exitcode
-    if code is not None and code < 0:
+    """The signal that killed a process, else the sentence that it ended with, or its last line."""
+    code = min((process.exitcode or 0 for process in ended.processes), default=0)
+    if code < 0:
         hint = " (often: out of memory)" if code == -signal.SIGKILL else ""
         return f"was killed by {_signal_name(-code)}{hint} (log: {ended.log})"
     with ended.log.open("rb") as file:
         file.seek(ended.since)
         text = file.read().decode("utf-8", errors="replace")
     lines = [line for line in text.splitlines() if line.strip()]
-    said = lines[-1].removeprefix("onpath: ") if lines else "ended without a word"
+    # Below the sentence of one of several processes torch may say that another one has left.
+    sentences = [line for line in lines if line.startswith("onpath: ")] if len(ended.processes) > 1 else []
+    said = (sentences or lines or ["ended without a word"])[-1].removeprefix("onpath: ")
     return f"{said} (log: {ended.log})"
 
 

@@ -33,14 +33,13 @@ def untrained(config: Path) -> int:
 
 def evaluate_untrained(config: Config) -> None:
     """Writes the lines and files of an evaluation at step 0, in place of half-written ones."""
-    try:
+    with distributed.one_fate():
         parts = assemble(config)
         run = open_run(config, parts)
-        run.evals.rewind(step=-1)
+        if distributed.rank() == 0:
+            run.evals.rewind(step=-1)
         if (adapter := adapter_of(config)) is not None:
             adapters.load(parts.models.student, adapter)
         parts.generators.student.sync_weights(0)
         with Display(steps=0, done=0, quiet=True) as display:
             evaluate_all(parts, run, display, step=0)
-    finally:
-        distributed.stop()
