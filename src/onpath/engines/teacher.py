@@ -184,7 +184,9 @@ class SelfTeacher(Teacher):
         self.model = student if shares else copy_of(student, alone=alone).eval()
         # A whole student in half precision: adapters are in float32, and only with them something is shared.
         if weights == "ema" and any(mine.dtype in _HALF for mine, _ in self._averaged().values()):
-            late.wait(self.model, torch.float32) if alone else self.model.float()
+            late.wait(self.model, torch.float32)
+            if not alone:
+                late.whole(self.model)
         self._vocabulary = vocabulary
         self.context_length = context_length(unwrapped(student).config)
 
