@@ -4,7 +4,8 @@
 
 A student and a teacher of 54.5M random weights, 4 rollouts of 128 tokens in one micro-batch, two steps
 (AdamW's moments are there in the second). Each setting has a process of its own, or two that share one model:
-the kernel's high-water mark of its resident memory, less what it held before the models; of two the larger.
+the kernel's high-water mark of its resident memory, less what it held before the models, while it loads and
+checks them and, from there on, of the steps; of two processes the larger.
 """
 
 import argparse
@@ -33,7 +34,8 @@ ROLLOUTS, PROMPT, RESPONSE = 4, 32, 96
 
 
 def measured(name: str) -> dict[str, Any]:
-    """One setting, in this process, or in this one of two: measured and calculated bytes."""
+    """One setting, in this process, or in this one of two: bytes measured at the start and in steps, and
+    calculated ones of a step."""
     from on_gpu import long
 
     from onpath.commands.doctor.fits import parts_of, step_of
@@ -55,8 +57,9 @@ def measured(name: str) -> dict[str, Any]:
     peak = PeakMemory()
     with TemporaryDirectory() as directory:
         before = peak.now()
-        with peak("step"):
+        with peak("start"):
             parts = long.make(Path(directory), size, given.get("method", {"name": "opd"}), **options)
+        with peak("steps"):
             optimizer, schedule = make_optimizer(parts.config, parts.models.student)
             schedule(0)
             for step in range(2):
@@ -67,7 +70,8 @@ def measured(name: str) -> dict[str, Any]:
         shard=parts.config.parallel.shard,
         world=distributed.world(),
     )
-    return {"measured": (peak.mib["step"] - before) * 2**20, **planned}
+    start, measured = ((peak.mib[phase] - before) * 2**20 for phase in ("start", "steps"))
+    return {"start": start, "measured": measured, **planned}
 
 
 def in_processes(command: Sequence[str], world: int) -> list[dict[str, Any]]:
@@ -94,12 +98,14 @@ def markdown(data: dict[str, Any]) -> str:
         "A student and a teacher of 54.5M weights, float32, "
         f"{ROLLOUTS} rollouts of {PROMPT} + {RESPONSE} tokens in one micro-batch.",
         "",
-        "| setting | measured, MiB | calculated, MiB | calculated ÷ measured |",
-        "|---|---|---|---|",
+        "Measured: the peak of two steps, and before them that of loading and checking both models.",
+        "",
+        "| setting | before, MiB | steps, MiB | calculated, MiB | calculated ÷ steps |",
+        "|---|---|---|---|---|",
     ]
     for name, found in data["settings"].items():
-        a, b = found["measured"] / 2**20, found["peak"] / 2**20
-        lines.append(f"| {name} | {a:,.0f} | {b:,.0f} | {b / a:.2f} |")
+        first, steps, planned = (found[key] / 2**20 for key in ("start", "measured", "peak"))
+        lines.append(f"| {name} | {first:,.0f} | {steps:,.0f} | {planned:,.0f} | {planned / steps:.2f} |")
     return "\n".join(lines)
 
 

@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from onpath.config import Config
 from onpath.engines import late
+from onpath.engines.gloo import exchange_in_place
 from onpath.engines.head import base_layer, decoder_of, sharded, unwrapped
 from onpath.system import allocator, distributed
 from onpath.system.errors import UserError
@@ -100,6 +101,8 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, device: torch.device, half: boo
     for unit in _units(model):
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # gloo has no other
+        if dist.get_backend(mesh.get_group(mesh.ndim - 1)) == "gloo":
+            exchange_in_place(unit)
 
 
 def place(

@@ -60,8 +60,7 @@ from onpath.run.inputs import (
 from onpath.run.parts import Parts
 from onpath.run.refresh import Refreshed
 from onpath.run.trained import Trained, find, load_its_tokenizer, load_start
-from onpath.system import code, distributed
-from onpath.system.allocator import keep_freed_memory
+from onpath.system import allocator, code, distributed
 
 
 def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
@@ -86,7 +85,7 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
     shards = sharding.asked(config)
     host = torch.device("cpu") if shards else device  # a whole copy must not pass through each GPU
     if device.type == "cpu":
-        keep_freed_memory()
+        allocator.keep_freed_memory()
     renderer = make_renderer(config, tokenizer)
     base = load_start(config.student, start, "student.model", host, shards=shards)
     check_head(base, "student.model")
@@ -302,6 +301,8 @@ def check_models(config: Config, models: Models, own: HFEngine, *, generates: bo
             key = f"{teacher_option(name)}.model"
             found[key] = check(other, asked, key=key)
     sharding.give_back(models.student, *models.teacher.models)
+    if sharding.asked(config):  # what was whole for the check leaves holes
+        allocator.give_back()
     return found
 
 

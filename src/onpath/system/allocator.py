@@ -25,6 +25,6 @@ def keep_freed_memory() -> bool:
 
 def give_back() -> None:
     """What this process has freed so far goes back to the system, once: models that were whole while they
-    were loaded leave holes into which nothing of a step fits."""
+    were loaded, or checked, leave holes into which nothing of a step fits."""
     if platform.libc_ver()[0] == "glibc" and "LD_PRELOAD" not in os.environ:
         ctypes.CDLL(None).malloc_trim(0)
