@@ -169,6 +169,34 @@ def test_one_process_has_nothing_to_share() -> None:
     assert parts_of(step, shard="layer", world=1) == parts_of(step)
 
 
+def test_shards_are_whole_where_a_model_samples() -> None:
+    """The student, where it samples in this process; every model, where the method runs them."""
+    served = step_of_size("8B", True, "8B")
+    student, other = served.student, served.teacher
+    assert other is not None
+    running = 2 * (2 * other.layer + other.table)  # bytes, in bfloat16
+    for step, student_held, teacher_held in (
+        (replace(served, batch_tokens=100), 2 * student.parameters, running),
+        (replace(served, prepares=True), 2 * student.parameters, 2 * other.parameters),
+        (served, 2 * (2 * student.layer + student.table), running),
+    ):
+        found = parts_of(step, shard="layer", world=8)
+        cache = 1.25 * cache_bytes(student, step.batch_tokens, half=True)
+        assert found["gathered"] + found["phase_sampling"] == student_held + teacher_held + cache
+        assert found["phase_correcting"] - found["loss"] == (
+            found["phase_sampling"] if step.prepares else 0.0
+        )
+        whole = parts_of(replace(step, prepares=False), shard="step", world=8)
+        assert whole["phase_sampling"] == cache, "it is whole in every phase"
+
+
+def test_shards_of_several_teachers_are_whole_where_they_run() -> None:
+    one = replace(step_of_size("8B", True, "8B"), prepares=True)
+    two = replace(one, more_teachers=16e9)
+    rise = [parts_of(step, shard="layer", world=8)["peak"] - parts_of(step)["peak"] for step in (one, two)]
+    assert rise[1] - rise[0] == pytest.approx(16e9 / 8)
+
+
 OPSD = {"method__name": "opsd", "method__template": "{problem} {solution}"}
 COPIES: dict[str, dict[str, Any]] = {
     "start": {**OPSD, "method__weights": "base"},
@@ -203,6 +231,18 @@ def test_a_sharded_average_has_a_base_of_its_own() -> None:
     frozen = 2 * (adapted.parameters - adapted.trained)
     assert copy_bytes(step, shards=1) == 4 * adapted.trained
     assert copy_bytes(step, shards=8) == (4 * adapted.trained + frozen) / 8
+    plain = replace(step, averaged=False)
+    table = adapted.table + 2 * adapted.layer
+    for shard, prepares, gathered, sampling in (
+        ("step", False, table, 0),
+        ("layer", True, table, adapted.parameters - table),
+    ):
+        one, two = (
+            parts_of(replace(s, prepares=prepares), shard=shard, world=8)  # type: ignore[arg-type]
+            for s in (plain, step)
+        )
+        assert two["gathered"] - one["gathered"] == 2 * gathered
+        assert two["phase_sampling"] - one["phase_sampling"] == 2 * sampling
     ahead = replace(step, averaged=False, ahead=True)
     assert copy_bytes(ahead, shards=8) == adapted.bytes, "whole on each process"
 
@@ -248,6 +288,7 @@ def test_what_is_not_loaded_is_counted_as_what_is(options: dict[str, Any], tiny:
     loaded = step_of(parts, response_tokens=tokens)
     parts.close()
     assert step_of_config(config, device=torch.device("cpu")) == loaded
+    assert loaded.prepares == (config.method.name != "opd")
 
 
 def test_a_large_pair_is_planned_without_a_weight(tmp_path: Path) -> None:

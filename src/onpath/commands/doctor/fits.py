@@ -4,7 +4,7 @@
 
     none    whole copies in every process
     step    whole weights while a step lasts, shards of everything else
-    layer   shards of everything, each layer gathered when it runs
+    layer   shards of everything, each layer gathered when it runs; all of them where a model samples
 
 Counts in, bytes out: nothing is loaded or measured. `benchmarks/memory.py` compares with measured peaks.
 """
@@ -105,6 +105,8 @@ class Step:
     """Whether a copy of the student samples the next batch (rollout.overlap)."""
     continues: bool = False
     """Whether the teacher goes on from its scoring pass (TOPD): its keys and values are kept."""
+    prepares: bool = False
+    """Whether the method runs models before it scores: shards are whole for that."""
     device: str = "cuda"
 
 
@@ -158,6 +160,20 @@ def copy_bytes(step: Step, *, shards: int) -> float:
     return (step.averaged * average + step.at_start * frozen) / shards + step.ahead * frozen
 
 
+def gathered_bytes(step: Step, *, student: bool, teacher: bool) -> float:
+    """What is there of sharded weights: of a model that runs layer by layer two layers and the table.
+
+    Args:
+        student: whether all of it is; `teacher` likewise, of every one.
+    """
+    a = step.student
+    b = a if step.averaged or step.at_start else step.teacher  # shards share nothing with a copy
+    found = (a.parameters if student else 2 * a.layer + a.table) * (2 if step.half else a.weight_bytes)
+    if b is not None:
+        found += (b.parameters if teacher else 2 * b.layer + b.table) * b.weight_bytes
+    return found + (step.more_teachers if teacher else 0.0)
+
+
 def parts_of(step: Step, *, shard: Shard = "none", world: int = 1) -> dict[str, float]:
     """Bytes of each part of one process's peak, and `peak` itself.
 
@@ -168,13 +184,12 @@ def parts_of(step: Step, *, shard: Shard = "none", world: int = 1) -> dict[str, 
     student, teacher = step.student, step.teacher
     # No sharded gradient is whole for longer than its layer; everything else is divided as it lies.
     n = 1 if shard == "none" else world
-    gathered = 0.0
+    gathered = more = 0.0
     if shard != "none" and world > 1:
-        size = 2 if step.half else student.weight_bytes
-        whole = student.parameters if shard == "step" else 2 * student.layer + student.table
-        gathered = whole * size
-        if teacher is not None:
-            gathered += (2 * teacher.layer + teacher.table) * teacher.weight_bytes
+        all_step = shard == "step"
+        gathered = gathered_bytes(step, student=all_step, teacher=False)
+        whole = all_step or step.prepares or step.batch_tokens > 0
+        more = gathered_bytes(step, student=whole, teacher=step.prepares) - gathered
     half_copies = 0.0
     if step.half and student.weight_bytes == 4 and gathered == 0.0:
         half_copies = 2.0 * student.layer * student.layers  # kept while a forward pass or generation lasts
@@ -198,9 +213,13 @@ def parts_of(step: Step, *, shard: Shard = "none", world: int = 1) -> dict[str, 
         else float(step.response_tokens * teacher.width * teacher.weight_bytes),
     }
     phases = {
-        "sampling": half_copies + 1.25 * cache_bytes(student, step.batch_tokens, half=step.half),
+        "sampling": more + half_copies + 1.25 * cache_bytes(student, step.batch_tokens, half=step.half),
         "training": gradients + half_copies + passes + loss,
-        "correcting": half_copies + past + loss + (passes if one_graph else 0.0),
+        "correcting": (more if step.prepares else 0.0)
+        + half_copies
+        + past
+        + loss
+        + (passes if one_graph else 0.0),
         "optimiser": gradients + (gradients if step.device == "cuda" else 0.0),
     }
     return {
@@ -360,5 +379,6 @@ def _step_of(
         at_start=method.teacher_weights == "base" and not config.student.lora_rank,
         ahead=ahead,
         continues=method.keeps_past,
+        prepares=method.runs_models or method.reweight != "none",
         device=device.type,
     )
