@@ -19,8 +19,8 @@ from onpath.system.errors import UserError, guarded
 from onpath.system.streams import say
 from onpath.system.text import one_line
 
-_OF_SEVERAL = ("train", "doctor", "config")
-"""Commands whose processes, under a launcher, do not each do all of it."""
+_OF_SEVERAL = ("train", "doctor")
+"""Commands whose processes, under a launcher, share the work."""
 TAKES_OVERRIDES = ("train", "doctor", "config")
 _OPTION = re.compile(r"--[A-Za-z][\w.-]*(=.*)?", re.DOTALL)
 
@@ -44,13 +44,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         command = options.command
-        if os.environ.get("WORLD_SIZE", "1") != "1" and command not in _OF_SEVERAL:
+        if _several() and command not in _OF_SEVERAL:
             raise UserError(
                 f"onpath {command} is one process, and WORLD_SIZE says several: start it without torchrun"
             )
         return int(options.run(options, overrides) or 0)
 
     return guarded(run)
+
+
+def _several() -> bool:
+    """Whether a launcher has started several processes."""
+    return os.environ.get("WORLD_SIZE", "1") not in ("", "1")
 
 
 def _own_options(arguments: Sequence[str], overrides: Sequence[tuple[str, str]]) -> Any:
@@ -232,7 +237,8 @@ def _doctor(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -
     from onpath.commands.doctor.command import print_counts, print_finding, run_doctor
     from onpath.commands.terminal import Shown
 
-    console, first = Shown(file=sys.stdout, soft_wrap=True), int(os.environ.get("RANK", "0")) == 0
+    console = Shown(file=sys.stdout, soft_wrap=True)
+    first = not _several() or os.environ.get("RANK") == "0"
     each = (lambda _: None) if options.json else partial(print_finding, console)
     found = run_doctor(options.config, overrides=overrides, each=each)
     if options.json and first:
@@ -260,11 +266,16 @@ def _add_eval(commands: Any) -> None:
     command.add_argument(
         "--data", metavar="F", help="problems with answers: as data.eval (default: those of a run)"
     )
+    command.add_argument(
+        "--columns",
+        metavar="YAML",
+        help="what their columns are called: '{prompt: question}', as data.columns (default: as a run's)",
+    )
     command.add_argument("--against", metavar="MODEL", help="a second model, compared on the same problems")
     command.add_argument(
         "--n", type=int, help="samples per problem (default: k if that is given, else the run's, or 4)"
     )
-    command.add_argument("--k", type=int, help="pass@k (default: the run's, or 4)")
+    command.add_argument("--k", type=int, help="pass@k (default: the run's, or 4; at most n)")
     command.add_argument("--limit", type=int, help="only the first so many problems")
     command.add_argument(
         "--grader",
@@ -292,10 +303,12 @@ def _add_eval(commands: Any) -> None:
 def _eval(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
     from onpath.commands.eval import evaluate_model, print_evaluated
     from onpath.commands.terminal import console_for
+    from onpath.system.reading import parse_yaml
 
     found = evaluate_model(
         options.model,
         data=options.data,
+        columns=None if options.columns is None else parse_yaml(options.columns, where="--columns"),
         against=options.against,
         n=options.n,
         k=options.k,

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ from onpath.run.trajectories import TOP_TOKENS
 from onpath.run.weights import shaped
 from onpath.system import distributed
 from onpath.system.errors import UserError
+
+T = TypeVar("T")
 
 _TOKENS = 4096
 """Response tokens, at most, that the checks sample."""
@@ -95,6 +98,7 @@ def make_probe(parts: Parts) -> Probe:
         rollouts = written(parts, blank, sample_keys(keys, 1), 0)
     else:
         rollouts = student.generate(prompts, sampling, keys=keys)
+    rollouts = agreed(rollouts)
     try:
         prepared = parts.method.prepare(rollouts, step=0)
         check_prepared(prepared, parts)
@@ -103,6 +107,8 @@ def make_probe(parts: Parts) -> Probe:
         kept = [t for t in prepared.trajectories if t.edit.kept and t.response]
     except UserError as error:
         refused = str(error)
+    made, kept, refused = agreed((prepared.trajectories, kept, refused))
+    prepared = replace(prepared, trajectories=made)
     seconds = time.perf_counter() - begun
     return Probe(
         rollouts=rollouts,
@@ -112,6 +118,12 @@ def make_probe(parts: Parts) -> Probe:
         refused=refused,
         shortened=sampling != parts.sampling,
     )
+
+
+def agreed(found: T) -> T:
+    """What the first of several processes has: servers, and graders with a limit of time, do not give all of
+    them the same, and each must then look at as much as the others."""
+    return distributed.first_decides(lambda: found)
 
 
 def batches_of(parts: Parts, trajectories: Sequence[Trajectory]) -> Iterator[Batch]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from onpath.commands.doctor.finding import Finding, skipped
 from onpath.commands.doctor.sample import (
     Probe,
+    agreed,
     as_they_are,
     batches_of,
     divergence,
@@ -98,7 +99,7 @@ def engine_follows(parts: Parts) -> Finding:
     """
     sampling = replace(parts.sampling, max_new_tokens=16)
     with parts.whole():
-        rollout = parts.generators.student.generate(parts.prompts.pool[:4], sampling)
+        rollout = agreed(parts.generators.student.generate(parts.prompts.pool[:4], sampling))
     trajectories = as_they_are(rollout)
     before, after, moved = student_logps(parts, trajectories), [], 0.0
     for seed in range(_STIRS):
@@ -228,6 +229,7 @@ def alignment(parts: Parts, probe: Probe) -> Finding:
                 [contexts[i] for i in mine], sampling, keys=[keys[i] for i in mine]
             ),
         )
+    generated = agreed(generated)
     if any(not c.logprobs or math.isnan(sum(c.logprobs)) for c in generated):
         return skipped("alignment", "the teacher's generator gives no log-probs")
     trajectories = [
