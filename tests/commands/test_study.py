@@ -1074,6 +1074,45 @@ def test_a_process_that_dies_is_reported(
     assert progress.done == 1
 
 
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        (lambda: sys.exit(9), r"process 1 ended without a word \(log: "),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), r"process 1 was killed by SIGKILL \(often: out of m"),
+        (lambda: guarded(partial(fail, "no such file")), r"no such file \(log: "),
+    ],
+)
+def test_what_is_left_of_a_run_ends_when_one_of_its_processes_has(
+    ends: Callable[[], Any], said: str, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others may wait in an exchange, which nobody ends; what they say of it is not why."""
+    config = study.load_study(make(arms={"opd": {}}, seeds=1))
+    (job,) = plan.runs(config, {"opd": 1}, {})
+
+    def start(work: str, path: Path, *, log: Path, environment: Mapping[str, str], **_: Any) -> BaseProcess:
+        def run() -> int:
+            with log.open("ab") as output:
+                os.dup2(output.fileno(), 2)
+            if environment["RANK"] == "1":
+                return int(ends() or 0)
+            time.sleep(0.3)
+            print(
+                "onpath: another process of this run has ended before its time", file=sys.stderr, flush=True
+            )
+            time.sleep(600)
+            return 2
+
+        return begun(run)
+
+    monkeypatch.setattr(forked, "start", start)
+    monkeypatch.setattr(study_jobs, "_GRACE", 1.0)
+    progress = Progress(console=Console(quiet=True), processes=1, total=1)
+    slots = Slots(processes=1, threads=1, ranks=2)
+    with locked(config.directory) as lock:
+        failed = run_jobs([job], slots, progress, study=config.directory, lock=lock)
+    assert re.match(said, failed["opd-seed0"])
+
+
 def fail(sentence: str) -> None:
     raise UserError(sentence)
 

@@ -5,6 +5,7 @@ the study and by every process that it started, so that two of them never write 
 """
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -29,6 +30,11 @@ from onpath.system.files import try_lock, write_text
 LOCK = ".lock"
 """In a study's directory."""
 _POLL = 0.1
+_GRACE = 90.0
+"""Seconds that the other processes of a run have to end when one has failed: they may have a step to save."""
+_OF_OTHERS = re.compile("another process of this run|does not meet the others")
+_ports: set[str] = set()
+"""Given out by this process."""
 _REFRESH = 2.0
 
 
@@ -84,9 +90,13 @@ def slots_for(parallel: Parallel, device: str) -> Slots:
 
 def _free_port() -> str:
     """Where the processes of one run meet."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        if port not in _ports:  # another run may not be there yet
+            _ports.add(port)
+            return port
 
 
 def _visible_gpus() -> tuple[str, ...]:
@@ -163,6 +173,9 @@ class _Running:
     begun: float = field(default_factory=time.monotonic)
     resumed: bool = False
     """An earlier process had begun it: its time here says little."""
+    first: int | None = None
+    """Of several processes the one that was first seen to have failed, and when."""
+    failed: float = 0.0
 
     @property
     def elapsed(self) -> float:
@@ -173,6 +186,15 @@ class _Running:
         """The exit code of the first process that failed, else 0; None while one is at work."""
         codes = [process.exitcode for process in self.processes]
         return None if None in codes else next(filter(None, codes), 0)
+
+    def end_all(self) -> None:
+        """Ends what is left of a run of which a process has failed, once the others had time to end."""
+        bad = next((i for i, process in enumerate(self.processes) if process.exitcode), None)
+        if self.first is None and bad is not None:
+            self.first, self.failed = bad, time.monotonic()
+        if self.first is not None and self.code is None and time.monotonic() - self.failed > _GRACE:
+            for process in self.processes:
+                process.kill()
 
     @property
     def share(self) -> float:
@@ -202,6 +224,8 @@ def run_jobs(
             free = sorted(set(range(slots.processes)) - {r.slot for r in running})
             for slot in free[: len(waiting)]:
                 running.append(_start(waiting.pop(0), slots, slot, study, lock))
+            for r in running:
+                r.end_all()
             for ended in [r for r in running if r.code is not None]:
                 running.remove(ended)
                 _finish(ended, progress, failed, waiting, running)
@@ -281,17 +305,18 @@ def _left(progress: Progress, waiting: Sequence[Job], running: Sequence[_Running
 
 def _why(ended: _Running) -> str:
     """The signal that killed a process, else the sentence that it ended with, or its last line."""
-    code = min((process.exitcode or 0 for process in ended.processes), default=0)
+    rank, several = ended.first or 0, len(ended.processes) > 1
+    code, who = ended.processes[rank].exitcode or 0, f"process {rank} " if several else ""
     if code < 0:
         hint = " (often: out of memory)" if code == -signal.SIGKILL else ""
-        return f"was killed by {_signal_name(-code)}{hint} (log: {ended.log})"
+        return f"{who}was killed by {_signal_name(-code)}{hint} (log: {ended.log})"
     with ended.log.open("rb") as file:
         file.seek(ended.since)
         text = file.read().decode("utf-8", errors="replace")
     lines = [line for line in text.splitlines() if line.strip()]
-    # Below the sentence of one of several processes torch may say that another one has left.
-    sentences = [line for line in lines if line.startswith("onpath: ")] if len(ended.processes) > 1 else []
-    said = (sentences or lines or ["ended without a word"])[-1].removeprefix("onpath: ")
+    if several:  # they say of each other that one has left, and torch does
+        lines = [line for line in lines if line.startswith("onpath: ") and not _OF_OTHERS.search(line)]
+    said = lines[-1].removeprefix("onpath: ") if lines else f"{who}ended without a word"
     return f"{said} (log: {ended.log})"
 
 
