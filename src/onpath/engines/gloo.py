@@ -40,7 +40,7 @@ class _ReduceScatter(_Exchange):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
     ) -> None:
-        """Each process in turn is sent the sum of its rows. What else was in the input is lost."""
+        """Each process in turn is sent the sum of its rows. The input, which nobody reads again, is lost."""
         for process, part in enumerate(input_tensor.chunk(group.size())):
             dist.reduce(part, dst=dist.get_global_rank(group, process), op=op, group=group)
             if process == group.rank():

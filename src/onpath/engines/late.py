@@ -47,8 +47,11 @@ def _file(where: str, name: str) -> str | None:
 
 
 def wait(model: nn.Module, dtype: torch.dtype) -> None:
-    """Its weights will be of this dtype."""
-    unwrapped(model).onpath_waits = dtype  # type: ignore[assignment]  # modules hold whatever one gives them
+    """Its weights will be of this dtype, as its config says from now on."""
+    inner = unwrapped(model)
+    inner.onpath_waits = dtype  # type: ignore[assignment]  # modules hold whatever one gives them
+    for config in (inner.config, inner.config.get_text_config()):
+        config.dtype = dtype
 
 
 def waits(model: nn.Module) -> torch.dtype | None:
