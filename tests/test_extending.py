@@ -21,7 +21,7 @@ import onpath
 from onpath.commands.cli import main
 from onpath.config import Config, build, load
 from onpath.config.build import with_own
-from onpath.config.sections import OF_A_STEP, OF_A_TRAJECTORY, Optim
+from onpath.config.sections import OF_A_STEP, OF_A_TRAJECTORY, Data, Optim
 from onpath.engines.base import Engine
 from onpath.methods import Method, MethodOptions, Prepared, own_response
 from onpath.run.contents import differing
@@ -262,6 +262,36 @@ def test_a_name_that_the_config_has_keeps_its_meaning(tiny: Tiny) -> None:
         with_own(there, rewards={"r": factory(1.0)})
 
 
+def test_what_every_method_has_is_kept_where_another_is_passed() -> None:
+    """As on the command line; what is the other method's own is not this one's."""
+    before = build({"method": {"name": "topd", "divergence": "forward_kl", "support_k": 4, "window": 8}})
+    for method, window in (
+        (Counting, None),
+        (Counting.Options(token_clip=0.5), None),
+        ("topd", 8),
+        ("opd", None),
+    ):
+        after = with_own(before, method=method).method
+        assert (after.divergence, after.support_k) == ("forward_kl", 4)
+        assert getattr(after, "window", None) == window
+    assert with_own(before, method=Counting.Options(support_k=5)).method.support_k == 5
+    same = with_own(build({}), method=Counting.Options(token_clip=0.5))
+    assert with_own(same, method=Counting).method.token_clip == 0.5
+
+
+def test_rows_of_a_later_call_are_not_those_of_an_earlier_run(tiny: Tiny, data_file: Path) -> None:
+    rows = [json.loads(line) for line in data_file.read_text().splitlines()]
+    runs = {
+        count: onpath.train(
+            tiny(run__name=f"of-{count}", optim__steps=1), eval_dataset=rows[:count], quiet=True
+        ).directory
+        for count in (4, 3)
+    }
+    for count, directory in runs.items():
+        (found,) = onpath.evaluate_model(directory).results.values()
+        assert found.problems == count
+
+
 def test_a_name_may_be_passed_as_well(tiny: Tiny, outside: Path) -> None:
     given: dict[str, Any] = {"divergence": "forward_kl", "grader": "math", "allow_code": True}
     config = with_own(tiny(), method="longer.py:Longer", rewards={"short": "brevity.py:brevity"}, **given)
@@ -284,7 +314,7 @@ def test_rows_in_place_of_files(
     path.write_text((done / "config.yaml").read_text().replace("steps: 2", "steps: 3"))
     nothing_was_loaded(monkeypatch)
     with pytest.raises(
-        UserError, match=r"passed\.data\.train\.py:rows was passed by a Python call; pass it again"
+        UserError, match=r"passed\.data\.train\.\w{8}\.py:rows was passed by a Python call; pass it again"
     ):
         onpath.train(path, quiet=True)
     for key, others in (("train", {"train_dataset": rows[1:]}), ("eval.test", {"eval_dataset": rows[1:]})):
@@ -298,10 +328,17 @@ def test_rows_in_place_of_files(
     assert found.avg_at_k == onpath.evaluate_model(of_file).results[str(of_file)].avg_at_k
 
 
-@pytest.mark.parametrize("config", [None, Config(), {}, {"data": {"limit": 3}}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        None, Config(), {}, {"data": {"limit": 3}}, {"data": Data(limit=3)},
+        Config(data=Data(train="gym:train")), build({"data": {"train": "gym:train"}}),
+    ],
+)  # fmt: skip
 def test_rows_have_no_evaluation_of_the_gyms(config: Any) -> None:
     made = with_own(config, train_dataset=[{"prompt": "1+1="}])
-    assert (made.data.train, made.data.eval) == ("passed.data.train.py:rows", {})
+    assert re.fullmatch(r"passed\.data\.train\.\w{8}\.py:rows", made.data.train)
+    assert made.data.eval == {}
     kept = with_own(made, eval_dataset="gym:test").data
     assert (kept.train, kept.eval) == (made.data.train, {"test": "gym:test"})
 
@@ -311,7 +348,10 @@ def test_rows_have_no_evaluation_of_the_gyms(config: Any) -> None:
     [
         (DatasetDict(train=Dataset.from_list([])), r"data\.train is DatasetDict; name one of its sets"),
         (5, r"data\.train is int; it must be rows"),
-        (Dataset.from_list([{"question": "1+1="}]), r"passed\.data\.train\.py:rows, row 0: no key 'prompt'"),
+        (
+            Dataset.from_list([{"question": "1+1="}]),
+            r"passed\.data\.train\.\w+\.py:rows, row 0: no key 'prompt'",
+        ),
     ],
 )
 def test_what_are_no_rows_is_said(rows: Any, expected: str) -> None:

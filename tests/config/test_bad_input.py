@@ -605,6 +605,8 @@ def test_a_data_set_in_place_of_its_name_is_told_how_to_become_one(
     rows = datasets.Dataset.from_list([{"prompt": f"{n}+1=?", "answer": str(n + 1)} for n in range(9)])
     with pytest.raises(UserError, match=r'data: train is a Dataset, .*\.to_json\("prompts\.jsonl"'):
         build({"data": {"train": rows}})
+    with pytest.raises(UserError, match=r"data: train is a list, .* train_dataset=…\), .* as JSON lines"):
+        build({"data": {"train": rows.to_list()}})
     rows.to_json(tmp_path / "prompts.jsonl", orient="records", lines=True)
     parts = assemble(tiny(data__train=str(tmp_path / "prompts.jsonl"), data__eval={}))
     assert len(parts.prompts.pool) == 9

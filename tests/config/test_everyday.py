@@ -209,6 +209,18 @@ def test_what_is_not_text_is_still_yaml() -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "says"),
+    [
+        ("data.eval", r"data\.eval is None; it must be .* or \{\} for none"),
+        ("student.model", r"student\.model is None: "),
+    ],
+)
+def test_null_is_no_name(key: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        load(None, [(key, "null")])
+
+
+@pytest.mark.parametrize(
     ("key", "ours"),
     [
         ("optim.learning_rate", "optim.lr"),

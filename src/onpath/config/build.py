@@ -4,6 +4,8 @@ Defaults are the vetted method on the embedded gym, so that `{}` is a valid conf
 or an impossible pair raises `UserError` with one sentence.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
@@ -16,7 +18,7 @@ from pydantic_core import PydanticSerializationError
 from onpath.config import elsewhere
 from onpath.config.methods import METHODS, MethodOptions, options_class
 from onpath.config.section import Section
-from onpath.config.sections import labelled
+from onpath.config.sections import Data, labelled
 from onpath.config.sentences import first_problem, frames_of, nearest, section_type, sentence
 from onpath.config.whole import LABELLED, Config
 from onpath.system import code
@@ -187,7 +189,7 @@ def _annotation(data: Mapping[str, Any], section: str, key: str) -> Any:
 def _read(text: str, annotation: Any) -> Any:
     """A word of the command line as a value: as it stands where an option is text, else as YAML."""
     kinds = _kinds(annotation)
-    if type(None) in kinds and text in ("null", "None", "~"):
+    if text == "null" or (type(None) in kinds and text in ("None", "~")):
         return None
     if kinds <= {str, type(None)}:
         return text
@@ -248,10 +250,13 @@ def with_own(
         if all(given is None for given in objects):
             return config
         tree = config.model_dump(mode="json")
-        tree["data"] = config.data.model_dump(mode="json", exclude_unset=True)  # its sets follow data.train
-        tree["method"] = {} if method is not None else tree["method"]  # those were another method's options
+        tree["data"] = _without_following_sets(config.data)
+        if method is not None:
+            tree["method"] = _options_for(method, config.method)
     elif isinstance(config, Mapping):
         tree = {name: dict(x) if isinstance(x, Mapping | Section) else x for name, x in config.items()}
+        if isinstance(given := config.get("data"), Data):
+            tree["data"] = _without_following_sets(given)
     else:
         kind = type(config).__name__
         raise UserError(f"config is {kind}; it must be a Config, a mapping of sections or the path of a YAML")
@@ -291,9 +296,26 @@ def with_own(
         return build(tree, source=source)
 
 
+def _without_following_sets(data: Data) -> dict[str, Any]:
+    """What is set of it; the evaluation sets that follow `data.train` are not, whatever set them."""
+    given = data.model_dump(mode="json", exclude_unset=True)
+    if given.get("eval") == Data(train=data.train).eval:
+        given.pop("eval", None)
+    return given
+
+
+def _options_for(method: Any, before: MethodOptions) -> dict[str, Any]:
+    """What a config sets for its method that another one, passed in its place, takes too: all of it if it is
+    the same, else what every method has."""
+    same = method == before.name or method is type(before).method_class or isinstance(method, type(before))
+    given = before.model_dump(mode="json", exclude_unset=True, exclude={"name"})
+    return {key: value for key, value in given.items() if same or key in MethodOptions.model_fields}
+
+
 def named_rows(key: str, rows: Any) -> str:
     """The name by which a config has rows that a Python call passes: a `datasets.Dataset`, a list of mappings
-    or a function that gives either. What names a source keeps its name.
+    or a function that gives either. What names a source keeps its name. Other rows have another name, so that
+    a run is never asked about those of a later call.
 
     Args:
         key: the option that they stand for.
@@ -306,7 +328,18 @@ def named_rows(key: str, rows: Any) -> str:
     if isinstance(rows, Mapping) or not (callable(rows) or isinstance(rows, Iterable)):
         which = "name one of its sets" if isinstance(rows, Mapping) else "it must be rows"
         raise UserError(f"{key} is {type(rows).__name__}; {which}: a datasets.Dataset, or a list of mappings")
-    return code.register(f"{code.PASSED}{key}.py:rows", [*rows] if isinstance(rows, Iterator) else rows)
+    rows = rows() if callable(rows) else rows
+    rows = [*rows] if isinstance(rows, Iterator) else rows
+    mark = f".{_content(rows)}" if hasattr(rows, "__len__") else ""  # a stream may have no end
+    return code.register(f"{code.PASSED}{key}{mark}.py:rows", rows)
+
+
+def _content(rows: Iterable[Any]) -> str:
+    """What tells rows from others."""
+    digest = hashlib.blake2b(digest_size=4)
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=repr).encode())
+    return digest.hexdigest()
 
 
 def _placed(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

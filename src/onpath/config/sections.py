@@ -205,11 +205,13 @@ class Data(Section):
     @model_validator(mode="before")
     @classmethod
     def _complete_eval(cls, value: Any) -> Any:
-        if isinstance(value, Mapping) and hasattr(value.get("train"), "to_json"):
+        rows = value.get("train") if isinstance(value, Mapping) else None
+        if hasattr(rows, "to_json") or isinstance(rows, list | tuple):
+            written = ', with .to_json("prompts.jsonl", orient="records", lines=True)'
             raise ValueError(
-                f"train is a {type(value['train']).__name__}, and a config names its data: pass it as "
-                "onpath.train(…, train_dataset=…), or write the rows once, with "
-                '.to_json("prompts.jsonl", orient="records", lines=True), and name that file'
+                f"train is a {type(rows).__name__}, and a config names its data: pass it as "
+                "onpath.train(…, train_dataset=…), or write the rows once"
+                f"{written if hasattr(rows, 'to_json') else ', as JSON lines'}, and name that file"
             )
         if isinstance(value, Mapping) and isinstance(value.get("eval"), str):
             return {**value, "eval": {split_name(value["eval"]) or "eval": value["eval"]}}
