@@ -46,6 +46,37 @@ def test_two_models_on_the_same_problems(found: Evaluated, model_dirs: dict[str,
     assert found.difference.difference == pytest.approx(ours.avg_at_k - theirs.avg_at_k)
 
 
+def test_columns_have_the_names_that_are_told(
+    model_dirs: dict[str, Path], data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in data_file.read_text().splitlines()]
+    path = tmp_path / "others.jsonl"
+    path.write_text("".join(json.dumps({"question": r["prompt"], "final": r["answer"]}) + "\n" for r in rows))
+    student, columns = model_dirs["student"], {"prompt": "question", "answer": "final"}
+    with pytest.raises(UserError, match=r"no key 'prompt' .*--columns"):
+        onpath.evaluate_model(student, data=path, **SMALL)
+    found = onpath.evaluate_model(student, data=path, columns=columns, **SMALL)
+    (ours,), (plain,) = (
+        found.results.values(),
+        onpath.evaluate_model(student, data=data_file, **SMALL).results.values(),
+    )
+    assert ours.avg_at_k == plain.avg_at_k
+    options = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items()]
+    arguments = ["eval", str(student), "--data", str(path), "--columns", json.dumps(columns), *options]
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == found.to_json()
+    assert main(["eval", str(student), "--data", str(path), "--columns", "{question: prompt}"]) == 2
+    assert "columns" in capsys.readouterr().err
+
+
+def test_fewer_samples_than_k_are_all_of_them(model_dirs: dict[str, Path], data_file: Path) -> None:
+    options = {key: value for key, value in SMALL.items() if key != "k"}
+    (found,) = onpath.evaluate_model(model_dirs["student"], data=data_file, **options).results.values()
+    assert (found.n, found.k) == (3, 3)
+    with pytest.raises(UserError, match="k is 4, but there are 3 samples"):
+        onpath.evaluate_model(model_dirs["student"], data=data_file, **options, k=4)
+
+
 def test_the_command_line_says_the_same(
     found: Evaluated, model_dirs: dict[str, Path], data_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -334,7 +365,7 @@ def test_without_data_there_must_be_one_evaluation_set(run: Path, model_dirs: di
     "arguments",
     [
         "eval gym:student --limit 1", "study study.yaml", "inspect run", "inspect --probe divergence a.yaml",
-        "report run", "export run out", "cache store",
+        "report run", "export run out", "cache store", "config",
     ],
 )  # fmt: skip
 def test_several_processes_do_not_each_do_all_of_it(

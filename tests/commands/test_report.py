@@ -517,3 +517,13 @@ def test_what_was_generated_is_told_from_what_was_trained_on(tmp_path: Path) -> 
     for theirs, says in ((0, "1 step; generated: student 2,100"), (48, "student 2,100, teacher 48")):
         (run / "metrics.jsonl").write_text(json.dumps(row | {"teacher_tokens_generated": theirs}) + "\n")
         assert gather_run(run)["tiles"][-1]["note"].endswith(says)
+
+
+def test_a_page_takes_the_place_of_pages_only(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    make_run(run)
+    before = (run / "config.yaml").read_text()
+    with pytest.raises(UserError, match=r"config\.yaml is there, and is no page of onpath's"):
+        write_report(run, run / "config.yaml")
+    assert (run / "config.yaml").read_text() == before
+    assert write_report(run, tmp_path / "page.html") == write_report(run, tmp_path / "page.html")

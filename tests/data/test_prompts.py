@@ -159,8 +159,14 @@ def test_tools_are_not_dropped_silently(tmp_path: Path) -> None:
     path.write_text(json.dumps({"prompt": "1?", "tools": [{"name": "add"}]}) + "\n")
     with pytest.raises(UserError, match=r"tools.jsonl, line 1: it has 'tools', which onpath does not render"):
         load_prompts(str(path))
-    path.write_text(json.dumps({"prompt": "1?", "tools": None}) + "\n")
-    assert len(load_prompts(str(path)).prompts) == 1
+    nothing = {
+        "tools": None,
+        "images": [],
+        "image": {"bytes": None, "path": None},
+        "chat_template_kwargs": {},
+    }
+    path.write_text(json.dumps({"prompt": "1?", **nothing}) + "\n")
+    assert len(load_prompts(str(path)).prompts) == 1, "a table has a column for every row"
 
 
 def test_a_conversation_that_is_named_is_the_prompt(tmp_path: Path) -> None:

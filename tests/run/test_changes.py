@@ -271,6 +271,28 @@ def test_a_run_is_made_longer(
     assert "was finished before" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("left", [None, "xx"])
+def test_a_run_whose_lines_are_lost_is_made_longer_from_its_checkpoint(tiny: Tiny, left: str | None) -> None:
+    options = {"optim__schedule": "constant", "data__eval": {}, "run__trajectories_every": 0}
+    first = train(tiny(**options, optim__steps=2), quiet=True)
+    (first.directory / "metrics.jsonl").unlink()
+    if left is not None:
+        (first.directory / "metrics.jsonl").write_text(left)
+    result = train(tiny(**options, optim__steps=3), quiet=True)
+    assert (result.steps, result.trained) == (3, True)
+    whole = train(tiny(**options, optim__steps=3, run__name="whole"), quiet=True)
+    assert all(torch.equal(v, weights(result.directory)[k]) for k, v in weights(whole.directory).items())
+
+
+def test_a_run_of_which_nothing_says_where_it_ended_is_not_made_longer(tiny: Tiny) -> None:
+    first = train(tiny(optim__steps=2, data__eval={}), quiet=True)
+    (first.directory / "metrics.jsonl").unlink()
+    shutil.rmtree(first.directory / "checkpoints")
+    assert not train(tiny(optim__steps=2, data__eval={}), quiet=True).trained
+    with pytest.raises(UserError, match=r"metrics\.jsonl: its lines are lost, and no checkpoint"):
+        train(tiny(optim__steps=3, data__eval={}), quiet=True)
+
+
 def test_a_run_that_is_ended_where_it_stopped_is_evaluated_there(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from onpath.config import Config, Data, Student
-from onpath.config.build import named_rows
+from onpath.config.build import build, named_rows
 from onpath.data.render import Renderer
 from onpath.data.tasks import split_name
 from onpath.engines.foreign import check_model
@@ -74,6 +74,7 @@ def evaluate_model(
     model: str | Path,
     *,
     data: Any = None,
+    columns: Mapping[str, str] | None = None,
     against: str | Path | None = None,
     n: int | None = None,
     k: int | None = None,
@@ -101,6 +102,7 @@ def evaluate_model(
             directory or hub name, a LoRA adapter, `gym:student` or `gym:teacher`.
         data: problems with answers, as `data.eval`, a `datasets.Dataset`, a list of mappings, or the name of
             one of the run's evaluation sets; None: the run's only one.
+        columns: what the problems' columns are called, as `data.columns`; None: as the run's own.
         against: a second model, asked in its own way.
         n: samples per problem; None: k, if that is given.
         k: of pass@k.
@@ -131,15 +133,20 @@ def evaluate_model(
     given = {name: value for name, value in given.items() if value is not None}
     sampling = replace(asked.sampling(), **given)
     samples = n if n is not None else asked.n if k is None else k
-    passes = asked.k if k is None else k
+    passes = min(asked.k, samples) if k is None else k
     _check(sampling, n=samples, k=passes, batch_tokens=batch_tokens)
     split, source = _problems(first, data)
     if limit is not None and limit < 1:
         raise UserError(f"--limit must be at least 1, not {limit}")
     if limit is None and (data is None or data in first.config.data.eval):  # as the run asks
         limit = first.config.data.eval_limit
+    asks = first.config.data
+    if columns is not None:
+        asks = build({"data": {"columns": columns}}, source="columns").data.model_copy(
+            update={"skip_bad": asks.skip_bad}
+        )
     with code.allowed(allow_code):
-        loaded = load_problems(first.config.data, source, limit=limit, grader=grader or asked.grader)
+        loaded = load_problems(asks, source, limit=limit, grader=grader or asked.grader)
         chosen = grader_for(grader or asked.grader, {source: loaded.prompts})
     directory = None if out is None else place(out, key="--out")
     if directory is not None:

@@ -10,6 +10,15 @@ from onpath.records import Message, Prompt
 from onpath.system.reading import parse_json
 from onpath.system.text import one_line
 
+_UNREAD = {
+    "tools": "put them into the prompt",
+    "images": "this trains on text alone: take rows without pictures",
+    "image": "this trains on text alone: take rows without pictures",
+    "videos": "this trains on text alone: take rows without videos",
+    "audio": "this trains on text alone: take rows without sound",
+    "chat_template_kwargs": "set data.enable_thinking for all rows",
+}
+"""Columns that other libraries render, and what to do instead."""
 COLUMNS = (
     "id",
     "prompt",
@@ -19,7 +28,7 @@ COLUMNS = (
     "tests",
     "solution",
     "privileged_context",
-    "tools",
+    *_UNREAD,
 )
 DEFAULT_TEACHER = "default"
 """Of several teachers the one for rows that name none."""
@@ -52,9 +61,9 @@ def renamed(value: Any, theirs: Mapping[str, str], seen: set[str]) -> Mapping[st
 
 def prompt_of(row: Mapping[str, Any], *, default_id: str, teachers: Sequence[str]) -> Prompt:
     """A row as a record; `BadRow` says what is wrong with it."""
-    if row.get("tools"):
+    if unread := next((column for column in _UNREAD if _says_something(row.get(column))), None):
         raise BadRow(
-            "it has 'tools', which onpath does not render; put them into the prompt, or drop the column"
+            f"it has {unread!r}, which onpath does not render; {_UNREAD[unread]}, or drop the column"
         )
     text: str | None = None
     messages: tuple[Message, ...] | None
@@ -64,13 +73,15 @@ def prompt_of(row: Mapping[str, Any], *, default_id: str, teachers: Sequence[str
         text, messages = _question(row["prompt"])
     else:
         held = one_line(", ".join(map(repr, row))) or "none"
-        raise BadRow(f"no key 'prompt' (it has {held}); data.columns says what it is called")
+        raise BadRow(
+            f"no key 'prompt' (it has {held}); data.columns (of onpath eval --columns) says what it is called"
+        )
     hint, has_tests = row.get("solution"), _is_given(row.get("tests"))
     return Prompt(
         id=_id(row.get("id"), default_id),
         text=text,
         messages=messages,
-        answer=_tests(row["tests"]) if has_tests else _answer(_reference(row)),
+        answer=_tests(row["tests"]) if has_tests else _answer(*_reference(row)),
         tests=has_tests,
         solution=_solution(row.get("privileged_context") if hint is None else hint),
         teacher=_teacher(row.get("teacher"), teachers) if teachers else None,
@@ -114,14 +125,19 @@ def _conversation(value: Any) -> tuple[Message, ...]:
     return messages
 
 
-def _reference(row: Mapping[str, Any]) -> Any:
-    """The answer, or where verl keeps it."""
+def _says_something(value: Any) -> bool:
+    """Whether a cell holds anything: in a table a column is there for every row."""
+    if isinstance(value, Mapping):
+        return any(_says_something(inner) for inner in value.values())
+    return value is not None and value != "" and not (isinstance(value, list) and not value)
+
+
+def _reference(row: Mapping[str, Any]) -> tuple[Any, str]:
+    """The answer, or where verl keeps it, and what the column is called."""
     rule = row.get("reward_model")
-    return (
-        rule.get("ground_truth")
-        if row.get("answer") is None and isinstance(rule, Mapping)
-        else row.get("answer")
-    )
+    if row.get("answer") is None and isinstance(rule, Mapping):
+        return rule.get("ground_truth"), "reward_model.ground_truth"
+    return row.get("answer"), "answer"
 
 
 def _messages(values: Sequence[Any], column: str) -> tuple[Message, ...]:
@@ -166,21 +182,22 @@ def _is_given(tests: Any) -> bool:
     return bool(tests) if isinstance(tests, str | list | Mapping | None) else True
 
 
-def _answer(value: Any) -> str | None:
+def _answer(value: Any, column: str) -> str | None:
     # pandas writes a missing value of a numeric column as NaN
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise BadRow(f"'answer' must be text or a number, not {kind_of(value)}")
+        one = "; take the one to be graded against" if isinstance(value, list) else ""
+        raise BadRow(f"'{column}' must be text or a number, not {kind_of(value)}{one}")
     if isinstance(value, float) and math.isinf(value):
-        raise BadRow("'answer' is an infinite number; write it as text")
+        raise BadRow(f"'{column}' is an infinite number; write it as text")
     if isinstance(value, int) and abs(value) >= _LARGEST:
-        raise BadRow("'answer' has over 4,000 digits; write it as text")
+        raise BadRow(f"'{column}' has over 4,000 digits; write it as text")
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         value = int(value)  # an integer column with a missing value comes back as floats: 12.0 is 12
     if not str(value).strip():
-        raise BadRow("'answer' is empty; leave it out (or null) where there is nothing to grade")
-    return _encodable(str(value), "answer")
+        raise BadRow(f"'{column}' is empty; leave it out (or null) where there is nothing to grade")
+    return _encodable(str(value), column)
 
 
 def unlisted(tests: Any) -> Any:

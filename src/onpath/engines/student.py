@@ -23,6 +23,8 @@ from onpath.engines.linear import with_fast_products
 from onpath.engines.models import check_vocabulary, load_tokenizer, locate, quietly
 from onpath.system.errors import UserError
 
+_LOUD = 4.0
+"""lora_alpha ÷ lora_rank above which it is worth a word, where nobody chose it."""
 _DROPOUTS = (
     nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
 )  # fmt: skip
@@ -103,6 +105,21 @@ def precision_warning(config: Config) -> str | None:
     return (
         f"student.dtype: {student.dtype} without student.lora_rank: updates smaller than a weight's last "
         "digit are lost, most of them at small rates; use float32 with optim.bf16: true"
+    )
+
+
+def scale_warning(config: Config) -> str | None:
+    """Where the default of lora_alpha, which goes with the default recipes' rank, makes an adapter loud."""
+    student = config.student
+    if not student.lora_rank or "lora_alpha" in student.model_fields_set:
+        return None
+    scale = student.lora_alpha / student.lora_rank
+    if scale <= _LOUD:
+        return None
+    return (
+        f"student.lora_alpha is {student.lora_alpha:g}, the default, which goes with rank 64: an adapter of "
+        f"rank {student.lora_rank} acts {scale:g} times, as if the rate were higher; "
+        f"{2 * student.lora_rank} would be twice"
     )
 
 

@@ -31,7 +31,13 @@ from onpath.engines.overlap import frozen_copy, make_overlap
 from onpath.engines.own import OwnEngine, check_engine
 from onpath.engines.self_check import Agreement, check_model
 from onpath.engines.stops import Stops, stops_of
-from onpath.engines.student import dropout_warning, precision_warning, shared_vocabulary, trainable
+from onpath.engines.student import (
+    dropout_warning,
+    precision_warning,
+    scale_warning,
+    shared_vocabulary,
+    trainable,
+)
 from onpath.engines.teacher import ModelTeacher, Teacher
 from onpath.engines.worlds import (
     LostEngine,
@@ -223,6 +229,7 @@ def warnings_of(
     """What to know before the first step."""
     found = [
         dropout_warning(config, student),
+        scale_warning(config),
         start_warning(config, start),
         clock_warning(renderer),
         precision_warning(config),

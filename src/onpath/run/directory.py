@@ -109,18 +109,28 @@ class Run:
 
     @property
     def last_step(self) -> int:
-        """The last step that has its line."""
+        """The last step that has its line; where the lines are lost, the last one that has a checkpoint."""
         rows = read_lines(self.metrics.path)
-        return int(rows[-1]["step"]) if rows else self.parts.config.optim.steps
+        kept = checkpoint.list_steps(self.directory / "checkpoints")
+        if rows or not kept:
+            return int(rows[-1]["step"]) if rows else self.parts.config.optim.steps
+        return checkpoint.step_of(kept[-1])
 
     def reopens(self) -> bool:
         """Whether a run that was finished is to go on: it has more steps, or no longer stalls.
 
         Raises:
-            UserError: no checkpoint is left.
+            UserError: no checkpoint is left, or nothing says where it ended.
         """
         keys, last = {change.key for change in self.changes}, self.last_step
-        if not keys & _OF_AN_END or not self.finished or last == self.parts.config.optim.steps:
+        if not keys & _OF_AN_END or not self.finished:
+            return False
+        if not read_lines(self.metrics.path) and not checkpoint.list_steps(self.directory / "checkpoints"):
+            raise UserError(
+                f"{self.metrics.path}: its lines are lost, and no checkpoint is left that says where the run "
+                "ended; choose another run.name, with its model as student.model"
+            )
+        if last == self.parts.config.optim.steps:
             return False
         self.best.value, self.best.since = self.best.read()
         if self.best.stalled:

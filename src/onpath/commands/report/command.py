@@ -1,5 +1,6 @@
 """`onpath report`: one self-contained page of a run or a study; docs/report.md says what is on it."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from onpath.commands.report.doses import draw_doses, gather_doses
@@ -9,6 +10,8 @@ from onpath.commands.report.study import gather_study
 from onpath.system import code, reading
 from onpath.system.errors import UserError
 from onpath.system.files import place, write_text
+
+_BEGINS = b"<!doctype html"
 
 
 def write_report(directory: str | Path, out: str | Path | None = None) -> Path:
@@ -40,5 +43,8 @@ def write_report(directory: str | Path, out: str | Path | None = None) -> Path:
     path = directory / "report.html" if out is None else place(out, key="--out")
     if not path.parent.is_dir():  # a mistyped path, more likely than a wish for a new directory
         raise UserError(f"{path}: there is no directory {path.parent}")
+    with suppress(FileNotFoundError), path.open("rb") as there:
+        if not there.read(len(_BEGINS)).lower().startswith(_BEGINS):
+            raise UserError(f"{path} is there, and is no page of onpath's; name another file with --out")
     write_text(path, page(data))
     return path
