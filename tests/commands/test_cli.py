@@ -36,7 +36,7 @@ COMMANDS: dict[str, tuple[Callable[..., Any], list[str]]] = {
 }
 NOT_OPTIONS = {"overrides", "each"}
 """The rest of the command line, and where the findings go."""
-OBJECTS = {"method", "divergence", "grader", "rewards", "engine"}
+OBJECTS = {"method", "divergence", "grader", "rewards", "train_dataset", "eval_dataset", "engine"}
 """Of `onpath.train`: what a YAML names instead."""
 
 

@@ -211,7 +211,7 @@ def test_what_is_not_text_is_still_yaml() -> None:
 @pytest.mark.parametrize(
     ("key", "says"),
     [
-        ("data.eval", r"data\.eval is None; it must be .* or \{\} for none"),
+        ("data.eval", r"data\.eval is None; it must be .* \(\{\} for none\)"),
         ("student.model", r"student\.model is None: "),
     ],
 )

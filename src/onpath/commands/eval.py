@@ -134,19 +134,13 @@ def evaluate_model(
     sampling = replace(asked.sampling(), **given)
     samples = n if n is not None else asked.n if k is None else k
     passes = min(asked.k, samples) if k is None else k
-    _check(sampling, n=samples, k=passes, batch_tokens=batch_tokens)
+    _check(sampling, n=samples, k=passes, limit=limit, batch_tokens=batch_tokens)
     split, source = _problems(first, data)
-    if limit is not None and limit < 1:
-        raise UserError(f"--limit must be at least 1, not {limit}")
     if limit is None and (data is None or data in first.config.data.eval):  # as the run asks
         limit = first.config.data.eval_limit
-    asks = first.config.data
-    if columns is not None:
-        asks = build({"data": {"columns": columns}}, source="columns").data.model_copy(
-            update={"skip_bad": asks.skip_bad}
-        )
     with code.allowed(allow_code):
-        loaded = load_problems(asks, source, limit=limit, grader=grader or asked.grader)
+        told = _with_columns(first.config.data, columns)
+        loaded = load_problems(told, source, limit=limit, grader=grader or asked.grader)
         chosen = grader_for(grader or asked.grader, {source: loaded.prompts})
     directory = None if out is None else place(out, key="--out")
     if directory is not None:
@@ -260,6 +254,13 @@ def _problems(subject: _Subject, data: str | None) -> tuple[str, str]:
     return next(iter(own.items()))
 
 
+def _with_columns(data: Data, columns: Mapping[str, str] | None) -> Data:
+    if columns is None:
+        return data
+    named = build({"data": {"columns": columns}}, source="columns").data.columns
+    return data.model_copy(update={"columns": named})
+
+
 def _check_numbers(kind: type, **given: object) -> None:
     """From Python anything may come."""
     for name, value in given.items():
@@ -268,8 +269,10 @@ def _check_numbers(kind: type, **given: object) -> None:
             raise UserError(f"{name} is {value!r}; it must be {wanted}")
 
 
-def _check(sampling: Sampling, *, n: int, k: int, batch_tokens: int) -> None:
+def _check(sampling: Sampling, *, n: int, k: int, limit: int | None, batch_tokens: int) -> None:
     """Before anything loads."""
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit must be at least 1, not {limit}")
     if k < 1:
         raise UserError(f"k is {k}; pass@k needs 1 or more")
     if k > n:

@@ -15,7 +15,7 @@ from onpath.system.errors import UserError
 from onpath.system.text import short
 
 _TAKES = {
-    "data.eval": "a file, {name: file} for one or several, or {} for none",
+    "data.eval": "a file, or {name: file} for one or several ({} for none)",
     "rewards": "{name: file.py:function}, a list of those, or {label: {name: file.py:function}}",
     "teachers": "{name: {model: …}} for each of several; one alone is the section teacher",
 }
