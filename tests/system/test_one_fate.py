@@ -113,3 +113,25 @@ def test_what_one_process_alone_says(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="not of a peer"), distributed.one_fate():
         raise RuntimeError("not of a peer")
     assert not torch.distributed.is_initialized()
+
+
+def test_who_still_joins_the_group_hears_why_another_has_left_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last to join finds its line closed: what ended the other is on the board all the same."""
+
+    def joins(*_: object, **__: object) -> None:
+        if os.environ["RANK"] == "1":
+            time.sleep(0.5)
+            raise torch.distributed.DistNetworkError("connection closed by peer")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", joins)
+
+    def run(rank: int) -> None:
+        with distributed.one_fate():
+            distributed.start(torch.device("cpu"), timeout=20.0)
+            raise UserError("data.train: there is no file here")
+
+    for code, _, said in forked(run, tmp_path):
+        assert code == 2
+        assert "onpath: data.train: there is no file here" in said

@@ -194,8 +194,9 @@ def _sockets() -> dict[int, int]:
 
 
 def _board() -> Store | None:
-    """Where ranks leave word for each other without an exchange; None: there is no group, or no longer."""
-    if not asked() or not dist.is_initialized():
+    """Where ranks leave word for each other without an exchange; None: they have not met, or no longer meet.
+    One may have left while another still joins the group."""
+    if not asked() or not (dist.is_initialized() or _held):
         return None
     if not _boards:
         where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
