@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from onpath.engines.head import adapted_weight, base_layer, lora_deltas, sharded, unwrapped
-from onpath.engines.sharding import full, gathered, local, rows_of, same_weights
+from onpath.engines.sharding import full, gathered, local, own_rows, same_weights
 from onpath.system.errors import UserError
 from onpath.system.reading import read_json
 from onpath.system.text import one_line
@@ -208,8 +208,7 @@ def load(model: nn.Module, directory: Path) -> None:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if (mine := given.get(name.replace(f".{model.active_adapter}", ""))) is not None:
-                rows = rows_of(weight)
-                local(weight).copy_(mine[rows.start : rows.stop])
+                local(weight).copy_(own_rows(weight, mine))
 
 
 def name_base(directory: Path, *, home: Path) -> None:

@@ -28,7 +28,7 @@ from onpath.engines.head import (
 )
 from onpath.engines.hf import HFEngine
 from onpath.engines.models import context_length
-from onpath.engines.sharding import full, local, rows_of
+from onpath.engines.sharding import full, local, own_rows
 from onpath.losses import TeacherHidden, token_stats
 from onpath.records import Completion, Sampling, Trajectory
 from onpath.system.errors import UserError
@@ -220,8 +220,7 @@ def _moved(model: nn.Module) -> Iterator[None]:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in zeros:
-            rows, moves = rows_of(p), torch.randn(p.shape, generator=generator) * _MOVED
-            local(p).copy_(moves[rows.start : rows.stop])
+            local(p).copy_(own_rows(p, torch.randn(p.shape, generator=generator) * _MOVED))
     try:
         yield
     finally:

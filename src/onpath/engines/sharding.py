@@ -283,6 +283,12 @@ def rows_of(tensor: Tensor) -> Rows:
     return Rows(start=start, stop=stop, shape=shape, stores=all(i == 0 for i in place[:-1]))
 
 
+def own_rows(tensor: Tensor, whole: Tensor) -> Tensor:
+    """Of a whole tensor of the same shape what this process holds of `tensor`."""
+    rows = rows_of(tensor)
+    return whole[rows.start : rows.stop] if whole.dim() else whole
+
+
 def _rows(shape: tuple[int, ...], mesh: DeviceMesh, process: int) -> tuple[int, int]:
     each = -(-shape[0] // mesh.size(mesh.ndim - 1))  # as torch.chunk has it
     return min(process * each, shape[0]), min((process + 1) * each, shape[0])

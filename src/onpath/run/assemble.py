@@ -295,15 +295,15 @@ def check_models(config: Config, models: Models, own: HFEngine, *, generates: bo
         generates: whether it is `own` that generates the rollouts.
     """
     check = partial(check_model, vocabulary=models.vocabulary, bf16=models.bf16)
-    engine, runs = own if generates else None, config.method.runs_models
+    engine, method = own if generates else None, config.method
     # What no step makes whole stays in its shards.
-    whole = generates or runs or config.method.reweight != "none" or config.parallel.shard == "step"
+    whole = generates or method.gathers_models or config.parallel.shard == "step"
     with sharding.whole(models.student if whole else None):
         found = {"student.model": check(models.student, engine, key="student.model", dropout=models.dropout)}
     for name in models.teacher.names:
         if (other := models.teacher.of(name).separate) is None:
             continue
-        with sharding.whole(other if runs else None):
+        with sharding.whole(other if method.runs_models else None):
             asked = own.over(other) if sharding.is_whole(other) else None
             key = f"{teacher_option(name)}.model"
             found[key] = check(other, asked, key=key)

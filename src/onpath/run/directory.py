@@ -110,11 +110,10 @@ class Run:
     @property
     def last_step(self) -> int:
         """The last step that has its line; where the lines are lost, the last one that has a checkpoint."""
-        rows = read_lines(self.metrics.path)
+        if rows := read_lines(self.metrics.path):
+            return int(rows[-1]["step"])
         kept = checkpoint.list_steps(self.directory / "checkpoints")
-        if rows or not kept:
-            return int(rows[-1]["step"]) if rows else self.parts.config.optim.steps
-        return checkpoint.step_of(kept[-1])
+        return checkpoint.step_of(kept[-1]) if kept else self.parts.config.optim.steps
 
     def reopens(self) -> bool:
         """Whether a run that was finished is to go on: it has more steps, or no longer stalls.

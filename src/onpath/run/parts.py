@@ -53,8 +53,7 @@ class Parts:
         Args:
             prepares: whether the method prepares in it too.
         """
-        options, models = self.config.method, self.models
-        runs = prepares and (options.runs_models or options.reweight != "none")
+        models, runs = self.models, prepares and self.config.method.gathers_models
         student = models.student if runs or self.generators.student.shares_weights else None
         return sharding.whole(student, *(models.teacher.models if runs else ()))
 

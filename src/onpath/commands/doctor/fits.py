@@ -379,6 +379,6 @@ def _step_of(
         at_start=method.teacher_weights == "base" and not config.student.lora_rank,
         ahead=ahead,
         continues=method.keeps_past,
-        prepares=method.runs_models or method.reweight != "none",
+        prepares=method.gathers_models,
         device=device.type,
     )

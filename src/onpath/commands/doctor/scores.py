@@ -136,13 +136,8 @@ def stir(parts: Parts, *, share: float, seed: int) -> None:
     for p in parts.models.student.parameters():
         if p.requires_grad:
             spread = float(sharding.full(p).float().std()) if p.numel() > 1 else 0.0
-            noise, mine, rows = (
-                torch.randn(p.shape, generator=generator),
-                sharding.local(p),
-                sharding.rows_of(p),
-            )
-            some = (noise[rows.start : rows.stop] if p.dim() else noise).to(mine.device, mine.dtype)
-            mine.add_(some, alpha=share * spread if spread > 0 else 0.02)
+            noise = sharding.own_rows(p, torch.randn(p.shape, generator=generator)).to(p.device, p.dtype)
+            sharding.local(p).add_(noise, alpha=share * spread if spread > 0 else 0.02)
 
 
 def on_policy(parts: Parts, rollouts: Sequence[Rollout]) -> Finding:

@@ -174,8 +174,9 @@ class _Running:
     resumed: bool = False
     """An earlier process had begun it: its time here says little."""
     first: int | None = None
-    """Of several processes the one that was first seen to have failed, and when."""
+    """The process that was first seen to have failed."""
     failed: float = 0.0
+    """When that was."""
 
     @property
     def elapsed(self) -> float:
@@ -183,7 +184,7 @@ class _Running:
 
     @property
     def code(self) -> int | None:
-        """The exit code of the first process that failed, else 0; None while one is at work."""
+        """The exit code of one that failed, else 0; None while one is at work."""
         codes = [process.exitcode for process in self.processes]
         return None if None in codes else next(filter(None, codes), 0)
 

@@ -192,8 +192,13 @@ class MethodOptions(Section):
 
     @property
     def runs_models(self) -> bool:
-        """Whether `prepare` runs the models: they are gathered for it, where they are sharded."""
+        """Whether `prepare` runs the models."""
         return True
+
+    @property
+    def gathers_models(self) -> bool:
+        """Whether they are run between sampling and the loss: where they are sharded, they are whole then."""
+        return self.runs_models or self.reweight != "none"
 
     @property
     def keeps_past(self) -> bool:
