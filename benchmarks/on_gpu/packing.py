@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -20,7 +19,6 @@ from transformers.utils import is_flash_attn_2_available
 
 from on_gpu.device import DEVICE, free, median_seconds, peak_gib, reset_peak
 from on_gpu.shapes import build, write_model
-from onpath.data import batch as batches
 from onpath.data.batch import collate, micro_batches
 from onpath.engines.head import hidden_states
 from onpath.engines.student import recompute
@@ -125,28 +123,26 @@ def run(record: Any, *, tiny: bool, left: Any) -> None:
     budget = 96 if tiny else 16_384
     generator = torch.Generator().manual_seed(1)
     rows = [torch.randint(4, 256, (n,), generator=generator).tolist() for n in lengths]
-    ways: list[tuple[str, str, Any, int]] = [
-        ("padded, as the library does", "sdpa", padded_pass, batches._BUSY_TOKENS),
-        ("packed, torch's varlen kernel", "onpath_varlen", packed_pass, 0),
-        (f"padded, filled to {budget:,} tokens", "sdpa", padded_pass, budget),
-        ("padded, without a mask", "sdpa", partial(padded_pass, masked=False), batches._BUSY_TOKENS),
+    ways: list[tuple[str, str, Any]] = [
+        ("padded, as the library does", "sdpa", padded_pass),
+        ("packed, torch's varlen kernel", "onpath_varlen", packed_pass),
+        ("padded, without a mask", "sdpa", partial(padded_pass, masked=False)),
     ]
     if is_flash_attn_2_available():
-        ways.append(("packed, flash-attn", "flash_attention_2", packed_pass, 0))
+        ways.append(("packed, flash-attn", "flash_attention_2", packed_pass))
     with TemporaryDirectory() as name:
         write_model(Path(name), "qwen3-1.7b", tiny=tiny, words=256)
         model = build(name, torch.float32)
         recompute(model)
         model.requires_grad_(True)
         reference: list[float] = []
-        for way, attention, passes, busy in ways:
+        for way, attention, passes in ways:
             if left() < 8 and not tiny:
                 return
             said: dict[str, Any] = {"way": way, "rollouts": len(rows), "tokens": sum(lengths)}
             try:
                 model.set_attn_implementation(attention)
-                with mock.patch.object(batches, "_BUSY_TOKENS", busy):
-                    said |= _measured(lambda by=passes: by(model, rows, budget), model, reference, tiny)
+                said |= _measured(lambda by=passes: by(model, rows, budget), model, reference, tiny)
                 said["tokens/s"] = sum(lengths) / said["s"]
             except Exception as error:  # a kernel that is not there: recorded, and the rest goes on
                 if tiny:
