@@ -23,8 +23,10 @@ from onpath.commands.doctor.fits import (
     decoder_of_config,
     fewest_processes,
     parts_of,
+    spread,
     step_of,
     step_of_config,
+    together,
 )
 from onpath.config.build import build
 from onpath.config.whole import Config
@@ -164,6 +166,17 @@ def test_shards_fit_where_whole_copies_do_not() -> None:
     assert fewest_processes(fitting, room, shard="none") == 1
 
 
+def test_each_of_several_processes_keeps_what_it_has_read() -> None:
+    """TOPD's hidden states of the teacher: of a step's responses each process has its share."""
+    step = replace(step_of_size("1.7B", True, "8B"), response_tokens=1_000_001)
+    kept = [parts_of(spread(step, n), shard="layer", world=n)["kept"] for n in (1, 8)]
+    assert kept == [1_000_001 * 4096 * 2, 125_001 * 4096 * 2]
+    assert together(spread(step, 8), 8).response_tokens == 1_000_008
+    room = parts_of(spread(step, 8), shard="layer", world=8)["peak"] + 1
+    assert fewest_processes(step, room, shard="layer") == 8
+    assert cures(spread(step, 2), room, processes=2)[-1] == "the models sharded over 8 processes"
+
+
 def test_one_process_has_nothing_to_share() -> None:
     step = step_of_size("1.7B", True, "8B")
     assert parts_of(step, shard="layer", world=1) == parts_of(step)
@@ -289,6 +302,32 @@ def test_what_is_not_loaded_is_counted_as_what_is(options: dict[str, Any], tiny:
     parts.close()
     assert step_of_config(config, device=torch.device("cpu")) == loaded
     assert loaded.prepares == (config.method.name != "opd")
+
+
+@pytest.mark.parametrize(
+    ("options", "writes"),
+    [
+        ({}, False),
+        ({"method__name": "trd", "method__template": "{problem} {attempt}"}, True),
+        ({"method__writer": "teacher", "method__divergence": "cross_entropy"}, True),
+        ({"method__name": "relay"}, True),
+        ({"method__name": "topd", "method__window": 4}, False),  # which goes on from its scoring pass
+    ],
+    ids=["opd", "trd", "teacher's text", "relay", "topd"],
+)
+def test_what_a_teacher_writes_takes_a_cache(options: dict[str, Any], writes: bool, tiny: Tiny) -> None:
+    """The teacher's, of one batch of generation, also where the student's rollouts are a server's."""
+    server = {"rollout__engine": "vllm", "rollout__url": "http://localhost:1"}
+    config = tiny(**options, **server, rollout__batch_tokens=50_000, optim__micro_batch_tokens=100)
+    step = step_of_config(config, device=torch.device("cpu"))
+    teacher = step.teacher
+    assert teacher is not None
+    assert step.batch_tokens == 0
+    found = parts_of(step, shard="layer", world=2)
+    cache = 1.25 * cache_bytes(teacher, 50_000, half=False) if writes else 0.0
+    without = parts_of(replace(step, written_tokens=0), shard="layer", world=2)
+    assert found["phase_writing"] - without["phase_writing"] == cache
+    assert (found["peak"] > without["peak"]) is writes
 
 
 def test_a_large_pair_is_planned_without_a_weight(tmp_path: Path) -> None:

@@ -21,8 +21,10 @@ from onpath.commands.doctor.fits import (
     cures,
     fewest_processes,
     parts_of,
+    spread,
     step_of,
     step_of_config,
+    together,
 )
 from onpath.commands.doctor.sample import Probe, as_they_are
 from onpath.commands.doctor.scores import student_logps
@@ -210,7 +212,9 @@ def _fits(step: Step, room: int, here: tuple[Shard, int] = WHOLE) -> Finding:
         here: how models are sharded now, over how many processes.
     """
     ways = dict.fromkeys((WHOLE, *((s, n) for s in SHARDS[1:] for n in (2, 8)), here))
-    planned = {way: parts_of(step, shard=way[0], world=way[1])["peak"] / 2**30 for way in ways}
+    alone = together(step, distributed.world())
+    steps = {way: step if way in (WHOLE, here) else spread(alone, way[1]) for way in ways}
+    planned = {way: parts_of(steps[way], shard=way[0], world=way[1])["peak"] / 2**30 for way in ways}
     whole = parts_of(step)
     names = ("weights", "gradients", "moments", "teacher", "copies", "activations", "loss")
     largest = max(names, key=lambda name: whole[name])
@@ -218,7 +222,7 @@ def _fits(step: Step, room: int, here: tuple[Shard, int] = WHOLE) -> Finding:
         **{f"{shard}_{world}_gib": gib for (shard, world), gib in planned.items()},
         **{f"{name}_gib": whole[name] / 2**30 for name in names},
         "room_gib": room / 2**30,
-        "processes_by_layer": fewest_processes(step, _FULL * room, shard="layer"),
+        "processes_by_layer": fewest_processes(alone, _FULL * room, shard="layer"),
     }
     message = (
         f"calculated: {whole['peak'] / 2**30:.2g} GiB as whole copies (most of it {largest}, "
@@ -229,7 +233,7 @@ def _fits(step: Step, room: int, here: tuple[Shard, int] = WHOLE) -> Finding:
         message = f"{planned[here]:.2g} GiB a process as it is here, by {here[0]} over {here[1]}; {message}"
     if planned[here] * 2**30 <= _FULL * room:
         return Finding(name="fits", status="ok", message=message, values=values)
-    found = cures(step, _FULL * room)
+    found = cures(step, _FULL * room, processes=distributed.world())
     advice = f"what makes it fit: {'; or '.join(found)}" if found else "take smaller models"
     return Finding(name="fits", status="warning", message=message, advice=advice, values=values)
 

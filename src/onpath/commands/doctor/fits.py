@@ -1,6 +1,7 @@
 """What a step needs of every process's memory, calculated: which way of sharding fits where.
 
-    peak = weights + moments + frozen models + max(sampling, passes and gradients, the optimiser's own)
+    peak = weights + moments + frozen models
+           + max(sampling, what the teacher generates, passes and gradients, the optimiser's own)
 
     none    whole copies in every process
     step    whole weights while a step lasts, shards of everything else
@@ -91,6 +92,8 @@ class Step:
     """Padded tokens of one forward pass."""
     batch_tokens: int
     """Tokens of one batch of sampling in this process; 0: sampled elsewhere."""
+    written_tokens: int = 0
+    """Tokens of one batch that the teacher, in this process, generates for the method."""
     response_tokens: int = 0
     """Of the whole step in this process, whose hidden states of the teacher are kept for the loss (TOPD)."""
     half: bool = False
@@ -198,6 +201,7 @@ def parts_of(step: Step, *, shard: Shard = "none", world: int = 1) -> dict[str, 
         student, step.micro_batch_tokens, half=step.half, recompute=step.recompute, stream=stream
     )
     loss = loss_bytes(step)
+    writer, half_writer = (student, step.half) if teacher is None else (teacher, teacher.weight_bytes == 2)
     past, one_graph = 0.0, 0 < step.response_tokens <= step.micro_batch_tokens
     if step.continues and teacher is not None:
         past = 2.25 * cache_bytes(teacher, step.micro_batch_tokens, half=teacher.weight_bytes == 2)
@@ -212,14 +216,12 @@ def parts_of(step: Step, *, shard: Shard = "none", world: int = 1) -> dict[str, 
         if teacher is None
         else float(step.response_tokens * teacher.width * teacher.weight_bytes),
     }
+    shared = (more if step.prepares else 0.0) + half_copies
     phases = {
         "sampling": more + half_copies + 1.25 * cache_bytes(student, step.batch_tokens, half=step.half),
         "training": gradients + half_copies + passes + loss,
-        "correcting": (more if step.prepares else 0.0)
-        + half_copies
-        + past
-        + loss
-        + (passes if one_graph else 0.0),
+        "correcting": shared + past + loss + (passes if one_graph else 0.0),
+        "writing": shared + 1.25 * cache_bytes(writer, step.written_tokens, half=half_writer),
         "optimiser": gradients + (gradients if step.device == "cuda" else 0.0),
     }
     return {
@@ -232,14 +234,32 @@ def parts_of(step: Step, *, shard: Shard = "none", world: int = 1) -> dict[str, 
     }
 
 
+def together(step: Step, processes: int) -> Step:
+    """One process that does the work of so many, each of which does such a step."""
+    return replace(step, response_tokens=step.response_tokens * processes)
+
+
+def spread(step: Step, processes: int) -> Step:
+    """One of so many processes that do this step together: it keeps what it has read of its own rollouts."""
+    return replace(step, response_tokens=-(-step.response_tokens // processes))
+
+
 def fewest_processes(step: Step, room: float, *, shard: Shard, most: int = 64) -> int | None:
-    """By doubling, so many that a peak fits into `room` bytes each; None: not with `most`."""
+    """By doubling, so many that a peak fits into `room` bytes each; None: not with `most`.
+
+    Args:
+        step: of one process that does all the work.
+    """
     sizes = (2**i for i in range(most.bit_length()))
-    return next((n for n in sizes if parts_of(step, shard=shard, world=n)["peak"] <= room), None)
+    return next((n for n in sizes if parts_of(spread(step, n), shard=shard, world=n)["peak"] <= room), None)
 
 
-def cures(step: Step, room: float) -> list[str]:
-    """Options each of which, alone, makes whole copies fit into `room` bytes; then shards."""
+def cures(step: Step, room: float, *, processes: int = 1) -> list[str]:
+    """Options each of which, alone, makes whole copies fit into `room` bytes; then shards.
+
+    Args:
+        processes: of which each does such a step now.
+    """
     smaller = max(1, step.micro_batch_tokens // 4)
     adapter = replace(step.student, trained=step.student.parameters // 50, weight_bytes=2)
     changed = {
@@ -251,7 +271,7 @@ def cures(step: Step, room: float) -> list[str]:
         "student.lora_rank: 64 with student.dtype: bfloat16": replace(step, student=adapter),
     }
     found = [name for name, other in changed.items() if parts_of(other)["peak"] <= room]
-    over = fewest_processes(step, room, shard="layer")
+    over = fewest_processes(together(step, processes), room, shard="layer")
     return [*found, *([f"the models sharded over {over} processes"] if over else [])]
 
 
@@ -361,6 +381,9 @@ def _step_of(
     device: torch.device,
 ) -> Step:
     method = config.method
+    # A teacher that keeps its past goes on from that, which is counted there.
+    here = method.self_taught or any(teacher.engine == "hf" for teacher in config.taught_by.values())
+    writes = here and method.teacher_writes and not method.keeps_past
     others = [] if method.self_taught else [decoder_of(model) for model in teachers]
     largest = max(others, key=lambda model: model.bytes, default=None)
     weights = {id(p): p for model in teachers for p in model.parameters()}  # adapters share some
@@ -372,6 +395,7 @@ def _step_of(
         mixed=bool(config.mixtures),
         micro_batch_tokens=config.optim.micro_batch_tokens,
         batch_tokens=config.rollout.batch_tokens if config.rollout.engine == "hf" else 0,
+        written_tokens=config.rollout.batch_tokens if writes else 0,
         response_tokens=response_tokens if method.keeps_past else 0,
         half=config.optim.bf16,
         recompute=config.student.gradient_checkpointing,
