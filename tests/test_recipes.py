@@ -8,8 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from transformers import Qwen3Config
 
 from onpath import config as configuration
+from onpath.commands.doctor.fits import parts_of, spread, step_of_config
 from onpath.config.describe import describe
 from onpath.records import Prompt, Rollout, Sampling
 from onpath.run.log import read_lines
@@ -88,6 +91,55 @@ def test_a_paper_runs(path: Path, model_dirs: dict[str, Path], problems: Path, t
     assert (row["grad_norm"] > 0) != bool(
         config.method.token_clip
     )  # random models: no token is below the clip
+
+
+SHAPES = {
+    "Qwen/Qwen3-1.7B": (28, 2048, 16, 6144, True),
+    "Qwen/Qwen3-4B-Instruct-2507": (36, 2560, 32, 9728, True),
+    "Qwen/Qwen3-8B": (36, 4096, 32, 12_288, False),
+}
+"""Of their config.json: layers, H, heads, I, tied; all have 8 heads of keys, of 128, and 151,936 tokens."""
+
+
+def table() -> dict[str, list[str]]:
+    """Of recipes/paper/README.md: each config's cells of memory and time."""
+    found: dict[str, list[str]] = {}
+    for line in (RECIPES / "paper" / "README.md").read_text().splitlines():
+        if not re.match(r"\| `(trd|opd|sft|opsd|topd|relay)-", line):
+            continue
+        first, _, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        names: list[str] = []
+        for name in re.findall(r"`([\w.-]+)`", first):  # `opd-1.7b-forward`, `-clip`
+            names.append(names[0].rpartition("-")[0] + name if name.startswith("-") else name)
+        for i, name in enumerate(names):
+            each = [cell.split(", ") for cell in cells]
+            found[name] = [some[i] if len(some) == len(names) > 1 else ", ".join(some) for some in each]
+    return found
+
+
+def test_the_table_is_what_doctor_calculates(tmp_path: Path) -> None:
+    """From models' config.json alone."""
+    for name, (layers, width, heads, inner, tied) in SHAPES.items():
+        Qwen3Config(
+            num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads, num_key_value_heads=8,
+            head_dim=128, intermediate_size=inner, tie_word_embeddings=tied, vocab_size=151_936,
+        ).save_pretrained(tmp_path / name)  # fmt: skip
+    stated, known = table(), dict[str, list[str]]()
+    assert stated.keys() == {path.stem for path in PAPER}
+    for path in PAPER:
+        tree = configuration.read_yaml(path)
+        method = {key: tree["method"].get(key) for key in ("name", "writer", "weights")}
+        alike = repr([tree["student"], tree.get("teacher"), method, tree["rollout"], tree["optim"]])
+        if method["name"] == "relay":  # what both models need while they decode side by side is not counted
+            known[alike] = ["not calculated"] * 2
+        if alike not in known:
+            roles = [role for role in ("student", "teacher") if role in tree]
+            local = [(f"{role}.model", str(tmp_path / tree[role]["model"])) for role in roles]
+            config = configuration.load(path, local)
+            step = step_of_config(config, device=torch.device("cuda"))
+            planned = [parts_of(step), parts_of(spread(step, 8), shard="layer", world=8)]
+            known[alike] = [f"{part['peak'] / 1e9:.0f}" for part in planned]
+        assert stated[path.stem][:2] == known[alike], path.stem
 
 
 def test_every_method_of_the_papers_is_there() -> None:
