@@ -1,5 +1,6 @@
 """What fits: the parts of the calculation against what is really there, and the plan that the docs show."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,7 @@ from onpath.losses.one_pass import workspace
 from onpath.run.assemble import assemble
 
 Tiny = Callable[..., Config]
+ROOT = Path(__file__).parents[2]
 
 SIZES = {
     "wide": {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "head_dim": 32},
@@ -154,6 +156,33 @@ def test_the_plan_is_that_of_the_paper(sizes: tuple[str, bool, str], by_hand: tu
     found = [parts_of(step, shard=shard, world=8)["peak"] / 1e9 for shard in SHARDS]
     assert found == pytest.approx(by_hand, rel=0.15)
     assert found == sorted(found, reverse=True)
+
+
+def test_the_docs_tables_are_what_is_calculated() -> None:
+    """README.md, docs/scale.md and docs/hardware.md."""
+    pages = {name: (ROOT / name).read_text() for name in ("README.md", "docs/scale.md", "docs/hardware.md")}
+    whole, by_layer = (
+        re.findall(r"\d+", line.partition("|")[2].partition("|")[2])
+        for line in pages["README.md"].splitlines()
+        if line.startswith(("| one GPU, or whole", "| `parallel.shard: layer` on eight"))
+    )
+    columns = re.findall(r"([\d.]+B(?: LoRA)?) / (\d+B)", pages["README.md"])
+    assert len(columns) == len(whole) == len(by_layer) == len(PLAN)
+    for size, trained, teacher in PLAN:
+        step = step_of_size(size, trained, teacher)
+        none, by_step, layer = (
+            f"{parts_of(step, shard=shard, world=8)['peak'] / 1e9:.0f}" for shard in SHARDS
+        )
+        name = f"{size}{'' if trained else ' LoRA'}"
+        assert f"| {name} / {teacher} | {none} | {by_step} | {layer} |" in pages["docs/scale.md"]
+        place = columns.index((name, teacher))
+        assert (whole[place], by_layer[place]) == (none, layer)
+        (row,) = re.findall(
+            rf"^\| {size}, {'all weights' if trained else 'LoRA'} \| {teacher} \| (.*) \|$",
+            pages["docs/hardware.md"], flags=re.M,
+        )  # fmt: skip
+        assert row.split(" | ")[0] == none
+        assert [layer] == re.findall(r"(\d+) on each of eight", row) or "each of eight" not in row
 
 
 def test_shards_fit_where_whole_copies_do_not() -> None:
@@ -347,5 +376,5 @@ def test_a_large_pair_is_planned_without_a_weight(tmp_path: Path) -> None:
     step = step_of_config(config, device=torch.device("cuda"))
     assert step.student.parameters == pytest.approx(8.19e9, rel=0.01)
     assert step.student.trained == step.student.parameters
-    planned = [parts_of(step)["peak"] / 2**30, parts_of(step, shard="layer", world=8)["peak"] / 2**30]
-    assert planned == pytest.approx([164, 36], rel=0.05)
+    planned = [parts_of(step)["peak"] / 1e9, parts_of(step, shard="layer", world=8)["peak"] / 1e9]
+    assert planned == pytest.approx([183, 39], rel=0.02)
