@@ -3,6 +3,7 @@
 import datetime
 import json
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from onpath.commands.doctor import inputs as doctor
 from onpath.commands.eval import evaluate_model
 from onpath.config.whole import Config
 from onpath.data.load import load_prompts
 from onpath.grade import sandbox
-from onpath.grade.code import CodeGrader, CodeTests, program_of, refuses
+from onpath.grade.code import CodeGrader, CodeTests, program_of, refuses, same_output
 from onpath.grade.graders import make_grader
 from onpath.grade.sandbox import Limits
 from onpath.records import Prompt
@@ -328,6 +331,27 @@ def test_names_of_a_tuples_values_do_not_hide_what_a_tuple_does(
 )
 def test_scripts_and_calls(grader: CodeGrader, program: str, tests: str, right: bool) -> None:
     assert grader.grade(fenced(program), tests).correct == right
+
+
+@given(*(st.text("ab \t\n\r\v\f\x1c\x1e\x1f\x85\u2028\0", max_size=9) for _ in range(2)))
+def test_outputs_are_compared_by_lines(printed: str, expected: str) -> None:
+    ours, theirs = ([line.rstrip() for line in s.rstrip().splitlines()] for s in (printed, expected))
+    assert same_output(printed, expected) is (ours == theirs)
+    assert same_output(printed, "\n".join(ours) + " \n")
+
+
+@pytest.mark.parametrize("line", ["ab\n", "ab\f"])
+def test_a_long_output_is_not_held_line_by_line(line: str) -> None:
+    """16 MiB of short lines as a list took 450 MiB and two seconds of the process that grades."""
+    printed = line * 500_000
+    tracemalloc.start()
+    try:
+        assert not same_output(printed, "2")
+        assert same_output(printed, printed)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 3 * len(printed)
 
 
 NOTHING = [

@@ -3,10 +3,11 @@
 import os
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import zip_longest
 from threading import Lock
 from typing import Any
 
@@ -29,6 +30,8 @@ FORMS = (
 _PYTHON = ("python", "py", "python3")
 _FENCE = re.compile(r"[ \t]*+(?:(?:[-*+]|\d{1,9}[.)])[ \t]++)*+(`{3,}|~{3,})[ \t]*(\w*)")
 """Also where it begins an item of a list."""
+_LINE = re.compile(r"[^{0}]+(?:\r\n|[{0}])?|\r\n|[{0}]".format(r"\n\r\v\f\x1c-\x1e\x85\u2028\u2029"))
+"""As `str.splitlines` has them; not empty."""
 _FUTURE = re.compile(r"^from[ \t]+__future__[ \t]+import[ \t]+(?:\([^)]*\)|[^\n]*)\n?", re.MULTILINE)
 
 
@@ -199,7 +202,7 @@ class CodeGrader(Grader):
             outcome, printed = sandbox.run_script(program, given, self.limits, confined=self._confined)
             if not outcome.passed:
                 return outcome
-            if _shown(printed) != _shown(expected):
+            if not same_output(printed, expected):
                 return Outcome(passed=False, reason=f"input {number} gives another output")
         return Outcome(passed=True, reason="passed")
 
@@ -207,9 +210,18 @@ class CodeGrader(Grader):
 _COUNTS = hasattr(os, "sched_getaffinity")
 
 
-def _shown(output: str) -> list[str]:
-    """Lines without white space at their ends; none at the end of the output."""
-    return [line.rstrip() for line in output.rstrip().splitlines()]
+def same_output(printed: str, expected: str) -> bool:
+    """Line by line, without white space at their ends and at the end of the output. One line at a time, up to
+    the first that differs: a program may print millions of them.
+
+    >>> same_output("3 \\n4\\n\\n", "3\\n4")
+    True
+    """
+    return all(a == b for a, b in zip_longest(_lines_shown(printed), _lines_shown(expected)))
+
+
+def _lines_shown(output: str) -> Iterator[str]:
+    return (line[0].rstrip() for line in _LINE.finditer(output.rstrip()))
 
 
 def program_of(text: str, tests: CodeTests) -> str | None:
