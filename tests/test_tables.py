@@ -1,6 +1,7 @@
 """The tables of a recipe's README say what its study says: each number stands in the JSON beside it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 RECIPES = Path(__file__).parents[1] / "recipes"
 STUDIES = [RECIPES / "when-it-pays" / f"{name}.json" for name in ("persona", "controls", "signals", "maze")]
 DOSES = [RECIPES / "when-it-pays" / f"{name}.json" for name in ("again", "clip")]
+STRENGTHS = [RECIPES / "when-it-pays" / f"{name}.json" for name in ("spoil", "lost", "late", "surface")]
+SMOLLM2 = [RECIPES / "smollm2-study" / f"{name}.json" for name in ("longer", "rates")]
 
 
 def points(value: float, *, signed: bool = False) -> str:
@@ -65,6 +68,55 @@ def test_a_table_by_levels_has_the_study_s_numbers(path: Path) -> None:
         assert [cooler, greedy] == [told(arm["evals"][s]["avg_at_k"]) for s in ("hard_T0.6", "hard_greedy")]
         made = arm["tokens_generated_student"] + arm["tokens_generated_teacher"]
         assert tokens == f"{made / 1000:.0f}"
+
+
+@pytest.mark.parametrize("path", STRENGTHS, ids=lambda p: p.stem)
+def test_a_strength_has_the_numbers_beside_it(path: Path) -> None:
+    """To a rounding: these files hold means, intervals and differences, of three or four digits."""
+    data = json.loads(path.read_text())
+    rows = {cells[0]: cells[1:] for cells in cells_of(section_of(path))}
+    assert rows["arm"][:3] == [f"{data['x']} {level['x']:g}" for level in data["levels"]]
+    for place, level in enumerate(data["levels"]):
+        assert len(level["arms"]) == 15
+        for arm in level["arms"]:
+            found = arm["evals"]["hard"]["avg_at_k"]
+            told = found if found["difference"] is None else found["difference"]
+            wanted = [100 * value for value in (told["mean"], *told["ci95"])]
+            shown = re.findall(r"[-+]?\d+\.\d", rows[arm["arm"]][place].replace("−", "-"))
+            assert [float(number) for number in shown] == pytest.approx(wanted, abs=0.0501)
+
+
+def cells_of(section: str) -> list[list[str]]:
+    """Rows of its tables."""
+    lines = [line for line in section.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
+@pytest.mark.parametrize("path", SMOLLM2, ids=lambda p: p.stem)
+def test_a_table_at_three_temperatures_has_the_study_s_numbers(path: Path) -> None:
+    data = json.loads(path.read_text())
+    rows: dict[str, list[str]] = {}
+    for first, *others in cells_of(section_of(path)):
+        rows.setdefault(first.split(",")[0], others)
+    for arm in data["arms"]:
+        cells = rows[arm["arm"]]
+        for at, split in ((0, "test"), (3, "test_T0.6"), (5, "test_greedy")):
+            found = arm["evals"][split]["avg_at_k"]
+            assert cells[at] in (points(found["mean"]), f"{points(found['mean'])} {interval(found['ci95'])}")
+            if (gap := found["difference"]) is not None:
+                short = f"{points(gap['mean'], signed=True)} {gap['verdict']}"
+                assert cells[at + 1] in (told(found), short)
+        assert cells[2] == points(arm["evals"]["test"]["pass_at_k"]["mean"])
+    for row in data.get("tuning", []):
+        for tried in row["grid"]:
+            (line,) = [cells for cells in cells_of(section_of(path)) if same_rate(cells[0], tried["lr"])]
+            (head,) = [cells for cells in cells_of(section_of(path)) if cells[0] == "rate"]
+            mark = "**" if tried["lr"] == row["chosen"] else ""
+            assert line[head.index(row["arm"])] == f"{mark}{points(tried['avg_at_k'])}{mark}"
+
+
+def same_rate(cell: str, rate: float) -> bool:
+    return bool(re.fullmatch(r"\de-\d", cell)) and float(cell) == rate
 
 
 @pytest.mark.parametrize("name", ["controls", "maze"])
