@@ -33,6 +33,17 @@ HARM = {
     "a socket": "import socket\nf = socket.socket()",
     "a raw system call": "import ctypes\nlibc = ctypes.CDLL(None)\n"
     "assert libc.syscall(2, b'{trace}/raw', 0o102, 0o777) >= 0",
+    "a call by x32's numbers": "import ctypes\nlibc = ctypes.CDLL(None)\n"
+    "assert libc.syscall(0x40000000 | 2, b'{trace}/x32', 0o102, 0o777) >= 0",
+    "a call as of 32 bits": "import ctypes, mmap\nm = mmap.mmap(-1, 4096, prot=7)\n"
+    "m.write(bytes.fromhex('b814000000cd80c3'))\n"  # mov eax, 20 (getpid); int 0x80; ret
+    "ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(m)))()\n"
+    "def f(x):\n    return x + 1",
+    "calls that are no old ones": "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+    "b = ctypes.create_string_buffer(256)\ndef tried(n):\n"
+    "    return libc.syscall(n, b, b, b, b, b) >= 0 or ctypes.get_errno() != 1\n"
+    # open_by_handle_at, process_vm_readv, memfd_create, bpf, userfaultfd, io_uring_setup, openat2
+    "assert any(map(tried, (304, 310, 319, 321, 323, 425, 437)))\ndef f(x):\n    return x + 1",
     "signalling its parent": "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)",
     "signalling everybody": "import os, signal\nos.kill(-1, signal.SIGKILL)",
     "signalling process 1": "import os, signal\nos.kill(1, signal.SIGKILL)",
