@@ -71,6 +71,7 @@ class Moves(Numbers):
         return {"question": "Go!", "answer": "(1, 2) -> (2, 1)"}
 
 def create_dataset(name, size, seed):
+    assert name != "composite", "Must specify at least one dataset"
     return {"chain_sum": Numbers, "jugs": Moves}[name](size, seed)
 """
 
@@ -87,7 +88,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     made = tmp_path / "reasoning_gym"
     made.mkdir()
     (made / "__init__.py").write_text(GENERATOR)
-    (made / "factory.py").write_text("DATASETS = {'chain_sum': 0, 'jugs': 0}")
+    (made / "factory.py").write_text("DATASETS = {'chain_sum': 0, 'composite': 0, 'jugs': 0}")
     for module in [m for m in sys.modules if m.partition(".")[0] == "reasoning_gym"]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -149,8 +150,9 @@ def test_columns_of_the_config_are_not_looked_for_in_a_pack(packages: Path) -> N
         ("pack:humanevil", r"there is no such pack; there are pack:humaneval\[/completion\], pack:aime25, "),
         ("pack:aime25/2", "nothing may follow the name"),
         ("pack:humaneval/chat", "it is pack:humaneval, for chat models, or pack:humaneval/completion"),
-        ("pack:reasoning-gym", "no such task; it has chain_sum, jugs"),
-        ("pack:reasoning-gym/nope", "no such task; it has chain_sum, jugs"),
+        ("pack:reasoning-gym", "no such task; it has chain_sum, composite, jugs"),
+        ("pack:reasoning-gym/nope", "no such task; it has chain_sum, composite, jugs"),
+        ("pack:reasoning-gym/composite", "cannot be made by its name alone .Must specify at least one"),
         ("pack:reasoning-gym/chain_sum?size=3", "after the [?] comes seed=, a number"),
         ("pack:reasoning-gym/jugs", r"more than one answer.*\(1, 2\) -> \(2, 1\).*only its own scorer"),
     ],

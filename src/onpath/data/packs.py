@@ -127,7 +127,13 @@ def _reasoning_gym(_: Path, variant: str, limit: int | None) -> Iterator[Row]:
     if asked and seed is None:
         raise UserError(f"pack:reasoning-gym/{variant}: after the ? comes seed=, a number, such as seed=1")
     number, rows = int(seed[1]) if seed else 0, limit or GENERATED
-    made = reasoning_gym.create_dataset(task, size=rows, seed=number)
+    try:
+        made = reasoning_gym.create_dataset(task, size=rows, seed=number)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise UserError(
+            f"pack:reasoning-gym/{task}: it cannot be made by its name alone ({first_line(error)}); take "
+            "another task, such as chain_sum, gsm_symbolic or calendar_arithmetic"
+        ) from None
     for place in range(rows):
         question, answer = made[place]["question"].strip(), str(made[place]["answer"] or "").strip()
         if task in _MANY_ARE_RIGHT or not _PLAIN.fullmatch(answer):
