@@ -21,7 +21,7 @@ from onpath.losses import Head, Objective, TeacherHidden, fused_objective
 from onpath.methods import make_method
 from onpath.methods.base import Prepared, own_response
 from onpath.methods.topd import guide, pairs
-from onpath.methods.topd.candidates import Fork
+from onpath.methods.topd.candidates import Fork, candidate_counts, reference_counts
 from onpath.methods.topd.futures import teacher_futures, until_stop
 from onpath.methods.topd.method import TOPD
 from onpath.records import Completion, Guidance, Prompt, Rollout, Sampling, Trajectory, token_count
@@ -562,6 +562,15 @@ def test_few_references_tell_the_papers_rule(topd: Callable[..., Parts]) -> None
     found = found_in(prepared(topd(decide="upper_quartile_of_low_loss", references=None)).trajectories)
     references = sum(f["decision"] == "reference" for f in found)
     assert references == len(found) - references > 3
+
+
+@pytest.mark.parametrize(
+    ("lengths", "wanted"), [([40] * 64, 4), ([40] * 65, 5), ([40] * 8, 4), ([4], 1), ([8000] * 64, 16)]
+)
+def test_references_are_few_where_candidates_are(lengths: list[int], wanted: int) -> None:
+    options = TOPDOptions()
+    counts, keys = candidate_counts(lengths, options), [f"r{i}" for i in range(len(lengths))]
+    assert sum(reference_counts(counts, keys, options, seed=0)) == wanted
 
 
 @pytest.mark.parametrize(

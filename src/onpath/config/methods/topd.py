@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from onpath.config.methods.base import MethodOptions
 from onpath.config.section import NEUTRAL, ROUNDING, GoesWith
@@ -65,9 +65,12 @@ class TOPDOptions(MethodOptions):
     """The quantile is a moving average over steps with this decay; 0 is that of the step alone."""
     threshold: Annotated[float, GoesWith("decide", "threshold")] = Field(0.3, ge=0)
     """threshold: smallest distance of a fork."""
-    references: Annotated[int | None, GoesWith("decide", "upper_quartile_of_low_loss")] = Field(16, ge=1)
+    references: Annotated[
+        PositiveInt | Literal["auto"] | None, GoesWith("decide", "upper_quartile_of_low_loss")
+    ] = "auto"
     """upper_quartile_of_low_loss: windows at low-loss positions in one optimiser step over all processes,
-    each in a rollout of its own; null: as many as there are candidates."""
+    each in a rollout of its own; auto: one to 16 candidates, but 4 to 16; null: as many as
+    candidates."""
     plan: Annotated[
         Literal["transport", "spliced", "shuffled", "positional", "teacher_window_ce"], GoesWith("guide")
     ] = "transport"

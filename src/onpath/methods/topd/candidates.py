@@ -4,6 +4,7 @@ A fork is a position of a rollout at which the near futures of student and teach
 value: each stage gives it back with one more thing known.
 """
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -122,8 +123,13 @@ def reference_counts(
     """
     if options.references is None or options.decide != "upper_quartile_of_low_loss":
         return list(counts)
+    if options.references == "auto":
+        (candidates,) = distributed.total([sum(counts)])
+        most = min(16, max(4, math.ceil(candidates / 16)))
+    else:
+        most = options.references
     lots = [noise(seed, f"{key}/reference", 1)[0] for key in keys]
-    return [int(one) for one in _first(lots, options.references)]
+    return [int(one) for one in _first(lots, most)]
 
 
 def _first(order: Sequence[Any], most: int) -> list[bool]:
