@@ -2,13 +2,14 @@
 
     python benchmarks/memory.py [--threads 2]
 
-A student and a teacher of 54.5M random weights, 4 rollouts of 128 tokens in one micro-batch, two steps
-(AdamW's moments are there in the second). Each setting has a process of its own, or two that share one model:
-the kernel's high-water mark of its resident memory, less what it held before the models, while it loads and
-checks them and, from there on, of the steps; of two processes the larger.
+A student and a teacher of 54.5M random weights, 4 rollouts of 128 tokens and 8 of 256 in one micro-batch,
+two steps (AdamW's moments are there in the second). Each setting has a process of its own, or two that share
+one model: the kernel's high-water mark of its resident memory, less what it held before the models, while it
+loads and checks them and, from there on, of the steps; of two processes the larger.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -30,12 +31,14 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "two processes, step": {"parallel": {"shard": "step"}},
     "two processes, layer, LoRA 64": {"parallel": {"shard": "layer"}, "student": {"lora_rank": 64}},
 }
-ROLLOUTS, PROMPT, RESPONSE = 4, 32, 96
+SHAPES = ((4, 32, 96), (8, 64, 192))
+"""Rollouts of a process, tokens of a prompt and of a response."""
 
 
-def measured(name: str) -> dict[str, Any]:
+def measured(name: str, shape: tuple[int, int, int]) -> dict[str, Any]:
     """One setting, in this process, or in this one of two: bytes measured at the start and in steps, and
     calculated ones of a step."""
+    rollouts, prompt, response = shape
     from on_gpu import long
 
     from onpath.commands.doctor.fits import parts_of, step_of
@@ -45,11 +48,11 @@ def measured(name: str) -> dict[str, Any]:
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     size = long.Size(
-        student="60m", teacher="60m-teacher", rollouts=ROLLOUTS * world, prompt=PROMPT, response=RESPONSE,
-        sampled=4, micro_batch_tokens=ROLLOUTS * (PROMPT + RESPONSE), window=16, tiny=False,
+        student="60m", teacher="60m-teacher", rollouts=rollouts * world, prompt=prompt, response=response,
+        sampled=4, micro_batch_tokens=rollouts * (prompt + response), window=16, tiny=False,
     )  # fmt: skip
     base = {"student": {"gradient_checkpointing": False, "device": "cpu"}, "teacher": {"dtype": "float32"},
-            "optim": {"bf16": False}, "rollout": {"batch_tokens": ROLLOUTS * (PROMPT + 4)}}  # fmt: skip
+            "optim": {"bf16": False}, "rollout": {"batch_tokens": rollouts * (prompt + 4)}}  # fmt: skip
     given = SETTINGS[name]
     options = {k: {**base.get(k, {}), **given.get(k, {})} for k in {*base, *given} - {"method"}}
     if "parallel" in given:
@@ -66,7 +69,7 @@ def measured(name: str) -> dict[str, Any]:
                 one_step(parts, optimizer, step)
         distributed.barrier()
     planned = parts_of(
-        step_of(parts, response_tokens=ROLLOUTS * RESPONSE),
+        step_of(parts, response_tokens=rollouts * response),
         shard=parts.config.parallel.shard,
         world=distributed.world(),
     )
@@ -95,17 +98,20 @@ def markdown(data: dict[str, Any]) -> str:
         "# Memory: measured and calculated",
         "",
         f"`python benchmarks/memory.py`: {environment_line(data['environment'])}.",
-        "A student and a teacher of 54.5M weights, float32, "
-        f"{ROLLOUTS} rollouts of {PROMPT} + {RESPONSE} tokens in one micro-batch.",
+        "A student and a teacher of 54.5M weights, float32, all rollouts of a process in one micro-batch.",
         "",
         "Measured: the peak of two steps, and before them that of loading and checking both models.",
         "",
-        "| setting | before, MiB | steps, MiB | calculated, MiB | calculated ÷ steps |",
-        "|---|---|---|---|---|",
+        "| setting | rollouts of tokens | before, MiB | steps, MiB | calculated, MiB | calculated ÷ steps |",
+        "|---|---|---|---|---|---|",
     ]
-    for name, found in data["settings"].items():
+    for found in data["settings"]:
         first, steps, planned = (found[key] / 2**20 for key in ("start", "measured", "peak"))
-        lines.append(f"| {name} | {first:,.0f} | {steps:,.0f} | {planned:,.0f} | {planned / steps:.2f} |")
+        rollouts, prompt, response = found["shape"]
+        lines.append(
+            f"| {found['setting']} | {rollouts} of {prompt} + {response} | {first:,.0f} | {steps:,.0f} "
+            f"| {planned:,.0f} | {planned / steps:.2f} |"
+        )
     return "\n".join(lines)
 
 
@@ -113,16 +119,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--setting", choices=list(SETTINGS), help=argparse.SUPPRESS)
+    parser.add_argument("--shape", type=int, nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.setting:
-        print(json.dumps(measured(options.setting)))
+        print(json.dumps(measured(options.setting, tuple(options.shape))))
         return
-    settings = {}
-    for name in SETTINGS:
-        command = [sys.executable, __file__, "--setting", name, "--threads", str(options.threads)]
-        settings[name] = max(in_processes(command, 1 + ("two" in name)), key=lambda found: found["measured"])
-        print(name, {k: round(v / 2**20) for k, v in settings[name].items()}, flush=True)
+    settings = []
+    for shape, name in itertools.product(SHAPES, SETTINGS):
+        command = [sys.executable, __file__, "--setting", name, "--threads", str(options.threads), "--shape"]
+        found = in_processes([*command, *map(str, shape)], 1 + ("two" in name))
+        largest = max(found, key=lambda process: process["measured"])
+        print(name, shape, {k: round(v / 2**20) for k, v in largest.items()}, flush=True)
+        settings.append({"setting": name, "shape": shape, **largest})
     data = {"environment": environment(), "settings": settings}
     write("memory", data, markdown(data))
 

@@ -33,6 +33,9 @@ Shard = Literal["none", "step", "layer"]
 SHARDS: tuple[Shard, ...] = ("none", "step", "layer")
 WHOLE: tuple[Shard, int] = ("none", 1)
 """A way to hold models, and processes that share them."""
+_HOLES = 0.25
+"""Of an adapter's passes on a CPU, measured (benchmarks/memory.py): its temporaries lie between blocks that
+are kept, and glibc puts no aligned block where one of its size was freed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +209,7 @@ def parts_of(step: Step, *, shard: Shard = "none", world: int = 1) -> dict[str, 
     if step.continues and teacher is not None:
         past = 2.25 * cache_bytes(teacher, step.micro_batch_tokens, half=teacher.weight_bytes == 2)
     gradients = student.trained * student.trained_bytes / n
+    holes = _HOLES * (passes + loss) if step.device == "cpu" and student.trained < student.parameters else 0.0
     parts = {
         "weights": student.bytes / n,
         "moments": 2 * student.trained * student.trained_bytes / n,
@@ -219,7 +223,7 @@ def parts_of(step: Step, *, shard: Shard = "none", world: int = 1) -> dict[str, 
     shared = (more if step.prepares else 0.0) + half_copies
     phases = {
         "sampling": more + half_copies + 1.25 * cache_bytes(student, step.batch_tokens, half=step.half),
-        "training": gradients + half_copies + passes + loss,
+        "training": gradients + half_copies + passes + loss + holes,
         "correcting": shared + past + loss + (passes if one_graph else 0.0),
         "writing": shared + 1.25 * cache_bytes(writer, step.written_tokens, half=half_writer),
         "optimiser": gradients + (gradients if step.device == "cuda" else 0.0),
@@ -227,7 +231,7 @@ def parts_of(step: Step, *, shard: Shard = "none", world: int = 1) -> dict[str, 
     return {
         **parts,
         "gradients": gradients,
-        "activations": passes + half_copies,
+        "activations": passes + half_copies + holes,
         "loss": loss,
         **{f"phase_{name}": value for name, value in phases.items()},
         "peak": sum(parts.values()) + max(phases.values()),
