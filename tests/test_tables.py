@@ -11,7 +11,8 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 STUDIES = [RECIPES / "when-it-pays" / f"{name}.json" for name in ("persona", "controls", "signals", "maze")]
 DOSES = [RECIPES / "when-it-pays" / f"{name}.json" for name in ("again", "clip")]
 STRENGTHS = [RECIPES / "when-it-pays" / f"{name}.json" for name in ("spoil", "lost", "late", "surface")]
-SMOLLM2 = [RECIPES / "smollm2-study" / f"{name}.json" for name in ("longer", "rates")]
+SMOLLM2 = [RECIPES / "smollm2-study" / f"{name}.json" for name in ("longer", "rates", "hard")]
+FORKS = [RECIPES / "topd" / f"{name}.json" for name in ("forks", "forks_late")]
 
 
 def points(value: float, *, signed: bool = False) -> str:
@@ -100,19 +101,43 @@ def test_a_table_at_three_temperatures_has_the_study_s_numbers(path: Path) -> No
         rows.setdefault(first.split(",")[0], others)
     for arm in data["arms"]:
         cells = rows[arm["arm"]]
-        for at, split in ((0, "test"), (3, "test_T0.6"), (5, "test_greedy")):
-            found = arm["evals"][split]["avg_at_k"]
+        split = next(iter(arm["evals"]))
+        for at, asked in ((0, ""), (3, "_T0.6"), (5, "_greedy")):
+            found = arm["evals"][split + asked]["avg_at_k"]
             assert cells[at] in (points(found["mean"]), f"{points(found['mean'])} {interval(found['ci95'])}")
             if (gap := found["difference"]) is not None:
                 short = f"{points(gap['mean'], signed=True)} {gap['verdict']}"
                 assert cells[at + 1] in (told(found), short)
-        assert cells[2] == points(arm["evals"]["test"]["pass_at_k"]["mean"])
+        assert cells[2] == points(arm["evals"][split]["pass_at_k"]["mean"])
     for row in data.get("tuning", []):
         for tried in row["grid"]:
             (line,) = [cells for cells in cells_of(section_of(path)) if same_rate(cells[0], tried["lr"])]
             (head,) = [cells for cells in cells_of(section_of(path)) if cells[0] == "rate"]
             mark = "**" if tried["lr"] == row["chosen"] else ""
             assert line[head.index(row["arm"])] == f"{mark}{points(tried['avg_at_k'])}{mark}"
+
+
+@pytest.mark.parametrize("path", FORKS, ids=lambda p: p.stem)
+def test_a_table_of_forks_has_the_study_s_numbers(path: Path) -> None:
+    tables = section_of(path).split(f"]({path.name})")[1].split("\n\n")
+    rows = {
+        first.split(",")[0]: others for first, *others in cells_of(next(t for t in tables if t[:2] == "| "))
+    }
+    for arm in json.loads(path.read_text())["arms"]:
+        mean, gap, cooler, greedy, tokens = rows[arm["arm"]]
+        found = arm["evals"]["hard"]["avg_at_k"]
+        assert mean.strip("*") in (
+            points(found["mean"]),
+            f"{points(found['mean'])} {interval(found['ci95'])}",
+        )
+        assert tokens == (f"{arm['tokens_generated_teacher']:,.0f}" if gap else "")
+        if not gap:
+            continue
+        assert gap.strip("*") == told(found)
+        for cell, asked in ((cooler, "hard_T0.6"), (greedy, "hard_greedy")):
+            other = arm["evals"][asked]["avg_at_k"]["difference"]
+            verdict = "" if other["verdict"] == "inside the noise" else f" {other['verdict']}"
+            assert cell == points(other["mean"], signed=True) + verdict
 
 
 def same_rate(cell: str, rate: float) -> bool:
