@@ -8,8 +8,9 @@
     z = y_<t T_<n s,   s ~ p_S(·|x, y_<t T_<n);   L = Σ KL(p_S ‖ p_T) / Σ 1 along z, or y if z is not better
 
 z is better if it is right and y was not, or, both being alike, if the teacher finds what follows the fork
-likelier. Deviations: we know the paper's idea, not its numbers, so all of them, the test of meeting and what
-is better are ours; only rollouts that are not right are bridged.
+likelier, its own words included, so that most are. The models decode one after the other, a bridge as one
+window. Deviations: we know the paper's idea, not its numbers, so all of them, the test of meeting and what is
+better are ours; only rollouts that are not right are bridged.
 Controls: `control: own_token`, `control: random_place`; and `opd`.
 """
 
