@@ -274,8 +274,9 @@ class RolloutSection(Served):
     makes of rollouts (rewrites, windows, repairs) is kept with them; the divergence is always the current
     student's (docs/teachers.md)."""
     max_staleness: Annotated[int, NEUTRAL] = Field(1, ge=0)
-    """Steps by which the weights that generated a rollout may be older than those that train; older ones stop
-    the run. rollout.overlap makes them 1; rollout.refresh has a rule of its own."""
+    """A limit: steps by which the weights that generated a rollout may be older than those that train; older
+    ones stop the run. rollout.overlap draws one batch ahead, which makes them 1; rollout.refresh has a rule of
+    its own."""
     batch_tokens: Annotated[int, ROUNDING] = Field(32_768, ge=1)
     """Tokens (sequences × longest length) that one generation batch may hold."""
 

@@ -25,6 +25,10 @@ from onpath.system.errors import UserError
 
 _LOUD = 4.0
 """lora_alpha ÷ lora_rank above which it is worth a word, where nobody chose it."""
+_SMALL = 10**9
+"""Weights up to which a model may well write its rollouts itself, token by token."""
+_SHORT = 256
+"""Tokens of a rollout up to which any may."""
 _DROPOUTS = (
     nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
 )  # fmt: skip
@@ -130,6 +134,17 @@ def dropout_warning(config: Config, student: nn.Module) -> str | None:
     return (
         f"student.dropout: true has no effect here: {config.student.model} has no dropout above 0, and no "
         "router noise; set it in the model's config, as attention_dropout say, or leave student.dropout out"
+    )
+
+
+def sampling_warning(config: Config, student: nn.Module) -> str | None:
+    """Where a large student writes long rollouts token by token."""
+    weights, longest = sum(p.numel() for p in student.parameters()), config.rollout.max_new_tokens
+    if config.rollout.engine != "hf" or weights <= _SMALL or longest <= _SHORT:
+        return None
+    return (
+        f"rollout.engine: hf runs all {weights / 1e9:.1f}B weights of the student {longest:,} times for each "
+        "batch of rollouts, one token after another; rollout.engine: vllm is made for that (docs/engines.md)"
     )
 
 

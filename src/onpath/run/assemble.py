@@ -34,6 +34,7 @@ from onpath.engines.stops import Stops, stops_of
 from onpath.engines.student import (
     dropout_warning,
     precision_warning,
+    sampling_warning,
     scale_warning,
     shared_vocabulary,
     trainable,
@@ -230,6 +231,7 @@ def warnings_of(
     found = [
         dropout_warning(config, student),
         scale_warning(config),
+        sampling_warning(config, student),
         start_warning(config, start),
         clock_warning(renderer),
         precision_warning(config),
