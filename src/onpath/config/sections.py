@@ -275,8 +275,8 @@ class RolloutSection(Served):
     student's (docs/teachers.md)."""
     max_staleness: Annotated[int, NEUTRAL] = Field(1, ge=0)
     """A limit: steps by which the weights that generated a rollout may be older than those that train; older
-    ones stop the run. rollout.overlap draws one batch ahead, which makes them 1; rollout.refresh has a rule of
-    its own."""
+    ones stop the run. rollout.overlap draws one batch ahead, which makes them 1; rollout.refresh has its own
+    rule."""
     batch_tokens: Annotated[int, ROUNDING] = Field(32_768, ge=1)
     """Tokens (sequences × longest length) that one generation batch may hold."""
 
