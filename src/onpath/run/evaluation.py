@@ -1,18 +1,19 @@
 """Evaluations of a run: graded samples, a line of eval.jsonl each."""
 
 from collections.abc import Iterable, Sequence
-from functools import partial
+from typing import Any
 
 from onpath.data.render import Renderer
 from onpath.data.tasks import task_of
-from onpath.evaluate.scores import ErrorKind, EvalResult, evaluate, write_details
+from onpath.evaluate.scores import Decode, ErrorKind, EvalResult, Generate, evaluate, write_details
 from onpath.grade.base import Grader, Verdict
-from onpath.records import Prompt, Rollout, Sampling
+from onpath.records import Graded, Prompt, Rollout, Sampling
 from onpath.run.directory import Run
 from onpath.run.log import Display, flatten, tell
 from onpath.run.parts import Parts
 from onpath.run.trajectories import sample_row, write_parquet
 from onpath.system import distributed
+from onpath.system.errors import UserError
 
 
 def error_kind_of(source: str, renderer: Renderer) -> ErrorKind | None:
@@ -26,7 +27,8 @@ def error_kind_of(source: str, renderer: Renderer) -> ErrorKind | None:
 
 class _EachItsShare(Grader):
     """Each text is graded by one process: a verdict that is not the same twice (a judge, a limit of time)
-    must not tell processes different things, which decide by it whether the run goes on."""
+    must not tell processes different things, which decide by it whether the run goes on. What one refuses
+    all refuse."""
 
     def __init__(self, grader: Grader) -> None:
         self.grader, self.name = grader, grader.name
@@ -34,27 +36,46 @@ class _EachItsShare(Grader):
     def grade_many(self, pairs: Iterable[tuple[str, str]]) -> list[Verdict]:
         """See `Grader.grade_many`."""
         different = list(dict.fromkeys(asked := list(pairs)))
-        found = distributed.gather(self.grader.grade_many(distributed.share(different)))
-        verdicts = dict(zip(different, found, strict=True))
+        mine: list[Verdict] = []
+        refusals: list[UserError] = []
+        try:
+            mine = self.grader.grade_many(distributed.share(different))
+        except UserError as error:
+            refusals = [error]
+        for refusal in distributed.gather(refusals):
+            raise refusal
+        verdicts = dict(zip(different, distributed.gather(mine), strict=True))
         return [verdicts[pair] for pair in asked]
+
+
+def evaluate_together(
+    prompts: Sequence[Prompt], generate: Generate, decode: Decode, grader: Grader, **options: Any
+) -> tuple[EvalResult, list[Graded]]:
+    """`evaluate` by all processes: each samples its share of the prompts, and grades its share of the texts;
+    what they find is the same on every one."""
+
+    def samples(prompts: Sequence[Prompt], n: int) -> list[Rollout]:
+        mine = generate(distributed.share(prompts), n)
+        by_prompt = [tuple(mine[i : i + n]) for i in range(0, len(mine), n)]
+        return [r for group in distributed.gather(by_prompt) for r in group]
+
+    return evaluate(prompts, samples, decode, _EachItsShare(grader), **options)
 
 
 def evaluate_all(parts: Parts, run: Run, display: Display, *, step: int) -> list[EvalResult]:
     """Every evaluation set with the weights as they are; one line of eval.jsonl each."""
     config, results = parts.config, []
-
-    def generate(sampling: Sampling, prompts: Sequence[Prompt], n: int) -> list[Rollout]:
-        with parts.whole(prepares=False):
-            mine = parts.generators.student.generate(distributed.share(prompts), sampling, n=n)
-        by_prompt = [tuple(mine[i : i + n]) for i in range(0, len(mine), n)]
-        return [r for group in distributed.gather(by_prompt) for r in group]
-
     for split, asked in config.evaluations.items():
-        result, graded = evaluate(
+
+        def generate(prompts: Sequence[Prompt], n: int, sampling: Sampling = asked.sampling) -> list[Rollout]:
+            with parts.whole(prepares=False):
+                return parts.generators.student.generate(prompts, sampling, n=n)
+
+        result, graded = evaluate_together(
             parts.prompts.evals[asked.split],
-            partial(generate, asked.sampling),
+            generate,
             parts.text.renderer.graded,
-            _EachItsShare(parts.text.grader),
+            parts.text.grader,
             n=asked.n,
             k=asked.k,
             step=step,
