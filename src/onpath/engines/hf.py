@@ -23,7 +23,7 @@ from onpath.engines.decoding.kv_cache import accepts_4d_mask, preallocated_cache
 from onpath.engines.decoding.side_by_side import Finished, Start, rows_at_once, side_by_side
 from onpath.engines.head import evaluating, generating, head_of, hidden_states, known_to, unwrapped
 from onpath.engines.models import context_length
-from onpath.engines.sharding import is_whole
+from onpath.engines.sharding import can_sample, is_whole
 from onpath.engines.stops import string_end
 from onpath.losses import token_stats
 from onpath.records import Completion, Prompt, Sampling, Trajectory
@@ -76,7 +76,7 @@ class HFEngine(Engine):
         self, prefixes: Sequence[Sequence[int]], sampling: Sampling, *, keys: Sequence[str] | None = None
     ) -> list[Completion]:
         """See `Engine.continue_from`."""
-        assert is_whole(self.model), "a sharded model samples inside sharding.whole"
+        assert can_sample(self.model), "a sharded model samples inside sharding.whole or in_step"
         keys = [str(i) for i in range(len(prefixes))] if keys is None else keys
         self._check_lengths(prefixes, sampling)
         results: dict[int, Completion] = {}

@@ -3,6 +3,7 @@
     rows     what a process holds for good: what the optimiser moves, and what a checkpoint stores
     pass     a sharded model gathers each layer when it runs and gives it back: all processes take part
     whole    inside `whole(model)` all weights are there: nothing waits for another process
+    in step  inside `in_step(model)` processes may make different numbers of passes
 
 Gradients are summed over processes, never averaged: losses divide by a global count. A unit is a decoder
 layer, the output layer where it is not tied, and what is left: the causal LM, so that decoder, head and what
@@ -187,6 +188,38 @@ def whole(*models: nn.Module | None) -> Iterator[None]:
                 unit.set_reshard_after_forward(unit is not root, recurse=False)
                 unit.set_reshard_after_backward(True, recurse=False)
                 unit.reshard()
+
+
+@contextlib.contextmanager
+def in_step(model: nn.Module) -> Iterator[None]:
+    """Around what processes sample from a model that stays in its shards. A pass gathers one layer after the
+    other, and who has made all of its own makes passes of one token while another has any left. All processes
+    must enter and leave. In inference mode: what is gathered here could not be trained on."""
+    if is_whole(model):
+        yield
+        return
+    root: Any = unwrapped(model)
+    device = next(model.parameters()).device
+
+    def another(*_: object) -> None:
+        distributed.anywhere(True, device)
+
+    # Before FSDP2's own hook, which gathers: all processes must exchange in one order.
+    hook, root.onpath_in_step = root.register_forward_pre_hook(another, prepend=True), True
+    try:
+        yield
+    finally:
+        root.onpath_in_step = False
+        hook.remove()
+    with torch.inference_mode():
+        one = torch.zeros(1, 1, dtype=torch.long, device=device)
+        while distributed.anywhere(False, device):
+            root(input_ids=one)
+
+
+def can_sample(model: nn.Module) -> bool:
+    """Whether processes may make passes of this model as each one likes."""
+    return is_whole(model) or bool(getattr(unwrapped(model), "onpath_in_step", False))
 
 
 def is_whole(model: nn.Module) -> bool:
