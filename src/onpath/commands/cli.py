@@ -19,7 +19,7 @@ from onpath.system.errors import UserError, guarded
 from onpath.system.streams import say
 from onpath.system.text import one_line
 
-_OF_SEVERAL = ("train", "doctor")
+_OF_SEVERAL = ("train", "doctor", "eval")
 """Commands whose processes, under a launcher, share the work."""
 TAKES_OVERRIDES = ("train", "doctor", "config")
 _OPTION = re.compile(r"--[A-Za-z][\w.-]*(=.*)?", re.DOTALL)
@@ -56,6 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _several() -> bool:
     """Whether a launcher has started several processes."""
     return os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+
+
+def _speaks() -> bool:
+    """Whether this process says what all of them have found."""
+    return not _several() or os.environ.get("RANK") == "0"
 
 
 def _own_options(arguments: Sequence[str], overrides: Sequence[tuple[str, str]]) -> Any:
@@ -238,12 +243,11 @@ def _doctor(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -
     from onpath.commands.terminal import Shown
 
     console = Shown(file=sys.stdout, soft_wrap=True)
-    first = not _several() or os.environ.get("RANK") == "0"
     each = (lambda _: None) if options.json else partial(print_finding, console)
     found = run_doctor(options.config, overrides=overrides, each=each)
-    if options.json and first:
+    if options.json and _speaks():
         print(json.dumps(found.to_json(), indent=1, ensure_ascii=False))
-    elif first:
+    elif _speaks():
         print_counts(console, found)
     return int(found.status == "fail")
 
@@ -295,6 +299,23 @@ def _add_eval(commands: Any) -> None:
     )
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:0")
     command.add_argument("--out", metavar="DIR", help="write eval.json and the graded samples there")
+    command.add_argument(
+        "--parallel.shard",
+        dest="shard",
+        choices=["none", "layer", "step"],
+        default="none",
+        help="under torchrun: whole models in each process (default); or each has a part of the weights, and "
+        "gathers a layer when it runs, or all of them while it samples (docs/scale.md)",
+    )
+    command.add_argument(
+        "--parallel.timeout",
+        dest="timeout",
+        metavar="S",
+        type=float,
+        default=3600.0,
+        help="seconds that a process waits for the others: shares of the samples may take one that much "
+        "longer than another (default: 3600)",
+    )
     command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     _add_allow_code(command)
     command.set_defaults(run=_eval)
@@ -323,8 +344,13 @@ def _eval(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
         dtype=options.dtype,
         device=options.device,
         out=options.out,
+        shard=options.shard,
+        timeout=options.timeout,
     )
-    print(json.dumps(found.to_json())) if options.json else print_evaluated(console_for(sys.stdout), found)
+    if options.json and _speaks():
+        print(json.dumps(found.to_json()))
+    elif _speaks():
+        print_evaluated(console_for(sys.stdout), found)
     return 0
 
 

@@ -1,33 +1,39 @@
 """`onpath eval`: one model, or two on the same problems."""
 
+import gc
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from onpath.config import Config, Data, Student
 from onpath.config.build import build, named_rows
+from onpath.config.sections import Eval, Parallel
 from onpath.data.render import Renderer
 from onpath.data.tasks import split_name
+from onpath.engines import sharding
 from onpath.engines.foreign import check_model
 from onpath.engines.head import head_of
 from onpath.engines.hf import HFEngine
 from onpath.engines.models import model_directory, pick_device, stop_ids
-from onpath.evaluate.scores import EvalResult, PairedDifference, compare, evaluate
+from onpath.evaluate.scores import EvalResult, PairedDifference, compare
 from onpath.grade.base import Grader
 from onpath.grade.graders import grader_for
-from onpath.records import Prompt, Rollout, Sampling
-from onpath.run.evaluation import error_kind_of
-from onpath.run.inputs import load_problems, make_renderer
+from onpath.records import Graded, Prompt, Rollout, Sampling
+from onpath.run.alike import check_given
+from onpath.run.evaluation import error_kind_of, evaluate_together
+from onpath.run.inputs import Prompts, load_problems, make_renderer
 from onpath.run.trained import Trained, find, load_its_tokenizer, load_start
 from onpath.run.trajectories import sample_row, ungraded_row, write_parquet
-from onpath.system import code
+from onpath.system import code, distributed
 from onpath.system.errors import UserError
 from onpath.system.files import make_directory, place, unwritable, write_text
 
@@ -90,12 +96,17 @@ def evaluate_model(
     device: str = "auto",
     allow_code: bool = False,
     out: str | Path | None = None,
+    shard: str = "none",
+    timeout: float = 3600.0,
 ) -> Evaluated:
     """Samples a model's answers and grades them; with `against` also a second model's, on the same problems.
 
     A run, or a checkpoint of one, is asked as the run asks: its system prompt, template and thinking switch;
     what is None comes from its config. Prompts of any other model are rendered by the tokenizer's own
     template, and what is None comes from the defaults of the config's section `eval`.
+
+    Of several processes (torchrun) each samples and grades its share of the problems; all return what one
+    would, and the first writes.
 
     Args:
         model: a run directory (its final model), its `checkpoints/step_N` or `best`; or a Hugging Face model
@@ -115,6 +126,9 @@ def evaluate_model(
         allow_code: run the Python files that `grader`, `data` and a run's config name. A run's own grader is
             not looked up where `grader` is given.
         out: directory for eval.json and the graded samples; where a grader fails, for the ungraded ones.
+        shard, timeout: of several processes, as `parallel.shard` (none: whole models in each; layer: a part
+            of the weights, each layer gathered when it runs; step: all gathered while it samples) and
+            `parallel.timeout`: seconds that a process waits for the one with the longest samples.
 
     Raises:
         UserError: something that the caller can fix, in one sentence.
@@ -124,51 +138,50 @@ def evaluate_model(
     _check_numbers(Integral, n=n, k=k, limit=limit, top_k=top_k, max_new_tokens=max_new_tokens)
     _check_numbers(Integral, batch_tokens=batch_tokens, seed=seed)
     _check_numbers(Real, temperature=temperature, top_p=top_p)
-    with code.allowed(allow_code):
-        first = _subject(str(model), dtype, device, "model", graded=grader is None)
-        others = _others(against, first, dtype, device)
-    asked = first.config.eval
-    given: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-    given["max_new_tokens"] = max_new_tokens
-    given = {name: value for name, value in given.items() if value is not None}
-    sampling = replace(asked.sampling(), **given)
-    samples = n if n is not None else asked.n if k is None else k
-    passes = min(asked.k, samples) if k is None else k
-    _check(sampling, n=samples, k=passes, limit=limit, batch_tokens=batch_tokens)
-    split, source = _problems(first, data)
-    if limit is None and (data is None or data in first.config.data.eval):  # as the run asks
-        limit = first.config.data.eval_limit
-    with code.allowed(allow_code):
-        told = _with_columns(first.config.data, columns)
-        loaded = load_problems(told, source, limit=limit, grader=grader or asked.grader)
-        chosen = grader_for(grader or asked.grader, {source: loaded.prompts})
-    directory = None if out is None else place(out, key="--out")
-    if directory is not None:
-        make_directory(directory)
-    subjects = [first, *others]
-    renderers = [_renderer(subject, loaded.prompts) for subject in subjects]
-    if directory is not None:
-        _clear(directory)
-    found = Evaluated(results={}, difference=None, skipped=loaded.skipped)
-    with chosen as judge:
-        questions = _Questions(
-            prompts=loaded.prompts,
-            grader=judge,
-            sampling=sampling,
-            n=samples,
-            k=passes,
-            split=split,
-            source=source,
-            batch_tokens=batch_tokens,
-        )
-        for index, (subject, renderer) in enumerate(zip(subjects, renderers, strict=True)):
-            ungraded = None if directory is None else directory / f"ungraded_{index}.parquet"
-            result, rows = questions.to(subject, renderer, ungraded)
-            found = found.and_of(subject.label, result)
-            if directory is not None:  # before the next one, which may fail
-                write_parquet(directory / f"samples_{index}.parquet", rows)
-                write_text(directory / "eval.json", json.dumps(found.to_json(), indent=1) + "\n")
+    parallel = build({"parallel": {"shard": shard, "timeout": timeout}}, source="parallel").parallel
+    with distributed.one_fate():
+        where = _meet(device, parallel)
+        with code.allowed(allow_code):
+            first = _subject(str(model), dtype, device, "model", graded=grader is None)
+            others = _others(against, first, dtype, device)
+        told = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "max_new_tokens": max_new_tokens}
+        asked = _asked(first.config.eval, n=n, k=k, grader=grader, seed=seed, **told)
+        _check(asked.sampling(), n=asked.n, k=asked.k, limit=limit, batch_tokens=batch_tokens)
+        split, source = _problems(first, data)
+        if limit is None and (data is None or data in first.config.data.eval):  # as the run asks
+            limit = first.config.data.eval_limit
+        with code.allowed(allow_code):
+            with_columns = _with_columns(first.config.data, columns)
+            loaded = load_problems(with_columns, source, limit=limit, grader=asked.grader)
+            chosen = grader_for(asked.grader, {source: loaded.prompts})
+        with chosen as judge:
+            questions = _Questions(
+                prompts=loaded.prompts,
+                grader=judge,
+                asked=asked,
+                split=split,
+                source=source,
+                batch_tokens=batch_tokens,
+                parallel=parallel,
+                device=where,
+            )
+            directory = None if out is None else place(out, key="--out")
+            return questions.to_all([first, *others], directory, skipped=loaded.skipped)
+
+
+def _meet(device: object, parallel: Parallel) -> torch.device:
+    """This process's device; under a launcher it meets the others: one's mistake is said by all then."""
+    if not isinstance(device, str):
+        raise UserError(f"device is {device!r}; it must be auto, cpu, cuda or cuda:0")
+    found = distributed.local_device(pick_device(device, "device"))
+    distributed.start(found, timeout=parallel.timeout)
     return found
+
+
+def _write(out: Path, index: int, graded: Sequence[Graded], renderer: Renderer, found: Evaluated) -> None:
+    """A model's samples, then all numbers so far."""
+    write_parquet(out / f"samples_{index}.parquet", [sample_row(g, renderer) for g in graded])
+    write_text(out / "eval.json", json.dumps(found.to_json(), indent=1) + "\n")
 
 
 def _clear(out: Path) -> None:
@@ -207,8 +220,6 @@ def _subject(name: str, dtype: str | None, device: str, key: str, *, graded: boo
         config = config.model_copy(update={"data": Data(train=name, eval={})})
     own = "float32" if found is None else config.student.dtype
     _check_dtype(dtype)
-    if not isinstance(device, str):
-        raise UserError(f"device is {device!r}; it must be auto, cpu, cuda or cuda:0")
     student = Student.model_validate({"model": name, "dtype": dtype or own, "device": device})
     return _Subject(name=name, key=key, config=config.model_copy(update={"student": student}), of_run=found)
 
@@ -236,6 +247,13 @@ def _renderer(subject: _Subject, prompts: Sequence[Prompt]) -> Renderer:
     for prompt in prompts:
         renderer.check(prompt)
     return renderer
+
+
+def _asked(own: Eval, *, n: int | None, k: int | None, **given: Any) -> Eval:
+    """A run's own options, but for those that are given: not None."""
+    samples = n if n is not None else own.n if k is None else k
+    given |= {"n": samples, "k": min(own.k, samples) if k is None else k}
+    return own.model_copy(update={name: value for name, value in given.items() if value is not None})
 
 
 def _problems(subject: _Subject, data: str | None) -> tuple[str, str]:
@@ -301,17 +319,45 @@ class _Questions:
 
     prompts: Sequence[Prompt]
     grader: Grader
-    sampling: Sampling
-    n: int
-    k: int
+    asked: Eval
     split: str
     source: str
     batch_tokens: int
+    parallel: Parallel
+    device: torch.device
+
+    def to_all(self, subjects: Sequence[_Subject], directory: Path | None, *, skipped: int) -> Evaluated:
+        """Every model's numbers, with files in a directory, if there is one. Of several processes the first
+        writes, and the others hear whether it could."""
+        self._check_alike(subjects, directory)
+        if directory is not None:
+            distributed.first_decides(partial(make_directory, directory))
+        renderers = [_renderer(subject, self.prompts) for subject in subjects]
+        if directory is not None:
+            distributed.first_decides(partial(_clear, directory))
+        found = Evaluated(results={}, difference=None, skipped=skipped)
+        for index, (subject, renderer) in enumerate(zip(subjects, renderers, strict=True)):
+            ungraded = None if directory is None else directory / f"ungraded_{index}.parquet"
+            result, graded = self.to(subject, renderer, ungraded)
+            found = found.and_of(subject.label, result)
+            if directory is not None:  # before the next one, which may fail
+                distributed.first_decides(partial(_write, directory, index, graded, renderer, found))
+        return found
+
+    def _check_alike(self, subjects: Sequence[_Subject], directory: Path | None) -> None:
+        """Whether all processes were given the same."""
+        if len({*distributed.gather([(len(subjects), directory is None)])}) > 1:
+            raise UserError("some processes alone have --against, or --out; start all with one command")
+        for subject in subjects:
+            data = subject.config.data.model_copy(update={"eval": {self.split: self.source}})
+            same = {"data": data, "eval": self.asked, "parallel": self.parallel}
+            prompts = Prompts(pool=(), evals={self.split: tuple(self.prompts)})
+            check_given(subject.config.model_copy(update=same), prompts, subject.of_run)
 
     def to(
         self, subject: _Subject, renderer: Renderer, ungraded: Path | None
-    ) -> tuple[EvalResult, list[dict[str, Any]]]:
-        """A model's numbers, and every graded sample as plain values.
+    ) -> tuple[EvalResult, list[Graded]]:
+        """A model's numbers, and every graded sample.
 
         The model is freed at the end: the next one may need its room.
 
@@ -320,10 +366,15 @@ class _Questions:
         """
         config, section, key = subject.config, subject.config.student, subject.key
         tokenizer = renderer.tokenizer
-        model = load_start(section, subject.of_run, key, pick_device(section.device, "device"))
+        told = Config().model_copy(update={"parallel": self.parallel})
+        shards = sharding.asked(told)
+        host = torch.device("cpu") if shards else self.device  # a whole copy must not pass through each GPU
+        model = load_start(section, subject.of_run, key, host, shards=shards)
         stops = stop_ids(model, tokenizer, key)
         strings = () if subject.of_run is None else subject.of_run.stops()[1]
         ids = min(max(tokenizer.get_vocab().values()) + 1, head_of(model).vocabulary)
+        if shards:
+            sharding.shard(model, sharding.make_mesh(told, self.device), device=self.device)
         engine = HFEngine(
             model,
             renderer,
@@ -335,26 +386,31 @@ class _Questions:
         )
 
         def generate(prompts: Sequence[Prompt], n: int) -> list[Rollout]:
-            return engine.generate(prompts, self.sampling, n=n)
+            with (sharding.whole if self.parallel.shard == "step" else sharding.in_step)(model):
+                return engine.generate(prompts, self.asked.sampling(), n=n)
 
         def keep(rollouts: Sequence[Rollout]) -> Path:
             assert ungraded is not None
-            write_parquet(ungraded, [ungraded_row(r, renderer) for r in rollouts])
+            if distributed.rank() == 0:
+                write_parquet(ungraded, [ungraded_row(r, renderer) for r in rollouts])
             return ungraded
 
-        result, graded = evaluate(
+        found = evaluate_together(
             self.prompts,
             generate,
             renderer.graded,
             self.grader,
-            n=self.n,
-            k=self.k,
+            n=self.asked.n,
+            k=self.asked.k,
             step=0 if subject.of_run is None else subject.of_run.steps(),
             split=self.split,
             error_kind=error_kind_of(self.source, renderer),
             keep=None if ungraded is None else keep,
         )
-        return result, [sample_row(g, renderer) for g in graded]
+        if shards:
+            del model, engine, generate
+            gc.collect()  # shards lie in circles
+        return found
 
 
 def print_evaluated(console: Console, found: Evaluated) -> None:
