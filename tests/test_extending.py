@@ -768,6 +768,10 @@ def test_a_reward_may_have_parameters_that_need_nothing(tiny: Tiny) -> None:
     [
         ("def grade(text, answer):\n    return 1 / 0\n", "fails for the answer"),
         ("def grade(text, answer):\n    return 'yes'\n", "must give True or False, not 'yes'"),
+        (
+            "import sys\n\ndef grade(text, answer):\n    sys.exit(0)\n",
+            "fails for the answer .*: SystemExit: 0",
+        ),
     ],
 )
 def test_a_grader_that_fails_is_named(body: str, expected: str, tiny: Tiny, outside: Path) -> None:
@@ -775,7 +779,7 @@ def test_a_grader_that_fails_is_named(body: str, expected: str, tiny: Tiny, outs
     path = config_of(tiny, "lastword.yaml", outside)
     with pytest.raises(UserError, match=expected) as caught:
         onpath.train(load(path, allow_code=True), quiet=True)
-    assert ("lastword.py" in caught.value.frames) == ("1 / 0" in body), "the line that failed"
+    assert ("lastword.py" in caught.value.frames) == ("must" not in expected), "the line that failed"
 
 
 @pytest.mark.parametrize(
@@ -784,6 +788,7 @@ def test_a_grader_that_fails_is_named(body: str, expected: str, tiny: Tiny, outs
         ("def brevity(length):\n    return 1.0\n", "its parameter length is none of text, answer, prompt"),
         ("def brevity(text):\n    return float('nan')\n", "must be finite"),
         ("def brevity(text):\n    return text.no\n", "AttributeError"),
+        ("def brevity(text):\n    raise SystemExit  # text.no\n", "fails for prompt .*: SystemExit$"),
     ],
 )
 def test_a_reward_that_fails_is_named(body: str, expected: str, tiny: Tiny, outside: Path) -> None:
@@ -883,6 +888,7 @@ def test_the_names_that_are_taken_are_those_that_are_written(tiny: Tiny, outside
     ("body", "expected"),
     [
         ("return student_logp.no", r'hellinger.py", line 2(.|\n)*onpath: divergence hellinger fails: Attrib'),
+        ("raise SystemExit", r'hellinger.py", line 2(.|\n)*onpath: divergence hellinger fails: SystemExit$'),
         (
             "import torch\n    class Broken(torch.autograd.Function):\n"
             "        forward = staticmethod(lambda ctx, x: x.sum(-1))\n"
@@ -920,6 +926,7 @@ FAULTY: list[tuple[str, str, bool]] = [
      "prepare fails: AttributeError: 'int'", True),
     (GOOD + "    def after_step(self, measured): measured['no']", "after_step fails: KeyError: 'no'", True),
     (GOOD + "    def state(self): 1 / 0", "state fails: ZeroDivisionError", True),
+    ("    def prepare(self, rollouts, *, step): raise SystemExit(0)", "prepare fails: SystemExit: 0$", True),
     (GOOD + "    def check(self, prompts): assert not prompts", "check fails: AssertionError$", True),
     (GOOD + "    def __init__(self, options, tools): options.x", "__init__ fails: AttributeError", True),
     (GOOD + "    def __init__(self): pass", r"its __init__ must take \(self, options, tools\)", False),

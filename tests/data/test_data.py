@@ -291,11 +291,12 @@ def test_a_column_that_was_named_and_is_not_there(tmp_path: Path) -> None:
     assert build({"data": {"columns": {"messages": "conversations"}}}).data.columns
 
 
-def test_own_rows_may_fail_while_they_come(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", ["RuntimeError", "SystemExit"])
+def test_own_rows_may_fail_while_they_come(error: str, tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(
-        "def rows():\n    yield {'prompt': 'a'}\n    raise RuntimeError('network')\n"
+        f"def rows():\n    yield {{'prompt': 'a'}}\n    raise {error}('network')\n"
     )
-    with allowed(), pytest.raises(UserError, match=r"own\.py:rows fails: RuntimeError: network") as caught:
+    with allowed(), pytest.raises(UserError, match=rf"own\.py:rows fails: {error}: network") as caught:
         load_prompts(f"{tmp_path / 'own.py'}:rows")
     assert 'own.py", line 3, in rows' in caught.value.frames
 

@@ -377,6 +377,17 @@ def test_a_tracker_that_fails_ends_no_run(
     assert capfd.readouterr().err.count(said) == 1
 
 
+def test_a_tracker_that_ends_the_process_ends_no_run(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def down(*_: Any) -> None:
+        raise SystemExit("no key")
+
+    monkeypatch.setitem(log._TRACKERS, "tensorboard", down)
+    assert train(tiny(run__trackers=["tensorboard"], data__eval={}), quiet=True).model.is_dir()
+    assert "run.trackers: tensorboard fails (SystemExit: no key) and is left out" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("when", ["__init__", "close"])
 def test_a_tracker_that_cannot_begin_or_end_ends_no_run(
     when: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

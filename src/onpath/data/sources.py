@@ -102,7 +102,7 @@ def _named(source: str, given: Any) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except code.FAILURES as error:
         raise code.failure(source, error, code.modules_of(given)) from error
 
 

@@ -32,7 +32,7 @@ class OwnGrader(Grader):
     def _judge(self, text: str, answer: str) -> Verdict:
         try:
             said = self.function(text, answer)
-        except Exception as error:
+        except code.FAILURES as error:
             on, modules = f"for the answer {answer[:60]!r}", code.modules_of(self.function)
             raise code.failure(f"eval.grader: {self.name}", error, modules, on=on) from error
         if not isinstance(said, bool | int | np.bool_) or said not in (0, 1):

@@ -55,7 +55,7 @@ class Reward:
         asked = {p.name: known[p.name] for p in _parameters(self.function) if p.name in known}
         try:
             value = float(self.function(**asked))
-        except Exception as error:
+        except code.FAILURES as error:
             on, modules = f"for prompt {rollout.prompt.id!r}", code.modules_of(self.function)
             raise code.failure(f"rewards.{self.label}", error, modules, on=on) from error
         if not math.isfinite(value):

@@ -66,8 +66,8 @@ def _own(function: Callable[..., Any], name: str, teacher_logp_Rk: Tensor, stude
             if takes_names(function)
             else function(teacher_Rk, student_Rk)
         )
-    except Exception as error:
-        if is_lack_of_memory(error):  # of which the run says more
+    except code.FAILURES as error:
+        if isinstance(error, Exception) and is_lack_of_memory(error):  # of which the run says more
             raise
         raise code.failure(name, error, code.modules_of(function)) from error
     _check_value(name, value_R, teacher_Rk, student_Rk)

@@ -214,7 +214,7 @@ def _spared(name: str) -> Iterator[None]:
     """What a tracker raises is said: a run does not end for it, and JSON lines have it all."""
     try:
         yield
-    except Exception as error:
+    except code.FAILURES as error:
         said = dict.fromkeys([type(error).__name__, first_line(error)])
         say(f"run.trackers: {name} fails ({': '.join(filter(None, said))}) and is left out")
 

@@ -26,6 +26,8 @@ from onpath.system.text import first_line
 
 PASSED = "passed."
 """How the names of rows begin that a Python call passed: no file has them."""
+FAILURES = (Exception, SystemExit)
+"""What own code may raise that is a failure of it: its sys.exit() would end the process without a word."""
 _SPEC = re.compile(r"(?P<file>.+\.py):(?P<name>[A-Za-z_]\w*)")
 _process_wide = False
 _here: ContextVar[bool] = ContextVar("own code allowed", default=False)
@@ -253,16 +255,17 @@ def blamed(what: str, modules: Collection[str]) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except FAILURES as error:
         from onpath.system.distributed import lost_a_peer  # torch, which a config does without
 
         told = failure(what, error, modules)
-        if not told.frames or is_lack_of_memory(error) or lost_a_peer(error):
+        passes = isinstance(error, Exception) and (is_lack_of_memory(error) or lost_a_peer(error))
+        if not told.frames or passes:
             raise
         raise told from error
 
 
-def failure(what: str, error: Exception, modules: Collection[str], *, on: str = "") -> UserError:
+def failure(what: str, error: BaseException, modules: Collection[str], *, on: str = "") -> UserError:
     """What own code has raised, as a sentence; with the frames from its own on, where it has one.
 
     Args:
@@ -323,7 +326,7 @@ def _module(path: Path, key: str) -> ModuleType:
         sys.path.append(home)  # its neighbours; behind all others, so that none of them hides a package
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # a script's own argparse ends with the latter
+    except FAILURES as error:  # a script's own argparse ends with the latter
         del sys.modules[label]
         frames = traceback.extract_tb(error.__traceback__)
         lines = [f.lineno for f in frames if Path(f.filename).resolve() == path.resolve()]

@@ -26,7 +26,7 @@ def named_controls(text: str) -> str:
     return _CONTROLS.sub(lambda match: f"⟨{ord(match[0]):04X}⟩", text)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an exception says, without the lines behind its first; of a silent one its name."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
