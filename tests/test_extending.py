@@ -19,7 +19,7 @@ from datasets import Dataset, DatasetDict
 
 import onpath
 from onpath.commands.cli import main
-from onpath.config import Config, build, load
+from onpath.config import METHODS, Config, build, load
 from onpath.config.build import with_own
 from onpath.config.sections import OF_A_STEP, OF_A_TRAJECTORY, Data, Optim
 from onpath.engines.base import Engine
@@ -277,6 +277,21 @@ def test_what_every_method_has_is_kept_where_another_is_passed() -> None:
     assert with_own(before, method=Counting.Options(support_k=5)).method.support_k == 5
     same = with_own(build({}), method=Counting.Options(token_clip=0.5))
     assert with_own(same, method=Counting).method.token_clip == 0.5
+
+
+@pytest.mark.parametrize(
+    "passed", [{"train_dataset": [{"prompt": "a"}]}, {"grader": lambda text, answer: True}]
+)
+def test_what_nobody_set_stays_so_where_objects_are_passed(passed: dict[str, Any]) -> None:
+    """Warnings of defaults that do not fit ask for it (`lora_alpha`, `lr`, the teacher)."""
+    set_by_hand = {"student": {"lora_rank": 4}, "method": {"name": "trd"}}
+    before = build(set_by_hand)
+    after = with_own(before, **passed)
+    assert (before.student, before.method) == (after.student, after.method)
+    assert after.student.model_fields_set == {"lora_rank"}
+    assert "lr" not in after.optim.model_fields_set
+    assert "model" not in after.teacher.model_fields_set
+    assert with_own(Config(method=METHODS["trd"]()), **passed).method.name == "trd"
 
 
 def test_rows_of_a_later_call_are_not_those_of_an_earlier_run(tiny: Tiny, data_file: Path) -> None:

@@ -249,7 +249,9 @@ def with_own(
         objects = (method, divergence, grader, rewards or None, train_dataset, eval_dataset)
         if all(given is None for given in objects):
             return config
-        tree = config.model_dump(mode="json")
+        # What nobody set stays so: warnings of defaults that do not fit ask.
+        tree = config.model_dump(mode="json", exclude_unset=True)
+        tree |= {"method": {**tree.get("method", {}), "name": config.method.name}}
         tree["data"] = _without_following_sets(config.data)
         if method is not None:
             tree["method"] = _options_for(method, config.method)
