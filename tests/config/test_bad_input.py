@@ -234,6 +234,14 @@ CASES: dict[str, tuple[Break, str]] = {
         lambda c: (c.set("student.lora_rank", 2), c.set("student.lora_targets", ["nothing"]))[0],
         r"student\.lora_targets",
     ),
+    "LoRA on one name of two": (
+        lambda c: (c.set("student.lora_rank", 2), c.set("student.lora_targets", ["q_proj", "v_prj"]))[0],
+        r"student\.lora_targets: no module is called 'v_prj'; linear ones are .*q_proj, up_proj, v_proj",
+    ),
+    "LoRA on a name as a text": (
+        lambda c: (c.set("student.lora_rank", 2), c.set("student.lora_targets", "v_proj"))[0],
+        r"student\.lora_targets: no module is called 'v_proj'; a text is a regular .* names are a list",
+    ),
     "LoRA on no regular expression": (
         lambda c: (c.set("student.lora_rank", 2), c.set("student.lora_targets", "*q_proj"))[0],
         r"student\.lora_targets: nothing to repeat",

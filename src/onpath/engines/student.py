@@ -52,12 +52,39 @@ def trainable(config: Config, base: nn.Module) -> nn.Module:
         lora_dropout=0.0,
     )
     try:
+        check_targets(section.lora_targets, unwrapped(base))
         with quietly(), late.as_if_cast(base):
             model: nn.Module = get_peft_model(base, lora)
+    except UserError:
+        raise
     except (ValueError, re.error) as error:
         raise UserError(f"student.lora_targets: {str(error).splitlines()[0]}") from None
     untie(unwrapped(model))
     return with_fast_products(model)
+
+
+def check_targets(targets: str | list[str], model: nn.Module) -> None:
+    """peft is content if one name of several is a module's, and leaves out the others without a word.
+
+    Raises:
+        UserError: no module has a name that is asked for.
+        re.error: a text is no regular expression.
+    """
+    if targets == "all-linear":
+        return
+    modules = dict(model.named_modules())
+    linear = {name.rpartition(".")[2] for name, m in modules.items() if isinstance(m, nn.Linear)}
+    known = f"linear ones are {', '.join(sorted(linear))}" if linear else "it has no linear ones"
+    if isinstance(targets, str):
+        if not any(re.fullmatch(targets, name) for name in modules):
+            form = (
+                "a text is a regular expression of whole names, such as .*mlp.*; names are a list, [q_proj]"
+            )
+            raise UserError(f"student.lora_targets: no module is called {targets!r}; {form}; {known}")
+        return
+    for target in targets or [""]:
+        if not target or not any(f".{name}".endswith(f".{target}") for name in modules):
+            raise UserError(f"student.lora_targets: no module is called {target!r}; {known}")
 
 
 def recompute(model: nn.Module) -> None:
