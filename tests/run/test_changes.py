@@ -171,6 +171,32 @@ def test_what_changes_the_masks_of_dropout_is_no_rounding() -> None:
         assert found.rule == "rounding"
 
 
+def test_what_nothing_reads_may_be_taken_out() -> None:
+    """As the warning says that names it; what it goes with is no such thing."""
+    teachers = {"a": {"model": "m", "cache_dtype": "float32"}, "default": {"model": "n"}}
+    for given, key in (
+        ({"method": {"support_k": 9}}, "method.support_k"),
+        ({"student": {"lora_alpha": 3.0}}, "student.lora_alpha"),
+        (
+            {"teachers": teachers, "data": {"train": "rows.jsonl", "teacher_column": "of"}},
+            "teachers.a.cache_dtype",
+        ),
+        ({"method": {"name": "opsd"}, "teacher": {"model": "m"}}, "teacher.model"),
+    ):
+        without = {section: dict(options) for section, options in given.items()}
+        if key == "teachers.a.cache_dtype":
+            without["teachers"] = {**teachers, "a": {"model": "m"}}
+        else:
+            del without[key.split(".")[0]][key.split(".")[1]]
+        for before, after in ((given, without), (without, given)):
+            (found,) = changes(build(before).model_dump(mode="json"), build(after))
+            assert (found.key, found.rule) == (key, "neutral")
+    read = {"student": {"lora_alpha": 3.0, "lora_rank": 4}}
+    for after in ({}, {"student": {"lora_rank": 4}}, {"student": {"lora_alpha": 3.0}}):
+        found = changes(build(read).model_dump(mode="json"), build(after))
+        assert not all(change.allowed for change in found)
+
+
 def options() -> list[str]:
     found = [
         f"{section}.{name}"
@@ -204,7 +230,7 @@ def test_every_option_in_turn(key: str) -> None:
     for method in owners:
         config = build({"method": {"name": method}})
         before = config.model_dump(mode="json")
-        before[section][name] = [before[section][name], "was other"]
+        before[section][name] = [before[section][name], None]  # a value of no option
         rules = {c.key: c.rule for c in changes(before, config)}
         expected = (
             "rounding" if key in ROUNDING else "neutral" if key in ALLOWED else OF_METHODS.get(key, "asked")

@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
+from onpath.config.idle import idle_options
 from onpath.config.section import OnResume, Section
 from onpath.config.sections import teacher_option
 from onpath.config.whole import Config
@@ -60,6 +63,8 @@ def changes(before: Mapping[str, Any], after: Config) -> list[Change]:
             continue
         shrinks = how == "longer" and not (isinstance(old, int) and new > old)
         rule: Rule = "asked" if how is None or shrinks else how
+        if rule == "asked" and all(_unread(after, section, option, value) for value in (was, is_now)):
+            rule = "neutral"  # what a run warns of may be taken out
         found.append(Change(key=key, before=was, after=is_now, rule=rule))
     return found
 
@@ -83,12 +88,35 @@ def _sections(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def _how(config: Config, section: str, key: str) -> Any:
     """How an option may change; None: not at all."""
-    several = {teacher_option(name): teacher for name, teacher in config.teachers.items()}
-    options = several.get(section, getattr(config, section, None))
+    options = _section(config, section)
     if not isinstance(options, Section) or key not in type(options).model_fields:
         return None
     marks = [m.how for m in type(options).model_fields[key].metadata if isinstance(m, OnResume)]
     return marks[0] if marks else None
+
+
+def _unread(config: Config, section: str, option: str, value: Any) -> bool:
+    """Whether an option of this value is read by nothing beside the config's others, or is not set at all."""
+    tree = config.model_dump(mode="json")
+    *path, last = section.split(".")
+    held = tree
+    for part in path:
+        held = held[part]
+    if not isinstance(options := held.get(last), dict) or option not in options:
+        return False
+    options[option] = value
+    try:
+        asked = Config.model_validate(tree)
+    except ValidationError:  # nobody can tell what would read it
+        return False
+    found = _section(asked, section)
+    default = type(found).model_fields[option].get_default(call_default_factory=True)
+    return getattr(found, option) == default or f"{section}.{option}" in idle_options(asked)
+
+
+def _section(config: Config, name: str) -> Any:
+    several = {teacher_option(label): teacher for label, teacher in config.teachers.items()}
+    return several.get(name, getattr(config, name, None))
 
 
 def _at(tree: Mapping[str, Any], section: str, key: str) -> Any:
