@@ -83,6 +83,33 @@ def test_an_option_of_several_types_is_named_as_it_is_written(tree: dict[str, An
         build(tree)
 
 
+@pytest.mark.parametrize(
+    ("tree", "says"),
+    [
+        ({"student": {"dtype": "bf16"}}, "student.dtype is 'bf16': .*; did you mean bfloat16\\?$"),
+        ({"teacher": {"dtype": "torch.float16"}}, "; did you mean float16\\?$"),
+        ({"student": {"dtype": "int4"}}, "'float32', 'bfloat16' or 'float16'$"),
+        ({"method": {"name": "gkd"}}, "; did you mean opd with method.divergence: jensen_shannon\\?$"),
+        ({"method": {"name": "topdd"}}, "; did you mean topd\\?$"),
+        ({"method": "gkd"}, r"such as \{name: opd\}; did you mean opd with method.divergence: jensen_shan"),
+        ({"method": "trd"}, r"it must be a mapping such as \{name: trd\}$"),
+        ({"method": ["opd"]}, r"it must be a mapping such as \{name: opd\}$"),
+        ({"method": {"divergence": "JSD"}}, "; did you mean jensen_shannon\\?$"),
+        ({"method": {"divergence": "reverse-kl"}}, "; did you mean reverse_kl\\?$"),
+        ({"run": {"trackers": ["WandB"]}}, "; did you mean wandb\\?$"),
+        ({"run": {"trackers": "wandb"}}, r"trackers is 'wandb'; it must be a list, such as \['wandb'\]$"),
+        ({"parallel": {"shard": "fsdp"}}, "; did you mean layer\\?$"),
+        ({"optim": {"schedule": "cosin"}}, "; did you mean cosine\\?$"),
+        ({"optim": {"steps": "1e3"}}, "optim.steps is '1e3', which YAML reads as text; write 1000$"),
+        ({"optim": {"steps": "1e-3"}}, "optim.steps is '1e-3': input should be a valid integer"),
+        ({"student": "m"}, r"student is 'm'; it must be a mapping of options, such as \{model: "),
+    ],
+)
+def test_values_from_elsewhere_are_answered_with_ours(tree: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        build(tree)
+
+
 def test_so_is_an_option_of_a_study(tmp_path: Path) -> None:
     path = tmp_path / "study.yaml"
     path.write_text("arms: {opd: {}}\nparallel: {processes: [1]}\n")

@@ -1,5 +1,6 @@
-"""What options are called in other trainers (transformers, TRL, verl, OpenRLHF), and what they are here."""
+"""What options and values are called in other trainers (transformers, TRL, verl, OpenRLHF), and here."""
 
+import difflib
 from collections.abc import Iterable, Iterator
 
 _TABLE = """
@@ -72,13 +73,31 @@ num_processes n_gpus_per_node nproc_per_node: not an option: torchrun --nproc-pe
 """Their names: our option, or what to do instead."""
 
 
-def _rows() -> Iterator[tuple[str, str]]:
-    for row in _TABLE.replace("\n  ", " ").strip().splitlines():
+_VALUES = """
+bf16: bfloat16
+fp16 f16 half: float16
+fp32 f32 float full: float32
+jsd js generalized_jsd gjsd: jensen_shannon
+rkl reverse: reverse_kl
+fkl forward: forward_kl
+opd on_policy on_policy_distillation distillation: opd
+gkd: opd with method.divergence: jensen_shannon
+minillm: opd with method.divergence: sampled
+sft seqkd seq_kd: opd with method.writer: teacher and method.divergence: cross_entropy
+fsdp fsdp2 full_shard zero3: layer
+tb: tensorboard
+"""
+"""Values of theirs: ours, where the option takes it."""
+
+
+def _rows(table: str) -> Iterator[tuple[str, str]]:
+    for row in table.replace("\n  ", " ").strip().splitlines():
         names, _, ours = row.partition(": ")
         yield from ((name, ours) for name in names.split())
 
 
-ELSEWHERE = dict(_rows())
+ELSEWHERE = dict(_rows(_TABLE))
+VALUES = dict(_rows(_VALUES))
 
 
 def answer(key: str) -> str | None:
@@ -94,3 +113,19 @@ def answer(key: str) -> str | None:
 def first_answer(keys: Iterable[str]) -> str | None:
     """Of the first key that another trainer has."""
     return next((f"{key}: {said}" for key in keys if (said := answer(key))), None)
+
+
+def meant(value: object, known: Iterable[str]) -> str:
+    """The end of a sentence about a value that is none of those known: what it is here; empty: who knows.
+
+    >>> meant("torch.bf16", ["float32", "bfloat16"])
+    '; did you mean bfloat16?'
+    """
+    if not isinstance(value, str):
+        return ""
+    word, takes = value.lower().removeprefix("torch.").replace("-", "_"), list(known)
+    ours = VALUES.get(word, word)
+    if ours.partition(" ")[0] in takes:
+        return f"; did you mean {ours}?"
+    close = difflib.get_close_matches(word, takes, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -7,6 +7,7 @@ from typing import Any, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema, core_schema
 
+from onpath.config.elsewhere import meant
 from onpath.system import code
 
 
@@ -124,9 +125,8 @@ class OneOf:
             ValueError: neither built in nor own code.
         """
         if value not in self.known and not code.is_own(value):
-            raise ValueError(
-                f"{value!r} must be one of {', '.join(self.known)}, or a {self.own} of yours as file.py:name"
-            )
+            others = f"{', '.join(self.known)}, or a {self.own} of yours as file.py:name"
+            raise ValueError(f"{value!r} must be one of {others}{meant(value, self.known)}")
         return value
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:

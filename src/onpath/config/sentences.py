@@ -15,6 +15,9 @@ from onpath.system.errors import UserError
 from onpath.system.text import short
 
 _TAKES = {
+    "student": "a mapping of options, such as {model: Qwen/Qwen3-1.7B}",
+    "teacher": "a mapping of options, such as {model: Qwen/Qwen3-8B}",
+    "data": "a mapping of options, such as {train: prompts.jsonl}",
     "data.eval": "a file, or {name: file} for one or several ({} for none)",
     "rewards": "{name: file.py:function}, a list of those, or {label: {name: file.py:function}}",
     "teachers": "{name: {model: …}} for each of several; one alone is the section teacher",
@@ -37,7 +40,8 @@ def sentence(error: ValidationError, data: Mapping[str, Any]) -> str:
             return f"unknown key {key}; {found or nearest(loc[-1], beside)}"
         case "union_tag_invalid":
             known = f"{', '.join(METHODS)}, or a class of yours as file.py:Class"
-            return f"method.name is {short(first['input'].get('name'))}; it must be one of {known}"
+            name = first["input"].get("name")
+            return f"method.name is {short(name)}; it must be one of {known}{elsewhere.meant(name, METHODS)}"
         case "value_error":
             reason = str(first["ctx"]["error"])
             return reason if not key or reason.startswith(key) else f"{key}: {reason}"
@@ -47,8 +51,23 @@ def sentence(error: ValidationError, data: Mapping[str, Any]) -> str:
             takes = _TAKES.get(key, "a mapping" if first["type"] == "dict_type" else "a mapping of options")
             without = ", or be left out" if first["input"] is None else ""
             return f"{key} is {short(first['input'])}; it must be {takes}{without}"
+        case "int_parsing" if (whole := _whole(first["input"])) is not None:
+            return f"{key} is {short(first['input'])}, which YAML reads as text; write {whole}"
+        case "list_type" if isinstance(first["input"], str):
+            return f"{key} is {short(first['input'])}; it must be a list, such as [{short(first['input'])}]"
         case _:
-            return f"{key} is {short(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"
+            words = re.findall("'([^']*)'", first["msg"]) if first["type"] == "literal_error" else []
+            said = f"{first['msg'][0].lower()}{first['msg'][1:]}{elsewhere.meant(first['input'], words)}"
+            return f"{key} is {short(first['input'])}: {said}"
+
+
+def _whole(text: object) -> int | None:
+    """The whole number that a text such as 1e3 is."""
+    try:
+        number = float(str(text))
+    except ValueError:
+        return None
+    return int(number) if number.is_integer() and abs(number) < 1e15 else None
 
 
 def frames_of(error: ValidationError) -> str:

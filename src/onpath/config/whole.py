@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 from pydantic import Field, model_validator
 
-from onpath.config.methods import MethodOptions, SomeMethod
+from onpath.config import elsewhere
+from onpath.config.methods import METHODS, MethodOptions, SomeMethod
 from onpath.config.methods.opd import OPDOptions
 from onpath.config.pairs import check_pairs
 from onpath.config.section import Section
@@ -72,7 +73,10 @@ class Config(Section):
         value = dict(value)
         method = value.get("method", {})
         if not isinstance(method, Mapping | MethodOptions):
-            raise ValueError(f"method is {short(method)}; it must be a mapping such as {{name: opd}}")
+            named = isinstance(method, str) and method in METHODS
+            such = f"a mapping such as {{name: {method if named else 'opd'}}}"
+            ours = "" if named else elsewhere.meant(method, METHODS)
+            raise ValueError(f"method is {short(method)}; it must be {such}{ours}")
         if isinstance(method, Mapping) and "name" not in method:
             value["method"] = {"name": "opd", **method}
         if "rewards" in value:
