@@ -22,7 +22,7 @@ from onpath.config.changes import changes
 from onpath.run.log import read_lines
 from onpath.run.meter import Meter
 from onpath.run.parts import Parts
-from onpath.system.errors import UserError
+from onpath.system.errors import UserError, guarded
 from onpath.system.signals import stop_requests
 from onpath.training import train
 from tests.forks import begun, ended
@@ -594,6 +594,23 @@ def test_a_process_and_its_group_are_asked_once(
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     os.close(says)
     os.close(hears)
+
+
+def test_an_interrupt_that_comes_out_as_another_error_is_one(
+    as_in_a_terminal: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As from the middle of transformers' imports."""
+
+    def imports() -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ModuleNotFoundError("Could not import module 'BloomPreTrainedModel'") from None
+        return 0
+
+    assert guarded(imports) == 130
+    assert capsys.readouterr().err == "onpath: interrupted; start the same command again to go on\n"
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
 def test_python_code_is_interrupted_as_ever(

@@ -10,7 +10,7 @@ from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
-from onpath.system.signals import Interrupted, Stopped
+from onpath.system.signals import Interrupted, Stopped, interrupts_noted
 from onpath.system.streams import say, silence
 from onpath.system.text import one_line
 
@@ -32,6 +32,11 @@ class UserError(ValueError):
 
 def guarded(run: Callable[[], int | None]) -> int:
     """Runs a command; its exit code. What the user can fix is one sentence on stderr."""
+    with interrupts_noted() as pressed:
+        return _guarded(run, pressed)
+
+
+def _guarded(run: Callable[[], int | None], pressed: list[int]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a warning at every fork otherwise
     try:
         code = int(run() or 0)
@@ -46,16 +51,22 @@ def guarded(run: Callable[[], int | None]) -> int:
         say_once(f"onpath: {ended.sentence}")
         return 130
     except KeyboardInterrupt:
-        say("onpath: interrupted; start the same command again to go on")
-        return 130
+        return _interrupted()
     except BrokenPipeError:
         silence(sys.stdout)  # the reader (head, less) has left
         return 0
     except Exception as error:
         if sentence := sentence_of(error):
             return _failed(sentence)
+        if pressed:
+            return _interrupted()
         traceback.print_exc()
         return 1
+
+
+def _interrupted() -> int:
+    say("onpath: interrupted; start the same command again to go on")
+    return 130
 
 
 def sentence_of(error: Exception) -> str:

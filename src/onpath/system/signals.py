@@ -38,6 +38,30 @@ class Requests:
         return bool(self.name)
 
 
+_pressed: list[int] = []
+"""Each Ctrl-C that `interrupts_noted` has seen."""
+
+
+@contextmanager
+def interrupts_noted() -> Iterator[list[int]]:
+    """Ctrl-C does in this block what it always does, and is noted: in the middle of a library's imports it
+    comes out as another error."""
+    plain = threading.current_thread() is threading.main_thread()
+    plain = plain and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    before = signal.signal(signal.SIGINT, _pressing) if plain else None
+    _pressed.clear()
+    try:
+        yield _pressed
+    finally:
+        if plain:
+            signal.signal(signal.SIGINT, before)
+
+
+def _pressing(number: int, frame: FrameType | None) -> None:
+    _pressed.append(number)
+    signal.default_int_handler(number, frame)
+
+
 _noted: list[Requests] = []
 _TOGETHER = 0.3
 """Seconds within which signals of a kind are one: the others are ignored meanwhile."""
@@ -75,7 +99,7 @@ def stop_requests() -> Iterator[Requests]:
         for name in ("SIGTERM", "SIGHUP", "SIGINT"):
             with suppress(AttributeError):  # Windows knows no SIGHUP
                 number = getattr(signal, name)
-                if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler, _pressing):
                     before[number] = signal.signal(number, note)
     _noted.append(asked)
     try:
