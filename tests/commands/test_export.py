@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from onpath.engines.models import quietly
 from onpath.run import checkpoint
 from onpath.run.assemble import assemble
 from onpath.run.optimizer import make_optimizer
+from onpath.run.trained import find
 from onpath.system.errors import UserError
 from onpath.training import train
 from tests.conftest import make_model
@@ -219,3 +221,36 @@ def test_a_full_disk_leaves_nothing(
     with pytest.raises(UserError, match="out: cannot write: No space left on device"):
         onpath.export_model(run / "checkpoints" / "step_2", tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["runs"]
+
+
+def test_a_full_disk_is_one_reason_for_all_files(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the final model is copied: shutil lists each file that it could not."""
+    _, run = run_of(tiny, **FULL)
+
+    def full(source: str, target: str, **_: Any) -> None:
+        raise OSError(28, "No space left on device", source, None, target)
+
+    monkeypatch.setattr(shutil, "copytree", partial(shutil.copytree, copy_function=full))
+    with pytest.raises(UserError, match="out: cannot write: No space left on device; free some space"):
+        onpath.export_model(run, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["runs"]
+
+
+@pytest.mark.parametrize("options", [FULL, LORA], ids=["full", "lora"])
+def test_a_run_looked_at_from_elsewhere_has_the_tokenizer_of_its_model(
+    options: dict[str, Any], tiny: Tiny, tmp_path: Path, data_file: Path
+) -> None:
+    """Where `student.model: student` is no directory; a checkpoint has no tokenizer of its own."""
+    config, run = run_of(tiny, **options)
+    stored = run / "config.yaml"
+    stored.write_text(stored.read_text().replace(config.student.model, "no-such-student"))
+    known = AutoTokenizer.from_pretrained(config.student.model)
+    found = find(run)
+    assert found is not None
+    assert found.tokenizer().get_vocab() == known.get_vocab()
+    done = onpath.evaluate_model(run, data=str(data_file), n=1, max_new_tokens=2, grader="exact", limit=2)
+    assert done.results
+    with pytest.raises(UserError, match="no-such-student"):
+        onpath.export_model(run / "checkpoints" / "step_2", tmp_path / "out")

@@ -95,7 +95,8 @@ class Trained:
         return self._built(tree, asked)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The student's, with the run's chat template.
+        """The student's, with the run's chat template; what was saved with a model where the start is gone,
+        or is named from another directory.
 
         Raises:
             UserError: it, or the template, is gone.
@@ -104,8 +105,14 @@ class Trained:
         data = tree.get("data")
         template = data.get("chat_template") if isinstance(data, dict) else None
         config = self._built(tree, {"data": {"chat_template": template}})  # what else is there may be gone
-        tokenizer = load_tokenizer(config.student, "student.model")
-        with_template(config, tokenizer)
+        try:
+            tokenizer = load_tokenizer(config.student, "student.model")
+            with_template(config, tokenizer)
+        except UserError:
+            if self.is_checkpoint or not (self.weights / "tokenizer_config.json").is_file():
+                raise
+            saved = config.student.model_copy(update={"model": str(self.weights)})
+            return load_tokenizer(saved, "student.model")
         return tokenizer
 
     def _tree(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -179,6 +180,8 @@ def try_lock(descriptor: int) -> bool:
 
 def unwritable(path: Path, error: Exception, *, what: str = "") -> UserError:
     """The sentence for a disk that is full or not ours to write on."""
+    if isinstance(error, shutil.Error):  # one reason for each file of a tree, as text with its number
+        error = OSError(re.sub(r"^\[Errno \d+\] ([^:]*).*", r"\1", str(error.args[0][0][-1])))
     reason = str(getattr(error, "strerror", None) or error).split("\n")[0]
     deed = f"cannot write {what}" if what else "cannot write"
     if getattr(error, "errno", None) not in _FULL:
