@@ -4,7 +4,6 @@ import datetime
 import json
 import os
 import platform
-import socket
 import statistics
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -107,15 +106,6 @@ def _status(key: str) -> float:
         if line.startswith(key + ":"):
             return int(line.split()[1]) / 1024
     raise RuntimeError(f"/proc/self/status has no {key}")
-
-
-def ranks(world: int) -> list[dict[str, str]]:
-    """Variables of each of so many processes, by which they find each other as torchrun's do."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    of_all = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [{**of_all, "RANK": rank, "LOCAL_RANK": rank} for rank in map(str, range(world))]
 
 
 def gym_settings(directory: Path, *, train: str, prompts: int, micro_batch_tokens: int) -> dict[str, Any]:

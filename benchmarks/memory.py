@@ -20,7 +20,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from common import PeakMemory, environment, environment_line, ranks, write
+from common import PeakMemory, environment, environment_line, write
+
+from onpath.system import launcher
 
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "all weights": {},
@@ -81,7 +83,7 @@ def in_processes(command: Sequence[str], world: int) -> list[dict[str, Any]]:
     """What each of so many processes prints last, which find each other as torchrun's do."""
     started = [
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **rank})
-        for rank in ranks(world)
+        for rank in launcher.environments(world)
     ]
     try:
         said = [process.communicate()[0] for process in started]

@@ -28,7 +28,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from common import RESULTS, PeakMemory, Spread, environment, environment_line, ranks, write
+from common import RESULTS, PeakMemory, Spread, environment, environment_line, write
+
+from onpath.system import launcher
 
 RANDOM = {"hidden_size": 640, "intermediate_size": 1792, "num_hidden_layers": 12, "num_attention_heads": 10}
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -142,7 +144,7 @@ def one_rank(case: Case, size: Size, steps: int, home: Path) -> dict[str, Any]:
 def in_processes(case: Case, work: Callable[[], Any], home: Path) -> list[Any]:
     """`work` in forked processes that find each other as torchrun's do; what each returns."""
     started = []
-    for rank in ranks(case.world):
+    for rank in launcher.environments(case.world):
         child = os.fork()
         if child == 0:
             os.environ |= rank

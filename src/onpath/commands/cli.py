@@ -6,14 +6,13 @@ torch.
 
 import argparse
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
-from onpath.system import __version__, code
+from onpath.system import __version__, code, launcher
 from onpath.system.arguments import Parser
 from onpath.system.errors import UserError, guarded
 from onpath.system.streams import say
@@ -44,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         command = options.command
-        if _several() and command not in _OF_SEVERAL:
+        if launcher.several() and command not in _OF_SEVERAL:
             raise UserError(
                 f"onpath {command} is one process, and WORLD_SIZE says several: start it without torchrun"
             )
@@ -53,21 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return guarded(run)
 
 
-def _several() -> bool:
-    """Whether a launcher has started several processes."""
-    return os.environ.get("WORLD_SIZE", "1") not in ("", "1")
-
-
-def _speaks() -> bool:
-    """Whether this process says what all of them have found."""
-    return not _several() or os.environ.get("RANK") == "0"
-
-
 def _own_options(arguments: Sequence[str], overrides: Sequence[tuple[str, str]]) -> Any:
     """The options of the method of one's own that a command line names, for its help; None: a built-in one's,
     or nothing that can be read."""
     from onpath.config import METHODS, load
-    from onpath.system.errors import UserError
 
     named = [a for a in arguments[1:] if not a.startswith("-")]
     try:
@@ -217,7 +205,7 @@ def _train(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) ->
     from onpath.training import train
 
     result = train(config, resume_with_changes=options.resume_with_changes, quiet=options.quiet)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if launcher.speaks():
         if options.quiet and not result.trained:
             say(f"onpath: {result.directory} was finished before: nothing is trained")
         print(f"model: {result.model}")
@@ -245,9 +233,9 @@ def _doctor(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -
     console = Shown(file=sys.stdout, soft_wrap=True)
     each = (lambda _: None) if options.json else partial(print_finding, console)
     found = run_doctor(options.config, overrides=overrides, each=each)
-    if options.json and _speaks():
+    if options.json and launcher.speaks():
         print(json.dumps(found.to_json(), indent=1, ensure_ascii=False))
-    elif _speaks():
+    elif launcher.speaks():
         print_counts(console, found)
     return int(found.status == "fail")
 
@@ -347,9 +335,9 @@ def _eval(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
         shard=options.shard,
         timeout=options.timeout,
     )
-    if options.json and _speaks():
+    if options.json and launcher.speaks():
         print(json.dumps(found.to_json()))
-    elif _speaks():
+    elif launcher.speaks():
         print_evaluated(console_for(sys.stdout), found)
     return 0
 
@@ -499,8 +487,6 @@ _OF_SHOWING = ("step", "only", "id", "sort", "colour", "limit", "json")
 
 def _check_inspect(options: argparse.Namespace) -> None:
     """No option is passed over in silence."""
-    from onpath.system.errors import UserError
-
     standard = vars(make_parser().parse_args(["inspect", "."]))
     given = [name for name, value in vars(options).items() if name in standard and value != standard[name]]
     for name in given:

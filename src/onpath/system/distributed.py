@@ -22,6 +22,7 @@ from torch.distributed import PrefixStore, Store, TCPStore, rendezvous  # type: 
 from torch.distributed.tensor import DTensor
 
 from onpath.system.errors import UserError, sentence_of
+from onpath.system.launcher import several
 from onpath.system.signals import Interrupted, Stopped
 from onpath.system.text import one_line
 
@@ -61,7 +62,7 @@ def start(device: torch.device, *, timeout: float = 600.0) -> None:
     Raises:
         UserError: the processes do not meet.
     """
-    if asked() and not dist.is_initialized():
+    if several() and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(local_device(device))
         patience = timedelta(seconds=timeout)
@@ -125,7 +126,7 @@ def one_fate() -> Iterator[None]:
 
 def _part() -> None:
     """Waits until all ranks are here. What goes wrong in this exchange costs nothing any more."""
-    if asked() and dist.is_initialized() and dist.get_backend() == "gloo":
+    if several() and dist.is_initialized() and dist.get_backend() == "gloo":
         with suppress(dist.DistError, RuntimeError):
             dist.barrier()
 
@@ -196,7 +197,7 @@ def _sockets() -> dict[int, int]:
 def _board() -> Store | None:
     """Where ranks leave word for each other without an exchange; None: they have not met, or no longer meet.
     One may have left while another still joins the group."""
-    if not asked() or not (dist.is_initialized() or _held):
+    if not several() or not (dist.is_initialized() or _held):
         return None
     if not _boards:
         where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -228,18 +229,13 @@ def stop() -> None:
     """Leaves the process group of torchrun; one that a library made for itself is its own affair."""
     while _before_stop:
         _before_stop.pop()()
-    if asked() and dist.is_initialized():
+    if several() and dist.is_initialized():
         dist.destroy_process_group()
 
 
 def before_stop(close: Callable[[], None]) -> None:
     """Lets `close` run before this process leaves the group, which what it closes has groups of."""
     _before_stop.append(close)
-
-
-def asked() -> bool:
-    """Whether a launcher has started several processes, met or not."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def local_device(device: torch.device) -> torch.device:

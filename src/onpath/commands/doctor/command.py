@@ -29,7 +29,7 @@ from onpath.run.assemble import assemble, data_warnings, join
 from onpath.run.inputs import by_source, make_renderer
 from onpath.run.parts import Parts
 from onpath.run.trained import find, load_its_tokenizer
-from onpath.system import code, distributed
+from onpath.system import code, distributed, launcher
 from onpath.system.errors import UserError, is_lack_of_memory
 from onpath.system.text import one_line
 
@@ -107,7 +107,7 @@ def run_doctor(
     with code.allowed(allow_code), distributed.one_fate():
         if not isinstance(config, Config):
             config, refused = load_leniently(config, overrides)
-        if distributed.asked():  # only the first speaks, from the first check on
+        if launcher.several():  # only the first speaks, from the first check on
             join(config)
         for finding in diagnose(config, refused=refused):
             found.append(finding)

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from onpath.commands.study import fork_server
 from onpath.commands.study.config import Parallel
 from onpath.commands.study.plan import Job
 from onpath.run.log import read_lines
+from onpath.system import launcher
 from onpath.system.errors import UserError
 from onpath.system.files import try_lock, write_text
 
@@ -33,8 +33,6 @@ _POLL = 0.1
 _GRACE = 90.0
 """Seconds that the other processes of a run have to end when one has failed: they may have a step to save."""
 _OF_OTHERS = re.compile("another process of this run|does not meet the others")
-_ports: set[str] = set()
-"""Given out by this process."""
 _REFRESH = 2.0
 
 
@@ -54,10 +52,7 @@ class Slots:
         """Of each process of the run in one slot."""
         if self.ranks == 1:
             return [self._environment(slot)]
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
-        many = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(self.ranks))
-        ranks = [dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)) for rank in range(self.ranks)]
-        return [{**self._environment(slot), **meeting, **many, **rank} for rank in ranks]
+        return [{**self._environment(slot), **rank} for rank in launcher.environments(self.ranks)]
 
     def _environment(self, slot: int) -> dict[str, str]:
         threads = str(self.threads)
@@ -86,17 +81,6 @@ def slots_for(parallel: Parallel, device: str) -> Slots:
             "parallel.ranks"
         )
     return Slots(processes=processes, threads=parallel.threads, gpus=gpus, ranks=parallel.ranks)
-
-
-def _free_port() -> str:
-    """Where the processes of one run meet."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        if port not in _ports:  # another run may not be there yet
-            _ports.add(port)
-            return port
 
 
 def _visible_gpus() -> tuple[str, ...]:
