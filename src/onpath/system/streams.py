@@ -2,7 +2,8 @@
 
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 
@@ -17,32 +18,24 @@ class Steady:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        with self._surviving():
+        with _surviving(self.stream):
             self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with self._surviving():
+        with _surviving(self.stream):
             self.stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
-    def _surviving(self) -> "_Surviving":
-        return _Surviving(self.stream)
 
-
-class _Surviving:
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
-        if isinstance(error, OSError):
-            silence(self.stream)
-        return isinstance(error, OSError)
+@contextmanager
+def _surviving(stream: TextIO) -> Iterator[None]:
+    try:
+        yield
+    except OSError:
+        silence(stream)
 
 
 def silence(stream: TextIO) -> None:
