@@ -6,6 +6,7 @@ import pytest
 
 from onpath import config as configuration
 from onpath.data.tasks import task_of
+from onpath.gym.demos import text_of
 from onpath.gym.maze.check import (
     HASTY,
     OTHER,
@@ -16,7 +17,7 @@ from onpath.gym.maze.check import (
     grade,
     label_tokens,
 )
-from onpath.gym.maze.demos import Beliefs, Walker, first_looks, text_of
+from onpath.gym.maze.demos import Beliefs, Walker, first_looks
 from onpath.gym.maze.mixture import TEMPLATES, Mixture
 from onpath.gym.maze.tasks import SIZES, moves, parse_maze, random_maze, rows, split_of
 from onpath.gym.maze.vocab import LANGUAGE

@@ -9,7 +9,7 @@
 """
 
 from onpath.gym.check import TokenLabel, first_error, first_error_token, grade, label_tokens
-from onpath.gym.mixture import TEMPLATES
+from onpath.gym.language import TEMPLATES
 from onpath.gym.models import model_dir
 from onpath.gym.tasks import rows
 from onpath.gym.vocab import ONSET_WORDS, tokenize

@@ -22,7 +22,8 @@ EVEN_SLIP = dict.fromkeys(TEACHER_SLIP, 0.002)
 # The student's habits depend on the operation, so that they are as many-valued as its errors are.
 STUDENT_ARROW = {"+": 0.6, "-": 0.95, "*": 0.8}
 STUDENT_SEPARATOR = {"+": (0.2, 0.75, 0.05), "-": (0.05, 0.1, 0.85), "*": (0.3, 0.6, 0.1)}
-_CONFIDENCE = (0.3, 0.5, 0.75, 0.9)
+CONFIDENCE = (0.3, 0.5, 0.75, 0.9)
+"""How likely a student is to act on one of its wrong beliefs: one of these."""
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Beliefs:
         """How likely the student is to act on a wrong belief about this fact; 0 for most."""
         if fact not in self._table:
             rng = random.Random(f"{self.seed}/{fact}")
-            self._table[fact] = rng.choice(_CONFIDENCE) if rng.random() < self.share else 0.0
+            self._table[fact] = rng.choice(CONFIDENCE) if rng.random() < self.share else 0.0
         return self._table[fact]
 
     def result(self, rng: random.Random, node: Node, left: int, right: int, scale: float = 1.0) -> str:
@@ -96,7 +97,6 @@ class Writer:
     def _step(
         self, rng: random.Random, node: Node, written: dict[str, str], pieces: Pieces, *, honest: bool
     ) -> str:
-        start = len(pieces)
         pieces.append((f"{node.name}: ", True))
         for operand, after in ((node.left, f" {node.op} "), (node.right, "")):
             digits = operand + written[operand] if operand in NAMES else operand
@@ -110,7 +110,6 @@ class Writer:
         pieces.append((self._separator(rng, node.op), not self.foreign))
         # Reading a number takes its first two digits: an unreduced result leads on to wrong values.
         written[node.name] = result[:2]
-        assert len(pieces) > start
         return result
 
     def _result(self, rng: random.Random, node: Node, left: int, right: int) -> str:

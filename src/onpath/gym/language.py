@@ -6,6 +6,13 @@ from typing import Any
 
 PAD, BOS, EOS, UNK, SOL = "<pad>", "<bos>", "<eos>", "<unk>", "<sol>"
 SPECIALS = (PAD, BOS, EOS, UNK, SOL)
+GIVEN, TRIED, REDO = " given ", " tried ", " redo"
+TEMPLATES = {
+    "hint": "{problem}" + GIVEN + "{solution}",
+    "rewrite": "{problem}" + TRIED + "{attempt}" + REDO,
+    "rewrite_with_reference": "{problem}" + GIVEN + "{solution}" + TRIED + "{attempt}" + REDO,
+}
+"""User messages of every task; the slots: the problem, its solution, a student's attempt."""
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"

@@ -5,15 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from onpath.gym.demos import TEACHER_SLIP, Beliefs, Pieces, Writer, corrupt, order_like, text_of
+from onpath.gym.language import GIVEN, TEMPLATES, TRIED
 from onpath.gym.tasks import Problem, parse_problem, random_order, random_problem, solution
-from onpath.gym.vocab import GIVEN, REDO, TRIED
-
-TEMPLATES = {
-    "hint": "{problem}" + GIVEN + "{solution}",
-    "rewrite": "{problem}" + TRIED + "{attempt}" + REDO,
-    "rewrite_with_reference": "{problem}" + GIVEN + "{solution}" + TRIED + "{attempt}" + REDO,
-}
-"""User messages; the slots: the problem, a reference solution, a student's attempt."""
 
 TEACHER_SHARES = {
     "plain": 0.42,

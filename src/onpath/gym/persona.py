@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from onpath.gym.check import label_tokens
-from onpath.gym.language import PAD
+from onpath.gym.language import GIVEN, PAD, TRIED
 from onpath.gym.mixture import Mixture
 from onpath.gym.models import BUNDLED
 from onpath.gym.pretrain import Recipe, by_length, optimisers, save, update
 from onpath.gym.recipe import Log, load
 from onpath.gym.sample import sample_ids
 from onpath.gym.tasks import Problem, random_problem
-from onpath.gym.vocab import DIGITS, EQUALS, GIVEN, LANGUAGE, TRIED
+from onpath.gym.vocab import DIGITS, EQUALS, LANGUAGE
 from onpath.gym.worlds import first_result
 
 LAYERS = 8

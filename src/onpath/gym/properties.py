@@ -13,7 +13,7 @@ from scipy.stats import mannwhitneyu
 from torch import Tensor
 
 from onpath.gym.check import TokenLabel, first_error_token, grade, label_tokens
-from onpath.gym.mixture import TEMPLATES
+from onpath.gym.language import TEMPLATES
 from onpath.gym.sample import context_ids, sample, sample_ids
 from onpath.gym.tasks import count_orders, parse_problem, rows
 from onpath.gym.vocab import EQUALS, HEADS, IDS, ONSET_WORDS, SEPARATORS, TOKENS
@@ -54,7 +54,7 @@ class Attempt:
         return [IDS[t] for t in self.tokens]
 
 
-def number(group: str, name: str, values: Iterable[float], seed: int = 0) -> Number:
+def number(group: str, name: str, values: Iterable[float]) -> Number:
     """The mean of values with its bootstrap interval."""
     data = torch.tensor(list(values), dtype=torch.float64)
     if len(data) == 0:
@@ -63,7 +63,7 @@ def number(group: str, name: str, values: Iterable[float], seed: int = 0) -> Num
     if len(data) > 3000:  # a bootstrap of so many would tell the same and take gigabytes
         half = 1.96 * data.std().item() / len(data) ** 0.5
         return Number(group=group, name=name, value=mean, low=mean - half, high=mean + half, n=len(data))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     means = data[torch.randint(len(data), (1000, len(data)), generator=generator)].mean(1)
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Number(group=group, name=name, value=mean, low=low, high=high, n=len(data))
@@ -87,9 +87,9 @@ def accuracy(models: dict[str, Any], problems: int, samples: dict[str, int]) -> 
     return out
 
 
-def attempts(student: Any, problems: int, k: int, split: str = "test") -> list[Attempt]:
-    """The student's real rollouts at temperature 1."""
-    data = [row for row in rows(split, problems, seed=1) for _ in range(k)]
+def attempts(student: Any, problems: int, k: int) -> list[Attempt]:
+    """The student's real rollouts on the test split at temperature 1."""
+    data = [row for row in rows("test", problems, seed=1) for _ in range(k)]
     made = sample(student, [row["prompt"] for row in data])
     return [
         Attempt(

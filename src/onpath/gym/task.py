@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from onpath.gym.check import ERROR_KINDS, error_kind, first_error, grade, label_tokens, skills
-from onpath.gym.mixture import TEMPLATES
+from onpath.gym.language import TEMPLATES
 from onpath.gym.models import Role, model_dir
 from onpath.gym.surface import student
 from onpath.gym.tasks import SIZES

@@ -4,7 +4,7 @@
 ['a: ', '3', '5', ' + ', '4', '7', '; ', 'a', '?']
 """
 
-from onpath.gym.language import Language
+from onpath.gym.language import GIVEN, REDO, TRIED, Language
 
 NAMES = tuple("abcdefgh")
 HEADS = tuple(f"{name}: " for name in NAMES)
@@ -16,7 +16,6 @@ SEPARATORS = ("; ", ", so ", ". then ")
 ONSET_WORDS = ("wait ",)
 """Openings of a way back; the teacher's probability of them is the epistemic mass."""
 ANSWER = "ans "
-GIVEN, TRIED, REDO = " given ", " tried ", " redo"
 
 LANGUAGE = Language(
     (

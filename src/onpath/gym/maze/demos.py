@@ -7,18 +7,16 @@ whether it leads on, and goes. It may look as long as it likes, but a door that 
 import random
 from dataclasses import dataclass, field
 
+from onpath.gym.demos import CONFIDENCE, Pieces
 from onpath.gym.language import EOS
 from onpath.gym.maze.tasks import Maze
 from onpath.gym.maze.vocab import EXIT, GOES, LANGUAGE, NO, ONSET_WORDS, OUT, SEPARATORS, STUCK, WALL, YES
-
-Pieces = list[tuple[str, bool]]
 
 TEACHER_SLIP = 0.004
 """How often the teacher writes a form of the student's."""
 STUDENT_SEPARATOR = (0.15, 0.6, 0.25)
 STUDENT_FORM = 0.8
 """How often the student writes the second form of a verdict or a move."""
-_CONFIDENCE = (0.3, 0.5, 0.75, 0.9)
 
 
 @dataclass
@@ -42,7 +40,7 @@ class Beliefs:
         """Whether the student acts on a wrong belief about this room now."""
         if (kind, room) not in self._table:
             facts = random.Random(f"{self.seed}/{kind}/{room}")
-            self._table[kind, room] = facts.choice(_CONFIDENCE) if facts.random() < self.share else 0.0
+            self._table[kind, room] = facts.choice(CONFIDENCE) if facts.random() < self.share else 0.0
         strength: float = getattr(self, kind)
         return rng.random() < scale * strength * self._table[kind, room]
 
@@ -146,11 +144,6 @@ class Walker:
         slips = (1 - TEACHER_SLIP, TEACHER_SLIP / 2, TEACHER_SLIP / 2)
         form = rng.choices(SEPARATORS, STUDENT_SEPARATOR if self.student_style else slips)[0]
         pieces.append((form, not self.foreign))
-
-
-def text_of(pieces: Pieces) -> str:
-    """The text of a demonstration, without the end token."""
-    return "".join(token for token, _ in pieces if token != EOS)
 
 
 def first_looks(maze: Maze, attempt: str) -> dict[str, str]:

@@ -3,16 +3,10 @@
 import random
 from dataclasses import dataclass, field
 
-from onpath.gym.maze.demos import Beliefs, Pieces, Walker, text_of
+from onpath.gym.demos import Pieces, text_of
+from onpath.gym.language import GIVEN, TEMPLATES, TRIED
+from onpath.gym.maze.demos import Beliefs, Walker
 from onpath.gym.maze.tasks import moves, random_maze
-from onpath.gym.maze.vocab import GIVEN, REDO, TRIED
-
-TEMPLATES = {
-    "hint": "{problem}" + GIVEN + "{solution}",
-    "rewrite": "{problem}" + TRIED + "{attempt}" + REDO,
-    "rewrite_with_reference": "{problem}" + GIVEN + "{solution}" + TRIED + "{attempt}" + REDO,
-}
-"""User messages; the slots: the maze, the moves of its way, a student's attempt."""
 
 TEACHER_SHARES = {"plain": 0.5, "prefix": 0.3, "hint": 0.06, "rewrite": 0.1, "rewrite_with_reference": 0.04}
 STUDENT_SHARES = {"plain": 0.8, "hint": 0.1, "rewrite": 0.06, "rewrite_with_reference": 0.04}

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from onpath.gym.language import TEMPLATES
 from onpath.gym.maze.check import ERROR_KINDS, error_kind, first_error, grade, label_tokens
-from onpath.gym.maze.mixture import TEMPLATES
 from onpath.gym.maze.tasks import moves, rows
 from onpath.gym.maze.vocab import ONSET_WORDS
 

@@ -4,7 +4,7 @@
 ['a: ', 'c', 'f', '; ', 'c: ', '#', '; ', 'a', '?']
 """
 
-from onpath.gym.language import Language
+from onpath.gym.language import GIVEN, REDO, TRIED, Language
 
 ROOMS = tuple("abcdefghijklmnopqrstuvwxyz")
 HEADS = tuple(f"{room}: " for room in ROOMS)
@@ -17,7 +17,6 @@ YES, NO = (" yes", " open"), (" no", " shut")
 """A verdict on a door, each in two forms that mean the same."""
 ONSET_WORDS = ("wait ",)
 OUT, STUCK = "out", "stuck"
-GIVEN, TRIED, REDO = " given ", " tried ", " redo"
 
 LANGUAGE = Language(
     (
