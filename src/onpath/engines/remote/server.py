@@ -285,26 +285,22 @@ def _scoring(ids: Sequence[int], k: int) -> dict[str, Any]:
 def _understood_scores(
     choice: Mapping[str, Any], ids: Sequence[int], begin: int, k: int, vocabulary: int
 ) -> ServedScores:
-    _same_prompt(choice, ids)
-    return _scores(choice.get("prompt_logprobs"), ids, begin, k, vocabulary)
-
-
-def _scores(entries: Any, ids: Sequence[int], begin: int, k: int, vocabulary: int) -> ServedScores:
     """Of the positions from `begin` on."""
+    _same_prompt(choice, ids)
+    entries = choice.get("prompt_logprobs")
     if not isinstance(entries, list) or len(entries) != len(ids):
         size = len(entries) if isinstance(entries, list) else "no"
         raise Nonsense(f"{size} prompt log-probs for {len(ids)} tokens")
-    for entry, token in zip(entries[1:begin], ids[1:begin], strict=True):
+    tops, logprobs, own = [], [], []
+    for at, (entry, token) in enumerate(zip(entries, ids, strict=True)):
+        if at == 0 and begin:  # nothing predicts the first token
+            continue
         if not isinstance(entry, dict) or str(token) not in entry:  # of another request, as long as this one
             raise Nonsense(
                 f"prompt log-probs without the prompt's own token {token}: they are another text's"
             )
-    tops, logprobs, own = [], [], []
-    for entry, token in zip(entries[begin:], ids[begin:], strict=True):
-        if not isinstance(entry, dict) or str(token) not in entry:
-            raise Nonsense(
-                f"prompt log-probs without the prompt's own token {token}: they are another text's"
-            )
+        if at < begin:
+            continue
         values = _logprobs(entry)
         _check_mass(values, k, vocabulary)
         own.append(min(values[token], 0.0))
