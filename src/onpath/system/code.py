@@ -83,14 +83,14 @@ def beside(tree: Any, directory: Path) -> Any:
     return f"{directory / found['file']}:{found['name']}"
 
 
-def load_all(tree: Any, *, key: str = "") -> None:
+def load_all(tree: Any) -> None:
     """Loads every own file that a config's tree names, so that it is known from now on. Rows that a call
     passed are looked up when they are read: a finished run is asked without them.
 
     Raises:
         UserError: see `load`.
     """
-    for where, name in names_in(tree, key=key):
+    for where, name in names_in(tree):
         if not name.startswith(PASSED):
             load(name, key=where)
 

@@ -248,13 +248,13 @@ def spread(step: Step, processes: int) -> Step:
     return replace(step, response_tokens=-(-step.response_tokens // processes))
 
 
-def fewest_processes(step: Step, room: float, *, shard: Shard, most: int = 64) -> int | None:
-    """By doubling, so many that a peak fits into `room` bytes each; None: not with `most`.
+def fewest_processes(step: Step, room: float, *, shard: Shard) -> int | None:
+    """By doubling, so many that a peak fits into `room` bytes each; None: not with 64.
 
     Args:
         step: of one process that does all the work.
     """
-    sizes = (2**i for i in range(most.bit_length()))
+    sizes = (2**i for i in range(7))
     return next((n for n in sizes if parts_of(spread(step, n), shard=shard, world=n)["peak"] <= room), None)
 
 

@@ -68,7 +68,7 @@ def estimate(scores_SP: NDArray[np.float64]) -> Estimate:
         return Estimate(mean=mean, ci95=bootstrap_interval(scores_SP[0]), over=PROBLEMS_ONLY)
     if problems == 1 or np.ptp(scores_SP) <= ROUNDING:  # a spread of zero would claim certainty
         return Estimate(mean=mean, ci95=wilson_interval(mean, trials=problems), over=BOTH)
-    half = _half_width(scores_SP, 0.05)
+    half = _half_width(scores_SP)
     ends = with_unseen((mean - half, mean + half), scores_SP.mean(axis=0), least=0.0)
     return Estimate(mean=mean, ci95=ends, over=BOTH)
 
@@ -90,7 +90,7 @@ def difference(differences_SP: NDArray[np.float64]) -> Estimate:
         )
     if problems == 1:
         return Estimate(mean=mean, ci95=(-1.0, 1.0), over=over, p_value=1.0)
-    half = _half_width(differences_SP, 0.05)
+    half = _half_width(differences_SP)
     ends = with_unseen((mean - half, mean + half), differences_SP.mean(axis=0), least=-1.0)
     return Estimate(mean=mean, ci95=ends, over=over, p_value=p_value(differences_SP))
 
@@ -112,13 +112,13 @@ def p_value(differences_SP: NDArray[np.float64]) -> float:
     return float(2 * stdtr(freedom, -abs(mean) / variance**0.5))
 
 
-def _half_width(values_SP: NDArray[np.float64], level: float) -> float:
-    """Of the interval that leaves out `level`; S ≥ 2 and P ≥ 2."""
+def _half_width(values_SP: NDArray[np.float64]) -> float:
+    """Of the 95% interval; S ≥ 2 and P ≥ 2."""
     runs, problems = values_SP.shape
     if runs >= _ENOUGH_SEEDS:
         variance, freedom = crossed_variance(values_SP)
-        return float(stdtrit(freedom, 1 - level / 2) * variance**0.5)
-    return _half_width_of_few_seeds(_mean_squares(values_SP), runs, problems, level)
+        return float(stdtrit(freedom, 0.975) * variance**0.5)
+    return _half_width_of_few_seeds(_mean_squares(values_SP), runs, problems, 0.05)
 
 
 def _half_width_of_few_seeds(
