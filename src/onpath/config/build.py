@@ -124,24 +124,20 @@ def resolved(tree: dict[str, Any]) -> dict[str, Any]:
         return tree
 
 
-def _tree_of(path: str | Path) -> dict[str, Any]:
-    place(path)  # says what is none
-    tree: dict[str, Any] = code.beside(_read_yaml(Path(path)), Path(path).parent)
-    return tree
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not place(path).is_file():
-        what = "is a directory, and no config file" if place(path).is_dir() else "no such config file"
+def _tree_of(named: str | Path) -> dict[str, Any]:
+    file, path = place(named), Path(named)
+    if not file.is_file():
+        what = "is a directory, and no config file" if file.is_dir() else "no such config file"
         raise UserError(f"{path}: {what}")
-    data = read_yaml(place(path))
+    data = read_yaml(file)
     if data is None:
         return {}
     if not isinstance(data, dict):
         raise UserError(f"{path}: must be a mapping of sections ({', '.join(Config.model_fields)})")
     if "arms" in data:
         raise UserError(f"{path} is a study's, with arms, and no run's config: onpath study {path}")
-    return data
+    tree: dict[str, Any] = code.beside(data, path.parent)
+    return tree
 
 
 def _override(data: dict[str, Any], dotted: str, text: Any, *, by: str) -> None:

@@ -155,8 +155,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
         rows = parse_json(data)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
-    for number, value in enumerate(rows):
-        yield Row(where=f"{path}, row {number}", value=value)
+    yield from _numbered(str(path), rows)
 
 
 def _csv_rows(path: Path, theirs: Mapping[str, str]) -> Iterator[Row]:
@@ -230,14 +229,11 @@ def _parquet_rows(path: Path, theirs: Mapping[str, str]) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = 0
     try:
         with pq.ParquetFile(path) as file:
             columns = _usable_columns(str(path), file.schema_arrow.names, theirs)
-            for batch in file.iter_batches(columns=columns, batch_size=_ROWS_AT_ONCE):
-                for value in batch.to_pylist():
-                    yield Row(where=f"{path}, row {number}", value=value)
-                    number += 1
+            batches = file.iter_batches(columns=columns, batch_size=_ROWS_AT_ONCE)
+            yield from _numbered(str(path), (value for batch in batches for value in batch.to_pylist()))
     except UserError:
         raise
     except (pa.ArrowException, *OF_CONTENT) as error:

@@ -44,12 +44,11 @@ class Replay:
         self, addresses: Sequence[str], generate: Callable[[list[int]], list[Completion]]
     ) -> list[Completion]:
         """A completion per address; `generate` gives those that are not known, by their places."""
-        missing = [i for i, address in enumerate(addresses) if self.get(address) is None]
+        missing = [i for i, address in enumerate(addresses) if address not in self._known]
         if missing:
             generated = generate(missing)
             self.put({addresses[i]: c for i, c in zip(missing, generated, strict=True)})
-        found = [self.get(address) for address in addresses]
-        return [c for c in found if c is not None]
+        return [self._known[address] for address in addresses]
 
 
 def _read(path: Path) -> dict[str, Completion]:
