@@ -1,6 +1,6 @@
 """What a grader is."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -43,8 +43,13 @@ class Grader:
     def grade_many(self, pairs: Iterable[tuple[str, str]]) -> list[Verdict]:
         """Verdicts of (text, answer) pairs, in order; equal pairs are judged once."""
         asked = list(pairs)
-        verdicts = {pair: self.grade(*pair) for pair in dict.fromkeys(asked)}
+        different = list(dict.fromkeys(asked))
+        verdicts = dict(zip(different, self._grade_each(different), strict=True))
         return [verdicts[pair] for pair in asked]
+
+    def _grade_each(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+        """Of pairs that are all different."""
+        return [self.grade(*pair) for pair in pairs]
 
     def _judge(self, text: str, answer: str) -> Verdict:
         raise NotImplementedError

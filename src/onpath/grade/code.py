@@ -3,7 +3,7 @@
 import os
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -172,12 +172,9 @@ class CodeGrader(Grader):
         self.threads = threads or min(32, len(os.sched_getaffinity(0)) if _COUNTS else os.cpu_count() or 1)
         self._confined = sandbox.is_confined()
 
-    def grade_many(self, pairs: Iterable[tuple[str, str]]) -> list[Verdict]:
-        asked = list(pairs)
-        different = list(dict.fromkeys(asked))
+    def _grade_each(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
         with ThreadPoolExecutor(self.threads) as pool:
-            verdicts = dict(zip(different, pool.map(lambda pair: self.grade(*pair), different), strict=True))
-        return [verdicts[pair] for pair in asked]
+            return list(pool.map(lambda pair: self.grade(*pair), pairs))
 
     def stated(self, answer: str) -> str | None:
         """Tests say what a program must do, not what it looks like."""

@@ -35,6 +35,7 @@ def digests(parts: Parts) -> dict[str, str]:
     return found | code.digests(own_code(config))
 
 
+@torch.no_grad()
 def digest_start(student: nn.Module, tokenizer: PreTrainedTokenizerBase, *, adapted: bool) -> str:
     """Of what a student starts from, wherever it lies: weights, vocabulary and chat template.
 
@@ -42,7 +43,11 @@ def digest_start(student: nn.Module, tokenizer: PreTrainedTokenizerBase, *, adap
         adapted: an adapter's own weights do not count: they are drawn, by other numbers on another device.
     """
     loaded = {n: p for n, p in student.named_parameters() if not adapted or not p.requires_grad}
-    return _of_weights(loaded, tokenizer)
+    digest = hashlib.blake2b(digest_size=16)
+    for part in _described(tokenizer):
+        digest.update(part.encode())
+    digest_weights(digest, loaded)
+    return digest.hexdigest()
 
 
 def differing(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
@@ -54,15 +59,6 @@ def differing(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     both = {*before} & {*now}
     named = {key for key in {*before, *now} if key.partition(".")[0] not in _OF_CODE or key in both}
     return sorted(key for key in named if before and before.get(key) != now.get(key))
-
-
-@torch.no_grad()
-def _of_weights(weights: dict[str, nn.Parameter], tokenizer: PreTrainedTokenizerBase) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in _described(tokenizer):
-        digest.update(part.encode())
-    digest_weights(digest, weights)
-    return digest.hexdigest()
 
 
 def _described(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:

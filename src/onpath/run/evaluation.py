@@ -1,6 +1,6 @@
 """Evaluations of a run: graded samples, a line of eval.jsonl each."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from onpath.data.render import Renderer
@@ -33,19 +33,16 @@ class _EachItsShare(Grader):
     def __init__(self, grader: Grader) -> None:
         self.grader, self.name = grader, grader.name
 
-    def grade_many(self, pairs: Iterable[tuple[str, str]]) -> list[Verdict]:
-        """See `Grader.grade_many`."""
-        different = list(dict.fromkeys(asked := list(pairs)))
+    def _grade_each(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
         mine: list[Verdict] = []
         refusals: list[UserError] = []
         try:
-            mine = self.grader.grade_many(distributed.share(different))
+            mine = self.grader.grade_many(distributed.share(pairs))
         except UserError as error:
             refusals = [error]
         for refusal in distributed.gather(refusals):
             raise refusal
-        verdicts = dict(zip(different, distributed.gather(mine), strict=True))
-        return [verdicts[pair] for pair in asked]
+        return distributed.gather(mine)
 
 
 def evaluate_together(

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from onpath.engines.sharding import raw
+from onpath.engines.sharding import digest_weights
 from onpath.methods.base import Method
 from onpath.system import distributed
 from onpath.system.errors import UserError
@@ -48,10 +48,7 @@ class MethodState:
         if distributed.world() == 1:
             return
         digest = hashlib.blake2b()
-        for name, tensor in sorted(self.method.state().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            for part in raw(tensor):
-                digest.update(part)
+        digest_weights(digest, self.method.state())
         if len({*distributed.gather([digest.hexdigest()])}) > 1:
             raise UserError(
                 f"method.name {self.of}: its state() differs from process to process, and a checkpoint holds "
