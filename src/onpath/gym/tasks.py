@@ -7,13 +7,12 @@
 'a: 35 + 47 = a82; c: 62 - a82 = c80; b: a82 * 3 = b46; d: b46 + c80 = d26; ans 26'
 """
 
-import hashlib
 import random
 import re
 from dataclasses import dataclass
 from functools import cached_property
 
-from onpath.gym.rows import Row, distinct_rows
+from onpath.gym.rows import Row, distinct_rows, hashed_split
 from onpath.gym.vocab import NAMES
 
 MODULUS = 100
@@ -140,14 +139,8 @@ def _number(rng: random.Random) -> str:
 
 
 def split_of(problem: Problem) -> str:
-    """The split a problem belongs to, by a hash of its meaning: no problem is in two."""
-    digest = hashlib.blake2b(problem.canonical().encode(), digest_size=4).digest()
-    bucket = int.from_bytes(digest, "big") % 100
-    if bucket >= 30:
-        return "train"
-    if len(problem.nodes) > SIZES["test"][1]:
-        return "hard"
-    return "test" if bucket >= 10 else "validation"
+    """The split a problem belongs to."""
+    return hashed_split(problem.canonical(), len(problem.nodes), longest=SIZES["test"][1])
 
 
 def belongs(problem: Problem, split: str) -> bool:

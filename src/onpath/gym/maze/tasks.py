@@ -7,21 +7,19 @@
 (False, True)
 """
 
-import hashlib
 import random
 import re
 from dataclasses import dataclass
 from functools import cached_property
 
 from onpath.gym.maze.vocab import EXIT, ROOMS, WALL
-from onpath.gym.rows import Row, distinct_rows
+from onpath.gym.rows import Row, distinct_rows, hashed_split
 
 SIZES = {"train": (4, 6), "validation": (4, 6), "test": (4, 6), "hard": (7, 8)}
 """Moves from the start to the way out, by split."""
 SHALLOW = 0.5
 """Share of the dead ends that are one wall; the others are a room with two walls behind it."""
 _DEFINITION = re.compile(r"([a-z]): ([a-z]{2}|#|!); ")
-_SPLIT_BUCKETS = 100
 
 
 @dataclass(frozen=True)
@@ -99,14 +97,8 @@ def make_maze(rng: random.Random, moves: int) -> Maze:
 
 
 def split_of(maze: Maze) -> str:
-    """The split a maze belongs to, by a hash that does not see the order of its definitions."""
-    digest = hashlib.blake2b(repr((sorted(maze.rooms), maze.start)).encode(), digest_size=4).digest()
-    bucket = int.from_bytes(digest, "big") % _SPLIT_BUCKETS
-    if bucket >= 30:
-        return "train"
-    if len(maze.way) > SIZES["test"][1]:
-        return "hard"
-    return "test" if bucket >= 10 else "validation"
+    """The split a maze belongs to, whatever the order of its definitions."""
+    return hashed_split(repr((sorted(maze.rooms), maze.start)), len(maze.way), longest=SIZES["test"][1])
 
 
 def random_maze(rng: random.Random, split: str, sizes: tuple[int, int] | None = None) -> Maze:
