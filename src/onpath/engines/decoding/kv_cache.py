@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
-from onpath.engines.head import table_of
+from onpath.engines.head import evaluating, table_of
 
 _GROW_MIN = 64  # tokens by which a full layer grows, at least
 
@@ -179,15 +179,12 @@ def _hides_a_token(model: PreTrainedModel) -> bool:
     mask_TT = torch.ones(5, 5, dtype=torch.bool, device=weight.device).tril()
     mask_TT[3:, 2] = False
     positions_1T = torch.tensor([[0, 1, 2, 2, 3]], device=weight.device)
-    was_training = model.training
-    model.eval()
     try:
-        found = model(input_ids=ids_1T, attention_mask=mask_TT[None, None], position_ids=positions_1T)
-        expected = model(input_ids=ids_1T[:, kept_T])
+        with evaluating(model):
+            found = model(input_ids=ids_1T, attention_mask=mask_TT[None, None], position_ids=positions_1T)
+            expected = model(input_ids=ids_1T[:, kept_T])
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # ways to say no
         return False
-    finally:
-        model.train(was_training)
     logits_TV = expected.logits[0].float()
     gap_T = (found.logits[0, kept_T].float() - logits_TV).abs().amax(-1)
     rounding = 1e-3 if weight.dtype == torch.float32 else 0.05
