@@ -32,8 +32,6 @@ from onpath.system.errors import UserError
 
 # B rows, T tokens so far, V vocabulary.
 _COMPACT_BELOW = 0.9  # drop finished rows once fewer than this share is active: a copy costs less than a row
-
-
 _LOOK_EVERY = {"cpu": 1}  # tokens between two looks at which rows are active: each look waits for a GPU
 _READ_TOGETHER = 16  # prefixes of one pass: they come by length, so that few of them need little padding
 

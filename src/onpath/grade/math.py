@@ -21,23 +21,13 @@ from onpath.grade.exact import ExactGrader
 
 CPU_SECONDS = 2.0
 """CPU time that one answer may take."""
-
-
 WALL_SECONDS = 8.0
 """Wall time that one answer may take."""
-
-
 MEMORY_BYTES = 1 << 30
 """Address space of the grading process."""
-
-
 START_SECONDS = 120.0
-
-
 TEXT_CHARACTERS = 8000
 """math reads only the end of longer texts, where the answer stands. A request then fits a pipe's buffer."""
-
-
 ANSWER_CHARACTERS = 1000
 """math compares longer reference answers as text."""
 

@@ -52,8 +52,6 @@ _PARTS_WRITTEN = 10.0
 """Seconds that a run which ends before its time waits for the other processes' parts of a checkpoint."""
 _ALONE = 60.0
 """Likewise where all have heard that it ends, each when it comes to its next exchange."""
-
-
 _STORED = re.compile(r"(?:.*_)?step_(\d+)\.(?:jsonl|parquet)")
 """Files of one step, in trajectories/ and evals/."""
 _OF_AN_END = {"optim.steps", "run.stop_after", "run.keep_best"}

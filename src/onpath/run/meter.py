@@ -28,8 +28,6 @@ _NATS = {
     "student_entropy": "student_entropy_nats",
     "teacher_entropy": "teacher_entropy_nats",
 }
-
-
 _TOTAL, _COUNT = "total of ", "count of "
 _RATIOS = ("ratio", "ratio above the cap", "tokens of ratio")
 

@@ -179,18 +179,10 @@ def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 Row = dict[str, Any]
-
-
 NOT_QUANTITIES = ("weights", "origin_logprobs")
 """Columns of one number per token that are not read off the models along the response."""
-
-
 _UNUSED = ("student_context", "teacher_context")
-
-
 _TOPS = tuple(f"{who}_top_{what}" for who in ("student", "teacher") for what in ("tokens", "logp"))
-
-
 _BATCH = 64
 
 

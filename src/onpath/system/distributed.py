@@ -27,8 +27,6 @@ from onpath.system.signals import Interrupted, Stopped
 from onpath.system.text import one_line
 
 T = TypeVar("T")
-
-
 _MEETING = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SAID, _LEFT = "said", "left"
 _runs: list[str] = []

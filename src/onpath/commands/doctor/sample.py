@@ -47,8 +47,6 @@ _LENGTH = 256
 """Longest response of the probe."""
 _ROLLOUTS = (4, 32)
 """Fewest and most rollouts of the probe."""
-
-
 _EACH = 2
 """Prompts of a teacher that has none among the first step's."""
 

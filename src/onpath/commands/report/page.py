@@ -10,8 +10,6 @@ from onpath.commands.report.pack import script_json
 
 SCRIPTS = ("base", "chart", "plots", "tokens", "forks", "viewer", "main")
 """Files in `assets`, in the order in which they are joined."""
-
-
 NOTHING_ELSE = "base-uri 'none'; form-action 'none'"
 
 
