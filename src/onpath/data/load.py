@@ -110,17 +110,13 @@ def load_prompts(
     )
 
 
-def shuffled(n: int, *, seed: int, epoch: int) -> list[int]:
-    """The order of `n` prompts in an epoch: a permutation that depends on (n, seed, epoch) alone."""
-    return list(_permutation(n, seed, epoch))
-
-
 @lru_cache(maxsize=4)
-def _permutation(n: int, seed: int, epoch: int) -> tuple[int, ...]:
+def shuffled(n: int, *, seed: int, epoch: int) -> Sequence[int]:
+    """The order of `n` prompts in an epoch: a permutation that depends on (n, seed, epoch) alone."""
     order = list(range(n))
     # A text seed goes through SHA-512, so that neighbouring seeds and epochs give unrelated orders.
     random.Random(f"onpath order {seed} {epoch}").shuffle(order)
-    return tuple(order)
+    return order
 
 
 def digest_prompts(prompts: Sequence[Prompt]) -> str:
@@ -153,6 +149,6 @@ def prompts_of_step(prompts: Sequence[Prompt], *, size: int, seed: int, step: in
             f"{pool} (rollout.n draws more samples of each)"
         )
     return [
-        prompts[_permutation(pool, seed, position // pool)[position % pool]]
+        prompts[shuffled(pool, seed=seed, epoch=position // pool)[position % pool]]
         for position in range(step * size, (step + 1) * size)
     ]
