@@ -279,7 +279,7 @@ class Reader:
         from onpath.engines.teacher import ModelTeacher
         from onpath.records import Trajectory
 
-        model = self.run_model(arm)
+        model = "gym:student" if arm == BEFORE else str(run_of(self.study.directory, arm) / "model")
         student = load_model(configuration.Student(model=model), NAME, self.device)
         models = Models(
             student=student,
@@ -292,10 +292,6 @@ class Reader:
         read = Trajectory(student_context=context, teacher_context=context, response=tuple(ids))
         (values,) = per_token(models, [read])
         return self.renderer.tokens(ids), values["reverse_kl"]
-
-    def run_model(self, arm: str) -> str:
-        """Where the arm's student is."""
-        return "gym:student" if arm == BEFORE else str(run_of(self.study.directory, arm) / "model")
 
 
 def draw(directory: Path, data: Mapping[str, Any]) -> Path:

@@ -22,6 +22,7 @@ from onpath.engines.head import unwrapped
 from onpath.engines.linear import with_fast_products
 from onpath.engines.models import check_vocabulary, load_tokenizer, locate, quietly
 from onpath.system.errors import UserError
+from onpath.system.text import first_line
 
 _LOUD = 4.0
 """lora_alpha ÷ lora_rank above which it is worth a word, where nobody chose it."""
@@ -58,7 +59,7 @@ def trainable(config: Config, base: nn.Module) -> nn.Module:
     except UserError:
         raise
     except (ValueError, re.error) as error:
-        raise UserError(f"student.lora_targets: {str(error).splitlines()[0]}") from None
+        raise UserError(f"student.lora_targets: {first_line(error)}") from None
     untie(unwrapped(model))
     return with_fast_products(model)
 

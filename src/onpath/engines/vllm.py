@@ -25,6 +25,7 @@ from onpath.records import Completion, Sampling
 from onpath.system import distributed
 from onpath.system.draws import request_seed
 from onpath.system.errors import UserError
+from onpath.system.text import first_line
 
 _NEVER = -1000.0  # vLLM's servers write -9999 for -inf
 
@@ -137,7 +138,7 @@ class VLLMEngine(Engine):
             with self._one_at_a_time:
                 found: list[Any] = self._llm.generate(prompts, list(params), use_tqdm=False)
         except ValueError as error:
-            raise UserError(f"rollout.engine vllm: {str(error).splitlines()[0]}") from None
+            raise UserError(f"rollout.engine vllm: {first_line(error)}") from None
         return found
 
     def _rest(self) -> None:
@@ -253,10 +254,7 @@ def _start(directory: str, dtype: str, context_length: int, options: Mapping[str
     try:
         llm = LLM(model=directory, **settings)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"rollout.vllm: vLLM cannot start on {directory}: "
-            f"{(str(error) or type(error).__name__).splitlines()[0]}"
-        ) from None
+        raise UserError(f"rollout.vllm: vLLM cannot start on {directory}: {first_line(error)}") from None
     if many:  # at its end it leaves groups that would be gone by then
         distributed.before_stop(llm.llm_engine.engine_core.shutdown)
     return llm

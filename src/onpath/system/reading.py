@@ -137,7 +137,7 @@ def parse_yaml(text: str, *, where: str) -> Any:
     except _YAML_FAILURES as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{where}{line}: not valid YAML: {_yaml_reason(error)}") from None
+        raise UserError(f"{where}{line}: not valid YAML: {_reason(error, 200)}") from None
 
 
 def _parsed(text: str, kind: Any) -> Any:
@@ -231,12 +231,6 @@ def _inner(node: yaml.Node) -> list[yaml.Node]:
     return list(node.value) if isinstance(node, yaml.SequenceNode) else []
 
 
-def _yaml_reason(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    return one_line(str(getattr(error, "problem", None) or error))
-
-
 def _decoded(path: Path, data: bytes) -> str:
     try:
         return data.decode("utf-8")
@@ -249,10 +243,11 @@ def _name(path: Path) -> str:
     return one_line(str(path), 300)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, most: int = 120) -> str:
     if isinstance(error, RecursionError):
         return "nested too deeply"
-    return one_line(str(getattr(error, "strerror", None) or error), 120)
+    said = getattr(error, "problem", None) or getattr(error, "strerror", None)  # PyYAML's, the system's
+    return one_line(str(said or error), most)
 
 
 def safely(read: Callable[[], Any], *, where: str) -> Any:
