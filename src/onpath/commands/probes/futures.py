@@ -32,22 +32,14 @@ from onpath.run.parts import Parts
 from onpath.system.files import write_text
 
 
-def run_probe(
-    parts: Parts,
-    *,
-    rollouts: int,
-    out: Path,
-    window: int | None = None,
-    each: int = 1,
-    everywhere: bool = True,
-) -> Path:
+def run_probe(parts: Parts, *, rollouts: int, out: Path, window: int | None = None, each: int = 1) -> Path:
     """Writes `out/divergence.jsonl` (a line per position), its summary (.json) and the picture (.png).
 
     Args:
         rollouts: prompts of the training pool, one rollout each.
         window: K; None: the method's, if it is TOPD, else 24.
-        each: positions per rollout and group.
-        everywhere: where the task knows the truth of tokens, look at every position, not only at the groups.
+        each: positions per rollout and group; where the task knows the truth of tokens, every position is
+            looked at beside them.
 
     Returns:
         The path of the JSON lines.
@@ -56,7 +48,7 @@ def run_probe(
         UserError: a number below 1, or a disk that cannot be written.
     """
     checked(rollouts=rollouts, each=each, window=window)
-    found = probe(parts, rollouts=rollouts, window=window, each=each, everywhere=everywhere)
+    found = probe(parts, rollouts=rollouts, window=window, each=each, everywhere=True)
     path = out / "divergence.jsonl"
     summary = {"student": parts.config.student.model, **summarise(found, options_of(parts, window))}
     write_text(path, "".join(json.dumps(vars(p)) + "\n" for p in found))

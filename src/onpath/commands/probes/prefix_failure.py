@@ -25,10 +25,11 @@ from onpath.records import Rollout
 from onpath.run.parts import Parts
 from onpath.system.files import write_text
 
+EPSILON = 0.1
+"""Success rate below which a prefix has failed."""
 
-def run_probe(
-    parts: Parts, *, rollouts: int, continuations: int, every: int, out: Path, epsilon: float = 0.1
-) -> Path:
+
+def run_probe(parts: Parts, *, rollouts: int, continuations: int, every: int, out: Path) -> Path:
     """Writes `out/prefix_failure.jsonl` (a line per rollout), its summary (.json; with what predicts whether
     correcting trajectories pays, see `predictors`) and the picture (.png).
 
@@ -36,7 +37,6 @@ def run_probe(
         rollouts: prompts of the training pool, one rollout each.
         continuations: k, of each model at each position.
         every: tokens between positions; in a rollout with a known first error one of them is right before it.
-        epsilon: success rate below which a prefix has failed.
 
     Returns:
         The path of the JSON lines.
@@ -54,8 +54,8 @@ def run_probe(
         scored = score(parts.models, parts.text, made, contexts)
     found = probe(parts, made, contexts, continuations=continuations, every=every)
     path = out / "prefix_failure.jsonl"
-    write_text(path, "".join(json.dumps({**vars(p), "failed": p.failed(epsilon)}) + "\n" for p in found))
-    summary = {"student": parts.config.student.model, **summarise(found, epsilon=epsilon)}
+    write_text(path, "".join(json.dumps({**vars(p), "failed": p.failed(EPSILON)}) + "\n" for p in found))
+    summary = {"student": parts.config.student.model, **summarise(found, epsilon=EPSILON)}
     summary |= predictors(scored)
     write_text(path.with_suffix(".json"), json.dumps(summary, indent=1) + "\n")
     draw(found, path.with_suffix(".png"))
