@@ -19,7 +19,7 @@ from onpath.data.render import Renderer
 from onpath.engines.remote.chat import ChatEngine
 from onpath.engines.remote.wire import Line
 from onpath.records import Prompt, Sampling
-from onpath.run.assemble import assemble
+from onpath.run.assemble import assemble, thinking_warning
 from onpath.run.log import read_lines
 from onpath.system.errors import UserError
 from onpath.training import sample, train
@@ -304,3 +304,22 @@ def test_a_study_evaluates_the_untouched_student(engine: str, tmp_path: Path) ->
             arm_config(study, "teacher")
     else:
         assert arm_config(study, "teacher").student.model == "m"
+
+
+@pytest.mark.parametrize(
+    ("ending", "engine", "said"),
+    [("<think>\n", "chat", True), ("<think>\n\n</think>\n\n", "chat", False), ("<think>\n", "hf", False)],
+)
+def test_answers_inside_of_open_thinking_are_warned_of(
+    ending: str, engine: str, said: bool, tiny: Tiny
+) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}" + ending
+    url = {"teacher__url": "http://localhost:1", "teacher__model": "m"} if engine == "chat" else {}
+    config = tiny(**TRD, teacher__engine=engine, **url)
+    warning = thinking_warning(config, Renderer(tokenizer, template="chat"))
+    assert (warning is not None) == said
+    if warning:
+        assert "ends in <think>" in warning
+        assert "data.enable_thinking: false" in warning

@@ -286,7 +286,7 @@ class Renderer:
                 plain = []
             else:
                 plain.append(i)
-        return self._opened + "".join([*pieces, self.text(plain)])
+        return self.opens_thinking + "".join([*pieces, self.text(plain)])
 
     @cached_property
     def _tags(self) -> dict[int, str]:
@@ -294,7 +294,7 @@ class Renderer:
         return {i: t.content for i, t in added if t.special and t.content in thinking.TOKENS}
 
     @cached_property
-    def _opened(self) -> str:
+    def opens_thinking(self) -> str:
         """The tag of thinking that every response starts inside of; nothing for most templates."""
         if not self.chat:
             return ""

@@ -234,6 +234,7 @@ def warnings_of(
         sampling_warning(config, student),
         start_warning(config, start),
         clock_warning(renderer),
+        thinking_warning(config, renderer),
         precision_warning(config),
         rate_warning(config),
         stops.warning(renderer.tokens),
@@ -286,6 +287,17 @@ def clock_warning(renderer: Renderer) -> str | None:
     return (
         f"the chat template prints the clock; every prompt of this run says {renderer.clock:%Y-%m-%d %H:%M}, "
         f"also after a restart ({CLOCK_FILE})"
+    )
+
+
+def thinking_warning(config: Config, renderer: Renderer) -> str | None:
+    """Where the student starts inside of thinking, and a teacher's text comes without any."""
+    if not renderer.opens_thinking or all(t.engine != "chat" for t in config.taught_by.values()):
+        return None
+    return (
+        f"the chat template ends in {renderer.opens_thinking}, and what a teacher writes behind "
+        "teacher.engine: chat comes without its reasoning: answers are learnt as if they were thoughts; "
+        "set data.enable_thinking: false, or name a template without the tag (data.chat_template)"
     )
 
 
