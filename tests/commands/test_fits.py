@@ -195,6 +195,15 @@ def test_shards_fit_where_whole_copies_do_not() -> None:
     assert fewest_processes(fitting, room, shard="none") == 1
 
 
+def test_smaller_batches_and_a_server_cure_what_a_teacher_writes() -> None:
+    """`rollout.batch_tokens` is that of a teacher that writes too; on a server it takes no cache here."""
+    step = replace(step_of_size("1.7B", False, "8B"), written_tokens=1_000_000)
+    peaks = (parts_of(replace(step, written_tokens=tokens))["peak"] for tokens in (1_000_000, 250_000))
+    found = cures(step, sum(peaks) / 2)
+    assert "rollout.batch_tokens: 250000" in found
+    assert "a teacher on a server (teacher.engine: vllm)" in found
+
+
 def test_each_of_several_processes_keeps_what_it_has_read() -> None:
     """TOPD's hidden states of the teacher: of a step's responses each process has its share."""
     step = replace(step_of_size("1.7B", True, "8B"), response_tokens=1_000_001)

@@ -266,11 +266,14 @@ def cures(step: Step, room: float, *, processes: int = 1) -> list[str]:
     """
     smaller = max(1, step.micro_batch_tokens // 4)
     adapter = replace(step.student, trained=step.student.parameters // 50, weight_bytes=2)
+    served = step if step.teacher is None else replace(step, teacher=None, more_teachers=0, written_tokens=0)
     changed = {
         "student.gradient_checkpointing: true": replace(step, recompute=True),
         f"optim.micro_batch_tokens: {smaller}": replace(step, micro_batch_tokens=smaller),
-        f"rollout.batch_tokens: {step.batch_tokens // 4}": replace(step, batch_tokens=step.batch_tokens // 4),
-        "a teacher on a server (teacher.engine: vllm)": replace(step, teacher=None, more_teachers=0.0),
+        f"rollout.batch_tokens: {max(step.batch_tokens, step.written_tokens) // 4}": replace(
+            step, batch_tokens=step.batch_tokens // 4, written_tokens=step.written_tokens // 4
+        ),
+        "a teacher on a server (teacher.engine: vllm)": served,
         **({"parallel.teacher: offload": replace(step, more_teachers=0.0)} if step.more_teachers else {}),
         "student.lora_rank: 64 with student.dtype: bfloat16": replace(step, student=adapter),
     }
