@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from onpath.commands.doctor.costs import disk
+from onpath.commands.doctor.costs import disk, fits_unloaded
 from onpath.commands.doctor.fits import (
     SHARDS,
     Decoder,
@@ -35,6 +35,7 @@ from onpath.engines.student import recompute
 from onpath.losses import Head, Objective, StatsRequest, TeacherHidden, one_pass
 from onpath.losses.one_pass import workspace
 from onpath.run.assemble import assemble
+from onpath.system import distributed
 
 Tiny = Callable[..., Config]
 ROOT = Path(__file__).parents[2]
@@ -366,6 +367,18 @@ def test_what_a_teacher_writes_takes_a_cache(options: dict[str, Any], writes: bo
     without = parts_of(replace(step, written_tokens=0), shard="layer", world=2)
     assert found["phase_writing"] - without["phase_writing"] == cache
     assert (found["peak"] > without["peak"]) is writes
+
+
+def test_several_processes_that_hold_no_model_share_one_step(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of TOPD's readings each keeps its own, so that shards over two are told the same by one and by two."""
+    config = tiny(method__name="topd", method__window=4, rollout__max_new_tokens=400)
+    one = fits_unloaded(config).values
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    two = fits_unloaded(config).values
+    assert [two[f"{shard}_2_gib"] for shard in SHARDS[1:]] == [one[f"{shard}_2_gib"] for shard in SHARDS[1:]]
+    assert two["none_1_gib"] < one["none_1_gib"]
 
 
 def test_a_large_pair_is_planned_without_a_weight(tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ def fits(parts: Parts, cost: Cost) -> Finding:
 def fits_unloaded(config: Config) -> Finding:
     """Likewise where the models do not fit, so that they cannot be asked."""
     device = pick_device(config.student.device, "student.device")
-    return _fits(step_of_config(config, device=device), _room(device))
+    return _fits(spread(step_of_config(config, device=device), distributed.world()), _room(device))
 
 
 def _fits(step: Step, room: int, here: tuple[Shard, int] = WHOLE) -> Finding:
