@@ -31,6 +31,8 @@ from onpath.commands.doctor.fits import (
 )
 from onpath.config.build import build
 from onpath.config.whole import Config
+from onpath.engines.decoding.kv_cache import preallocated_cache
+from onpath.engines.head import unwrapped
 from onpath.engines.student import recompute
 from onpath.losses import Head, Objective, StatsRequest, TeacherHidden, one_pass
 from onpath.losses.one_pass import workspace
@@ -233,7 +235,7 @@ def test_shards_are_whole_where_a_model_samples() -> None:
         (served, 2 * (2 * student.layer + student.table), running),
     ):
         found = parts_of(step, shard="layer", world=8)
-        cache = 1.25 * cache_bytes(student, step.batch_tokens, half=True)
+        cache = 1.25 * cache_bytes(student, step.batch_tokens, half=True, stream=2)
         assert found["gathered"] + found["phase_sampling"] == student_held + teacher_held + cache
         assert found["phase_correcting"] - found["loss"] == (
             found["phase_sampling"] if step.prepares else 0.0
@@ -320,6 +322,20 @@ def test_caches_and_counts() -> None:
     assert (named.queries, named.keys, named.inner, named.normed_queries) == (128, 64, 384, True)
     model.config.num_experts_per_tok, model.config.moe_intermediate_size = 8, 48
     assert decoder_of_config(model.config, weight_bytes=2, parameters=7).inner == 384
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cache_is_what_a_model_keeps(family: str, half: bool, dtype: torch.dtype) -> None:
+    """Keys are rotated in the hidden states' dtype: autocast does not halve those of a float32 model."""
+    model = make(family, "wide").to(dtype)
+    cache = preallocated_cache(unwrapped(model))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        model(input_ids=torch.ones(2, 5, dtype=torch.long), past_key_values=cache, use_cache=True)
+    held = [part for layer in cache.layers for part in (layer.keys, layer.values)]
+    kept = sum(part.numel() * part.element_size() for part in held)
+    assert cache_bytes(decoder_of(model), 10, half=half) == kept
 
 
 @pytest.mark.parametrize(

@@ -147,9 +147,15 @@ def loss_bytes(step: Step) -> float:
     return float(buffers + head + copies + step.micro_batch_tokens * (2 * 4 * width + theirs))
 
 
-def cache_bytes(model: Decoder, tokens: int, *, half: bool) -> float:
-    """Keys and values of so many tokens in every layer."""
-    return float(2 * model.layers * model.keys * tokens * (2 if half else model.weight_bytes))
+def cache_bytes(model: Decoder, tokens: int, *, half: bool, stream: int | None = None) -> float:
+    """Keys and values of so many tokens in every layer.
+
+    Args:
+        half: under autocast, where values are as products leave them; what rotates keys is as the stream.
+        stream: see `activations`; None: as the weights.
+    """
+    stream = model.weight_bytes if stream is None else stream
+    return float(model.layers * model.keys * tokens * (stream + (2 if half else stream)))
 
 
 def copy_bytes(step: Step, *, shards: int) -> float:
@@ -204,7 +210,9 @@ def parts_of(step: Step, *, shard: Shard = "none", world: int = 1) -> dict[str, 
         student, step.micro_batch_tokens, half=step.half, recompute=step.recompute, stream=stream
     )
     loss = loss_bytes(step)
-    writer, half_writer = (student, step.half) if teacher is None else (teacher, teacher.weight_bytes == 2)
+    writer, theirs = (student, stream) if teacher is None else (teacher, teacher.weight_bytes)
+    own = 1.25 * cache_bytes(student, step.batch_tokens, half=step.half, stream=stream)
+    written = 1.25 * cache_bytes(writer, step.written_tokens, half=step.half, stream=theirs)
     past, one_graph = 0.0, 0 < step.response_tokens <= step.micro_batch_tokens
     if step.continues and teacher is not None:
         past = 2.25 * cache_bytes(teacher, step.micro_batch_tokens, half=teacher.weight_bytes == 2)
@@ -222,10 +230,10 @@ def parts_of(step: Step, *, shard: Shard = "none", world: int = 1) -> dict[str, 
     }
     shared = (more if step.prepares else 0.0) + half_copies
     phases = {
-        "sampling": more + half_copies + 1.25 * cache_bytes(student, step.batch_tokens, half=step.half),
+        "sampling": more + half_copies + own,
         "training": gradients + half_copies + passes + loss + holes,
         "correcting": shared + past + loss + (passes if one_graph else 0.0),
-        "writing": shared + 1.25 * cache_bytes(writer, step.written_tokens, half=half_writer),
+        "writing": shared + written,
         "optimiser": gradients + (gradients if step.device == "cuda" else 0.0),
     }
     return {
