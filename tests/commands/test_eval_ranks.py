@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from datetime import timedelta
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from onpath.engines.hf import HFEngine
 from onpath.engines.models import load_model
 from onpath.system.errors import UserError
 from onpath.training import train
-from tests.forks import TIMEOUT, forked, free_ports, ranks
+from tests.forks import TIMEOUT, done_by_two, forked, free_ports, ranks
 
 Said = tuple[int, str, str]
 ASKED = ["--n=3", "--k=2", "--limit=7", "--grader=exact", "--max-new-tokens=12", "--device=cpu"]
@@ -196,6 +197,26 @@ def test_what_ends_one_process_ends_all_with_its_sentence(
     assert not files_of(sampling) | files_of(disk)
     assert not options.exists()
     assert not against.exists()
+
+
+def test_a_group_of_the_caller_s_own_stays(
+    model_dirs: dict[str, Path], data_file: Path, tmp_path: Path
+) -> None:
+    """A script that torchrun has started, and that has met by itself, asks twice and goes on."""
+
+    def run(rank: int) -> None:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT))
+        asked: dict[str, Any] = {"data": data_file, "limit": 3, "grader": "exact", "max_new_tokens": 4}
+        for shard in ("none", "layer"):
+            found = module.evaluate_model(model_dirs["student"], **asked, device="cpu", shard=shard)
+            (result,) = found.results.values()
+            assert result.problems == 3
+        here = torch.tensor(float(rank))
+        torch.distributed.all_reduce(here)
+        assert float(here) == 1.0
+        torch.distributed.destroy_process_group()
+
+    done_by_two(run, tmp_path)
 
 
 @pytest.mark.parametrize("shard", ["none", "layer"])
