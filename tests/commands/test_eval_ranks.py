@@ -160,7 +160,8 @@ def test_what_ends_one_process_ends_all_with_its_sentence(
     """And nothing is left half-written."""
     (tmp_path / "mine.py").write_text(GRADER)
     real, written = HFEngine._generate_batch, module.write_parquet
-    moody, sampling, options, against, disk = (tmp_path / f"out-{i}" for i in range(5))
+    moody, sampling, options, against, disk, data = (tmp_path / f"out-{i}" for i in range(6))
+    (tmp_path / "other.jsonl").write_bytes(data_file.read_bytes())
 
     def cases(rank: int) -> list[list[str]]:
         asked = [str(model_dirs["student"]), f"--data={data_file}", *ASKED]
@@ -171,6 +172,7 @@ def test_what_ends_one_process_ends_all_with_its_sentence(
             [*asked, f"--out={options}", f"--n={3 + rank}"],
             [*asked, f"--out={against}", *second],
             [*asked, f"--out={disk}"],
+            [*asked, f"--out={data}", *([f"--data={tmp_path / 'other.jsonl'}"] if rank else [])],
         ]
 
     def planted(rank: int, case: int) -> None:
@@ -188,6 +190,7 @@ def test_what_ends_one_process_ends_all_with_its_sentence(
         "process 2 of 2 has eval.n: 4, the first 3",
         "some processes alone have --against, or --out",
         "planted: it cannot be done",
+        "process 2 of 2 has data other, the first sums; start all with one command",
     )
     for (_, _, err), expected in zip(first, says, strict=True):
         assert expected in err
@@ -195,8 +198,7 @@ def test_what_ends_one_process_ends_all_with_its_sentence(
     assert "in moody" in first[0][2], "the line that failed"
     assert len(files_of(moody).pop("ungraded_0.parquet")) == 21
     assert not files_of(sampling) | files_of(disk)
-    assert not options.exists()
-    assert not against.exists()
+    assert not any(where.exists() for where in (options, against, data))
 
 
 def test_a_group_of_the_caller_s_own_stays(
