@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -44,6 +45,16 @@ def test_two_models_on_the_same_problems(found: Evaluated, model_dirs: dict[str,
     assert ours.details != theirs.details
     assert found.difference is not None
     assert found.difference.difference == pytest.approx(ours.avg_at_k - theirs.avg_at_k)
+
+
+def test_numpy_s_numbers_are_numbers(model_dirs: dict[str, Path], data_file: Path, tmp_path: Path) -> None:
+    numbers = {"limit": np.int64(2), "n": np.int64(2), "k": np.int32(1), "seed": np.int64(3)}
+    numbers |= {"temperature": np.float32(0.5), "max_new_tokens": np.int64(4), "top_k": np.int8(5)}
+    asked = {**SMALL, **numbers, "data": data_file}
+    found = onpath.evaluate_model(model_dirs["student"], **asked, out=tmp_path)
+    assert json.loads((tmp_path / "eval.json").read_text()) == found.to_json()
+    plain = {**asked, **{name: number.item() for name, number in numbers.items()}}
+    assert onpath.evaluate_model(model_dirs["student"], **plain) == found
 
 
 def test_columns_have_the_names_that_are_told(

@@ -135,9 +135,10 @@ def evaluate_model(
     """
     code.not_while_loading("onpath.evaluate_model")
     data = None if data is None else named_rows("data", data)
-    _check_numbers(Integral, n=n, k=k, limit=limit, top_k=top_k, max_new_tokens=max_new_tokens)
-    _check_numbers(Integral, batch_tokens=batch_tokens, seed=seed)
-    _check_numbers(Real, temperature=temperature, top_p=top_p)
+    n, k, limit, seed = _numbers(Integral, n=n, k=k, limit=limit, seed=seed)
+    top_k, max_new_tokens = _numbers(Integral, top_k=top_k, max_new_tokens=max_new_tokens)
+    (batch_tokens,) = _numbers(Integral, batch_tokens=batch_tokens)
+    temperature, top_p = _numbers(Real, temperature=temperature, top_p=top_p)
     parallel = build({"parallel": {"shard": shard, "timeout": timeout}}, source="parallel").parallel
     with distributed.one_fate():
         where = _meet(device, parallel)
@@ -279,12 +280,14 @@ def _with_columns(data: Data, columns: Mapping[str, str] | None) -> Data:
     return data.model_copy(update={"columns": named})
 
 
-def _check_numbers(kind: type, **given: object) -> None:
-    """From Python anything may come."""
+def _numbers(kind: type, **given: Any) -> list[Any]:
+    """As Python's own: from Python anything may come, and NumPy's do not go into JSON."""
     for name, value in given.items():
         if value is not None and not isinstance(value, kind):
             wanted = "a whole number" if kind is Integral else "a number"
             raise UserError(f"{name} is {value!r}; it must be {wanted}")
+    plain = int if kind is Integral else float
+    return [None if value is None else plain(value) for value in given.values()]
 
 
 def _check(sampling: Sampling, *, n: int, k: int, limit: int | None, batch_tokens: int) -> None:
