@@ -28,6 +28,12 @@ from tests.system.test_two_processes import in_ranks
 Tiny = Callable[..., Config]
 
 
+def test_an_empty_word_of_a_launcher_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the command line reads it."""
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert not distributed.asked()
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 @pytest.mark.parametrize("count", [0, 1, 4, 7])
 def test_shares_are_whole_and_come_back_in_order(
