@@ -166,3 +166,20 @@ def test_kinds_of_first_errors_are_the_study_s(name: str) -> None:
         assert sum(held.values()) == pytest.approx(1 - arms[arm]["avg_at_k"]["mean"])
     if name == "maze":
         assert f": {points(arms['untouched']['first_errors']['wrong door'])}% of the untouched" in table[0]
+
+
+def test_the_own_method_s_table_has_its_study_s_numbers() -> None:
+    path = RECIPES / "own-method" / "study.json"
+    rows = [cells[1:] for cells in cells_of((path.parent / "README.md").read_text())[1:]]
+    arms = {arm["arm"]: arm for arm in json.loads(path.read_text())["arms"]}
+    named = ("untouched", "opd", "longer", "random_half", "shorter")
+    for row, arm in zip(rows, [arms[name] for name in named], strict=True):
+        assert row[0] == f"{arm['updated_tokens']:,.0f}"
+        for place, split in ((1, "test"), (3, "hard")):
+            found = arm["evals"][split]["avg_at_k"]
+            assert row[place] == f"{points(found['mean'])}%"
+            if gap := found["difference"]:
+                assert row[place + 1] == (
+                    f"{points(gap['mean'], signed=True)} {interval(gap['ci95'], signed=True)}"
+                )
+                assert gap["verdict"] == "lower"

@@ -106,7 +106,8 @@ def evaluate_model(
     template, and what is None comes from the defaults of the config's section `eval`.
 
     Of several processes (torchrun) each samples and grades its share of the problems; all return what one
-    would, and the first writes.
+    would, and the first writes. All of them must call it, with the same; for one alone take WORLD_SIZE out
+    of its environment.
 
     Args:
         model: a run directory (its final model), its `checkpoints/step_N` or `best`; or a Hugging Face model

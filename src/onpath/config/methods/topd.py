@@ -69,7 +69,7 @@ class TOPDOptions(MethodOptions):
         PositiveInt | Literal["auto"] | None, GoesWith("decide", "upper_quartile_of_low_loss")
     ] = "auto"
     """upper_quartile_of_low_loss: windows at low-loss positions in one optimiser step over all processes,
-    each in a rollout of its own; auto: one to 16 candidates, but 4 to 16; null: as many as
+    each in a rollout of its own; auto: one for every 16 candidates, at least 4, at most 16; null: as many as
     candidates."""
     plan: Annotated[
         Literal["transport", "spliced", "shuffled", "positional", "teacher_window_ce"], GoesWith("guide")

@@ -15,11 +15,11 @@ Deviations that an option makes, none by default: `max_per_rollout` and `max_per
 counted as `fork_candidates_dropped`); `overlap: average`.
 Ours where the paper is silent: which of its two cuts defines R (that quartile is what it calls a low
 divergence; `decide: quantile` drops the lowest 30% of C, as it does for suppression), both as moving
-quantiles over steps; 4 to 16 reference windows a step, one to 16 candidates; greedy teacher windows; D exact,
-γ by Sinkhorn with ε 0.05; λ = 1, or held at a ratio of gradients; a fork needs ℓ > 0 and D > 0; windows end
-where a rollout that was cut at max_new_tokens ends; a student's window that the response's end cuts to n < K
-tokens has rows of mass 1/n; with `student_window: regenerate` only D sees the fresh sample; `spliced` is ours
-altogether.
+quantiles over steps; one reference window for every 16 candidates (4 to 16 a step); greedy teacher windows;
+D exact, γ by Sinkhorn with ε 0.05; λ = 1, or held at a ratio of gradients; a fork needs ℓ > 0 and D > 0;
+windows end where a rollout that was cut at max_new_tokens ends; a student's window that the response's end
+cuts to n < K tokens has rows of mass 1/n; with `student_window: regenerate` only D sees the fresh sample;
+`spliced` is ours altogether.
 """
 
 import time
