@@ -60,6 +60,20 @@ class Prompt:
         assert self.messages is not None
         return next((m["content"] for m in reversed(self.messages) if m["role"] == "user"), "")
 
+    @property
+    def shown(self) -> str:
+        """All of it, for a reader: of several messages each behind its role.
+
+        >>> turns = ("user", "7 + 5?"), ("assistant", "12."), ("user", "Sure?")
+        >>> print(Prompt(id="0", messages=tuple({"role": r, "content": c} for r, c in turns)).shown)
+        user: 7 + 5?
+        assistant: 12.
+        user: Sure?
+        """
+        if self.messages is None or len(self.messages) == 1:
+            return self.question
+        return "\n".join(f"{m['role']}: {m['content']}" for m in self.messages)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:

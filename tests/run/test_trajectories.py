@@ -1,6 +1,7 @@
 """What a run stores of its trajectories."""
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,3 +79,15 @@ def test_shaped_trajectories_are_stored_as_they_were_trained_on(options: dict[st
         assert row["response"] == full["response"][: options.get("method__first_tokens")]
         assert len(row["reverse_kl"]) == count
         assert row["reverse_kl"] == pytest.approx(full["reverse_kl"][:count], abs=1e-5)
+
+
+def test_a_conversation_is_stored_whole(tiny: Tiny, tmp_path: Path) -> None:
+    path = tmp_path / "talk.jsonl"
+    turns = [("user", "1+2=?"), ("assistant", "3"), ("user", "3+4=?")]
+    row = {"messages": [{"role": role, "content": text} for role, text in turns], "answer": "7"}
+    path.write_text(json.dumps(row) + "\n")
+    config = tiny(
+        optim__steps=1, data__train=str(path), data__eval={}, rollout__prompts=1, run__trajectories_every=1
+    )
+    rows = read_trajectories(train(config, quiet=True).directory)
+    assert {row["prompt"] for row in rows} == {"user: 1+2=?\nassistant: 3\nuser: 3+4=?"}

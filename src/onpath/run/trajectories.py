@@ -92,7 +92,7 @@ def trajectory_row(
         "step": step,
         "prompt_id": origin.prompt.id if origin else None,
         "sample": origin.sample if origin else None,
-        "prompt": origin.prompt.question if origin else None,
+        "prompt": origin.prompt.shown if origin else None,
         "answer": origin.prompt.answer if origin else None,
         "solution": origin.prompt.solution if origin else None,
         **({} if trajectory.teacher is None else {"teacher": trajectory.teacher}),
@@ -146,7 +146,7 @@ def ungraded_row(rollout: Rollout, renderer: Renderer) -> dict[str, Any]:
     return {
         "id": rollout.prompt.id,
         "sample": rollout.sample,
-        "prompt": rollout.prompt.question,
+        "prompt": rollout.prompt.shown,
         "answer": rollout.prompt.answer,
         **_response(rollout, renderer),
     }
