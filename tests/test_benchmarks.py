@@ -182,3 +182,22 @@ def test_scale(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
         assert found["memory, MiB"]["planned"] > 0
     assert cases["2 × layer, as drawn"]["slowest ÷ mean, tokens"]["median"] >= 1
     assert all(f"| {name} |" in scale.markdown(data) for name in cases)
+
+
+def test_the_memory_plan_was_within_15_percent_of_what_was_measured() -> None:
+    """At most as far off in every setting of the page that is committed, which says nothing else."""
+    found = json.loads((BENCHMARKS / "results" / "memory.json").read_text())["settings"]
+    page = (BENCHMARKS / "results" / "memory.md").read_text()
+    assert {(row["setting"], tuple(row["shape"])) for row in found} >= {
+        (setting, shape)
+        for setting in ("all weights", "LoRA 64", "two processes, layer", "two processes, layer, LoRA 64")
+        for shape in ((4, 32, 96), (8, 64, 192))
+    }
+    for row in found:
+        share = row["peak"] / row["measured"]
+        assert 0.85 < share < 1.15
+        assert any(
+            line.startswith(f"| {row['setting']} | {row['shape'][0]} of ")
+            and line.endswith(f" {share:.2f} |")
+            for line in page.splitlines()
+        )
