@@ -170,5 +170,5 @@ def check_generated(trajectories: Sequence[Trajectory], *, step: int, who: str, 
     if asked and empty == asked:
         raise UserError(
             f"step {step + 1}: {who} returned no text for any of {asked:.0f} {of}, so there is nothing to "
-            f"train on; look at {look}"
+            f"train on; look at {look} (a reasoning model may have thought for all of rollout.max_new_tokens)"
         )

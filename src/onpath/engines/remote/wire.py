@@ -175,8 +175,8 @@ class Line:
                     where = ", ".join(h.url for h in self.hosts if h is host or not h.well)
                     raise UserError(
                         f"{self.key}.url: no answer from {where} for {self.section.patience:g} s "
-                        f"({host.said(error)}); nothing is lost: start the server and then the same command "
-                        "again"
+                        f"({host.said(error)}); nothing is lost: once the server answers, the same command "
+                        "goes on"
                     )
                 tries += not host.well
                 alone = host.well or not any(h.well for h in self.hosts)
