@@ -19,7 +19,7 @@ from onpath import training
 from onpath.commands.cli import main
 from onpath.config.whole import Config
 from onpath.run.log import read_lines
-from onpath.system import distributed
+from onpath.system import distributed, launcher
 from onpath.training import train
 from tests.forks import TIMEOUT, done_by_two, forked
 from tests.run.test_resume import Stopped, stop_at
@@ -31,7 +31,7 @@ Tiny = Callable[..., Config]
 def test_an_empty_word_of_a_launcher_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """As the command line reads it."""
     monkeypatch.setenv("WORLD_SIZE", "")
-    assert not distributed.asked()
+    assert not launcher.several()
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
