@@ -28,6 +28,22 @@ from tests.system.test_two_processes import in_ranks
 Tiny = Callable[..., Config]
 
 
+def test_gradients_are_summed_in_small_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of all gradients at once would be as much memory again; a large tensor is summed where it is."""
+    said: list[torch.Tensor] = []
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(distributed, "_MESSAGE", 10)
+    monkeypatch.setattr(dist, "all_reduce", lambda t: said.append(t.mul_(2)))
+    half = torch.arange(3.0, dtype=torch.float16)
+    tensors = [torch.arange(float(n)) for n in (4, 6, 1, 25, 10, 3)] + [torch.arange(12.0).view(3, 4).T, half]
+    wanted = [2 * t for t in tensors]
+    distributed.sum_tensors(tensors)
+    assert all(torch.equal(t, w) and t.dtype == w.dtype for t, w in zip(tensors, wanted, strict=True))
+    assert [t.numel() for t in said] == [3, 10, 1, 25, 10, 3, 12]
+    inside = {t.data_ptr() for t in tensors}
+    assert [t.data_ptr() in inside for t in said] == [True, False, True, True, True, True, False]
+
+
 def test_an_empty_word_of_a_launcher_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """As the command line reads it."""
     monkeypatch.setenv("WORLD_SIZE", "")

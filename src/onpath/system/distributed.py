@@ -47,6 +47,8 @@ _lines: dict[int, int] = {}
 _held: list[Store] = []
 """Where the ranks have met: it ends with the group otherwise, and with it what this rank has to say."""
 _boards: list[Store | None] = []
+_MESSAGE = 2**24
+"""Numbers that are copied to be summed at once: 64 MiB in float32."""
 _words: list[str] = []
 """The board and what it said, once this rank has looked: whoever holds it may leave."""
 
@@ -372,17 +374,32 @@ def sum_gradients(model: nn.Module) -> None:
 
 
 def sum_tensors(tensors: Sequence[torch.Tensor]) -> None:
-    """Each summed over all ranks, in place, in one flat message per dtype; rows of sharded ones are sums
-    already."""
+    """Each summed over all ranks, in place; rows of sharded ones are sums already. Small ones travel
+    together: copies never take more than one message."""
     if world() == 1:
         return
     tensors = [t for t in tensors if not isinstance(t, DTensor)]
     for dtype in sorted({t.dtype for t in tensors}, key=str):
-        same = [t for t in tensors if t.dtype == dtype]
-        flat = torch.cat([t.flatten() for t in same])
-        dist.all_reduce(flat)
-        for tensor, part in zip(same, flat.split([t.numel() for t in same]), strict=True):
-            tensor.copy_(part.view_as(tensor))
+        for together in _messages([t for t in tensors if t.dtype == dtype]):
+            if len(together) == 1 and together[0].is_contiguous():
+                dist.all_reduce(together[0])
+                continue
+            flat = torch.cat([t.flatten() for t in together])
+            dist.all_reduce(flat)
+            for tensor, part in zip(together, flat.split([t.numel() for t in together]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+
+def _messages(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Neighbours of together at most `_MESSAGE` numbers; a larger one alone."""
+    found: list[torch.Tensor] = []
+    for tensor in tensors:
+        if found and sum(t.numel() for t in found) + tensor.numel() > _MESSAGE:
+            yield found
+            found = []
+        found.append(tensor)
+    if found:
+        yield found
 
 
 def _sending() -> torch.device | None:
