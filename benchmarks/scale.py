@@ -6,7 +6,7 @@ Every case is one OPD step again and again (`one_step`, as a run calls it), in p
 it and speak gloo: whole models or shards, rollouts dealt by length or as they were drawn. `gradients` is what
 is left of a step without sampling and hand-over: scoring and training. CPU time is each process's own, beside
 wall time, since a machine that others use too gives no wall time of worth. Memory: the kernel's high-water
-mark of a process, less what it held before the models, against `onpath doctor`'s plan
+mark of a process over the steps, less what it held before the models, against `onpath doctor`'s plan
 (commands/doctor/fits.py).
 """
 
@@ -19,7 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,6 +33,8 @@ from common import RESULTS, PeakMemory, Spread, environment, environment_line, w
 from onpath.system import launcher
 
 RANDOM = {"hidden_size": 640, "intermediate_size": 1792, "num_hidden_layers": 12, "num_attention_heads": 10}
+MICRO_BATCH = 2048
+"""Padded tokens of one pass, at most."""
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -82,7 +84,7 @@ def settings(case: Case, size: Size, steps: int, home: Path) -> dict[str, Any]:
         "student": {"model": f"{prefix}student", "device": "cpu"},
         "teacher": {"model": f"{prefix}teacher"},
         "rollout": {"prompts": size.prompts * case.world, "max_new_tokens": size.new_tokens},
-        "optim": {"steps": steps, "lr": 1e-6, "schedule": "constant", "micro_batch_tokens": 2048},
+        "optim": {"steps": steps, "lr": 1e-6, "schedule": "constant", "micro_batch_tokens": MICRO_BATCH},
         "parallel": {"shard": case.shard, "balance": case.balance, "timeout": 300.0},
         "run": {"dir": str(home / "runs"), "name": case.name},
     }
@@ -119,11 +121,12 @@ def one_rank(case: Case, size: Size, steps: int, home: Path) -> dict[str, Any]:
     from onpath.system import distributed
     from onpath.training import one_step
 
-    peak, rows = PeakMemory(), []
+    peak, rows, filled = PeakMemory(), [], 0
     with distributed.one_fate():
         before = peak.now()
-        with peak("all"):
+        with peak("start"):
             parts = assemble(config.build(settings(case, size, steps + 1, home)))
+        with peak("steps"):
             optimizer, schedule = make_optimizer(parts.config, parts.models.student)
             for step in range(steps + 1):
                 schedule(step)
@@ -133,10 +136,15 @@ def one_rank(case: Case, size: Size, steps: int, home: Path) -> dict[str, Any]:
                 spent = meter.watch.seconds
                 row = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
                 row["gradients"] = spent["score"] + spent["train"]
-                row["tokens"] = float(sum(len(t.response) for t in meter.step.prepared.trajectories))
+                made = meter.step.prepared.trajectories
+                row["tokens"] = float(sum(len(t.response) for t in made))
+                longest = max(len(t.student_context) + len(t.response) for t in made)
+                filled = max(filled, len(made) * longest)
                 rows.append(row)
-        planned = parts_of(step_of(parts, response_tokens=0), shard=case.shard, world=case.world)
-        held = {"measured": peak.mib["all"] - before, "planned": planned["peak"] / 2**20}
+        asked = step_of(parts, response_tokens=0)
+        asked = replace(asked, micro_batch_tokens=min(MICRO_BATCH, filled), batch_tokens=filled)
+        planned = parts_of(asked, shard=case.shard, world=case.world)
+        held = {"measured": peak.mib["steps"] - before, "planned": planned["peak"] / 2**20}
         distributed.barrier()
     return {"steps": rows[1:], "memory": held}
 
@@ -185,8 +193,7 @@ def markdown(data: dict[str, Any]) -> str:
         f"{data['load'][0]:.1f} → {data['load'][1]:.1f}.",
         f"Steps a case: {data['steps']}, after one to warm up; median [quartiles]. Each process has the same "
         "work in all cases of a model. The machine was used by others meanwhile: ratios of CPU time say "
-        "something, wall times do not. Planned is for full micro-batches of 2,048 tokens, of which `random` "
-        "fills a seventh.",
+        "something, wall times do not. Memory is planned for the tokens that there were.",
     ]
     for model, cases in data["models"].items():
         size = data["sizes"][model]
