@@ -186,24 +186,38 @@ def test_what_was_read_ahead_is_what_a_batch_says(
     assert [r["teacher_tokens_scored_early"] for r in plain] == [0, 0, 0]
 
 
-@pytest.mark.parametrize("served", [True, False])
-def test_processes_that_keep_their_rollouts_score_them_early(
-    served: bool, tiny: Tiny, student: FakeVLLM, teacher: FakeVLLM, tmp_path: Path
+@pytest.mark.parametrize("balance", [True, False])
+@pytest.mark.parametrize("kind", ["served", "served and kept", "several", "in process"])
+def test_processes_score_early_wherever_their_rollouts_go(
+    kind: str,
+    balance: bool,
+    tiny: Tiny,
+    student: FakeVLLM,
+    teacher: FakeVLLM,
+    model_dirs: dict[str, Path],
+    tmp_path: Path,
 ) -> None:
-    """With parallel.balance they would yet go to another process."""
+    """What was read of those that are dealt to another process goes with them."""
 
     def config(name: str) -> Config:
-        options = {"optim__steps": 2, "optim__eps": 1e-4, "parallel__balance": False, "run__name": name}
-        return both(tiny, student, teacher, **options) if served else local(tiny, student, **options)
+        options = {"optim__steps": 2, "optim__eps": 1e-4, "parallel__balance": balance, "run__name": name}
+        if kind == "in process":
+            return local(tiny, student, **options)
+        if kind == "served and kept":
+            options["teacher__cache"] = str(tmp_path / f"kept-{name}")
+        if kind == "several":
+            served = {"engine": "vllm", "url": teacher.url, "model": str(model_dirs["teacher"])}
+            return local(tiny, student, **TOPK, **options, teachers__default=served)
+        return both(tiny, student, teacher, **options)
 
     one = train(config("one"), quiet=True).directory
     restarted(student)
     written, early = iter(range(1000)), list[bool]()
-    before = len(scored(teacher))
+    before = scored(teacher)
 
     def slow_last(answer: Any) -> Any:
         if "prompt_logprobs" not in answer["choices"][0] and next(written) == 7:
-            early.append(soon(lambda: len(scored(teacher)) > before, 5.0))
+            early.append(soon(lambda: len(scored(teacher)) > len(before), 5.0))
         return answer
 
     student.spoil = slow_last
@@ -211,8 +225,9 @@ def test_processes_that_keep_their_rollouts_score_them_early(
     rows, plain = (read_lines(run / "metrics.jsonl") for run in (two, one))
     assert [r["loss"] for r in rows] == pytest.approx([r["loss"] for r in plain], rel=5e-5)
     assert [r["tokens"] for r in rows] == [r["tokens"] for r in plain]
-    if served:
+    if kind != "in process":
         assert early == [True]
+        assert len(scored(teacher)) == 2 * len(before), "nothing is asked twice"
     else:
         assert [r["teacher_tokens_scored_early"] for r in rows] == [r["tokens"] for r in rows]
 

@@ -39,6 +39,18 @@ class AheadTeacher(ModelTeacher):
                 self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="onpath-teacher")
                 self._rows[key] = self._thread.submit(self._alone, trajectory)
 
+    def begun(self, trajectory: Trajectory) -> Tensor | None:
+        """See `Teacher.begun`: [n, H]."""
+        coming = self._rows.get(read_by(trajectory))
+        return None if coming is None else coming.result()
+
+    def take_over(self, trajectory: Trajectory, read: object) -> None:
+        """See `Teacher.take_over`."""
+        assert isinstance(read, Tensor)
+        done = Future[Tensor]()
+        done.set_result(read)
+        self._rows[read_by(trajectory)] = done
+
     def hidden(self, batch: Batch, cache: DynamicCache | None = None) -> Tensor:
         """See `ModelTeacher.hidden`: what the thread was shown is waited for."""
         coming = [self._rows.get(read_by(t)) for t in batch.trajectories]

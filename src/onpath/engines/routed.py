@@ -80,6 +80,14 @@ class RoutedTeacher(Teacher):
         for name, member in self.members.items():
             member.expect([t for t in several if t.teacher == name])
 
+    def begun(self, trajectory: Trajectory) -> object:
+        """See `Teacher.begun`; none moves for it."""
+        return self.members[str(trajectory.teacher)].begun(trajectory)
+
+    def take_over(self, trajectory: Trajectory, read: object) -> None:
+        """See `Teacher.take_over`."""
+        self.members[str(trajectory.teacher)].take_over(trajectory, read)
+
     def follow(self) -> None:
         """See `Teacher.follow`: all of them do."""
         for member in dict.fromkeys(self.members.values()):

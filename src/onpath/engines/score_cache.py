@@ -250,6 +250,14 @@ class CachedTeacher(Teacher):
         if self.model is None:  # one in this process begins with nothing
             self.teacher.expect([t for t in trajectories if self._key(t) not in self.store])
 
+    def begun(self, trajectory: Trajectory) -> object:
+        """See `Teacher.begun`."""
+        return self.teacher.begun(trajectory)
+
+    def take_over(self, trajectory: Trajectory, read: object) -> None:
+        """See `Teacher.take_over`."""
+        self.teacher.take_over(trajectory, read)
+
     def close(self) -> None:
         """See `Teacher.close`."""
         self.teacher.close()

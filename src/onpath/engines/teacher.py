@@ -85,6 +85,14 @@ class Teacher:
         """Says that a rollout is to be scored, while others are still written. Any thread may call it."""
         self.expect([trajectory])
 
+    def begun(self, trajectory: Trajectory) -> object:
+        """What it reads of a rollout that `begin` was told of, for another process, which is to score it now;
+        waits for it. None: nothing."""
+        return None
+
+    def take_over(self, trajectory: Trajectory, read: object) -> None:
+        """What the same teacher's `begun` gave in another process. Not None."""
+
     def close(self) -> None:
         """What was expected and has not been scored is not wanted any more."""
 

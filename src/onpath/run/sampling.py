@@ -50,7 +50,10 @@ def sample(parts: Parts, step: int) -> list[Rollout]:
         rollouts = draw(step) if parts.overlap is None else parts.overlap(step, draw)
     if parts.config.parallel.balance:
         together = (lambda r: r.prompt.id) if parts.method.compares_samples else None
-        rollouts = distributed.dealt(rollouts, lambda r: len(r.context) + len(r.ids), together=together)
+        drawn = rollouts
+        rollouts = distributed.dealt(drawn, lambda r: len(r.context) + len(r.ids), together=together)
+        if scored_early(parts):
+            send_on(parts, drawn, rollouts)
     rollouts = [replace(r, place=place) for place, r in enumerate(rollouts)]
     return fresh(parts.config, rollouts, step)
 
@@ -102,11 +105,9 @@ def written(parts: Parts, blank: list[Rollout], keys: list[str], step: int) -> l
 
 def scored_early(parts: Parts) -> dict[str, Callable[[Rollout], None]]:
     """What the sampler is told, if anything: that the teacher may score a rollout while others are written.
-    Not where a rollout may yet be left out, or go to another process."""
-    config = parts.config
-    moves = config.parallel.balance and distributed.world() > 1
-    left_out = any(r.at_least is not None for r in config.rewards.values())
-    if moves or left_out or not parts.sampler.shows_early:
+    Not where a rollout may yet be left out."""
+    left_out = any(r.at_least is not None for r in parts.config.rewards.values())
+    if left_out or not parts.sampler.shows_early:
         return {}
 
     def finished(rollout: Rollout) -> None:
@@ -114,6 +115,25 @@ def scored_early(parts: Parts) -> dict[str, Callable[[Rollout], None]]:
             parts.models.teacher.begin(trajectory)
 
     return {"finished": finished}
+
+
+def send_on(parts: Parts, drawn: list[Rollout], dealt: list[Rollout]) -> None:
+    """What the teacher has read of a rollout goes with it, to the process that it was dealt to.
+
+    Args:
+        drawn: by this process.
+        dealt: to it.
+    """
+    teacher, read_of = parts.models.teacher, parts.method.scored_first
+    had, has = ({(r.prompt.id, r.sample): r for r in rollouts} for rollouts in (drawn, dealt))
+    asked = distributed.exchanged([[name for name in has if name not in had]] * distributed.world())
+    mine = [[name for name in names if name in had] for names in asked]
+    known = {name: t for names in mine for name in names if (t := read_of(had[name])) is not None}
+    parcels = [{name: teacher.begun(known[name]) for name in names if name in known} for names in mine]
+    for parcel in distributed.exchanged(parcels):
+        for name, read in parcel.items():
+            if read is not None and (trajectory := read_of(has[name])) is not None:
+                teacher.take_over(trajectory, read)
 
 
 def prepare(parts: Parts, rollouts: list[Rollout], step: int) -> Prepared:

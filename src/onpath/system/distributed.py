@@ -7,6 +7,7 @@ is that of one process whatever the number of ranks.
 
 import heapq
 import os
+import pickle
 import socket
 import stat
 import time
@@ -179,6 +180,8 @@ def _hang_up() -> None:
     for line, inode in _lines.items():
         if here.get(line) == inode:
             with suppress(OSError), socket.socket(fileno=os.dup(line)) as held:
+                if held.family not in (socket.AF_INET, socket.AF_INET6):
+                    continue
                 # Not one that listens, whose owner would not survive that, and not the store's, which the
                 # others read this rank's word from; those of who joins late are accepted meanwhile.
                 ends = held.getsockname()[1], held.getpeername()[1]
@@ -326,6 +329,24 @@ def dealt(
         heapq.heappush(loads, (load + size, least))
         mine += group if least == rank() else []
     return [everyone[i] for i in sorted(mine)]
+
+
+def exchanged(parcels: Sequence[T]) -> list[T]:
+    """What every rank has for this one, in the order of ranks.
+
+    Args:
+        parcels: one for each rank, this one too.
+    """
+    if world() == 1:
+        return list(parcels)
+    packed = [torch.frombuffer(bytearray(pickle.dumps(p)), dtype=torch.uint8) for p in parcels]
+    sizes = torch.tensor([len(p) for p in packed], device=_sending())
+    coming = torch.empty_like(sizes)
+    dist.all_to_all_single(coming, sizes)
+    found = torch.empty(int(coming.sum()), dtype=torch.uint8, device=_sending())
+    splits = coming.tolist(), sizes.tolist()
+    dist.all_to_all_single(found, torch.cat(packed).to(found.device), *splits)
+    return [pickle.loads(part.numpy().tobytes()) for part in found.cpu().split(splits[0])]
 
 
 def most(here: int) -> int:

@@ -48,6 +48,16 @@ class ServedTeacher(Teacher):
                 asked = self.engine.begin_scores(self._questions, contexts, responses, k=self.k)
                 self._coming.update(zip(new, asked, strict=True))
 
+    def begun(self, trajectory: Trajectory) -> ServedScores | None:
+        """See `Teacher.begun`: the answer."""
+        key = read_by(trajectory)
+        return self._answers([key])[0] if key in self._known or key in self._coming else None
+
+    def take_over(self, trajectory: Trajectory, read: object) -> None:
+        """See `Teacher.take_over`."""
+        assert isinstance(read, ServedScores)
+        self._known[read_by(trajectory)] = read
+
     def follow(self) -> None:
         """See `Teacher.follow`: the step is over. Rollouts of the next one may have been shown already; what
         nobody has read by its end is not wanted any more."""
