@@ -1,8 +1,10 @@
 """vLLM in this process gives its memory back between phases, and each process of several has its own: the
 calls and their order, noted by a stand-in. (The CPU build does not sleep; tests/vllm has what it does.)"""
 
+import json
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,13 +16,15 @@ from torch.distributed import is_initialized
 
 from onpath.config.whole import Config
 from onpath.engines.hf import HFEngine
-from onpath.records import Sampling
+from onpath.methods import Method, MethodOptions, Prepared
+from onpath.records import Rollout, Sampling
 from onpath.run.assemble import assemble
 from onpath.run.log import read_lines
+from onpath.system import distributed
 from onpath.system.errors import UserError
 from onpath.training import train
 from tests.engines.test_server import fake_of
-from tests.forks import forked
+from tests.forks import TIMEOUT, done_by_all, forked
 from tests.system.test_two_processes import COLUMNS
 
 Tiny = Callable[..., Config]
@@ -31,6 +35,7 @@ class Recorder:
 
     engine: HFEngine
     calls: list[str]
+    asked: list[Any]
     settings: dict[str, Any]
 
     def __init__(self, **settings: Any) -> None:
@@ -40,6 +45,7 @@ class Recorder:
 
     def generate(self, prompts: Sequence[Any], params: Sequence[Any], *, use_tqdm: bool) -> list[Any]:
         assert not self.asleep
+        self.asked.append([p["prompt_token_ids"] for p in prompts])
         self.calls.append("score" if hasattr(params[0], "prompt_logprobs") else "write")
         return [self._one(p["prompt_token_ids"], asked) for p, asked in zip(prompts, params, strict=True)]
 
@@ -80,6 +86,7 @@ def library(model_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> typ
     module = ModuleType("vllm")
     monkeypatch.setattr(Recorder, "engine", fake.engine, raising=False)
     monkeypatch.setattr(Recorder, "calls", [], raising=False)
+    monkeypatch.setattr(Recorder, "asked", [], raising=False)
     monkeypatch.setattr(module, "LLM", lambda model, **settings: Recorder(**settings), raising=False)
     monkeypatch.setattr(module, "SamplingParams", SimpleNamespace, raising=False)
     monkeypatch.setitem(sys.modules, "vllm", module)
@@ -115,6 +122,7 @@ def test_it_sleeps_while_the_student_trains(sleeps: bool, tiny: Tiny, library: t
     result = train(config, quiet=True)
     assert len(read_lines(result.directory / "metrics.jsonl")) == 2
     calls = library.calls
+    assert calls.pop() == "shutdown in group: False", "not when it happens to be collected"
     if not sleeps:
         assert not {"sleep", "wake"} & set(calls)
         return
@@ -154,6 +162,74 @@ def test_each_process_has_its_own(tiny: Tiny, library: type[Recorder], tmp_path:
             assert {k: a[k] for k in COLUMNS} == pytest.approx({k: b[k] for k in COLUMNS}, rel=5e-5, abs=1e-7)
 
 
-def test_a_group_of_gpus_is_a_servers(tiny: Tiny) -> None:
-    with pytest.raises(UserError, match=r"rollout\.vllm: .* has one GPU, .*set rollout\.url"):
-        assemble(tiny(rollout__engine="vllm", rollout__vllm={"tensor_parallel_size": 2}))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [{"name": "opd"}, {"name": "relay", "delta": 0.5}, {"name": "branch"}])
+def test_a_group_shares_one(
+    method: dict[str, Any], tiny: Tiny, library: type[Recorder], tmp_path: Path
+) -> None:
+    """Four processes with two between them: each runs what its neighbour asks, however often either does, and
+    the run is that of one."""
+    options = {"rollout__engine": "vllm", "rollout__prompts": 7, "optim__steps": 2}
+    options |= {"parallel__timeout": TIMEOUT}
+    options |= {f"method__{name}": value for name, value in method.items()}
+    one = read_lines(train(tiny(**options), quiet=True).directory / "metrics.jsonl")
+    group = {"tensor_parallel_size": 2, "enable_sleep_mode": True}
+    config = tiny(**{**options, "rollout__vllm": group, "run__name": "group"})
+
+    def run(rank: int) -> None:
+        library.asked.clear()
+        library.calls.clear()
+        train(config, quiet=True)
+        (tmp_path / f"asked{rank}").write_text(json.dumps(library.asked))
+        (tmp_path / f"calls{rank}").write_text(json.dumps(library.calls))
+
+    done_by_all(run, tmp_path, world=4)
+    for kind in ("asked", "calls"):
+        a, b, c, d = (json.loads((tmp_path / f"{kind}{rank}").read_text()) for rank in range(4))
+        assert (a, c) == (b, d), "a vLLM of two runs the same in both"
+    assert a[-2:] == ["sleep", "shutdown in group: True"]
+    rows = read_lines(Path(config.run.dir) / "group" / "metrics.jsonl")
+    for a, b in zip(one, rows, strict=True):
+        assert {k: a[k] for k in COLUMNS} == pytest.approx({k: b[k] for k in COLUMNS}, rel=5e-5, abs=1e-7)
+
+
+class Leaves(Method):
+    """One process has had enough while the other one asks."""
+
+    class Options(MethodOptions):
+        """None."""
+
+    def prepare(self, rollouts: Sequence[Rollout], *, step: int) -> Prepared:
+        if distributed.rank() == 1:
+            raise UserError("this one has had enough")
+        self.tools.generators.student.continue_from([r.context for r in rollouts], self.tools.sampling)
+        raise AssertionError("nobody answers")
+
+
+@pytest.mark.slow
+def test_whoever_leaves_a_group_ends_it(tiny: Tiny, library: type[Recorder], tmp_path: Path) -> None:
+    options = {"rollout__engine": "vllm", "rollout__vllm": {"tensor_parallel_size": 2}}
+    config = tiny(**options, parallel__timeout=TIMEOUT)
+    begun = time.monotonic()
+    ended = forked(lambda _: train(config, method=Leaves, quiet=True), tmp_path)
+    assert time.monotonic() - begun < TIMEOUT
+    assert [code for code, _, _ in ended] == [2, 2]
+    assert all("this one has had enough" in err for _, _, err in ended)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tensor_parallel_size": 2}, r"tensor_parallel_size 2 .* there is one; .*--nproc-per-node 2"),
+        ({"tensor_parallel_size": "2"}, r"tensor_parallel_size is '2'; give a number"),
+        ({"pipeline_parallel_size": 2}, r"pipeline_parallel_size is for servers \(rollout\.url\)"),
+    ],
+)
+def test_groups_that_cannot_be_made(options: dict[str, Any], words: str, tiny: Tiny) -> None:
+    with pytest.raises(UserError, match=rf"rollout\.vllm: {words}"):
+        assemble(tiny(rollout__engine="vllm", rollout__vllm=options))
+
+
+def test_a_group_does_not_write_ahead(tiny: Tiny) -> None:
+    with pytest.raises(UserError, match=r"rollout\.overlap .* tensor_parallel_size"):
+        tiny(rollout__engine="vllm", rollout__vllm={"tensor_parallel_size": 2}, rollout__overlap=True)

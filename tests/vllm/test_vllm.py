@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 pytest.importorskip("vllm")
 
 from onpath.config.build import build
+from onpath.config.whole import Config
 from onpath.engines.models import locate
 from onpath.engines.remote import transfer
 from onpath.engines.remote.server import ServerEngine
@@ -28,6 +29,7 @@ from onpath.run.assemble import assemble
 from onpath.run.log import read_lines
 from onpath.system.errors import UserError
 from onpath.training import train
+from tests.conftest import make_model, make_tokenizer
 from tests.stored import read_trajectories
 from tests.vllm import gloo_transfer
 
@@ -156,6 +158,39 @@ def test_in_process_on_every_rank(shard: str, tmp_path: Path) -> None:
     for a, b in zip(*rows, strict=True):
         for key in ("loss", "tokens", "reverse_kl_nats", "grad_norm", "mean_length"):
             assert a[key] == pytest.approx(b[key], rel=1e-4)
+
+
+SHARED: dict[str, dict[str, Any]] = {
+    "opd": {"parallel__shard": "layer"},
+    "relay": {"method__name": "relay", "method__delta": 0.5},
+    "branch": {"method__name": "branch"},
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_processes_share_one(name: str, tiny: Callable[..., Config], tmp_path: Path) -> None:
+    """Two give the run of one; they ask for different numbers of batches."""
+    student = tmp_path / "student"  # heads of 32 numbers: vLLM's attention on CPUs reads no shorter ones
+    make_model(0, hidden=64).save_pretrained(student)
+    make_tokenizer().save_pretrained(student)
+    options: dict[str, Any] = {"rollout__engine": "vllm", "rollout__prompts": 7, "eval__every": 2}
+    options |= {"data__eval_limit": 3, "student__model": str(student), **SHARED[name]}
+    alone, group = ({"enforce_eager": True, "tensor_parallel_size": size} for size in (1, 2))
+    two = tiny(**{**options, "rollout__vllm": group, "run__name": "two"})
+    config = tmp_path / "two.yaml"
+    config.write_text(two.to_yaml())
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "onpath", "train", str(config)]
+    subprocess.run(command, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    one = {**options, "rollout__vllm": alone, "run__name": "one", "parallel__shard": "none"}
+    train(tiny(**one), quiet=True)
+    runs = Path(two.run.dir)
+    rows = [read_lines(runs / run / "metrics.jsonl") for run in ("one", "two")]
+    for a, b in zip(*rows, strict=True):
+        for key in ("loss", "tokens", "reverse_kl_nats", "grad_norm", "mean_length"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4)
+    evals = [read_lines(runs / run / "eval.jsonl") for run in ("one", "two")]
+    assert [e["avg_at_k"] for e in evals[0]] == [e["avg_at_k"] for e in evals[1]]
 
 
 def test_in_process_with_an_adapter(tmp_path: Path) -> None:

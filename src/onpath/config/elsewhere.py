@@ -13,7 +13,7 @@ load_in_4bit load_in_8bit use_qlora quantization_config: teacher.quantization, o
   student.lora_rank
 fsdp fsdp_config zero_stage deepspeed: parallel.shard, layer or step
 tensor_parallel_size: parallel.shard, layer or step; to sample from a model that one GPU does not hold,
-  serve it (rollout.url)
+  rollout.vllm: {tensor_parallel_size: …}
 dataset_name dataset train_file train_files prompt_data: data.train
 eval_dataset val_files validation_file: data.eval
 dataset_text_field prompt_key input_key label_key column_mapping: data.columns

@@ -87,6 +87,11 @@ def _overlappable(config: Any) -> None:
         )
     if config.rollout.max_staleness < 1:
         raise ValueError("rollout.overlap makes rollouts one step old; set rollout.max_staleness: 1, not 0")
+    if config.rollout.vllm.get("tensor_parallel_size", 1) != 1:
+        raise ValueError(
+            "rollout.overlap has every process ask its vLLM when it likes, and tensor_parallel_size in "
+            "rollout.vllm has several share one; drop either, or start a server (rollout.url)"
+        )
     if config.rollout.vllm.get("enable_sleep_mode"):
         raise ValueError(
             "rollout.overlap has vLLM sample while the student trains, so it cannot sleep; drop "

@@ -1,6 +1,7 @@
 """What every engine can do, and the questions that it answers about itself."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -36,6 +37,11 @@ class Engine:
     """Texts that end it, at the token that completes one."""
     server: Server | None = None
     """The server that it asks, if there is one."""
+
+    def in_step(self) -> AbstractContextManager[None]:
+        """Around what processes ask for in different numbers of calls, where they share what answers: all
+        enter, and leave. Outside of it each makes as many calls as the others."""
+        return nullcontext()
 
     def of(self, teacher: str | None) -> "Engine":
         """That of one of several teachers (`routed.py`); otherwise itself."""

@@ -101,6 +101,7 @@ def student_engine(
             dtype="bfloat16" if half else "float32",
             tolerance=_HALF if half else _EXACT,
             options=section.vllm,
+            timeout=config.longest_wait,
         )
 
 

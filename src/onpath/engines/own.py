@@ -134,6 +134,10 @@ class OwnEngine(Engine):
             raise UserError(f"{self.name}: score gives one log-prob for each token of each response")
         return scores
 
+    def in_step(self) -> AbstractContextManager[None]:
+        """See `Engine.in_step`."""
+        return self.engine.in_step()
+
     def sync_weights(self, version: int) -> None:
         """See `Engine.sync_weights`."""
         with self._blamed("sync_weights"):

