@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -361,6 +362,9 @@ class Passes:
     @property
     def policy_version(self) -> int:
         return self.engine.policy_version
+
+    def in_step(self) -> AbstractContextManager[None]:
+        return self.engine.in_step()
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, **options: Any) -> list[Rollout]:
         return self.engine.generate(prompts, sampling, **options)

@@ -17,6 +17,7 @@ from onpath.commands.doctor.fits import (
     Decoder,
     Step,
     activations,
+    beside_vllm,
     cache_bytes,
     copy_bytes,
     cures,
@@ -30,6 +31,7 @@ from onpath.commands.doctor.fits import (
     together,
 )
 from onpath.config.build import build
+from onpath.config.sections import RolloutSection
 from onpath.config.whole import Config
 from onpath.engines.decoding.kv_cache import preallocated_cache
 from onpath.engines.head import unwrapped
@@ -205,6 +207,36 @@ def test_smaller_batches_and_a_server_cure_what_a_teacher_writes() -> None:
     found = cures(step, sum(peaks) / 2)
     assert "rollout.batch_tokens: 250000" in found
     assert "a teacher on a server (teacher.engine: vllm)" in found
+
+
+def test_a_vllm_beside_the_student_has_its_part_of_the_gpu() -> None:
+    """What it is told to take: for as long as it lives, or while it samples."""
+    step, room = step_of_size("1.7B", True, "8B"), 80e9
+    alone = parts_of(step)["peak"]
+
+    def beside(**options: Any) -> Step:
+        return beside_vllm(step, RolloutSection(engine="vllm", vllm=options), room)
+
+    assert beside_vllm(step, RolloutSection(engine="vllm", url=["http://a"]), room) == step
+    assert beside_vllm(step, RolloutSection(), room) == step
+    assert beside().vllm == 0.92 * room
+    awake = beside(gpu_memory_utilization=0.5)
+    assert parts_of(awake)["peak"] == alone + 0.5 * room > room
+    cured = cures(awake, room)
+    assert "enable_sleep_mode: true in rollout.vllm, without rollout.overlap" in cured
+    assert "a server that samples (rollout.url)" in cured
+    asleep = beside(gpu_memory_utilization=0.5, enable_sleep_mode=True)
+    resident = sum(parts_of(step)[name] for name in ("weights", "moments", "teacher", "copies", "kept"))
+    assert parts_of(asleep)["peak"] == max(alone, resident + 0.5 * room), "no other model runs meanwhile"
+    assert not any("sleep" in cure for cure in cures(asleep, room))
+
+
+def test_a_vllm_on_a_cpu_has_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
+    step = replace(step_of_size("1.7B", True, "8B"), device="cpu", half=False)
+    for processes in (1, 2):
+        section = RolloutSection(engine="vllm", vllm={"tensor_parallel_size": processes})
+        assert beside_vllm(step, section, 80e9).vllm == step.student.parameters * 4 / processes + 2 * 2**30
 
 
 def test_each_of_several_processes_keeps_what_it_has_read() -> None:

@@ -18,6 +18,7 @@ from onpath.commands.doctor.fits import (
     WHOLE,
     Shard,
     Step,
+    beside_vllm,
     cures,
     fewest_processes,
     parts_of,
@@ -196,13 +197,14 @@ def fits(parts: Parts, cost: Cost) -> Finding:
     """What is calculated for this config, as whole copies and as shards, against the room of one device."""
     step = step_of(parts, response_tokens=cost.generated_tokens // distributed.world())
     here = (parts.config.parallel.shard, layout(parts.config)[1]) if asked(parts.config) else WHOLE
-    return _fits(step, cost.room_bytes, here)
+    return _fits(beside_vllm(step, parts.config.rollout, cost.room_bytes), cost.room_bytes, here)
 
 
 def fits_unloaded(config: Config) -> Finding:
     """Likewise where the models do not fit, so that they cannot be asked."""
     device = pick_device(config.student.device, "student.device")
-    return _fits(spread(step_of_config(config, device=device), distributed.world()), _room(device))
+    step, room = spread(step_of_config(config, device=device), distributed.world()), _room(device)
+    return _fits(beside_vllm(step, config.rollout, room), room)
 
 
 def _fits(step: Step, room: int, here: tuple[Shard, int] = WHOLE) -> Finding:
@@ -216,7 +218,7 @@ def _fits(step: Step, room: int, here: tuple[Shard, int] = WHOLE) -> Finding:
     steps = {way: step if way in (WHOLE, here) else spread(alone, way[1]) for way in ways}
     planned = {way: parts_of(steps[way], shard=way[0], world=way[1])["peak"] / 2**30 for way in ways}
     whole = parts_of(step)
-    names = ("weights", "gradients", "moments", "teacher", "copies", "activations", "loss")
+    names = ("weights", "gradients", "moments", "teacher", "copies", "activations", "loss", "vllm")
     largest = max(names, key=lambda name: whole[name])
     values = {
         **{f"{shard}_{world}_gib": gib for (shard, world), gib in planned.items()},

@@ -1,6 +1,6 @@
 """What a step needs of every process's memory, calculated: which way of sharding fits where.
 
-    peak = weights + moments + frozen models
+    peak = weights + moments + frozen models + a vLLM that does not sleep
            + max(sampling, what the teacher generates, passes and gradients, the optimiser's own)
 
     none    whole copies in every process
@@ -10,6 +10,7 @@
 Counts in, bytes out: nothing is loaded or measured. `benchmarks/memory.py` compares with measured peaks.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from onpath.config.sections import Student, Teacher, teacher_option
+from onpath.config.sections import RolloutSection, Student, Teacher, teacher_option
 from onpath.config.whole import Config
 from onpath.engines import foreign
 from onpath.engines.head import unwrapped
@@ -33,6 +34,7 @@ Shard = Literal["none", "step", "layer"]
 SHARDS: tuple[Shard, ...] = ("none", "step", "layer")
 WHOLE: tuple[Shard, int] = ("none", 1)
 """A way to hold models, and processes that share them."""
+_ASLEEP = "enable_sleep_mode: true in rollout.vllm, without rollout.overlap"
 _HOLES = 0.25
 """Of an adapter's passes on a CPU, measured (benchmarks/memory.py): its temporaries lie between blocks that
 are kept, and glibc puts no aligned block where one of its size was freed."""
@@ -113,6 +115,10 @@ class Step:
     """Whether the teacher goes on from its scoring pass (TOPD): its keys and values are kept."""
     prepares: bool = False
     """Whether the method runs models before it scores: shards are whole for that."""
+    vllm: float = 0.0
+    """Bytes of a vLLM in this process."""
+    vllm_sleeps: bool = False
+    """Whether it has them only while something is sampled."""
     device: str = "cuda"
 
 
@@ -227,10 +233,12 @@ def parts_of(step: Step, *, shard: Shard = "none", world: int = 1) -> dict[str, 
         "kept": 0.0
         if teacher is None
         else float(step.response_tokens * teacher.width * teacher.weight_bytes),
+        "vllm": 0.0 if step.vllm_sleeps else step.vllm,
     }
     shared = (more if step.prepares else 0.0) + half_copies
+    waking = step.vllm if step.vllm_sleeps else 0.0
     phases = {
-        "sampling": more + half_copies + own,
+        "sampling": more + (half_copies if step.batch_tokens else 0.0) + own + waking,
         "training": gradients + half_copies + passes + loss + holes,
         "correcting": shared + past + loss + (passes if one_graph else 0.0),
         "writing": shared + written,
@@ -254,6 +262,19 @@ def together(step: Step, processes: int) -> Step:
 def spread(step: Step, processes: int) -> Step:
     """One of so many processes that do this step together: it keeps what it has read of its own rollouts."""
     return replace(step, response_tokens=-(-step.response_tokens // processes))
+
+
+def beside_vllm(step: Step, rollout: RolloutSection, room: float) -> Step:
+    """The step with what a vLLM in this process takes of `room` bytes, if there is one: on a GPU the part
+    that it is told, by default 0.92; on a CPU its rows of the student, and keys and values."""
+    if rollout.engine != "vllm" or rollout.url is not None:
+        return step
+    weights = step.student.parameters * (2 if step.half or step.student.weight_bytes == 2 else 4)
+    keys = float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", 1)) * 2**30
+    share = float(rollout.vllm.get("gpu_memory_utilization", 0.92))
+    rows = weights / int(rollout.vllm.get("tensor_parallel_size", 1))
+    taken = share * room if step.device == "cuda" else rows + keys
+    return replace(step, vllm=taken, vllm_sleeps=bool(rollout.vllm.get("enable_sleep_mode")))
 
 
 def fewest_processes(step: Step, room: float, *, shard: Shard) -> int | None:
@@ -284,6 +305,8 @@ def cures(step: Step, room: float, *, processes: int = 1) -> list[str]:
         "a teacher on a server (teacher.engine: vllm)": served,
         **({"parallel.teacher: offload": replace(step, more_teachers=0.0)} if step.more_teachers else {}),
         "student.lora_rank: 64 with student.dtype: bfloat16": replace(step, student=adapter),
+        **({_ASLEEP: replace(step, vllm_sleeps=True)} if step.vllm and not step.vllm_sleeps else {}),
+        **({"a server that samples (rollout.url)": replace(step, vllm=0.0)} if step.vllm else {}),
     }
     found = [name for name, other in changed.items() if parts_of(other)["peak"] <= room]
     over = fewest_processes(together(step, processes), room, shard="layer")
