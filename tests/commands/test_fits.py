@@ -417,6 +417,17 @@ def test_what_a_teacher_writes_takes_a_cache(options: dict[str, Any], writes: bo
     assert (found["peak"] > without["peak"]) is writes
 
 
+@pytest.mark.parametrize(("hold", "both"), [(0, True), (3, False)])
+def test_who_writes_side_by_side_keeps_two_caches(hold: int, both: bool, tiny: Tiny) -> None:
+    """Relay's student and teacher, and not where they take turns."""
+    config = tiny(method__name="relay", method__hold=hold, rollout__batch_tokens=50_000)
+    step = step_of_config(config, device=torch.device("cpu"))
+    caches = [cache_bytes(m, 50_000, half=False) for m in (step.student, step.teacher) if m is not None]
+    found = parts_of(step)
+    assert found["phase_writing"] == 1.25 * (sum(caches) if both else caches[1])
+    assert found["phase_sampling"] == 1.25 * caches[0]
+
+
 def test_several_processes_that_hold_no_model_share_one_step(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,6 +99,8 @@ class Step:
     """Tokens of one batch of sampling in this process; 0: sampled elsewhere."""
     written_tokens: int = 0
     """Tokens of one batch that the teacher, in this process, generates for the method."""
+    side_by_side: bool = False
+    """Whether the student writes them with it."""
     response_tokens: int = 0
     """Of the whole step in this process, whose hidden states of the teacher are kept for the loss (TOPD)."""
     half: bool = False
@@ -241,7 +243,7 @@ def parts_of(step: Step, *, shard: Shard = "none", world: int = 1) -> dict[str, 
         "sampling": more + (half_copies if step.batch_tokens else 0.0) + own + waking,
         "training": gradients + half_copies + passes + loss + holes,
         "correcting": shared + past + loss + (passes if one_graph else 0.0),
-        "writing": shared + written,
+        "writing": shared + written + (own if step.side_by_side else 0.0),
         "optimiser": gradients + (gradients if step.device == "cuda" else 0.0),
     }
     return {
@@ -434,6 +436,7 @@ def _step_of(
         micro_batch_tokens=config.optim.micro_batch_tokens,
         batch_tokens=config.rollout.batch_tokens if config.rollout.engine == "hf" else 0,
         written_tokens=config.rollout.batch_tokens if writes else 0,
+        side_by_side=writes and method.side_by_side,
         response_tokens=response_tokens if method.keeps_past else 0,
         half=config.optim.bf16,
         recompute=config.student.gradient_checkpointing,

@@ -211,6 +211,11 @@ class MethodOptions(Section):
         return False
 
     @property
+    def side_by_side(self) -> bool:
+        """Whether student and teacher, where both are in this process, write one response together."""
+        return False
+
+    @property
     def learns_from_text(self) -> bool:
         """Whether a teacher that only answers messages, and scores nothing, is enough."""
         return False

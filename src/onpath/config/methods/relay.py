@@ -53,6 +53,10 @@ class RelayOptions(MethodOptions):
         return self.words
 
     @property
+    def side_by_side(self) -> bool:
+        return self.trigger == "log_ratio" and not self.hold and self.control == "none"
+
+    @property
     def writes_rollouts(self) -> bool:
         return self.from_start
 
@@ -69,7 +73,7 @@ class RelayOptions(MethodOptions):
     def _possible(self) -> "RelayOptions":
         if self.paragraphs and not self.hold:
             raise ValueError("paragraphs needs room to be written: set hold to the most tokens they may take")
-        if self.from_start and (self.trigger != "log_ratio" or self.hold or self.control != "none"):
+        if self.from_start and not self.side_by_side:
             raise ValueError(
                 "from_start goes with trigger: log_ratio, hold: 0 and control: none; set it to false"
             )

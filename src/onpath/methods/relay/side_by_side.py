@@ -27,9 +27,7 @@ class SideBySide:
     @property
     def wanted(self) -> bool:
         """Whether single tokens decide, and each is the other model's too."""
-        options = self.options
-        plain = options.trigger == "log_ratio" and not options.hold and options.control == "none"
-        return plain and not self.tools.models.ends
+        return self.options.side_by_side and not self.tools.models.ends
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Whether they can write for these prompts.
