@@ -1,7 +1,7 @@
 """What fits: the parts of the calculation against what is really there, and the plan that the docs show."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,16 @@ from onpath.config.build import build
 from onpath.config.sections import RolloutSection
 from onpath.config.whole import Config
 from onpath.engines.decoding.kv_cache import preallocated_cache
+from onpath.engines.forward import Kept
 from onpath.engines.head import unwrapped
 from onpath.engines.student import recompute
 from onpath.losses import Head, Objective, StatsRequest, TeacherHidden, one_pass
 from onpath.losses.one_pass import workspace
+from onpath.records import Trajectory
 from onpath.run.assemble import assemble
+from onpath.run.meter import Stopwatch
 from onpath.system import distributed
+from onpath.training import corrected
 
 Tiny = Callable[..., Config]
 ROOT = Path(__file__).parents[2]
@@ -419,13 +423,67 @@ def test_what_a_teacher_writes_takes_a_cache(options: dict[str, Any], writes: bo
 
 @pytest.mark.parametrize(("hold", "both"), [(0, True), (3, False)])
 def test_who_writes_side_by_side_keeps_two_caches(hold: int, both: bool, tiny: Tiny) -> None:
-    """Relay's student and teacher, and not where they take turns."""
+    """Relay's student and teacher; where they take turns the teacher goes on from its scoring pass."""
     config = tiny(method__name="relay", method__hold=hold, rollout__batch_tokens=50_000)
     step = step_of_config(config, device=torch.device("cpu"))
     caches = [cache_bytes(m, 50_000, half=False) for m in (step.student, step.teacher) if m is not None]
     found = parts_of(step)
-    assert found["phase_writing"] == 1.25 * (sum(caches) if both else caches[1])
+    assert found["phase_writing"] == (1.25 * sum(caches) if both else 0.0)
     assert found["phase_sampling"] == 1.25 * caches[0]
+    assert step.continues
+
+
+KEEPING: dict[str, tuple[dict[str, Any], bool]] = {
+    "opd": ({}, False),
+    "teacher's text": ({"writer": "teacher", "divergence": "cross_entropy"}, False),
+    "opsd": ({"name": "opsd", "template": "{problem} {solution}"}, True),
+    "opsd, not diagnosed": ({"name": "opsd", "template": "{problem} {solution}", "diagnose_every": 0}, False),
+    "trd": ({"name": "trd", "template": "{problem} {attempt}", "gate": False}, True),
+    "trd, not diagnosed": (
+        {"name": "trd", "template": "{problem} {attempt}", "gate": False, "diagnose_every": 0},
+        True,
+    ),
+    "topd": ({"name": "topd", "window": 4}, True),
+    "relay": ({"name": "relay"}, True),
+    "branch": ({"name": "branch"}, True),
+    "bridge": ({"name": "bridge", "window": 4, "meet_window": 2, "every": 1}, True),
+    "truncate": ({"name": "truncate", "window": 4}, True),
+    "truncate by share": ({"name": "truncate", "stop_when": "share"}, False),
+}
+
+
+@pytest.mark.parametrize("name", KEEPING)
+def test_what_a_method_keeps_for_the_loss_is_planned(
+    name: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it holds the teacher's states, some of them for its own time only, is what its options say."""
+    options, keeps = KEEPING[name]
+    held, only = list[bool](), Kept.only
+
+    def noted(kept: Kept, trajectories: Iterable[Trajectory]) -> None:
+        held.append(bool(kept.teacher))
+        only(kept, trajectories)
+
+    monkeypatch.setattr(Kept, "only", noted)
+    parts = assemble(tiny(**{f"method__{key}": value for key, value in options.items()}))
+    made = corrected(parts, 0, Stopwatch()).step.prepared
+    step = step_of(parts, response_tokens=1000)
+    assert any([*held, bool(made.kept.teacher)]) is keeps
+    assert (step.response_tokens > 0) is keeps
+    for states in list(made.kept.teacher.values())[:1]:
+        writer = step.teacher or step.student
+        assert states[0].numel() * states.element_size() == writer.width * writer.weight_bytes
+    parts.close()
+
+
+def test_a_server_leaves_no_states(tiny: Tiny) -> None:
+    served = {
+        "teacher__engine": "vllm",
+        "teacher__url": "http://localhost:1",
+        "method__support": "teacher_topk",
+    }
+    config = tiny(method__name="branch", **served)
+    assert step_of_config(config, device=torch.device("cpu")).response_tokens == 0
 
 
 def test_several_processes_that_hold_no_model_share_one_step(

@@ -102,7 +102,8 @@ class Step:
     side_by_side: bool = False
     """Whether the student writes them with it."""
     response_tokens: int = 0
-    """Of the whole step in this process, whose hidden states of the teacher are kept for the loss (TOPD)."""
+    """Of the whole step in this process, whose hidden states of the teacher, or of the student that teaches
+    itself, are kept for the loss by the method that has read them."""
     half: bool = False
     """optim.bf16."""
     recompute: bool = False
@@ -114,7 +115,7 @@ class Step:
     ahead: bool = False
     """Whether a copy of the student samples the next batch (rollout.overlap)."""
     continues: bool = False
-    """Whether the teacher goes on from its scoring pass (TOPD): its keys and values are kept."""
+    """Whether the teacher goes on from its scoring pass (TOPD, relay): its keys and values are kept."""
     prepares: bool = False
     """Whether the method runs models before it scores: shards are whole for that."""
     vllm: float = 0.0
@@ -221,7 +222,9 @@ def parts_of(step: Step, *, shard: Shard = "none", world: int = 1) -> dict[str, 
     writer, theirs = (student, stream) if teacher is None else (teacher, teacher.weight_bytes)
     own = 1.25 * cache_bytes(student, step.batch_tokens, half=step.half, stream=stream)
     written = 1.25 * cache_bytes(writer, step.written_tokens, half=step.half, stream=theirs)
-    past, one_graph = 0.0, 0 < step.response_tokens <= step.micro_batch_tokens
+    # A graph of the reading pass serves the loss where one micro-batch holds all, and weights stay gathered.
+    past, one_graph = 0.0, n == 1 or shard == "step"
+    one_graph &= 0 < step.response_tokens <= step.micro_batch_tokens
     if step.continues and teacher is not None:
         past = 2.25 * cache_bytes(teacher, step.micro_batch_tokens, half=teacher.weight_bytes == 2)
     gradients = student.trained * student.trained_bytes / n
@@ -232,9 +235,7 @@ def parts_of(step: Step, *, shard: Shard = "none", world: int = 1) -> dict[str, 
         "teacher": 0.0 if teacher is None else (teacher.bytes + step.more_teachers) / n,
         "copies": copy_bytes(step, shards=n),
         "gathered": gathered,
-        "kept": 0.0
-        if teacher is None
-        else float(step.response_tokens * teacher.width * teacher.weight_bytes),
+        "kept": float(step.response_tokens * writer.width * writer.weight_bytes),
         "vllm": 0.0 if step.vllm_sleeps else step.vllm,
     }
     shared = (more if step.prepares else 0.0) + half_copies
@@ -423,7 +424,7 @@ def _step_of(
     method = config.method
     # A teacher that keeps its past goes on from that, which is counted there.
     here = method.self_taught or any(teacher.engine == "hf" for teacher in config.taught_by.values())
-    writes = here and method.teacher_writes and not method.keeps_past
+    writes = here and method.teacher_writes and (method.side_by_side or not method.keeps_past)
     others = [] if method.self_taught else [decoder_of(model) for model in teachers]
     largest = max(others, key=lambda model: model.bytes, default=None)
     weights = {id(p): p for model in teachers for p in model.parameters()}  # adapters share some
@@ -437,7 +438,7 @@ def _step_of(
         batch_tokens=config.rollout.batch_tokens if config.rollout.engine == "hf" else 0,
         written_tokens=config.rollout.batch_tokens if writes else 0,
         side_by_side=writes and method.side_by_side,
-        response_tokens=response_tokens if method.keeps_past else 0,
+        response_tokens=response_tokens if here and method.keeps_states else 0,
         half=config.optim.bf16,
         recompute=config.student.gradient_checkpointing,
         averaged=method.teacher_weights == "ema",

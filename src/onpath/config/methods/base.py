@@ -206,6 +206,11 @@ class MethodOptions(Section):
         return False
 
     @property
+    def keeps_states(self) -> bool:
+        """Whether the teacher's states of what `prepare` reads are kept for the loss, of the whole step."""
+        return False
+
+    @property
     def teacher_writes(self) -> bool:
         """Whether a prompt's own teacher generates: it rewrites, goes on, or takes over."""
         return False

@@ -33,5 +33,9 @@ class BranchOptions(MethodOptions):
         return ("answer",) if self.keep == "right" else ()
 
     @property
+    def keeps_states(self) -> bool:
+        return True
+
+    @property
     def others_write(self) -> bool:
         return True

@@ -32,6 +32,14 @@ class BridgeOptions(MethodOptions):
     by lot."""
 
     @property
+    def keeps_states(self) -> bool:
+        return True
+
+    @property
+    def keeps_past(self) -> bool:
+        return True
+
+    @property
     def teacher_writes(self) -> bool:
         return True
 

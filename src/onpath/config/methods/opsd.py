@@ -46,6 +46,10 @@ class OPSDOptions(MethodOptions):
         return not self.off_policy or self.divergence == "sampled"
 
     @property
+    def keeps_states(self) -> bool:
+        return self.diagnose_every > 0
+
+    @property
     def runs_models(self) -> bool:
         return self.diagnose_every > 0 or self.shown == "contrast"
 

@@ -53,6 +53,14 @@ class RelayOptions(MethodOptions):
         return self.words
 
     @property
+    def keeps_states(self) -> bool:
+        return True
+
+    @property
+    def keeps_past(self) -> bool:
+        return not self.from_start
+
+    @property
     def side_by_side(self) -> bool:
         return self.trigger == "log_ratio" and not self.hold and self.control == "none"
 

@@ -148,6 +148,10 @@ class TOPDOptions(MethodOptions):
         return self.window, "method.window"
 
     @property
+    def keeps_states(self) -> bool:
+        return True
+
+    @property
     def keeps_past(self) -> bool:
         return self.reuse_cache
 

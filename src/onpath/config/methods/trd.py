@@ -99,6 +99,10 @@ class TRDOptions(MethodOptions):
         return self.offline
 
     @property
+    def keeps_states(self) -> bool:
+        return True  # those of its rewrites, which it has read while it wrote them
+
+    @property
     def teacher_writes(self) -> bool:
         # A named rewriter goes on from the fork, but it is the prompt's own teacher whose windows find it.
         return self.rewriter is None or (self.minimal_edit and self.locate == "fork")

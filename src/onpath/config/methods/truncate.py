@@ -50,6 +50,14 @@ class TruncateOptions(MethodOptions):
         return not self.off_policy or self.divergence == "sampled"
 
     @property
+    def keeps_states(self) -> bool:
+        return self.stop_when not in ("share", "checker")
+
+    @property
+    def keeps_past(self) -> bool:
+        return self.stop_when == "fork"
+
+    @property
     def teacher_writes(self) -> bool:
         return self.stop_when == "fork"
 
