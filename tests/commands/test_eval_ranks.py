@@ -190,7 +190,7 @@ def test_what_ends_one_process_ends_all_with_its_sentence(
         "process 2 of 2 has eval.n: 4, the first 3",
         "some processes alone have --against, or --out",
         "planted: it cannot be done",
-        "process 2 of 2 has data other, the first sums; start all with one command",
+        "process 2 of 2 has data.eval: ['other'], the first ['sums']; start all with one config",
     )
     for (_, _, err), expected in zip(first, says, strict=True):
         assert expected in err

@@ -64,6 +64,10 @@ def test_content_is_compared_and_not_where_it_lies(tiny: Tiny, data_file: Path, 
     assert told == (
         "process 2 of 2 has another content of data.train than the first; give all the same files"
     )
+    more = tiny(**{**ours, "data__eval": {"sums": str(data_file)}})
+    assert said_by_both([config, more], tmp_path) == (
+        "process 2 of 2 has data.eval: ['sums'], the first []; start all with one config"
+    )
     there = tmp_path / "student"
     shutil.copytree(config.student.model, there)
     elsewhere = tiny(**ours, data__train=str(moved), student__model=str(there))

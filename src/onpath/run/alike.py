@@ -109,6 +109,7 @@ def _given(config: Config, prompts: Prompts, start: Trained | None) -> Iterator[
             if not of_a_host:
                 yield f"{section}.{option}", ("option", value)
     yield "data.train", ("content", digest_prompts(prompts.pool))
+    yield "data.eval", ("option", [*prompts.evals])  # one after the other by all
     for split, some in prompts.evals.items():
         yield f"data.eval.{split}", ("content", digest_prompts(some))
     if config.data.chat_template is not None:
