@@ -1,6 +1,5 @@
 """The recipe's task, its checker of steps, and its study on tiny random models."""
 
-import copy
 import json
 import random
 import sys
@@ -14,16 +13,14 @@ import yaml
 
 from onpath import config as configuration
 from onpath.commands.probes.sampled import sampled
-from onpath.commands.study import plan
-from onpath.commands.study.config import study_of
 from onpath.commands.study.plan import Job
 from onpath.commands.study.run import run_study
-from onpath.config.whole import Config
 from onpath.data import tasks
 from onpath.run.assemble import assemble
 from onpath.system import code
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "smollm2-study"
+STUDIES = sorted(path.name for path in RECIPE.glob("*.yaml") if "arms" in configuration.read_yaml(path))
 TEXT = (
     "Ann has 7 pens. Ben gives Ann 2 pens. Ann buys 3 bags with 4 pens each. How many pens does Ann have now?"
 )
@@ -150,9 +147,8 @@ def smaller(path: Path, models: dict[str, Path], out: Path) -> dict[str, Any]:
     """The study on tiny random models: two rollouts and one update an arm."""
     tree = configuration.read_yaml(path)
     base = tree["base"]
-    assert (base["student"]["model"], base["teacher"]["model"]) == tuple(
-        f"build/smollm2-study/{role}" for role in ("student", "teacher")
-    )
+    asked = {"longer" if path.stem == "hard" else "student", "better"}
+    assert {Path(base[role]["model"]).name for role in ("student", "teacher")} == asked
     for role in ("student", "teacher"):
         base[role] |= {"model": str(models[role]), "device": "cpu"}
     base["student"]["lora_rank"] = 2
@@ -163,33 +159,26 @@ def smaller(path: Path, models: dict[str, Path], out: Path) -> dict[str, Any]:
     for name, arm in tree["arms"].items():
         if isinstance(arm, dict):
             tree["arms"][name] = {key: value for key, value in arm.items() if key != "budget"}
-    changed = {"seeds": [0], "budget": {"updates": 1}, "dir": str(out)}
-    changed |= {key: {**tree[key], "limit": 1} for key in ("evals", "tune")}
-    changed["tune"]["lrs"] = tree["tune"]["lrs"][:2]
+    changed: dict[str, Any] = {"seeds": [0], "budget": {"updates": 1}, "dir": str(out)}
+    changed |= {key: {**tree[key], "limit": 1} for key in ("evals", "tune") if key in tree}
+    if "tune" in tree:
+        changed["tune"]["lrs"] = tree["tune"]["lrs"][:2]
     return {**tree, **changed}
 
 
 @pytest.mark.filterwarnings("ignore:.*lora.*:UserWarning")
+@pytest.mark.parametrize("name", STUDIES)
 def test_the_study_runs(
-    words: Any, model_dirs: dict[str, Path], tmp_path: Path, in_process: list[Job]
+    name: str, words: Any, model_dirs: dict[str, Path], tmp_path: Path, in_process: list[Job]
 ) -> None:
-    """Every arm trains, and what the first look runs is a part of it."""
-    first, whole = (smaller(RECIPE / name, model_dirs, tmp_path) for name in ("first.yaml", "study.yaml"))
-    with code.allowed():
-        part, planned = (runs_of(tree, RECIPE / "study.yaml") for tree in (first, whole))
-    assert part.items() <= planned.items()
-    (tmp_path / "whole.yaml").write_text(yaml.safe_dump(whole, sort_keys=False))
-    found = run_study(tmp_path / "whole.yaml", allow_code=True, quiet=True)
-    assert {row["arm"] for row in found.data["rows"]} == set(whole["arms"])
+    """Every arm trains."""
+    tree = smaller(RECIPE / name, model_dirs, tmp_path)
+    (tmp_path / "smaller.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    found = run_study(tmp_path / "smaller.yaml", allow_code=True, quiet=True)
+    assert {row["arm"] for row in found.data["rows"]} == set(tree["arms"])
     trained = [row for row in found.data["rows"] if row["kind"] == "train"]
+    assert trained
     assert all(row["updated_tokens"] > 0 for row in trained)
-    assert len(in_process) == 2 + len(planned)  # two rates of one arm were tried
-
-
-def runs_of(tree: dict[str, Any], path: Path) -> dict[str, Config]:
-    study = study_of(copy.deepcopy(tree), path)
-    steps, rates = dict.fromkeys(study.trained, 1), dict.fromkeys(study.trained, 1e-3)
-    return {job.name: job.config for job in plan.runs(study, steps, rates)}
 
 
 def test_the_figures_are_counted_by_hand(tmp_path: Path) -> None:

@@ -109,10 +109,13 @@ def test_a_table_at_three_temperatures_has_the_study_s_numbers(path: Path) -> No
                 short = f"{points(gap['mean'], signed=True)} {gap['verdict']}"
                 assert cells[at + 1] in (told(found), short)
         assert cells[2] == points(arm["evals"][split]["pass_at_k"]["mean"])
+    tables = [cells_of(part) for part in section_of(path).split("\n\n") if part.startswith("| rate")]
     for row in data.get("tuning", []):
         for tried in row["grid"]:
-            (line,) = [cells for cells in cells_of(section_of(path)) if same_rate(cells[0], tried["lr"])]
-            (head,) = [cells for cells in cells_of(section_of(path)) if cells[0] == "rate"]
+            ((head, *lines),) = [
+                rows for rows in tables if any(row["arm"] == h.split(",")[0] for h in rows[0])
+            ]
+            (line,) = [cells for cells in lines if same_rate(cells[0], tried["lr"])]
             mark = "**" if tried["lr"] == row["chosen"] else ""
             assert line[head.index(row["arm"])] == f"{mark}{points(tried['avg_at_k'])}{mark}"
 
