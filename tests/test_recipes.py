@@ -93,6 +93,7 @@ def test_a_paper_runs(path: Path, model_dirs: dict[str, Path], problems: Path, t
     )  # random models: no token is below the clip
 
 
+PAPER_README = (RECIPES / "paper" / "README.md").read_text()
 SHAPES = {
     "Qwen/Qwen3-1.7B": (28, 2048, 16, 6144, True),
     "Qwen/Qwen3-4B-Instruct-2507": (36, 2560, 32, 9728, True),
@@ -104,7 +105,7 @@ SHAPES = {
 def table() -> dict[str, list[str]]:
     """Of recipes/paper/README.md: each config's cells of memory and time."""
     found: dict[str, list[str]] = {}
-    for line in (RECIPES / "paper" / "README.md").read_text().splitlines():
+    for line in PAPER_README.splitlines():
         if not re.match(r"\| `(trd|opd|sft|opsd|topd|relay)-", line):
             continue
         first, _, *cells = (cell.strip() for cell in line.strip("|").split("|"))
@@ -138,6 +139,18 @@ def test_the_table_is_what_doctor_calculates(tmp_path: Path) -> None:
             planned = [parts_of(step), parts_of(spread(step, 8), shard="layer", world=8)]
             known[alike] = [f"{part['peak'] / 1e9:.0f}" for part in planned]
         assert stated[path.stem][:2] == known[alike], path.stem
+
+
+def test_the_baselines_of_the_larger_student_are_those_of_the_smaller() -> None:
+    commands = re.findall(r"^\$ onpath train recipes/paper/(\S+) (--.*)$", PAPER_README, flags=re.M)
+    assert {file for file, _ in commands} == {"opd-4b.yaml", "trd-opd-4b.yaml"}
+    for file, options in commands:
+        given = options.split()
+        overrides = [(k.removeprefix("--"), v) for k, v in zip(given[::2], given[1::2], strict=True)]
+        larger = configuration.load(RECIPES / "paper" / file, overrides)
+        smaller = configuration.load(RECIPES / "paper" / f"{larger.run.name.replace('4b', '1.7b')}.yaml")
+        assert larger.method == smaller.method
+        assert larger.optim == smaller.optim
 
 
 def test_every_method_of_the_papers_is_there() -> None:
