@@ -162,7 +162,7 @@ def test_the_divergence_probe_writes_its_files(source: str, tiny: Tiny, tmp_path
 
 def test_the_loudest_positions_are_the_high_group(tiny: Tiny) -> None:
     parts = assemble(tiny())
-    found = divergence.probe(parts, rollouts=4, window=5, each=2, everywhere=False)
+    found = divergence.probe(parts, rollouts=4, window=5, each=2)
     for prompt in {p.prompt_id for p in found}:
         mine = [p for p in found if p.prompt_id == prompt]
         least = min(p.reverse_kl for p in mine if "high" in p.groups)

@@ -48,7 +48,7 @@ def run_probe(parts: Parts, *, rollouts: int, out: Path, window: int | None = No
         UserError: a number below 1, or a disk that cannot be written.
     """
     checked(rollouts=rollouts, each=each, window=window)
-    found = probe(parts, rollouts=rollouts, window=window, each=each, everywhere=True)
+    found = probe(parts, rollouts=rollouts, window=window, each=each)
     path = out / "divergence.jsonl"
     summary = {"student": parts.config.student.model, **summarise(found, options_of(parts, window))}
     write_text(path, "".join(json.dumps(vars(p)) + "\n" for p in found))
@@ -57,7 +57,7 @@ def run_probe(parts: Parts, *, rollouts: int, out: Path, window: int | None = No
     return path
 
 
-def probe(parts: Parts, *, rollouts: int, window: int | None, each: int, everywhere: bool) -> list[Place]:
+def probe(parts: Parts, *, rollouts: int, window: int | None, each: int) -> list[Place]:
     """The positions with their futures, rollout by rollout."""
     options = options_of(parts, window)
     made = sampled(parts, rollouts)
@@ -71,7 +71,7 @@ def probe(parts: Parts, *, rollouts: int, window: int | None, each: int, everywh
             mine = chosen(values, made[row], options, each, seed=parts.config.run.seed)
             groups |= {(row, position): names for position, names in mine.items()}
             losses, gaps = ranked_by(values, options)
-            wanted = range(len(losses)) if everywhere and label_of is not None else sorted(mine)
+            wanted = range(len(losses)) if label_of is not None else sorted(mine)
             here += [Fork(row=row, position=t, loss=losses[t], gap=gaps[t], draw=0.0) for t in wanted]
         found += with_windows(here, made, parts.tools, options, 0, one)
         grouped = [f for f in here if groups.get((f.row, f.position))]
