@@ -176,6 +176,16 @@ def test_what_cannot_be_compared_is_said(options: dict[str, Any], says: str, tin
     assert says in str(error.value)
 
 
+def test_a_card_says_that_rows_were_given_in_python(tiny: Tiny) -> None:
+    rows = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(4)]
+    config = tiny(optim__steps=1, rollout__prompts=2)
+    result = train(config, train_dataset=rows, eval_dataset={"mine": rows}, quiet=True)
+    text = (result.model / "README.md").read_text()
+    assert "| data | `rows given in Python`, 4 problems |" in text
+    assert "mine: rows given in Python" in text
+    assert "passed." not in text
+
+
 @pytest.mark.parametrize("rank", [0, 2], ids=["full", "lora"])
 def test_a_card_says_what_was_done_and_names_no_local_path(rank: int, tiny: Tiny, tmp_path: Path) -> None:
     template = tmp_path / "mine.jinja"
