@@ -100,9 +100,8 @@ class SideBySide:
         return found
 
     def _asked(self, name: str | None, starts: Sequence[Start]) -> list[Finished] | None:
-        engines = self.tools.generators
-        teacher, delta = engines.teacher.of(name), self.options.delta
-        return engines.student.relay(teacher, starts, self.tools.sampling, delta=delta)
+        engines, delta = self.tools.generators, self.options.delta
+        return engines.student.relay(engines.teacher.of(name), starts, self.tools.sampling, delta=delta)
 
 
 def _ended(begun: Mixed, end: Finished) -> Mixed:
