@@ -16,7 +16,9 @@ from torch.distributed import is_initialized
 
 from onpath.config.whole import Config
 from onpath.engines.hf import HFEngine
+from onpath.engines.worlds import SpoilingEngine
 from onpath.methods import Method, MethodOptions, Prepared
+from onpath.methods.base import own_response
 from onpath.records import Rollout, Sampling
 from onpath.run.assemble import assemble
 from onpath.run.log import read_lines
@@ -188,6 +190,52 @@ def test_a_group_shares_one(
         a, b, c, d = (json.loads((tmp_path / f"{kind}{rank}").read_text()) for rank in range(4))
         assert (a, c) == (b, d), "a vLLM of two runs the same in both"
     assert a[-2:] == ["sleep", "shutdown in group: True"]
+    rows = read_lines(Path(config.run.dir) / "group" / "metrics.jsonl")
+    for a, b in zip(one, rows, strict=True):
+        assert {k: a[k] for k in COLUMNS} == pytest.approx({k: b[k] for k in COLUMNS}, rel=5e-5, abs=1e-7)
+
+
+class TakesTurns(Method):
+    """One process asks while the other one has gone on to an exchange of all."""
+
+    class Options(MethodOptions):
+        """None."""
+
+    def prepare(self, rollouts: Sequence[Rollout], *, step: int) -> Prepared:
+        for turn in range(2):
+            if distributed.rank() == turn:
+                student = self.tools.generators.student
+                student.continue_from([r.context for r in rollouts], self.tools.sampling)
+            self.tools.gather([turn])
+        return Prepared(trajectories=[own_response(r) for r in rollouts])
+
+
+EXCHANGING: dict[str, tuple[dict[str, Any], type[Method] | None]] = {
+    "own method": ({}, TakesTurns),
+    # The second process has no rollout of the old weights to score with the new ones.
+    "refresh": ({"rollout__refresh": {"overlap_below": 0.99}, "rollout__prompts": 1}, None),
+    # Some have rollouts that go on from a token of the world's, before all are dealt.
+    "world": ({"data__train": "gym:train?spoil=0.5", "rollout__prompts": 2, "optim__steps": 6}, None),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXCHANGING)
+def test_who_comes_to_an_exchange_of_all_runs_what_its_group_asks(
+    name: str, tiny: Tiny, library: type[Recorder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoiled(_: object, rollout: Rollout) -> tuple[int, Any] | None:
+        return (1, rollout.ids[0]) if sum(rollout.context) % 3 == 0 else None
+
+    monkeypatch.setattr(SpoilingEngine, "_spoiled", spoiled)
+    monkeypatch.setattr(SpoilingEngine, "_id", lambda _, token: token)
+    options, method = EXCHANGING[name]
+    options = {"rollout__prompts": 4, "optim__steps": 4, "parallel__timeout": TIMEOUT, **options}
+    options["rollout__engine"] = "vllm"
+    group = {"tensor_parallel_size": 2, "enable_sleep_mode": True}
+    config = tiny(**options, rollout__vllm=group, run__name="group")
+    one = read_lines(train(tiny(**options), method=method, quiet=True).directory / "metrics.jsonl")
+    done_by_all(lambda _: train(config, method=method, quiet=True), tmp_path, world=2)
     rows = read_lines(Path(config.run.dir) / "group" / "metrics.jsonl")
     for a, b in zip(one, rows, strict=True):
         assert {k: a[k] for k in COLUMNS} == pytest.approx({k: b[k] for k in COLUMNS}, rel=5e-5, abs=1e-7)

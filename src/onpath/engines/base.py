@@ -40,7 +40,8 @@ class Engine:
 
     def in_step(self) -> AbstractContextManager[None]:
         """Around what processes ask for in different numbers of calls, where they share what answers: all
-        enter, and leave. Outside of it each makes as many calls as the others."""
+        enter, and leave. An exchange of all inside of it goes through `distributed`. Outside of it each makes
+        as many calls as the others."""
         return nullcontext()
 
     def of(self, teacher: str | None) -> "Engine":

@@ -1,7 +1,8 @@
 """Processes that share one vLLM, each with a part of every matrix: what one asks, all of its group run.
 
 Methods ask for different numbers of batches on different processes. Inside `in_step` whoever is done goes on
-running what the others ask, until all are.
+running what the others ask, until all are; and so does whoever comes to an exchange of all processes, which
+one that still asks has yet to reach.
 """
 
 from collections.abc import Mapping

@@ -137,9 +137,17 @@ class VLLMEngine(Engine):
 
     @contextmanager
     def in_step(self) -> Iterator[None]:
-        """See `Engine.in_step`."""
-        yield
-        while self._group is not None and self._of_all(None) is not None:
+        """See `Engine.in_step`. Who comes to an exchange of all processes is done until then."""
+        if self._group is None:
+            yield
+            return
+        with distributed.before_exchange(self._catch_up):
+            yield
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Runs what the others of the group still ask, until all are done."""
+        while self._of_all(None) is not None:
             self._rest()
 
     def _generate(self, prefixes: Sequence[Sequence[int]], params: Sequence[Any]) -> list[Any]:

@@ -43,6 +43,7 @@ _SILENT = (
 _HEARD = 60.0  # seconds that a rank which gives up waits for the others to hear of it
 _ANSWERED = 5.0  # seconds in which whoever holds the store answers
 _before_stop: list[Callable[[], None]] = []
+_before_exchange: list[Callable[[], None]] = []
 _lines: dict[int, int] = {}
 """Sockets to the other ranks: descriptor → inode, for descriptors are given out again."""
 _held: list[Store] = []
@@ -245,6 +246,22 @@ def before_stop(close: Callable[[], None]) -> None:
     _before_stop.append(close)
 
 
+@contextmanager
+def before_exchange(catch_up: Callable[[], None]) -> Iterator[None]:
+    """In this block `catch_up` runs before each exchange of all ranks: one that has come to it may be needed
+    by another on its way there."""
+    _before_exchange.append(catch_up)
+    try:
+        yield
+    finally:
+        _before_exchange.remove(catch_up)
+
+
+def _meet() -> None:
+    for catch_up in _before_exchange:
+        catch_up()
+
+
 def local_device(device: torch.device) -> torch.device:
     """The GPU of this rank on its host; other devices unchanged."""
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
@@ -279,6 +296,7 @@ def gather(items: Sequence[T]) -> list[T]:
     """All ranks' items, in the order that `share` took them from."""
     if world() == 1:
         return list(items)
+    _meet()
     parts: list[list[T]] = [[] for _ in range(world())]
     dist.all_gather_object(parts, list(items))
     longest = max(map(len, parts))
@@ -294,6 +312,7 @@ def first_decides(decide: Callable[[], T]) -> T:
     """
     if world() == 1:
         return decide()
+    _meet()
     answer: list[Any] = [None, None]
     if rank() == 0:
         try:
@@ -339,6 +358,7 @@ def exchanged(parcels: Sequence[T]) -> list[T]:
     """
     if world() == 1:
         return list(parcels)
+    _meet()
     packed = [torch.frombuffer(bytearray(pickle.dumps(p)), dtype=torch.uint8) for p in parcels]
     sizes = torch.tensor([len(p) for p in packed], device=_sending())
     coming = torch.empty_like(sizes)
@@ -353,6 +373,7 @@ def most(here: int) -> int:
     """The largest of all ranks' numbers."""
     if world() == 1:
         return here
+    _meet()
     found = torch.tensor(here, device=_sending())
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return int(found)
@@ -371,6 +392,7 @@ def total(values: Iterable[float], device: torch.device | None = None) -> list[f
     """
     sums = torch.tensor(list(values), dtype=torch.float64, device=device or _sending())
     if world() > 1:
+        _meet()
         dist.all_reduce(sums)
     return [float(v) for v in sums]
 
@@ -430,4 +452,5 @@ def _sending() -> torch.device | None:
 
 def barrier() -> None:
     if world() > 1:
+        _meet()
         dist.barrier()
