@@ -23,6 +23,7 @@ from onpath.run.assemble import assemble
 from onpath.run.log import read_lines
 from onpath.run.meter import Stopwatch
 from onpath.run.parts import Parts
+from onpath.system import distributed
 from onpath.system.code import allowed
 from onpath.system.errors import UserError
 from onpath.training import accumulate, corrected, sample, train
@@ -196,8 +197,16 @@ def test_processes_score_early_wherever_their_rollouts_go(
     teacher: FakeVLLM,
     model_dirs: dict[str, Path],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What was read of those that are dealt to another process goes with them."""
+    """What was read of those that are dealt to another process goes with them, one after the other."""
+    exchanged = distributed.exchanged
+
+    def alone(parcels: list[Any]) -> list[Any]:
+        assert all(len(p) <= 1 for p in parcels if isinstance(p, dict))
+        return exchanged(parcels)
+
+    monkeypatch.setattr(distributed, "exchanged", alone)
 
     def config(name: str) -> Config:
         options = {"optim__steps": 2, "optim__eps": 1e-4, "parallel__balance": balance, "run__name": name}

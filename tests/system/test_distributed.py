@@ -21,7 +21,7 @@ from onpath.config.whole import Config
 from onpath.run.log import read_lines
 from onpath.system import distributed, launcher
 from onpath.training import train
-from tests.forks import TIMEOUT, done_by_two, forked
+from tests.forks import TIMEOUT, done_by_all, done_by_two, forked
 from tests.run.test_resume import Stopped, stop_at
 from tests.system.test_two_processes import in_ranks
 
@@ -92,6 +92,34 @@ def test_gradients_are_summed_not_averaged(monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(model[0].weight.grad, torch.full((3, 2), 7.0))
     assert torch.equal(model[1].weight.grad, torch.ones(2, 3, dtype=torch.bfloat16))
     assert model[0].bias.grad is None
+
+
+def test_parcels_travel_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They lie in host memory: a device has room for a part of each."""
+    sent, send = list[int](), dist.all_to_all_single
+
+    def noted(into: torch.Tensor, out: torch.Tensor, *splits: list[int]) -> None:
+        if splits:
+            sent.append(max(len(into), len(out)))
+        send(into, out, *splits)
+
+    monkeypatch.setattr(dist, "all_to_all_single", noted)
+    monkeypatch.setattr(distributed, "_PART", 200)
+
+    def parcel(giver: int, taker: int) -> dict[str, torch.Tensor]:
+        size = 100 * giver * (taker - giver) ** 2
+        return {"states": torch.full((size,), giver + 0.5, dtype=torch.bfloat16)} if size else {}
+
+    def exchanged(rank: int) -> None:
+        distributed.start(torch.device("cpu"), timeout=TIMEOUT)
+        found = distributed.exchanged([parcel(rank, taker) for taker in range(3)])
+        assert [list(one) for one in found] == [list(parcel(giver, rank)) for giver in range(3)]
+        for giver, one in enumerate(found):
+            assert all(torch.equal(t, parcel(giver, rank)[name]) for name, t in one.items())
+        assert len(sent) > 5
+        assert max(sent) <= 3 * 200
+
+    done_by_all(exchanged, tmp_path, world=3)
 
 
 def test_a_weight_without_a_gradient_keeps_none(tmp_path: Path) -> None:

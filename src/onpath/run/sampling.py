@@ -127,11 +127,14 @@ def send_on(parts: Parts, drawn: list[Rollout], dealt: list[Rollout]) -> None:
     teacher, read_of = parts.models.teacher, parts.method.scored_first
     had, has = ({(r.prompt.id, r.sample): r for r in rollouts} for rollouts in (drawn, dealt))
     asked = distributed.exchanged([[name for name in has if name not in had]] * distributed.world())
-    mine = [[name for name in names if name in had] for names in asked]
-    known = {name: t for names in mine for name in names if (t := read_of(had[name])) is not None}
-    parcels = [{name: teacher.begun(known[name]) for name in names if name in known} for names in mine]
-    for parcel in distributed.exchanged(parcels):
-        for name, read in parcel.items():
+    mine = [
+        [(name, t) for name in names if name in had and (t := read_of(had[name])) is not None]
+        for names in asked
+    ]
+    # One rollout for each process at a time: on its way there are several copies of what was read of it.
+    for turn in range(distributed.most(max(map(len, mine)))):
+        parcels = [{name: teacher.begun(t) for name, t in known[turn : turn + 1]} for known in mine]
+        for name, read in (each for parcel in distributed.exchanged(parcels) for each in parcel.items()):
             if read is not None and (trajectory := read_of(has[name])) is not None:
                 teacher.take_over(trajectory, read)
 

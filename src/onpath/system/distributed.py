@@ -51,6 +51,8 @@ _held: list[Store] = []
 _boards: list[Store | None] = []
 _MESSAGE = 2**24
 """Numbers that are copied to be summed at once: 64 MiB in float32."""
+_PART = 2**24
+"""Bytes of a parcel that travel at once."""
 _words: list[str] = []
 """The board and what it said, once this rank has looked: whoever holds it may leave."""
 
@@ -363,10 +365,16 @@ def exchanged(parcels: Sequence[T]) -> list[T]:
     sizes = torch.tensor([len(p) for p in packed], device=_sending())
     coming = torch.empty_like(sizes)
     dist.all_to_all_single(coming, sizes)
-    found = torch.empty(int(coming.sum()), dtype=torch.uint8, device=_sending())
-    splits = coming.tolist(), sizes.tolist()
-    dist.all_to_all_single(found, torch.cat(packed).to(found.device), *splits)
-    return [pickle.loads(part.numpy().tobytes()) for part in found.cpu().split(splits[0])]
+    found = [torch.empty(size, dtype=torch.uint8) for size in coming.tolist()]
+    # Parcels lie in host memory, and may be more than a device has left: a part of each at a time.
+    for begin in range(0, most(max(map(len, packed))), _PART):
+        out, into = ([one[begin : begin + _PART] for one in ones] for ones in (packed, found))
+        theirs, ours = ([len(part) for part in parts] for parts in (into, out))
+        arrived = torch.empty(sum(theirs), dtype=torch.uint8, device=_sending())
+        dist.all_to_all_single(arrived, torch.cat(out).to(arrived.device), theirs, ours)
+        for part, piece in zip(into, arrived.split(theirs), strict=True):
+            part.copy_(piece)
+    return [pickle.loads(one.numpy().tobytes()) for one in found]
 
 
 def most(here: int) -> int:
