@@ -213,6 +213,16 @@ def test_smaller_batches_and_a_server_cure_what_a_teacher_writes() -> None:
     assert "a teacher on a server (teacher.engine: vllm)" in found
 
 
+def test_a_server_cures_what_is_kept_of_its_states() -> None:
+    """And what the student would write beside it."""
+    step = replace(step_of_size("1.7B", True, "8B"), response_tokens=4_000_000, side_by_side=True)
+    served = replace(step, teacher=None, response_tokens=0, side_by_side=False)
+    room = parts_of(served)["peak"]
+    assert parts_of(served)["kept"] == 0
+    assert parts_of(replace(served, response_tokens=step.response_tokens))["peak"] > room
+    assert "a teacher on a server (teacher.engine: vllm)" in cures(step, room)
+
+
 def test_a_vllm_beside_the_student_has_its_part_of_the_gpu() -> None:
     """What it is told to take: for as long as it lives, or while it samples."""
     step, room = step_of_size("1.7B", True, "8B"), 80e9
