@@ -273,6 +273,21 @@ def test_a_run_and_its_checkpoints_are_asked_as_the_run_asks(run: Path) -> None:
     assert bare.results[str(run / "model")].details != found[4].details, "without the run's system prompt"
 
 
+def test_a_model_is_compared_with_a_run_as_the_run_asks(run: Path, model_dirs: dict[str, Path]) -> None:
+    """A base that is asked without the run's system message and stops tells nothing of the training."""
+    bare = run / "model"  # the same weights, and no run
+    found = onpath.evaluate_model(run, against=bare)
+    ours, theirs = found.results.values()
+    assert theirs.details == ours.details
+    asked: dict[str, Any] = {"limit": 9, "n": 3, "k": 2, "max_new_tokens": 12, "seed": 7, "grader": "exact"}
+    turned = onpath.evaluate_model(bare, data=run_data(run), against=run, **asked)
+    assert turned.results[str(bare)].details == ours.details
+    base = onpath.evaluate_model(model_dirs["student"], data=run_data(run), **asked)
+    compared = onpath.evaluate_model(run, against=model_dirs["student"])
+    name = str(model_dirs["student"])
+    assert compared.results[name].details != base.results[name].details
+
+
 def test_a_run_without_a_final_model_says_which_checkpoint_it_is(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -247,7 +247,8 @@ def _add_eval(commands: Any) -> None:
         description="Samples and grades a run, one of its checkpoints, a Hugging Face model directory, a gym "
         "model or a LoRA adapter. A run is asked as it asks itself: its data.system, data.template, "
         "data.enable_thinking, and what no option says here comes from its config. Any other model's prompts "
-        "are rendered by the tokenizer's own template.",
+        "are rendered by the tokenizer's own template, but those of one that is compared with a run as the "
+        "run's.",
     )
     command.add_argument(
         "model",

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from onpath.config import Config, Data, Student
 from onpath.config.build import build, named_rows
@@ -38,6 +39,7 @@ from onpath.system.errors import UserError
 from onpath.system.files import make_directory, place, unwritable, write_text
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_PROMPTS = ("template", "chat_template", "system", "enable_thinking")  # of `data`: how prompts are worded
 _COLUMNS = (
     "model", "split", "problems", "avg@n", "95% interval", "pass@k", "95% interval", "length", "ended"
 )  # fmt: skip
@@ -103,7 +105,8 @@ def evaluate_model(
 
     A run, or a checkpoint of one, is asked as the run asks: its system prompt, template and thinking switch;
     what is None comes from its config. Prompts of any other model are rendered by the tokenizer's own
-    template, and what is None comes from the defaults of the config's section `eval`.
+    template, and what is None comes from the defaults of the config's section `eval`; but one that is
+    compared with a run is asked as that run asks, with its stops.
 
     Of several processes (torchrun) each samples and grades its share of the problems; all return what one
     would, and the first writes. All of them must call it, with the same; for one alone take WORLD_SIZE out
@@ -115,7 +118,7 @@ def evaluate_model(
         data: problems with answers, as `data.eval`, a `datasets.Dataset`, a list of mappings, or the name of
             one of the run's evaluation sets; None: the run's only one.
         columns: what the problems' columns are called, as `data.columns`; None: as the run's own.
-        against: a second model, asked in its own way.
+        against: a second model; of two runs each is asked in its own way.
         n: samples per problem; None: k, if that is given.
         k: of pass@k.
         limit: only the first so many problems.
@@ -145,7 +148,7 @@ def evaluate_model(
         where = _meet(device, parallel)
         with code.allowed(allow_code):
             first = _subject(str(model), dtype, device, "model", graded=grader is None)
-            others = _others(against, first, dtype, device)
+            first, *others = _alike(first, *_others(against, first, dtype, device))
         told = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "max_new_tokens": max_new_tokens}
         asked = _asked(first.config.eval, n=n, k=k, grader=grader, seed=seed, **told)
         _check(asked.sampling(), n=asked.n, k=asked.k, limit=limit, batch_tokens=batch_tokens)
@@ -207,6 +210,8 @@ class _Subject:
     config: Config
     """The run's `data`, `eval` and `optim`, or the defaults; `student` says what to load."""
     of_run: Trained | None
+    like: Trained | None = None
+    """Of a model that is no run: the run that it is compared with, and asked as."""
 
     @property
     def label(self) -> str:
@@ -234,6 +239,32 @@ def _others(
     if Path(against) == Path(first.name):
         raise UserError(f"against: {against} is the same model; name another one to compare it with")
     return (_subject(str(against), dtype, device, "against", graded=False),)
+
+
+def _alike(*subjects: _Subject) -> Sequence[_Subject]:
+    """A run is compared with its base, say, on the same prompts: a model that is none has no system message
+    or thinking switch of its own, and what they are worth would count as what was learnt."""
+    runs = [s for s in subjects if s.of_run is not None]
+    return [_asked_as(s, runs[0]) if runs and s.of_run is None else s for s in subjects]
+
+
+def _asked_as(subject: _Subject, run: _Subject) -> _Subject:
+    told = {name: getattr(run.config.data, name) for name in _PROMPTS}
+    data = subject.config.data.model_copy(update=told)
+    return replace(subject, config=subject.config.model_copy(update={"data": data}), like=run.of_run)
+
+
+def _stops(
+    subject: _Subject, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[frozenset[int], tuple[str, ...]]:
+    """Where a model's responses end: those of the run that it is, or that it is compared with; that one's
+    tokens only if they are the same here."""
+    own, run = stop_ids(model, tokenizer, subject.key), subject.of_run or subject.like
+    if run is None:
+        return own, ()
+    ids, strings = run.stops()
+    same = subject.of_run is None and run.tokenizer().get_vocab() == tokenizer.get_vocab()
+    return own | ids if same else own, strings
 
 
 def _renderer(subject: _Subject, prompts: Sequence[Prompt]) -> Renderer:
@@ -374,8 +405,7 @@ class _Questions:
         shards = sharding.asked(told)
         host = torch.device("cpu") if shards else self.device  # a whole copy must not pass through each GPU
         model = load_start(section, subject.of_run, key, host, shards=shards)
-        stops = stop_ids(model, tokenizer, key)
-        strings = () if subject.of_run is None else subject.of_run.stops()[1]
+        stops, strings = _stops(subject, model, tokenizer)
         ids = min(max(tokenizer.get_vocab().values()) + 1, head_of(model).vocabulary)
         if shards:
             sharding.shard(model, sharding.make_mesh(told, self.device), device=self.device)
