@@ -284,6 +284,11 @@ def test_a_column_that_was_named_and_is_not_there(tmp_path: Path) -> None:
     pd.DataFrame({"question": ["a"], "answer": [1]}).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a\.parquet: no column 'problm', which data\.columns names; it has"):
         load_prompts(str(tmp_path / "a.parquet"), columns={"prompt": "problm"})
+    (tmp_path / "a.jsonl").write_text('{"question": "a"}')
+    with pytest.raises(
+        UserError, match=r"line 1: no key 'problm', which data\.columns says is its prompt \(it"
+    ):
+        load_prompts(str(tmp_path / "a.jsonl"), columns={"prompt": "problm"})
     turns = [[{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]]
     pd.DataFrame({"conversations": turns}).to_parquet(tmp_path / "b.parquet")
     (prompt,) = load_prompts(str(tmp_path / "b.parquet"), columns={"messages": "conversations"}).prompts

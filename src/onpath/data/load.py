@@ -84,7 +84,8 @@ def load_prompts(
             if row.wrong:
                 raise BadRow(row.wrong)
             found = renamed(row.value, theirs, seen)
-            prompt = replace(prompt_of(found, default_id=str(number), teachers=teachers), where=row.where)
+            prompt = prompt_of(found, default_id=str(number), teachers=teachers, told=theirs.get("prompt"))
+            prompt = replace(prompt, where=row.where)
             if refuses is not None and (why := refuses(prompt)):
                 raise BadRow(why)
             if prompt.id in prompts:

@@ -59,8 +59,10 @@ def renamed(value: Any, theirs: Mapping[str, str], seen: set[str]) -> Mapping[st
     return {**row, **found}
 
 
-def prompt_of(row: Mapping[str, Any], *, default_id: str, teachers: Sequence[str]) -> Prompt:
-    """A row as a record; `BadRow` says what is wrong with it."""
+def prompt_of(
+    row: Mapping[str, Any], *, default_id: str, teachers: Sequence[str], told: str | None = None
+) -> Prompt:
+    """A row as a record; `BadRow` says what is wrong with it. `told`: what data.columns calls its prompt."""
     if unread := next((column for column in _UNREAD if _says_something(row.get(column))), None):
         raise BadRow(
             f"it has {unread!r}, which onpath does not render; {_UNREAD[unread]}, or drop the column"
@@ -73,6 +75,8 @@ def prompt_of(row: Mapping[str, Any], *, default_id: str, teachers: Sequence[str
         text, messages = _question(row["prompt"])
     else:
         held = one_line(", ".join(map(repr, row))) or "none"
+        if told is not None:
+            raise BadRow(f"no key {told!r}, which data.columns says is its prompt (it has {held})")
         raise BadRow(
             f"no key 'prompt' (it has {held}); data.columns (of onpath eval --columns) says what it is called"
         )
