@@ -187,8 +187,13 @@ def test_what_was_read_ahead_is_what_a_batch_says(
     assert [r["teacher_tokens_scored_early"] for r in plain] == [0, 0, 0]
 
 
+def slowly(answer: Any) -> Any:
+    time.sleep(0.05)
+    return answer
+
+
 @pytest.mark.parametrize("balance", [True, False])
-@pytest.mark.parametrize("kind", ["served", "served and kept", "several", "in process"])
+@pytest.mark.parametrize("kind", ["served", "served slowly", "served and kept", "several", "in process"])
 def test_processes_score_early_wherever_their_rollouts_go(
     kind: str,
     balance: bool,
@@ -214,6 +219,8 @@ def test_processes_score_early_wherever_their_rollouts_go(
             return local(tiny, student, **options)
         if kind == "served and kept":
             options["teacher__cache"] = str(tmp_path / f"kept-{name}")
+        if kind == "served slowly":
+            options["teacher__concurrency"] = 1
         if kind == "several":
             served = {"engine": "vllm", "url": teacher.url, "model": str(model_dirs["teacher"])}
             return local(tiny, student, **TOPK, **options, teachers__default=served)
@@ -230,6 +237,8 @@ def test_processes_score_early_wherever_their_rollouts_go(
         return answer
 
     student.spoil = slow_last
+    if kind == "served slowly":  # others are asked for when all rollouts are there
+        teacher.spoil = slowly
     two = in_ranks(config("two"), tmp_path, processes=2)
     rows, plain = (read_lines(run / "metrics.jsonl") for run in (two, one))
     assert [r["loss"] for r in rows] == pytest.approx([r["loss"] for r in plain], rel=5e-5)
@@ -343,6 +352,23 @@ def test_scores_are_kept_for_their_step_alone(tiny: Tiny, teacher: FakeVLLM) -> 
     assert not served._coming, "which is over"
     served.scores(collate(rows))
     assert len(scored(teacher)) == 6
+    parts.close()
+
+
+def test_a_question_that_was_not_sent_is_the_other_process_s(tiny: Tiny, teacher: FakeVLLM) -> None:
+    where = {"teacher__engine": "vllm", "teacher__url": teacher.url, "teacher__concurrency": 1}
+    parts = assemble(tiny(**where, **TOPK))
+    served = parts.models.teacher
+    assert isinstance(served, ServedTeacher)
+    rows = [Trajectory(student_context=(1, 5), teacher_context=(1, 5), response=(7, i)) for i in range(3, 9)]
+    may, teacher.spoil = threading.Event(), lambda answer: answer if may.wait(20) else 503
+    served.expect(rows)
+    assert soon(lambda: len(scored(teacher)) == 1)
+    assert [served.begun(t) for t in rows[2:]] == [None] * 4
+    may.set()
+    assert served.begun(rows[0]) is not None, "what is on its way is waited for"
+    served.scores(collate(rows[:2]))
+    assert [ids[-1] for ids in scored(teacher)] == [3, 4]
     parts.close()
 
 

@@ -49,8 +49,12 @@ class ServedTeacher(Teacher):
                 self._coming.update(zip(new, asked, strict=True))
 
     def begun(self, trajectory: Trajectory) -> ServedScores | None:
-        """See `Teacher.begun`: the answer."""
+        """See `Teacher.begun`: the answer. A question that has not been sent is the other process's own."""
         key = read_by(trajectory)
+        with self._asking:
+            coming = self._coming.get(key)
+            if coming is not None and coming.cancel():
+                del self._coming[key]
         return self._answers([key])[0] if key in self._known or key in self._coming else None
 
     def take_over(self, trajectory: Trajectory, read: object) -> None:
