@@ -280,6 +280,27 @@ def test_names_from_elsewhere_are_answered_with_ours(key: str, ours: str) -> Non
 
 
 @pytest.mark.parametrize(
+    ("tree", "says"),
+    [
+        (
+            {"actor_rollout_ref": {"hybrid": True, "model": {"path": "m"}}},
+            r"unknown key actor_rollout_ref; actor_rollout_ref\.model\.path: here it is student\.model",
+        ),
+        ({"trainer": {"save_freq": 3}}, r"trainer; trainer\.save_freq: here it is run\.save_every"),
+        ({"trainer": {"mine": 3}}, "unknown key trainer; known here: student"),
+        (
+            {"data": {"columns": {"question": "prompt"}}},
+            r"data\.columns\.question: our name comes first, then yours; write prompt: question",
+        ),
+        ({"data": {"columns": {"question": "text"}}}, "then yours; ours are prompt, messages"),
+    ],
+)
+def test_a_section_of_theirs_and_columns_the_other_way_round(tree: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        build(tree)
+
+
+@pytest.mark.parametrize(
     ("words", "ours"),
     [
         (["--learning_rate", "1e-5"], "--learning_rate: here it is optim.lr"),
@@ -288,6 +309,9 @@ def test_names_from_elsewhere_are_answered_with_ours(key: str, ours: str) -> Non
         (["--per-device-train-batch-size", "8"], "here it is rollout.prompts"),
         (["--training.learning_rate", "1e-5"], "here it is optim.lr"),
         (["--push_to_hub"], "--push_to_hub: it is not done; hf upload"),
+        (["--actor_rollout_ref.model.path", "m"], "here it is student.model"),
+        (["--actor_rollout_ref.rollout.n", "4"], "here it is rollout.n or eval.n"),
+        (["--method", "{name: opd}"], "--method: options are given one by one, as --method.option value"),
     ],
 )
 def test_so_are_they_on_the_command_line(

@@ -95,9 +95,18 @@ class _Parser(Parser):
             from onpath.config.elsewhere import first_answer
 
             words = [w for w in found[1].split() if w.startswith("--")]
-            section = _section_of(words) if self.of_config else None
+            section = _whole_section(words) or _section_of(words) if self.of_config else None
             message = section or first_answer(words) or message
         super().error(message)
+
+
+def _whole_section(words: Sequence[str]) -> str | None:
+    """How the options of a section are given, whose name is one of these."""
+    from onpath.config import Config
+
+    names = (word.removeprefix("--").partition("=")[0] for word in words)
+    found = next((name for name in names if name in Config.model_fields), None)
+    return found and f"--{found}: options are given one by one, as --{found}.option value, or in a file"
 
 
 def _section_of(words: Sequence[str]) -> str | None:

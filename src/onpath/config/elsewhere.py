@@ -1,10 +1,10 @@
 """What options and values are called in other trainers (transformers, TRL, verl, OpenRLHF), and here."""
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 _TABLE = """
-model_name_or_path model_name pretrain base_model: student.model
+model_name_or_path model_name pretrain base_model model.path: student.model
 teacher_model_name_or_path teacher_model teacher_path: teacher.model
 torch_dtype precision: student.dtype, or optim.bf16
 use_peft lora_r r rank: student.lora_rank
@@ -101,13 +101,27 @@ VALUES = dict(_rows(_VALUES))
 
 
 def answer(key: str) -> str | None:
-    """Where a key of another trainer is found here; the last part of a dotted one counts.
+    """Where a key of another trainer is found here; of a dotted one as many of the last parts count as are
+    known.
 
-    >>> answer("training.learning_rate")
-    'here it is optim.lr'
+    >>> answer("training.learning_rate"), answer("actor_rollout_ref.model.path")
+    ('here it is optim.lr', 'here it is student.model')
     """
-    ours = ELSEWHERE.get(key.rpartition(".")[2].removeprefix("--").replace("-", "_").lower())
+    parts = key.removeprefix("--").replace("-", "_").lower().split(".")
+    ours = next((ELSEWHERE[k] for i in range(len(parts)) if (k := ".".join(parts[i:])) in ELSEWHERE), None)
     return ours and (f"it is {ours}" if ours.startswith("not ") else f"here it is {ours}")
+
+
+def answer_within(key: str, value: object) -> str | None:
+    """Of a section of another trainer: where the first of its keys that is known is found here.
+
+    >>> answer_within("trainer", {"device": "cuda", "total_epochs": 3})
+    'trainer.total_epochs: here it is optim.steps; an epoch is the number of prompts ÷ rollout.prompts steps'
+    """
+    if not isinstance(value, Mapping):
+        said = answer(key)
+        return said and f"{key}: {said}"
+    return next(filter(None, (answer_within(f"{key}.{name}", inner) for name, inner in value.items())), None)
 
 
 def first_answer(keys: Iterable[str]) -> str | None:

@@ -37,6 +37,8 @@ def sentence(error: ValidationError, data: Mapping[str, Any]) -> str:
                 section, _, option = key.partition(".")
                 return f"unknown key {key}: in a file it is written {section}: {{{option}: …}}"
             found = f"here it is {' or '.join(ours)}" if ours else elsewhere.answer(key)
+            if isinstance(first["input"], Mapping):  # a section of theirs
+                found = found or elsewhere.answer_within(key, first["input"])
             return f"unknown key {key}; {found or nearest(loc[-1], beside)}"
         case "union_tag_invalid":
             known = f"{', '.join(METHODS)}, or a class of yours as file.py:Class"
@@ -55,6 +57,13 @@ def sentence(error: ValidationError, data: Mapping[str, Any]) -> str:
             return f"{key} is {short(first['input'])}, which YAML reads as text; write {whole}"
         case "list_type" if isinstance(first["input"], str):
             return f"{key} is {short(first['input'])}; it must be a list, such as [{short(first['input'])}]"
+        case "literal_error" if loc[-1] == "[key]":
+            words, at = re.findall("'([^']*)'", first["msg"]), data
+            for part in loc[:-2]:
+                at = at[part]
+            theirs, ours = loc[-2], at[loc[-2]]
+            told = f"write {ours}: {theirs}" if ours in words else f"ours are {', '.join(words)}"
+            return f"{'.'.join(loc[:-1])}: our name comes first, then yours; {told}"
         case _:
             words = re.findall("'([^']*)'", first["msg"]) if first["type"] == "literal_error" else []
             said = f"{first['msg'][0].lower()}{first['msg'][1:]}{elsewhere.meant(first['input'], words)}"
