@@ -412,9 +412,23 @@ def test_what_is_not_loaded_is_counted_as_what_is(options: dict[str, Any], tiny:
         ({"method__name": "trd", "method__template": "{problem} {attempt}"}, True),
         ({"method__writer": "teacher", "method__divergence": "cross_entropy"}, True),
         ({"method__name": "relay"}, True),
+        (
+            {"method__name": "bridge", "method__window": 4, "method__meet_window": 2, "method__every": 1},
+            False,
+        ),
+        (
+            {
+                "method__name": "bridge",
+                "method__window": 4,
+                "method__meet_window": 2,
+                "method__every": 1,
+                "method__control": "random_place",
+            },
+            True,
+        ),
         ({"method__name": "topd", "method__window": 4}, False),  # which goes on from its scoring pass
     ],
-    ids=["opd", "trd", "teacher's text", "relay", "topd"],
+    ids=["opd", "trd", "teacher's text", "relay", "bridge", "bridge by lot", "topd"],
 )
 def test_what_a_teacher_writes_takes_a_cache(options: dict[str, Any], writes: bool, tiny: Tiny) -> None:
     """The teacher's, of one batch of generation, also where the student's rollouts are a server's."""

@@ -427,7 +427,7 @@ def _step_of(
     method = config.method
     # A teacher that keeps its past goes on from that, which is counted there.
     here = method.self_taught or any(teacher.engine == "hf" for teacher in config.taught_by.values())
-    writes = here and method.teacher_writes and (method.side_by_side or not method.keeps_past)
+    writes = here and method.writes_in_batches
     others = [] if method.self_taught else [decoder_of(model) for model in teachers]
     largest = max(others, key=lambda model: model.bytes, default=None)
     weights = {id(p): p for model in teachers for p in model.parameters()}  # adapters share some

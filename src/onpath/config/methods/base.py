@@ -216,6 +216,11 @@ class MethodOptions(Section):
         return False
 
     @property
+    def writes_in_batches(self) -> bool:
+        """Whether it does so in batches of generation, and not from a scoring pass alone."""
+        return self.teacher_writes and not self.keeps_past
+
+    @property
     def side_by_side(self) -> bool:
         """Whether student and teacher, where both are in this process, write one response together."""
         return False

@@ -44,6 +44,10 @@ class BridgeOptions(MethodOptions):
         return True
 
     @property
+    def writes_in_batches(self) -> bool:
+        return self.control == "random_place"
+
+    @property
     def others_write(self) -> bool:
         return True
 

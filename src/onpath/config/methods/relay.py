@@ -65,6 +65,10 @@ class RelayOptions(MethodOptions):
         return self.trigger == "log_ratio" and not self.hold and self.control == "none"
 
     @property
+    def writes_in_batches(self) -> bool:
+        return self.side_by_side
+
+    @property
     def writes_rollouts(self) -> bool:
         return self.from_start
 

@@ -108,6 +108,14 @@ class TRDOptions(MethodOptions):
         return self.rewriter is None or (self.minimal_edit and self.locate == "fork")
 
     @property
+    def keeps_past(self) -> bool:
+        return self.minimal_edit and self.locate == "fork"
+
+    @property
+    def writes_in_batches(self) -> bool:
+        return True
+
+    @property
     def asks_teachers(self) -> tuple[str, ...]:
         return () if self.rewriter is None else (self.rewriter,)
 
