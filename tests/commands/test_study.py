@@ -646,6 +646,14 @@ def verdicts(run: Path) -> dict[str, list[bool]]:
             },
             "tune.split gym:test?late=0: 4 of its 9 problems, the first with id '",
         ),
+        (
+            {
+                "base": {"data": {"limit": 20}},
+                "tune": {"lrs": [1, 2], "split": "gym:train?late=0", "limit": 9},
+                "evals": {"splits": {"all": "gym:test"}, "n": 1, "k": 1, "limit": 4},
+            },
+            "are also in gym:train, on which arms are trained; tune on a split of its own",
+        ),
         ({"arms": {"opd": {}, "b": {"tuned_like": "opd"}}}, "tuned_like is opd, which is no arm"),
         ({"seeds": [1, 1]}, "holds one twice"),
         ({"tune": {"lrs": [1e-3, 1.0000001e-3]}}, "holds 0.001 twice"),

@@ -43,7 +43,7 @@ def check_sources(study: StudyConfig) -> None:
         return
     config = plan.arm_config(study, study.base_arm)
     data = config.data
-    load_prompts(
+    trained = load_prompts(
         data.train,
         limit=data.limit,
         skip_bad=data.skip_bad,
@@ -53,19 +53,20 @@ def check_sources(study: StudyConfig) -> None:
     compared = load_evals(config)
     for job in plan.tuning(study, dict.fromkeys(study.trained, 1))[:1]:
         tuned_on = load_evals(job.config)[plan.TUNING_SPLIT]
+        _check_apart(tuned_on, trained, "on which arms are trained")
         for name, others in compared.items():
-            _check_apart(tuned_on, others, name)
+            _check_apart(tuned_on, others, f"on which arms are compared ({name})")
 
 
-def _check_apart(tuned_on: LoadedPrompts, compared: LoadedPrompts, name: str) -> None:
-    """Rates must be chosen on other problems than arms are compared on, whatever the sources are called."""
-    known = {_asked(prompt) for prompt in compared.prompts}
+def _check_apart(tuned_on: LoadedPrompts, others: LoadedPrompts, used: str) -> None:
+    """Rates must be chosen on problems of their own, whatever the sources are called."""
+    known = {_asked(prompt) for prompt in others.prompts}
     both = [prompt.id for prompt in tuned_on.prompts if _asked(prompt) in known]
     if both:
         many = f"{len(both)} of its {len(tuned_on.prompts)} problems"
         raise UserError(
             f"tune.split {tuned_on.source}: {many}, the first with id {both[0]!r}, are also in "
-            f"{compared.source}, on which arms are compared ({name}); tune on a split of its own"
+            f"{others.source}, {used}; tune on a split of its own"
         )
 
 
