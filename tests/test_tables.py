@@ -11,7 +11,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 STUDIES = [RECIPES / "when-it-pays" / f"{name}.json" for name in ("persona", "controls", "signals", "maze")]
 DOSES = [RECIPES / "when-it-pays" / f"{name}.json" for name in ("again", "clip")]
 STRENGTHS = [RECIPES / "when-it-pays" / f"{name}.json" for name in ("spoil", "lost", "late", "surface")]
-SMOLLM2 = [RECIPES / "smollm2-study" / f"{name}.json" for name in ("longer", "rates", "hard")]
+SMOLLM2 = [RECIPES / "smollm2-study" / f"{name}.json" for name in ("longer", "rates", "hard", "relay")]
 FORKS = [RECIPES / "topd" / f"{name}.json" for name in ("forks", "forks_late")]
 
 

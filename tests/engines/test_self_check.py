@@ -16,7 +16,7 @@ from onpath.config.whole import Config
 from onpath.data.render import Renderer
 from onpath.engines import self_check
 from onpath.engines.decoding.kv_cache import _PreallocatedLayer, accepts_4d_mask
-from onpath.engines.head import hidden_states
+from onpath.engines.head import generating, hidden_states
 from onpath.engines.hf import HFEngine
 from onpath.engines.models import context_length
 from onpath.engines.self_check import check_model
@@ -148,6 +148,24 @@ def test_doctor_says_what_was_measured_and_names_the_cause(
 )
 def test_a_finished_mask_is_taken_by_those_that_honour_it(family: str, takes: bool) -> None:
     assert accepts_4d_mask(build(family, 0)) == takes
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_masks_are_honoured_while_a_bf16_run_generates(family: str) -> None:
+    """It asks for the first time then, with some weights in half precision: autocast, without which they do
+    not go together, must be on."""
+    model = build(family, 0)
+    with generating(model, bf16=True):
+        assert {p.dtype for p in model.parameters()} == {torch.float32, torch.bfloat16}
+        assert accepts_4d_mask(model)
+
+
+def test_masks_are_tried_without_autocast_where_it_only_rounds() -> None:
+    model, rounded = build("llama", 0), list[bool]()
+    model.register_forward_pre_hook(lambda *_: rounded.append(torch.is_autocast_enabled("cpu")))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert accepts_4d_mask(model)
+    assert rounded == [False, False]
 
 
 def test_alibi_counts_columns() -> None:
