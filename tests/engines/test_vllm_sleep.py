@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from torch.distributed import is_initialized
@@ -36,8 +36,8 @@ class Recorder:
     """A `vllm.LLM` over an engine of ours; its calls in their order."""
 
     engine: HFEngine
-    calls: list[str]
-    asked: list[Any]
+    calls: ClassVar[list[str]] = []
+    asked: ClassVar[list[Any]] = []
     settings: dict[str, Any]
 
     def __init__(self, **settings: Any) -> None:

@@ -61,7 +61,7 @@ def sentence(error: ValidationError, data: Mapping[str, Any]) -> str:
             words, at = re.findall("'([^']*)'", first["msg"]), data
             for part in loc[:-2]:
                 at = at[part]
-            theirs, ours = loc[-2], at[loc[-2]]
+            theirs, ours = next((str(k), v) for k, v in at.items() if str(k) == loc[-2])
             told = f"write {ours}: {theirs}" if ours in words else f"ours are {', '.join(words)}"
             return f"{'.'.join(loc[:-1])}: our name comes first, then yours; {told}"
         case _:
