@@ -136,6 +136,12 @@ def test_it_sleeps_while_the_student_trains(sleeps: bool, tiny: Tiny, library: t
     assert calls.count("sleep") == calls.count("write")
 
 
+def assert_same_rows(rows: Sequence[dict[str, Any]], run: Path) -> None:
+    """The metrics of a run of one process, and of several."""
+    for a, b in zip(rows, read_lines(run / "metrics.jsonl"), strict=True):
+        assert {k: a[k] for k in COLUMNS} == pytest.approx({k: b[k] for k in COLUMNS}, rel=5e-5, abs=1e-7)
+
+
 @pytest.mark.slow
 def test_each_process_has_its_own(tiny: Tiny, library: type[Recorder], tmp_path: Path) -> None:
     """Two give the run of one; each is handed all weights, sharded or not, sleeps while it trains, and is
@@ -159,9 +165,8 @@ def test_each_process_has_its_own(tiny: Tiny, library: type[Recorder], tmp_path:
     ended = forked(both, tmp_path)
     assert [code for code, _, _ in ended] == [0, 0], ended[0][2] + ended[1][2]
     runs = Path(tiny().run.dir)
-    for two in (read_lines(runs / shard / "metrics.jsonl") for shard in ("none", "layer")):
-        for a, b in zip(rows[0], two, strict=True):
-            assert {k: a[k] for k in COLUMNS} == pytest.approx({k: b[k] for k in COLUMNS}, rel=5e-5, abs=1e-7)
+    for shard in ("none", "layer"):
+        assert_same_rows(rows[0], runs / shard)
 
 
 @pytest.mark.slow
@@ -190,9 +195,7 @@ def test_a_group_shares_one(
         a, b, c, d = (json.loads((tmp_path / f"{kind}{rank}").read_text()) for rank in range(4))
         assert (a, c) == (b, d), "a vLLM of two runs the same in both"
     assert a[-2:] == ["sleep", "shutdown in group: True"]
-    rows = read_lines(Path(config.run.dir) / "group" / "metrics.jsonl")
-    for a, b in zip(one, rows, strict=True):
-        assert {k: a[k] for k in COLUMNS} == pytest.approx({k: b[k] for k in COLUMNS}, rel=5e-5, abs=1e-7)
+    assert_same_rows(one, Path(config.run.dir) / "group")
 
 
 class TakesTurns(Method):
@@ -236,9 +239,7 @@ def test_who_comes_to_an_exchange_of_all_runs_what_its_group_asks(
     config = tiny(**options, rollout__vllm=group, run__name="group")
     one = read_lines(train(tiny(**options), method=method, quiet=True).directory / "metrics.jsonl")
     done_by_all(lambda _: train(config, method=method, quiet=True), tmp_path, world=2)
-    rows = read_lines(Path(config.run.dir) / "group" / "metrics.jsonl")
-    for a, b in zip(one, rows, strict=True):
-        assert {k: a[k] for k in COLUMNS} == pytest.approx({k: b[k] for k in COLUMNS}, rel=5e-5, abs=1e-7)
+    assert_same_rows(one, Path(config.run.dir) / "group")
 
 
 class Leaves(Method):

@@ -20,10 +20,10 @@ from onpath.config.methods import METHODS, MethodOptions, options_class
 from onpath.config.section import Section
 from onpath.config.sections import Data, labelled
 from onpath.config.sentences import (
+    called_here,
     first_problem,
     frames_of,
     nearest,
-    options_called,
     section_type,
     sentence,
 )
@@ -153,9 +153,8 @@ def _override(data: dict[str, Any], dotted: str, text: Any, *, by: str) -> None:
     if by != _COMMAND_LINE:
         named, form = f"{by}: {dotted}", "section.key"
     if not key or section not in Config.model_fields:
-        ours = options_called(dotted.rpartition(".")[2]) if key else []
-        called = f"here it is {' or '.join(ours)}" if ours else ""
-        hint = elsewhere.answer(dotted) or called or nearest(section, Config.model_fields)
+        found = called_here(dotted) if key else elsewhere.answer(dotted)
+        hint = found or nearest(section, Config.model_fields)
         raise UserError(f"{named}: options are {form}; {hint}")
     value = _read(text, _annotation(data, section, key)) if isinstance(text, str) else text
     target = data.setdefault(section, {})

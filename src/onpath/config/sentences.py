@@ -36,7 +36,7 @@ def sentence(error: ValidationError, data: Mapping[str, Any]) -> str:
             if key in ours:  # {"optim.steps": 3} at the top of a file
                 section, _, option = key.partition(".")
                 return f"unknown key {key}: in a file it is written {section}: {{{option}: …}}"
-            found = f"here it is {' or '.join(ours)}" if ours else elsewhere.answer(key)
+            found = called_here(key)
             if isinstance(first["input"], Mapping):  # a section of theirs
                 found = found or elsewhere.answer_within(key, first["input"])
             return f"unknown key {key}; {found or nearest(loc[-1], beside)}"
@@ -129,6 +129,12 @@ def options_called(key: str) -> list[str]:
     """The dotted names of the options with this last part; not a method's, nor those under labels."""
     sections = [n for n in Config.model_fields if n not in ("method", *LABELLED)]
     return [f"{name}.{key}" for name in sections if key in section_type(name).model_fields]
+
+
+def called_here(key: str) -> str | None:
+    """Where an option of this name is found, ours in another section or another trainer's."""
+    ours = options_called(key.rpartition(".")[2])
+    return f"here it is {' or '.join(ours)}" if ours else elsewhere.answer(key)
 
 
 def section_type(section: str) -> type[BaseModel]:

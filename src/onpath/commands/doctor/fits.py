@@ -300,8 +300,9 @@ def cures(step: Step, room: float, *, processes: int = 1) -> list[str]:
     adapter = replace(step.student, trained=step.student.parameters // 50, weight_bytes=2)
     served = step
     if step.teacher is not None:  # nothing is kept of a server's states
-        served = replace(step, teacher=None, more_teachers=0.0, written_tokens=0, response_tokens=0)
-        served = replace(served, side_by_side=False)
+        served = replace(
+            step, teacher=None, more_teachers=0.0, written_tokens=0, response_tokens=0, side_by_side=False
+        )
     changed = {
         "student.gradient_checkpointing: true": replace(step, recompute=True),
         f"optim.micro_batch_tokens: {smaller}": replace(step, micro_batch_tokens=smaller),
