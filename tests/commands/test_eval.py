@@ -280,8 +280,10 @@ def test_a_model_is_compared_with_a_run_as_the_run_asks(run: Path, model_dirs: d
     ours, theirs = found.results.values()
     assert theirs.details == ours.details
     asked: dict[str, Any] = {"limit": 9, "n": 3, "k": 2, "max_new_tokens": 12, "seed": 7, "grader": "exact"}
-    turned = onpath.evaluate_model(bare, data=run_data(run), against=run, **asked)
-    assert turned.results[str(bare)].details == ours.details
+    turned = onpath.evaluate_model(bare, against=run)
+    assert list(turned.results) == [str(bare), str(run)]
+    for one in turned.results.values():
+        assert one.details == ours.details, "its sampling, sets and grader too, whichever is named first"
     base = onpath.evaluate_model(model_dirs["student"], data=run_data(run), **asked)
     compared = onpath.evaluate_model(run, against=model_dirs["student"])
     name = str(model_dirs["student"])

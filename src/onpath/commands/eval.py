@@ -106,7 +106,7 @@ def evaluate_model(
     A run, or a checkpoint of one, is asked as the run asks: its system prompt, template and thinking switch;
     what is None comes from its config. Prompts of any other model are rendered by the tokenizer's own
     template, and what is None comes from the defaults of the config's section `eval`; but one that is
-    compared with a run is asked as that run asks, with its stops.
+    compared with a run is asked as that run asks, with its sampling and stops, whichever is named first.
 
     Of several processes (torchrun) each samples and grades its share of the problems; all return what one
     would, and the first writes. All of them must call it, with the same; for one alone take WORLD_SIZE out
@@ -148,15 +148,16 @@ def evaluate_model(
         where = _meet(device, parallel)
         with code.allowed(allow_code):
             first = _subject(str(model), dtype, device, "model", graded=grader is None)
-            first, *others = _alike(first, *_others(against, first, dtype, device))
+            subjects = _alike(first, *_others(against, first, dtype, device, graded=grader is None))
+        leads = next((s for s in subjects if s.of_run is not None), first)
         told = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "max_new_tokens": max_new_tokens}
-        asked = _asked(first.config.eval, n=n, k=k, grader=grader, seed=seed, **told)
+        asked = _asked(leads.config.eval, n=n, k=k, grader=grader, seed=seed, **told)
         _check(asked.sampling(), n=asked.n, k=asked.k, limit=limit, batch_tokens=batch_tokens)
-        split, source = _problems(first, data)
-        if limit is None and (data is None or data in first.config.data.eval):  # as the run asks
-            limit = first.config.data.eval_limit
+        split, source = _problems(leads, data)
+        if limit is None and (data is None or data in leads.config.data.eval):  # as the run asks
+            limit = leads.config.data.eval_limit
         with code.allowed(allow_code):
-            with_columns = _with_columns(first.config.data, columns)
+            with_columns = _with_columns(leads.config.data, columns)
             loaded = load_problems(with_columns, source, limit=limit, grader=asked.grader)
             chosen = grader_for(asked.grader, {source: loaded.prompts})
         with chosen as judge:
@@ -171,7 +172,7 @@ def evaluate_model(
                 device=where,
             )
             directory = None if out is None else place(out, key="--out")
-            return questions.to_all([first, *others], directory, skipped=loaded.skipped)
+            return questions.to_all(subjects, directory, skipped=loaded.skipped)
 
 
 def _meet(device: object, parallel: Parallel) -> torch.device:
@@ -232,13 +233,13 @@ def _subject(name: str, dtype: str | None, device: str, key: str, *, graded: boo
 
 
 def _others(
-    against: str | Path | None, first: _Subject, dtype: str | None, device: str
+    against: str | Path | None, first: _Subject, dtype: str | None, device: str, *, graded: bool
 ) -> Sequence[_Subject]:
     if against is None:
         return ()
     if Path(against) == Path(first.name):
         raise UserError(f"against: {against} is the same model; name another one to compare it with")
-    return (_subject(str(against), dtype, device, "against", graded=False),)
+    return (_subject(str(against), dtype, device, "against", graded=graded and first.of_run is None),)
 
 
 def _alike(*subjects: _Subject) -> Sequence[_Subject]:
