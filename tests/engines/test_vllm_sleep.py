@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 import pytest
 from torch.distributed import is_initialized
 
+from onpath.commands.doctor.command import diagnose
+from onpath.commands.probes.command import run_named
 from onpath.config.whole import Config
 from onpath.engines.hf import HFEngine
 from onpath.engines.worlds import SpoilingEngine
@@ -134,6 +136,18 @@ def test_it_sleeps_while_the_student_trains(sleeps: bool, tiny: Tiny, library: t
         if call == "load":
             assert calls[i + 1] == "score", "the check after a push does not send it to sleep"
     assert calls.count("sleep") == calls.count("write")
+
+
+def test_who_only_looks_ends_it_too(tiny: Tiny, library: type[Recorder], tmp_path: Path) -> None:
+    """A doctor's or a probe's would keep its memory from the run that a notebook starts next."""
+    config = tiny(rollout__engine="vllm", rollout__prompts=2, data__limit=4)
+    (file := tmp_path / "config.yaml").write_text(config.to_yaml())
+    for look in (lambda: list(diagnose(config)), lambda: run_named("divergence", file, rollouts=2)):
+        library.calls.clear()
+        look()
+        assert [call for call in library.calls if "shutdown" in call] == ["shutdown in group: False"]
+        distributed.stop()
+        assert library.calls[-1] == "shutdown in group: False", "once"
 
 
 def assert_same_rows(rows: Sequence[dict[str, Any]], run: Path) -> None:

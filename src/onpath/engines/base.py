@@ -110,6 +110,10 @@ class Engine:
         """Takes over the trained weights; rollouts from now on carry `version`."""
         self.policy_version = version
 
+    def close(self) -> None:
+        """Gives back what it has started; nothing is asked of it afterwards. An engine that a run was given
+        (`onpath.train(engine=…)`) is its owner's to close."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Generators:

@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,7 +70,7 @@ class VLLMEngine(Engine):
             options = {"skip_tokenizer_init": False, **options}
         self._arrival = Arrival[str](tolerance=tolerance, half=dtype != "float32")
         self._group = group_of(options, timeout=timeout)
-        self._llm = _start(directory, dtype, context_length, options)
+        self._llm, self._shut_down = _start(directory, dtype, context_length, options)
         self._one_at_a_time = threading.Lock()  # rollout.overlap generates from a thread of its own
         self._sleeps, self._asleep = bool(options.get("enable_sleep_mode")), False
 
@@ -144,6 +144,11 @@ class VLLMEngine(Engine):
         with distributed.before_exchange(self._catch_up):
             yield
         self._catch_up()
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._shut_down()
+        self._llm = None
 
     def _catch_up(self) -> None:
         """Runs what the others of the group still ask, until all are done."""
@@ -264,7 +269,10 @@ def checked_completion(
     )
 
 
-def _start(directory: str, dtype: str, context_length: int, options: Mapping[str, Any]) -> Any:
+def _start(
+    directory: str, dtype: str, context_length: int, options: Mapping[str, Any]
+) -> tuple[Any, Callable[[], None]]:
+    """A vLLM, and what ends it."""
     many = distributed.world() > 1
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # weights are handed over in this process
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -301,5 +309,4 @@ def _start(directory: str, dtype: str, context_length: int, options: Mapping[str
         raise UserError(f"rollout.vllm: vLLM cannot start on {directory}: {first_line(error)}") from None
     # At its end it leaves its groups: before the run leaves its own, and not when it happens to be collected,
     # for then it would end those of the next run's vLLM.
-    distributed.before_stop(llm.llm_engine.engine_core.shutdown)
-    return llm
+    return llm, distributed.before_stop(llm.llm_engine.engine_core.shutdown)

@@ -69,6 +69,10 @@ class _InWorld(Engine):
         """See `Engine.in_step`."""
         return self.engine.in_step()
 
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self.engine.close()
+
 
 class SpoilingEngine(_InWorld):
     """Generates as another engine does, and puts a token of the world's into some rollouts, from which the

@@ -1,7 +1,7 @@
 """Everything that the steps of a run work with."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from onpath.config.whole import Config
@@ -66,10 +66,13 @@ class Parts:
         return sharding.whole(self.models.student if self.config.parallel.shard == "step" else None)
 
     def close(self) -> None:
-        """Waits for what is being drawn; what a teacher was asked for and nobody needs is given up."""
-        if self.overlap is not None:
-            self.overlap.close()
-        self.models.teacher.close()
+        """Waits for what is being drawn; what a teacher was asked for and nobody needs is given up; a vLLM
+        of this run's ends."""
+        with ExitStack() as ending:  # each, whatever becomes of those before it; in reverse
+            ending.callback(self.generators.student.close)
+            ending.callback(self.models.teacher.close)
+            if self.overlap is not None:
+                ending.callback(self.overlap.close)
 
     @property
     def tools(self) -> Tools:

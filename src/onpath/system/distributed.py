@@ -243,9 +243,20 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def before_stop(close: Callable[[], None]) -> None:
-    """Lets `close` run before this process leaves the group, which what it closes has groups of."""
+def before_stop(close: Callable[[], None]) -> Callable[[], None]:
+    """Lets `close` run before this process leaves the group, which what it closes has groups of.
+
+    Returns:
+        Runs it now, if it has not run.
+    """
+
+    def now() -> None:
+        if close in _before_stop:
+            _before_stop.remove(close)
+            close()
+
     _before_stop.append(close)
+    return now
 
 
 @contextmanager
