@@ -74,6 +74,10 @@ def test_any_checkpoint_has_the_logits_of_the_runs_own_model(
         tokenizer = AutoTokenizer.from_pretrained(out)
         assert tokenizer.decode(tokenizer("7+5=?")["input_ids"]).replace(" ", "") == "7+5=?"
         assert tokenizer.chat_template
+    card = (out / "README.md").read_text("utf-8")
+    assert "library_name: transformers" in card
+    assert "Trained from `student` by" in card
+    assert "adapter of" not in card
     assert (found["step_2"] - found["step_4"]).abs().max() > 0.05, "the steps must differ"
     assert torch.allclose(found["step_4"], found[run.name], atol=1e-5)
 

@@ -4,6 +4,7 @@ import copy
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -220,6 +221,20 @@ def test_a_bad_row_stops_with_file_line_and_reason_or_is_counted(
     loaded = load_prompts(path, skip_bad=True)
     assert ([p.id for p in loaded.prompts], loaded.skipped) == (["0", "2"], 1)
     assert reason in loaded.reasons[0]
+
+
+def test_a_bad_row_is_told_in_the_words_of_its_source(write: Callable[..., str]) -> None:
+    """Two columns that change places keep apart; a name that the row does not have is ours."""
+    theirs = {"prompt": "question", "answer": "prompt"}
+    for row, reason in (
+        ({"question": " ", "prompt": "7"}, "'question' is empty"),
+        ({"question": "7 + 5?", "prompt": [1]}, "'prompt' must be text or a number, not a list"),
+        ({"question": [{"role": "assistant", "content": "12"}]}, "the last message of 'question' must be"),
+        ({"question": [{"role": "user"}]}, "message 0 of 'question': 'content' must be text"),
+        ({"question": "7 + 5?", "solution": 3}, "'solution' (or 'privileged_context') must be text"),
+    ):
+        with pytest.raises(UserError, match=re.escape(reason)):
+            load_prompts(write(row), columns=theirs, all_columns=False)
 
 
 def test_only_bad_rows_is_an_error_even_when_skipping(write: Callable[..., str]) -> None:

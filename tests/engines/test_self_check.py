@@ -168,6 +168,20 @@ def test_masks_are_tried_without_autocast_where_it_only_rounds() -> None:
     assert rounded == [False, False]
 
 
+def test_a_lack_of_memory_is_no_answer() -> None:
+    """Kept as one it would switch side-by-side decoding off for the rest of the run."""
+    model = build("llama", 0)
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    hook = model.register_forward_pre_hook(full)
+    with pytest.raises(torch.OutOfMemoryError):
+        accepts_4d_mask(model)
+    hook.remove()
+    assert accepts_4d_mask(model)
+
+
 def test_alibi_counts_columns() -> None:
     """A hidden token would still lie between the others."""
     assert not accepts_4d_mask(build("falcon", 0, alibi=True))

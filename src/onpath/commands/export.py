@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from onpath.engines import adapters
 from onpath.engines.foreign import check_adapter
 from onpath.engines.models import load_model, load_tokenizer, quietly
+from onpath.run.card import of_merged
 from onpath.run.trained import Trained, find, load_its_tokenizer, load_trained
 from onpath.system import code
 from onpath.system.errors import UserError
@@ -57,6 +58,8 @@ def export_model(source: str | Path, out: str | Path, *, adapter: bool = False) 
     with quietly(), written(target, also=(SafetensorError,)) as temporary:
         adapters.save(model, temporary, home=target)
         tokenizer.save_pretrained(temporary)
+        if (card := found.weights / "README.md").is_file():  # no checkpoint has one
+            (temporary / "README.md").write_text(of_merged(card.read_text("utf-8")), encoding="utf-8")
     return target
 
 

@@ -68,7 +68,8 @@ load_best_model_at_end metric_for_best_model: run.keep_best
 resume_from_checkpoint resume resume_mode: not needed: the same command resumes a stopped run
 push_to_hub hub_model_id hub_token hub_strategy: not done; hf upload NAME RUN/model does it, with the
   model card that is there
-num_processes n_gpus_per_node nproc_per_node: not an option: torchrun --nproc-per-node N -m onpath train …
+num_processes n_gpus_per_node nproc_per_node n_gpus num_gpus nnodes: not an option: torchrun
+  --nproc-per-node N -m onpath train …
 """
 """Their names: our option, or what to do instead."""
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -42,7 +43,7 @@ class BadRow(ValueError):
 
 
 def renamed(value: Any, theirs: Mapping[str, str], seen: set[str]) -> Mapping[str, Any]:
-    """A row under our names; those that were found are added to `seen`."""
+    """A row under our names; those of ours that were found under theirs are added to `seen`."""
     row = _decode(value) if isinstance(value, bytes) else value
     if not isinstance(row, Mapping):
         raise BadRow(f"must be an object with a key 'prompt', not {kind_of(row)}")
@@ -57,6 +58,15 @@ def renamed(value: Any, theirs: Mapping[str, str], seen: set[str]) -> Mapping[st
     if "messages" in found and "prompt" not in found:  # whoever names the conversation means it
         row = {name: held for name, held in row.items() if name != "prompt"}
     return {**row, **found}
+
+
+def in_their_words(reason: str, theirs: Mapping[str, str]) -> str:
+    """What is wrong with a row, its columns called as the source calls them.
+
+    >>> in_their_words("the last message of 'prompt' is empty", {"prompt": "question"})
+    "the last message of 'question' is empty"
+    """
+    return re.sub(r"'(\w+)'", lambda found: repr(theirs.get(found[1], found[1])), reason)
 
 
 def prompt_of(

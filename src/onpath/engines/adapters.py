@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from onpath.engines.head import adapted_weight, base_layer, lora_deltas, sharded, unwrapped
 from onpath.engines.sharding import full, gathered, local, own_rows, same_weights
-from onpath.system.errors import UserError
+from onpath.system.errors import UserError, is_lack_of_memory
 from onpath.system.reading import read_json
 from onpath.system.text import one_line
 
@@ -82,7 +82,9 @@ def merged(model: PeftModel, key: str) -> PreTrainedModel:
     try:
         before = model(input_ids=ids_1T, use_cache=False).logits.float()
         plain: PreTrainedModel = model.merge_and_unload()
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        if is_lack_of_memory(error):
+            raise
         raise UserError(
             f"{key}: an adapter of kind {kind} cannot be merged into its base; merge it elsewhere and name "
             "the merged model, or use a LoRA adapter"

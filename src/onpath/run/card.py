@@ -20,6 +20,8 @@ _OURS_ALONE = (
     "run.dir",
 )
 """Options that say where it ran, not what was done."""
+_LIBRARY, _OPENING = ("peft", "transformers"), ("A LoRA adapter of", "Trained from")
+"""What the card of an adapter says, and that of a whole model."""
 
 
 def model_card(
@@ -38,7 +40,7 @@ def model_card(
     models = dict.fromkeys(f"`{public(teacher.model)}`" for teacher in config.taught_by.values())
     taught = "its own weights" if method.self_taught else ", ".join(models)
     head: dict[str, Any] = {
-        "library_name": "peft" if adapter else "transformers",
+        "library_name": _LIBRARY[not adapter],
         "pipeline_tag": "text-generation",
         "tags": ["on-policy-distillation", "onpath", public(method.name)],
     }
@@ -51,8 +53,7 @@ def model_card(
         "",
         f"# {Path(student).name}, distilled: {public(method.name)}",
         "",
-        f"{'A LoRA adapter of' if adapter else 'Trained from'} `{student}` by on-policy distillation with "
-        "onpath.",
+        f"{_OPENING[not adapter]} `{student}` by on-policy distillation with onpath.",
         "",
         "| | |",
         "|---|---|",
@@ -77,6 +78,12 @@ def model_card(
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def of_merged(card: str) -> str:
+    """The card of an adapter, as that of its merged model."""
+    of_adapter, of_whole = (f"library_name: {library}" for library in _LIBRARY)
+    return card.replace(of_adapter, of_whole, 1).replace(*_OPENING, 1)
 
 
 def _numbers(rows: Sequence[Mapping[str, Any]]) -> list[str]:

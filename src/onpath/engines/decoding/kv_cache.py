@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 from onpath.engines.head import evaluating, table_of
+from onpath.system.errors import is_lack_of_memory
 
 _GROW_MIN = 64  # tokens by which a full layer grows, at least
 
@@ -187,7 +188,9 @@ def _hides_a_token(model: PreTrainedModel) -> bool:
         with evaluating(model), torch.autocast(weight.device.type, torch.bfloat16, enabled=mixed):
             found = model(input_ids=ids_1T, attention_mask=mask_TT[None, None], position_ids=positions_1T)
             expected = model(input_ids=ids_1T[:, kept_T])
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # ways to say no
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:  # ways to say no
+        if is_lack_of_memory(error):
+            raise
         return False
     logits_TV = expected.logits[0].float()
     gap_T = (found.logits[0, kept_T].float() - logits_TV).abs().amax(-1)
