@@ -16,6 +16,7 @@ from onpath.training import sample
 Tiny = Callable[..., Config]
 
 ARMS: dict[str, dict[str, Any]] = {
+    "opd of the teacher's samples": {"name": "opd", "writer": "teacher"},
     "branch": {"name": "branch", "branches": 2, "failed_only": False},
     "bridge": {
         "name": "bridge",

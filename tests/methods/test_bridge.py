@@ -1,5 +1,6 @@
 """bridge: where it starts, how long it is, who goes on, and when it is kept; against plain loops."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,10 +70,11 @@ def test_it_is_the_plain_loop(near: float, tiny: Tiny) -> None:
     assert done.totals["student_tokens_generated"] > 0
 
 
-def test_only_better_ones_are_kept(tiny: Tiny) -> None:
-    """Without verdicts that differ: by the teacher's log-prob of what follows the fork. (The control's
-    bridges are the student's own, so that not all are better.)"""
-    given = {**OPTIONS, "control": "own_token"}
+@pytest.mark.parametrize("control", ["none", "own_token"])
+def test_only_better_ones_are_kept(control: str, tiny: Tiny) -> None:
+    """Without verdicts that differ: by the teacher's log-prob of the student's words behind the bridge, of
+    which there may be none, against those behind the fork."""
+    given = {**OPTIONS, "control": control}
     every, better = (parts_of(tiny, name="bridge", keep=k, **given) for k in ("all", "better"))
     rollouts = sample(every, 0)
     bridged, kept = (p.method.prepare(rollouts, step=0).trajectories for p in (every, better))
@@ -81,7 +83,9 @@ def test_only_better_ones_are_kept(tiny: Tiny) -> None:
         if z.edit.kind == "none":
             continue
         at = z.edit.detail["places"][0]
-        ours, theirs = (mean_logp(every, r, ids, at) for ids in (z.response, r.ids))
+        behind = at + z.written_by.count("teacher")
+        begins = {z.response: behind, r.ids: at}
+        ours, theirs = (mean_logp(every, r, ids, t) for ids, t in begins.items())
         outcomes.add(ours > theirs)
         assert t.response == (z.response if ours > theirs else r.ids)
         assert t.edit.kind == ("bridge" if ours > theirs else "none")
@@ -91,7 +95,7 @@ def test_only_better_ones_are_kept(tiny: Tiny) -> None:
 def mean_logp(parts: Parts, r: Rollout, ids: tuple[int, ...], at: int) -> float:
     t = Trajectory(student_context=r.context, teacher_context=r.context, response=ids)
     logp = logps_along(parts.models.teacher.model, t).gather(-1, torch.tensor(ids)[:, None])[at:]
-    return float(logp.mean())
+    return float(logp.mean()) if len(logp) else -math.inf
 
 
 def test_a_repaired_response_is_better(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ from onpath.config.whole import Config
 from onpath.engines.hf import HFEngine
 from onpath.records import Trajectory
 from onpath.run.assemble import assemble
+from onpath.run.log import read_lines
+from onpath.run.trajectories import read_rows, trajectory_files
 from onpath.system.errors import UserError
-from onpath.training import Stopwatch, corrected
+from onpath.training import Stopwatch, corrected, train
 from tests.methods.family import options_of, prepared
 
 Tiny = Callable[..., Config]
@@ -99,6 +102,28 @@ def test_windows_must_fit_behind_the_last_token(
 def prepared_opd(tiny: Tiny) -> list[Any]:
     parts = assemble(tiny(rollout__max_new_tokens=1, rollout__prompts=40, data__eval={}))
     return [t.origin for t in prepared(parts).trajectories]
+
+
+@pytest.mark.parametrize("refresh", ["always", "never"])
+def test_where_the_teacher_writes_the_student_draws_nothing(refresh: str, tiny: Tiny) -> None:
+    """A step's metrics are of what is trained on; with refresh the student's own stay, which tell
+    how far it has moved."""
+    options = {
+        "method__writer": "teacher",
+        "rollout__refresh": refresh,
+        "optim__steps": 1,
+        "run__trajectories_every": 1,
+    }
+    config = tiny(**options, rollout__prompts=6)
+    (row,) = read_lines(train(config, quiet=True).directory / "metrics.jsonl")
+    stored = list(read_rows(trajectory_files(Path(config.run.dir) / config.run.name)[0]))
+    drawn = [len(r["origin_response"]) for r in stored] if refresh == "never" else [0]
+    assert row["student_tokens_generated"] == sum(drawn)
+    assert row["teacher_tokens_generated"] == row["tokens"] == sum(len(r["response"]) for r in stored) > 0
+    assert {who for r in stored for who in r["writers"]} == {"teacher"}
+    if refresh == "always":
+        assert [r["origin_response"] for r in stored] == [r["response"] for r in stored]
+        assert row["mean_length"] == pytest.approx(row["tokens"] / len(stored))
 
 
 @pytest.mark.parametrize(

@@ -104,12 +104,13 @@ def _writable(config: Any) -> None:
     if not config.method.writes_rollouts:
         return
     who = f"method.name {config.method.name} writes the rollouts of each step itself"
-    other = "take a method that does not (relay: from_start: false)"
+    other = "take a method that does not (relay: from_start: false; opd: writer: student)"
     task = task_of(config.data.train)
-    if config.rollout.overlap or config.refresh is not None:
+    mine = config.method.trains_on_rollouts  # the student's: what refresh keeps, and a world spoils
+    if config.rollout.overlap or (config.refresh is not None and mine):
         key = "rollout.overlap" if config.rollout.overlap else "rollout.refresh"
         raise ValueError(f"{who}, and {key} has the student's own of other steps; leave it out, or {other}")
-    if task is not None and task.world is not None and task.world.spoils:
+    if mine and task is not None and task.world is not None and task.world.spoils:
         raise ValueError(
             f"{who}, and {config.data.train} puts errors into the student's own rollouts; use data without "
             f"spoil, or {other}"

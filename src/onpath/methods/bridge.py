@@ -7,10 +7,10 @@
         M tokens after y_<t T_<n (greedy) and T_n … T_{n+M−1} ≤ `meet_distance`;   n = |T| where they never do
     z = y_<t T_<n s,   s ~ p_S(·|x, y_<t T_<n);   L = Σ KL(p_S ‖ p_T) / Σ 1 along z, or y if z is not better
 
-z is better if it is right and y was not, or, both being alike, if the teacher finds what follows the fork
-likelier, its own words included, so that most are. The models decode one after the other, a bridge as one
-window. Deviations: we know the paper's idea, not its numbers, so all of them, the test of meeting and what is
-better are ours; only rollouts that are not right are bridged.
+z is better if it is right and y was not, or, both being alike, if the teacher finds s, the student's words
+behind the bridge, likelier per token than y_t …, those behind the fork. The models decode one after the
+other, a bridge as one window. Deviations: we know the paper's idea, not its numbers, so all of them, the test
+of meeting and the measure of what is better are ours; only rollouts that are not right are bridged.
 Controls: `control: own_token`, `control: random_place`; and `opd`.
 """
 
@@ -70,8 +70,7 @@ class Bridge(Method):
         """K greedy tokens of the teacher's after each place."""
         sampling = replace(self.tools.sampling, temperature=0.0, max_new_tokens=self.options.window)
         keys = [f"{when}/{rollouts[i].key}/window" for i in places]
-        at = list(places.items())
-        done = goes_on_for(rollouts, at, "teacher", self.tools, cost, sampling, keys)
+        done = goes_on_for(rollouts, list(places.items()), "teacher", self.tools, cost, sampling, keys)
         return {i: c.ids for i, c in zip(places, done, strict=True)}
 
     def meetings(
@@ -103,8 +102,9 @@ class Bridge(Method):
         values = per_token(self.tools.models, both, keep=kept)
         found = list(made)
         for n, (i, ok) in enumerate(zip(new, verdicts, strict=True)):
-            at = made[i].places[0]
-            after, before = (v.get("teacher_logp", [])[at:] or [-inf] for v in values[2 * n : 2 * n + 2])
-            if (ok is True, fmean(after)) <= (right[i] is True, fmean(before)):
+            at, logps = made[i].places[0], [v.get("teacher_logp", []) for v in values[2 * n : 2 * n + 2]]
+            begins = len(logps[0]) - made[i].writers[at:].count("student"), at
+            after, before = (fmean(v[t:] or [-inf]) for v, t in zip(logps, begins, strict=True))
+            if (ok is True, after) <= (right[i] is True, before):
                 found[i] = Mixed.of(made[i].y)
         return found

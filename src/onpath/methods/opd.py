@@ -6,15 +6,17 @@ arXiv 2606.00305).
 
 Token-level remedies (clips, top-k supports, reweighting, truncation) are options of the loss, not of the
 trajectory.
-`writer: teacher` is the off-policy control: with cross_entropy, SFT on the teacher's samples.
+`writer: teacher` is the off-policy control, and the student draws nothing: with cross_entropy, SFT on the
+teacher's samples.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 from onpath.config.methods.opd import OPDOptions
 from onpath.methods.base import Method, Prepared, check_generated, own_response
-from onpath.records import Completion, Edit, Rollout, Trajectory, all_by
+from onpath.records import Edit, Rollout, Trajectory, all_by
 
 
 class OPD(Method):
@@ -22,6 +24,22 @@ class OPD(Method):
 
     Options = OPDOptions
     options: OPDOptions
+
+    def write_rollouts(
+        self, blank: Sequence[Rollout], *, keys: Sequence[str], step: int
+    ) -> Sequence[Rollout]:
+        """See `Method.write_rollouts`: the teacher's own samples."""
+        samples = self.tools.in_teachers_name(
+            [r.prompt for r in blank],
+            [r.context for r in blank],
+            self.tools.sampling,
+            keys=[f"step {step}/{r.key}/teacher" for r in blank],
+        )
+        known = [replace(c, logprobs=c.logprobs or (math.nan,) * len(c.ids)) for c in samples]  # a black box
+        return [
+            replace(r.continued(c), writers=all_by("teacher", len(c.ids)))
+            for r, c in zip(blank, known, strict=True)
+        ]
 
     def prepare(self, rollouts: Sequence[Rollout], *, step: int) -> Prepared:
         """See `Method.prepare`."""
@@ -35,27 +53,26 @@ class OPD(Method):
         return own_response(rollout, length=self.options.first_tokens) if mine else None
 
     def _written_by_teacher(self, rollouts: Sequence[Rollout], step: int) -> Prepared:
-        keys = [f"step {step}/{r.key}/teacher" for r in rollouts]
-        asked = [r.prompt for r in rollouts]
-        samples = self.tools.in_teachers_name(
-            asked, [r.context for r in rollouts], self.tools.sampling, keys=keys
-        )
+        # Of rollout.refresh they are the student's, which tell how far it has moved.
+        own = any(r.ids and not r.writers for r in rollouts)
+        blank = [replace(r, ids=(), logprobs=()) for r in rollouts] if own else rollouts
+        samples = self.write_rollouts(blank, keys=[], step=step) if own else rollouts
         trajectories = [
             replace(
-                own_response(r),
-                response=c.ids,
+                own_response(sample),
+                origin=r,
                 behaviour_logprobs=None,
-                edit=self._edit(c),
-                writers=all_by("teacher", len(c.ids)),
+                edit=self._edit(sample),
+                writers=sample.writers,
             )
-            for r, c in zip(rollouts, samples, strict=True)
+            for r, sample in zip(rollouts, samples, strict=True)
         ]
         check_generated(trajectories, step=step, who="the teacher", of="prompts", look="what it writes")
         return Prepared(
-            trajectories=trajectories, totals={"teacher_tokens_generated": sum(len(c.ids) for c in samples)}
+            trajectories=trajectories, totals={"teacher_tokens_generated": sum(len(s.ids) for s in samples)}
         )
 
-    def _edit(self, sample: Completion) -> Edit:
+    def _edit(self, sample: Rollout) -> Edit:
         """Dropped if it has no text: it would teach to say nothing."""
         if self.tools.text.renderer.text(sample.ids).strip():
             return Edit(kind="teacher_sample")

@@ -91,11 +91,13 @@ def make_probe(parts: Parts) -> Probe:
     student, keys = parts.generators.student, [f"doctor/{p.id}" for p in prompts]
     prepared, refused = unread(), ""
     kept: list[Trajectory] = []
-    if config.method.writes_rollouts:
+    writes = config.method.writes_rollouts
+    if writes and config.method.trains_on_rollouts:
         blank = unwritten(student, student.renderer, prompts, sampling, n=1)
         rollouts = written(parts, blank, sample_keys(keys, 1), 0)
     else:
         rollouts = student.generate(prompts, sampling, keys=keys)
+        begun = time.perf_counter() if writes else begun  # they are for the checks, the run has none
     rollouts = agreed(rollouts)
     try:
         prepared = parts.method.prepare(rollouts, step=0)

@@ -26,7 +26,8 @@ class BridgeOptions(MethodOptions):
     """Rollouts with the right answer are trained on as they are."""
     keep: Literal["better", "all"] = "better"
     """better: a bridged response is kept if it is right where the rollout was not, or, both being alike, if
-    the teacher finds what follows the fork likelier, per token; else the rollout is trained on."""
+    the teacher finds what the student wrote behind the bridge likelier, per token, than what it had written
+    from the fork on; else the rollout is trained on."""
     control: Literal["none", "own_token", "random_place"] = "none"
     """own_token: from the same places the student writes on itself; random_place: bridges from places drawn
     by lot."""

@@ -24,6 +24,10 @@ class OPDOptions(MethodOptions):
         return self.writer == "student"
 
     @property
+    def writes_rollouts(self) -> bool:
+        return self.writer == "teacher"
+
+    @property
     def runs_models(self) -> bool:
         return self.writer == "teacher"
 
