@@ -41,16 +41,23 @@ Row = dict[str, Any]
 
 
 def run_parts(
-    out: Path, limits: Mapping[str, float], command: Callable[[str, float], Sequence[str]], *, seconds: float
+    out: Path,
+    limits: Mapping[str, float],
+    command: Callable[[str, float], Sequence[str]],
+    *,
+    seconds: float,
+    before: Mapping[str, Row] | None = None,
 ) -> bool:
     """All parts, one after the other; whether each came to its end without an error.
 
     Args:
         limits: seconds that each part may take.
         command: of a part and the seconds it is given, what is run.
-        seconds: of all together.
+        seconds: of all together, and of those before them.
+        before: states of what was done already.
     """
-    begun, states = time.monotonic(), {}
+    begun, states = time.monotonic(), dict(before or {})
+    begun -= sum(state["seconds"] for state in states.values())
     for name, limit in limits.items():
         left = seconds - (time.monotonic() - begun)
         if left < _LEAST:
@@ -173,13 +180,26 @@ def child(name: str, out: Path, *, seconds: float, tiny: bool) -> None:
     part.run(record, tiny=tiny, left=lambda: ends - time.monotonic())
 
 
-def install(wheels: Path, site: Path) -> None:
-    """The wheels of packages that this Python lacks, beside it: what is there, torch above all, stays."""
+def install(wheels: Path, site: Path) -> Row:
+    """The wheels of packages that this Python lacks, beside it: what is there, torch above all, stays. One
+    that cannot be installed is named, and what needs it says so; all are tried in one go first.
+
+    Returns:
+        The state of this part.
+    """
     lacking = [str(w) for w in sorted(wheels.glob("*.whl")) if not _installed(w.name.partition("-")[0])]
-    if lacking:
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
-        command += ["--no-compile", "--target", str(site), *lacking]
-        subprocess.run(command, check=True)
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+    command += ["--no-compile", "--target", str(site)]
+    failed: list[str] = []
+    begun = time.monotonic()
+    for some in [lacking, *([wheel] for wheel in lacking)] if lacking else []:
+        done = subprocess.run([*command, *some], capture_output=True, text=True, check=False)
+        if done.returncode == 0 and some == lacking:
+            break
+        if done.returncode and some != lacking:
+            failed.append(f"{Path(some[0]).name}: {(done.stderr.strip().splitlines() or [''])[-1]}")
+    state = {"state": "done", "seconds": round(time.monotonic() - begun, 1)}
+    return {**state, "state": f"{len(failed)} not installed", "error": "\n".join(failed)} if failed else state
 
 
 def _installed(name: str) -> bool:
@@ -223,13 +243,14 @@ def main() -> int:
         found = [sys.executable, str(HERE / "gpu.py"), "--part", name, "--out", str(out)]
         return [*found, "--seconds", str(seconds), *(["--tiny"] if tiny else [])]
 
+    before: dict[str, Row] = {}
     with tempfile.TemporaryDirectory() as site:
         if options.wheels:
-            install(options.wheels, Path(site))
+            before["wheels"] = install(options.wheels, Path(site))
             commit = options.wheels / "commit"
             os.environ.setdefault("ONPATH_COMMIT", commit.read_text().strip() if commit.exists() else "")
         os.environ.update(environment(Path(site), tiny=tiny))
-        well = run_parts(out, limits, command, seconds=options.seconds * (20 if tiny else 1))
+        well = run_parts(out, limits, command, seconds=options.seconds * (20 if tiny else 1), before=before)
     print((out / "gpu.md").read_text(encoding="utf-8"))
     return 0 if well else 1
 

@@ -86,7 +86,7 @@ def settings(case: Case, size: Size, steps: int, home: Path) -> dict[str, Any]:
         "rollout": {"prompts": size.prompts * case.world, "max_new_tokens": size.new_tokens},
         "optim": {"steps": steps, "lr": 1e-6, "schedule": "constant", "micro_batch_tokens": MICRO_BATCH},
         "parallel": {"shard": case.shard, "balance": case.balance, "timeout": 300.0},
-        "run": {"dir": str(home / "runs"), "name": case.name},
+        "run": {"dir": str(home / "runs"), "name": case.name, "save_every": 0},
     }
 
 

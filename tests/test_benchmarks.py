@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -162,6 +163,27 @@ def test_the_runner_says_what_it_had_no_time_for(gpu: ModuleType, tmp_path: Path
 def test_all_parts_fit_into_nine_minutes(gpu: ModuleType) -> None:
     assert sum(gpu.PARTS.values()) <= gpu._WHOLE <= 9 * 60 - 15
     assert {p.stem for p in (BENCHMARKS / "on_gpu").glob("*.py")} >= set(gpu.PARTS)
+
+
+def test_a_wheel_that_cannot_be_installed_stops_no_other(gpu: ModuleType, tmp_path: Path) -> None:
+    wheels, site = tmp_path / "wheels", tmp_path / "site"
+    wheels.mkdir()
+    (wheels / "junk-1.0-py3-none-any.whl").write_bytes(b"no wheel")
+    with zipfile.ZipFile(wheels / "onpath_tried-1.0-py3-none-any.whl", "w") as wheel:
+        told = "onpath_tried-1.0.dist-info/"
+        wheel.writestr("onpath_tried.py", "")
+        wheel.writestr(f"{told}METADATA", "Metadata-Version: 2.1\nName: onpath-tried\nVersion: 1.0\n")
+        wheel.writestr(f"{told}WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{told}RECORD", "")
+    state = gpu.install(wheels, site)
+    assert state["state"] == "1 not installed"
+    assert state["error"].startswith("junk-1.0-py3-none-any.whl: ")
+    assert (site / "onpath_tried.py").is_file()
+    assert not gpu.run_parts(
+        tmp_path, {"x": 9.0}, lambda *_: ["true"], seconds=60.0, before={"wheels": state}
+    )
+    data = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert [data[part]["state"] for part in ("wheels", "x")] == ["1 not installed", "done"]
 
 
 def test_wheels_are_only_what_is_missing(gpu: ModuleType) -> None:

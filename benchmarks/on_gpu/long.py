@@ -92,7 +92,7 @@ def make(directory: Path, size: Size, method: dict[str, Any], **options: dict[st
         "rollout": {"prompts": size.rollouts, "max_new_tokens": size.response},
         "optim": {"steps": 1000, "lr": 1e-6, "schedule": "constant", "warmup": 0.0, "bf16": True,
                   "micro_batch_tokens": size.micro_batch_tokens},
-        "run": {"dir": str(directory / "runs"), "name": "step"},
+        "run": {"dir": str(directory / "runs"), "name": "step", "save_every": 0},
     }  # fmt: skip
     config = configuration.build({k: {**tree.get(k, {}), **options.get(k, {})} for k in {**tree, **options}})
     engine = MostlyDrawn(size.sampled, vocabulary)

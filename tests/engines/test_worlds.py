@@ -222,6 +222,16 @@ def test_a_run_in_a_world_goes_on_bit_for_bit(
     assert spoiled[0]["loss"] != whole[0]["loss"]
 
 
+def test_a_teacher_writes_for_as_many_steps_as_the_student(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written in the world's engine's name has seen as many steps as the engine has."""
+    monkeypatch.setattr(assemble, "world_of", lambda source: Sevens(loses=False))
+    options = {"method__writer": "teacher", "data__eval": {}, "optim__steps": 4}
+    rows = read_lines(train(tiny(**options), quiet=True).directory / "metrics.jsonl")
+    assert [(row["staleness"], row["student_tokens_generated"]) for row in rows] == [(0, 0)] * 4
+
+
 class Limited(Engine):
     """Takes 11 tokens in all."""
 

@@ -77,13 +77,20 @@ def _evaluable(config: Any) -> None:
             raise ValueError(why)
 
 
+def _takes_for_own(method: Any) -> bool:
+    """Whether the gradient is one of tokens that the weights that train have drawn, and nothing corrects for
+    older ones."""
+    return method.divergence == "sampled" and method.ppo_clip is None and method.importance == "none"
+
+
 def _overlappable(config: Any) -> None:
     if not config.rollout.overlap:
         return
-    if config.method.divergence == "sampled" and config.method.ppo_clip is None:
+    if _takes_for_own(config.method):
         raise ValueError(
             "rollout.overlap: method.divergence sampled takes rollouts for samples of the weights that "
-            "train; set method.ppo_clip, which corrects for older ones, or rollout.overlap: false"
+            "train; set method.ppo_clip or method.importance, which correct for older ones, or "
+            "rollout.overlap: false"
         )
     if config.rollout.max_staleness < 1:
         raise ValueError("rollout.overlap makes rollouts one step old; set rollout.max_staleness: 1, not 0")
@@ -219,10 +226,10 @@ def _refreshable(config: Any) -> None:
             f"rollout.overlap samples the next step's rollouts, and with {key} they are there already; "
             "set rollout.overlap: false"
         )
-    if method.divergence == "sampled" and method.ppo_clip is None:
+    if _takes_for_own(method):
         raise ValueError(
             f"{key}: method.divergence sampled takes rollouts for samples of the weights that train; set "
-            "method.ppo_clip, which corrects for older ones, or rollout.refresh: always"
+            "method.ppo_clip or method.importance, which correct for older ones, or rollout.refresh: always"
         )
     if rule.overlap_below is not None and not rollout.sampling(seed=0).untruncated:
         raise ValueError(

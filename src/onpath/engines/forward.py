@@ -266,7 +266,9 @@ def forward(
             student_NH = _student(models, batch, graph=graph)
             scores = models.teacher.scores(batch, None if memory is None else memory.parts[b])
             if keep is not None and isinstance(scores, TeacherHidden):
-                keep.teacher |= _by_key(scores.hidden, batch, teacher_key)
+                read = _by_key(scores.hidden, batch, teacher_key)
+                # In memory of their own: a view of one would keep those of all that were read with it.
+                keep.teacher |= {key: row.clone() for key, row in read.items()}
             if keep is not None and graph:
                 rows = _by_key(student_NH, batch, student_key)
                 keep.student.append(Graph(rows=rows, tokens=len(student_NH)))

@@ -39,8 +39,8 @@ def sample(parts: Parts, step: int) -> list[Rollout]:
             return [replace(r, sample=first + r.sample) for first, r in zip(firsts, rollouts, strict=True)]
 
         if parts.config.method.writes_rollouts:
-            sampler = parts.sampler
-            blank = numbered(unwritten(sampler, sampler.renderer, asked, parts.sampling, n=n))
+            student = parts.generators.student  # itself: no world puts errors into what the method writes
+            blank = numbered(unwritten(student, student.renderer, asked, parts.sampling, n=n))
             return written(parts, blank, sample_keys(keys, n), step)
         return numbered(parts.sampler.generate(asked, parts.sampling, n=n, keys=keys, **scored_early(parts)))
 

@@ -218,7 +218,10 @@ def _fits(step: Step, room: int, here: tuple[Shard, int] = WHOLE) -> Finding:
     steps = {way: step if way in (WHOLE, here) else spread(alone, way[1]) for way in ways}
     planned = {way: parts_of(steps[way], shard=way[0], world=way[1])["peak"] / 2**30 for way in ways}
     whole = parts_of(step)
-    names = ("weights", "gradients", "moments", "teacher", "copies", "activations", "loss", "kept", "vllm")
+    names = (
+        *("weights", "gradients", "moments", "teacher", "copies", "activations", "loss", "kept", "vllm"),
+        *("saving", "ahead"),
+    )
     largest = max(names, key=lambda name: whole[name])
     values = {
         **{f"{shard}_{world}_gib": gib for (shard, world), gib in planned.items()},

@@ -1,7 +1,8 @@
 """What a step needs of every process's memory, calculated: which way of sharding fits where.
 
-    peak = weights + moments + frozen models + a vLLM that does not sleep
-           + max(sampling, what the teacher generates, passes and gradients, the optimiser's own)
+    peak = weights + moments + frozen models + a vLLM that does not sleep + on a CPU a checkpoint that is
+           being written + max(sampling, what the teacher generates, passes and gradients, the optimiser's
+           own); with rollout.overlap sampling goes on beside all others
 
     none    whole copies in every process
     step    whole weights while a step lasts, shards of everything else
@@ -114,6 +115,8 @@ class Step:
     """Whether it is the student as it was, and no adapter can be switched off for that."""
     ahead: bool = False
     """Whether a copy of the student samples the next batch (rollout.overlap)."""
+    saves: bool = False
+    """Whether checkpoints are written beside the steps (run.save_every), from copies on the host."""
     continues: bool = False
     """Whether the teacher goes on from its scoring pass (TOPD, relay): its keys and values are kept."""
     prepares: bool = False
@@ -227,6 +230,7 @@ def parts_of(step: Step, *, shard: Shard = "none", world: int = 1) -> dict[str, 
     one_graph &= 0 < step.response_tokens <= step.micro_batch_tokens
     if step.continues and teacher is not None:
         past = 2.25 * cache_bytes(teacher, step.micro_batch_tokens, half=teacher.weight_bytes == 2)
+    saving = step.saves and step.device == "cpu"
     gradients = student.trained * student.trained_bytes / n
     holes = _HOLES * (passes + loss) if step.device == "cpu" and student.trained < student.parameters else 0.0
     parts = {
@@ -237,14 +241,17 @@ def parts_of(step: Step, *, shard: Shard = "none", world: int = 1) -> dict[str, 
         "gathered": gathered,
         "kept": float(step.response_tokens * writer.width * writer.weight_bytes),
         "vllm": 0.0 if step.vllm_sleeps else step.vllm,
+        "saving": 3 * student.trained * student.trained_bytes / n if saving else 0.0,
+        "ahead": own if step.ahead else 0.0,
     }
+    here = 0.0 if step.ahead else own
     shared = (more if step.prepares else 0.0) + half_copies
     waking = step.vllm if step.vllm_sleeps else 0.0
     phases = {
-        "sampling": more + (half_copies if step.batch_tokens else 0.0) + own + waking,
+        "sampling": more + (half_copies if step.batch_tokens else 0.0) + here + waking,
         "training": gradients + half_copies + passes + loss + holes,
         "correcting": shared + past + loss + (passes if one_graph else 0.0),
-        "writing": shared + written + (own if step.side_by_side else 0.0),
+        "writing": shared + written + (own if step.side_by_side else 0.0),  # of this step
         "optimiser": gradients + (gradients if step.device == "cuda" else 0.0),
     }
     return {
@@ -448,6 +455,7 @@ def _step_of(
         averaged=method.teacher_weights == "ema",
         at_start=method.teacher_weights == "base" and not config.student.lora_rank,
         ahead=ahead,
+        saves=config.run.save_every > 0,
         continues=method.keeps_past,
         prepares=method.gathers_models,
         device=device.type,
