@@ -16,6 +16,7 @@ from onpath.commands.probes.predictors import TRIGGER, Scored, late_skills, pred
 from onpath.commands.probes.prefix_failure import Probed, positions, probe, run_probe, summarise
 from onpath.commands.probes.sampled import sampled
 from onpath.config.whole import Config
+from onpath.engines.hf import HFEngine
 from onpath.run.assemble import assemble
 from onpath.run.gradient_cosine import GradientCosine
 from onpath.system.errors import UserError
@@ -124,6 +125,7 @@ def test_cosine_of_consecutive_gradients() -> None:
 def test_a_summary_for_people(tmp_path: Path) -> None:
     summary = {"rollouts": 2, "noise_floor": {"mean": 0.0345547, "quartiles": [0.0, 0.25, 1.0]}, "gap": None}
     (tmp_path / "divergence.json").write_text(json.dumps(summary))
+    (tmp_path / "divergence.png").touch()
     assert list(shown(tmp_path / "divergence.jsonl")) == [
         "rollouts: 2",
         "noise floor: mean 0.0346, quartiles 0 0.25 1",
@@ -160,6 +162,7 @@ def test_predictors_by_hand() -> None:
     assert found["teacher_behind"]["next_step_sound"] == pytest.approx(2 / 3)
     # The first fifth is one token: t and u are never seen there.
     late = late_skills([scored(1)])
+    assert late["share_of_skills"] == pytest.approx(2 / 3)
     assert late["share_of_loss"] == pytest.approx(12 / 13)
     assert late["by_chance"] == pytest.approx((1 * 0.8 + 7 * 0.8**2 + 5 * 0.8) / 13)
     assert predictors([])["tokens_behind_first_error"] is None
@@ -179,6 +182,31 @@ def test_without_a_checker_the_ratio_says_where_it_went_wrong(tiny: Callable[...
         assert s.first == (None if s.right or not above else above[0])
         assert s.skills == s.wanted
         assert set(s.sound) <= {None}
+
+
+def test_the_meter_reads_once_and_needs_no_answers(
+    tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is gone on from; as everywhere without a checker a loud token is taken for the first error."""
+    (data := tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "{i} + 5?"}}\n' for i in range(6)))
+    config = tiny(data__train=str(data), data__eval={}, rollout__prompts=6, eval__grader="exact")
+    (file := tmp_path / "its.yaml").write_text(config.to_yaml())
+    generated: list[int] = []
+    plain = HFEngine.continue_from
+
+    def counted(self: HFEngine, prefixes: Any, *given: Any, **named: Any) -> Any:
+        generated.append(len(prefixes))
+        return plain(self, prefixes, *given, **named)
+
+    monkeypatch.setattr(HFEngine, "continue_from", counted)
+    path = run_named("meter", file, rollouts=6)
+    assert generated == [6]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    told = json.loads(path.with_suffix(".json").read_text())
+    behind = sum(len(r["tokens"]) - r["first"] - 1 for r in rows if r["first"] is not None)
+    assert told["tokens_behind_first_error"] == pytest.approx(behind / sum(len(r["tokens"]) for r in rows))
+    assert not any(r["right"] for r in rows)
+    assert list(shown(path))[-1] == f"{path}, summary meter.json"
 
 
 def test_a_world_shows_in_its_predictors() -> None:

@@ -269,7 +269,7 @@ def test_the_doctor_looks_at_what_there_is(
     assert not [c for c in checks.values() if c["status"] == "fail"], checks
 
 
-@pytest.mark.parametrize("probe", ["prefix-failure", "divergence", "local-correction"])
+@pytest.mark.parametrize("probe", ["prefix-failure", "divergence", "local-correction", "meter"])
 def test_probes_say_what_they_need(
     probe: str, tiny: Tiny, endpoint: FakeVLLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -478,9 +478,10 @@ def _add_inspect(commands: Any) -> None:
     command.add_argument("--json", action="store_true", help="JSON lines for machines")
     command.add_argument(
         "--probe",
-        choices=["prefix-failure", "divergence", "local-correction"],
+        choices=["prefix-failure", "divergence", "local-correction", "meter"],
         help="measure instead of showing (RUN_DIR may be a config file): from where on can neither student "
-        "nor teacher save a rollout; where do near futures part; what do a few updates at one prefix change",
+        "nor teacher save a rollout; where do near futures part; what do a few updates at one prefix change; "
+        "in one scoring pass, what predicts that a correction pays",
     )
     command.add_argument("--rollouts", type=int, default=32, help="of a probe (default: 32)")
     command.add_argument("--continuations", type=int, default=4, help="of a probe, per position (default: 4)")

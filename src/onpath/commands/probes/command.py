@@ -11,7 +11,7 @@ from onpath.system.errors import UserError
 from onpath.system.files import make_directory, place
 from onpath.system.reading import read_json
 
-PROBES = ("prefix-failure", "divergence", "local-correction")
+PROBES = ("prefix-failure", "divergence", "local-correction", "meter")
 
 
 def run_named(
@@ -23,7 +23,7 @@ def run_named(
     every: int = 8,
     allow_code: bool = False,
 ) -> Path:
-    """Runs a probe and returns the path of its JSON lines; summary and picture lie beside it.
+    """Runs a probe and returns the path of its JSON lines; summary and picture (meter: none) lie beside it.
 
     Args:
         name: one of `PROBES`.
@@ -47,7 +47,7 @@ def run_named(
         trained = config.student.model_copy(update={"model": str(path / "model"), "lora_rank": 0})
         config = config.model_copy(update={"student": trained})
     from onpath.commands.probes import futures as divergence
-    from onpath.commands.probes import local_correction, prefix_failure
+    from onpath.commands.probes import local_correction, predictors, prefix_failure
     from onpath.run.assemble import assemble
 
     run = path if path.is_dir() else Path(config.run.dir) / config.run.name
@@ -70,6 +70,8 @@ def run_named(
                 return divergence.run_probe(parts, rollouts=rollouts, out=out)
             case "local-correction":
                 return local_correction.run_probe(parts, prefixes=rollouts, out=out)
+            case "meter":
+                return predictors.run_probe(parts, rollouts=rollouts, out=out)
             case _:
                 return prefix_failure.run_probe(
                     parts, rollouts=rollouts, continuations=continuations, every=every, out=out
@@ -81,7 +83,9 @@ def shown(path: Path) -> Iterator[str]:
     right, and where the rest is."""
     summary = read_json(path.with_suffix(".json"), keys={})
     yield from _lines(summary, indent="")
-    yield f"{path}, summary {path.with_suffix('.json').name}, picture {path.with_suffix('.png').name}"
+    picture = path.with_suffix(".png")
+    drawn = f", picture {picture.name}" if picture.exists() else ""
+    yield f"{path}, summary {path.with_suffix('.json').name}{drawn}"
 
 
 def _lines(entries: Mapping[str, Any], *, indent: str) -> Iterator[str]:

@@ -1,24 +1,32 @@
-"""What predicts that correcting a trajectory pays: three numbers from one scoring pass over rollouts.
+"""The meter: what predicts that correcting a trajectory pays, three numbers from one scoring pass over
+rollouts.
 
     share of tokens behind the first error        what a token-level loss spends where nothing can be won
     the teacher before and behind it              how likely its next token is right; is it lost there?
-    share of the loss at skills that occur late   what no early, sound token could teach instead
+    share of skills that occur late alone, and    what no early, sound token could teach instead
+    of the loss at them
 
 Where the task has a checker the first error and what is right are the truth. Elsewhere (real models) the
-first error of a wrong rollout is its first token with log p_S − log p_T above `TRIGGER`, as for a relay; the
-teacher is described by its entropy; and a skill is the token that the teacher would like best.
+first error of a rollout that is not known to be right is its first token with log p_S − log p_T above
+`TRIGGER`, as for a relay; the teacher is described by its entropy; and a skill is the token that the teacher
+would like best.
 """
 
+import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from onpath.commands.probes.sampled import checked, sampled
 from onpath.data.tasks import Task
 from onpath.engines.forward import Models, forward
 from onpath.methods.base import own_response
 from onpath.methods.tools import Text
 from onpath.records import Rollout
+from onpath.run.parts import Parts
+from onpath.system.files import write_text
 
 TRIGGER = 8.0
 """Nats."""
@@ -44,6 +52,41 @@ class Scored:
     """How likely the teacher's next token is no error; None: nobody can tell, or nothing is to be known."""
     skills: Sequence[str]
     """What it takes to get each token right; empty where nothing is to be known."""
+
+
+def run_probe(parts: Parts, *, rollouts: int, out: Path) -> Path:
+    """Writes `out/meter.jsonl` (a line per rollout: its tokens, where it went wrong, reverse KL) and the
+    predictors (.json). Nothing is gone on from, and prompts need no answers.
+
+    Args:
+        rollouts: prompts of the training pool, one rollout each.
+
+    Returns:
+        The path of the JSON lines.
+
+    Raises:
+        UserError: a number below 1.
+    """
+    checked(rollouts=rollouts)
+    made = sampled(parts, rollouts)
+    with parts.models.teacher.acting():
+        found = score(parts.models, parts.text, made, judging_contexts(parts, made, new=0))
+    path = out / "meter.jsonl"
+    rows = [{k: vars(s)[k] for k in ("tokens", "right", "first", "reverse_kl")} for s in found]
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    summary = {"student": parts.config.student.model, "rollouts": len(found), **predictors(found)}
+    write_text(path.with_suffix(".json"), json.dumps(summary, indent=1) + "\n")
+    return path
+
+
+def judging_contexts(parts: Parts, made: Sequence[Rollout], *, new: int) -> list[tuple[int, ...]]:
+    """Where the teacher reads each rollout, with the reference where the method shows it.
+
+    Args:
+        new: tokens that it may go on for.
+    """
+    room, shown = parts.models.teacher.room, parts.config.method.shows_reference
+    return [parts.text.judging_context(r, reference=shown, room=room(len(r.ids) + new)) for r in made]
 
 
 def score(
@@ -160,8 +203,9 @@ def _teacher(places: Sequence[tuple[Scored, int]]) -> dict[str, float | None]:
 
 
 def late_skills(found: Sequence[Scored]) -> dict[str, float | None]:
-    """Share of the loss at skills that no rollout shows in the first fifth of its response, and the share
-    that would be there if skills had no place of their own: a rare one is seldom seen early."""
+    """Share of the skills that no rollout shows in the first fifth of its response, that of the loss at them,
+    and the share of it that would be there if skills had no place of their own: a rare one is seldom seen
+    early."""
     loss: dict[str, float] = defaultdict(float)
     count: dict[str, int] = defaultdict(int)
     early: set[str] = set()
@@ -175,6 +219,7 @@ def late_skills(found: Sequence[Scored]) -> dict[str, float | None]:
                 early.add(skill)
     total = sum(loss.values())
     return {
+        "share_of_skills": _share(len(loss.keys() - early), len(loss)),
         "share_of_loss": _share(sum(v for k, v in loss.items() if k not in early), total),
         "by_chance": _share(sum(v * (1 - EARLY) ** count[k] for k, v in loss.items()), total),
     }

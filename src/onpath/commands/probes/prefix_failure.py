@@ -14,7 +14,7 @@ from math import exp
 from pathlib import Path
 from typing import Any
 
-from onpath.commands.probes.predictors import predictors, score
+from onpath.commands.probes.predictors import judging_contexts, predictors, score
 from onpath.commands.probes.prefix_picture import draw
 from onpath.commands.probes.prefix_records import Probed
 from onpath.commands.probes.sampled import checked, sampled
@@ -47,9 +47,7 @@ def run_probe(parts: Parts, *, rollouts: int, continuations: int, every: int, ou
     checked(rollouts=rollouts, continuations=continuations, every=every)
     made = sampled(parts, rollouts, answered=True)
     # The teacher goes on from inside each rollout, for as long as a whole one may be.
-    room, new = parts.models.teacher.room, parts.sampling.max_new_tokens
-    shown = parts.config.method.shows_reference
-    contexts = [parts.text.judging_context(r, reference=shown, room=room(len(r.ids) + new)) for r in made]
+    contexts = judging_contexts(parts, made, new=parts.sampling.max_new_tokens)
     with parts.models.teacher.acting():
         scored = score(parts.models, parts.text, made, contexts)
     found = probe(parts, made, contexts, continuations=continuations, every=every)
