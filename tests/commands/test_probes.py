@@ -200,7 +200,7 @@ def test_the_meter_reads_once_and_needs_no_answers(
 
     monkeypatch.setattr(HFEngine, "continue_from", counted)
     path = run_named("meter", file, rollouts=6)
-    assert generated == [6]
+    assert (generated[-1], generated.count(6)) == (6, 1), "behind the start-up checks of a few"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     told = json.loads(path.with_suffix(".json").read_text())
     behind = sum(len(r["tokens"]) - r["first"] - 1 for r in rows if r["first"] is not None)

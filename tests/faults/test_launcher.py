@@ -16,8 +16,10 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from onpath.commands.cli import main
 from onpath.config.whole import Config
 from onpath.training import train
+from tests.methods.family import ARMS, options_of
 from tests.system.test_sharded_runs import OPTIM, assert_same
 
+OF_ITS_METHODS = ("relay", "branch", "bridge", "truncate", "topd")
 ONE_AFTER_THE_OTHER = """
 import sys
 from onpath.commands.cli import main
@@ -31,12 +33,15 @@ for path in sys.argv[1:]:
 @pytest.mark.slow
 def test_two_runs_and_a_mistake_in_the_same_processes(tiny: Callable[..., Config], tmp_path: Path) -> None:
     """The launcher's store remembers the first run; the mistake is one that the first process finds. What
-    they come to is what one process comes to."""
+    they come to is what one process comes to, whatever the method."""
     options = {**OPTIM, "parallel__timeout": 30.0, "teacher__device": "auto", "run__trajectories_every": 1}
+    asked = {name: {**options, **options_of(ARMS[name])} for name in OF_ITS_METHODS}
+    asked = {"first": options, **asked, "second": options, "mistaken": {**options, "optim__eps": 1e-3}}
     files = []
-    for name, eps in (("first", 1e-4), ("second", 1e-4), ("second", 1e-3)):
-        files.append(tmp_path / f"{name}-{eps:g}.yaml")
-        files[-1].write_text(tiny(**{**options, "optim__eps": eps}, run__name=name).to_yaml())
+    for name, given in asked.items():
+        files.append(tmp_path / f"{name}.yaml")
+        run = "second" if name == "mistaken" else name
+        files[-1].write_text(tiny(**given, run__name=run).to_yaml())
     script = tmp_path / "script.py"
     script.write_text(ONE_AFTER_THE_OTHER)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -55,7 +60,9 @@ def test_two_runs_and_a_mistake_in_the_same_processes(tiny: Callable[..., Config
     first, second = (load_file(run / "model" / "model.safetensors") for run in runs)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert len(list((runs[0] / "checkpoints" / "step_2").glob("model-*"))) == 2, "in shards"
-    assert_same(train(tiny(**options, run__name="one"), quiet=True).directory, runs[0])
+    for name in ("first", *OF_ITS_METHODS):
+        alone = train(tiny(**asked[name], run__name=f"one {name}"), quiet=True)
+        assert_same(alone.directory, tmp_path / "runs" / name)
 
 
 def test_torchruns_report_ends_with_our_sentence(
