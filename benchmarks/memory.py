@@ -37,18 +37,11 @@ SHAPES = ((4, 32, 96), (8, 64, 192))
 """Rollouts of a process, tokens of a prompt and of a response."""
 
 
-def measured(name: str, shape: tuple[int, int, int]) -> dict[str, Any]:
-    """One setting, in this process, or in this one of two: bytes measured at the start and in steps, and
-    calculated ones of a step."""
-    rollouts, prompt, response = shape
+def made(directory: Path, name: str, shape: tuple[int, int, int], *, world: int = 1) -> Any:
+    """The parts of one setting's run, of so many processes."""
     from on_gpu import long
 
-    from onpath.commands.doctor.fits import parts_of, step_of
-    from onpath.run.optimizer import make_optimizer
-    from onpath.system import distributed
-    from onpath.training import one_step
-
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    rollouts, prompt, response = shape
     size = long.Size(
         student="60m", teacher="60m-teacher", rollouts=rollouts * world, prompt=prompt, response=response,
         sampled=4, micro_batch_tokens=rollouts * (prompt + response), window=16, tiny=False,
@@ -59,24 +52,39 @@ def measured(name: str, shape: tuple[int, int, int]) -> dict[str, Any]:
     options = {k: {**base.get(k, {}), **given.get(k, {})} for k in {*base, *given} - {"method"}}
     if "parallel" in given:
         options["teacher"]["device"] = "auto"
+    return long.make(directory, size, given.get("method", {"name": "opd"}), **options)
+
+
+def planned(parts: Any, shape: tuple[int, int, int], *, world: int = 1) -> dict[str, float]:
+    """Calculated bytes of a step of one process."""
+    from onpath.commands.doctor.fits import parts_of, step_of
+
+    rollouts, _, response = shape
+    step = step_of(parts, response_tokens=rollouts * response)
+    return parts_of(step, shard=parts.config.parallel.shard, world=world)
+
+
+def measured(name: str, shape: tuple[int, int, int]) -> dict[str, Any]:
+    """One setting, in this process, or in this one of two: bytes measured at the start and in steps, and
+    calculated ones of a step."""
+    from onpath.run.optimizer import make_optimizer
+    from onpath.system import distributed
+    from onpath.training import one_step
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     peak = PeakMemory()
     with TemporaryDirectory() as directory:
         before = peak.now()
         with peak("start"):
-            parts = long.make(Path(directory), size, given.get("method", {"name": "opd"}), **options)
+            parts = made(Path(directory), name, shape, world=world)
         with peak("steps"):
             optimizer, schedule = make_optimizer(parts.config, parts.models.student)
             schedule(0)
             for step in range(2):
                 one_step(parts, optimizer, step)
         distributed.barrier()
-    planned = parts_of(
-        step_of(parts, response_tokens=rollouts * response),
-        shard=parts.config.parallel.shard,
-        world=distributed.world(),
-    )
-    start, measured = ((peak.mib[phase] - before) * 2**20 for phase in ("start", "steps"))
-    return {"start": start, "measured": measured, **planned}
+    start, steps = ((peak.mib[phase] - before) * 2**20 for phase in ("start", "steps"))
+    return {"start": start, "measured": steps, **planned(parts, shape, world=distributed.world())}
 
 
 def in_processes(command: Sequence[str], world: int) -> list[dict[str, Any]]:

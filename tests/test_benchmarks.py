@@ -206,6 +206,18 @@ def test_scale(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(f"| {name} |" in scale.markdown(data) for name in cases)
 
 
+def test_the_memory_plan_is_that_of_the_page(gpu: ModuleType, tmp_path: Path) -> None:
+    """What was compared with measured peaks is what is calculated today."""
+    memory = importlib.import_module("memory")
+    data = json.loads((BENCHMARKS / "results" / "memory.json").read_text())["settings"]
+    stored = {(row["setting"], *row["shape"]): row["peak"] for row in data}
+    for name in memory.SETTINGS:
+        (directory := tmp_path / name).mkdir()
+        parts = memory.made(directory, name, memory.SHAPES[0])
+        today = memory.planned(parts, memory.SHAPES[0], world=2 if name.startswith("two") else 1)
+        assert today["peak"] == pytest.approx(stored[name, *memory.SHAPES[0]], rel=0.01), name
+
+
 def test_the_memory_plan_was_within_15_percent_of_what_was_measured() -> None:
     """At most as far off in every setting of the page that is committed, which says nothing else."""
     found = json.loads((BENCHMARKS / "results" / "memory.json").read_text())["settings"]

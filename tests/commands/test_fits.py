@@ -245,6 +245,24 @@ def test_a_vllm_beside_the_student_has_its_part_of_the_gpu() -> None:
     assert not any("sleep" in cure for cure in cures(asleep, room))
 
 
+def test_a_checkpoint_that_is_being_written_is_a_copy_on_the_host() -> None:
+    step = replace(step_of_size("1.7B", True, "8B"), device="cpu", saves=True)
+    more = parts_of(step)["peak"] - parts_of(replace(step, saves=False))["peak"]
+    assert more == 3 * step.student.trained * step.student.trained_bytes
+    assert parts_of(step, shard="layer", world=2)["saving"] == more / 2
+    assert parts_of(replace(step, device="cuda"))["saving"] == 0
+
+
+def test_what_overlap_samples_is_there_beside_every_other_phase() -> None:
+    """Its keys and values while the step trains, where that is the peak."""
+    alone = replace(step_of_size("1.7B", True, "8B"), batch_tokens=40_000)
+    ahead = replace(alone, ahead=True)
+    plain, both = parts_of(alone), parts_of(ahead)
+    own = 1.25 * cache_bytes(alone.student, alone.batch_tokens, half=alone.half)
+    assert plain["phase_training"] > plain["phase_sampling"]
+    assert both["peak"] - both["copies"] == pytest.approx(plain["peak"] + own)
+
+
 def test_a_vllm_on_a_cpu_has_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
     step = replace(step_of_size("1.7B", True, "8B"), device="cpu", half=False)
@@ -494,9 +512,9 @@ def test_what_a_method_keeps_for_the_loss_is_planned(
     step = step_of(parts, response_tokens=1000)
     assert any([*held, bool(made.kept.teacher)]) is keeps
     assert (step.response_tokens > 0) is keeps
-    for states in list(made.kept.teacher.values())[:1]:
-        writer = step.teacher or step.student
-        assert states[0].numel() * states.element_size() == writer.width * writer.weight_bytes
+    writer = step.teacher or step.student
+    for states in made.kept.teacher.values():
+        assert states.untyped_storage().nbytes() == len(states) * writer.width * writer.weight_bytes
     parts.close()
 
 

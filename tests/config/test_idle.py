@@ -53,6 +53,7 @@ def test_a_mark_names_an_option_and_its_values(section: type[Section]) -> None:
         ({"method": {"name": "truncate", "share": 0.2}}, "method.share", "method.stop_when: share"),
         ({"method": {"name": "trd", "weights": "ema"}}, "method.weights", "method.teacher: self"),
         ({"student": {"lora_alpha": 8}}, "student.lora_alpha", "student.lora_rank"),
+        ({"student": {"lora_dropout": 0.1, "lora_rank": 4}}, "student.lora_dropout", "student.dropout"),
         ({"teacher": {"cache_gb": 3}}, "teacher.cache_gb", "teacher.cache"),
         ({"optim": {"schedule": "constant", "min_lr_ratio": 0.1}}, "optim.min_lr_ratio", "optim.schedule: c"),
         (OPSD | {"teacher": {"model": "./other"}}, "teacher.model", "another model as the teacher"),

@@ -21,6 +21,7 @@ from onpath.engines.hf import HFEngine
 from onpath.engines.models import context_length
 from onpath.engines.self_check import check_model
 from onpath.run.assemble import assemble
+from onpath.run.log import read_lines
 from onpath.run.optimizer import make_optimizer
 from onpath.run.parts import Parts
 from onpath.system.errors import UserError
@@ -265,6 +266,19 @@ def test_dropout_that_a_model_does_not_have_is_said(
     ids = torch.tensor([[1, 5, 9, 7]])
     with torch.no_grad():
         assert model(input_ids=ids).logits.equal(model(input_ids=ids).logits) != noisy
+
+
+def test_an_adapters_dropout_acts_where_it_trains(tiny: Tiny) -> None:
+    """From the second step on: an adapter begins with zeros. Its scores have none."""
+    options = {**SMALL, "student__lora_rank": 4, "optim__lr": 0.05, "optim__steps": 2, "data__eval": {}}
+    asked = {"student__dropout": True, "student__lora_dropout": 0.5}
+    runs = [train(tiny(**options, **more, run__name=f"d{len(more)}"), quiet=True) for more in ({}, asked)]
+    still, noisy = ([row["loss"] for row in read_lines(r.directory / "metrics.jsonl")] for r in runs)
+    assert still[0] == pytest.approx(noisy[0], rel=1e-5)
+    assert still[1] != pytest.approx(noisy[1], rel=1e-3)
+    student = assemble(tiny(**options, **asked)).models.student
+    ids = torch.tensor([[1, 5, 9, 7]])
+    assert student.eval()(input_ids=ids).logits.equal(student(input_ids=ids).logits)
 
 
 def test_scores_have_no_dropout_even_if_training_has(tiny: Tiny, tmp_path: Path) -> None:

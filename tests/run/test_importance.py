@@ -85,6 +85,20 @@ def test_without_staleness_nothing_changes(kind: str, tiny: Tiny, tmp_path: Path
     assert abs(last["importance_ratio"] - 1) > 1e-4
 
 
+@pytest.mark.parametrize("older", [{"rollout__overlap": True}, {"rollout__refresh": {"every": 2}}])
+def test_tokens_of_older_weights_are_corrected_where_they_are_the_gradient(
+    older: dict[str, Any], tiny: Tiny
+) -> None:
+    """Of a sampled divergence the ratio is what makes them the student's own; without it they are refused."""
+    options = {**older, "method__divergence": "sampled", "data__eval": {}, "optim__lr": 1e-2}
+    with pytest.raises(UserError, match=r"set method\.ppo_clip or method\.importance"):
+        tiny(**options)
+    run = train(tiny(**options, method__importance="token", optim__steps=2), quiet=True).directory
+    rows = read_lines(run / "metrics.jsonl")
+    assert rows[-1]["staleness"] == 1
+    assert abs(rows[-1]["importance_ratio"] - 1) > 1e-4
+
+
 def test_ratios_are_formed_under_autocast(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU the head then multiplies as it does in the loss; on a CPU its numbers are the same."""
     seen = []

@@ -37,14 +37,17 @@ class Student(Section):
     """LoRA's scale is lora_alpha / lora_rank."""
     lora_targets: Annotated[str | list[str], GoesWith("lora_rank")] = "all-linear"
     """Module names to adapt, or all-linear."""
+    lora_dropout: Annotated[float, GoesWith("lora_rank"), GoesWith("dropout")] = Field(0.0, ge=0, lt=1)
+    """Share of what an adapter reads that is dropped in the pass that trains."""
     lora_merge: Annotated[bool, NEUTRAL, GoesWith("lora_rank")] = False
     """Save the final model with the adapter merged into the weights, beside the adapter."""
     gradient_checkpointing: Annotated[bool, NEUTRAL] = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     dropout: bool = False
-    """Let the model's own dropout and router noise act in the pass that trains. Off, a student that is its
-    teacher has loss 0; scores and samples are always without. On, masks are drawn in each process, in the
-    order of its micro-batches: another optim.micro_batch_tokens or number of processes gives other ones."""
+    """Let the model's own dropout, its adapter's and router noise act in the pass that trains. Off, a student
+    that is its teacher has loss 0; scores and samples are always without. On, masks are drawn in each
+    process, in the order of its micro-batches: another optim.micro_batch_tokens or number of processes gives
+    other ones."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you ask for it by name."""
 

@@ -156,13 +156,11 @@ class Kept:
     def truncated(self, whole: Trajectory, length: int) -> None:
         """Only the first `length` tokens of a response are trained on: states look backwards alone."""
         short = whole.truncated(length)
-        for key, shorter, known in (
-            (teacher_key(whole), teacher_key(short), [self.teacher]),
-            (student_key(whole), student_key(short), [graph.rows for graph in self.student]),
-        ):
-            for rows in known:
-                if key in rows:
-                    rows[shorter] = rows[key][:length]
+        if (read := self.teacher.get(teacher_key(whole))) is not None:
+            self.teacher[teacher_key(short)] = read[:length].clone()
+        for graph in self.student:
+            if (rows := graph.rows.get(student_key(whole))) is not None:
+                graph.rows[student_key(short)] = rows[:length]
 
 
 def teacher_key(trajectory: Trajectory) -> Key:

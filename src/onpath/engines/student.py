@@ -50,7 +50,7 @@ def trainable(config: Config, base: nn.Module) -> nn.Module:
         lora_alpha=section.lora_alpha,  # type: ignore[arg-type]  # peft divides, and takes floats
         target_modules=section.lora_targets,
         task_type="CAUSAL_LM",
-        lora_dropout=0.0,
+        lora_dropout=section.lora_dropout,
     )
     try:
         check_targets(section.lora_targets, unwrapped(base))
@@ -161,7 +161,8 @@ def dropout_warning(config: Config, student: nn.Module) -> str | None:
         return None
     return (
         f"student.dropout: true has no effect here: {config.student.model} has no dropout above 0, and no "
-        "router noise; set it in the model's config, as attention_dropout say, or leave student.dropout out"
+        "router noise; set it in the model's config, as attention_dropout say, or student.lora_dropout, or "
+        "leave student.dropout out"
     )
 
 
