@@ -13,6 +13,7 @@ from onpath.config.whole import Config
 from onpath.engines.base import Engine
 from onpath.methods import Method, MethodOptions, Prepared, own_response
 from onpath.methods.opd import OPD
+from onpath.methods.tools import Text
 from onpath.records import Completion, Rollout, Sampling
 from onpath.run.assemble import assemble
 from onpath.run.log import read_lines
@@ -51,6 +52,25 @@ def test_rollouts_of_other_steps_have_their_own_rewards(tiny: Tiny, tmp_path: Pa
     for row in rows:
         assert row["len"] == len(row["origin_text"])
         assert row["kept"] is (row["len"] >= 15)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_step_says_how_much_stands_behind_first_errors(
+    known: bool, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over all rollouts' tokens; nothing where the task cannot tell."""
+
+    def third(text: Text, rollout: Rollout) -> int | None:
+        return 3 if known and len(rollout.ids) > 3 else None
+
+    monkeypatch.setattr(Text, "first_error", third)
+    monkeypatch.setattr(Text, "checks_steps", known)
+    run = train(tiny(data__eval={}, optim__steps=1, run__trajectories_every=1), quiet=True).directory
+    (row,) = read_lines(run / "metrics.jsonl")
+    stored = pq.read_table(run / "trajectories" / "step_000001.parquet").to_pylist()
+    lengths = [len(r["origin_response"]) for r in stored]
+    behind = sum(n - 3 for n in lengths if n > 3) / sum(lengths)
+    assert row.get("tokens_behind_error") == (pytest.approx(behind) if known else None)
 
 
 @pytest.mark.slow

@@ -148,6 +148,8 @@ class Meter:
             "right": sum(verdicts),
             "graded": len(verdicts),
             "finished": sum(r.finish_reason == "stop" for r in self.rollouts),
+            "behind": sum(self.judged.behind),
+            "looked at": sum(lengths) if self.judged.behind else 0,
             **{f"{_TOTAL}{k}": v for k, v in totals.items()},
             **{f"written by {who}": written[who] for who in WRITERS},
             **{f"sum of {k}": total for k, (total, _) in means.items()},
@@ -171,6 +173,9 @@ class Meter:
             "accuracy": all_of["right"] / all_of["graded"] if all_of["graded"] else None,
             "mean_length": all_of["lengths"] / rollouts,
             "finished": all_of["finished"] / rollouts,
+            **(
+                {"tokens_behind_error": all_of["behind"] / all_of["looked at"]} if all_of["looked at"] else {}
+            ),
             "student_tokens_generated": int(all_of["generated"]),
             "tokens_written_by": {who: int(all_of[f"written by {who}"]) for who in WRITERS},
             "grad_norm": self.grad_norm,

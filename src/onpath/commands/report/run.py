@@ -41,6 +41,13 @@ _CURVES = (
     ),
     ("Gradient norm", "", (("grad_norm", "before clipping"),), "A spike that stays is a warning."),
     ("Response length", "tokens", (("mean_length", "rollouts"),), "Mean tokens of a rollout, with its end."),
+    (
+        "Behind the first error",
+        "%",
+        (("tokens_behind_error", "rollouts"),),
+        "Share of the rollouts' tokens from their first wrong step on, where the task can tell: what a "
+        "repair could change.",
+    ),
 )
 _SHOWN_ELSEWHERE = {
     *("step", "tokens", "accuracy", "policy_version", "student_tokens_generated"),

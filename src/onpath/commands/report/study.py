@@ -39,6 +39,7 @@ _CURVES = (
     ),
     ("Student's entropy", "student_entropy_nats", "nats per token", "Likewise."),
     ("Response length", "mean_length", "tokens", "Mean tokens of a rollout."),
+    ("Behind the first error", "tokens_behind_error", "%", "Share of the rollouts' tokens, where known."),
 )
 _EXPLAINED = (
     "Dots: means over seeds and problems; bars: 95% intervals; small dots: single seeds. An interval of a "
