@@ -443,7 +443,8 @@ OF_A_STEP = frozenset((
     "teacher_entropy_nats", "importance_ratio", "importance_capped", "top_overlap", "accuracy",
     "mean_length", "finished", "tokens_behind_error", "student_tokens_generated", "tokens_written_by",
     "grad_norm", "gradient_cosine", "guidance", "guidance_grad_ratio", "teachers", "seconds", "lr",
-    "policy_version", "staleness", "teacher_tokens_scored", "teacher_tokens_from_cache", "teacher_tokens_scored_early",
+    "policy_version", "staleness", "teacher_tokens_scored", "teacher_tokens_from_cache",
+    "teacher_tokens_scored_early",
 ))  # fmt: skip
 """What a line of metrics.jsonl may say of its own."""
 OF_A_TRAJECTORY = frozenset((
