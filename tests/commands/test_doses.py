@@ -1,6 +1,7 @@
 """A study per level of a strength: its YAML, its runs, its table, its page and picture."""
 
 import copy
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -354,3 +355,20 @@ def test_studies_ask_at_other_temperatures_where_errors_have_kinds(make: Make) -
     assert asked(base={"eval": {"n": 8}}, splits=["gym:hard"]) == [0.6, 0.0]
     (file,) = (loaded(make()).studies[0.001].evals.splits or {}).values()
     assert asked(splits={"gym": "gym:hard", "file": file}) == []
+
+
+def test_the_map_shows_every_arm_that_it_names(tmp_path: Path) -> None:
+    """From the JSON beside it; each arm is in a panel, each panel has OPD's own numbers."""
+    home = Path(__file__).parents[2] / "recipes" / "when-it-pays"
+    spec = importlib.util.spec_from_file_location("map_of_strengths", home / "map.py")
+    assert spec is not None
+    assert spec.loader is not None
+    drawn = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(drawn)
+    drawn.draw(tmp_path / "map.png")
+    assert (tmp_path / "map.png").stat().st_size > 50_000
+    data = {name: json.loads((home / f"{name}.json").read_text()) for name in drawn.STRENGTHS}
+    for arm in drawn.ARMS:
+        assert any(points(one, "hard", arm, "difference") for one in data.values()), arm
+    for one in data.values():
+        assert len(points(one, "hard", "opd", None)) == len(one["levels"])

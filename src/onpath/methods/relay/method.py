@@ -12,11 +12,14 @@ in rounds: the teacher takes over, the student goes on to the end, and the next 
 server by prefix continuation). With `from_start` they decode side by side from the first token on, and y is
 never written. All are the loop above token by token: a leg's draws are named by where it starts.
 Triggers (triggers.py) beside ours: `reflection`, Relay-OPD's (the teacher's likeliest token opens a
-correction and is not among the student's K; `hold` long, `paragraphs: 3`, `legs: 2`; its K is not known to
-us: 20), TOPD's `fork`, `first_error` by the task's checker.
+correction and is not among the student's K; `hold` long, `paragraphs: 3`, `legs: 2`), TOPD's `fork`,
+`first_error` by the task's checker.
+Deviations from Relay-OPD: its K, and which words open a correction, are not known to us (20, ours); by
+default the log-ratio decides and one token is the teacher's.
 Controls: `control: own_token`, `control: random_place`; and `opd`.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -108,8 +111,7 @@ class Relay(Method):
 
     def up_to_paragraph(self, completion: Completion) -> Completion:
         """Up to the token that ends the last paragraph that the teacher writes."""
-        text = self.tools.text.renderer.text
-        for n in range(1, len(completion.ids) if self.options.paragraphs else 0):
-            if text(completion.ids[:n]).count("\n\n") >= self.options.paragraphs:
-                return completion.truncated(n)
-        return completion
+        text, wanted = self.tools.text.renderer.text, self.options.paragraphs
+        sizes = range(1, len(completion.ids) if wanted else 1)
+        at = bisect_left(sizes, wanted, key=lambda n: text(completion.ids[:n]).count("\n\n"))
+        return completion.truncated(sizes[at]) if at < len(sizes) else completion
