@@ -192,12 +192,11 @@ def install(wheels: Path, site: Path) -> Row:
     command += ["--no-compile", "--target", str(site)]
     failed: list[str] = []
     begun = time.monotonic()
-    for some in [lacking, *([wheel] for wheel in lacking)] if lacking else []:
-        done = subprocess.run([*command, *some], capture_output=True, text=True, check=False)
-        if done.returncode == 0 and some == lacking:
-            break
-        if done.returncode and some != lacking:
-            failed.append(f"{Path(some[0]).name}: {(done.stderr.strip().splitlines() or [''])[-1]}")
+    if lacking and subprocess.run([*command, *lacking], capture_output=True, check=False).returncode:
+        for wheel in lacking:
+            done = subprocess.run([*command, wheel], capture_output=True, text=True, check=False)
+            if done.returncode:
+                failed.append(f"{Path(wheel).name}: {(done.stderr.strip().splitlines() or [''])[-1]}")
     state = {"state": "done", "seconds": round(time.monotonic() - begun, 1)}
     return {**state, "state": f"{len(failed)} not installed", "error": "\n".join(failed)} if failed else state
 

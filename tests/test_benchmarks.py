@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -175,6 +176,9 @@ def test_a_wheel_that_cannot_be_installed_stops_no_other(gpu: ModuleType, tmp_pa
         wheel.writestr(f"{told}METADATA", "Metadata-Version: 2.1\nName: onpath-tried\nVersion: 1.0\n")
         wheel.writestr(f"{told}WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{told}RECORD", "")
+    lone = tmp_path / "lone"
+    shutil.copytree(wheels, lone, ignore=lambda *_: ["onpath_tried-1.0-py3-none-any.whl"])
+    assert gpu.install(lone, tmp_path / "no site")["state"] == "1 not installed"
     state = gpu.install(wheels, site)
     assert state["state"] == "1 not installed"
     assert state["error"].startswith("junk-1.0-py3-none-any.whl: ")

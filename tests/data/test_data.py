@@ -235,6 +235,11 @@ def test_a_bad_row_is_told_in_the_words_of_its_source(write: Callable[..., str])
     ):
         with pytest.raises(UserError, match=re.escape(reason)):
             load_prompts(write(row), columns=theirs, all_columns=False)
+    row = {"question": "7 + 5?", "id": "answer"}
+    with pytest.raises(UserError, match="id 'answer' is also that of"):
+        load_prompts(write(row, row), columns=theirs, all_columns=False)
+    with pytest.raises(UserError, match=r"no key 'question'.*\(it has 'answer', 'id'\)"):
+        load_prompts(write({"answer": "7", "id": "3"}), columns={"prompt": "question"}, all_columns=False)
 
 
 def test_only_bad_rows_is_an_error_even_when_skipping(write: Callable[..., str]) -> None:

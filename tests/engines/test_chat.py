@@ -18,6 +18,7 @@ from onpath.config.whole import Config
 from onpath.data.render import Renderer
 from onpath.engines.remote.chat import ChatEngine
 from onpath.engines.remote.wire import Line
+from onpath.methods.opd import OPD
 from onpath.records import Prompt, Sampling
 from onpath.run.assemble import assemble, thinking_warning
 from onpath.run.log import read_lines
@@ -87,6 +88,25 @@ def test_sft_on_what_it_writes(tiny: Tiny, endpoint: FakeVLLM) -> None:
     assert all(r["loss"] > 0 and r["reverse_kl_nats"] is None for r in rows)
     assert rows[0]["teacher_tokens_generated"] > 0
     assert len({r["seed"] for r in endpoint.requests}) == len(endpoint.requests)
+
+
+class OfMine(OPD):
+    """OPD under another name, whose rollouts are looked at."""
+
+
+def test_what_it_says_nothing_of_is_stored_as_nothing(
+    tiny: Tiny, endpoint: FakeVLLM, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not as NaN, which is no JSON; and an own method may have no log-probs either."""
+    sft = {"method__writer": "teacher", "method__divergence": "cross_entropy", "optim__steps": 1}
+    config = black_box(tiny, endpoint, **sft, run__trajectories_every=1)
+    own = OfMine.Options(writer="teacher", divergence="cross_entropy")
+    result = train(config, method=own, quiet=True)
+    capsys.readouterr()
+    assert main(["inspect", str(result.directory), "--json"]) == 0
+    for line in capsys.readouterr().out.splitlines():
+        row = json.loads(line, parse_constant=lambda said: pytest.fail(f"{said} is no JSON"))
+        assert row["origin_logprobs"] is None
 
 
 def test_a_request_is_messages_and_limits(endpoint: FakeVLLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -281,6 +281,14 @@ def test_an_adapters_dropout_acts_where_it_trains(tiny: Tiny) -> None:
     assert student.eval()(input_ids=ids).logits.equal(student(input_ids=ids).logits)
 
 
+def test_a_dropout_on_the_head_alone_has_no_effect_and_is_said(tiny: Tiny) -> None:
+    """The losses read the head by its weight, adapter included."""
+    options = {"student__lora_rank": 4, "student__dropout": True, "student__lora_dropout": 0.5}
+    for targets, said in ((["lm_head"], 1), (["lm_head", "q_proj"], 0)):
+        parts = assemble(tiny(**SMALL, **options, student__lora_targets=targets))
+        assert sum(w.startswith("student.dropout: true has no effect") for w in parts.warnings) == said
+
+
 def test_scores_have_no_dropout_even_if_training_has(tiny: Tiny, tmp_path: Path) -> None:
     """TOPD's candidates are chosen by scores: alike, whatever the micro-batches."""
     models, found = pair(tmp_path, "gpt2"), []

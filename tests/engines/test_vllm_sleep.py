@@ -150,6 +150,18 @@ def test_who_only_looks_ends_it_too(tiny: Tiny, library: type[Recorder], tmp_pat
         assert library.calls[-1] == "shutdown in group: False", "once"
 
 
+def test_what_fails_behind_it_ends_it(
+    tiny: Tiny, library: type[Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise UserError("a prompt cannot be used")
+
+    monkeypatch.setattr(Method, "check", refused)
+    with pytest.raises(UserError, match="a prompt cannot"):
+        assemble(tiny(rollout__engine="vllm"))
+    assert library.calls[-1] == "shutdown in group: False"
+
+
 def assert_same_rows(rows: Sequence[dict[str, Any]], run: Path) -> None:
     """The metrics of a run of one process, and of several."""
     for a, b in zip(rows, read_lines(run / "metrics.jsonl"), strict=True):

@@ -207,6 +207,27 @@ def test_what_a_method_writes_is_looked_at(
         onpath.train(tiny(eval__start=False), method=Writing, quiet=True)
 
 
+class Elsewhere(Writing):
+    """And trains on nothing that the student has drawn, which is no reason to be given its rollouts."""
+
+    class Options(MethodOptions):
+        """The kind of method."""
+
+        @property
+        def writes_rollouts(self) -> bool:
+            return True
+
+        @property
+        def trains_on_rollouts(self) -> bool:
+            return False
+
+
+@pytest.mark.parametrize("method", [Writing, Elsewhere])
+def test_a_method_that_writes_is_not_given_the_students(method: type[Method], tiny: Tiny) -> None:
+    with pytest.raises(UserError, match=r"writes the rollouts of each step itself, and rollout\.refresh has"):
+        onpath.train(tiny(rollout__refresh="never"), method=method, quiet=True)
+
+
 def test_a_method_that_says_that_it_writes_must(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(Writing, "write_rollouts")
     with pytest.raises(UserError, match="its options say writes_rollouts, and it has no"):

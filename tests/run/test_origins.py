@@ -63,13 +63,13 @@ def test_a_step_says_how_much_stands_behind_first_errors(
     def third(text: Text, rollout: Rollout) -> int | None:
         return 3 if known and len(rollout.ids) > 3 else None
 
-    monkeypatch.setattr(Text, "first_error", third)
-    monkeypatch.setattr(Text, "checks_steps", known)
+    monkeypatch.setattr(Text, "first_wrong_token", third)
+    monkeypatch.setattr(Text, "tells_errors", known)
     run = train(tiny(data__eval={}, optim__steps=1, run__trajectories_every=1), quiet=True).directory
     (row,) = read_lines(run / "metrics.jsonl")
     stored = pq.read_table(run / "trajectories" / "step_000001.parquet").to_pylist()
     lengths = [len(r["origin_response"]) for r in stored]
-    behind = sum(n - 3 for n in lengths if n > 3) / sum(lengths)
+    behind = sum(n - 4 for n in lengths if n > 3) / sum(lengths)
     assert row.get("tokens_behind_error") == (pytest.approx(behind) if known else None)
 
 

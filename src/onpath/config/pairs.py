@@ -113,7 +113,7 @@ def _writable(config: Any) -> None:
     who = f"method.name {config.method.name} writes the rollouts of each step itself"
     other = "take a method that does not (relay: from_start: false; opd: writer: student)"
     task = task_of(config.data.train)
-    mine = config.method.trains_on_rollouts  # the student's: what refresh keeps, and a world spoils
+    mine = not config.method.takes_rollouts  # of the student: refresh keeps them, and a world spoils them
     if config.rollout.overlap or (config.refresh is not None and mine):
         key = "rollout.overlap" if config.rollout.overlap else "rollout.refresh"
         raise ValueError(f"{who}, and {key} has the student's own of other steps; leave it out, or {other}")

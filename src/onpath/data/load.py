@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 from onpath.data.packs import pack_of
-from onpath.data.rows import BadRow, in_their_words, prompt_of, renamed
+from onpath.data.rows import BadRow, in_words_of, prompt_of, renamed
 from onpath.data.sources import rows_of
 from onpath.data.tasks import task_of
 from onpath.records import Prompt
@@ -86,15 +86,17 @@ def load_prompts(
                 raise BadRow(row.wrong)
             found = renamed(row.value, theirs, here)
             seen |= here
-            prompt = prompt_of(found, default_id=str(number), teachers=teachers, told=theirs.get("prompt"))
+            with in_words_of({ours: theirs[ours] for ours in here}):
+                prompt = prompt_of(
+                    found, default_id=str(number), teachers=teachers, told=theirs.get("prompt")
+                )
             prompt = replace(prompt, where=row.where)
             if refuses is not None and (why := refuses(prompt)):
                 raise BadRow(why)
             if prompt.id in prompts:
                 first = prompts[prompt.id].where
                 raise BadRow(f"id {prompt.id!r} is also that of {first}; ids must be unique")
-        except BadRow as error:
-            reason = in_their_words(str(error), {ours: theirs[ours] for ours in here})
+        except BadRow as reason:
             if not skip_bad:
                 raise UserError(f"{row.where}: {reason} (data.skip_bad: true skips such rows)") from None
             skipped.append(f"{row.where}: {reason}")

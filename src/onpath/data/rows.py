@@ -3,8 +3,8 @@
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from onpath.records import Message, Prompt
@@ -20,6 +20,7 @@ _UNREAD = {
     "chat_template_kwargs": "set data.enable_thinking for all rows",
 }
 """Columns that other libraries render, and what to do instead."""
+_LACKS = "no key"
 COLUMNS = (
     "id",
     "prompt",
@@ -60,13 +61,16 @@ def renamed(value: Any, theirs: Mapping[str, str], seen: set[str]) -> Mapping[st
     return {**row, **found}
 
 
-def in_their_words(reason: str, theirs: Mapping[str, str]) -> str:
-    """What is wrong with a row, its columns called as the source calls them.
-
-    >>> in_their_words("the last message of 'prompt' is empty", {"prompt": "question"})
-    "the last message of 'question' is empty"
-    """
-    return re.sub(r"'(\w+)'", lambda found: repr(theirs.get(found[1], found[1])), reason)
+@contextmanager
+def in_words_of(theirs: Mapping[str, str]) -> Iterator[None]:
+    """A `BadRow` of this block calls columns as the source does; one that lists what a row has does so."""
+    try:
+        yield
+    except BadRow as error:
+        said = str(error)
+        if not said.startswith(_LACKS):
+            said = re.sub(r"'(\w+)'", lambda found: repr(theirs.get(found[1], found[1])), said)
+        raise BadRow(said) from None
 
 
 def prompt_of(
@@ -86,9 +90,10 @@ def prompt_of(
     else:
         held = one_line(", ".join(map(repr, row))) or "none"
         if told is not None:
-            raise BadRow(f"no key {told!r}, which data.columns says is its prompt (it has {held})")
+            raise BadRow(f"{_LACKS} {told!r}, which data.columns says is its prompt (it has {held})")
         raise BadRow(
-            f"no key 'prompt' (it has {held}); data.columns (of onpath eval --columns) says what it is called"
+            f"{_LACKS} 'prompt' (it has {held}); data.columns (of onpath eval --columns) says what it is "
+            "called"
         )
     hint, has_tests = row.get("solution"), _is_given(row.get("tests"))
     return Prompt(

@@ -179,7 +179,11 @@ def sampling_warning(config: Config, student: nn.Module) -> str | None:
 
 def has_noise(model: nn.Module) -> bool:
     """Whether a model draws something in training mode, as far as its modules and its config say."""
-    if any(isinstance(m, _DROPOUTS) and m.p > 0 for m in model.modules()):
+    inner = unwrapped(model)
+    # The losses read head and embeddings by their weight: an adapter's dropout there has no effect.
+    ends = [end for end in (inner.get_input_embeddings(), inner.get_output_embeddings()) if end is not None]
+    still = {id(m) for end in ends for m in end.modules()}
+    if any(isinstance(m, _DROPOUTS) and m.p > 0 and id(m) not in still for m in model.modules()):
         return True
     told = unwrapped(model).config.get_text_config().to_dict().items()
     return any(_NOISE.search(k) and isinstance(v, int | float) and v is not True and v > 0 for k, v in told)

@@ -148,7 +148,7 @@ class VLLMEngine(Engine):
     def close(self) -> None:
         """See `Engine.close`."""
         self._shut_down()
-        self._llm = None
+        self._llm, self._shut_down = None, _ended  # the latter holds it too
 
     def _catch_up(self) -> None:
         """Runs what the others of the group still ask, until all are done."""
@@ -267,6 +267,10 @@ def checked_completion(
         logprobs=tuple(min(p, 0.0) for p in logprobs),
         finish_reason="stop" if stopped else "length",
     )
+
+
+def _ended() -> None:
+    """It has been shut down."""
 
 
 def _start(

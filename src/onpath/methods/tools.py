@@ -79,13 +79,13 @@ class Text:
         return ids if len(ids) <= room else rollout.context
 
     @property
-    def checks_steps(self) -> bool:
-        """Whether the task can tell which step of a response is the first wrong one."""
-        return self.task is not None and self.task.checks_steps
+    def tells_errors(self) -> bool:
+        """Whether the task can tell where a response first goes wrong."""
+        return self.task is not None and (self.task.checks_steps or self.task.labels_tokens)
 
     def first_error(self, rollout: Rollout) -> int | None:
         """Tokens before the first wrong step of a response; None: there is none, or the task cannot tell."""
-        if self.task is None or not self.checks_steps:
+        if self.task is None or not self.task.checks_steps:
             return None
         at = self.task.first_error(rollout.prompt.question, self.renderer.text(rollout.ids))
         return None if at is None else self.renderer.tokens_before(rollout.ids, at)

@@ -2,6 +2,7 @@
 to be good."""
 
 import copy
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
@@ -126,36 +127,44 @@ def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
         teacher=writer if untouched is None else LostEngine(writer, own.over(untouched), after),
         over=own.over,
     )
-    agreements = check_models(config, models, own, generates=generators.student is own)
-    overlap = make_overlap(config, student, frozen, generators.student, own)
-    sampler = generators.student if overlap is None else overlap.engine
-    sampler, writes = in_world(config, world, sampler, generators, models.student_context_length)
-    text = make_text(config, renderer, prompts)
-    sampling = config.rollout.sampling(seed=config.run.seed)
-    tools = Tools(models=models, generators=writes, text=text, sampling=sampling)
-    method = make_method(config.method, tools)
-    method.check(prompts.pool)
-    refreshed = Refreshed.asked(
-        config, prompts.pool, sampler=sampler, student=generators.student, sampling=sampling, method=method
-    )
-    return Parts(
-        config=config,
-        prompts=prompts,
-        models=models,
-        generators=generators,
-        text=text,
-        sampling=sampling,
-        sampler=sampler,
-        method=method,
-        objective=objective,
-        gradient_cosine=GradientCosine(student, every=config.method.cosine_every),
-        guidance_ratio=GuidanceRatio(student, every=config.method.measures_ratio_every),
-        refreshed=refreshed,
-        overlap=overlap,
-        stops=stops,
-        warnings=tuple(warnings),
-        agreements=agreements,
-    )
+    with ExitStack() as started:  # what runs by now ends where the rest fails
+        started.callback(generators.student.close)
+        agreements = check_models(config, models, own, generates=generators.student is own)
+        overlap = make_overlap(config, student, frozen, generators.student, own)
+        sampler = generators.student if overlap is None else overlap.engine
+        sampler, writes = in_world(config, world, sampler, generators, models.student_context_length)
+        text = make_text(config, renderer, prompts)
+        sampling = config.rollout.sampling(seed=config.run.seed)
+        tools = Tools(models=models, generators=writes, text=text, sampling=sampling)
+        method = make_method(config.method, tools)
+        method.check(prompts.pool)
+        refreshed = Refreshed.asked(
+            config,
+            prompts.pool,
+            sampler=sampler,
+            student=generators.student,
+            sampling=sampling,
+            method=method,
+        )
+        started.pop_all()
+        return Parts(
+            config=config,
+            prompts=prompts,
+            models=models,
+            generators=generators,
+            text=text,
+            sampling=sampling,
+            sampler=sampler,
+            method=method,
+            objective=objective,
+            gradient_cosine=GradientCosine(student, every=config.method.cosine_every),
+            guidance_ratio=GuidanceRatio(student, every=config.method.measures_ratio_every),
+            refreshed=refreshed,
+            overlap=overlap,
+            stops=stops,
+            warnings=tuple(warnings),
+            agreements=agreements,
+        )
 
 
 def join(config: Config) -> torch.device:

@@ -21,17 +21,18 @@ class Judged:
     rewards: Mapping[str, Sequence[float]]
     """By label."""
     behind: Sequence[int] = ()
-    """Tokens of each rollout of the step from its first wrong step on; empty: the task cannot tell."""
+    """Tokens of each rollout of the step behind its first wrong one, or behind the first of its first wrong
+    step; empty: the task cannot tell."""
 
 
 def judge(text: Text, rollouts: Sequence[Rollout]) -> Judged:
     """Of rollouts whose places are their indices."""
     verdicts = text.verdicts([(r, r.ids) for r in rollouts])
-    behind = [0 if (at := text.first_error(r)) is None else len(r.ids) - at for r in rollouts]
+    behind = [0 if (at := text.first_wrong_token(r)) is None else len(r.ids) - at - 1 for r in rollouts]
     return Judged(
         verdicts=verdicts,
         rewards=text.reward_values(rollouts),
-        behind=behind if text.checks_steps else (),
+        behind=behind if text.tells_errors else (),
     )
 
 

@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def trajectory_row(
         "origin_response": list(origin.ids) if origin else None,
         "origin_text": renderer.text(origin.ids) if origin else None,
         "origin_tokens": renderer.tokens(origin.ids) if origin else None,
-        "origin_logprobs": list(origin.logprobs) if origin else None,
+        "origin_logprobs": list(origin.logprobs) if origin and not isnan(sum(origin.logprobs)) else None,
         "finish_reason": origin.finish_reason if origin else None,
         "policy_version": origin.policy_version if origin else None,
         "edit": trajectory.edit.kind,

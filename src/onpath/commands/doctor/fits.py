@@ -116,7 +116,8 @@ class Step:
     ahead: bool = False
     """Whether a copy of the student samples the next batch (rollout.overlap)."""
     saves: bool = False
-    """Whether checkpoints are written beside the steps (run.save_every), from copies on the host."""
+    """Whether checkpoints are written beside the steps (run.save_every, run.save_in_background), from copies
+    on the host."""
     continues: bool = False
     """Whether the teacher goes on from its scoring pass (TOPD, relay): its keys and values are kept."""
     prepares: bool = False
@@ -184,6 +185,14 @@ def copy_bytes(step: Step, *, shards: int) -> float:
     return (step.averaged * average + step.at_start * frozen) / shards + step.ahead * frozen
 
 
+def saved_bytes(step: Step) -> float:
+    """What a checkpoint is written from beside the steps, on the host: here where that is the device."""
+    if not step.saves or step.device != "cpu":
+        return 0.0
+    trained = step.student.trained * step.student.trained_bytes
+    return float(3 * trained + step.averaged * 4 * step.student.trained + step.ahead * trained)
+
+
 def gathered_bytes(step: Step, *, student: bool, teacher: bool) -> float:
     """What is there of sharded weights: of a model that runs layer by layer two layers and the table.
 
@@ -214,9 +223,10 @@ def parts_of(step: Step, *, shard: Shard = "none", world: int = 1) -> dict[str, 
         gathered = gathered_bytes(step, student=all_step, teacher=False)
         whole = all_step or step.prepares or step.batch_tokens > 0
         more = gathered_bytes(step, student=whole, teacher=step.prepares) - gathered
-    half_copies = 0.0
-    if step.half and student.weight_bytes == 4 and gathered == 0.0:
-        half_copies = 2.0 * student.layer * student.layers  # kept while a forward pass or generation lasts
+    half_copies, whole_half = 0.0, 0.0
+    if step.half and student.weight_bytes == 4:
+        whole_half = 2.0 * student.layer * student.layers  # kept while a forward pass or generation lasts
+        half_copies = whole_half if gathered == 0.0 else 0.0
     stream = 2 if gathered and step.half else student.weight_bytes
     passes = activations(
         student, step.micro_batch_tokens, half=step.half, recompute=step.recompute, stream=stream
@@ -230,7 +240,6 @@ def parts_of(step: Step, *, shard: Shard = "none", world: int = 1) -> dict[str, 
     one_graph &= 0 < step.response_tokens <= step.micro_batch_tokens
     if step.continues and teacher is not None:
         past = 2.25 * cache_bytes(teacher, step.micro_batch_tokens, half=teacher.weight_bytes == 2)
-    saving = step.saves and step.device == "cpu"
     gradients = student.trained * student.trained_bytes / n
     holes = _HOLES * (passes + loss) if step.device == "cpu" and student.trained < student.parameters else 0.0
     parts = {
@@ -241,14 +250,13 @@ def parts_of(step: Step, *, shard: Shard = "none", world: int = 1) -> dict[str, 
         "gathered": gathered,
         "kept": float(step.response_tokens * writer.width * writer.weight_bytes),
         "vllm": 0.0 if step.vllm_sleeps else step.vllm,
-        "saving": 3 * student.trained * student.trained_bytes / n if saving else 0.0,
-        "ahead": own if step.ahead else 0.0,
+        "saving": saved_bytes(step) / n,
+        "ahead": own + whole_half if step.ahead else 0.0,
     }
-    here = 0.0 if step.ahead else own
     shared = (more if step.prepares else 0.0) + half_copies
     waking = step.vllm if step.vllm_sleeps else 0.0
     phases = {
-        "sampling": more + (half_copies if step.batch_tokens else 0.0) + here + waking,
+        "sampling": more + (half_copies if step.batch_tokens else 0.0) + own + waking,
         "training": gradients + half_copies + passes + loss + holes,
         "correcting": shared + past + loss + (passes if one_graph else 0.0),
         "writing": shared + written + (own if step.side_by_side else 0.0),  # of this step
@@ -455,7 +463,7 @@ def _step_of(
         averaged=method.teacher_weights == "ema",
         at_start=method.teacher_weights == "base" and not config.student.lora_rank,
         ahead=ahead,
-        saves=config.run.save_every > 0,
+        saves=config.run.save_every > 0 and config.run.save_in_background,
         continues=method.keeps_past,
         prepares=method.gathers_models,
         device=device.type,

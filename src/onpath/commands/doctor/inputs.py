@@ -172,6 +172,9 @@ def sampling(config: Config, refused: str | None) -> Finding:
             advice="set rollout.temperature 1, rollout.top_p 1, rollout.top_k 0",
             values=values,
         )
+    if config.method.writes_rollouts and not config.method.trains_on_rollouts:
+        message = f"what is trained on is drawn from the teacher ({settings})"
+        return Finding(name="sampling", status="ok", message=message, values=values)
     plain = (rollout.temperature, rollout.top_p, rollout.top_k) == (1.0, 1.0, 0)
     if not plain:
         trained, corrected = config.method.trains_on_rollouts, config.method.ppo_clip is not None

@@ -92,7 +92,7 @@ def make_probe(parts: Parts) -> Probe:
     prepared, refused = unread(), ""
     kept: list[Trajectory] = []
     writes = config.method.writes_rollouts
-    if writes and config.method.trains_on_rollouts:
+    if not config.method.takes_rollouts:
         blank = unwritten(student, student.renderer, prompts, sampling, n=1)
         rollouts = written(parts, blank, sample_keys(keys, 1), 0)
     else:

@@ -101,7 +101,7 @@ def eos(parts: Parts, probe: Probe) -> Finding:
     )
     if probe.shortened:
         return found("ok", message + "; longer ones were cut short here")
-    if unfinished > _UNFINISHED:
+    if unfinished > _UNFINISHED and parts.config.method.trains_on_rollouts:
         return found("warning", message, "most responses are cut: raise rollout.max_new_tokens")
     return found("ok", message)
 

@@ -59,12 +59,12 @@ def run_named(
     out = run / "probes"
     make_directory(out)
     parts = assemble(config)
-    if not parts.generators.teacher.takes_prefixes:
-        raise UserError(
-            "teacher.engine: chat answers messages only, and every probe asks what the teacher would go on "
-            "with; use hf or vllm"
-        )
     with closing(parts):
+        if not parts.generators.teacher.takes_prefixes:
+            raise UserError(
+                "teacher.engine: chat answers messages only, and every probe asks what the teacher would go "
+                "on with; use hf or vllm"
+            )
         match name:
             case "divergence":
                 return divergence.run_probe(parts, rollouts=rollouts, out=out)

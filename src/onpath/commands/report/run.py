@@ -45,7 +45,7 @@ _CURVES = (
         "Behind the first error",
         "%",
         (("tokens_behind_error", "rollouts"),),
-        "Share of the rollouts' tokens from their first wrong step on, where the task can tell: what a "
+        "Share of the rollouts' tokens that follow their first wrong one, where the task can tell: what a "
         "repair could change.",
     ),
 )

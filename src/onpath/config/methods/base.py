@@ -176,6 +176,11 @@ class MethodOptions(Section):
         return False
 
     @property
+    def takes_rollouts(self) -> bool:
+        """Whether `prepare` also takes rollouts that the student's engine has written."""
+        return not self.writes_rollouts
+
+    @property
     def others_write(self) -> bool:
         """Whether tokens are trained on that the student did not draw."""
         return not self.trains_on_rollouts

@@ -28,6 +28,10 @@ class OPDOptions(MethodOptions):
         return self.writer == "teacher"
 
     @property
+    def takes_rollouts(self) -> bool:
+        return True
+
+    @property
     def runs_models(self) -> bool:
         return self.writer == "teacher"
 
