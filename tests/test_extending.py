@@ -996,6 +996,47 @@ def test_a_method_that_fails_is_named(
     assert not any("Traceback" in line or "sampling.py" in line for line in above)
 
 
+SHARED = """
+from onpath.methods import Method, MethodOptions, Prepared, own_response
+
+class Opts(MethodOptions):
+    share: float = 0.5
+
+class First(Method):
+    Options = Opts
+    def prepare(self, rollouts, *, step):
+        made = [own_response(r) for r in rollouts]
+        return Prepared(trajectories=made, totals={"first": self.options.share})
+
+class Second(Method):
+    Options = Opts
+    def prepare(self, rollouts, *, step):
+        made = [own_response(r) for r in rollouts]
+        return Prepared(trajectories=made, totals={"second": self.options.share})
+"""
+
+
+@pytest.mark.parametrize("name", ["First", "Second"])
+def test_methods_that_share_their_options_are_told_apart(name: str, tiny: Tiny, outside: Path) -> None:
+    (outside / "shared.py").write_text(SHARED)
+    tree = yaml.safe_load(tiny(eval__start=False, optim__steps=1, run__name=name).to_yaml())
+    tree |= {"method": {"name": f"shared.py:{name}", "share": 0.25}}
+    with code.allowed():
+        run = onpath.train(build(tree), quiet=True).directory
+    assert [row.get(name.lower()) for row in rows_of(run)] == [0.25]
+
+
+def test_the_doctor_says_what_a_method_gives_in_place_of_what_it_should(tiny: Tiny, outside: Path) -> None:
+    from onpath.commands.doctor.command import diagnose
+
+    (outside / "none.py").write_text(METHOD + "    def prepare(self, rollouts, *, step): pass\n")
+    tree = yaml.safe_load(tiny().to_yaml()) | {"method": {"name": "none.py:Mine"}}
+    with code.allowed():
+        found = {f.name: f for f in diagnose(build(tree))}
+    assert any("prepare gave NoneType; it gives a Prepared" in f.message for f in found.values())
+    assert "passes" in found
+
+
 def test_answers_of_hooks_that_few_runs_ask_are_looked_at(tiny: Tiny) -> None:
     from onpath.run.assemble import assemble
 

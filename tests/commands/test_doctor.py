@@ -607,6 +607,12 @@ def test_targets_of_another_context(window: int, expected: str, tiny: Tiny) -> N
         assert found.values["on_teacher"] == pytest.approx(1)
 
 
+def test_likelihood_of_the_students_own_text_is_warned_of(tiny: Tiny) -> None:
+    for writer, said in (("student", 1), ("teacher", 0)):
+        parts = assemble(tiny(method__divergence="cross_entropy", method__writer=writer))
+        assert sum("trains the student on its own samples" in w for w in parts.warnings) == said
+
+
 def test_an_objective_without_a_teacher_is_not_asked_for_one(tiny: Tiny) -> None:
     parts = assemble(tiny(method__divergence="cross_entropy", method__writer="teacher"))
     assert status(training.gradient(parts, make_probe(parts))) == "skipped"

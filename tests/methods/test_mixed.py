@@ -13,6 +13,7 @@ from onpath.records import Trajectory
 from onpath.run.assemble import assemble
 from onpath.run.log import read_lines
 from onpath.run.trajectories import read_rows, trajectory_files
+from onpath.system.code import allowed
 from onpath.system.errors import UserError
 from onpath.training import Stopwatch, corrected, train
 from tests.methods.family import options_of, prepared
@@ -105,25 +106,31 @@ def prepared_opd(tiny: Tiny) -> list[Any]:
 
 
 @pytest.mark.parametrize("refresh", ["always", "never"])
-def test_where_the_teacher_writes_the_student_draws_nothing(refresh: str, tiny: Tiny) -> None:
-    """A step's metrics are of what is trained on; with refresh the student's own stay, which tell
-    how far it has moved."""
-    options = {
+def test_where_the_teacher_writes_the_student_draws_nothing(
+    refresh: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step's metrics, and what rewards keep, are of what is trained on."""
+    (tmp_path / "own.py").write_text("def long(text):\n    return float(len(text) > 8)\n")
+    options: dict[str, Any] = {
         "method__writer": "teacher",
         "rollout__refresh": refresh,
         "optim__steps": 1,
         "run__trajectories_every": 1,
+        "rollout__prompts": 8,
     }
-    config = tiny(**options, rollout__prompts=6)
-    (row,) = read_lines(train(config, quiet=True).directory / "metrics.jsonl")
+    with allowed():
+        config = tiny(**options, rewards__long={"name": f"{tmp_path / 'own.py'}:long", "at_least": 1.0})
+        (row,) = read_lines(train(config, quiet=True).directory / "metrics.jsonl")
     stored = list(read_rows(trajectory_files(Path(config.run.dir) / config.run.name)[0]))
-    drawn = [len(r["origin_response"]) for r in stored] if refresh == "never" else [0]
-    assert row["student_tokens_generated"] == sum(drawn)
-    assert row["teacher_tokens_generated"] == row["tokens"] == sum(len(r["response"]) for r in stored) > 0
-    assert {who for r in stored for who in r["writers"]} == {"teacher"}
-    if refresh == "always":
-        assert [r["origin_response"] for r in stored] == [r["response"] for r in stored]
-        assert row["mean_length"] == pytest.approx(row["tokens"] / len(stored))
+    assert row["student_tokens_generated"] == 0
+    assert row["teacher_tokens_generated"] == sum(len(r["response"]) for r in stored)
+    assert row["tokens"] == sum(len(r["response"]) for r in stored if r["kept"]) > 0
+    assert {r["kept"] for r in stored} == {True, False}
+    for r in stored:
+        assert r["origin_response"] == r["response"]
+        assert r["kept"] == (r["long"] == 1.0) == (len(r["response_text"]) > 8)
+        assert set(r["writers"]) <= {"teacher"}
+    assert row["mean_length"] == pytest.approx(row["teacher_tokens_generated"] / len(stored))
 
 
 @pytest.mark.parametrize(

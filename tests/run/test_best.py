@@ -201,6 +201,7 @@ def test_a_card_says_what_was_done_and_names_no_local_path(rank: int, tiny: Tiny
     for directory in (result.model, *([result.directory / "merged"] if rank else [])):
         text = (directory / "README.md").read_text()
         _, head, body = text.split("---\n", 2)
+        assert "on-policy-distillation" in yaml.safe_load(head)["tags"]
         assert yaml.safe_load(head)["library_name"] == (
             "peft" if rank and directory == result.model else "transformers"
         )

@@ -13,6 +13,7 @@ import onpath
 from onpath.config import Config
 from onpath.methods import Edit, Method, MethodOptions, Prepared, own_response
 from onpath.records import Guidance, Trajectory
+from onpath.run.card import model_card
 from onpath.run.log import read_lines
 from onpath.run.trajectories import write_parquet
 from onpath.system.errors import UserError
@@ -226,6 +227,21 @@ class Elsewhere(Writing):
 def test_a_method_that_writes_is_not_given_the_students(method: type[Method], tiny: Tiny) -> None:
     with pytest.raises(UserError, match=r"writes the rollouts of each step itself, and rollout\.refresh has"):
         onpath.train(tiny(rollout__refresh="never"), method=method, quiet=True)
+
+
+def test_what_a_teacher_writes_does_not_say_how_far_the_student_has_moved(tiny: Tiny) -> None:
+    with pytest.raises(UserError, match="overlap_below compares the student with what it wrote"):
+        tiny(method__writer="teacher", rollout__refresh={"overlap_below": 0.9})
+
+
+def test_a_card_says_who_wrote_the_text(tiny: Tiny) -> None:
+    for writer, tag, said in (
+        ("student", "- on-policy-distillation", "by on-policy distillation with onpath"),
+        ("teacher", "- distillation", "by distillation on the teacher's own samples, with onpath"),
+    ):
+        card = model_card(tiny(method__writer=writer), problems=3, step=2, evaluations=[], adapter=False)
+        assert tag in card
+        assert said in card
 
 
 def test_a_method_that_says_that_it_writes_must(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

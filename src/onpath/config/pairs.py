@@ -117,6 +117,11 @@ def _writable(config: Any) -> None:
     if config.rollout.overlap or (config.refresh is not None and mine):
         key = "rollout.overlap" if config.rollout.overlap else "rollout.refresh"
         raise ValueError(f"{who}, and {key} has the student's own of other steps; leave it out, or {other}")
+    if config.refresh is not None and config.refresh.overlap_below is not None:
+        raise ValueError(
+            f"{who}, and rollout.refresh.overlap_below compares the student with what it wrote; use every or "
+            "never"
+        )
     if mine and task is not None and task.world is not None and task.world.spoils:
         raise ValueError(
             f"{who}, and {config.data.train} puts errors into the student's own rollouts; use data without "

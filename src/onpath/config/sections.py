@@ -38,8 +38,8 @@ class Student(Section):
     lora_targets: Annotated[str | list[str], GoesWith("lora_rank")] = "all-linear"
     """Module names to adapt, or all-linear."""
     lora_dropout: Annotated[float, GoesWith("lora_rank"), GoesWith("dropout")] = Field(0.0, ge=0, lt=1)
-    """Share of what an adapter reads that is dropped in the pass that trains; not on head and embeddings,
-    which are read by their weight."""
+    """Share of what an adapter reads that is dropped in the pass that trains, with student.dropout: true; not
+    on head and embeddings, which are read by their weight."""
     lora_merge: Annotated[bool, NEUTRAL, GoesWith("lora_rank")] = False
     """Save the final model with the adapter merged into the weights, beside the adapter."""
     gradient_checkpointing: Annotated[bool, NEUTRAL] = False

@@ -74,7 +74,9 @@ class Method:
                 "class Options(MethodOptions)"
             )
         inherited = "Options" not in vars(cls)
-        if inherited or (cls.Options.method_class and cls.Options.model_fields["name"].annotation is not str):
+        others = "method_class" in vars(cls.Options)  # another class has them by now
+        asks = cls.Options.method_class and cls.Options.model_fields["name"].annotation is not str
+        if inherited or others or asks:
             # A method is found by its options' class, which must not be another one's, nor ask for its name.
             own = {
                 "__module__": cls.__module__,

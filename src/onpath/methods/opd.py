@@ -53,7 +53,7 @@ class OPD(Method):
         return own_response(rollout, length=self.options.first_tokens) if mine else None
 
     def _written_by_teacher(self, rollouts: Sequence[Rollout], step: int) -> Prepared:
-        # Of rollout.refresh they are the student's, which tell how far it has moved.
+        # The doctor's are the student's, which it has looked at.
         own = any(r.ids and not r.writers for r in rollouts)
         blank = [replace(r, ids=(), logprobs=()) for r in rollouts] if own else rollouts
         samples = self.write_rollouts(blank, keys=[], step=step) if own else rollouts

@@ -246,6 +246,7 @@ def warnings_of(
         thinking_warning(config, renderer),
         precision_warning(config),
         rate_warning(config),
+        own_text_warning(config),
         stops.warning(renderer.tokens),
         *config.method.warnings,
         *(f"data.{key} has no effect here: the chat template ignores it" for key in renderer.unheard()),
@@ -253,6 +254,17 @@ def warnings_of(
         *data_warnings(prompts),
     ]
     return [warning for warning in found if warning]
+
+
+def own_text_warning(config: Config) -> str | None:
+    """Where likelihood is raised of nothing but what the student has drawn."""
+    method = config.method
+    if method.divergence != "cross_entropy" or method.others_write or not method.trains_on_own_tokens:
+        return None
+    return (
+        "method.divergence: cross_entropy trains the student on its own samples, and nothing that the "
+        "teacher says enters the loss; SFT on the teacher's is method.writer: teacher"
+    )
 
 
 def rate_warning(config: Config) -> str | None:

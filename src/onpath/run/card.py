@@ -38,11 +38,13 @@ def model_card(
     method = config.method
     student = public(config.student.model)
     models = dict.fromkeys(f"`{public(teacher.model)}`" for teacher in config.taught_by.values())
+    drawn = method.trains_on_rollouts or not method.writes_rollouts
+    how = "on-policy distillation" if drawn else "distillation on the teacher's own samples,"
     taught = "its own weights" if method.self_taught else ", ".join(models)
     head: dict[str, Any] = {
         "library_name": _LIBRARY[not adapter],
         "pipeline_tag": "text-generation",
-        "tags": ["on-policy-distillation", "onpath", public(method.name)],
+        "tags": ["on-policy-distillation" if drawn else "distillation", "onpath", public(method.name)],
     }
     if student == config.student.model and task_of(student) is None:
         head["base_model"] = student
@@ -53,7 +55,7 @@ def model_card(
         "",
         f"# {Path(student).name}, distilled: {public(method.name)}",
         "",
-        f"{_OPENING[not adapter]} `{student}` by on-policy distillation with onpath.",
+        f"{_OPENING[not adapter]} `{student}` by {how} with onpath.",
         "",
         "| | |",
         "|---|---|",

@@ -25,7 +25,7 @@ from typing import Any
 from onpath.config.sections import NEVER, Refresh
 from onpath.config.whole import Config
 from onpath.data.load import digest_prompts, prompts_of_step
-from onpath.engines.base import Engine
+from onpath.engines.base import Engine, sample_keys, unwritten
 from onpath.methods.base import Method, Prepared
 from onpath.records import WRITERS, Edit, Guidance, Prompt, Rollout, Sampling, Trajectory
 from onpath.system import distributed
@@ -124,7 +124,8 @@ class Phase:
                 Rollout(
                     prompt=prompt,
                     ids=tuple(r["ids"]),
-                    logprobs=tuple(r["logprobs"]),
+                    logprobs=tuple(r["logprobs"] or (math.nan,) * len(r["ids"])),
+                    writers=tuple(WRITERS[w] for w in r.get("writers", ())),
                     finish_reason=r["finish_reason"],
                     policy_version=self.first,
                     sampling=sampling,
@@ -313,9 +314,18 @@ class Refreshed:
                 lots += [(step, distributed.share(fresh))] if fresh else []
             prompts = [p for _, lot in lots for _, p in lot]
             keys = [f"step {step}/{place}" for step, lot in lots for place, _ in lot]
-            rollouts = self.sampler.generate(prompts, self.sampling, n=n, keys=keys)
+            writes = self.config.method.writes_rollouts
+            engine = self.student if writes else self.sampler
+            rollouts = (
+                unwritten(engine, engine.renderer, prompts, self.sampling, n=n)
+                if writes
+                else engine.generate(prompts, self.sampling, n=n, keys=keys)
+            )
             for step, lot in lots:
                 some, rollouts = rollouts[: n * len(lot)], rollouts[n * len(lot) :]
+                if writes:
+                    named = [f"step {step}/{place}" for place, _ in lot]
+                    some = list(self.method.write_rollouts(some, keys=sample_keys(named, n), step=step))
                 some = [replace(r, place=place) for place, r in enumerate(some)]
                 phase.add(_rows(some, self.method.prepare(some, step=step), step))
         phase.complete()
@@ -382,7 +392,10 @@ def _rows(rollouts: Sequence[Rollout], prepared: Prepared, step: int) -> list[di
     for r in rollouts:
         whose = {"prompt": r.prompt.id, "digest": digest_prompts([r.prompt]), "context": r.context}
         row = found.setdefault(r.prompt.id, {**whose, "rollouts": [], "trajectories": []})
-        row["rollouts"].append({"ids": r.ids, "logprobs": r.logprobs, "finish_reason": r.finish_reason})
+        known = not math.isnan(sum(r.logprobs))  # a black box has none
+        stored = {"ids": r.ids, "logprobs": r.logprobs if known else None, "finish_reason": r.finish_reason}
+        others = {"writers": [WRITERS.index(w) for w in r.writers]} if r.writers else {}
+        row["rollouts"].append({**stored, **others})
     for t in prepared.trajectories:
         if t.origin is None:
             raise UserError(
@@ -397,7 +410,7 @@ def _rows(rollouts: Sequence[Rollout], prepared: Prepared, step: int) -> list[di
         found[t.origin.prompt.id]["trajectories"].append(_as_row(t, t.origin))
     measured = {
         "step": step,
-        "tokens": sum(len(r.ids) for r in rollouts),
+        "tokens": sum(r.writers.count("student") if r.writers else len(r.ids) for r in rollouts),
         "totals": dict(prepared.totals),
         "means": dict(prepared.means),
         "metrics": dict(prepared.metrics),

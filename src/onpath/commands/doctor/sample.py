@@ -106,7 +106,7 @@ def make_probe(parts: Parts) -> Probe:
         prepared = shaped(parts, prepared, judged.rewards)
         kept = [t for t in prepared.trajectories if t.edit.kept and t.response]
     except UserError as error:
-        refused = str(error)
+        refused, prepared = str(error), unread()
     made, kept, refused = agreed((prepared.trajectories, kept, refused))
     prepared = replace(prepared, trajectories=made)
     seconds = time.perf_counter() - begun

@@ -31,6 +31,7 @@ from onpath.system.files import write_text
 TRIGGER = 8.0
 """Nats."""
 _LIKELIEST = 4  # of the teacher's tokens that are looked at: they hold nearly all of its probability
+_STANDS_IN = f"its first token with log p_S - log p_T above {TRIGGER:g}, of a rollout not known to be right"
 EARLY = 0.2
 """Share of a response that is its beginning."""
 
@@ -74,7 +75,10 @@ def run_probe(parts: Parts, *, rollouts: int, out: Path) -> Path:
     path = out / "meter.jsonl"
     rows = [{k: vars(s)[k] for k in ("tokens", "right", "first", "reverse_kl")} for s in found]
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-    summary = {"student": parts.config.student.model, "rollouts": len(found), **predictors(found)}
+    checked_by = "the task's checker" if parts.text.tells_errors else _STANDS_IN
+    told = {"rollouts": len(found), "known_to_be_right": sum(s.right for s in found)}
+    summary = {"student": parts.config.student.model, **told, "first_error_by": checked_by}
+    summary |= predictors(found)
     write_text(path.with_suffix(".json"), json.dumps(summary, indent=1) + "\n")
     return path
 
