@@ -250,7 +250,8 @@ LEVELS = ["late", "lost", "spoil", "surface"]
 def test_arms_of_the_map_s_pictures_are_told_apart(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No two share a colour; each name has its line's colour and marker beside it, and touches no other."""
+    """Of sixteen no two share a colour, of more none colour and marker; each name has its line's beside it,
+    and touches no other."""
     figures: list[Any] = []
 
     @contextmanager
@@ -261,16 +262,19 @@ def test_arms_of_the_map_s_pictures_are_told_apart(
 
     monkeypatch.setattr(doses_report, "picture", kept)
     shutil.copy(MAP / f"{name}.json", tmp_path / "doses.json")
-    assert draw_doses(tmp_path).stat().st_size < 150_000
+    assert draw_doses(tmp_path).stat().st_size < 200_000
     (axis,) = figures[0].axes
     data = json.loads((MAP / f"{name}.json").read_text())
     arms = arms_of(data)
-    assert len({look(place)[0] for place in range(len(arms))}) == len(arms) == 15
+    assert len(arms) in (15, 17)
+    assert len({look(place)[0] for place in range(len(arms))}) == min(16, len(arms))
+    assert len({look(place) for place in range(len(arms))}) == len(arms)
     names = [text for text in axis.texts if text.get_text()]
     costs = {arm: price(data, arm) for arm in arms}
     told = [arm + (f" {costs[arm]:.1f}×" if costs[arm] else "") for arm in arms if arm != "opd"]
     assert [text.get_text() for text in names] == told
-    assert (costs["relay"], costs["untouched"]) == ((None if name == "surface" else 130 / 64), None)
+    relayed = None if name == "surface" else pytest.approx(130 / 64, rel=1e-2)  # thousands, in the table
+    assert (costs["relay"], costs["untouched"]) == (relayed, None)
     lines = {line.get_label(): line for line in axis.containers}
     marks = [line for line in axis.lines if len(line.get_xdata()) == 1]
     for text, mark in zip(names, marks, strict=True):
