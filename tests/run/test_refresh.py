@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from onpath.run.refresh import _as_row, _trajectory, overlap
 from onpath.run.sampling import prepare, sample
 from onpath.system.errors import UserError
 from onpath.training import one_step, train
-from tests.forks import TIMEOUT, done_by_two
+from tests.forks import TIMEOUT, done_by_two, free_ports
 from tests.run.test_resume import Stopped, contents, stop_at
 from tests.stored import read_trajectories
 
@@ -306,8 +307,11 @@ def test_two_processes(tiny: Tiny, tmp_path: Path) -> None:
         "more than are compared": {**many, "rollout__refresh": {"overlap_below": 0.01}},
     }
 
+    ports = free_ports(len(rules))
+
     def run(rank: int) -> None:
-        for name, rule in rules.items():
+        for port, (name, rule) in zip(ports, rules.items(), strict=True):
+            os.environ["MASTER_PORT"] = port  # else the faster one may meet the other's last group
             where = {"run__name": name.replace(" ", "-"), "run__dir": str(tmp_path / "two")}
             train(tiny(**rule, **where, parallel__timeout=TIMEOUT), quiet=True)
 
