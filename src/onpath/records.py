@@ -169,6 +169,11 @@ class Rollout:
         """Names it in the draws of its step: prompt and sample."""
         return f"{self.prompt.id}/{self.sample}"
 
+    @property
+    def written_by(self) -> Writers:
+        """`writers` with the default spelled out."""
+        return self.writers or all_by("student", len(self.ids))
+
     def prefix(self, length: int) -> tuple[int, ...]:
         """The context and the first `length` tokens of the response."""
         return self.context + self.ids[:length]

@@ -37,7 +37,7 @@ class Mixed:
 
     @classmethod
     def of(cls, rollout: Rollout) -> "Mixed":
-        writers = rollout.writers or all_by("student", len(rollout.ids))
+        writers = rollout.written_by
         places = tuple(t for t, who in enumerate(writers) if who != "student")
         return cls(y=rollout, z=replace(rollout, writers=()), writers=writers, places=places)
 

@@ -10,7 +10,7 @@ from typing import Any
 from onpath.config.sections import OF_A_STEP
 from onpath.engines.head import table_of
 from onpath.methods.base import Prepared
-from onpath.records import WRITERS, Edit, Guidance, Rollout, Trajectory, all_by
+from onpath.records import WRITERS, Edit, Guidance, Rollout, Trajectory
 from onpath.run.parts import Parts
 from onpath.system import code
 from onpath.system.errors import UserError
@@ -189,8 +189,7 @@ def check_rollouts(rollouts: object, blank: Sequence[Rollout], parts: Parts) -> 
         _check_ids(r.ids, where, "ids")
         _check_writers(r.writers, where)
         # A black box has none of what it wrote.
-        writers = r.writers or all_by("student", len(r.ids))
-        own = [p for p, who in zip(r.logprobs, writers, strict=True) if who == "student"]
+        own = [p for p, who in zip(r.logprobs, r.written_by, strict=True) if who == "student"]
         _check_numbers(own, where, "logprobs")
         if not _within(r.ids, vocabulary):
             raise UserError(f"{where} ids that are not within the {vocabulary} of both models")

@@ -125,7 +125,7 @@ class Meter:
         """The step's metrics over all processes, but for its seconds."""
         verdicts = [v.correct for v in self.judged.verdicts if v is not None]
         lengths = [len(r.ids) for r in self.rollouts]
-        own = sum(r.writers.count("student") if r.writers else len(r.ids) for r in self.rollouts)
+        own = sum(r.written_by.count("student") for r in self.rollouts)
         totals = {**self.step.prepared.totals, **self.scored}
         # What the method had the student generate beside the rollouts.
         continued = totals.pop("student_tokens_generated", 0)

@@ -28,12 +28,9 @@ class Judged:
 def judge(text: Text, rollouts: Sequence[Rollout]) -> Judged:
     """Of rollouts whose places are their indices."""
     verdicts = text.verdicts([(r, r.ids) for r in rollouts])
-    behind = [0 if (at := text.first_wrong_token(r)) is None else len(r.ids) - at - 1 for r in rollouts]
-    return Judged(
-        verdicts=verdicts,
-        rewards=text.reward_values(rollouts),
-        behind=behind if text.tells_errors else (),
-    )
+    looked_at = rollouts if text.tells_errors else ()
+    behind = [0 if (at := text.first_wrong_token(r)) is None else len(r.ids) - at - 1 for r in looked_at]
+    return Judged(verdicts=verdicts, rewards=text.reward_values(rollouts), behind=behind)
 
 
 def with_origins(

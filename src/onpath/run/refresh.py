@@ -410,7 +410,7 @@ def _rows(rollouts: Sequence[Rollout], prepared: Prepared, step: int) -> list[di
         found[t.origin.prompt.id]["trajectories"].append(_as_row(t, t.origin))
     measured = {
         "step": step,
-        "tokens": sum(r.writers.count("student") if r.writers else len(r.ids) for r in rollouts),
+        "tokens": sum(r.written_by.count("student") for r in rollouts),
         "totals": dict(prepared.totals),
         "means": dict(prepared.means),
         "metrics": dict(prepared.metrics),

@@ -168,8 +168,6 @@ def _faster(config: Config, cost: Cost) -> str:
     longest = (
         "a shorter method.rewrite_max_new_tokens" if config.method.learns_from_text else "fewer candidates"
     )
-    if stage == "sample" and config.method.writes_rollouts:  # by the teacher, or both models in this process
-        stage = "" if config.method.trains_on_rollouts else "correct"
     ways = {
         "sample": "rollout.engine: vllm" if config.rollout.engine == "hf" else "rollout.overlap: true",
         "correct": f"a teacher on a server (teacher.engine: vllm), {longest}",
@@ -177,8 +175,9 @@ def _faster(config: Config, cost: Cost) -> str:
         "train": f"{scored}student.gradient_checkpointing: false where memory is left",
         "grade": "a cheaper eval.grader",
     }
-    named = "sample" if config.method.writes_rollouts and stage == "correct" else stage
-    return f"{named} takes most of it; what shortens it: {ways[stage]}" if stage in ways else ""
+    if config.method.writes_rollouts:  # the teacher does, or both models in this process
+        ways["sample"] = "" if config.method.trains_on_rollouts else ways["correct"]
+    return f"{stage} takes most of it; what shortens it: {ways[stage]}" if ways.get(stage) else ""
 
 
 def memory(parts: Parts, cost: Cost) -> Finding:
