@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from onpath import config as configuration
-from onpath.commands.probes.sampled import sampled
+from onpath.commands.probes.base import sampled
 from onpath.commands.study.plan import Job
 from onpath.commands.study.run import run_study
 from onpath.data import tasks

@@ -11,7 +11,7 @@ from typing import Any
 
 from onpath import config
 from onpath.commands.probes.futures import labeller
-from onpath.commands.probes.sampled import sampled
+from onpath.commands.probes.base import sampled
 from onpath.config.methods.topd import TOPDOptions
 from onpath.methods.topd.method import TOPD
 from onpath.records import Rollout

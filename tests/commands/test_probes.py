@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from onpath import config as configuration
+from onpath.commands.probes.base import sampled
 from onpath.commands.probes.command import run_named, shown
 from onpath.commands.probes.predictors import TRIGGER, Scored, late_skills, predictors, score
 from onpath.commands.probes.prefix_failure import Probed, positions, probe, run_probe, summarise
-from onpath.commands.probes.sampled import sampled
 from onpath.config.whole import Config
 from onpath.engines.hf import HFEngine
 from onpath.run.assemble import assemble

@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         command = options.command
-        if launcher.several() and command not in _OF_SEVERAL:
+        shares = command in _OF_SEVERAL or getattr(options, "probe", None)
+        if launcher.several() and not shares:
             raise UserError(
                 f"onpath {command} is one process, and WORLD_SIZE says several: start it without torchrun"
             )
@@ -521,7 +522,8 @@ def _inspect(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
             continuations=options.continuations,
             every=options.every,
         )
-        print("\n".join(shown(path)))
+        if launcher.speaks():
+            print("\n".join(shown(path)))
         return 0
     from onpath.commands.inspect import print_inspected, run_inspect
     from onpath.commands.terminal import console_for

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from onpath import config as configuration
+from onpath.engines import sharding
 from onpath.run.checkpoint import holds_model
+from onpath.system import distributed, launcher
 from onpath.system.errors import UserError
 from onpath.system.files import make_directory, place
 from onpath.system.reading import read_json
@@ -25,6 +27,9 @@ def run_named(
 ) -> Path:
     """Runs a probe and returns the path of its JSON lines; summary and picture (meter: none) lie beside it.
 
+    Of several processes (torchrun) all measure the same, and the first writes it; sharded models are whole
+    meanwhile.
+
     Args:
         name: one of `PROBES`.
         rollouts: looked at; for local-correction, prefixes.
@@ -34,8 +39,15 @@ def run_named(
 
     Raises:
         UserError: no such probe, neither a run nor a config, a config whose run there is, numbers that make
-            no sense, or a teacher that only answers messages.
+            no sense, a teacher that only answers messages, or local-correction of a sharded student.
     """
+    with distributed.one_fate():
+        return _run_named(name, where, rollouts, continuations, every, allow_code)
+
+
+def _run_named(
+    name: str, where: str | Path, rollouts: int, continuations: int, every: int, allow_code: bool
+) -> Path:
     if name not in PROBES:
         raise UserError(f"there is no probe {name!r}; there are {', '.join(PROBES)}")
     path = place(where)
@@ -58,8 +70,17 @@ def run_named(
         )
     out = run / "probes"
     make_directory(out)
+    if launcher.several() and config.parallel.shard != "none" and name == "local-correction":
+        raise UserError(
+            "parallel.shard: local-correction trains copies of a student that is whole; set it to none"
+        )
     parts = assemble(config)
-    with closing(parts):
+    models = parts.models
+    with (
+        closing(parts),
+        parts.generators.student.in_step(),
+        sharding.whole(models.student, *models.teacher.models),
+    ):
         if not parts.generators.teacher.takes_prefixes:
             raise UserError(
                 "teacher.engine: chat answers messages only, and every probe asks what the teacher would go "

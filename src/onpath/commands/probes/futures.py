@@ -6,7 +6,6 @@ low-loss positions'), and that loss and divergence hardly correlate. Noise floor
 teacher.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -16,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onpath.commands.probes.base import checked, sampled, store
 from onpath.commands.probes.futures_picture import draw
 from onpath.commands.probes.place import GROUPS, Place
-from onpath.commands.probes.sampled import checked, sampled
 from onpath.commands.probes.separation import auc, correlations, detections
 from onpath.config.methods.topd import TOPDOptions
 from onpath.engines.forward import forward
@@ -29,7 +28,6 @@ from onpath.methods.topd.futures import with_windows
 from onpath.methods.topd.pairs import with_distances
 from onpath.records import Rollout
 from onpath.run.parts import Parts
-from onpath.system.files import write_text
 
 
 def run_probe(parts: Parts, *, rollouts: int, out: Path, window: int | None = None, each: int = 1) -> Path:
@@ -49,12 +47,8 @@ def run_probe(parts: Parts, *, rollouts: int, out: Path, window: int | None = No
     """
     checked(rollouts=rollouts, each=each, window=window)
     found = probe(parts, rollouts=rollouts, window=window, each=each)
-    path = out / "divergence.jsonl"
     summary = {"student": parts.config.student.model, **summarise(found, options_of(parts, window))}
-    write_text(path, "".join(json.dumps(vars(p)) + "\n" for p in found))
-    write_text(path.with_suffix(".json"), json.dumps(summary, indent=1) + "\n")
-    draw(found, summary, path.with_suffix(".png"))
-    return path
+    return store(out / "divergence.jsonl", map(vars, found), summary, lambda path: draw(found, summary, path))
 
 
 def probe(parts: Parts, *, rollouts: int, window: int | None, each: int) -> list[Place]:

@@ -8,7 +8,6 @@ student's embeddings, from the same teacher's window.
 """
 
 import copy
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +17,8 @@ import numpy as np
 import torch
 
 from onpath.commands.picture import picture
+from onpath.commands.probes.base import checked, sampled, store
 from onpath.commands.probes.futures import options_of
-from onpath.commands.probes.sampled import checked, sampled
 from onpath.config.methods.topd import TOPDOptions
 from onpath.data.batch import collate, micro_batches
 from onpath.engines.forward import forward
@@ -34,7 +33,6 @@ from onpath.methods.topd.pairs import with_distances
 from onpath.records import Rollout, Trajectory, token_count
 from onpath.run.loss import Step, loss_of
 from onpath.run.parts import Parts
-from onpath.system.files import write_text
 
 ARMS = ("opd", "topd")
 
@@ -89,7 +87,6 @@ def run_probe(
         _correct(parts, rollout, fork, options, updates=updates, samples=samples, lr=rate)
         for rollout, fork in worst_forks(parts, prefixes, options)
     ]
-    path = out / "local_correction.jsonl"
     summary = {
         "student": parts.config.student.model,
         "updates": updates,
@@ -98,10 +95,7 @@ def run_probe(
         "window": options.window,
         **summarise(found),
     }
-    write_text(path, "".join(json.dumps(vars(c)) + "\n" for c in found))
-    write_text(path.with_suffix(".json"), json.dumps(summary, indent=1) + "\n")
-    draw(found, path.with_suffix(".png"))
-    return path
+    return store(out / "local_correction.jsonl", map(vars, found), summary, lambda path: draw(found, path))
 
 
 def worst_forks(parts: Parts, count: int, options: TOPDOptions) -> list[tuple[Rollout, Fork]]:

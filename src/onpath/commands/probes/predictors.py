@@ -12,21 +12,19 @@ first error of a rollout that is not known to be right is its first token with l
 would like best.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onpath.commands.probes.sampled import checked, sampled
+from onpath.commands.probes.base import checked, sampled, store
 from onpath.data.tasks import Task
 from onpath.engines.forward import Models, forward
 from onpath.methods.base import own_response
 from onpath.methods.tools import Text
 from onpath.records import Rollout
 from onpath.run.parts import Parts
-from onpath.system.files import write_text
 
 TRIGGER = 8.0
 """Nats."""
@@ -72,15 +70,12 @@ def run_probe(parts: Parts, *, rollouts: int, out: Path) -> Path:
     made = sampled(parts, rollouts)
     with parts.models.teacher.acting():
         found = score(parts.models, parts.text, made, judging_contexts(parts, made, new=0))
-    path = out / "meter.jsonl"
     rows = [{k: vars(s)[k] for k in ("tokens", "right", "first", "reverse_kl")} for s in found]
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     checked_by = "the task's checker" if parts.text.tells_errors else _STANDS_IN
     told = {"rollouts": len(found), "known_to_be_right": sum(s.right for s in found)}
     summary = {"student": parts.config.student.model, **told, "first_error_by": checked_by}
     summary |= predictors(found)
-    write_text(path.with_suffix(".json"), json.dumps(summary, indent=1) + "\n")
-    return path
+    return store(out / "meter.jsonl", rows, summary)
 
 
 def judging_contexts(parts: Parts, made: Sequence[Rollout], *, new: int) -> list[tuple[int, ...]]:

@@ -8,22 +8,20 @@ the student's own token. arXiv 2606.08432 says that the first mode appears only 
 looks.
 """
 
-import json
 from collections.abc import Sequence
 from math import exp
 from pathlib import Path
 from typing import Any
 
+from onpath.commands.probes.base import checked, sampled, store
 from onpath.commands.probes.predictors import judging_contexts, predictors, score
 from onpath.commands.probes.prefix_picture import draw
 from onpath.commands.probes.prefix_records import Probed
-from onpath.commands.probes.sampled import checked, sampled
 from onpath.engines.base import Engine
 from onpath.engines.forward import per_token
 from onpath.methods.base import own_response
 from onpath.records import Rollout
 from onpath.run.parts import Parts
-from onpath.system.files import write_text
 
 EPSILON = 0.1
 """Success rate below which a prefix has failed."""
@@ -51,13 +49,10 @@ def run_probe(parts: Parts, *, rollouts: int, continuations: int, every: int, ou
     with parts.models.teacher.acting():
         scored = score(parts.models, parts.text, made, contexts)
     found = probe(parts, made, contexts, continuations=continuations, every=every)
-    path = out / "prefix_failure.jsonl"
-    write_text(path, "".join(json.dumps({**vars(p), "failed": p.failed(EPSILON)}) + "\n" for p in found))
     summary = {"student": parts.config.student.model, **summarise(found, epsilon=EPSILON)}
     summary |= predictors(scored)
-    write_text(path.with_suffix(".json"), json.dumps(summary, indent=1) + "\n")
-    draw(found, path.with_suffix(".png"))
-    return path
+    rows = ({**vars(p), "failed": p.failed(EPSILON)} for p in found)
+    return store(out / "prefix_failure.jsonl", rows, summary, lambda path: draw(found, path))
 
 
 def probe(
