@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from onpath import config
-from onpath.commands.probes.futures import labeller
 from onpath.commands.probes.base import sampled
+from onpath.commands.probes.futures import labeller
 from onpath.config.methods.topd import TOPDOptions
 from onpath.methods.topd.method import TOPD
 from onpath.records import Rollout
