@@ -392,7 +392,7 @@ def test_without_data_there_must_be_one_evaluation_set(run: Path, model_dirs: di
 @pytest.mark.parametrize(
     "arguments",
     [
-        "study study.yaml", "inspect run", "inspect --probe divergence a.yaml",
+        "study study.yaml", "inspect run",
         "report run", "export run out", "cache store", "config",
     ],
 )  # fmt: skip
