@@ -136,11 +136,13 @@ def test_however_small_epsilon_is_there_is_a_plan(n, m, epsilon):
 @pytest.mark.parametrize(
     ("n", "m", "epsilon"), [(20, 33, 5e-4), (14, 14, 1e-3), (5, 5, 0.005), (20, 20, 0.02)]
 )
-def test_the_tolerance_holds_whether_the_iterations_have_converged_or_not(n, m, epsilon, dtype):
-    """Plans of windows that were still open after the last iteration missed it a hundred times over."""
+def test_a_smoothed_plan_is_a_plan_whether_the_iterations_have_converged_or_not(n, m, epsilon, dtype):
+    """Rows that were off within the tolerance made D smaller than the exact D, which is no plan's."""
     generator = torch.Generator().manual_seed(3)
     vectors = torch.randn(40, 16, generator=generator, dtype=dtype)
     student, teacher = (torch.randint(0, 40, (8, size), generator=generator) for size in (n, m))
+    rounding = 1e-12 if dtype == torch.float64 else 1e-6
+    exact, _ = window_divergence(student_ids=student, teacher_ids=teacher, embedding=vectors)
     for few in (4000, 80):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("onpath.transport.plans._ITERATIONS", few)
@@ -148,10 +150,13 @@ def test_the_tolerance_holds_whether_the_iterations_have_converged_or_not(n, m, 
                 student_ids=student, teacher_ids=teacher, embedding=vectors, epsilon=epsilon
             )
         assert (plan >= 0).all()
-        assert (plan.sum(-1) - 1 / n).abs().sum(-1).max() <= 1e-5 + 1e-6
-        torch.testing.assert_close(plan.sum(-2), torch.full((8, m), 1 / m, dtype=dtype), rtol=0, atol=1e-7)
-        exact, _ = window_divergence(student_ids=student, teacher_ids=teacher, embedding=vectors)
-        assert (distance - exact).min() > -1e-6
+        torch.testing.assert_close(
+            plan.sum(-1), torch.full((8, n), 1 / n, dtype=dtype), rtol=0, atol=rounding
+        )
+        torch.testing.assert_close(
+            plan.sum(-2), torch.full((8, m), 1 / m, dtype=dtype), rtol=0, atol=rounding
+        )
+        assert (distance - exact).min() > -rounding
         assert (distance - exact).max() < epsilon * math.log(n * m) + 2e-2
 
 

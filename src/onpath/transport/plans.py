@@ -49,13 +49,13 @@ def optimal_transport(
         cost: finite. Any leading dimensions; each [K, J] is a problem of its own. Whole numbers (edit
             distances) are computed in torch's default dtype.
         epsilon: None is exact; above 0 adds −ε·H(γ), which spreads the plan. In the unit of the cost.
-        tolerance: with epsilon, how far the rows' sums may be off, summed over rows (the mass is 1).
+        tolerance: with epsilon, the error of the rows' sums, summed over rows (the mass is 1), at which the
+            iterations stop. What is left of it is spread, so that the plan's own sums are exact.
         row_lengths, column_lengths: numbers of real rows and columns, at least 1; the rest is padding, gets
             no mass, and its cost is not read. None: all.
 
     Returns:
-        γ in the dtype of what is computed, and on the cost's device. Columns sum to 1/J exactly; rows to 1/K
-        exactly, or within `tolerance` in total with `epsilon`.
+        γ in the dtype of what is computed, and on the cost's device. Rows sum to 1/K, columns to 1/J.
 
     Raises:
         ValueError: an epsilon that is not above 0, a cost that is not finite, or a window without a token.
@@ -241,8 +241,8 @@ def _sinkhorn(cost_WKJ: Tensor, n_W: Tensor, m_W: Tensor, epsilon: float, tolera
     Windows leave as they converge. Updates of the others are over-relaxed by ω = 2/(1 + √(1−η)) where η is
     the rate at which their error has just fallen (Thibault et al., arXiv 1711.01851); a window whose error
     rose goes back to ω = 1, and one whose scalings left the range of the dtype stays there from then on, with
-    its last potentials. What has not converged after all iterations is rounded to a plan; where ε is so small
-    that the error stays large, the plan is the exact one, to which the smoothed ones tend.
+    its last potentials. What comes out, converged or not, is rounded to a plan; where ε is so small that the
+    error stays large, the plan is the exact one, to which the smoothed ones tend.
     """
     windows, rows, columns = cost_WKJ.shape
     sharp = windows > 0 and float(cost_WKJ.max() - cost_WKJ.min()) > _SINGLE * epsilon
@@ -282,9 +282,8 @@ def _sinkhorn(cost_WKJ: Tensor, n_W: Tensor, m_W: Tensor, epsilon: float, tolera
         open_W = open_W[error_W[open_W] > tolerance]
         if not len(open_W):
             break
-    if len(open_W):
-        plan_WKJ[open_W] = _rounded(plan_WKJ[open_W], a_WK[open_W], b_WJ[open_W])
-    plan_WKJ = plan_WKJ.to(cost_WKJ.dtype)
+    # Rows off within the tolerance can be cheaper than any plan: D would fall below the exact D.
+    plan_WKJ = _rounded(plan_WKJ, a_WK, b_WJ).to(cost_WKJ.dtype)
     lost_W = error_W > max(_LOST, tolerance)
     if bool(lost_W.any()):
         plan_WKJ[lost_W] = _exact(cost_WKJ[lost_W], n_W[lost_W], m_W[lost_W])
