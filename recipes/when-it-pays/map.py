@@ -58,7 +58,7 @@ def draw(out: Path) -> None:
                 )  # fmt: skip
             own = {x: f"{value['mean']:.0%}" for x, value in points(data, "hard", "opd", None)}
             panel.set_xticks(levels, [f"{level:g}\n{own[level]}" for level in levels])
-            panel.set(ylim=(-13, 36), title=STRENGTHS[name])
+            panel.set(ylim=(-19, 37), title=STRENGTHS[name])
             panel.title.set_fontsize(11)
             panel.grid(axis="y", alpha=0.3)
         for panel in (panels[0], panels[3]):
