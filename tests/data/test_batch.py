@@ -31,20 +31,18 @@ C = Trajectory(
 )
 
 
-def test_every_id_mask_and_index_by_hand() -> None:
+def test_every_id_and_index_by_hand() -> None:
     b = collate([A, B, C])
     assert b.student_ids_BS.tolist() == [
         [1, 9, 5, 6, 7, 2],
         [1, 10, 11, 12, 13, 2],
         [1, 20, 21, 20, 21, 20],
     ]
-    assert b.student_mask_BS.tolist() == [[1] * 6, [1] * 6, [1] * 6]
     assert b.teacher_ids_BT.tolist() == [
         [1, 8, 8, 9, 5, 6, 7, 2],
         [1, 2, 0, 0, 0, 0, 0, 0],
         [1, 22, 23, 24, 20, 21, 20, 0],
     ]
-    assert b.teacher_mask_BT.tolist() == [[1] * 8, [1, 1] + [0] * 6, [1] * 7 + [0]]
     # The position before each response token, in the flattened rows: 6 columns and 8 columns.
     assert b.student_at_N.tolist() == [1, 2, 3, 4, 6 + 4, 12 + 2, 12 + 3, 12 + 4]
     assert b.teacher_at_N.tolist() == [3, 4, 5, 6, 8 + 0, 16 + 3, 16 + 4, 16 + 5]
@@ -64,9 +62,14 @@ def test_indices_point_at_the_token_before() -> None:
 
 def test_padding_is_on_the_right_and_unread() -> None:
     b = collate([A, B, C])
-    for mask, at_N in ((b.student_mask_BS, b.student_at_N), (b.teacher_mask_BT, b.teacher_at_N)):
-        assert (mask.diff(dim=1) <= 0).all()
-        assert (mask.flatten()[at_N] == 1).all()
+    for ids, at_N, lengths in (
+        (b.student_ids_BS, b.student_at_N, [6, 6, 6]),
+        (b.teacher_ids_BT, b.teacher_at_N, [8, 2, 7]),
+    ):
+        real = torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]
+        assert (ids[real] > 0).all()
+        assert (ids[~real] == 0).all()
+        assert real.flatten()[at_N].all()
 
 
 def test_one_trajectory_alone_has_the_same_tokens() -> None:
@@ -200,9 +203,9 @@ def wider(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three more columns of padding, filled with an id that means something."""
     real = batch_module._pad_right
 
-    def pad(rows: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
-        ids, mask = (torch.nn.functional.pad(x, (0, 3)) for x in real(rows))
-        return torch.where(mask == 1, ids, 7), mask
+    def pad(rows: Sequence[tuple[int, ...]]) -> Tensor:
+        width = max(map(len, rows)) + 3
+        return real([(*row, *[7] * (width - len(row))) for row in rows])
 
     monkeypatch.setattr(batch_module, "_pad_right", pad)
 

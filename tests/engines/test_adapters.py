@@ -75,7 +75,7 @@ def test_an_adapter_takes_effect_in_what_the_loss_reads(
 ) -> None:
     model = adapted(tiny, tmp_path, tied=tied, targets=targets)
     check_head(model, "student.model")
-    hidden = hidden_states(model, IDS_BT, torch.ones_like(IDS_BT))
+    hidden = hidden_states(model, IDS_BT)
     head = head_of(model)
     ours = (hidden @ head.weight.T).log_softmax(-1)
     ours[0, :, 3].sum().backward()
@@ -119,9 +119,7 @@ def test_topds_embeddings_and_a_base_teachers_head_are_the_adapted_and_the_plain
     loud(parts.models.student)
     head = parts.models.teacher.head
     with parts.models.teacher.acting() as model:
-        assert torch.allclose(
-            hidden_states(model, IDS_BT, torch.ones_like(IDS_BT)) @ head.weight.T, base, atol=1e-5
-        )
+        assert torch.allclose(hidden_states(model, IDS_BT) @ head.weight.T, base, atol=1e-5)
     assert not torch.allclose(logits(parts.models.student), base, atol=0.1)
 
 

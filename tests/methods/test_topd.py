@@ -453,9 +453,7 @@ def test_teacher_window_ce_is_spliced_after_the_prefix(topd: Callable[..., Parts
     assert token_count(done.trajectories) == sum(len(t.response) for t in done.trajectories if t not in extra)
     batch = collate(extra)
     with torch.no_grad():
-        logits = parts.models.student(
-            input_ids=batch.student_ids_BS, attention_mask=batch.student_mask_BS
-        ).logits
+        logits = parts.models.student(input_ids=batch.student_ids_BS).logits
         nll = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1)[batch.student_at_N], batch.token_N, reduction="sum"
         )

@@ -27,9 +27,7 @@ class Batch:
     """Padded ids of both sides, and where in them each response token is predicted."""
 
     student_ids_BS: Tensor
-    student_mask_BS: Tensor
     teacher_ids_BT: Tensor
-    teacher_mask_BT: Tensor
     student_at_N: Tensor
     """Index into the flattened [B·S] of the position that predicts the token."""
     teacher_at_N: Tensor
@@ -80,19 +78,18 @@ class Batch:
 
 
 def collate(trajectories: Sequence[Trajectory], *, device: torch.device | None = None) -> Batch:
-    """Right-padded tensors. The pad id is 0 and never read: the mask hides it, and no index points at it."""
+    """Right-padded tensors. The pad id is 0 and never read: no causal model looks ahead at it, and no index
+    points at it."""
     student = [t.student_context + t.response for t in trajectories]
     teacher = [t.teacher_context + t.response for t in trajectories]
-    student_ids, student_mask = _pad_right(student)
-    teacher_ids, teacher_mask = (student_ids, student_mask) if teacher == student else _pad_right(teacher)
+    student_ids = _pad_right(student)
+    teacher_ids = student_ids if teacher == student else _pad_right(teacher)
     lengths = torch.tensor([len(t.response) for t in trajectories])
     row_N = torch.repeat_interleave(torch.arange(len(trajectories)), lengths)
     step_N = torch.cat([torch.arange(n) for n in lengths.tolist()]) if len(row_N) else row_N
     batch = Batch(
         student_ids_BS=student_ids,
-        student_mask_BS=student_mask,
         teacher_ids_BT=teacher_ids,
-        teacher_mask_BT=teacher_mask,
         student_at_N=_predicting(
             row_N, step_N, [len(t.student_context) for t in trajectories], student_ids.shape[1]
         ),
@@ -143,11 +140,9 @@ def micro_batches(
         yield rows
 
 
-def _pad_right(rows: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+def _pad_right(rows: Sequence[tuple[int, ...]]) -> Tensor:
     longest = max(map(len, rows))
-    ids = torch.tensor([[*r, *[0] * (longest - len(r))] for r in rows])
-    mask = (torch.arange(longest) < torch.tensor([len(r) for r in rows])[:, None]).long()
-    return ids, mask
+    return torch.tensor([[*r, *[0] * (longest - len(r))] for r in rows])
 
 
 def _predicting(row_N: Tensor, step_N: Tensor, context_lengths: Sequence[int], width: int) -> Tensor:

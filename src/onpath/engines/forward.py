@@ -81,7 +81,7 @@ class Models:
         """The student's hidden states [N, H] that predict each response token, with their graph if gradients
         are on."""
         with self.autocast():
-            hidden_BSH = hidden_states(self.student, batch.student_ids_BS, batch.student_mask_BS)
+            hidden_BSH = hidden_states(self.student, batch.student_ids_BS)
         return batch.at_student(hidden_BSH)
 
 

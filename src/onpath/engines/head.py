@@ -210,7 +210,7 @@ def _check_head(model: nn.Module, key: str) -> None:
     inner = unwrapped(model)
     ids_BT = torch.arange(4, device=next(inner.parameters()).device)[None]
     expected_BTV = inner(input_ids=ids_BT).logits.float()
-    hidden_BTH = hidden_states(model, ids_BT, torch.ones_like(ids_BT))
+    hidden_BTH = hidden_states(model, ids_BT)
     found_BTV = logits_of(head_of(model), hidden_BTH)  # last: a sharded model's own pass gives its head back
     if not bool(expected_BTV.isfinite().all()):
         named = (name for name, weight in inner.named_parameters() if not bool(weight.isfinite().all()))
@@ -226,12 +226,14 @@ def _check_head(model: nn.Module, key: str) -> None:
         )
 
 
-def hidden_states(
-    model: nn.Module, ids_BT: Tensor, mask_BT: Tensor, cache: DynamicCache | None = None
-) -> Tensor:
+def hidden_states(model: nn.Module, ids_BT: Tensor, cache: DynamicCache | None = None) -> Tensor:
     """Last hidden states [B, T, H] of right-padded ids; the head is applied elsewhere, in chunks. An empty
-    `cache` receives the keys and values."""
-    given = {"attention_mask": mask_BT, "past_key_values": cache, "use_cache": cache is not None}
+    `cache` receives the keys and values.
+
+    No mask is given: no token of a causal model sees the padding behind it, and without a mask attention
+    runs in its fused causal kernels and builds no [T, T] of its own.
+    """
+    given = {"past_key_values": cache, "use_cache": cache is not None}
     return read(model, ids_BT, **known_to(decoder_of(model), **given))
 
 

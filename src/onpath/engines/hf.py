@@ -98,7 +98,7 @@ class HFEngine(Engine):
             for rows in micro_batches(read, max_tokens=self.batch_tokens, device=self.device):
                 batch = collate(rows, device=self.device)
                 with self._autocast():
-                    hidden_BTH = hidden_states(self.model, batch.student_ids_BS, batch.student_mask_BS)
+                    hidden_BTH = hidden_states(self.model, batch.student_ids_BS)
                 head = head_of(self.model, self.vocabulary)
                 with self._autocast():  # as a head's products are while it generates
                     stats = token_stats(
@@ -167,7 +167,7 @@ class HFEngine(Engine):
         past = Past(self.model, batches)
         with evaluating(self.model), self._autocast():
             for batch, part in zip(batches, past.parts, strict=True):
-                hidden_states(self.model, batch.teacher_ids_BT, batch.teacher_mask_BT, part)
+                hidden_states(self.model, batch.teacher_ids_BT, part)
         return past
 
     def can_draw_from(self, past: Past | None) -> bool:

@@ -162,7 +162,7 @@ def _own_logps(model: nn.Module, batch: Batch, vocabulary: int) -> Tensor:
 
 def _states(model: nn.Module, batch: Batch, bf16: bool) -> Tensor:
     with torch.autocast(batch.token_N.device.type, torch.bfloat16, enabled=bf16):
-        return batch.at_student(hidden_states(model, batch.student_ids_BS, batch.student_mask_BS))
+        return batch.at_student(hidden_states(model, batch.student_ids_BS))
 
 
 def _scored(model: nn.Module, batch: Batch, vocabulary: int, bf16: bool) -> Tensor:

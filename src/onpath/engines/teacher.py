@@ -245,6 +245,5 @@ class SelfTeacher(Teacher):
 def _teacher_positions(
     model: nn.Module, batch: Batch, device: torch.device, cache: DynamicCache | None = None
 ) -> Tensor:
-    ids_BT, mask_BT = batch.teacher_ids_BT.to(device), batch.teacher_mask_BT.to(device)
-    hidden_BTH = hidden_states(model, ids_BT, mask_BT, cache)
+    hidden_BTH = hidden_states(model, batch.teacher_ids_BT.to(device), cache)
     return batch.at_teacher(hidden_BTH).to(batch.token_N.device)

@@ -365,7 +365,7 @@ def _by_students_path(parts: Parts, batch: Batch) -> Tensor:
     with torch.no_grad(), teacher.acting():
         device = next(model.parameters()).device
         moved = batch.to(device)
-        hidden_BSH = hidden_states(model, moved.student_ids_BS, moved.student_mask_BS)
+        hidden_BSH = hidden_states(model, moved.student_ids_BS)
     return moved.at_student(hidden_BSH).to(batch.token_N.device)
 
 
