@@ -3,9 +3,10 @@
     python benchmarks/opd_step.py [--steps 20] [--threads 2]
 
 Same student, teacher, prompts, batch, token budget and objective (reverse KL, all tokens), transformers
-generation on both sides, float32, AdamW, no gradient checkpointing, no logging. Time: one process, steps in
-order A B A B; TRL's trainer runs its own loop and ours is called between its steps. Memory: each side in a
-process of its own, the kernel's high-water mark reset at each phase.
+generation on both sides, float32, AdamW, no gradient checkpointing, no logging. Each side is a process of its
+own, as its user would start it, and they make their steps in turn, A B C A B C. onpath has the C library keep
+what is freed (`onpath.system.allocator`), which is half of what it wins on a CPU: the third side is TRL with
+that setting too. Memory: the kernel's high-water mark, reset at each phase.
 """
 
 import argparse
@@ -29,9 +30,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 from common import PeakMemory, Spread, environment, environment_line, write
 
+from onpath.system import allocator
+
 PHASES = ("sample", "score", "train")
 PROMPTS = 64
 NEW_TOKENS = 64
+TUNED = "trl, our allocator"
+SIDES = ("onpath", "trl", TUNED)
 LEARNING_RATE = 1e-6  # so small that responses keep their length over the whole measurement
 WARM_UP = 3
 
@@ -87,7 +92,7 @@ class Shape:
     new_tokens: int = NEW_TOKENS
     device: str = "cpu"
     warm_up: int = WARM_UP
-    """Pairs of steps that are not counted."""
+    """Steps of each side that are not counted."""
 
 
 class Ours:
@@ -240,16 +245,85 @@ def _gradient_difference(mine: Any, my_loss: Any, other: Any, other_loss: Any) -
     return float((difference / sum(float(x.square().sum()) for x in a)) ** 0.5)
 
 
+class InTurn:
+    """A side in a process of its own, which makes a step whenever it is asked."""
+
+    def __init__(self, side: str, directory: Path, shape: Shape) -> None:
+        command = [sys.executable, __file__, "--side", side, "--directory", str(directory)]
+        command += ["--threads", str(torch.get_num_threads()), "--shape", json.dumps(vars(shape))]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def step(self) -> dict[str, dict[str, float]]:
+        """Seconds by phase, and what else the side has measured."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        stdin.write("step\n")
+        stdin.flush()
+        line = stdout.readline()
+        if not line:
+            raise SystemExit(f"{self._process.args} has ended with {self._process.wait()}")
+        return dict(json.loads(line))
+
+    def close(self) -> None:
+        """Ends it."""
+        self._process.kill()
+        self._process.communicate()
+
+
 def measure_time(directory: Path, steps: int, shape: Shape) -> dict[str, Any]:
-    """A B A B in this process: our step runs in the callback that follows each of TRL's."""
+    """A B C A B C: each side in a process of its own, one step of each in turn while the others wait."""
+    # The allocator is a matter of the CPU's pages.
+    sides = {side: InTurn(side, directory, shape) for side in (SIDES if shape.device == "cpu" else SIDES[:2])}
+    try:
+        rows = [
+            {name: row for side in sides.values() for name, row in side.step().items()}
+            for _ in range(shape.warm_up + steps)
+        ]
+    finally:
+        for side in sides.values():
+            side.close()
+    found = agreement(Ours(directory, Seconds(), shape), make_trainer(directory, Seconds(), [], steps, shape))
+    return {"agreement": found, "steps": rows[shape.warm_up :]}
+
+
+def take_turns(side: str, directory: Path, shape: Shape) -> None:
+    """The process behind `InTurn`: a step for each line that comes in, and its seconds as JSON."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints is no answer
+
+    def answer(**found: Any) -> None:
+        print(json.dumps(found), file=answers, flush=True)
+
+    if side == "onpath":
+        _ours_in_turn(directory, shape, answer)
+    else:
+        if side == TUNED:
+            allocator.keep_freed_memory()
+        _trl_in_turn(side, directory, shape, answer)
+
+
+def _ours_in_turn(directory: Path, shape: Shape, answer: Callable[..., None]) -> None:
+    watch = Seconds()
+    ours = Ours(directory, watch, shape)
+    for _ in sys.stdin:
+        watch.take()
+        begun, cpu = now(), time.process_time()
+        phases, tokens = ours.step()
+        spent = {"step": now() - begun, "cpu": time.process_time() - cpu, "tokens": tokens}
+        answer(**{"onpath": {**phases, **spent}, "model work": watch.take()})
+
+
+def _trl_in_turn(side: str, directory: Path, shape: Shape, answer: Callable[..., None]) -> None:
     from transformers import TrainerCallback
 
-    watch, ours_watch = Seconds(), Seconds()
-    ours = Ours(directory, ours_watch, shape)
-    rows: list[dict[str, Any]] = []
+    watch = Seconds()
 
-    class BetweenSteps(TrainerCallback):  # type: ignore[misc]
+    class OnDemand(TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            if not sys.stdin.readline():
+                raise SystemExit
+            watch.take()
             self.begun, self.cpu = now(), time.process_time()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
@@ -257,22 +331,10 @@ def measure_time(directory: Path, steps: int, shape: Shape) -> dict[str, Any]:
             theirs = {"sample": spent["sample"], "score": spent["score"]}
             theirs |= {"train": whole - sum(theirs.values()), "step": whole, "cpu": cpu}
             tokens = trainer._metrics["train"]["completions/mean_length"][-1] * shape.prompts
-            ours_watch.take()
-            begun, begun_cpu = now(), time.process_time()
-            phases, my_tokens = ours.step()
-            phases["step"], phases["cpu"] = now() - begun, time.process_time() - begun_cpu
-            rows.append(
-                {
-                    "trl": {**theirs, "tokens": tokens},
-                    "onpath": {**phases, "tokens": my_tokens},
-                    "model work": ours_watch.take(),
-                }
-            )
+            answer(**{side: {**theirs, "tokens": tokens}})
 
-    trainer = make_trainer(directory, watch, [BetweenSteps()], shape.warm_up + steps, shape)
-    found = agreement(ours, trainer)
+    trainer = make_trainer(directory, watch, [OnDemand()], 10**6, shape)
     trainer.train()
-    return {"agreement": found, "steps": rows[shape.warm_up :]}
 
 
 def measure_memory(directory: Path, side: str, steps: int) -> dict[str, Any]:
@@ -317,17 +379,16 @@ def memory_in_children(directory: Path, options: argparse.Namespace) -> dict[str
     return found
 
 
-def cpu_ratios(steps: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Of paired steps. With one thread, what other processes do to the clock does not show here."""
-    return [step["onpath"]["cpu"] / step["trl"]["cpu"] for step in steps]
+def ratios(steps: Sequence[Mapping[str, Any]], peer: str, clock: str = "step") -> Spread:
+    """Of paired steps. In CPU time (`cpu`), with one thread, what other processes do does not show."""
+    return Spread.of([step["onpath"][clock] / step[peer][clock] for step in steps])
 
 
 def summary(data: Mapping[str, Any]) -> dict[str, Any]:
     """Medians, quartiles and ratios."""
     steps, found = data["steps"], {}
-    for side in ("onpath", "trl"):
+    for side in SIDES:
         found[side] = {p: vars(Spread.of([s[side][p] for s in steps])) for p in (*PHASES, "step", "tokens")}
-    ratios = Spread.of([s["onpath"]["step"] / s["trl"]["step"] for s in steps])
     work = {
         k: Spread.of([s["model work"][k] / s["onpath"]["step"] for s in steps]).median
         for k in steps[0]["model work"]
@@ -339,8 +400,8 @@ def summary(data: Mapping[str, Any]) -> dict[str, Any]:
     peaks = {side: max(m[p] for p in PHASES) for side, m in memory.items()}
     return {
         **found,
-        "time_ratio": vars(ratios),
-        "cpu_ratio": vars(Spread.of(cpu_ratios(steps))),
+        "time_ratio": {peer: vars(ratios(steps, peer)) for peer in SIDES[1:]},
+        "cpu_ratio": {peer: vars(ratios(steps, peer, "cpu")) for peer in SIDES[1:]},
         "share_of_step": work,
         "memory": memory,
         "memory_ratio_peak": peaks["onpath"] / peaks["trl"],
@@ -352,7 +413,7 @@ def summary(data: Mapping[str, Any]) -> dict[str, Any]:
 def markdown(data: Mapping[str, Any]) -> str:
     """The tables that are committed."""
     found, agreed, settings = data["summary"], data["agreement"], data["settings"]
-    ratio, tokens = found["time_ratio"], [found[side]["tokens"]["median"] for side in ("onpath", "trl")]
+    tokens = [found[side]["tokens"]["median"] for side in ("onpath", "trl")]
     share = found["share_of_step"]
     return f"""# One step of OPD: onpath and TRL's DistillationTrainer
 
@@ -361,12 +422,14 @@ def markdown(data: Mapping[str, Any]) -> str:
 {PROMPTS} prompts, at most {NEW_TOKENS} new tokens, {settings["models"]}, float32, reverse KL.
 {"The machine was busy with other work: read the ratios, not the seconds." if settings["busy"] else ""}
 
-| seconds per step, median [quartiles] | onpath | TRL | ratio |
-|---|---|---|---|
+| seconds per step, median [quartiles] | onpath | TRL | ratio | {TUNED.upper()[:3]}{TUNED[3:]} | ratio |
+|---|---|---|---|---|---|
 {_time_rows(found)}
 
-Ratio of paired steps (onpath / TRL), median [quartiles], n = {ratio["n"]}: **{_cell(ratio, 2)}** in wall
-time, {_cell(found["cpu_ratio"], 2)} in CPU time.
+Ratio of paired steps (onpath / TRL), median [quartiles], n = {settings["steps"]}:
+**{_cell(found["time_ratio"]["trl"], 2)}** in wall time, {_cell(found["cpu_ratio"]["trl"], 2)} in CPU time.
+onpath has the C library keep what a step frees (`onpath.system.allocator`); with that set for TRL too:
+**{_cell(found["time_ratio"][TUNED], 2)}**, {_cell(found["cpu_ratio"][TUNED], 2)}.
 Response tokens per step: {tokens[0]:.0f} and {tokens[1]:.0f}.
 
 | resident memory, MiB, peak by phase | onpath | TRL |
@@ -389,9 +452,11 @@ def _time_rows(found: Mapping[str, Any]) -> str:
     rows = []
     labels = {"sample": "sampling", "score": "scoring", "train": "training", "step": "**step**"}
     for phase, label in labels.items():
-        ours, theirs = found["onpath"][phase], found["trl"][phase]
-        share = ours["median"] / theirs["median"]
-        rows.append(f"| {label} | {_cell(ours, 3)} | {_cell(theirs, 3)} | {share:.2f} |")
+        ours, cells = found["onpath"][phase], []
+        for peer in SIDES[1:]:
+            theirs = found[peer][phase]
+            cells += [_cell(theirs, 3), f"{ours['median'] / theirs['median']:.2f}"]
+        rows.append(f"| {label} | {_cell(ours, 3)} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -415,15 +480,20 @@ def _memory_rows(memory: Mapping[str, Mapping[str, float]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=20, help="measured pairs of steps")
+    parser.add_argument("--steps", type=int, default=20, help="measured steps of each")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--busy", action="store_true", help="note in the results that other work was running")
     parser.add_argument("--no-memory", action="store_true", help="time only; writes no results")
     parser.add_argument("--memory-of", choices=["onpath", "trl"], help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--shape", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     logging.disable(logging.WARNING)
+    if options.side:
+        take_turns(options.side, options.directory, Shape(**options.shape))
+        return
     if options.memory_of:
         print(json.dumps(measure_memory(options.directory, options.memory_of, steps=6)))
         return
@@ -439,14 +509,10 @@ def main() -> None:
             "models": "the gym's bundled models" if bundled else "random models of the gym's shapes",
         }
         if options.no_memory:
-            ratios = [s["onpath"]["step"] / s["trl"]["step"] for s in data["steps"]]
             print(json.dumps(data["steps"][-1], indent=1))
-            print(
-                "ratio of paired steps",
-                Spread.of(ratios),
-                "in CPU time",
-                Spread.of(cpu_ratios(data["steps"])),
-            )
+            for peer in SIDES[1:]:
+                wall, cpu = ratios(data["steps"], peer), ratios(data["steps"], peer, "cpu")
+                print(f"ratio of paired steps, onpath / {peer}: {wall}, in CPU time {cpu}")
             return
         data["memory"] = memory_in_children(directory, options)
         data["summary"] = summary(data)
