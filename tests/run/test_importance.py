@@ -1,5 +1,7 @@
 """Ratios of two policies: against their definition, of rollouts that are stale and of those that are not."""
 
+import copy
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -153,6 +155,33 @@ def test_a_small_cap_leaves_what_others_wrote_alone(kind: str, tiny: Tiny) -> No
         hidden = parts.models.student_states(batch)
     weights = Importance(kind=kind, cap=0.5).weights(batch, hidden, parts.models)
     assert weights.tolist() == [0.5] * 4 + [1.0] * 4
+
+
+@pytest.mark.parametrize("cap", [0.9, 1.1, 100.0])
+@pytest.mark.parametrize("kind", ["token", "sequence"])
+def test_ratios_are_those_of_float64(kind: str, cap: float, tiny: Tiny) -> None:
+    """Of responses of 48 tokens, whose products of ratios are taken one factor after the other."""
+    parts = assemble(tiny())
+    double = copy.deepcopy(parts.models.student).double()
+    drawing = torch.Generator().manual_seed(0)
+    given, expected = [], []
+    for place in range(6):
+        context, response = (1, 5 + place, 9), tuple(torch.randint(4, 16, (48,), generator=drawing).tolist())
+        with torch.no_grad():
+            logits_TV = double(input_ids=torch.tensor([[*context, *response]])).logits[0]
+        assert logits_TV.dtype == torch.float64
+        now = logits_TV.log_softmax(-1)[2:-1].gather(1, torch.tensor(response)[:, None])[:, 0]
+        then = now + 0.1 * torch.randn(48, generator=drawing, dtype=torch.float64)
+        ratios = (now.exp() / then.exp()).tolist()
+        expected += [min(r, cap) for r in (ratios if kind == "token" else [math.prod(ratios)] * 48)]
+        t = Trajectory(student_context=context, teacher_context=context, response=response, place=place)
+        given.append(replace(t, behaviour_logprobs=tuple(then.tolist())))
+    assert cap == 100.0 or min(expected) < cap == max(expected)
+    batch = collate(given)
+    with torch.no_grad():
+        hidden = parts.models.student_states(batch)
+    weights = Importance(kind=kind, cap=cap).weights(batch, hidden, parts.models)
+    torch.testing.assert_close(weights.double(), torch.tensor(expected).double(), rtol=2e-5, atol=0)
 
 
 def test_ends_that_are_one_leave_the_measured_ratio_alone(tiny: Tiny) -> None:

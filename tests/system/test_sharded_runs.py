@@ -118,6 +118,28 @@ def test_runs_are_those_of_one_process(tiny: Tiny, tmp_path: Path) -> None:
         assert_same(one, tmp_path / "two" / one.name)
 
 
+@pytest.mark.parametrize("shard", ["layer", "step"])
+def test_of_one_process_there_is_nothing_to_shard(shard: str, tiny: Tiny, tmp_path: Path) -> None:
+    """To the bit: such a run is the one that asks for no shards."""
+    runs = []
+    for mode in ("none", shard):
+        options = {"run__dir": str(tmp_path / mode), "run__name": "run", "parallel__shard": mode}
+        runs.append(train(tiny(**OPTIM, **options, run__trajectories_every=1), quiet=True).directory)
+    weights = [(run / "model" / "model.safetensors").read_bytes() for run in runs]
+    assert weights[0] == weights[1]
+    timed = ("seconds", "tokens_per_second", "mib", "memory", "time")
+    rows = [
+        [
+            {k: v for k, v in row.items() if not any(t in k for t in timed)}
+            for row in read_lines(run / "metrics.jsonl")
+        ]
+        for run in runs
+    ]
+    assert "loss" in rows[0][0]
+    assert rows[0] == rows[1]
+    assert read_lines(runs[0] / "eval.jsonl") == read_lines(runs[1] / "eval.jsonl")
+
+
 @pytest.mark.slow
 def test_kept_scores_are_read_in_no_step(tiny: Tiny, tmp_path: Path) -> None:
     """A method that asks the teacher while it prepares has another number of passes on each process."""
