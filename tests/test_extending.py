@@ -801,7 +801,10 @@ def test_a_grader_that_fails_is_named(body: str, expected: str, tiny: Tiny, outs
     ("body", "expected"),
     [
         ("def brevity(length):\n    return 1.0\n", "its parameter length is none of text, answer, prompt"),
-        ("def brevity(text):\n    return float('nan')\n", "must be finite"),
+        ("def brevity(text):\n    return float('nan')\n", r"gave nan for prompt .*; it must give a finite"),
+        ("def brevity(text):\n    len(text)\n", r"rewards\.brevity gave None for prompt .*; it must give a"),
+        ("def brevity(text):\n    return 'much'\n", r"gave 'much' for prompt"),
+        ("def brevity(text):\n    return [0.1, 0.2]\n", r"gave \[0\.1, 0\.2\] for prompt"),
         ("def brevity(text):\n    return text.no\n", "AttributeError"),
         ("def brevity(text):\n    raise SystemExit  # text.no\n", "fails for prompt .*: SystemExit$"),
     ],

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import onpath
@@ -288,6 +289,20 @@ def test_a_model_is_compared_with_a_run_as_the_run_asks(run: Path, model_dirs: d
     compared = onpath.evaluate_model(run, against=model_dirs["student"])
     name = str(model_dirs["student"])
     assert compared.results[name].details != base.results[name].details
+
+
+def test_two_runs_that_are_asked_apart_are_told_so(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(run, tmp_path / "other")
+    tree = yaml.safe_load((other / "config.yaml").read_text())
+    tree["data"]["system"] = "Be brief."
+    (other / "config.yaml").write_text(yaml.safe_dump(tree))
+    assert onpath.evaluate_model(run, against=shutil.copytree(run, tmp_path / "same")).asked_apart == ()
+    out = tmp_path / "out"
+    assert main(["eval", str(run), "--against", str(other), "--out", str(out)]) == 0
+    assert "they differ in data.system" in " ".join(capsys.readouterr().out.split())
+    assert json.loads((out / "eval.json").read_text())["asked_apart"] == ["data.system"]
 
 
 def test_a_run_without_a_final_model_says_which_checkpoint_it_is(

@@ -359,6 +359,10 @@ def test_one_seed_one_budget_and_tuning(make: Make, in_process: list[Job], study
     assert {j.config.optim.steps for j in tuned if j.arm == "opd"} == {steps["opd"]}
 
     assert any("one seed cover problems only" in note for note in data["notes"])
+    cut = {a["arm"]: min(e["finished"] for e in a["evals"].values()) for a in data["arms"]}
+    told = [note for note in data["notes"] if "the others were cut at eval.max_new_tokens" in note]
+    assert [note.split()[0] for note in told] == [arm for arm, ended in cut.items() if ended < 0.5]
+    assert told
     assert all(a["evals"]["test"]["avg_at_k"]["over"] == "problems only" for a in data["arms"])
     assert all(a["evals"]["test"]["avg_at_k"]["seed_sd"] is None for a in data["arms"])
     teacher = next(j for j in in_process if j.arm == "teacher")

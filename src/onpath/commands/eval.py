@@ -56,6 +56,9 @@ class Evaluated:
     """The model minus the one that it was compared with."""
     skipped: int = 0
     """Bad rows of the data that were left out (data.skip_bad)."""
+    asked_apart: tuple[str, ...] = ()
+    """Keys in which two runs differ that are each asked in its own way: what they are worth is in the
+    difference."""
 
     def and_of(self, model: str, result: EvalResult) -> "Evaluated":
         """The same with one more model; of a second one, how far they are apart."""
@@ -69,6 +72,8 @@ class Evaluated:
         report: dict[str, Any] = {"models": {name: r.to_json() for name, r in self.results.items()}}
         if self.skipped:
             report["skipped_rows"] = self.skipped
+        if self.asked_apart:
+            report["asked_apart"] = list(self.asked_apart)
         if self.difference is not None:
             report["paired_difference"] = {
                 "avg_at_k": self.difference.difference,
@@ -255,6 +260,16 @@ def _asked_as(subject: _Subject, run: _Subject) -> _Subject:
     return replace(subject, config=subject.config.model_copy(update={"data": data}), like=run.of_run)
 
 
+def _asked_apart(*subjects: _Subject) -> tuple[str, ...]:
+    """Keys in which runs differ that decide how they are asked: of two runs each keeps its own."""
+    of_runs = [s for s in subjects if s.of_run is not None]
+    if len(of_runs) < 2:
+        return ()
+    first, second = of_runs
+    words = [f"data.{n}" for n in _PROMPTS if getattr(first.config.data, n) != getattr(second.config.data, n)]
+    return (*words, *(["student.dtype"] if first.config.student.dtype != second.config.student.dtype else []))
+
+
 def _stops(
     subject: _Subject, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[frozenset[int], tuple[str, ...]]:
@@ -371,7 +386,7 @@ class _Questions:
         renderers = [_renderer(subject, self.prompts) for subject in subjects]
         if directory is not None:
             distributed.first_decides(partial(_clear, directory))
-        found = Evaluated(results={}, difference=None, skipped=skipped)
+        found = Evaluated(results={}, difference=None, skipped=skipped, asked_apart=_asked_apart(*subjects))
         for index, (subject, renderer) in enumerate(zip(subjects, renderers, strict=True)):
             ungraded = None if directory is None else directory / f"ungraded_{index}.parquet"
             result, graded = self.to(subject, renderer, ungraded)
@@ -479,5 +494,11 @@ def print_evaluated(console: Console, found: Evaluated) -> None:
         console.print(
             f"first − second on the same problems: {found.difference.difference:+.1%} "
             f"[{low:+.1%}, {high:+.1%}], p = {found.difference.p_value:.2g}",
+            highlight=False,
+        )
+    if found.asked_apart:
+        console.print(
+            f"note: each run is asked in its own way, and they differ in {', '.join(found.asked_apart)}: "
+            "what that is worth is in the difference",
             highlight=False,
         )

@@ -7,6 +7,7 @@ for.
 
 import inspect
 import math
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,14 +54,19 @@ class Reward:
             "rollout": rollout,
         }
         asked = {p.name: known[p.name] for p in _parameters(self.function) if p.name in known}
+        on = f"for prompt {rollout.prompt.id!r}"
         try:
-            value = float(self.function(**asked))
+            given = self.function(**asked)
         except code.FAILURES as error:
-            on, modules = f"for prompt {rollout.prompt.id!r}", code.modules_of(self.function)
+            modules = code.modules_of(self.function)
             raise code.failure(f"rewards.{self.label}", error, modules, on=on) from error
+        try:
+            value = float(given)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            value = math.nan
         if not math.isfinite(value):
             raise UserError(
-                f"rewards.{self.label} is {value} for prompt {rollout.prompt.id!r}; it must be finite"
+                f"rewards.{self.label} gave {reprlib.repr(given)} {on}; it must give a finite number"
             )
         return value
 

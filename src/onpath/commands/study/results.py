@@ -19,6 +19,7 @@ from onpath.system.errors import UserError
 
 MEASURES = ("avg_at_k", "pass_at_k")
 LEVEL = 0.05
+_FEW_END = 0.5  # of an arm's samples: what is cut tells little of what it can do
 _SHOWN = (
     *("avg_at_k", "ci95", "pass_at_k", "pass_at_k_ci95", "mean_length", "finished", "n", "k", "problems"),
     "first_errors",
@@ -330,6 +331,13 @@ def notes_of(study: StudyConfig, data: Mapping[str, Any], failed: Mapping[str, s
         missing = [s for s in study.seeds if s not in arm["seeds"]] if arm["kind"] == "train" else []
         if missing:
             notes.append(f"{arm['arm']} has no finished run for seed {', '.join(map(str, missing))}")
+        ended = {split: arm["evals"][split]["finished"] for split in arm["evals"]}
+        if ended and (least := min(ended.values())) < _FEW_END:
+            split = next(s for s in ended if ended[s] == least)
+            notes.append(
+                f"{arm['arm']} ended {least:.0%} of its samples of {split}; the others were cut at "
+                f"eval.max_new_tokens ({study.base.eval.max_new_tokens}) and graded as they stand"
+            )
     absent = [a for a in study.arms if a not in {arm["arm"] for arm in data["arms"]}]
     notes += [f"{name} has no finished run" for name in absent]
     fields = Used.__dataclass_fields__
