@@ -143,6 +143,22 @@ def test_the_probed_config_asks_what_the_study_asks(words: Any) -> None:
     assert {k: v for k, v in asked.items() if k != "steps"} == study["base"]["optim"]
 
 
+def new_arms(path: Path) -> dict[str, Any]:
+    """Those of a study that no study before it has, and what they are compared with and tuned like."""
+    before: list[Any] = []
+    for other in sorted(RECIPE / name for name in STUDIES):
+        arms = {name: without_budget(arm) for name, arm in configuration.read_yaml(other)["arms"].items()}
+        if other == path:
+            break
+        before += arms.values()
+    of_all = {arm["tuned_like"] for arm in arms.values() if isinstance(arm, dict) and "tuned_like" in arm}
+    return {k: arm for k, arm in arms.items() if arm not in before or k in {"opd", *of_all}}
+
+
+def without_budget(arm: Any) -> Any:
+    return {k: value for k, value in arm.items() if k != "budget"} if isinstance(arm, dict) else arm
+
+
 def smaller(path: Path, models: dict[str, Path], out: Path) -> dict[str, Any]:
     """The study on tiny random models: two rollouts and one update an arm."""
     tree = configuration.read_yaml(path)
@@ -156,9 +172,7 @@ def smaller(path: Path, models: dict[str, Path], out: Path) -> dict[str, Any]:
     base["rollout"] |= {"prompts": 2, "max_new_tokens": 6}
     base["eval"]["grader"] = f"{RECIPE}/{base['eval']['grader']}"
     base["run"]["save_every"] = 0
-    for name, arm in tree["arms"].items():
-        if isinstance(arm, dict):
-            tree["arms"][name] = {key: value for key, value in arm.items() if key != "budget"}
+    tree["arms"] = new_arms(path)
     changed: dict[str, Any] = {"seeds": [0], "budget": {"updates": 1}, "dir": str(out)}
     changed |= {key: {**tree[key], "limit": 1} for key in ("evals", "tune") if key in tree}
     if "tune" in tree:
