@@ -625,7 +625,7 @@ def verdicts(run: Path) -> dict[str, list[bool]]:
         ),
         ({"arms": {"opd": {"method.divergenc": 1}}}, "arm opd: unknown key method.divergenc; did you mean"),
         ({"arms": {"a": {}}}, "base_arm is opd, which is none of the arms a"),
-        ({"arms": {"opd": "control"}}, "kind is 'control'"),
+        ({"arms": {"opd": "control"}}, "arms.opd: it is 'control'; an arm is untouched, teacher, or a"),
         ({"arms": {"opd": 3}}, "an arm is untouched, teacher, or a mapping"),
         ({"arms": {"opd": {}, "a/b": {}}}, "cannot name a directory"),
         ({"budget": {"updates": 3, "wall_seconds": 5}}, "give one of"),

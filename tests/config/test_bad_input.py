@@ -615,6 +615,10 @@ def test_a_data_set_in_place_of_its_name_is_told_how_to_become_one(
         build({"data": {"train": rows}})
     with pytest.raises(UserError, match=r"data: train is a list, .* train_dataset=…\), .* as JSON lines"):
         build({"data": {"train": rows.to_list()}})
+    with pytest.raises(UserError, match=r"data: train is a list of 2; it names one source"):
+        build({"data": {"train": ["a.jsonl", "b.jsonl"]}})
+    with pytest.raises(UserError, match=r"config: it is \[1\]; it must be a mapping of sections"):
+        build([1])  # type: ignore[arg-type]
     rows.to_json(tmp_path / "prompts.jsonl", orient="records", lines=True)
     parts = assemble(tiny(data__train=str(tmp_path / "prompts.jsonl"), data__eval={}))
     assert len(parts.prompts.pool) == 9

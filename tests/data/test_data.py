@@ -185,7 +185,7 @@ BAD_ROWS: list[tuple[str, Any, str]] = [
     ("empty prompt", {"prompt": "  \n"}, "'prompt' is empty"),
     ("no messages", {"prompt": []}, "an empty list of messages"),
     ("text for a message", {"prompt": ["hello"]}, "message 0 of 'prompt' must be an object"),
-    ("message without role", {"prompt": [{"content": "hello"}]}, "'role' must be text, not null"),
+    ("message without role", {"prompt": [{"content": "hello"}]}, "message 0 of 'prompt' has no 'role'"),
     ("content in parts", {"prompt": [{"role": "user", "content": [{}]}]}, "must be text, not a list"),
     ("tool call", {"prompt": [{"role": "user", "content": "a", "tool_calls": [1]}]}, "has 'tool_calls'"),
     ("ends with an answer", {"prompt": [{"role": "assistant", "content": "12"}]}, "must be the user's"),
@@ -230,7 +230,8 @@ def test_a_bad_row_is_told_in_the_words_of_its_source(write: Callable[..., str])
         ({"question": " ", "prompt": "7"}, "'question' is empty"),
         ({"question": "7 + 5?", "prompt": [1]}, "'prompt' must be text or a number, not a list"),
         ({"question": [{"role": "assistant", "content": "12"}]}, "the last message of 'question' must be"),
-        ({"question": [{"role": "user"}]}, "message 0 of 'question': 'content' must be text"),
+        ({"question": [{"role": "user"}]}, "message 0 of 'question' has no 'content'"),
+        ({"question": [{"role": "user", "value": "1+1=?"}]}, "message 0 of 'question' has 'value'; only"),
         ({"question": "7 + 5?", "solution": 3}, "'solution' (or 'privileged_context') must be text"),
     ):
         with pytest.raises(UserError, match=re.escape(reason)):

@@ -679,3 +679,11 @@ def test_a_merged_model_asked_for_when_all_is_done(tiny: Tiny, capsys: pytest.Ca
     train(tiny(**options, student__lora_merge=True, run__name="merged"), quiet=True)
     train(tiny(**options, student__lora_merge=True, run__name="merged"))
     assert "onpath export" not in capsys.readouterr().err
+
+
+def test_another_method_is_told_before_what_follows_from_it(tiny: Tiny) -> None:
+    """Its own options have other defaults, which nobody has set."""
+    options = {"data__eval": {}, "optim__steps": 1}
+    train(tiny(**options), quiet=True)
+    with pytest.raises(UserError, match=r"another config \(method\.name: 'opd' there, 'topd' here\);"):
+        train(tiny(**options, method__name="topd"), quiet=True)

@@ -613,6 +613,22 @@ def test_the_first_step_says_what_both_models_have_in_common(
     assert capsys.readouterr().err.count(f"{first:.0%} are the same at the start") == 1
 
 
+def test_prompts_that_the_tokenizer_cannot_read_are_said(
+    tiny: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The gym's has letters, digits and signs alone."""
+    models = {"student__model": "gym:student", "teacher__model": "gym:teacher", "optim__steps": 1}
+    for strange in (3, 0):
+        rows = [{"prompt": f"{i} + 2?" + "ß" * (i < strange), "answer": "1"} for i in range(8)]
+        path = tmp_path / f"{strange}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        options = {"data__train": str(path), "data__eval": {"few": str(path)}, "run__name": f"of-{strange}"}
+        train(tiny(**models, **options))
+        said = " ".join(capsys.readouterr().err.split())
+        assert ("3 of 8 prompts of data.train hold the unknown token" in said) == bool(strange)
+        assert ("prompts of data.eval.few hold the unknown token" in said) == bool(strange)
+
+
 def test_problems_that_are_trained_on_are_said(
     tiny: Callable[..., Config], data_file: Path, tmp_path: Path
 ) -> None:

@@ -178,3 +178,13 @@ def mutated_nothing(good: Any) -> bytes:
     import json
 
     return json.dumps(good).encode()
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r\n", "\n\n"])
+def test_an_end_that_is_missing_is_missed_where_the_text_ends(end: str) -> None:
+    """Behind the line's end it was line 2 of a file with one."""
+    assert reading.parse_json('{"a": 1}' + end) == {"a": 1}
+    with pytest.raises(ValueError, match=r"Expecting ',' delimiter at column 8$"):
+        reading.parse_json('{"a": 1' + end)
+    with pytest.raises(ValueError, match="at line 2, column 2"):
+        reading.parse_json(b'{"a":\n1' + end.encode())

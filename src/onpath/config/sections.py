@@ -210,6 +210,10 @@ class Data(Section):
     @classmethod
     def _complete_eval(cls, value: Any) -> Any:
         rows = value.get("train") if isinstance(value, Mapping) else None
+        if isinstance(rows, list | tuple) and rows and all(isinstance(row, str) for row in rows):
+            raise ValueError(
+                f"train is a list of {len(rows)}; it names one source, so write them into one file"
+            )
         if hasattr(rows, "to_json") or isinstance(rows, list | tuple):
             written = ', with .to_json("prompts.jsonl", orient="records", lines=True)'
             raise ValueError(

@@ -49,6 +49,8 @@ def sentence(error: ValidationError, data: Mapping[str, Any]) -> str:
             return reason if not key or reason.startswith(key) else f"{key}: {reason}"
         case "missing":
             return f"{key} is missing: it has no default, so set it"
+        case "dict_type" | "model_type" if not key:
+            return f"it is {short(first['input'])}; it must be a mapping of sections"
         case "dict_type" | "model_type":
             takes = _TAKES.get(key, "a mapping" if first["type"] == "dict_type" else "a mapping of options")
             without = ", or be left out" if first["input"] is None else ""

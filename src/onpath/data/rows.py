@@ -166,12 +166,14 @@ def _messages(values: Sequence[Any], column: str) -> tuple[Message, ...]:
 def _message(value: Any, where: str) -> Message:
     if not isinstance(value, Mapping):
         raise BadRow(f"{where} must be an object with role and content, not {kind_of(value)}")
-    given = {"role": value.get("role"), "content": _joined(value.get("content"), where)}
-    for key, text in given.items():
-        if not isinstance(text, str):
-            raise BadRow(f"{where}: {key!r} must be text, not {kind_of(text)}")
     if other := [key for key, held in value.items() if key not in ("role", "content") and held is not None]:
         raise BadRow(f"{where} has {other[0]!r}; only role and content are understood")
+    given = {"role": value.get("role"), "content": _joined(value.get("content"), where)}
+    for key, text in given.items():
+        if key not in value:
+            raise BadRow(f"{where} has no {key!r}; it is an object with role and content")
+        if not isinstance(text, str):
+            raise BadRow(f"{where}: {key!r} must be text, not {kind_of(text)}")
     return {"role": given["role"], "content": _encodable(given["content"], "prompt")}
 
 

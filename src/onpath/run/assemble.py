@@ -70,6 +70,8 @@ from onpath.run.refresh import Refreshed
 from onpath.run.trained import Trained, find, load_its_tokenizer, load_start
 from onpath.system import allocator, code, distributed
 
+_LOOKED_AT = 64  # prompts of each set
+
 
 def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
     """Loads and checks everything that a run needs.
@@ -252,6 +254,7 @@ def warnings_of(
         *(f"data.{key} has no effect here: the chat template ignores it" for key in renderer.unheard()),
         *(f"{key} has no effect here: it goes with {needs}" for key, needs in idle_options(config).items()),
         *data_warnings(prompts),
+        *unknown_warnings(prompts, renderer),
     ]
     return [warning for warning in found if warning]
 
@@ -291,6 +294,22 @@ def data_warnings(prompts: Prompts) -> list[str]:
             f"{leaked} of {problems} evaluation problems are also training prompts: accuracy on them is no "
             "test"
         )
+    return found
+
+
+def unknown_warnings(prompts: Prompts, renderer: Renderer) -> list[str]:
+    """Where the tokenizer lacks what prompts are written in: to the models they are full of holes."""
+    found = []
+    for name, some in {
+        "train": prompts.pool,
+        **{f"eval.{k}": held for k, held in prompts.evals.items()},
+    }.items():
+        looked_at = some[:: max(1, len(some) // _LOOKED_AT)][:_LOOKED_AT]
+        if lost := renderer.with_unknown(looked_at):
+            found.append(
+                f"{lost} of {len(looked_at)} prompts of data.{name} hold the unknown token: the student's "
+                "tokenizer lacks characters of theirs"
+            )
     return found
 
 

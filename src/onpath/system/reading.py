@@ -75,7 +75,8 @@ def parse_json(data: str | bytes) -> Any:
         ValueError: it is none; in a few words, with the place.
     """
     try:
-        return json.loads(data if isinstance(data, str) else data.decode("utf-8"))
+        text = data if isinstance(data, str) else data.decode("utf-8")
+        return json.loads(text.rstrip())  # an end that is missing is missed where the text ends
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 (byte {error.start})") from None
     except json.JSONDecodeError as error:

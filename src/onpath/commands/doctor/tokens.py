@@ -148,7 +148,7 @@ def template(
     some = prompts[:: max(1, len(prompts) // MOST_TEXTS)][:MOST_TEXTS]
     rendered = [student.ids(p) for p in some]
     tokenizer = student.tokenizer
-    bos, unknown = tokenizer.bos_token_id, tokenizer.unk_token_id
+    bos = tokenizer.bos_token_id
     theirs = None if teacher is None else [_rendering(teacher, p) for p in some]
     differing = 0 if theirs is None else sum(a != b for a, b in zip(rendered, theirs, strict=True))
     values = {
@@ -156,7 +156,7 @@ def template(
         "chat": student.chat,
         "teacher_chat": None if teacher is None else teacher.chat,
         "opened_twice": sum(bos is not None and ids[:2] == (bos, bos) for ids in rendered),
-        "with_unknown_tokens": sum(unknown in ids for ids in rendered) if unknown is not None else 0,
+        "with_unknown_tokens": student.with_unknown(some),
         "teacher_renders_differently": differing,
     }
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from functools import reduce
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 
@@ -86,6 +86,8 @@ class Arm(Section):
     @classmethod
     def _from_yaml(cls, value: Any) -> Any:
         if isinstance(value, str):
+            if value not in get_args(Kind):
+                raise ValueError(f"it is {value!r}; an arm is untouched, teacher, or a mapping of overrides")
             return {"kind": value}
         if value is None:
             return {}
