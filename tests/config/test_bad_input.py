@@ -180,7 +180,7 @@ CASES: dict[str, tuple[Break, str]] = {
         r"zero expected gradient",
     ),
     "override without value": (lambda c: c.overrides.append("--optim.lr"), r"--optim\.lr needs a value"),
-    "missing data file": (lambda c: c.train.unlink(), r"train\.jsonl.*no such file"),
+    "missing data file": (lambda c: c.train.unlink(), r"data\.train: '.*train\.jsonl': no such file"),
     "bad JSON line": (
         lambda c: c.rows({"prompt": "1", "answer": "1"}, "{oops\n"),
         r"train\.jsonl, line 2: .*skip_bad",
@@ -527,7 +527,7 @@ def test_eval_and_inspect_say_what_is_wrong(
     student = str(model_dirs["student"])
     for arguments, expected in (
         (["eval", "./nowhere", "--data", str(data_file)], "model: there is no directory"),
-        (["eval", student, "--data", "none.jsonl"], "no such file"),
+        (["eval", student, "--data", "none.jsonl"], "--data: 'none.jsonl': no such file"),
         (["eval", student, "--data", str(data_file), "--n", "2", "--k", "3"], "k is 3, but there are 2"),
         (["eval", student, "--data", str(data_file), "--k", "0"], "k is 0; pass@k needs 1"),
         (["eval", student, "--data", str(data_file), "--temperature", "nan"], "temperature is nan"),

@@ -163,7 +163,8 @@ def evaluate_model(
             limit = leads.config.data.eval_limit
         with code.allowed(allow_code):
             with_columns = _with_columns(leads.config.data, columns)
-            loaded = load_problems(with_columns, source, limit=limit, grader=asked.grader)
+            key = "--data" if source == data else f"data.eval.{split}"
+            loaded = load_problems(with_columns, source, limit=limit, grader=asked.grader, key=key)
             chosen = grader_for(asked.grader, {source: loaded.prompts})
         with chosen as judge:
             questions = _Questions(

@@ -52,6 +52,7 @@ def load_prompts(
     all_columns: bool = True,
     teachers: Sequence[str] = (),
     refuses: Callable[[Prompt], str | None] | None = None,
+    key: str = "",
 ) -> LoadedPrompts:
     """Reads the prompts of a source.
 
@@ -69,6 +70,7 @@ def load_prompts(
         teachers: names, of which each row must have one; the one called `default` has the rows that name
             none. Without them no row has a teacher.
         refuses: why a prompt is a bad row after all; None: it is none.
+        key: the option that names the source, for the sentence where it is not there.
 
     Raises:
         UserError: unreadable or empty source, missing column, or a bad row (with file, line and reason).
@@ -77,7 +79,7 @@ def load_prompts(
     skipped: list[str] = []
     theirs = {} if task_of(source) or pack_of(source) else dict(columns or {})
     seen: set[str] = set()
-    for number, row in enumerate(rows_of(source, limit, split_default, theirs)):
+    for number, row in enumerate(rows_of(source, limit, split_default, theirs, key)):
         if limit is not None and len(prompts) >= limit:
             break
         here: set[str] = set()

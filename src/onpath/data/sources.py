@@ -51,8 +51,10 @@ class Row:
     """Why it is no row at all."""
 
 
-def rows_of(source: str, limit: int | None, split_default: str, theirs: Mapping[str, str]) -> Iterator[Row]:
-    """Chooses the reader by the form of the source."""
+def rows_of(
+    source: str, limit: int | None, split_default: str, theirs: Mapping[str, str], key: str = ""
+) -> Iterator[Row]:
+    """Chooses the reader by the form of the source; `key` is what names one that is not there."""
     if code.is_own(source):
         return _own_rows(source)
     if pack_of(source):
@@ -71,7 +73,8 @@ def rows_of(source: str, limit: int | None, split_default: str, theirs: Mapping[
     file_like = _plain(path).suffix in (*_JSONL_SUFFIXES, ".json", ".csv", ".parquet")
     looks_like_path = file_like or source.startswith(("/", "./", "../", "~"))
     if looks_like_path or not _HUB_NAME.fullmatch(source):
-        raise UserError(f"{source!r}: no such file or directory; a source is {_SOURCES}")
+        named = f"{key}: {source!r}" if key else repr(source)
+        raise UserError(f"{named}: no such file or directory; a source is {_SOURCES}")
     name, _, split = source.partition(":")  # a slice of a split has colons too: name:test[:100]
     return _hub_rows(name, split or split_default, theirs)
 

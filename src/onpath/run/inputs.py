@@ -96,6 +96,7 @@ def load_pool(config: Config) -> LoadedPrompts:
         columns=data.train_columns,
         teachers=tuple(config.teachers),
         refuses=refuses(config.eval.grader),
+        key="data.train",
     )
     check_taught(config, pool.prompts)
     return pool
@@ -130,7 +131,9 @@ def load_evals(config: Config) -> dict[str, LoadedPrompts]:
                 "and on no evaluation; leave them out"
             )
     evals = {
-        name: load_problems(data, source, limit=data.eval_limit, grader=config.eval.grader)
+        name: load_problems(
+            data, source, limit=data.eval_limit, grader=config.eval.grader, key=f"data.eval.{name}"
+        )
         for name, source in data.eval.items()
     }
     for name, loaded in evals.items():
@@ -138,7 +141,7 @@ def load_evals(config: Config) -> dict[str, LoadedPrompts]:
     return evals
 
 
-def load_problems(data: Data, source: str, *, limit: int | None, grader: str) -> LoadedPrompts:
+def load_problems(data: Data, source: str, *, limit: int | None, grader: str, key: str = "") -> LoadedPrompts:
     """What an evaluation asks; the columns of the training data are tried, and need not be there.
 
     Raises:
@@ -152,6 +155,7 @@ def load_problems(data: Data, source: str, *, limit: int | None, grader: str) ->
         columns=data.columns,
         all_columns=False,
         refuses=refuses(grader),
+        key=key,
     )
 
 
