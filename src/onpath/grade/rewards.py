@@ -62,7 +62,7 @@ class Reward:
             raise code.failure(f"rewards.{self.label}", error, modules, on=on) from error
         try:
             value = float(given)
-        except (TypeError, ValueError, RuntimeError, OverflowError):
+        except code.FAILURES:
             value = math.nan
         if not math.isfinite(value):
             raise UserError(

@@ -150,9 +150,8 @@ def _claim(
     found = changes(configuration.resolved(_read(directory / "config.yaml")), config)
     refused = [change for change in found if not change.allowed]
     if refused and not with_changes:
-        if renamed := [
-            change for change in refused if change.key == "method.name"
-        ]:  # the others follow from it
+        renamed = [change for change in refused if change.key == "method.name"]
+        if renamed:  # its options follow from it
             refused = renamed + [change for change in refused if not change.key.startswith("method.")]
         told = [f"{c.key}: {c.before!r} there, {c.after!r} here" for c in refused[:_NAMED]]
         more = f", and {len(refused) - _NAMED} more" if len(refused) > _NAMED else ""

@@ -76,7 +76,7 @@ def parse_json(data: str | bytes) -> Any:
     """
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
-        return json.loads(text.rstrip())  # an end that is missing is missed where the text ends
+        return json.loads(text.rstrip(" \t\r\n"))  # an end that is missing is missed where the text ends
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 (byte {error.start})") from None
     except json.JSONDecodeError as error:
