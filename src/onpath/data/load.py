@@ -22,6 +22,7 @@ from onpath.data.tasks import task_of
 from onpath.records import Prompt
 from onpath.system.errors import UserError
 
+_SOME = 64
 REASONS_KEPT = 5
 
 
@@ -125,6 +126,11 @@ def shuffled(n: int, *, seed: int, epoch: int) -> Sequence[int]:
     # A text seed goes through SHA-512, so that neighbouring seeds and epochs give unrelated orders.
     random.Random(f"onpath order {seed} {epoch}").shuffle(order)
     return order
+
+
+def some_of(prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+    """At most 64, spread over all: what tells how prompts are worded and rendered."""
+    return prompts[:: max(1, len(prompts) // _SOME)][:_SOME]
 
 
 def digest_prompts(prompts: Sequence[Prompt]) -> str:

@@ -180,13 +180,11 @@ class Renderer:
                     "writes; give the bare problem, or set data.template: plain"
                 )
 
-    def with_unknown(self, prompts: Sequence[Prompt]) -> int:
-        """How many prompts hold the unknown token, where the tokenizer has one that is nothing else too."""
+    def holds_unknown(self, ids: Sequence[int]) -> bool:
+        """Whether the unknown token is among them; where it also begins or ends a text it tells nothing."""
         tokenizer = self.tokenizer
         unknown = tokenizer.unk_token_id
-        if unknown is None or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-            return 0
-        return sum(unknown in self.ids(prompt) for prompt in prompts)
+        return unknown not in (None, tokenizer.bos_token_id, tokenizer.eos_token_id) and unknown in ids
 
     def _rendered_by(self, text: str) -> str | None:
         """What shows that a text was made by the chat template."""

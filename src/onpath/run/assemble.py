@@ -12,6 +12,7 @@ from torch import nn
 from onpath.config.idle import idle_options
 from onpath.config.sections import teacher_option
 from onpath.config.whole import ROLLOUTS, Config
+from onpath.data.load import some_of
 from onpath.data.render import Renderer
 from onpath.data.tasks import World, correction_ids, task_of, templates_of
 from onpath.engines import late, sharding
@@ -69,8 +70,6 @@ from onpath.run.parts import Parts
 from onpath.run.refresh import Refreshed
 from onpath.run.trained import Trained, find, load_its_tokenizer, load_start
 from onpath.system import allocator, code, distributed
-
-_LOOKED_AT = 64  # prompts of each set
 
 
 def assemble(config: Config, *, engine: Engine | None = None) -> Parts:
@@ -304,8 +303,8 @@ def unknown_warnings(prompts: Prompts, renderer: Renderer) -> list[str]:
         "train": prompts.pool,
         **{f"eval.{k}": held for k, held in prompts.evals.items()},
     }.items():
-        looked_at = some[:: max(1, len(some) // _LOOKED_AT)][:_LOOKED_AT]
-        if lost := renderer.with_unknown(looked_at):
+        looked_at = some_of(some)
+        if lost := sum(renderer.holds_unknown(renderer.ids(prompt)) for prompt in looked_at):
             found.append(
                 f"{lost} of {len(looked_at)} prompts of data.{name} hold the unknown token: the student's "
                 "tokenizer lacks characters of theirs"

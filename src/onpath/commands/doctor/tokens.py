@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from onpath.commands.doctor.finding import Finding, skipped
 from onpath.config.whole import Config
+from onpath.data.load import some_of
 from onpath.data.render import Renderer
 from onpath.engines.models import check_vocabulary
 from onpath.engines.remote.host import Nonsense
@@ -20,14 +21,13 @@ from onpath.system.errors import UserError
 from onpath.system.text import shared_start
 
 Tokenizer = PreTrainedTokenizerBase
-MOST_TEXTS = 64
 _SENTENCE = "If 3 · (x − 1) = 12, then x = 5.\n\n\\boxed{5} — naïve? “yes” 你好 🙂"
 """Numbers, spaces, line ends and letters that tokenizers split in different ways."""
 
 
 def texts_of(prompts: Sequence[Prompt]) -> list[str]:
     """What the two tokenizers are compared on."""
-    some = prompts[:: max(1, len(prompts) // MOST_TEXTS)][:MOST_TEXTS]
+    some = some_of(prompts)
     return [*(p.question for p in some), *(p.solution for p in some if p.solution), _SENTENCE]
 
 
@@ -145,7 +145,7 @@ def template(
             student.check(prompt)
     except UserError as error:
         return Finding(name="template", status="fail", message=str(error))
-    some = prompts[:: max(1, len(prompts) // MOST_TEXTS)][:MOST_TEXTS]
+    some = some_of(prompts)
     rendered = [student.ids(p) for p in some]
     tokenizer = student.tokenizer
     bos = tokenizer.bos_token_id
@@ -156,7 +156,7 @@ def template(
         "chat": student.chat,
         "teacher_chat": None if teacher is None else teacher.chat,
         "opened_twice": sum(bos is not None and ids[:2] == (bos, bos) for ids in rendered),
-        "with_unknown_tokens": student.with_unknown(some),
+        "with_unknown_tokens": sum(map(student.holds_unknown, rendered)),
         "teacher_renders_differently": differing,
     }
 
