@@ -1067,7 +1067,15 @@ OPTIONS: list[tuple[str, str, bool]] = [
     (":\n        share = 0.5", "Mine.Options must be derived from onpath.methods.MethodOptions", False),
     ("BaseModel):\n        share: float = 0.5", "Mine.Options must be derived from onpath", False),
     ("MethodOptions):\n        share: float", "method.share is missing: it has no default, so set", False),
-    ("MethodOptions):\n        share: float = 'a'", "method.share is 'a': input should be a valid nu", False),
+    ("MethodOptions):\n        share: float = 'a'",
+     "method.name faulty.py:Mine: Options.share is 'a' by default: input should be a valid number", False),
+    ("MethodOptions):\n        divergence: str = 'far'",
+     "Options.divergence is an option of every method, and is 'far' by default: 'far' must be one of "
+     "reverse_kl, .* file.py:name; name yours otherwise$", False),
+    ("MethodOptions):\n        reweight: float = 0.5",
+     "Options.reweight is an option of every method, and is 0.5 by default: input should be 'none', .*; name "
+     "yours otherwise$", False),
+    ("MethodOptions):\n        divergence: str", "method.divergence is missing: it has no default", False),
     ("MethodOptions):\n        go: Callable = print",
      "method.go is <built-in function print>, which config.yaml cannot hold", False),
     ("MethodOptions):\n        start: Any = torch.zeros(2)", r"method.start is tensor\(\[0", False),

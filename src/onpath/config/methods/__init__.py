@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from pydantic import BeforeValidator, Discriminator, SerializeAsAny, Tag
 
-from onpath.config.methods.base import MethodOptions
+from onpath.config.methods.base import MethodOptions, check_defaults
 from onpath.system import code
 
 __all__ = ["METHODS", "MethodOptions", "SomeMethod", "options_class"]
@@ -55,6 +55,7 @@ def _own(value: Any) -> MethodOptions:
         return value
     found = _own_class(value["name"])
     with code.blamed(f"method.name {value['name']}: Options", code.modules_of(found)):
+        check_defaults(found, value["name"])
         return found.model_validate(value)
 
 

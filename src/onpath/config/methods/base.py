@@ -268,6 +268,25 @@ class MethodOptions(Section):
         return self
 
 
+def check_defaults(options: type[MethodOptions], name: str) -> None:
+    """Asks whether the options of a user's own method take their own defaults, before a config is blamed.
+
+    Raises:
+        UserError: one does not; or it has the name of an option of every method, which does not.
+    """
+    for owner, said in ((MethodOptions, "is an option of every method, and is"), (options, "is")):
+        fields = owner.model_fields if owner is MethodOptions else {}
+        shared = {key: options.model_fields[key].get_default(call_default_factory=True) for key in fields}
+        try:
+            owner.model_validate(shared | {"name": name})
+        except ValidationError as error:
+            for found in error.errors(include_url=False):
+                if found["loc"] and found["type"] != "missing":
+                    where = f"method.name {name}: Options.{found['loc'][0]}"
+                    reason = _reason(found) + ("" if owner is options else "; name yours otherwise")
+                    raise UserError(f"{where} {said} {short(found['input'])} by default: {reason}") from None
+
+
 def check_answers(method: MethodOptions) -> None:
     """Asks the options of a user's own method all questions, before anything relies on an answer.
 
@@ -283,9 +302,14 @@ def check_answers(method: MethodOptions) -> None:
         try:
             kind.validate_python(answer, strict=not isinstance(answer, list))
         except ValidationError as error:
-            said = error.errors(include_url=False)[0]
-            reason = str(said.get("ctx", {}).get("error") or said["msg"])
-            raise UserError(f"{where} gives {short(answer)}: {reason[0].lower()}{reason[1:]}") from None
+            reason = _reason(error.errors(include_url=False)[0])
+            raise UserError(f"{where} gives {short(answer)}: {reason}") from None
+
+
+def _reason(said: Any) -> str:
+    """Of pydantic's, as the end of a sentence."""
+    reason = str(said.get("ctx", {}).get("error") or said["msg"])
+    return reason[0].lower() + reason[1:]
 
 
 @cache
