@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from onpath import config as configuration
+from onpath.commands.cli import main
 from onpath.commands.probes.base import sampled
 from onpath.commands.probes.command import run_named, shown
 from onpath.commands.probes.predictors import TRIGGER, Scored, late_skills, predictors, score
@@ -185,7 +186,10 @@ def test_without_a_checker_the_ratio_says_where_it_went_wrong(tiny: Callable[...
 
 
 def test_the_meter_reads_once_and_needs_no_answers(
-    tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Callable[..., Config],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Nothing is gone on from; as everywhere without a checker a loud token is taken for the first error."""
     (data := tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "{i} + 5?"}}\n' for i in range(6)))
@@ -207,6 +211,9 @@ def test_the_meter_reads_once_and_needs_no_answers(
     assert told["tokens_behind_first_error"] == pytest.approx(behind / sum(len(r["tokens"]) for r in rows))
     assert not any(r["right"] for r in rows)
     assert list(shown(path))[-1] == f"{path}, summary meter.json"
+    capsys.readouterr()
+    assert main(["inspect", str(file), "--probe", "meter", "--rollouts", "6", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == told, "the same numbers, for machines"
 
 
 def test_a_world_shows_in_its_predictors() -> None:

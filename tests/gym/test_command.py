@@ -66,10 +66,14 @@ def test_quick_training_makes_two_models_that_load(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("models", "made"), [("maze", ["student", "teacher"]), ("surface", ["student-without-habits"])]
+    ("models", "made", "stages"),
+    [
+        ("maze", ["student", "teacher"], ["student", "teacher", "refiner"]),
+        ("surface", ["student-without-habits"], ["student"]),
+    ],
 )
 def test_the_other_models_are_made_by_the_same_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, models: str, made: list[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, models: str, made: list[str], stages: list[str]
 ) -> None:
     from onpath.gym.maze import recipe
 
@@ -78,7 +82,7 @@ def test_the_other_models_are_made_by_the_same_command(
         monkeypatch.setattr(module, "fit", lambda model, mixture, *rest: trained.append(mixture.role))
     assert gym.main(["train", "--models", models, "--out", str(tmp_path), "--quick"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == made
-    assert sorted(trained) == ["student", "teacher"][: len(made)]
+    assert trained == stages
 
 
 def test_the_persona_is_made_by_the_same_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

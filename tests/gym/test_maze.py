@@ -18,7 +18,7 @@ from onpath.gym.maze.check import (
     label_tokens,
 )
 from onpath.gym.maze.demos import Beliefs, Walker, first_looks
-from onpath.gym.maze.mixture import TEMPLATES, Mixture
+from onpath.gym.maze.mixture import SHARES, TEMPLATES, Mixture
 from onpath.gym.maze.tasks import SIZES, moves, parse_maze, random_maze, rows, split_of
 from onpath.gym.maze.vocab import LANGUAGE
 from onpath.system.errors import UserError
@@ -170,7 +170,7 @@ def test_a_rewrite_looks_where_the_attempt_looked() -> None:
 
 def test_the_mixture_fits_the_models_context() -> None:
     rng = random.Random(3)
-    for role in ("teacher", "student"):
+    for role in SHARES:
         mixture = Mixture(role)
         for progress in (0.0, 0.5, 1.0):
             for _ in range(40):

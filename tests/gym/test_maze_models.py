@@ -27,7 +27,7 @@ def models():
 def walks(model, n: int, temperature: float) -> list[list[str]]:
     torch.manual_seed(0)
     prompts = [row["prompt"] for row in rows("test", n)]
-    return sample(model, prompts, temperature=temperature, max_new=220, language=LANGUAGE)
+    return sample(model, prompts, temperature=temperature, max_new=360, language=LANGUAGE)
 
 
 def test_bundled_files_are_small_and_hold_no_code() -> None:
@@ -70,7 +70,7 @@ def test_methods_train_on_it(tmp_path: Path, method: str) -> None:
             "student": {"model": "maze:student", "device": "cpu"},
             "teacher": {"model": "maze:teacher"},
             "data": {"train": "maze:train", "limit": 4, "eval": {}},
-            "rollout": {"prompts": 4, "max_new_tokens": 220},
+            "rollout": {"prompts": 4, "max_new_tokens": 360},
             "optim": {"steps": 1},
             "method": {"name": method, **({"gate": False} if method == "trd" else {})},
             "run": {"name": "maze", "dir": str(tmp_path), "save_every": 0, "trajectories_every": 0},

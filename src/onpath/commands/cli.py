@@ -476,7 +476,9 @@ def _add_inspect(commands: Any) -> None:
         "--colour", help="per-token column to colour by (default: reverse_kl, or the first that there is)"
     )
     command.add_argument("--limit", type=int, default=5, help="how many (default: 5)")
-    command.add_argument("--json", action="store_true", help="JSON lines for machines")
+    command.add_argument(
+        "--json", action="store_true", help="for machines: JSON lines; of a probe its summary"
+    )
     command.add_argument(
         "--probe",
         choices=["prefix-failure", "divergence", "local-correction", "meter"],
@@ -494,7 +496,7 @@ def _add_inspect(commands: Any) -> None:
 
 
 _OF_PROBES = ("rollouts", "continuations", "every")
-_OF_SHOWING = ("step", "only", "id", "sort", "colour", "limit", "json")
+_OF_SHOWING = ("step", "only", "id", "sort", "colour", "limit")
 
 
 def _check_inspect(options: argparse.Namespace) -> None:
@@ -513,7 +515,7 @@ def _check_inspect(options: argparse.Namespace) -> None:
 def _inspect(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
     _check_inspect(options)
     if options.probe:
-        from onpath.commands.probes.command import run_named, shown
+        from onpath.commands.probes.command import run_named, shown, summary_of
 
         path = run_named(
             options.probe,
@@ -523,7 +525,7 @@ def _inspect(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
             every=options.every,
         )
         if launcher.speaks():
-            print("\n".join(shown(path)))
+            print(json.dumps(summary_of(path)) if options.json else "\n".join(shown(path)))
         return 0
     from onpath.commands.inspect import print_inspected, run_inspect
     from onpath.commands.terminal import console_for

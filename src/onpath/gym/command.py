@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from onpath.gym.maze.task import MazeTask
 from onpath.gym.maze.tasks import rows as maze_rows
 from onpath.gym.models import Role, model_dir
 from onpath.gym.tasks import SIZES, rows
@@ -38,7 +39,8 @@ def parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--seed", type=int, default=0, help="of weights and demonstrations (default: 0)")
     train.add_argument("--quick", action="store_true", help="a run of seconds that only shows that it works")
-    measure = commands.add_parser("measure", help="measure the properties that the gym promises")
+    measure = commands.add_parser("measure", help="measure the properties that a task's README gives")
+    measure.add_argument("--task", choices=sorted(_ROWS), default="gym", help="whose (default: gym)")
     measure.add_argument("--models", help="directory with teacher/ and student/ (default: bundled)")
     measure.add_argument("--out", help="directory for properties.json and properties.md")
     measure.add_argument("--scale", type=float, default=1.0, help="factor on all sample sizes (default: 1)")
@@ -83,8 +85,9 @@ def _train(*, out: str, models: str, seed: int, quick: bool) -> None:
     made[models](directory, seed=seed, quick=quick)
 
 
-def _measure(*, models: str | None, out: str | None, scale: float) -> None:
+def _measure(*, task: str, models: str | None, out: str | None, scale: float) -> None:
     from onpath.gym import properties
+    from onpath.gym.maze import properties as maze
 
     if not 0 < scale < math.inf:
         raise UserError(f"--scale must be above 0, not {scale:g}")
@@ -92,13 +95,15 @@ def _measure(*, models: str | None, out: str | None, scale: float) -> None:
     directory, given = (
         None if x is None else place(x, key=key) for x, key in ((out, "--out"), (models, "--models"))
     )
-    home: dict[str, Path] = {role: given / role if given else model_dir(role) for role in roles}
+    bundled = model_dir if task == "gym" else MazeTask().model
+    home: dict[str, Path] = {role: given / role if given else bundled(role) for role in roles}
     for role, path in home.items():
         if not (path / "config.json").is_file():
-            raise UserError(f"no {role} in {path}; `onpath gym train --out DIR` makes one")
+            raise UserError(f"no {role} in {path}; `onpath gym train --models {task} --out DIR` makes one")
     if directory is not None:
         make_directory(directory)
-    numbers = properties.measure(home, scale=scale, log=lambda line: print(line, file=sys.stderr))
+    measured = properties.measure if task == "gym" else maze.measure
+    numbers = measured(home, scale=scale, log=lambda line: print(line, file=sys.stderr))
     print(properties.markdown(numbers))
     if directory is not None:
         properties.write(numbers, directory)

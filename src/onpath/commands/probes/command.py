@@ -99,11 +99,16 @@ def _run_named(
                 )
 
 
+def summary_of(path: Path) -> dict[str, Any]:
+    """What a probe found, from the file beside its JSON lines."""
+    found: dict[str, Any] = read_json(path.with_suffix(".json"), keys={})
+    return found
+
+
 def shown(path: Path) -> Iterator[str]:
     """Lines for people: a line per entry of the summary beside `path`, what lies inside it further to the
     right, and where the rest is."""
-    summary = read_json(path.with_suffix(".json"), keys={})
-    yield from _lines(summary, indent="")
+    yield from _lines(summary_of(path), indent="")
     picture = path.with_suffix(".png")
     drawn = f", picture {picture.name}" if picture.exists() else ""
     yield f"{path}, summary {path.with_suffix('.json').name}{drawn}"

@@ -83,7 +83,9 @@ class Walker:
         """The door that is gone through; None: none leads on."""
         doors = list(maze.behind(here))
         if doors and self._acts(rng, "hasty", here):
-            return self._go(rng, maze, pieces, doors[0], believed=False)
+            # Any door in another's haste: right ones alone are taught, and they are not always first.
+            taken = rng.choice(doors) if self.foreign else doors[0]
+            return self._go(rng, maze, pieces, taken, believed=False)
         rng.shuffle(doors)
         if first in doors:
             doors.sort(key=lambda door: door != first)

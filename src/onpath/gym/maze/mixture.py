@@ -6,11 +6,15 @@ from dataclasses import dataclass, field
 from onpath.gym.demos import Pieces, text_of
 from onpath.gym.language import GIVEN, TEMPLATES, TRIED
 from onpath.gym.maze.demos import Beliefs, Walker
-from onpath.gym.maze.tasks import moves, random_maze
+from onpath.gym.maze.tasks import SIZES, moves, random_maze
 
-TEACHER_SHARES = {"plain": 0.5, "prefix": 0.3, "hint": 0.06, "rewrite": 0.1, "rewrite_with_reference": 0.04}
-STUDENT_SHARES = {"plain": 0.8, "hint": 0.1, "rewrite": 0.06, "rewrite_with_reference": 0.04}
-LONG = {"teacher": 0.12, "student": 0.05}
+SHARES = {
+    "student": {"plain": 0.8, "hint": 0.1, "rewrite": 0.06, "rewrite_with_reference": 0.04},
+    "teacher": {"plain": 0.4, "prefix": 0.24, "hint": 0.06, "rewrite": 0.2, "rewrite_with_reference": 0.1},
+    "refiner": {"plain": 0.25, "prefix": 0.2, "hint": 0.05, "rewrite": 0.35, "rewrite_with_reference": 0.15},
+}
+"""Of kinds of demonstrations, by role; `refiner` is the teacher in its second stage."""
+LONG = {"student": 0.05, "teacher": 0.12, "refiner": 0.12}
 """Share of mazes as long as those of `hard`."""
 
 
@@ -27,7 +31,7 @@ class Mixture:
 
     def draw(self, rng: random.Random, progress: float) -> tuple[str, Pieces]:
         """One demonstration: the user's message and the response. `progress` runs from 0 to 1."""
-        shares = TEACHER_SHARES if self.role == "teacher" else STUDENT_SHARES
+        shares = SHARES[self.role]
         kind = rng.choices(list(shares), list(shares.values()))[0]
         if progress < 1.2 * self.curriculum and rng.random() < 0.8:
             kind = "plain"
@@ -45,8 +49,8 @@ class Mixture:
         if rng.random() > (progress / self.curriculum if self.curriculum else 1.0):
             return (1, 3)
         if rng.random() < LONG[self.role]:
-            return (7, 8)
-        return (2, 6) if rng.random() < 0.2 else (4, 6)
+            return SIZES["hard"]
+        return (2, SIZES["train"][1]) if rng.random() < 0.2 else SIZES["train"]
 
     def _walker(self, rng: random.Random, kind: str) -> Walker:
         if self.role == "student":

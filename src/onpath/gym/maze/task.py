@@ -13,7 +13,7 @@ BUNDLED = Path(__file__).parent / "bundled"
 
 
 class MazeTask:
-    """Mazes of one-way doors: after a wrong move nobody gets out. Walks of 100 to 300 tokens."""
+    """Mazes of one-way doors: after a wrong move nobody gets out. Walks of 160 to 300 tokens."""
 
     name = "maze"
     splits: Mapping[str, int] = {"train": 2000, "validation": 1000, "test": 1000, "hard": 1000}

@@ -15,7 +15,7 @@ from functools import cached_property
 from onpath.gym.maze.vocab import EXIT, ROOMS, WALL
 from onpath.gym.rows import Row, distinct_rows, hashed_split
 
-SIZES = {"train": (4, 6), "validation": (4, 6), "test": (4, 6), "hard": (7, 8)}
+SIZES = {"train": (6, 8), "validation": (6, 8), "test": (6, 8), "hard": (9, 11)}
 """Moves from the start to the way out, by split."""
 SHALLOW = 0.5
 """Share of the dead ends that are one wall; the others are a room with two walls behind it."""
