@@ -399,7 +399,8 @@ def step_of_config(config: Config, *, device: torch.device) -> Step:
     Raises:
         UserError: a model's config is not here.
     """
-    student = trainable(config, _outline(config.student, "student.model"))
+    with torch.device("meta"):  # an adapter has no weights either
+        student = trainable(config, _outline(config.student, "student.model"))
     taught = {} if config.method.self_taught else config.taught_by
     bases: dict[str, nn.Module] = {}
     for name, teacher in taught.items():
