@@ -511,6 +511,23 @@ def test_other_questions_do_not_train_again(make: Make, in_process: list[Job], s
     assert result(first)["rows"] == data["rows"]
 
 
+def test_a_pilot_does_not_answer_and_is_not_in_the_way(
+    make: Make, in_process: list[Job], study_files: Path
+) -> None:
+    asked = {"budget": {"updated_tokens": 60, "pilot_steps": 2}, "arms": {"opd": {}}, "seeds": 1}
+    first = result(run_study(make(**asked), quiet=True).directory)
+    ran = [job.config.run.dir.rpartition("/")[2] for job in in_process]
+    assert ran == ["pilots", "runs"]
+    again = result(
+        run_study(
+            make(**asked, evals={"splits": [str(study_files / "held.jsonl")], "n": 6, "k": 3}), quiet=True
+        ).directory
+    )
+    assert [job.trains for job in in_process] == [True, True, False], "one evaluation is new"
+    assert again["pilots"] == first["pilots"]
+    assert again["study"]["problems"] == {"held": 24}
+
+
 def test_what_leaves_the_weights_as_they_are_may_change(make: Make, study_files: Path) -> None:
     """Of a finished run nothing changes; of one that was cut off all but the questions that it began with."""
     evals = {"splits": {"test": str(study_files / "test.jsonl")}, "n": 4, "k": 2}
@@ -625,6 +642,7 @@ def verdicts(run: Path) -> dict[str, list[bool]]:
         ),
         ({"arms": {"opd": {"method.divergenc": 1}}}, "arm opd: unknown key method.divergenc; did you mean"),
         ({"arms": {"a": {}}}, "base_arm is opd, which is none of the arms a"),
+        ({"evals": {"n": 2}, "base": {"data": {"eval": {}}}}, "evals.splits names no set to compare"),
         ({"arms": {"opd": "control"}}, "arms.opd: it is 'control'; an arm is untouched, teacher, or a"),
         ({"arms": {"opd": 3}}, "an arm is untouched, teacher, or a mapping"),
         ({"arms": {"opd": {}, "a/b": {}}}, "cannot name a directory"),

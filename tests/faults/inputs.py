@@ -215,6 +215,10 @@ STUDIES: tuple[tuple[str, str], ...] = (
     ),
     ("arms: {../x: {}}", "cannot name a directory"),
     ("arms: {a: {}}\nbudget: {updates: 1}", "base_arm is opd, which is none of the arms a"),
+    (
+        "arms: {opd: {}}\nbudget: {updates: 1}\nbase: {data: {eval: {}}}",
+        "evals.splits names no set to compare",
+    ),
     ("arms: {opd: {method: 5}}\nbudget: {updates: 1}", "arm opd: method is 5; it must be a mapping"),
     ("arms: {opd: {method: {name: []}}}\nbudget: {updates: 1}", r"arm opd: method.name is \[\]"),
     ("arms: {opd: {optim.lr: abc}}\nbudget: {updates: 1}", "arm opd: optim.lr is 'abc'"),

@@ -104,7 +104,9 @@ def carry_out(study: StudyConfig, *, command: str, quiet: bool = False) -> Study
             failed.update(run_jobs(jobs, slots, progress, study=study.directory, lock=lock))
             return jobs
 
-        measured = {job.arm: per_step(job) for job in run(plan.pilots(study)) if job.finished}
+        # They evaluate nothing: other questions do not make them other runs.
+        pilots = run([reevaluate.as_made(job) for job in plan.pilots(study)])
+        measured = {job.arm: per_step(job) for job in pilots if job.finished}
         steps = steps_of(study, measured)
         chosen = study.directory / _CHOSEN
         before = read_json(chosen, keys={}) if chosen.is_file() else {}

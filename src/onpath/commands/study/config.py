@@ -240,6 +240,11 @@ class StudyConfig(Section):
                 raise ValueError(f"{name!r} {_NO_NAME}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds {self.seeds} holds one twice; a repetition needs a seed of its own")
+        if not (self.evals.splits or self.base.data.eval):
+            raise ValueError(
+                "evals.splits names no set to compare the arms on, and neither does base.data.eval; e.g. "
+                "splits: {test: test.jsonl}"
+            )
         if self.base_arm not in self.arms:
             raise ValueError(f"base_arm is {self.base_arm}, which is none of the arms {', '.join(self.arms)}")
         if self.tune:
