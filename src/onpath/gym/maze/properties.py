@@ -73,15 +73,14 @@ def accuracy(models: dict[str, Any], mazes: int) -> list[Number]:
 
 
 def refining(models: dict[str, Any], found: Sequence[Walk], each: int) -> list[Number]:
-    """Accuracy of rewrites of the student's walks, right and wrong, and of walks with a hint."""
+    """Accuracy of the teacher's rewrites of the student's walks, and of walks with a hint."""
     out = []
+    for kind in ("rewrite", "rewrite_with_reference"):
+        for name, right in (("wrong", False), ("right", True)):
+            part = [{**w.row, "attempt": w.text} for w in found if w.right is right][:each]
+            made = walk(models["teacher"], part, kind=kind)
+            out.append(number("refine", f"teacher, {kind}, {name} walks", (float(w.right) for w in made)))
     for role, model in models.items():
-        for kind in ("rewrite", "rewrite_with_reference"):
-            for name, right in (("wrong", False), ("right", True)):
-                part = [{**w.row, "attempt": w.text} for w in found if w.right is right][:each]
-                made = walk(model, part, kind=kind)
-                hits = (float(w.right) for w in made)
-                out.append(number("refine", f"{role}, {kind}, {name} walks", hits))
         hints = walk(model, [w.row for w in found[:each]], kind="hint")
         out.append(number("refine", f"{role}, hint", (float(w.right) for w in hints)))
     return out
