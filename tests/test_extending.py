@@ -1116,6 +1116,20 @@ def test_options_that_are_wrong_are_one_sentence(
     assert not Path(tree["run"]["dir"], tree["run"]["name"]).exists()
 
 
+def test_options_need_not_fit_each_other_by_default(tiny: Tiny, outside: Path) -> None:
+    """What the class asks of all of them together is asked of the config's values alone."""
+    (outside / "needy.py").write_text(
+        "from pydantic import model_validator\n"
+        "from onpath.methods import Method, MethodOptions\n\n"
+        "class Needy(Method):\n    class Options(MethodOptions):\n        words: list[str] | None = None\n"
+        "        @model_validator(mode='after')\n"
+        "        def some(self):\n            self.words[0]\n            return self\n"
+    )
+    tree = yaml.safe_load(tiny().to_yaml()) | {"method": {"name": "needy.py:Needy", "words": ["so"]}}
+    Path("config.yaml").write_text(yaml.safe_dump(tree))
+    assert load(Path("config.yaml"), allow_code=True).method.words == ["so"]  # type: ignore[attr-defined]
+
+
 def test_answers_of_options_may_be_lists(tiny: Tiny) -> None:
     class Listing(Counting):
         said: ClassVar[dict[str, Any]] = {}

@@ -7,7 +7,16 @@ A question is a property with a default; a method's options answer otherwise whe
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    PydanticUserError,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticUndefined
 
 from onpath.config.section import NEUTRAL, GoesWith, OneOf, Section
 from onpath.losses.objective import KINDS, Objective
@@ -274,17 +283,23 @@ def check_defaults(options: type[MethodOptions], name: str) -> None:
     Raises:
         UserError: one does not; or it has the name of an option of every method, which does not.
     """
-    for owner, said in ((MethodOptions, "is an option of every method, and is"), (options, "is")):
-        fields = owner.model_fields if owner is MethodOptions else {}
-        shared = {key: options.model_fields[key].get_default(call_default_factory=True) for key in fields}
-        try:
-            owner.model_validate(shared | {"name": name})
-        except ValidationError as error:
-            for found in error.errors(include_url=False):
-                if found["loc"] and found["type"] != "missing":
-                    where = f"method.name {name}: Options.{found['loc'][0]}"
-                    reason = _reason(found) + ("" if owner is options else "; name yours otherwise")
-                    raise UserError(f"{where} {said} {short(found['input'])} by default: {reason}") from None
+    for key, own in options.model_fields.items():
+        if own.default is PydanticUndefined:
+            continue
+        shared = MethodOptions.model_fields.get(key)
+        for field, said in ((shared, "is an option of every method, and is"), (own, "is")):
+            if field is None:
+                continue
+            try:
+                kind: Any = Annotated[field.annotation, *field.metadata, key]  # at least one beside the type
+                TypeAdapter(kind).validate_python(own.default)
+            except ValidationError as error:
+                reason = _reason(error.errors(include_url=False)[0])
+                end = "" if field is own else "; name yours otherwise"
+                where = f"method.name {name}: Options.{key}"
+                raise UserError(f"{where} {said} {short(own.default)} by default: {reason}{end}") from None
+            except PydanticUserError:  # a type that only the whole class can say how to read
+                continue
 
 
 def check_answers(method: MethodOptions) -> None:
