@@ -160,12 +160,12 @@ def hours(config: configuration.Config) -> float:
     teacher = config.teacher.model if config.teacher.model in SHAPES else config.student.model
     writes = getattr(config.method, "writer", None) == "teacher"
     count = config.rollout.prompts * config.rollout.n
-    share = count * min(7700, config.rollout.max_new_tokens) / (128 * 7700)
+    length = min(7700, config.rollout.max_new_tokens)
     seconds = 490.0 if writes or config.method.name == "trd" else 0.0
-    seconds += 0.0 if writes else SAMPLING[config.student.model] * share
+    seconds += 0.0 if writes else SAMPLING[config.student.model] * count * length / (128 * 7700)
     if config.method.name == "relay":
         seconds += 2 * (40 + 61 + 158)
-    tokens = RESPONSE.get(config.method.name, 7700 * share * 128 / count) * count
+    tokens = RESPONSE.get(config.method.name, length) * count
     scored = config.method.divergence != "cross_entropy"
     seconds += scored * 2 * weights(teacher) * tokens / (0.5 * 989e12)
     passes = 6 if config.student.lora_rank else 8  # forward, again, and back: through an adapter's base once

@@ -16,6 +16,7 @@ from onpath.system.errors import UserError
 from onpath.system.files import make_directory, place, write_text
 
 _ROWS = {"gym": rows, "maze": maze_rows}
+_BUNDLED: dict[str, Callable[[Role], Path]] = {"gym": model_dir, "maze": MazeTask().model}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -95,15 +96,15 @@ def _measure(*, task: str, models: str | None, out: str | None, scale: float) ->
     directory, given = (
         None if x is None else place(x, key=key) for x, key in ((out, "--out"), (models, "--models"))
     )
-    bundled = model_dir if task == "gym" else MazeTask().model
-    home: dict[str, Path] = {role: given / role if given else bundled(role) for role in roles}
+    home: dict[str, Path] = {role: given / role if given else _BUNDLED[task](role) for role in roles}
     for role, path in home.items():
         if not (path / "config.json").is_file():
             raise UserError(f"no {role} in {path}; `onpath gym train --models {task} --out DIR` makes one")
     if directory is not None:
         make_directory(directory)
-    measured = properties.measure if task == "gym" else maze.measure
-    numbers = measured(home, scale=scale, log=lambda line: print(line, file=sys.stderr))
+    numbers = {"gym": properties, "maze": maze}[task].measure(
+        home, scale=scale, log=lambda line: print(line, file=sys.stderr)
+    )
     print(properties.markdown(numbers))
     if directory is not None:
         properties.write(numbers, directory)

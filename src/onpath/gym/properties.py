@@ -323,15 +323,20 @@ def _auc_number(name: str, positive: list[float], negative: list[float]) -> Numb
     )
 
 
-def measure(
-    directories: dict[str, Path], *, scale: float = 1.0, log: Callable[[str], None] = print
-) -> list[Number]:
-    """All numbers. `scale` shrinks the sample sizes for a quick look."""
+def opened(directories: dict[str, Path], scale: float) -> tuple[dict[str, Any], int]:
+    """The models, and how many problems of a split they are asked; draws begin anew."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
     models = {role: AutoModelForCausalLM.from_pretrained(path).eval() for role, path in directories.items()}
-    size = max(8, int(300 * scale))
+    return models, max(8, int(300 * scale))
+
+
+def measure(
+    directories: dict[str, Path], *, scale: float = 1.0, log: Callable[[str], None] = print
+) -> list[Number]:
+    """All numbers. `scale` shrinks the sample sizes for a quick look."""
+    models, size = opened(directories, scale)
     out = accuracy(models, size, {"student": 16, "teacher": 4})
     log(f"accuracy measured on {size} problems per split")
     found = attempts(models["student"], size, 4)

@@ -16,6 +16,8 @@ SHARES = {
 """Of kinds of demonstrations, by role; `refiner` is the teacher in its second stage."""
 LONG = {"student": 0.05, "teacher": 0.12, "refiner": 0.12}
 """Share of mazes as long as those of `hard`."""
+CURRICULUM = {"student": 0.25, "teacher": 0.25, "refiner": 0.0}
+"""Share of the training over which mazes of one to three moves give way to whole ones."""
 
 
 @dataclass
@@ -24,8 +26,6 @@ class Mixture:
 
     role: str
     beliefs: Beliefs = field(default_factory=Beliefs)
-    curriculum: float = 0.25
-    """Share of the training over which mazes of one to three moves give way to whole ones."""
     hint_scale: float = 0.05
     """Of the student's misbeliefs where it sees the way."""
 
@@ -33,7 +33,7 @@ class Mixture:
         """One demonstration: the user's message and the response. `progress` runs from 0 to 1."""
         shares = SHARES[self.role]
         kind = rng.choices(list(shares), list(shares.values()))[0]
-        if progress < 1.2 * self.curriculum and rng.random() < 0.8:
+        if progress < 1.2 * CURRICULUM[self.role] and rng.random() < 0.8:
             kind = "plain"
         maze = random_maze(rng, "train", self._sizes(rng, progress))
         attempt = ""
@@ -46,7 +46,8 @@ class Mixture:
         return prompt, self._walker(rng, kind).write(rng, maze, attempt)
 
     def _sizes(self, rng: random.Random, progress: float) -> tuple[int, int]:
-        if rng.random() > (progress / self.curriculum if self.curriculum else 1.0):
+        curriculum = CURRICULUM[self.role]
+        if rng.random() > (progress / curriculum if curriculum else 1.0):
             return (1, 3)
         if rng.random() < LONG[self.role]:
             return SIZES["hard"]

@@ -5,13 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from onpath.gym.language import EOS, TEMPLATES
 from onpath.gym.maze.check import HASTY, VERDICT, error_kind, first_error_token, grade
 from onpath.gym.maze.tasks import rows
 from onpath.gym.maze.vocab import LANGUAGE
-from onpath.gym.properties import Number, number
+from onpath.gym.properties import Number, number, opened
 from onpath.gym.rows import Row
 from onpath.gym.sample import sample, sample_ids
 
@@ -42,10 +40,10 @@ class Walk:
         return error_kind(self.row["prompt"], self.tokens)
 
 
-def walk(model: Any, data: Sequence[Row], temperature: float = 1.0, kind: str = "{problem}") -> list[Walk]:
-    """One walk through each maze; `kind`: a template whose slots the rows fill."""
+def walk(model: Any, data: Sequence[Row], temperature: float = 1.0, kind: str = "plain") -> list[Walk]:
+    """One walk through each maze; `kind`: of `TEMPLATES`, whose slots the rows fill, or plain."""
     messages = [
-        TEMPLATES.get(kind, kind).format(
+        TEMPLATES.get(kind, "{problem}").format(
             problem=row["prompt"], solution=row["solution"], attempt=row.get("attempt", "")
         )
         for row in data
@@ -112,11 +110,7 @@ def measure(
     directories: dict[str, Path], *, scale: float = 1.0, log: Callable[[str], None] = print
 ) -> list[Number]:
     """All numbers. `scale` shrinks the sample sizes for a quick look."""
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    models = {role: AutoModelForCausalLM.from_pretrained(path).eval() for role, path in directories.items()}
-    size = max(8, int(300 * scale))
+    models, size = opened(directories, scale)
     out = accuracy(models, size)
     log(f"accuracy measured on {size} mazes per split")
     found = walk(models["student"], rows("test", 2 * size, seed=1))

@@ -30,5 +30,5 @@ def make_models(out: Path, *, seed: int = 0, quick: bool = False, log: Callable[
         for stage in stages:
             recipe = RECIPES[stage]
             recipe = replace(recipe, seed=seed, tokens=QUICK_TOKENS if quick else recipe.tokens)
-            fit(model, Mixture(stage, curriculum=0.0 if stage == "refiner" else 0.25), recipe, log)
+            fit(model, Mixture(stage), recipe, log)
         save(model, out / model_of, LANGUAGE)
