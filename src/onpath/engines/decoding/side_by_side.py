@@ -164,15 +164,17 @@ def side_by_side(
         # those before the rejected one.
         rows.visible = torch.cat([rows.visible, offset_W <= new_N[:, None]], dim=1)
         rows.count = rows.count + new_N
-        for n in takes_N.nonzero()[:, 0].tolist():
-            row, count = int(rows.row[n]), int(rows.count[n])
-            start, position = starts[row], starts[row].position + count
-            uniform = torch.from_numpy(noise(seed, f"{start.key} {position}/draw", 1)).to(device)
-            token, logp = draw(logp_NWV[n, new_N[n]][None], sampling, uniform)
-            tokens_RL[row, count], logps_RL[row, count] = token[0], logp[0]
-            places[row].append(count)
-            leg = noise(seed, f"{start.key} {position + 1}", limit)
-            uniform_RL[row] = torch.from_numpy(leg).to(device)
+        if taken := takes_N.nonzero()[:, 0].tolist():
+            row_N, count_N = rows.row[taken], rows.count[taken]
+            gone = list(zip(row_N.tolist(), count_N.tolist(), strict=True))
+            points = [(starts[row].key, starts[row].position + count) for row, count in gone]
+            once = np.concatenate([noise(seed, f"{key} {position}/draw", 1) for key, position in points])
+            onward = np.stack([noise(seed, f"{key} {position + 1}", limit) for key, position in points])
+            drawn = draw(logp_NWV[taken, new_N[taken]], sampling, torch.from_numpy(once).to(device))
+            tokens_RL[row_N, count_N], logps_RL[row_N, count_N] = drawn
+            uniform_RL[row_N] = torch.from_numpy(onward).to(device)
+            for row, count in gone:
+                places[row].append(count)
         for n, (row, new) in enumerate(torch.stack([rows.row, new_N + takes_N], 1).tolist()):
             states[row].append(read_NWH[n, :new])
         rows.count, rows.takeovers = rows.count + takes_N.long(), rows.takeovers - takes_N.long()
