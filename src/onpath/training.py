@@ -114,7 +114,7 @@ def optimise(parts: Parts, run: Run, *, quiet: bool) -> None:
             last = step + 1 == config.optim.steps
             if last or (config.eval.every and (step + 1) % config.eval.every == 0):
                 last |= run.judge(display, evaluate_all(parts, run, display, step=step + 1))
-            store_step(parts, run.directory, meter, step + 1)
+            store_step(parts, run.directory, meter, step + 1, last=last)
             stop = distributed.anywhere(bool(asked), parts.models.device)
             if last or stop or (config.run.save_every and (step + 1) % config.run.save_every == 0):
                 run.checkpoint(step + 1, optimizer, wait=last or stop)

@@ -59,13 +59,15 @@ def test_the_best_weights_are_kept_and_a_stalled_run_ends(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scored(monkeypatch, [0.1, 0.3, 0.5, 0.5, 0.2, 0.9, 0.9])
-    result = train(tiny(**WATCHED, run__stop_after=2))
+    result = train(tiny(**WATCHED, run__stop_after=2, run__trajectories_every=100))
     assert (
         "2 evaluations were no better on test than 50.0%: the run ends at step 4" in capsys.readouterr().err
     )
     assert (result.steps, [row["step"] for row in result.evaluations]) == (4, [4])
     steps = result.directory / "checkpoints"
     assert same(result.directory / "best", steps / "step_2")
+    stored = sorted(p.stem for p in (result.directory / "trajectories").glob("*.parquet"))
+    assert stored == ["step_000001", "step_000004"], "its first and its last"
     assert same(result.model, steps / "step_4")
     assert not same(result.model, result.directory / "best")
     assert onpath.export_model(result.directory / "best", result.directory / "out")

@@ -43,14 +43,14 @@ GAPS = [[0.2, -0.5, 3.0, 0.0], [-0.1, -0.2, -0.3, 0.1], None]
 
 
 @pytest.mark.parametrize(
-    ("kind", "weights"),
+    ("kind", "weights", "capped"),
     [
-        ("none", [[1.0] * 4] * 3),
-        ("token", [[1.2214, 0.6065, 2.0, 1.0], [0.9048, 0.8187, 0.7408, 1.1052], [1.0] * 4]),
-        ("sequence", [[2.0] * 4, [0.6065] * 4, [1.0] * 4]),
+        ("none", [[1.0] * 4] * 3, 1 / 8),
+        ("token", [[1.2214, 0.6065, 2.0, 1.0], [0.9048, 0.8187, 0.7408, 1.1052], [1.0] * 4], 1 / 8),
+        ("sequence", [[2.0] * 4, [0.6065] * 4, [1.0] * 4], 4 / 8),  # e^2.7: every token of the first
     ],
 )
-def test_weights_are_capped_ratios(kind: str, weights: list[list[float]], tiny: Tiny) -> None:
+def test_weights_are_capped_ratios(kind: str, weights: list[list[float]], capped: float, tiny: Tiny) -> None:
     """The gradient is that of tokens weighted so by hand, over the same count; what others wrote weighs 1."""
     parts = assemble(tiny(method__importance=kind, optim__max_grad_norm=1e9))
     by_hand = assemble(tiny(optim__max_grad_norm=1e9))
@@ -65,7 +65,7 @@ def test_weights_are_capped_ratios(kind: str, weights: list[list[float]], tiny: 
     row = meter.row(parts.models.device)
     ratios = torch.tensor(GAPS[:2]).exp()
     assert row["importance_ratio"] == pytest.approx(float(ratios.mean()), rel=1e-4)
-    assert row["importance_capped"] == pytest.approx(1 / 8)
+    assert row["importance_capped"] == pytest.approx(capped)
     assert "importance_ratio" not in other.row(parts.models.device)
 
 

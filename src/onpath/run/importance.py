@@ -48,17 +48,14 @@ class Importance:
             )
         assert stats.student_logp is not None
         log_N = log_ratios(batch, stats.student_logp)
-        others_N = log_N.isnan()
-        if self.kind == "sequence":
-            sums = log_N.new_zeros(len(batch.trajectories)).index_add_(0, batch.row_N, log_N.nan_to_num())
-            log_N = sums[batch.row_N]
-        ratio_N = log_N.clamp(max=_LARGEST).exp().clamp(max=self.cap)
-        return batch.weight_N * ratio_N.masked_fill(others_N, 1.0)
+        ratio_N = _ratio(self._told(batch, log_N)).clamp(max=self.cap)
+        return batch.weight_N * ratio_N.masked_fill(log_N.isnan(), 1.0)
 
     def measured(
         self, batch: Batch, student_logp_N: Tensor, *, ends: Sequence[int] = ()
     ) -> tuple[float, float, float]:
-        """Sum of the ratios of counted tokens, how many are above the cap, and how many there are.
+        """Sum of the ratios of counted tokens, how many weigh no more than the cap for it, and how many there
+        are. The ratios are tokens' whatever `kind` is; what the cap cuts are those that weigh.
 
         Args:
             ends: ids whose log-prob is that of all of them together: what was drawn is one of them, so that
@@ -68,8 +65,20 @@ class Importance:
         if ends:
             merged_N = torch.isin(batch.token_N, torch.tensor(ends, device=batch.token_N.device))
             log_N = log_N.masked_fill(merged_N, math.nan)
-        ratio = log_N[batch.counted_N & ~log_N.isnan()].clamp(max=_LARGEST).exp().double()
-        return float(ratio.sum()), float((ratio > self.cap).sum()), float(len(ratio))
+        known_N = batch.counted_N & ~log_N.isnan()
+        ratio, weighs = (_ratio(x_N[known_N]).double() for x_N in (log_N, self._told(batch, log_N)))
+        return float(ratio.sum()), float((weighs > self.cap).sum()), float(len(ratio))
+
+    def _told(self, batch: Batch, log_N: Tensor) -> Tensor:
+        """The log-ratio that each token's weight follows from: its own, or that of its response."""
+        if self.kind != "sequence":
+            return log_N
+        sums = log_N.new_zeros(len(batch.trajectories)).index_add_(0, batch.row_N, log_N.nan_to_num())
+        return sums[batch.row_N]
+
+
+def _ratio(log: Tensor) -> Tensor:
+    return log.clamp(max=_LARGEST).exp()
 
 
 def log_ratios(batch: Batch, student_logp_N: Tensor) -> Tensor:

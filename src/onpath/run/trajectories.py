@@ -26,9 +26,13 @@ from onpath.system.reading import parse_json
 from onpath.system.text import one_line
 
 
-def store_step(parts: Parts, directory: Path, meter: Meter, step: int) -> None:
-    """What the step trained on, as Parquet in `directory`/trajectories, every so many steps."""
-    if not is_stored(parts.config, step):
+def store_step(parts: Parts, directory: Path, meter: Meter, step: int, *, last: bool = False) -> None:
+    """What the step trained on, as Parquet in `directory`/trajectories, every so many steps.
+
+    Args:
+        last: the run ends with this step, before its time too (`run.stop_after`).
+    """
+    if not (is_stored(parts.config, step) or (last and parts.config.run.trajectories_every)):
         return
     rows = []
     for place, t in enumerate(meter.step.prepared.trajectories):
