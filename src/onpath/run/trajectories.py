@@ -54,8 +54,8 @@ def store_step(parts: Parts, directory: Path, meter: Meter, step: int, *, last: 
         size, seed = parts.config.rollout.prompts, parts.config.run.seed
         asked = prompts_of_step(parts.prompts.pool, size=size, seed=seed, step=step - 1)
         order = {prompt.id: i for i, prompt in enumerate(asked)}
-        last = len(order)  # of another step's prompts, or of none
-        rows.sort(key=lambda row: (order.get(row["prompt_id"], last), row["sample"] or 0))
+        end = len(order)  # of another step's prompts, or of none
+        rows.sort(key=lambda row: (order.get(row["prompt_id"], end), row["sample"] or 0))
     if distributed.rank() == 0:
         write_parquet(directory / "trajectories" / f"step_{step:06d}.parquet", rows)
 
