@@ -161,7 +161,7 @@ class TOPDOptions(MethodOptions):
             return ()
         return (
             "method.mass: row gives every guided token a target of mass 1, also behind an error, where the "
-            "target's tokens belong to another context; where errors stay that cost 8 to 13 points "
+            "target's tokens belong to another context; where errors stay that cost 8 to 27 points "
             "(docs/methods.md); the formula's mass is literal",
         )
 
