@@ -110,7 +110,7 @@ def optimise(parts: Parts, run: Run, *, quiet: bool) -> None:
             meter = one_step(parts, optimizer, step)
             row = run.log(step + 1, meter, lr=optimizer.param_groups[0]["lr"])
             rescue.reached(step + 1)
-            display.step(row)
+            display.step(row, config.method.nothing_found(row))
             last = step + 1 == config.optim.steps
             if last or (config.eval.every and (step + 1) % config.eval.every == 0):
                 last |= run.judge(display, evaluate_all(parts, run, display, step=step + 1))

@@ -36,6 +36,7 @@ from onpath.methods import Prepared
 from onpath.records import Completion, Prompt, Rollout, Sampling
 from onpath.run.assemble import assemble
 from onpath.run.parts import Parts
+from onpath.training import train
 from tests.conftest import CHARACTERS, TEMPLATE, make_tokenizer
 
 Tiny = Callable[..., Config]
@@ -618,9 +619,47 @@ def test_an_objective_without_a_teacher_is_not_asked_for_one(tiny: Tiny) -> None
     assert status(training.gradient(parts, make_probe(parts))) == "skipped"
 
 
+@pytest.mark.parametrize(
+    ("options", "metric", "advice"),
+    [
+        ({"name": "relay", "delta": 60.0}, "relay_share", "lower method.delta (60)"),
+        ({"name": "relay", "delta": 60.0, "from_start": True}, "relay_share", "lower method.delta (60)"),
+        ({"name": "relay", "trigger": "fork", "distance": 2.5}, "relay_share", "lower method.distance (2.5)"),
+        ({"name": "bridge", "distance": 2.5}, "bridge_share", "no fork reached method.distance (2.5)"),
+        ({"name": "truncate", "overlap_below": 0.0}, "truncated_share", "raise method.overlap_below (0)"),
+        ({"name": "truncate", "stop_when": "fork", "distance": 2.5}, "truncated_share", "lower method.dis"),
+        ({"name": "topd", "decide": "threshold", "threshold": 2.5}, "fork_share", "lower method.threshold"),
+    ],
+)
+def test_a_method_that_finds_nothing_says_so(
+    options: dict[str, Any], metric: str, advice: str, tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the first step of a run, and before: it would be OPD, unnoticed, at a higher price."""
+    config = tiny(**{f"method__{k}": v for k, v in options.items()}, data__eval={}, optim__steps=2)
+    parts = assemble(config)
+    found = training.method_kept(parts, make_probe(parts))
+    assert status(found) == "warning"
+    assert "changed none of these rollouts" in found.message
+    assert advice in found.message
+    result = train(config)
+    said = capsys.readouterr().err
+    assert said.count(f"warning: step 1: {options['name']} changed none of these rollouts") == 1
+    assert advice in said
+    rows = (result.directory / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)[metric] for row in rows] == [0, 0]
+
+
+def test_a_method_that_finds_something_says_nothing(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny(method__name="relay", method__delta=-1.0, data__eval={}, optim__steps=1)
+    parts = assemble(config)
+    assert status(training.method_kept(parts, make_probe(parts))) == "ok"
+    train(config)
+    assert "changed none" not in capsys.readouterr().err
+
+
 def test_nothing_to_train_on(parts: Parts, probe: Probe) -> None:
     empty = replace(probe, trajectories=[], prepared=Prepared(trajectories=[]))
-    assert status(training.method_kept(empty)) == "fail"
+    assert status(training.method_kept(parts, empty)) == "fail"
 
 
 def test_a_missing_solution_column(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

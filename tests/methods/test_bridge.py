@@ -131,3 +131,11 @@ def test_controls(tiny: Tiny) -> None:
 def test_the_sampled_gradient_is_refused() -> None:
     with pytest.raises(UserError, match="use reverse_kl"):
         configuration.build({"method": {"name": "bridge", "divergence": "sampled"}})
+
+
+@pytest.mark.parametrize(
+    ("window", "control", "said"), [(11, "none", 1), (12, "none", 0), (11, "own_token", 0)]
+)
+def test_a_window_too_short_to_meet_is_said(window: int, control: str, said: int, tiny: Tiny) -> None:
+    parts = parts_of(tiny, name="bridge", window=window, control=control)
+    assert sum("from 12 on it ends where they meet" in w for w in parts.warnings) == said

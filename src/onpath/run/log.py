@@ -288,8 +288,12 @@ class Display:
     ) -> None:
         self._bar.stop()
 
-    def step(self, row: Metrics) -> None:
-        """One optimiser step done."""
+    def step(self, row: Metrics, warning: str = "") -> None:
+        """One optimiser step done.
+
+        Args:
+            warning: shown behind the first one.
+        """
         seconds = sum(row["seconds"].values())
         text = f"loss {row['loss']:.4f}  KL {_number(row.get('reverse_kl_nats'))}"
         if row.get("accuracy") is not None:
@@ -311,6 +315,8 @@ class Display:
             )
         if row["step"] == 1 and row.get("top_overlap") is not None:
             self.say(says_overlap(row["top_overlap"]))
+        if row["step"] == 1 and warning:
+            self.say(f"warning: step 1: {warning}")
 
     def say(self, text: str) -> None:
         """One line."""

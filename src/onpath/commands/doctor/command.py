@@ -241,7 +241,7 @@ def _of_models(parts: Parts) -> Iterator[Finding]:
     with untouched(parts) as restore:
         with parts.whole():
             probe = make_probe(parts)
-        yield training.method_kept(probe)
+        yield training.method_kept(parts, probe)
         yield guarded("accuracy", lambda: training.accuracy(parts, probe))
         yield guarded("engine_logprobs", lambda: scores.engine_logprobs(parts, probe.rollouts))
         yield guarded("on_policy", lambda: scores.on_policy(parts, probe.rollouts))

@@ -189,11 +189,14 @@ def refine(parts: Parts) -> Finding:
     )
 
 
-def method_kept(probe: Probe) -> Finding:
+def method_kept(parts: Parts, probe: Probe) -> Finding:
     """How much of what was sampled is trained on."""
     kept, made = len(probe.trajectories), len(probe.prepared.trajectories)
     values = {"rollouts": len(probe.rollouts), "trajectories": made, "kept": kept}
     message = f"{kept} of {made} trajectories from {len(probe.rollouts)} rollouts are trained on"
+    shares = {name: total / count for name, (total, count) in probe.prepared.means.items() if count}
+    if kept and (nothing := parts.config.method.nothing_found(shares)):
+        return Finding(name="trajectories", status="warning", message=f"{message}; {nothing}", values=values)
     if kept:
         return Finding(name="trajectories", status="ok", message=message, values=values)
     if probe.refused:

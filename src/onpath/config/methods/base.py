@@ -4,6 +4,7 @@ the library asks a method instead of asking which one it is. No torch.
 A question is a property with a default; a method's options answer otherwise where they must.
 """
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
@@ -259,6 +260,19 @@ class MethodOptions(Section):
     def correction_words(self) -> tuple[str, ...] | None:
         """Words whose teacher probability is logged as epistemic mass; None: the task's, or TRD's list."""
         return None
+
+    @property
+    def finds(self) -> tuple[str, str]:
+        """The metric that is the share in which the method found something to correct, and what to change
+        where that is 0; empty: it corrects all of them, or by a checker."""
+        return "", ""
+
+    def nothing_found(self, shares: Mapping[str, Any]) -> str:
+        """What to know where the metrics of a step say that the method changed nothing; else empty."""
+        metric, advice = self.finds
+        if not metric or shares.get(metric) != 0:
+            return ""
+        return f"{self.name} changed none of these rollouts: such a step is OPD's at a higher price; {advice}"
 
     @property
     def warnings(self) -> tuple[str, ...]:

@@ -33,6 +33,17 @@ class BridgeOptions(MethodOptions):
     by lot."""
 
     @property
+    def warnings(self) -> tuple[str, ...]:
+        least = self.every + self.meet_window
+        if self.control == "own_token" or self.window >= least:
+            return ()
+        return (
+            f"method.window {self.window} ends before the near futures are compared, behind method.every "
+            f"{self.every} tokens by the next method.meet_window {self.meet_window}: every bridge is a whole "
+            f"window; from {least} on it ends where they meet",
+        )
+
+    @property
     def keeps_states(self) -> bool:
         return True
 
@@ -47,6 +58,12 @@ class BridgeOptions(MethodOptions):
     @property
     def writes_in_batches(self) -> bool:
         return self.control == "random_place"
+
+    @property
+    def finds(self) -> tuple[str, str]:
+        return "bridge_share", (
+            f"no fork reached method.distance ({self.distance:g}), or no bridge was better: lower it"
+        )
 
     @property
     def others_write(self) -> bool:

@@ -73,6 +73,15 @@ class RelayOptions(MethodOptions):
         return self.from_start
 
     @property
+    def finds(self) -> tuple[str, str]:
+        advice = {
+            "log_ratio": f"lower method.delta ({self.delta:g})",
+            "fork": f"lower method.distance ({self.distance:g})",
+            "reflection": f"lower method.reflection_k ({self.reflection_k})",
+        }.get(self.trigger, "")
+        return ("relay_share" if advice else ""), advice
+
+    @property
     def others_write(self) -> bool:
         return True
 

@@ -156,6 +156,11 @@ class TOPDOptions(MethodOptions):
         return self.reuse_cache
 
     @property
+    def finds(self) -> tuple[str, str]:
+        fixed = self.decide == "threshold"
+        return ("fork_share" if fixed else ""), f"lower method.threshold ({self.threshold:g})"
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         if self.mass == "literal" or not self.guide or self.plan in ("spliced", "teacher_window_ce"):
             return ()

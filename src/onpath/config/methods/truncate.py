@@ -62,6 +62,15 @@ class TruncateOptions(MethodOptions):
         return self.stop_when == "fork"
 
     @property
+    def finds(self) -> tuple[str, str]:
+        advice = {
+            "overlap": f"raise method.overlap_below ({self.overlap_below:g})",
+            "low_kl": f"raise method.low_share ({self.low_share:g}) or lower method.patience",
+            "fork": f"lower method.distance ({self.distance:g})",
+        }.get(self.stop_when, "")
+        return ("truncated_share" if advice else ""), advice
+
+    @property
     def longest_window(self) -> tuple[int, str]:
         return (self.window if self.stop_when == "fork" else 0), "method.window"
 
