@@ -30,6 +30,8 @@ from tests.stepping import Recorder, flat, step_on
 
 Written = tuple[tuple[int, ...], tuple[str, ...]]
 
+SERVED = {"teacher__engine": "vllm", "teacher__url": "http://localhost:1"}
+
 
 def plain_loop(parts: Parts, y: Rollout, place: int, *, delta: float, hold: int) -> Written:
     """The equations of the method's docstring, one token at a time, without cache, rounds or batches."""
@@ -339,10 +341,28 @@ def test_from_the_start_takes_rollouts_of_this_step_alone(changes: dict[str, Any
         configuration.build({"method": {"name": "relay", "from_start": True}, **changes})
 
 
-@pytest.mark.parametrize("changes", [{"method__ends": "one"}, {"rollout__stop": ["x"]}])
-def test_from_the_start_asks_whether_it_can(changes: dict[str, Any], tiny: Tiny) -> None:
-    with pytest.raises(UserError, match=r"method\.from_start has both models write in this process"):
-        train(tiny(method__name="relay", method__from_start=True, **changes), quiet=True)
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method__ends": "one"}, "method.ends: one takes several tokens for one: take apart"),
+        ({"rollout__stop": ["x"]}, "rollout.stop has strings, which only a whole text shows"),
+        ({"rollout__engine": "vllm"}, "rollout.engine is vllm: take hf"),
+        ({**SERVED, "method__support": "teacher_topk"}, "teacher.engine is vllm: take hf"),
+        ({"data__train": "gym:train?lost=1"}, r"a teacher that is lost \(gym:train\?lost=1\) is two models"),
+    ],
+)
+def test_from_the_start_says_before_it_begins_that_it_cannot(
+    changes: dict[str, Any], words: str, tiny: Tiny
+) -> None:
+    said = f"method.from_start has both models write in this process, token by token, and {words}"
+    with pytest.raises(UserError, match=said):
+        tiny(method__name="relay", method__from_start=True, **changes)
+
+
+def test_from_the_start_asks_the_models_whether_it_can(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onpath.engines.hf.accepts_4d_mask", lambda model: False)
+    with pytest.raises(UserError, match=r"it needs transformers models that take a mask of onpath's"):
+        train(tiny(method__name="relay", method__from_start=True), quiet=True)
 
 
 def test_legs_leave_nothing_that_the_loss_does_not_use(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

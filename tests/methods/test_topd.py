@@ -530,6 +530,13 @@ def test_targets_that_meet_are_summed() -> None:
     torch.testing.assert_close(found.grad[0], wanted, rtol=1e-6, atol=1e-7)
 
 
+def test_a_served_teacher_has_no_embeddings(tiny: Callable[..., Config]) -> None:
+    """Said before a model is loaded, not in the first step."""
+    options = {"method__name": "topd", "method__embedding": "teacher", "method__support": "teacher_topk"}
+    with pytest.raises(UserError, match=r"teacher\.engine is vllm; use student"):
+        tiny(**options, teacher__engine="vllm", teacher__url="http://localhost:1")
+
+
 def test_what_predicts_harm_is_measured(topd: Callable[..., Parts]) -> None:
     """Against full logits: the share of each target on the teacher's likeliest token where the student is."""
     parts = topd(top_share=0.2)

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from onpath.config.methods.base import MethodOptions
 from onpath.config.section import GoesWith
+from onpath.config.sections import teacher_option
 from onpath.data.tasks import task_of
 
 
@@ -106,4 +107,24 @@ class RelayOptions(MethodOptions):
             raise ValueError(
                 f"method.trigger: first_error needs a task with a checker of steps, as the gym is, not "
                 f"{config.data.train}; use log_ratio"
+            )
+        if self.from_start:
+            self._can_write_together(config)
+
+    def _can_write_together(self, config: Any) -> None:
+        world = getattr(task_of(config.data.train), "world", None)
+        others = {"rollout.engine": config.rollout.engine} | {
+            f"{teacher_option(name)}.engine": teacher.engine for name, teacher in config.taught_by.items()
+        }
+        reasons = [f"{key} is {engine}: take hf" for key, engine in others.items() if engine != "hf"]
+        if config.rollout.stop:
+            reasons.append("rollout.stop has strings, which only a whole text shows: leave them out")
+        if world is not None and world.loses:
+            reasons.append(f"a teacher that is lost ({config.data.train}) is two models: leave lost out")
+        if self.ends == "one":
+            reasons.append("method.ends: one takes several tokens for one: take apart")
+        if reasons:
+            raise ValueError(
+                f"method.from_start has both models write in this process, token by token, and {reasons[0]}, "
+                "or set from_start to false"
             )

@@ -186,6 +186,11 @@ class TOPDOptions(MethodOptions):
             raise ValueError(
                 "method.embedding: teacher is for one teacher, and there are several; use student"
             )
+        if self.embedding == "teacher" and config.teacher.engine != "hf":
+            raise ValueError(
+                "method.embedding: teacher reads the embeddings of a teacher in this process, and "
+                f"teacher.engine is {config.teacher.engine}; use student"
+            )
 
     @model_validator(mode="after")
     def _possible(self) -> "TOPDOptions":
