@@ -7,9 +7,10 @@
 tokens stays (truncated importance sampling; with μ = π nothing changes). Tokens that others wrote weigh 1,
 and are in no product; a prefix that branches share is in the product of each; one that a task's world has put
 into a rollout (spoil) is taken for a draw. In no product either: what `method.first_tokens` cuts off, and the
-student's prefix of TOPD's spliced windows, which is their context; TOPD's guidance weighs as it did. A divergence over the whole vocabulary needs no ratio for the
-token itself: what is stale is the prefix that it stands on. The mean ratio is logged always: of rollouts that
-are neither stale nor tempered nor truncated it is the mismatch of sampler and trainer.
+student's prefix of TOPD's spliced windows, which is their context; TOPD's guidance weighs as it did. A
+divergence over the whole vocabulary needs no ratio for the token itself: what is stale is the prefix that it
+stands on. The mean ratio is logged always: of rollouts that are neither stale nor tempered nor truncated it
+is the mismatch of sampler and trainer.
 """
 
 import math
