@@ -3,6 +3,8 @@
 import json
 import shutil
 import sys
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,14 @@ from safetensors.torch import load_file
 import onpath
 from onpath.commands.cli import main
 from onpath.commands.eval import Evaluated
-from onpath.config import build, load
+from onpath.config import Config, build, load
 from onpath.run.assemble import assemble
 from onpath.run.log import read_lines
 from onpath.system.errors import UserError
 from onpath.training import train
+from tests.engines.fake_llm import fake_vllm
+
+Tiny = Callable[..., Config]
 
 SMALL: dict[str, Any] = {"n": 3, "k": 2, "limit": 6, "grader": "exact", "max_new_tokens": 6, "device": "cpu"}
 
@@ -421,3 +426,57 @@ def test_several_processes_do_not_each_do_all_of_it(
         f"onpath: onpath {name} is one process, and WORLD_SIZE says several: start it without torchrun"
         in capsys.readouterr().err
     )
+
+
+def test_a_vllm_samples(
+    model_dirs: dict[str, Path], data_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What transformers would, greedily; one after the other, each given what it was asked for."""
+    llm = fake_vllm(lambda name, module: monkeypatch.setitem(sys.modules, name, module))
+    asked = {**SMALL, "n": 1, "k": 1, "temperature": 0, "data": data_file, "against": model_dirs["teacher"]}
+    by_vllm = onpath.evaluate_model(model_dirs["student"], **asked, engine="vllm", vllm={"max_model_len": 77})
+    assert [(m.directory, m.settings["max_model_len"], m.pushes) for m in llm.made] == [
+        (model_dirs["student"], 77, 1),
+        (model_dirs["teacher"], 77, 1),
+    ]
+    assert all(m.ended for m in llm.made)
+    assert by_vllm == onpath.evaluate_model(model_dirs["student"], **asked)
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_a_vllm_samples_what_a_run_has_learnt(
+    lora: int, tiny: Tiny, data_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its final model, adapter or not, and a checkpoint, which no other program reads."""
+    config = tiny(student__lora_rank=lora, optim__steps=2, optim__lr=0.05, run__save_every=1, run__keep=2)
+    run = train(config, quiet=True).directory
+    llm = fake_vllm(lambda name, module: monkeypatch.setitem(sys.modules, name, module))
+    asked = {**SMALL, "n": 1, "k": 1, "temperature": 0, "data": data_file}
+    for which in (run, run / "checkpoints" / "step_1"):
+        by_vllm = onpath.evaluate_model(which, **asked, engine="vllm")
+        plain = onpath.evaluate_model(which, **asked)
+        assert by_vllm.results[str(which)].mean_length == plain.results[str(which)].mean_length
+        assert by_vllm == plain
+    assert [m.directory == run / "model" for m in llm.made] == [not lora, False]
+    assert not any(m.directory.exists() for m in llm.made if m.directory != run / "model")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"engine": "sglang"}, "rollout.engine"),
+        ({"vllm": {"max_model_len": 9}}, "rollout.engine is hf; set it to vllm"),
+        ({"engine": "vllm", "shard": "layer"}, r"rollout.vllm: \{tensor_parallel_size: 2\}"),
+        ({"engine": "vllm", "vllm": [1]}, "rollout.vllm"),
+    ],
+)
+def test_who_samples_is_said_rightly(options: dict[str, Any], words: str, data_file: Path) -> None:
+    with pytest.raises(UserError, match=words):
+        onpath.evaluate_model("gym:student", data=data_file, **options)
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is here")
+def test_without_a_vllm_it_is_said(data_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["eval", "gym:student", "--data", "gym:test", "--limit", "2", "--rollout.engine", "vllm"])
+    assert code == 2
+    assert "rollout.engine vllm: cannot import vLLM" in capsys.readouterr().err

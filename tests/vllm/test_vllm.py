@@ -18,6 +18,7 @@ import torch
 
 pytest.importorskip("vllm")
 
+from onpath.commands.eval import evaluate_model
 from onpath.config.build import build
 from onpath.config.whole import Config
 from onpath.engines.models import locate
@@ -205,6 +206,17 @@ def test_in_process_with_an_adapter(tmp_path: Path) -> None:
         gap_of(parts.generators.student, parts.generators.over(parts.models.student), parts.prompts.pool[:8])
         < 1e-3
     )
+
+
+def test_evaluation(tmp_path: Path) -> None:
+    """Two models after each other, greedily: what transformers would say, but for ties by rounding."""
+    asked: dict[str, Any] = {"data": "gym:test", "limit": 40, "n": 1, "k": 1, "temperature": 0}
+    asked |= {"max_new_tokens": 96, "grader": "gym", "against": "gym:teacher"}
+    ours = evaluate_model("gym:student", **asked, engine="vllm", vllm={"enforce_eager": True})
+    theirs = evaluate_model("gym:student", **asked)
+    for name, found in ours.results.items():
+        assert abs(found.avg_at_k - theirs.results[name].avg_at_k) <= 1 / 40
+        assert found.mean_length == pytest.approx(theirs.results[name].mean_length, rel=0.02)
 
 
 def test_a_server_as_engine(tmp_path: Path, student: Served) -> None:

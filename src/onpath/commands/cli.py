@@ -299,6 +299,16 @@ def _add_eval(commands: Any) -> None:
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:0")
     command.add_argument("--out", metavar="DIR", help="write eval.json and the graded samples there")
     command.add_argument(
+        "--rollout.engine",
+        dest="engine",
+        choices=["hf", "vllm"],
+        default="hf",
+        help="who samples: transformers (default), or a vLLM in this process (docs/engines.md)",
+    )
+    command.add_argument(
+        "--rollout.vllm", dest="vllm", metavar="YAML", help="its arguments: '{tensor_parallel_size: 2}'"
+    )
+    command.add_argument(
         "--parallel.shard",
         dest="shard",
         choices=["none", "layer", "step"],
@@ -343,6 +353,8 @@ def _eval(options: argparse.Namespace, _: Sequence[tuple[str, str]]) -> int:
         dtype=options.dtype,
         device=options.device,
         out=options.out,
+        engine=options.engine,
+        vllm=None if options.vllm is None else parse_yaml(options.vllm, where="--rollout.vllm"),
         shard=options.shard,
         timeout=options.timeout,
     )

@@ -4,6 +4,7 @@ import gc
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral, Real
@@ -17,13 +18,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from onpath.config import Config, Data, Student
 from onpath.config.build import build, named_rows
-from onpath.config.sections import Eval, Parallel
+from onpath.config.sections import Eval, Parallel, RolloutSection
 from onpath.data.render import Renderer
 from onpath.data.tasks import split_name
 from onpath.engines import sharding
 from onpath.engines.foreign import check_model
 from onpath.engines.head import head_of
 from onpath.engines.hf import HFEngine
+from onpath.engines.make import student_engine
 from onpath.engines.models import model_directory, pick_device, stop_ids
 from onpath.evaluate.scores import EvalResult, PairedDifference, compare
 from onpath.grade.base import Grader
@@ -103,6 +105,8 @@ def evaluate_model(
     device: str = "auto",
     allow_code: bool = False,
     out: str | Path | None = None,
+    engine: str = "hf",
+    vllm: Mapping[str, Any] | None = None,
     shard: str = "none",
     timeout: float = 3600.0,
 ) -> Evaluated:
@@ -135,6 +139,8 @@ def evaluate_model(
         allow_code: run the Python files that `grader`, `data` and a run's config name. A run's own grader is
             not looked up where `grader` is given.
         out: directory for eval.json and the graded samples; where a grader fails, for the ungraded ones.
+        engine, vllm: who samples, as `rollout.engine` and `rollout.vllm`: transformers (hf), or a vLLM in
+            this process, for long answers; whatever a run itself has sampled with.
         shard, timeout: of several processes, as `parallel.shard` (none: whole models in each; layer: a part
             of the weights, each layer gathered when it runs; step: all gathered while it samples) and
             `parallel.timeout`: seconds that a process waits for the one with the longest samples.
@@ -149,6 +155,7 @@ def evaluate_model(
     (batch_tokens,) = _numbers(Integral, batch_tokens=batch_tokens)
     temperature, top_p = _numbers(Real, temperature=temperature, top_p=top_p)
     parallel = build({"parallel": {"shard": shard, "timeout": timeout}}, source="parallel").parallel
+    rollout = _sampler(engine, vllm, parallel)
     with distributed.one_fate():
         where = _meet(device, parallel)
         with code.allowed(allow_code):
@@ -175,10 +182,25 @@ def evaluate_model(
                 source=source,
                 batch_tokens=batch_tokens,
                 parallel=parallel,
+                rollout=rollout,
                 device=where,
             )
             directory = None if out is None else place(out, key="--out")
             return questions.to_all(subjects, directory, skipped=loaded.skipped)
+
+
+def _sampler(engine: object, options: Mapping[str, Any] | None, parallel: Parallel) -> RolloutSection:
+    """What samples, as a config says it."""
+    given = {"engine": engine} | ({} if options is None else {"vllm": options})
+    found = build({"rollout": given}, source="rollout").rollout
+    if options is not None and found.engine != "vllm":
+        raise UserError("rollout.vllm has arguments for a vLLM, and rollout.engine is hf; set it to vllm")
+    if found.engine == "vllm" and parallel.shard != "none":
+        raise UserError(
+            f"parallel.shard: {parallel.shard} is of a model that samples by itself; processes share a vLLM "
+            "by rollout.vllm: {tensor_parallel_size: 2}; leave one of them out"
+        )
+    return found
 
 
 def _meet(device: object, parallel: Parallel) -> torch.device:
@@ -376,6 +398,7 @@ class _Questions:
     source: str
     batch_tokens: int
     parallel: Parallel
+    rollout: RolloutSection
     device: torch.device
 
     def to_all(self, subjects: Sequence[_Subject], directory: Path | None, *, skipped: int) -> Evaluated:
@@ -402,7 +425,7 @@ class _Questions:
             raise UserError("some processes alone have --against, or --out; start all with one command")
         for subject in subjects:
             data = subject.config.data.model_copy(update={"eval": {self.split: self.source}})
-            same = {"data": data, "eval": self.asked, "parallel": self.parallel}
+            same = {"data": data, "eval": self.asked, "parallel": self.parallel, "rollout": self.rollout}
             prompts = Prompts(pool=(), evals={self.split: tuple(self.prompts)})
             check_given(subject.config.model_copy(update=same), prompts, subject.of_run)
 
@@ -418,15 +441,24 @@ class _Questions:
         """
         config, section, key = subject.config, subject.config.student, subject.key
         tokenizer = renderer.tokenizer
-        told = Config().model_copy(update={"parallel": self.parallel})
-        shards = sharding.asked(told)
-        host = torch.device("cpu") if shards else self.device  # a whole copy must not pass through each GPU
+        there = section.model if subject.of_run is None else str(subject.of_run.weights)
+        told = Config().model_copy(
+            update={
+                "parallel": self.parallel,
+                "rollout": self.rollout,
+                "optim": config.optim,
+                "student": section.model_copy(update={"model": there}),
+            }
+        )
+        shards, served = sharding.asked(told), self.rollout.engine == "vllm"
+        # A whole copy must not pass through each GPU, and the one beside a vLLM's own must not stay on it.
+        host = torch.device("cpu") if shards or served else self.device
         model = load_start(section, subject.of_run, key, host, shards=shards)
         stops, strings = _stops(subject, model, tokenizer)
         ids = min(max(tokenizer.get_vocab().values()) + 1, head_of(model).vocabulary)
         if shards:
             sharding.shard(model, sharding.make_mesh(told, self.device), device=self.device)
-        engine = HFEngine(
+        own = HFEngine(
             model,
             renderer,
             stop_ids=stops,
@@ -436,8 +468,11 @@ class _Questions:
             vocabulary=ids,
         )
 
+        engine = student_engine(told, model, own, longest={})
+
         def generate(prompts: Sequence[Prompt], n: int) -> list[Rollout]:
-            with (sharding.whole if self.parallel.shard == "step" else sharding.in_step)(model):
+            gathered = (sharding.whole if self.parallel.shard == "step" else sharding.in_step)(model)
+            with gathered, engine.in_step():
                 return engine.generate(prompts, self.asked.sampling(), n=n)
 
         def keep(rollouts: Sequence[Rollout]) -> Path:
@@ -446,20 +481,22 @@ class _Questions:
                 write_parquet(ungraded, [ungraded_row(r, renderer) for r in rollouts])
             return ungraded
 
-        found = evaluate_together(
-            self.prompts,
-            generate,
-            renderer.graded,
-            self.grader,
-            n=self.asked.n,
-            k=self.asked.k,
-            step=0 if subject.of_run is None else subject.of_run.steps(),
-            split=self.split,
-            error_kind=error_kind_of(self.source, renderer),
-            keep=None if ungraded is None else keep,
-        )
+        with closing(engine):
+            engine.sync_weights(0)  # a vLLM's are compared with the model's
+            found = evaluate_together(
+                self.prompts,
+                generate,
+                renderer.graded,
+                self.grader,
+                n=self.asked.n,
+                k=self.asked.k,
+                step=0 if subject.of_run is None else subject.of_run.steps(),
+                split=self.split,
+                error_kind=error_kind_of(self.source, renderer),
+                keep=None if ungraded is None else keep,
+            )
         if shards:
-            del model, engine, generate
+            del model, own, engine, generate
             gc.collect()  # shards lie in circles
         return found
 
