@@ -482,6 +482,39 @@ def test_each_process_has_its_line_and_none_is_replaced(tiny: Tiny, monkeypatch:
         assert all(line["packages"]["torch"] and line["started"] for line in lines)
 
 
+@pytest.mark.parametrize("name", list(CONTENT))
+def test_a_finished_run_is_not_given_for_one_of_another_content(
+    name: str, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would be a model of other data, or from another start, and nobody would know."""
+    change, key = CONTENT[name]
+    plain = tiny()
+    for side in ("student", "teacher"):
+        shutil.copytree(getattr(plain, side).model, tmp_path / side)
+    for file in ("train.jsonl", "eval.jsonl"):
+        shutil.copy(plain.data.train, tmp_path / file)
+    config = tiny(
+        student__model=str(tmp_path / "student"),
+        teacher__model=str(tmp_path / "teacher"),
+        data__train=str(tmp_path / "train.jsonl"),
+        data__eval={"test": str(tmp_path / "eval.jsonl")},
+        optim__steps=1,
+    )
+    model = train(config, quiet=True).model
+    before = weights(model.parent)
+    change(tmp_path)
+    if key.startswith("data.eval"):  # what it is asked is no part of it
+        assert not train(config, quiet=True).trained
+        return
+    with pytest.raises(UserError, match=f"was begun with another content of {key} than .* has now; bring"):
+        train(config, quiet=True)
+    assert not train(config, quiet=True, resume_with_changes=True).trained
+    assert all(torch.equal(v, before[k]) for k, v in weights(model.parent).items())
+    for damaged in (model.parent / "checkpoints").rglob("inputs.json"):
+        damaged.write_text("{")
+    assert not train(config, quiet=True).trained, "nobody knows what it was made of"
+
+
 def test_a_finished_run_says_so(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(tiny(data__eval={}).to_yaml())

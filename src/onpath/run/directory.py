@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,8 @@ _STORED = re.compile(r"(?:.*_)?step_(\d+)\.(?:jsonl|parquet)")
 """Files of one step, in trajectories/ and evals/."""
 _OF_AN_END = {"optim.steps", "run.stop_after", "run.keep_best"}
 """Options that say where a run ends."""
+_ASKED = ("data.eval.", "eval.")
+"""Options whose content a model is asked, not made of, begin so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +140,27 @@ class Run:
                 "choose another run.name, with its model as student.model"
             )
         return True
+
+    def check_made_of(self) -> None:
+        """Whether a finished run was made of what its options name now; what it is only asked may be other.
+
+        Raises:
+            UserError: its training data or models are others.
+        """
+        kept = checkpoint.list_steps(self.directory / "checkpoints")
+        before: Mapping[str, str] = {}
+        with suppress(UserError):  # what a finished run holds of checkpoints may be damaged: nobody needs it
+            before = checkpoint.inputs_of(kept[-1]) if kept else {}
+        self._refuse([key for key in differing(before, self.inputs) if not key.startswith(_ASKED)])
+
+    def _refuse(self, others: Sequence[str]) -> None:
+        """A run whose options name another content than they did, unless it was allowed."""
+        if others and not self.with_changes:
+            raise UserError(
+                f"{self.directory} was begun with another content of {' and '.join(others)} than "
+                f"{_named(self.parts.config, others[0])} has now; bring it back or choose another run.name "
+                "(or go on all the same with --resume-with-changes)"
+            )
 
     def say_finished(self, *, quiet: bool) -> None:
         """What an earlier process has finished is not trained again."""
@@ -240,12 +263,7 @@ class Run:
         kept = {} if refreshed is None else refreshed.made_of()
         inputs = inputs or kept  # before the first checkpoint there may be rollouts already
         others = differing(inputs, self.inputs)
-        if others and not self.with_changes:
-            raise UserError(
-                f"{self.directory} was begun with another content of {' and '.join(others)} than "
-                f"{_named(config, others[0])} has now; bring it back or choose another run.name (or go on "
-                "all the same with --resume-with-changes)"
-            )
+        self._refuse(others)
         # Nothing is refused from here on.
         if others or any(change.rule in ("asked", "longer") for change in self.changes):
             self.best.disown(done)

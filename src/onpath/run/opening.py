@@ -80,8 +80,10 @@ def open_run(config: Config, parts: Parts, *, with_changes: bool = False) -> Run
         run.note(note)
         run.reopened = distributed.first_decides(run.reopens)
         finished = distributed.first_decides(lambda: run.finished)
-        if not finished and (distributed.rank() == 0 or sharded(parts.models.student)):
+        if distributed.rank() == 0 or sharded(parts.models.student):
             run.inputs = digests(parts)
+        if finished:
+            distributed.first_decides(run.check_made_of)
         if not finished and distributed.rank() == 0:
             run.trackers = open_trackers(
                 config.run.trackers,
