@@ -16,6 +16,7 @@ from onpath.config.build import build
 from onpath.config.sections import Teacher as TeacherSection
 from onpath.config.whole import Config
 from onpath.data.render import Renderer
+from onpath.engines.remote import chat
 from onpath.engines.remote.chat import ChatEngine
 from onpath.engines.remote.wire import Line
 from onpath.methods.opd import OPD
@@ -227,6 +228,24 @@ def test_empty_samples_are_not_learnt(tiny: Tiny, endpoint: FakeVLLM) -> None:
     endpoint.spoil = lambda a: {**a, "choices": [{"message": {"content": ""}, "finish_reason": "length"}]}
     with pytest.raises(UserError, match=r"the teacher returned no text for any of .*thought for all"):
         parts.method.prepare(sample(parts, 0), step=0)
+
+
+@pytest.mark.parametrize(
+    ("said", "text"),
+    [
+        ("<think>hm, 4</think>\n\n1+1=2", "1+1=2"),
+        ("hm, 4</think>1+1=2", "1+1=2"),
+        ("\n[THINK]4?[/THINK] 1+1=2", "1+1=2"),
+        ("<think>hm, 4", ""),
+        ("1+1=2 <think>no</think>", "1+1=2 <think>no</think>"),
+        ("1+1=2", "1+1=2"),
+        (None, ""),
+    ],
+)
+def test_inline_thinking_is_not_learnt(said: str | None, text: str) -> None:
+    """A server without a parser of reasoning sends it in the text."""
+    answer = {"choices": [{"message": {"content": said}, "finish_reason": "stop"}]}
+    assert chat._understood(0, answer) == (text, True)
 
 
 def test_what_a_filter_has_cut_is_not_learnt(tiny: Tiny, endpoint: FakeVLLM) -> None:

@@ -22,6 +22,23 @@ def is_open(text: str) -> bool:
     return any(text.rfind(opening) > text.rfind(closing) for opening, closing in TAGS)
 
 
+def without_thinking(text: str) -> str:
+    """What follows the thinking that a text begins with, nothing if that never ends. Its opening tag may
+    stand in a prompt that is not here.
+
+    >>> without_thinking("<think>3?</think>It is 4."), without_thinking("3?</think> 4"), without_thinking("4")
+    ('It is 4.', '4', '4')
+    """
+    begun = text.lstrip()
+    for opening, closing in TAGS:
+        before, closed, after = begun.partition(closing)
+        if begun.startswith(opening):
+            return after.lstrip() if closed else ""
+        if closed and opening not in before:
+            return after.lstrip()
+    return text
+
+
 def answer_part(text: str) -> str:
     """What a response says after its thinking, nothing if it never stops thinking; the inside of <answer> if
     there is one.

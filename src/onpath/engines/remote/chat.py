@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from onpath.data.render import Renderer
+from onpath.data.thinking import without_thinking
 from onpath.engines.base import Engine
 from onpath.engines.decoding.drafts import Drafts
 from onpath.engines.remote.host import Nonsense
@@ -141,4 +142,5 @@ def _understood(_: int, answer: Any) -> tuple[str, bool]:
         raise Nonsense("a message with half a character") from None
     if choice.get("finish_reason") == "content_filter":  # half a sentence, or a refusal, is no answer
         return "", False
-    return text or "", choice.get("finish_reason") == "stop"  # null: all of its tokens went into thinking
+    # Null, or nothing behind a server's inline thinking: all of its tokens went into that.
+    return without_thinking(text or ""), choice.get("finish_reason") == "stop"
