@@ -16,7 +16,7 @@ import onpath
 from onpath.commands.cli import main
 from onpath.config.whole import Config
 from onpath.engines.models import quietly
-from onpath.run import checkpoint
+from onpath.run import checkpoint, trained
 from onpath.run.assemble import assemble
 from onpath.run.optimizer import make_optimizer
 from onpath.run.trained import find
@@ -244,7 +244,7 @@ def test_a_full_disk_is_one_reason_for_all_files(
 
 @pytest.mark.parametrize("options", [FULL, LORA], ids=["full", "lora"])
 def test_a_run_looked_at_from_elsewhere_has_the_tokenizer_of_its_model(
-    options: dict[str, Any], tiny: Tiny, tmp_path: Path, data_file: Path
+    options: dict[str, Any], tiny: Tiny, tmp_path: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where `student.model: student` is no directory; a checkpoint has no tokenizer of its own."""
     config, run = run_of(tiny, **options)
@@ -253,6 +253,11 @@ def test_a_run_looked_at_from_elsewhere_has_the_tokenizer_of_its_model(
     known = AutoTokenizer.from_pretrained(config.student.model)
     found = find(run)
     assert found is not None
+    asked = list[str]()
+    with monkeypatch.context() as watched:
+        watched.setattr(trained, "load_tokenizer", lambda s, key: asked.append(s.model) or known)
+        found.tokenizer()
+    assert asked == [str(run / "model")], "no hub is asked for what lies here"
     assert found.tokenizer().get_vocab() == known.get_vocab()
     done = onpath.evaluate_model(run, data=str(data_file), n=1, max_new_tokens=2, grader="exact", limit=2)
     assert done.results

@@ -14,7 +14,7 @@ from onpath import config as configuration
 from onpath.config import Config, Student
 from onpath.engines import adapters
 from onpath.engines.head import unwrapped
-from onpath.engines.models import load_model, load_tokenizer, model_directory
+from onpath.engines.models import load_model, load_tokenizer, locate, model_directory
 from onpath.engines.student import trainable
 from onpath.run import checkpoint
 from onpath.run.contents import digest_start
@@ -105,14 +105,17 @@ class Trained:
         data = tree.get("data")
         template = data.get("chat_template") if isinstance(data, dict) else None
         config = self._built(tree, {"data": {"chat_template": template}})  # what else is there may be gone
+        own = not self.is_checkpoint and (self.weights / "tokenizer_config.json").is_file()
+        kept = config.student.model_copy(update={"model": str(self.weights)})
+        if own and not Path(locate(config.student.model)).is_dir():  # a hub need not be asked
+            return load_tokenizer(kept, "student.model")
         try:
             tokenizer = load_tokenizer(config.student, "student.model")
             with_template(config, tokenizer)
         except UserError:
-            if self.is_checkpoint or not (self.weights / "tokenizer_config.json").is_file():
+            if not own:
                 raise
-            saved = config.student.model_copy(update={"model": str(self.weights)})
-            return load_tokenizer(saved, "student.model")
+            return load_tokenizer(kept, "student.model")
         return tokenizer
 
     def _tree(self) -> dict[str, Any]:
