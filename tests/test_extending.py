@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -27,6 +28,7 @@ from onpath.methods import Method, MethodOptions, Prepared, own_response
 from onpath.run.contents import differing
 from onpath.system import code
 from onpath.system.errors import UserError
+from tests.stored import read_trajectories
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 EXAMPLES = dict(re.findall(r"```\w+ file=(\S+)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S))
@@ -292,6 +294,37 @@ def test_what_nobody_set_stays_so_where_objects_are_passed(passed: dict[str, Any
     assert "lr" not in after.optim.model_fields_set
     assert "model" not in after.teacher.model_fields_set
     assert with_own(Config(method=METHODS["trd"]()), **passed).method.name == "trd"
+
+
+def test_rows_of_a_stream_are_told_from_others(tiny: Tiny, data_file: Path) -> None:
+    """It has no length, and so no digest in its name: what was read has."""
+    rows = [json.loads(line) for line in data_file.read_text().splitlines()]
+    config = tiny(data__eval={}, optim__steps=1)
+    stream = Dataset.from_list(rows).to_iterable_dataset()
+    assert onpath.train(config, train_dataset=stream, quiet=True).trained
+    assert not onpath.train(config, train_dataset=stream, quiet=True).trained
+    other = Dataset.from_list(rows[::-1]).to_iterable_dataset()
+    with pytest.raises(UserError, match=r"begun with another content of data\.train"):
+        onpath.train(config, train_dataset=other, quiet=True)
+
+
+def test_rows_may_be_a_frame_of_pandas(tiny: Tiny) -> None:
+    frame = pd.DataFrame({"prompt": ["1+1=", "1+2="], "answer": [2, 3]})
+    config = tiny(data__eval={}, optim__steps=1, rollout__prompts=2)
+    run = onpath.train(config, train_dataset=frame, quiet=True).directory
+    asked = {(r["prompt"], r["answer"]) for r in read_trajectories(run)}
+    assert asked <= {("1+1=", "2"), ("1+2=", "3")}
+    found = onpath.evaluate_model(run, data=frame, n=1, k=1, grader=lambda text, answer: answer == "3")
+    assert [result.avg_at_k for result in found.results.values()] == [0.5]
+
+
+def test_a_function_without_a_name_is_passed_again(tiny: Tiny) -> None:
+    run = onpath.train(tiny(optim__steps=1), grader=lambda text, answer: True, quiet=True).directory
+    code._loaded.clear()
+    with pytest.raises(UserError, match="a function without a name is found in no file: pass it again"):
+        onpath.evaluate_model(run, allow_code=True)
+    found = onpath.evaluate_model(run, grader=lambda text, answer: True)
+    assert [result.avg_at_k for result in found.results.values()] == [1.0]
 
 
 def test_rows_of_a_later_call_are_not_those_of_an_earlier_run(tiny: Tiny, data_file: Path) -> None:

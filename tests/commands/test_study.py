@@ -700,7 +700,7 @@ def verdicts(run: Path) -> dict[str, list[bool]]:
         ({"arms": {"opd": {"optim": 5}}, "budget": {"updates": 3}}, "arm opd: optim is 5"),
         ({"arms": {"opd": {"optim": ["steps"]}}, "budget": {"updates": 3}}, "arm opd: optim is ['steps']"),
         ({"evals": {"splits": ["gym:hard", "gym:hard?late=1"]}}, "gym:hard and gym:hard?late=1 would both"),
-        ({"evals": {"splits": ["no/file.jsonl"]}}, "'no/file.jsonl': no such file or directory; a source is"),
+        ({"evals": {"splits": ["no/file.jsonl"]}}, "'no/file.jsonl': no such file or directory in "),
         ({"tune": {"lrs": [1, 2], "split": "no/file.parquet"}}, "'no/file.parquet': no such file"),
         ({"tune": {"lrs": [1, 2], "split": "pack:nothing"}}, "pack:nothing"),
         ({"base": {"data": {"train": "no/file.jsonl"}}}, "'no/file.jsonl': no such file or directory"),

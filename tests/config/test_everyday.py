@@ -247,6 +247,12 @@ def test_null_is_no_name(key: str, says: str) -> None:
         load(None, [(key, "null")])
 
 
+def test_a_limit_of_evaluations_is_not_that_of_training() -> None:
+    for call in (lambda: build({"eval": {"limit": 5}}), lambda: load(None, [("eval.limit", "5")])):
+        with pytest.raises(UserError, match=r"eval\.limit.* data\.eval_limit$"):
+            call()
+
+
 @pytest.mark.parametrize(
     ("key", "ours"),
     [

@@ -3,7 +3,7 @@
 import gc
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -94,7 +94,7 @@ def evaluate_model(
     n: int | None = None,
     k: int | None = None,
     limit: int | None = None,
-    grader: str | None = None,
+    grader: str | Callable[..., Any] | None = None,
     temperature: float | None = None,
     top_p: float | None = None,
     top_k: int | None = None,
@@ -131,7 +131,7 @@ def evaluate_model(
         n: samples per problem; None: k, if that is given.
         k: of pass@k.
         limit: only the first so many problems.
-        grader: auto, gym, math, exact, code, or a function of your own as file.py:name.
+        grader: auto, gym, math, exact, code, or a function of your own, itself or as file.py:name.
         temperature, top_p, top_k, max_new_tokens, seed: of the samples; temperature 0 is greedy.
         batch_tokens: tokens in one generation batch.
         dtype: of the weights: float32, bfloat16 or float16; None: a run's own, or float32.
@@ -150,6 +150,8 @@ def evaluate_model(
     """
     code.not_while_loading("onpath.evaluate_model")
     data = None if data is None else named_rows("data", data)
+    if callable(grader):
+        grader = code.register_all({"eval.grader": grader})["eval.grader"]
     n, k, limit, seed = _numbers(Integral, n=n, k=k, limit=limit, seed=seed)
     top_k, max_new_tokens = _numbers(Integral, top_k=top_k, max_new_tokens=max_new_tokens)
     (batch_tokens,) = _numbers(Integral, batch_tokens=batch_tokens)

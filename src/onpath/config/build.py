@@ -335,6 +335,8 @@ def named_rows(key: str, rows: Any) -> str:
         which = "name one of its sets" if isinstance(rows, Mapping) else "it must be rows"
         raise UserError(f"{key} is {type(rows).__name__}; {which}: a datasets.Dataset, or a list of mappings")
     rows = rows() if callable(rows) else rows
+    if type(rows).__name__ == "DataFrame" and callable(getattr(rows, "to_dict", None)):
+        rows = rows.to_dict("records")  # pandas; iterating over one gives its columns' names
     rows = [*rows] if isinstance(rows, Iterator) else rows
     mark = f".{_content(rows)}" if hasattr(rows, "__len__") else ""  # a stream may have no end
     return code.register(f"{code.PASSED}{key}{mark}.py:rows", rows)

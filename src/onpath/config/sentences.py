@@ -135,7 +135,7 @@ def options_called(key: str) -> list[str]:
 
 def called_here(key: str) -> str | None:
     """Where an option of this name is found, ours in another section or another trainer's."""
-    ours = options_called(key.rpartition(".")[2])
+    ours = options_called("_".join(key.split(".")[-2:])) or options_called(key.rpartition(".")[2])
     return f"here it is {' or '.join(ours)}" if ours else elsewhere.answer(key)
 
 

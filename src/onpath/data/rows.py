@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from numbers import Number
 from typing import Any
 
 from onpath.records import Message, Prompt
@@ -204,6 +205,7 @@ def _is_given(tests: Any) -> bool:
 
 
 def _answer(value: Any, column: str) -> str | None:
+    value = value.item() if isinstance(value, Number) and hasattr(value, "item") else value  # NumPy's
     # pandas writes a missing value of a numeric column as NaN
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None

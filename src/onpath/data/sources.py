@@ -74,7 +74,8 @@ def rows_of(
     looks_like_path = file_like or source.startswith(("/", "./", "../", "~"))
     if looks_like_path or not _HUB_NAME.fullmatch(source):
         named = f"{key}: {source!r}" if key else repr(source)
-        raise UserError(f"{named}: no such file or directory; a source is {_SOURCES}")
+        where = "" if path.is_absolute() and source.startswith(("/", "~")) else f" in {Path.cwd()}"
+        raise UserError(f"{named}: no such file or directory{where}; a source is {_SOURCES}")
     name, _, split = source.partition(":")  # a slice of a split has colons too: name:test[:100]
     return _hub_rows(name, split or split_default, theirs)
 

@@ -26,6 +26,7 @@ from onpath.system.text import first_line
 
 PASSED = "passed."
 """How the names of rows begin that a Python call passed: no file has them."""
+_PASSED_AGAIN = "; a function without a name is found in no file: pass it again, or another one"
 FAILURES = (Exception, SystemExit)
 """What own code may raise that is a failure of it: its sys.exit() would end the process without a word."""
 _SPEC = re.compile(r"(?P<file>.+\.py):(?P<name>[A-Za-z_]\w*)")
@@ -173,6 +174,7 @@ def load(name: str, *, key: str) -> Any:
         known = [n for n, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__]
         raise UserError(
             f"{key}: {found['file']} has no {found['name']}; it defines {', '.join(known) or 'nothing'}"
+            f"{_PASSED_AGAIN if found['name'].endswith('_lambda_') else ''}"
         )
     return _loaded.setdefault(name, getattr(module, found["name"]))
 
@@ -312,7 +314,14 @@ def check_takes(what: str, own: Callable[..., Any], ours: Callable[..., Any]) ->
 
 def _module(path: Path, key: str) -> ModuleType:
     if not path.is_file():
-        raise UserError(f"{key}: there is no file {path}")
+        raise UserError(
+            f"{key}: there is no file {path}"
+            + (
+                "; what a script from stdin has passed must be passed again"
+                if path.stem == "__main__"
+                else ""
+            )
+        )
     label = f"onpath_own_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
     if label in sys.modules:
         return sys.modules[label]
