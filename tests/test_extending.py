@@ -308,6 +308,38 @@ def test_rows_of_a_stream_are_told_from_others(tiny: Tiny, data_file: Path) -> N
         onpath.train(config, train_dataset=other, quiet=True)
 
 
+def test_a_tracker_may_be_a_class(data_file: Path, model_dirs: dict[str, Path], tmp_path: Path) -> None:
+    """Of a notebook, beside others by name."""
+    told = list[tuple[int, float]]()
+
+    class Listening:
+        def __init__(self, directory: Path, name: str, config: dict[str, Any]) -> None:
+            assert directory.name == name == config["run"]["name"] == "heard"
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            told.extend((step, loss) for key, loss in values.items() if key == "loss")
+
+        def close(self) -> None:
+            told.append((-1, 0.0))
+
+    sections = {
+        "student": {"model": str(model_dirs["student"])},
+        "teacher": {"model": str(model_dirs["teacher"])},
+        "data": {"train": str(data_file), "eval": {}},
+        "optim": {"steps": 2},
+        "rollout": {"prompts": 2, "max_new_tokens": 4},
+        "run": {"name": "heard", "dir": str(tmp_path), "trackers": [Listening, "tensorboard"]},
+    }
+    run = onpath.train(sections, quiet=True).directory
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert told == [(1, rows[0]["loss"]), (2, rows[1]["loss"]), (-1, 0.0)]
+    assert (run / "tensorboard").is_dir()
+    assert load(run / "config.yaml", allow_code=True).run.trackers == [
+        f"{__file__}:Listening",
+        "tensorboard",
+    ]
+
+
 def test_rows_may_be_a_frame_of_pandas(tiny: Tiny) -> None:
     frame = pd.DataFrame({"prompt": ["1+1=", "1+2="], "answer": [2, 3]})
     config = tiny(data__eval={}, optim__steps=1, rollout__prompts=2)

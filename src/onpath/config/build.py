@@ -263,6 +263,7 @@ def with_own(
         tree = {name: dict(x) if isinstance(x, Mapping | Section) else x for name, x in config.items()}
         if isinstance(given := config.get("data"), Data):
             tree["data"] = _without_following_sets(given)
+        _name_trackers(tree)
     else:
         kind = type(config).__name__
         raise UserError(f"config is {kind}; it must be a Config, a mapping of sections or the path of a YAML")
@@ -300,6 +301,18 @@ def with_own(
     tree |= _placed(tree, code.register_all(passed, beside=tree))
     with code.allowed(allow_code):
         return build(tree, source=source)
+
+
+def _name_trackers(tree: dict[str, Any]) -> None:
+    """Classes in `run.trackers`, which Python may put there, by the names that a YAML has for them."""
+    run = tree.get("run")
+    if not isinstance(run, dict):
+        return
+    given = run.get("trackers")
+    if isinstance(given, list | tuple) and any(isinstance(tracker, type) for tracker in given):
+        classes = {str(i): tracker for i, tracker in enumerate(given) if isinstance(tracker, type)}
+        names = code.register_all(classes)
+        tree["run"] = {**run, "trackers": [names.get(str(i), x) for i, x in enumerate(given)]}
 
 
 def _without_following_sets(data: Data) -> dict[str, Any]:
