@@ -1,6 +1,7 @@
 """`onpath export`: what transformers loads from it is what the run has trained."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -263,3 +264,17 @@ def test_a_run_looked_at_from_elsewhere_has_the_tokenizer_of_its_model(
     assert done.results
     with pytest.raises(UserError, match="no-such-student"):
         onpath.export_model(run / "checkpoints" / "step_2", tmp_path / "out")
+
+
+def test_an_adapter_upon_a_run_is_told_where_its_model_is(tiny: Tiny) -> None:
+    """A checkpoint's base would be one that nobody else can load; the final model can be."""
+    _, run = run_of(tiny, **LORA)
+    with pytest.raises(UserError, match=re.escape(f"then student.model: OUT, or student.model: {run}/model")):
+        onpath.train(tiny(student__model=str(run), student__lora_rank=2, run__name="upon"), quiet=True)
+    at = str(run / "checkpoints" / "step_2")
+    with pytest.raises(UserError, match=r"then student\.model: OUT$"):
+        onpath.train(tiny(student__model=at, student__lora_rank=2, run__name="upon"), quiet=True)
+    found = onpath.train(
+        tiny(student__model=str(run / "model"), student__lora_rank=2, run__name="upon"), quiet=True
+    )
+    assert found.trained

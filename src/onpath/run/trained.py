@@ -232,9 +232,10 @@ def load_start(
     if found is None:
         return load_model(section, key, device, shards=shards)
     if section.lora_rank:
+        whole = f", or {key}: {found.weights}, which others can load" if found.weights.name == "model" else ""
         raise UserError(
             f"{key}: an adapter (student.lora_rank) needs a base that others can load: onpath export "
-            f"{section.model} OUT, then {key}: OUT"
+            f"{section.model} OUT, then {key}: OUT{whole}"
         )
     model: PreTrainedModel = load_trained(found, section).eval().requires_grad_(False)
     nn.Module.to(model, device)
