@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from datasets import Dataset, DatasetDict
 import onpath
 from onpath.commands.cli import main
 from onpath.config import METHODS, Config, build, load
-from onpath.config.build import with_own
+from onpath.config.build import named_rows, with_own
 from onpath.config.sections import OF_A_STEP, OF_A_TRAJECTORY, Data, Optim
 from onpath.engines.base import Engine
 from onpath.methods import Method, MethodOptions, Prepared, own_response
@@ -342,12 +342,42 @@ def test_a_tracker_may_be_a_class(data_file: Path, model_dirs: dict[str, Path], 
 
 def test_rows_may_be_a_frame_of_pandas(tiny: Tiny) -> None:
     frame = pd.DataFrame({"prompt": ["1+1=", "1+2="], "answer": [2, 3]})
-    config = tiny(data__eval={}, optim__steps=1, rollout__prompts=2)
+    config = tiny(data__eval={}, optim__steps=1, rollout__prompts=2, run__trajectories_every=1)
     run = onpath.train(config, train_dataset=frame, quiet=True).directory
     asked = {(r["prompt"], r["answer"]) for r in read_trajectories(run)}
-    assert asked <= {("1+1=", "2"), ("1+2=", "3")}
+    assert asked == {("1+1=", "2"), ("1+2=", "3")}
     found = onpath.evaluate_model(run, data=frame, n=1, k=1, grader=lambda text, answer: answer == "3")
     assert [result.avg_at_k for result in found.results.values()] == [0.5]
+
+
+def load_rows(rows: Any) -> list[dict[str, Any]]:
+    return list(code.load(named_rows("data.train", rows), key="data.train"))
+
+
+def test_a_frame_s_missing_cells_and_arrays(tmp_path: Path) -> None:
+    """None of a text column is NaN there, a message from parquet an array."""
+    told = [{"role": "user", "content": "1+3="}]
+    rows: list[dict[str, Any]] = [
+        {"prompt": "1+1=", "answer": 2, "solution": "two", "id": "a", "tools": [{"name": "add"}]},
+        {"messages": told, "answer": None, "id": None},
+    ]
+    pd.DataFrame(rows).to_parquet(tmp_path / "rows.parquet")
+    for frame in (pd.DataFrame(rows), pd.read_parquet(tmp_path / "rows.parquet")):
+        first, second = load_rows(frame)
+        assert first == {**rows[0], "answer": first["answer"]}
+        assert int(first["answer"]) == 2
+        assert second == {"messages": told}
+
+    class DataFrame:
+        """polars names it otherwise."""
+
+        def __iter__(self) -> Iterator[Any]:
+            raise AssertionError("gives columns")
+
+        def to_dicts(self) -> list[dict[str, Any]]:
+            return rows
+
+    assert load_rows(DataFrame()) == rows
 
 
 def test_a_function_without_a_name_is_passed_again(tiny: Tiny) -> None:

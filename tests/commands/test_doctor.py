@@ -625,7 +625,11 @@ def test_an_objective_without_a_teacher_is_not_asked_for_one(tiny: Tiny) -> None
         ({"name": "relay", "delta": 60.0}, "relay_share", "lower method.delta (60)"),
         ({"name": "relay", "delta": 60.0, "from_start": True}, "relay_share", "lower method.delta (60)"),
         ({"name": "relay", "trigger": "fork", "distance": 2.5}, "relay_share", "lower method.distance (2.5)"),
-        ({"name": "bridge", "distance": 2.5}, "bridge_share", "no fork reached method.distance (2.5)"),
+        (
+            {"name": "bridge", "distance": 2.5},
+            "bridge_share",
+            "where one failed no fork reached method.di",
+        ),
         ({"name": "truncate", "overlap_below": 0.0}, "truncated_share", "raise method.overlap_below (0)"),
         ({"name": "truncate", "stop_when": "fork", "distance": 2.5}, "truncated_share", "lower method.dis"),
         ({"name": "topd", "decide": "threshold", "threshold": 2.5}, "fork_share", "lower method.threshold"),
@@ -639,11 +643,11 @@ def test_a_method_that_finds_nothing_says_so(
     parts = assemble(config)
     found = training.method_kept(parts, make_probe(parts))
     assert status(found) == "warning"
-    assert "changed none of these rollouts" in found.message
+    assert "found nothing to correct in these rollouts" in found.message
     assert advice in found.message
     result = train(config)
     said = capsys.readouterr().err
-    assert said.count(f"warning: step 1: {options['name']} changed none of these rollouts") == 1
+    assert said.count(f"warning: step 1: {options['name']} found nothing to correct in these rollouts") == 1
     assert advice in said
     rows = (result.directory / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)[metric] for row in rows] == [0, 0]
@@ -654,7 +658,7 @@ def test_a_method_that_finds_something_says_nothing(tiny: Tiny, capsys: pytest.C
     parts = assemble(config)
     assert status(training.method_kept(parts, make_probe(parts))) == "ok"
     train(config)
-    assert "changed none" not in capsys.readouterr().err
+    assert "found nothing" not in capsys.readouterr().err
 
 
 def test_nothing_to_train_on(parts: Parts, probe: Probe) -> None:

@@ -234,7 +234,9 @@ def test_empty_samples_are_not_learnt(tiny: Tiny, endpoint: FakeVLLM) -> None:
     ("said", "text"),
     [
         ("<think>hm, 4</think>\n\n1+1=2", "1+1=2"),
-        ("hm, 4</think>1+1=2", "1+1=2"),
+        ("hm, 4\n</think>\n\n1+1=2", "1+1=2"),
+        ("`</think>` ends it: 1+1=2", "`</think>` ends it: 1+1=2"),
+        ("[THINK]emit </think>?[/THINK] 1+1=2", "1+1=2"),
         ("\n[THINK]4?[/THINK] 1+1=2", "1+1=2"),
         ("<think>hm, 4", ""),
         ("1+1=2 <think>no</think>", "1+1=2 <think>no</think>"),

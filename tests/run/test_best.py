@@ -19,6 +19,7 @@ from onpath.run.log import read_lines
 from onpath.system.errors import UserError
 from onpath.training import train
 from tests.run.test_changes import stop_before
+from tests.stored import read_trajectories
 
 Tiny = Callable[..., Config]
 WATCHED: dict[str, Any] = {
@@ -68,6 +69,7 @@ def test_the_best_weights_are_kept_and_a_stalled_run_ends(
     assert same(result.directory / "best", steps / "step_2")
     stored = sorted(p.stem for p in (result.directory / "trajectories").glob("*.parquet"))
     assert stored == ["step_000001", "step_000004"], "its first and its last"
+    assert all("student_top_tokens" in row for row in read_trajectories(result.directory))
     assert same(result.model, steps / "step_4")
     assert not same(result.model, result.directory / "best")
     assert onpath.export_model(result.directory / "best", result.directory / "out")

@@ -140,7 +140,8 @@ def evaluate_model(
             not looked up where `grader` is given.
         out: directory for eval.json and the graded samples; where a grader fails, for the ungraded ones.
         engine, vllm: who samples, as `rollout.engine` and `rollout.vllm`: transformers (hf), or a vLLM in
-            this process, for long answers; whatever a run itself has sampled with.
+            this process, for long answers, whatever a run itself has sampled with; it does not read `device`
+            and `batch_tokens`.
         shard, timeout: of several processes, as `parallel.shard` (none: whole models in each; layer: a part
             of the weights, each layer gathered when it runs; step: all gathered while it samples) and
             `parallel.timeout`: seconds that a process waits for the one with the longest samples.

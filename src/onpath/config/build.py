@@ -6,6 +6,7 @@ or an impossible pair raises `UserError` with one sentence.
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
@@ -348,11 +349,34 @@ def named_rows(key: str, rows: Any) -> str:
         which = "name one of its sets" if isinstance(rows, Mapping) else "it must be rows"
         raise UserError(f"{key} is {type(rows).__name__}; {which}: a datasets.Dataset, or a list of mappings")
     rows = rows() if callable(rows) else rows
-    if type(rows).__name__ == "DataFrame" and callable(getattr(rows, "to_dict", None)):
-        rows = rows.to_dict("records")  # pandas; iterating over one gives its columns' names
+    rows = _of_frame(rows) if type(rows).__name__ == "DataFrame" else rows
     rows = [*rows] if isinstance(rows, Iterator) else rows
     mark = f".{_content(rows)}" if hasattr(rows, "__len__") else ""  # a stream may have no end
     return code.register(f"{code.PASSED}{key}{mark}.py:rows", rows)
+
+
+def _of_frame(rows: Any) -> Any:
+    """The rows of a frame of pandas or polars, which is iterated over by columns: without its missing cells,
+    and with lists for arrays."""
+    if hasattr(rows, "to_dicts"):
+        return rows.to_dicts()
+    return [
+        {column: _plain(cell) for column, cell in row.items() if not _is_missing(cell)}
+        for row in rows.to_dict("records")
+    ]
+
+
+def _is_missing(cell: Any) -> bool:
+    """None, and what pandas makes of it: NaN, NaT or NA."""
+    none = cell is None or type(cell).__name__ in ("NAType", "NaTType")
+    return none or (isinstance(cell, float) and math.isnan(cell))
+
+
+def _plain(cell: Any) -> Any:
+    cell = cell.tolist() if hasattr(cell, "tolist") else cell
+    if isinstance(cell, dict):
+        return {name: _plain(held) for name, held in cell.items()}
+    return [_plain(held) for held in cell] if isinstance(cell, list) else cell
 
 
 def _content(rows: Iterable[Any]) -> str:

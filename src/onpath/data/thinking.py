@@ -1,5 +1,7 @@
 """Where thinking ends and the answer begins, by the tags of the common families. No torch."""
 
+import re
+
 TAGS = (
     ("<think>", "</think>"),  # DeepSeek-R1, Qwen3, QwQ
     ("<thinking>", "</thinking>"),
@@ -23,19 +25,20 @@ def is_open(text: str) -> bool:
 
 
 def without_thinking(text: str) -> str:
-    """What follows the thinking that a text begins with, nothing if that never ends. Its opening tag may
-    stand in a prompt that is not here.
+    """What follows the thinking that a text begins with, nothing if that never ends. Where its opening tag
+    stands in a prompt that is not here, the closing one has a line of its own.
 
-    >>> without_thinking("<think>3?</think>It is 4."), without_thinking("3?</think> 4"), without_thinking("4")
-    ('It is 4.', '4', '4')
+    >>> [without_thinking(text) for text in ("<think>3?</think>It is 4.", "3?\\n</think>\\n4", "4")]
+    ['It is 4.', '4', '4']
     """
     begun = text.lstrip()
     for opening, closing in TAGS:
-        before, closed, after = begun.partition(closing)
         if begun.startswith(opening):
-            return after.lstrip() if closed else ""
-        if closed and opening not in before:
-            return after.lstrip()
+            return begun.partition(closing)[2].lstrip()
+    for opening, closing in TAGS:
+        alone = re.search(rf"^{re.escape(closing)}[ \t]*$", begun, re.MULTILINE)  # else it may be spoken of
+        if alone and opening not in begun[: alone.start()]:
+            return begun[alone.end() :].lstrip()
     return text
 
 

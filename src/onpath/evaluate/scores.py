@@ -185,8 +185,8 @@ def check(prompts: Sequence[Prompt], *, n: int, k: int, split: str) -> None:
     if without:
         raise UserError(
             f"evaluation set {split!r}: {len(without)} of {len(prompts)} prompts have no answer to grade "
-            f"against, the first is {without[0]}; add a column 'answer', or say which one it is "
-            "(data.columns, of onpath eval --columns)"
+            f"against, the first is {without[0]}; add a column 'answer', or say with "
+            "data.columns which one it is (onpath eval: --columns)"
         )
 
 

@@ -56,8 +56,8 @@ _STORED = re.compile(r"(?:.*_)?step_(\d+)\.(?:jsonl|parquet)")
 """Files of one step, in trajectories/ and evals/."""
 _OF_AN_END = {"optim.steps", "run.stop_after", "run.keep_best"}
 """Options that say where a run ends."""
-_ASKED = ("data.eval.", "eval.")
-"""Options whose content a model is asked, not made of, begin so."""
+_ASKED = "data.eval."
+"""Options whose content a model is asked, not made of, begin so (by the grader some methods choose)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,9 +151,9 @@ class Run:
         before: Mapping[str, str] = {}
         with suppress(UserError):  # what a finished run holds of checkpoints may be damaged: nobody needs it
             before = checkpoint.inputs_of(kept[-1]) if kept else {}
-        self._refuse([key for key in differing(before, self.inputs) if not key.startswith(_ASKED)])
+        self._refuse_others([key for key in differing(before, self.inputs) if not key.startswith(_ASKED)])
 
-    def _refuse(self, others: Sequence[str]) -> None:
+    def _refuse_others(self, others: Sequence[str]) -> None:
         """A run whose options name another content than they did, unless it was allowed."""
         if others and not self.with_changes:
             raise UserError(
@@ -263,7 +263,7 @@ class Run:
         kept = {} if refreshed is None else refreshed.made_of()
         inputs = inputs or kept  # before the first checkpoint there may be rollouts already
         others = differing(inputs, self.inputs)
-        self._refuse(others)
+        self._refuse_others(others)
         # Nothing is refused from here on.
         if others or any(change.rule in ("asked", "longer") for change in self.changes):
             self.best.disown(done)

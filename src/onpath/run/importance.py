@@ -56,18 +56,17 @@ class Importance:
     def measured(
         self, batch: Batch, student_logp_N: Tensor, *, ends: Sequence[int] = ()
     ) -> tuple[float, float, float]:
-        """Sum of the ratios of counted tokens, how many weigh no more than the cap for it, and how many there
-        are. The ratios are tokens' whatever `kind` is; what the cap cuts are those that weigh.
+        """Sum of the ratios of counted tokens; of how many the ratio that weighs (with `sequence` that of
+        their response) is above the cap; and how many there are.
 
         Args:
             ends: ids whose log-prob is that of all of them together: what was drawn is one of them, so that
-                they are left out.
+                they are left out; they stand in their response's product.
         """
         log_N = log_ratios(batch, student_logp_N)
-        if ends:
-            merged_N = torch.isin(batch.token_N, torch.tensor(ends, device=batch.token_N.device))
-            log_N = log_N.masked_fill(merged_N, math.nan)
         known_N = batch.counted_N & ~log_N.isnan()
+        if ends:
+            known_N &= ~torch.isin(batch.token_N, torch.tensor(ends, device=batch.token_N.device))
         ratio, weighs = (_ratio(x_N[known_N]).double() for x_N in (log_N, self._told(batch, log_N)))
         return float(ratio.sum()), float((weighs > self.cap).sum()), float(len(ratio))
 

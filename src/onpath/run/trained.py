@@ -96,7 +96,7 @@ class Trained:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The student's, with the run's chat template; what was saved with a model where the start is gone,
-        or is named from another directory.
+        or is no directory here (a hub's, or named from elsewhere).
 
         Raises:
             UserError: it, or the template, is gone.

@@ -71,8 +71,11 @@ def is_stored(config: Config, step: int) -> bool:
 
 
 def top_tokens(config: Config, step: int) -> int:
-    """How many of the likeliest tokens the loss's pass looks up: those that are stored with the step."""
-    return TOP_TOKENS if is_stored(config, step) else 0
+    """How many of the likeliest tokens the loss's pass looks up: those that are stored with the step, or may
+    be, where its evaluation may end the run."""
+    run, every = config.run, config.eval.every
+    may_end = run.stop_after > 0 and run.trajectories_every > 0 and every > 0 and step % every == 0
+    return TOP_TOKENS if may_end or is_stored(config, step) else 0
 
 
 def trajectory_row(

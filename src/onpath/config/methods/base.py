@@ -268,11 +268,14 @@ class MethodOptions(Section):
         return "", ""
 
     def nothing_found(self, shares: Mapping[str, Any]) -> str:
-        """What to know where the metrics of a step say that the method changed nothing; else empty."""
+        """What to know where the metrics of a step say that the method found nothing; else empty."""
         metric, advice = self.finds
         if not metric or shares.get(metric) != 0:
             return ""
-        return f"{self.name} changed none of these rollouts: such a step is OPD's at a higher price; {advice}"
+        return (
+            f"{self.name} found nothing to correct in these rollouts: such a step is OPD's at a higher "
+            f"price; {advice}"
+        )
 
     @property
     def warnings(self) -> tuple[str, ...]:

@@ -62,7 +62,8 @@ class BridgeOptions(MethodOptions):
     @property
     def finds(self) -> tuple[str, str]:
         return "bridge_share", (
-            f"no fork reached method.distance ({self.distance:g}), or no bridge was better: lower it"
+            f"{'where one failed ' if self.failed_only else ''}no fork reached method.distance "
+            f"({self.distance:g}), or no bridge was better: lower it"
         )
 
     @property

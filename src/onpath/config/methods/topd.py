@@ -157,7 +157,7 @@ class TOPDOptions(MethodOptions):
 
     @property
     def finds(self) -> tuple[str, str]:
-        fixed = self.decide == "threshold"
+        fixed = self.decide == "threshold" and self.suppress == "none"
         return ("fork_share" if fixed else ""), f"lower method.threshold ({self.threshold:g})"
 
     @property
