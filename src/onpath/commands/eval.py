@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from onpath.config import Config, Data, Student
 from onpath.config.build import build, named_rows
-from onpath.config.sections import Eval, Parallel, RolloutSection
+from onpath.config.sections import Eval, Parallel
 from onpath.data.render import Renderer
 from onpath.data.tasks import split_name
 from onpath.engines import sharding
@@ -139,9 +139,8 @@ def evaluate_model(
         allow_code: run the Python files that `grader`, `data` and a run's config name. A run's own grader is
             not looked up where `grader` is given.
         out: directory for eval.json and the graded samples; where a grader fails, for the ungraded ones.
-        engine, vllm: who samples, as `rollout.engine` and `rollout.vllm`: transformers (hf), or a vLLM in
-            this process, for long answers, whatever a run itself has sampled with; it does not read `device`
-            and `batch_tokens`.
+        engine, vllm: who samples, as `rollout.engine` and `rollout.vllm`, whatever a run has sampled with; a
+            vLLM does not read `device` and `batch_tokens`.
         shard, timeout: of several processes, as `parallel.shard` (none: whole models in each; layer: a part
             of the weights, each layer gathered when it runs; step: all gathered while it samples) and
             `parallel.timeout`: seconds that a process waits for the one with the longest samples.
@@ -153,14 +152,13 @@ def evaluate_model(
     data = None if data is None else named_rows("data", data)
     if callable(grader):
         grader = code.register_all({"eval.grader": grader})["eval.grader"]
-    n, k, limit, seed = _numbers(Integral, n=n, k=k, limit=limit, seed=seed)
-    top_k, max_new_tokens = _numbers(Integral, top_k=top_k, max_new_tokens=max_new_tokens)
-    (batch_tokens,) = _numbers(Integral, batch_tokens=batch_tokens)
+    n, k, limit, seed, top_k = _numbers(Integral, n=n, k=k, limit=limit, seed=seed, top_k=top_k)
+    lengths = {"max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens}
+    max_new_tokens, batch_tokens = _numbers(Integral, **lengths)
     temperature, top_p = _numbers(Real, temperature=temperature, top_p=top_p)
-    parallel = build({"parallel": {"shard": shard, "timeout": timeout}}, source="parallel").parallel
-    rollout = _sampler(engine, vllm, parallel)
+    around = _around(engine, vllm, shard, timeout)
     with distributed.one_fate():
-        where = _meet(device, parallel)
+        where = _meet(device, around.parallel)
         with code.allowed(allow_code):
             first = _subject(str(model), dtype, device, "model", graded=grader is None)
             subjects = _alike(first, *_others(against, first, dtype, device, graded=grader is None))
@@ -172,28 +170,26 @@ def evaluate_model(
         if limit is None and (data is None or data in leads.config.data.eval):  # as the run asks
             limit = leads.config.data.eval_limit
         with code.allowed(allow_code):
-            with_columns = _with_columns(leads.config.data, columns)
+            called = _with_columns(leads.config.data, columns)
             key = "--data" if source == data else f"data.eval.{split}"
-            loaded = load_problems(with_columns, source, limit=limit, grader=asked.grader, key=key)
+            loaded = load_problems(called, source, limit=limit, grader=asked.grader, key=key)
             chosen = grader_for(asked.grader, {source: loaded.prompts})
         with chosen as judge:
-            questions = _Questions(
+            return _Questions(
                 prompts=loaded.prompts,
                 grader=judge,
                 asked=asked,
                 split=split,
                 source=source,
                 batch_tokens=batch_tokens,
-                parallel=parallel,
-                rollout=rollout,
+                around=around,
                 device=where,
-            )
-            directory = None if out is None else place(out, key="--out")
-            return questions.to_all(subjects, directory, skipped=loaded.skipped)
+            ).to_all(subjects, out, skipped=loaded.skipped)
 
 
-def _sampler(engine: object, options: Mapping[str, Any] | None, parallel: Parallel) -> RolloutSection:
-    """What samples, as a config says it."""
+def _around(engine: object, options: Mapping[str, Any] | None, shard: str, timeout: float) -> Config:
+    """What samples and shares, as a config's `rollout` and `parallel` say it."""
+    parallel = build({"parallel": {"shard": shard, "timeout": timeout}}, source="parallel").parallel
     given = {"engine": engine} | ({} if options is None else {"vllm": options})
     found = build({"rollout": given}, source="rollout").rollout
     if options is not None and found.engine != "vllm":
@@ -203,7 +199,7 @@ def _sampler(engine: object, options: Mapping[str, Any] | None, parallel: Parall
             f"parallel.shard: {parallel.shard} is of a model that samples by itself; processes share a vLLM "
             "by rollout.vllm: {tensor_parallel_size: 2}; leave one of them out"
         )
-    return found
+    return Config().model_copy(update={"parallel": parallel, "rollout": found})
 
 
 def _meet(device: object, parallel: Parallel) -> torch.device:
@@ -400,13 +396,14 @@ class _Questions:
     split: str
     source: str
     batch_tokens: int
-    parallel: Parallel
-    rollout: RolloutSection
+    around: Config
+    """`rollout` and `parallel` say who samples."""
     device: torch.device
 
-    def to_all(self, subjects: Sequence[_Subject], directory: Path | None, *, skipped: int) -> Evaluated:
+    def to_all(self, subjects: Sequence[_Subject], out: str | Path | None, *, skipped: int) -> Evaluated:
         """Every model's numbers, with files in a directory, if there is one. Of several processes the first
         writes, and the others hear whether it could."""
+        directory = None if out is None else place(out, key="--out")
         self._check_alike(subjects, directory)
         if directory is not None:
             distributed.first_decides(partial(make_directory, directory))
@@ -428,7 +425,8 @@ class _Questions:
             raise UserError("some processes alone have --against, or --out; start all with one command")
         for subject in subjects:
             data = subject.config.data.model_copy(update={"eval": {self.split: self.source}})
-            same = {"data": data, "eval": self.asked, "parallel": self.parallel, "rollout": self.rollout}
+            same = {"data": data, "eval": self.asked}
+            same |= {"parallel": self.around.parallel, "rollout": self.around.rollout}
             prompts = Prompts(pool=(), evals={self.split: tuple(self.prompts)})
             check_given(subject.config.model_copy(update=same), prompts, subject.of_run)
 
@@ -445,15 +443,9 @@ class _Questions:
         config, section, key = subject.config, subject.config.student, subject.key
         tokenizer = renderer.tokenizer
         there = section.model if subject.of_run is None else str(subject.of_run.weights)
-        told = Config().model_copy(
-            update={
-                "parallel": self.parallel,
-                "rollout": self.rollout,
-                "optim": config.optim,
-                "student": section.model_copy(update={"model": there}),
-            }
-        )
-        shards, served = sharding.asked(told), self.rollout.engine == "vllm"
+        student = section.model_copy(update={"model": there})
+        told = self.around.model_copy(update={"optim": config.optim, "student": student})
+        shards, served = sharding.asked(told), told.rollout.engine == "vllm"
         # A whole copy must not pass through each GPU, and the one beside a vLLM's own must not stay on it.
         host = torch.device("cpu") if shards or served else self.device
         model = load_start(section, subject.of_run, key, host, shards=shards)
@@ -474,7 +466,7 @@ class _Questions:
         engine = student_engine(told, model, own, longest={})
 
         def generate(prompts: Sequence[Prompt], n: int) -> list[Rollout]:
-            gathered = (sharding.whole if self.parallel.shard == "step" else sharding.in_step)(model)
+            gathered = (sharding.whole if told.parallel.shard == "step" else sharding.in_step)(model)
             with gathered, engine.in_step():
                 return engine.generate(prompts, self.asked.sampling(), n=n)
 
