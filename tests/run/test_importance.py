@@ -193,3 +193,13 @@ def test_ends_that_are_one_leave_the_measured_ratio_alone(tiny: Tiny) -> None:
         assert any(t.response[-1] in parts.stops.ids for t in made.trajectories)
         meter, _ = step_on(parts, made.trajectories)
         assert meter.row(parts.models.device)["importance_ratio"] == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("ends", ["apart", "one"])
+def test_a_stop_token_s_ratio_is_in_its_response_s_product(ends: str, tiny: Tiny) -> None:
+    """It is in the weights', whatever the divergence makes of stop tokens."""
+    options = {"method__ends": ends, "method__importance": "sequence", "rollout__stop_ids": [7, 9, 11]}
+    parts = assemble(tiny(**options))
+    assert {7, 9} < parts.stops.ids
+    meter, _ = step_on(parts, drawn([[0.1, -0.1, 0.1, 3.0]], parts))  # the last of 4, 5, 6, 7
+    assert meter.row(parts.models.device)["importance_capped"] == 1
