@@ -23,8 +23,8 @@ from onpath.engines.head import head_of, logits_of, read, table_of, unwrapped
 from onpath.records import Sampling
 from onpath.system.draws import noise
 
-# N active rows, T columns so far, W tokens of a window, R all rows, L most new tokens, V vocabulary,
-# H hidden.
+# N active rows, P of them in which the teacher takes over, T columns so far, W tokens of a window, R all
+# rows, L most new tokens, V vocabulary, H hidden.
 _COMPACT_BELOW = 0.7  # drop finished rows once fewer than this share is active
 _LOGITS = 2**27  # rows × window × vocabulary of one pass of the teacher
 WINDOW = 4
@@ -165,14 +165,14 @@ def side_by_side(
         rows.visible = torch.cat([rows.visible, offset_W <= new_N[:, None]], dim=1)
         rows.count = rows.count + new_N
         if taken := takes_N.nonzero()[:, 0].tolist():
-            row_N, count_N = rows.row[taken], rows.count[taken]
-            gone = list(zip(row_N.tolist(), count_N.tolist(), strict=True))
+            row_P, count_P = rows.row[taken], rows.count[taken]
+            gone = list(zip(row_P.tolist(), count_P.tolist(), strict=True))
             points = [(starts[row].key, starts[row].position + count) for row, count in gone]
             once = np.concatenate([noise(seed, f"{key} {position}/draw", 1) for key, position in points])
             onward = np.stack([noise(seed, f"{key} {position + 1}", limit) for key, position in points])
             drawn = draw(logp_NWV[taken, new_N[taken]], sampling, torch.from_numpy(once).to(device))
-            tokens_RL[row_N, count_N], logps_RL[row_N, count_N] = drawn
-            uniform_RL[row_N] = torch.from_numpy(onward).to(device)
+            tokens_RL[row_P, count_P], logps_RL[row_P, count_P] = drawn
+            uniform_RL[row_P] = torch.from_numpy(onward).to(device)
             for row, count in gone:
                 places[row].append(count)
         for n, (row, new) in enumerate(torch.stack([rows.row, new_N + takes_N], 1).tolist()):
