@@ -112,7 +112,7 @@ def optimise(parts: Parts, run: Run, *, quiet: bool) -> None:
             rescue.reached(step + 1)
             display.step(row, config.method.nothing_found(row))
             last = step + 1 == config.optim.steps
-            if last or (config.eval.every and (step + 1) % config.eval.every == 0):
+            if last or config.eval.falls_on(step + 1):
                 last |= run.judge(display, evaluate_all(parts, run, display, step=step + 1))
             store_step(parts, run.directory, meter, step + 1, last=last)
             stop = distributed.anywhere(bool(asked), parts.models.device)

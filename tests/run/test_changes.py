@@ -419,24 +419,28 @@ CONTENT: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
+def of_copies(tiny: Tiny, root: Path, **options: Any) -> Config:
+    """A config whose models and data lie in a directory of their own, where `CONTENT` changes them."""
+    plain = tiny()
+    for side in ("student", "teacher"):
+        shutil.copytree(getattr(plain, side).model, root / side)
+    for file in ("train.jsonl", "eval.jsonl"):
+        shutil.copy(plain.data.train, root / file)
+    return tiny(
+        student__model=str(root / "student"),
+        teacher__model=str(root / "teacher"),
+        data__train=str(root / "train.jsonl"),
+        data__eval={"test": str(root / "eval.jsonl")},
+        **options,
+    )
+
+
 @pytest.mark.parametrize(("name", "rank"), [*((name, 0) for name in CONTENT), ("student", 2)])
 def test_other_content_under_the_same_path_is_noticed(
     name: str, rank: int, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change, key = CONTENT[name]
-    plain = tiny()
-    for side in ("student", "teacher"):
-        shutil.copytree(getattr(plain, side).model, tmp_path / side)
-    for file in ("train.jsonl", "eval.jsonl"):
-        shutil.copy(plain.data.train, tmp_path / file)
-    config = tiny(
-        student__model=str(tmp_path / "student"),
-        student__lora_rank=rank,
-        teacher__model=str(tmp_path / "teacher"),
-        data__train=str(tmp_path / "train.jsonl"),
-        data__eval={"test": str(tmp_path / "eval.jsonl")},
-        run__save_every=1,
-    )
+    config = of_copies(tiny, tmp_path, student__lora_rank=rank, run__save_every=1)
     directory = stop_before(2, monkeypatch, config)
     before = {p: p.read_bytes() for p in directory.rglob("*") if p.is_file() and "environment" not in p.name}
     change(tmp_path)
@@ -484,22 +488,11 @@ def test_each_process_has_its_line_and_none_is_replaced(tiny: Tiny, monkeypatch:
 
 @pytest.mark.parametrize("name", list(CONTENT))
 def test_a_finished_run_is_not_given_for_one_of_another_content(
-    name: str, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, tiny: Tiny, tmp_path: Path
 ) -> None:
     """It would be a model of other data, or from another start, and nobody would know."""
     change, key = CONTENT[name]
-    plain = tiny()
-    for side in ("student", "teacher"):
-        shutil.copytree(getattr(plain, side).model, tmp_path / side)
-    for file in ("train.jsonl", "eval.jsonl"):
-        shutil.copy(plain.data.train, tmp_path / file)
-    config = tiny(
-        student__model=str(tmp_path / "student"),
-        teacher__model=str(tmp_path / "teacher"),
-        data__train=str(tmp_path / "train.jsonl"),
-        data__eval={"test": str(tmp_path / "eval.jsonl")},
-        optim__steps=1,
-    )
+    config = of_copies(tiny, tmp_path, optim__steps=1)
     model = train(config, quiet=True).model
     before = weights(model.parent)
     change(tmp_path)

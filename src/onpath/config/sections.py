@@ -422,6 +422,10 @@ class Eval(Section):
     seed: int = 1234
     """Of evaluation samples: the same for every model, so that comparisons are paired."""
 
+    def falls_on(self, step: int) -> bool:
+        """Whether `every` has an evaluation behind this step; the first is 1."""
+        return self.every > 0 and step % self.every == 0
+
     def sampling(self) -> Sampling:
         """How evaluation draws tokens."""
         assert self.max_new_tokens is not None, "a config gives it that of the rollouts"

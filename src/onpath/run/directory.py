@@ -307,8 +307,7 @@ class Run:
         lines = distributed.first_decides(lambda: read_lines(self.evals.path))
         seen = {row["split"] for row in lines if row["step"] == done}
         ends = done == config.optim.steps or self.best.stalled
-        due = ends or (config.eval.every > 0 and done % config.eval.every == 0)
-        if not due or config.evaluations.keys() <= seen:
+        if not (ends or config.eval.falls_on(done)) or config.evaluations.keys() <= seen:
             return False
         if distributed.rank() == 0:
             self.evals.rewind(step=done - 1)  # some sets were done: all are, in one go

@@ -73,8 +73,8 @@ def is_stored(config: Config, step: int) -> bool:
 def top_tokens(config: Config, step: int) -> int:
     """How many of the likeliest tokens the loss's pass looks up: those that are stored with the step, or may
     be, where its evaluation may end the run."""
-    run, every = config.run, config.eval.every
-    may_end = run.stop_after > 0 and run.trajectories_every > 0 and every > 0 and step % every == 0
+    run = config.run
+    may_end = run.stop_after > 0 and run.trajectories_every > 0 and config.eval.falls_on(step)
     return TOP_TOKENS if may_end or is_stored(config, step) else 0
 
 
